@@ -1,0 +1,1 @@
+"""Embeddings in Postgres as naturally as any other column."""

@@ -1,0 +1,109 @@
+"""The one table from a similarity function to pgvector's operator and operator classes.
+
+Distances are smaller for nearer, similarities larger, as in sentence-transformers'
+``SimilarityFunction``: cosine and dot are themselves, euclidean and manhattan are negated distances.
+Operators and operator classes: pgvector's README, "Querying" and "Indexing".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from sbert_pg.errors import DeclarationError
+
+Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
+Storage = Literal["vector", "halfvec"]
+IndexMethod = Literal["hnsw", "ivfflat"]
+
+SIMILARITIES: tuple[Similarity, ...] = get_args(Similarity)
+STORAGES: tuple[Storage, ...] = get_args(Storage)
+
+#: Widest column that an index takes, by what is indexed (pgvector 0.8).
+MAX_INDEXED_DIMENSIONS = {"vector": 2_000, "halfvec": 4_000, "bit": 64_000}
+#: Widest column that can be stored (pgvector 0.8).
+MAX_DIMENSIONS = 16_000
+
+L2 = "<->"
+INNER_PRODUCT = "<#>"
+COSINE = "<=>"
+L1 = "<+>"
+HAMMING = "<~>"
+JACCARD = "<%>"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """How one similarity function is computed by pgvector.
+
+    Attributes:
+        similarity: name of the similarity function, as sentence-transformers spells it.
+        operator: distance operator; ``ORDER BY column operator query`` is served by an index.
+        opclass_suffix: operator class without the type's name (``cosine_ops``).
+        index_methods: access methods that have the operator class.
+        offset: ``similarity = offset - distance``.
+    """
+
+    similarity: Similarity
+    operator: str
+    opclass_suffix: str
+    index_methods: tuple[IndexMethod, ...]
+    offset: float
+
+    def opclass(self, storage: Storage) -> str:
+        """Operator class for a column or expression of type ``storage``."""
+        return f"{storage}_{self.opclass_suffix}"
+
+
+METRICS: dict[Similarity, Metric] = {
+    "cosine": Metric("cosine", COSINE, "cosine_ops", ("hnsw", "ivfflat"), 1.0),
+    "dot": Metric("dot", INNER_PRODUCT, "ip_ops", ("hnsw", "ivfflat"), 0.0),
+    "euclidean": Metric("euclidean", L2, "l2_ops", ("hnsw", "ivfflat"), 0.0),
+    "manhattan": Metric("manhattan", L1, "l1_ops", ("hnsw",), 0.0),
+}
+
+#: Similarity functions that rank unit vectors alike, so that an index for one serves another.
+RANK_UNIT_VECTORS_ALIKE: frozenset[Similarity] = frozenset({"cosine", "dot", "euclidean"})
+
+
+def metric_of(similarity: str) -> Metric:
+    """Look up a metric by the name of its similarity function.
+
+    Raises:
+        DeclarationError: for a name that is not one of ``SIMILARITIES``.
+    """
+    for name, metric in METRICS.items():
+        if name == similarity:
+            return metric
+    raise DeclarationError(
+        f"Unknown similarity function {similarity!r}; use one of {', '.join(SIMILARITIES)}."
+    )
+
+
+def similarity_matrix(
+    a: npt.NDArray[np.float32], b: npt.NDArray[np.float32], similarity: Similarity
+) -> npt.NDArray[np.float32]:
+    """Similarity of every row of ``a`` with every row of ``b``.
+
+    Args:
+        a: float32 array of shape ``(n, dimensions)``.
+        b: float32 array of shape ``(m, dimensions)``.
+        similarity: one of ``SIMILARITIES``.
+
+    Returns:
+        float32 array of shape ``(n, m)``, larger for nearer.
+    """
+    if similarity == "cosine":
+        a = a / np.maximum(np.linalg.norm(a, axis=1, keepdims=True), 1e-12)
+        b = b / np.maximum(np.linalg.norm(b, axis=1, keepdims=True), 1e-12)
+        return np.asarray(a @ b.T, dtype=np.float32)
+    if similarity == "dot":
+        return np.asarray(a @ b.T, dtype=np.float32)
+    if similarity == "euclidean":
+        squared = (a**2).sum(1)[:, None] + (b**2).sum(1)[None, :] - 2 * (a @ b.T)
+        return np.asarray(-np.sqrt(np.maximum(squared, 0)), dtype=np.float32)
+    metric_of(similarity)
+    return np.stack([-np.abs(b - row).sum(axis=1) for row in a]).astype(np.float32)

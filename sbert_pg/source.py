@@ -1,0 +1,172 @@
+"""The source of an embedding column: which columns its text is made of, and how they are joined.
+
+One rule, evaluated by Python everywhere (flush, bulk loader, worker, audit) and available as an SQL
+expression to readers. Triggers need only the columns' names: they notice that one has changed.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from sbert_pg.errors import SourceError
+
+SourceArgument = "str | Sequence[str] | Source"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Columns of one table, and how their values become one text.
+
+    Without a template the values are joined with ``separator``; a value that is ``NULL`` or empty is
+    left out together with its separator. With a template, as made by ``Source.template``, each
+    ``{column}`` is replaced by the value, ``NULL`` by nothing.
+
+    Attributes:
+        columns: names of text columns, in order, as the database has them.
+        separator: what stands between two values, a blank line by default.
+        pattern: the template, or ``None``.
+    """
+
+    columns: tuple[str, ...]
+    separator: str = "\n\n"
+    pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.columns:
+            raise SourceError("A source needs at least one column; it was declared with none.")
+        if any(not isinstance(name, str) or not name for name in self.columns):
+            raise SourceError(
+                f"A source is made of column names; got {self.columns!r}. Give them as strings."
+            )
+        if len(set(self.columns)) != len(self.columns):
+            raise SourceError(f"The source {self.columns!r} names a column twice.")
+
+    @classmethod
+    def of(cls, value: str | Sequence[str] | Source, separator: str = "\n\n") -> Source:
+        """Take one column name, several, or a source as it is.
+
+        Raises:
+            SourceError: no column is named, or one is named twice.
+        """
+        if isinstance(value, Source):
+            return value
+        return cls((value,) if isinstance(value, str) else tuple(value), separator)
+
+    @classmethod
+    def template(cls, pattern: str) -> Source:
+        """A source by template, as in ``Source.template("Title: {title}\\n{body}")``.
+
+        Doubled braces stand for themselves. Conversions and format specifications are refused,
+        since SQL could not follow them.
+
+        Raises:
+            SourceError: the template is malformed, names no column, or uses a conversion.
+        """
+        names: list[str] = []
+        for _, name, specification, conversion in _parse(pattern):
+            if name is None:
+                continue
+            if not name.isidentifier() or specification or conversion:
+                raise SourceError(
+                    f"The template {pattern!r} holds {{{name}}} with a conversion, a format or an "
+                    "expression; only plain column names can stand in braces."
+                )
+            if name not in names:
+                names.append(name)
+        return cls(tuple(names), pattern=pattern)
+
+    def text(self, values: Mapping[str, Any]) -> str:
+        """The text of one row, given as a mapping with at least the source's columns."""
+        return self.joiner()([values[name] for name in self.columns])
+
+    def joiner(self) -> Callable[[Sequence[Any]], str]:
+        """A function from the values, in the order of ``columns``, to the text of a row."""
+        if self.pattern is None:
+            separator = self.separator
+            if len(self.columns) == 1:
+                return lambda values: values[0] or ""
+            return lambda values: separator.join([value for value in values if value])
+        parts = list(_parse(self.pattern))
+        position = {name: i for i, name in enumerate(self.columns)}
+
+        def fill(values: Sequence[Any]) -> str:
+            filled = []
+            for literal, name, _, _ in parts:
+                filled.append(literal)
+                if name is not None:
+                    filled.append(values[position[name]] or "")
+            return "".join(filled)
+
+        return fill
+
+    def resolve(self, table: sa.FromClause) -> tuple[sa.Column[Any], ...]:
+        """The source's columns on a table.
+
+        Raises:
+            SourceError: a column does not exist or does not hold text.
+        """
+        by_name: dict[str, Any] = {column.name: column for column in table.c}
+        found = []
+        for name in self.columns:
+            column = by_name.get(name, table.c.get(name))
+            if column is None:
+                raise SourceError(
+                    f"The source of an embedding column names {name!r}, which table "
+                    f"{_table_name(table)!r} does not have; its columns are "
+                    f"{', '.join(sorted(by_name))}."
+                )
+            if not isinstance(column.type, sa.String) or isinstance(column.type, sa.Enum):
+                raise SourceError(
+                    f"Column {_table_name(table)}.{name} has type {column.type!r}; a source is made "
+                    "of text columns, since other types read differently in Python and in SQL."
+                )
+            found.append(column)
+        return tuple(found)
+
+    def expression(self, table: sa.FromClause) -> sa.ColumnElement[str]:
+        """The text of a row as an SQL expression."""
+        columns = dict(zip(self.columns, self.resolve(table), strict=True))
+        if self.pattern is None:
+            values = [sa.func.nullif(column, "") for column in columns.values()]
+            return sa.func.concat_ws(self.separator, *values, type_=sa.Text())
+        parts: list[Any] = []
+        for literal, name, _, _ in _parse(self.pattern):
+            if literal:
+                parts.append(sa.cast(literal, sa.Text()))
+            if name is not None:
+                parts.append(columns[name])
+        return sa.func.concat(*parts, type_=sa.Text())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a ``jsonb`` column; ``from_json`` reads it back."""
+        return {
+            "columns": list(self.columns),
+            "separator": self.separator,
+            "pattern": self.pattern,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Source:
+        """The inverse of ``to_json``."""
+        return cls(tuple(data["columns"]), data["separator"], data.get("pattern"))
+
+    def __str__(self) -> str:
+        if self.pattern is not None:
+            return repr(self.pattern)
+        return " + ".join(self.columns)
+
+
+def _parse(pattern: str) -> list[tuple[str, str | None, str | None, str | None]]:
+    try:
+        return list(string.Formatter().parse(pattern))
+    except ValueError as error:
+        raise SourceError(f"The template {pattern!r} is malformed: {error}.") from error
+
+
+def _table_name(table: sa.FromClause) -> str:
+    return str(getattr(table, "fullname", None) or getattr(table, "name", table))

@@ -1,0 +1,135 @@
+"""Operators of vector columns, under pgvector's names, and two that choose among them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import sqlalchemy as sa
+from sqlalchemy.types import UserDefinedType
+
+from sbert_pg import distance as d
+from sbert_pg.errors import DeclarationError
+from sbert_pg.types.indexed import index_on
+
+if TYPE_CHECKING:
+    from sbert_pg.types.vector import VectorType
+
+
+class VectorComparator(UserDefinedType.Comparator[Any]):
+    """Methods of a ``Vector``, ``HalfVector`` or ``Embedding`` column in an expression.
+
+    Each takes a vector (any sequence of numbers), another vector column or expression, or, on an
+    embedding column, a text, which is encoded as a query when the statement is executed. Each gives
+    a ``double precision`` expression.
+    """
+
+    def l2_distance(self, other: Any) -> sa.ColumnElement[float]:
+        """Euclidean distance, ``<->``."""
+        return self._operate(d.L2, other)
+
+    def cosine_distance(self, other: Any) -> sa.ColumnElement[float]:
+        """Cosine distance, ``<=>``: one minus the cosine."""
+        return self._operate(d.COSINE, other)
+
+    def max_inner_product(self, other: Any) -> sa.ColumnElement[float]:
+        """Negative inner product, ``<#>``."""
+        return self._operate(d.INNER_PRODUCT, other)
+
+    def l1_distance(self, other: Any) -> sa.ColumnElement[float]:
+        """Manhattan distance, ``<+>``."""
+        return self._operate(d.L1, other)
+
+    def distance(self, other: Any) -> sa.ColumnElement[float]:
+        """Distance under the encoder's similarity function, in the form that the index serves.
+
+        On a plain vector column it is the distance that the column's index has, else cosine.
+        """
+        return served_distance(self.expr, other)
+
+    def similarity(self, other: Any) -> sa.ColumnElement[float]:
+        """Similarity under the encoder's similarity function, larger for nearer.
+
+        As in sentence-transformers: cosine and inner product as they are, the negative of euclidean
+        and manhattan distance.
+        """
+        metric = metric_for(self.expr)
+        value = self._operate(metric.operator, other)
+        return sa.literal(metric.offset, sa.Float()) - value if metric.offset else -value
+
+    def _operate(self, operator: str, other: Any) -> sa.ColumnElement[float]:
+        return apply_operator(self.expr, operator, other)
+
+
+def apply_operator(
+    left: sa.ColumnElement[Any], operator: str, other: Any
+) -> sa.ColumnElement[float]:
+    """``left operator other`` as ``double precision``, with ``other`` bound as a vector."""
+    right = operand(left, other)
+    return cast(
+        "sa.ColumnElement[float]",
+        left.op(operator, precedence=5, return_type=sa.Float(53))(right),
+    )
+
+
+def operand(left: sa.ColumnElement[Any], other: Any) -> sa.ColumnElement[Any]:
+    """The right-hand side of an operator: an expression as it is, anything else as a parameter."""
+    type_ = cast("VectorType", left.type)
+    if hasattr(other, "__clause_element__"):
+        other = other.__clause_element__()
+    if isinstance(other, sa.BindParameter) and other.type._isnull:
+        return sa.type_coerce(other, query_type(left))
+    if isinstance(other, sa.ClauseElement):
+        if isinstance(other, (sa.Select, sa.CompoundSelect)):
+            return other.scalar_subquery()
+        return cast("sa.ColumnElement[Any]", other)
+    if other is None:
+        raise DeclarationError(
+            "A vector column was compared with None. Give a text, a vector or an expression; "
+            "a row without a vector is found with column.is_(None)."
+        )
+    if not isinstance(other, str):
+        type_.checked(other)
+    return sa.literal(other, query_type(left))
+
+
+def query_type(left: sa.ColumnElement[Any]) -> VectorType:
+    """The type of a parameter that is compared with ``left``."""
+    type_ = cast("VectorType", left.type)
+    for_query = getattr(type_, "query_type", None)
+    return type_ if for_query is None else cast("VectorType", for_query(left))
+
+
+def metric_for(column: sa.ColumnElement[Any]) -> d.Metric:
+    """The metric of the column's encoder; of its index where there is no encoder; else cosine."""
+    spec = getattr(column.type, "encoder", None)
+    if spec is not None:
+        return d.metric_of(spec.similarity)
+    index = index_on(column)
+    return index.metric if index is not None else d.METRICS["cosine"]
+
+
+def served_distance(column: sa.ColumnElement[Any], other: Any) -> sa.ColumnElement[float]:
+    """The distance expression that an index declared on the column's table can order by."""
+    metric = metric_for(column)
+    index = index_on(column)
+    if index is None or index.quantized:
+        return apply_operator(column, metric.operator, other)
+    if index.metric is not metric and not _rank_alike(column, index.metric, metric):
+        return apply_operator(column, metric.operator, other)
+    left = index.indexed(column)
+    right = operand(column, other)
+    if left is not column:
+        right = sa.cast(right, left.type)
+    return cast(
+        "sa.ColumnElement[float]",
+        left.op(index.metric.operator, precedence=5, return_type=sa.Float(53))(right),
+    )
+
+
+def _rank_alike(column: sa.ColumnElement[Any], a: d.Metric, b: d.Metric) -> bool:
+    spec = getattr(column.type, "encoder", None)
+    return (
+        spec is not None
+        and bool(spec.normalized)
+        and {a.similarity, b.similarity} <= d.RANK_UNIT_VECTORS_ALIKE
+    )
