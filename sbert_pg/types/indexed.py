@@ -31,6 +31,7 @@ class IndexDescription:
         metric: metric of the operator class; for ``binary`` that of the exact rerank.
         dimensions: width of the column.
         cast_to: type that the column is cast to, for the form ``halfvec``.
+        lists: inverted lists of an IVFFlat index.
     """
 
     column: str
@@ -39,6 +40,7 @@ class IndexDescription:
     metric: Metric
     dimensions: int
     cast_to: sa.types.TypeEngine[Any] | None = None
+    lists: int | None = None
 
     @property
     def quantized(self) -> bool:
@@ -77,6 +79,7 @@ def description_of(index: sa.Index) -> IndexDescription | None:
         metric=_metric_of(opclass, column),
         dimensions=column.type.dimensions,
         cast_to=cast_to,
+        lists=(options["with"] or {}).get("lists"),
     )
 
 
