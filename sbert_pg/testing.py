@@ -92,7 +92,8 @@ class DeterministicEncoder:
         digest = hashlib.sha256(f"{self._salt}\0{word}".encode()).digest()
         random = np.random.default_rng(int.from_bytes(digest[:8], "big"))
         vector = random.standard_normal(self._spec.dimensions, dtype=np.float32)
-        return vector / np.linalg.norm(vector)
+        unit: Vectors = vector / np.linalg.norm(vector)
+        return unit
 
 
 __all__ = ["DeterministicEncoder"]
