@@ -31,11 +31,11 @@ $(DEMO_VENV)/.ready: pyproject.toml
 
 test: $(VENV)/.ready wheel
 	$(VENV)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/pytest $(PYTEST_ARGS)
 
 slow: $(VENV)/.ready wheel
 	$(VENV)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
-	$(VENV)/bin/python -m pytest -m slow $(PYTEST_ARGS)
+	$(VENV)/bin/pytest -m slow $(PYTEST_ARGS)
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
