@@ -1,0 +1,46 @@
+"""SQLModel: the embedding column is a field like any other.
+
+export DATABASE_URL=postgresql+psycopg://localhost/shop
+python sqlmodel_search.py
+"""
+
+import os
+from typing import Any
+
+import sqlalchemy as sa
+from sqlmodel import Field, Session, SQLModel, create_engine
+
+from sbert_pg import Embedding, bind_all, embed_on_flush, hnsw_index, nearest
+
+
+class Recipe(SQLModel, table=True):
+    __table_args__ = (hnsw_index("recipe_embedding", "embedding"),)
+
+    id: int | None = Field(default=None, primary_key=True)
+    title: str
+    embedding: Any = Field(
+        default=None,
+        sa_column=sa.Column(Embedding("all-MiniLM-L6-v2", source="title"), nullable=True),
+    )
+
+
+def main() -> list[str]:
+    engine = create_engine(os.environ["DATABASE_URL"])
+    SQLModel.metadata.create_all(engine)
+    with engine.begin() as connection:
+        bind_all(connection, SQLModel.metadata)
+    with Session(engine) as session:
+        embed_on_flush(session)
+        session.add_all(
+            Recipe(title=title)
+            for title in ("Pancakes with maple syrup", "Lentil soup", "Apple pie", "Beef stew")
+        )
+        session.commit()
+        found = session.execute(nearest(Recipe.embedding, "something sweet", limit=2))
+        titles = [recipe.title for recipe, _ in found]
+    engine.dispose()
+    return titles
+
+
+if __name__ == "__main__":
+    print(main())
