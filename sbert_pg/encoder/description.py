@@ -4,8 +4,8 @@ A model says in JSON files which modules it is made of and how each is configure
 them and nothing else decides. What is not understood is refused by name: an encoder that leaves a
 module out gives vectors of another space without any error.
 
-Sources: ``modules.json``, ``config_sentence_transformers.json`` and each module's ``config.json`` as
-written by sentence-transformers 0.3 to 6.2 (``base/model.py``, ``base/modules/*.py``,
+Sources: ``modules.json``, ``config_sentence_transformers.json`` and the ``config.json`` of each
+module, as written by sentence-transformers 0.3 to 6.2 (``base/model.py``, ``base/modules/*.py``,
 ``sentence_transformer/modules/pooling.py``).
 """
 
