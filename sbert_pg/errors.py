@@ -32,7 +32,9 @@ class derives from it too, so that existing handlers keep working.
     ├── ReembeddingError         a change of encoder
     │   ├── BackfillIncompleteError
     │   ├── VerificationError
-    │   └── StillInUseError
+    │   ├── StillInUseError
+    │   ├── NotProvenError           an existing column's encoder or source could not be proven
+    │   └── TableBusyError           a lock could not be had
     ├── ClusteringError
     ├── LoadError                a row that the bulk loader cannot take
     └── ServerError              the embedded server
@@ -165,6 +167,14 @@ class VerificationError(ReembeddingError):
 
 class StillInUseError(ReembeddingError):
     """The old column is still read or written, so it is not dropped."""
+
+
+class NotProvenError(ReembeddingError):
+    """No candidate encoder and source could be shown to have made a column's vectors."""
+
+
+class TableBusyError(ReembeddingError):
+    """A table's lock could not be had; nothing was changed."""
 
 
 class ClusteringError(SbertPgError):
