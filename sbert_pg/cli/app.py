@@ -20,9 +20,9 @@ COMMAND_MODULES = (
 )
 
 EPILOG = (
-    "Without --database (or SBERT_PG_DATABASE_URL), commands start the embedded server in your user "
-    "data directory and stop it after. Exit codes: 0 done, 1 failed or a check did not hold, 2 wrong "
-    "usage, 3 database unreachable, 130 interrupted."
+    "Without --database (or SBERT_PG_DATABASE_URL), commands start the embedded server in your "
+    "user data directory and stop it after. Exit codes: 0 done, 1 failed or a check did not hold, "
+    "2 wrong usage, 3 database unreachable, 130 interrupted."
 )
 
 

@@ -32,7 +32,8 @@ def init(
 ) -> None:
     """Prepare a database: the extension [b]vector[/] and the schema [b]sbert[/].
 
-    With --alembic it prepares an application's Alembic environment instead, and touches no database.
+    With --alembic it prepares an application's Alembic environment instead, and touches no
+    database.
 
     [b]sbert-pg init -d postgresql://localhost/shop[/]
     [b]sbert-pg init --alembic migrations --write[/]
