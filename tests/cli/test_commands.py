@@ -1,0 +1,231 @@
+"""The command as a process: output, exit codes, interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+ROOT = Path(__file__).parents[2]
+
+
+def sbert_pg(
+    *arguments: str, url: sa.URL | None = None, stdin: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "sbert_pg.cli.app", *arguments],
+        env=environment(url),
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def environment(url: sa.URL | None) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if key != "DATABASE_URL"}
+    kept["COLUMNS"] = "200"
+    if url is not None:
+        kept["SBERT_PG_DATABASE_URL"] = url.render_as_string(hide_password=False)
+    return kept
+
+
+@pytest.fixture
+def articles(tmp_path: Path) -> Path:
+    path = tmp_path / "articles.csv"
+    path.write_text(
+        "title,body\n"
+        "Refunds,How to get your money back after a purchase\n"
+        "Opening hours,When the shop is open\n"
+        'Careers,"Jobs, and how to apply"\n'
+    )
+    return path
+
+
+def test_help_teaches() -> None:
+    result = sbert_pg("--help")
+    assert result.returncode == 0
+    for command in ("demo", "init", "migrate", "load", "search", "status", "encoder"):
+        assert command in result.stdout
+    assert "Exit codes" in result.stdout
+
+
+def commands(*prefix: str) -> list[tuple[str, ...]]:
+    """Every command, nested ones included."""
+    import typer
+
+    from sbert_pg.cli.app import build_app
+
+    root: Any = typer.main.get_command(build_app())
+    found: list[tuple[str, ...]] = []
+
+    def visit(command: Any, path: tuple[str, ...]) -> None:
+        inner = getattr(command, "commands", None)
+        if inner is None:
+            found.append(path)
+            return
+        for name, child in inner.items():
+            visit(child, (*path, name))
+
+    visit(root, prefix)
+    return found
+
+
+@pytest.mark.parametrize("path", commands(), ids=" ".join)
+def test_every_command_is_explained(path: tuple[str, ...]) -> None:
+    """In its own help, with an example, and on a page."""
+    import typer
+
+    from sbert_pg.cli.app import build_app
+
+    command: Any = typer.main.get_command(build_app())
+    for name in path:
+        command = command.commands[name]
+    text = command.help or ""
+    assert len(text) > 40, f"{' '.join(path)} has no help"
+    assert f"sbert-pg {' '.join(path)}" in text.replace("\n", " "), "the help shows no example"
+    for parameter in command.params:
+        if getattr(parameter, "hidden", False):
+            continue
+        assert getattr(parameter, "help", "x") is not None, f"{path}: {parameter.name} has no help"
+    pages = "\n".join(p.read_text() for p in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    assert f"sbert-pg {' '.join(path)}" in pages, f"sbert-pg {' '.join(path)} is on no page"
+
+
+def test_load_and_search(database_url: sa.URL, articles: Path, minilm: Any) -> None:
+    loaded = sbert_pg(
+        "load", str(articles), "-t", "article", "--create", "-s", "title", "-s", "body", "--json",
+        url=database_url,
+    )  # fmt: skip
+    assert loaded.returncode == 0, loaded.stderr
+    assert json.loads(loaded.stdout)["rows"] == 3
+    more = '{"title": "Shipping", "body": "Where is my parcel?"}\n'
+    assert sbert_pg("load", "-", "-t", "article", url=database_url, stdin=more).returncode == 0
+    found = sbert_pg("search", "article", "track a package", "--json", url=database_url)
+    assert found.returncode == 0, found.stderr
+    rows = json.loads(found.stdout)
+    assert [row["title"] for row in rows][0] == "Shipping"
+    assert len(rows) == 4
+    assert "embedding" not in rows[0]
+    filtered = sbert_pg(
+        "search", "article", "money", "--where", "title <> 'Refunds'", "-n", "1", url=database_url
+    )
+    assert "Refunds" not in filtered.stdout
+    assert filtered.returncode == 0
+    status = json.loads(sbert_pg("status", "--json", url=database_url).stdout)
+    assert len(status) == 1
+    assert status[0]["pending"] == 0
+
+
+def test_a_bad_row_leaves_nothing(database_url: sa.URL, tmp_path: Path, minilm: Any) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"title": "fine"}\nnot json\n')
+    result = sbert_pg("load", str(path), "-t", "a", "--create", "-s", "title", url=database_url)
+    assert result.returncode == 1
+    assert "line 2" in result.stderr
+    engine = sa.create_engine(database_url)
+    assert not sa.inspect(engine).has_table("a")
+    engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["search", "nowhere", "x"], 1, "no table"),
+        (["load", "missing.csv", "-t", "a"], 1, "missing.csv"),
+        (["search"], 2, "Missing argument"),
+        (["no-such-command"], 2, "No such command"),
+        (["migrate", "--check"], 0, ""),
+        (["search", "a", "b", "--limit", "0"], 2, "limit"),
+    ],
+)
+def test_exit_codes(database_url: sa.URL, arguments: list[str], code: int, words: str) -> None:
+    result = sbert_pg(*arguments, url=database_url)
+    assert result.returncode == code, result.stderr
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_unreachable_database() -> None:
+    url = sa.make_url("postgresql+psycopg://nobody@127.0.0.1:9/none?connect_timeout=2")
+    result = sbert_pg("status", url=url)
+    assert result.returncode == 3
+    assert "Traceback" not in result.stderr
+
+
+def test_not_postgres() -> None:
+    result = sbert_pg("status", "-d", "mysql://somewhere/else")
+    assert result.returncode == 1
+    assert "PostgreSQL" in result.stderr
+
+
+def test_schema_up_and_down(bare_database_url: sa.URL) -> None:
+    assert sbert_pg("migrate", "--check", url=bare_database_url).returncode == 1
+    assert sbert_pg("init", url=bare_database_url).returncode == 0
+    assert sbert_pg("migrate", "--check", url=bare_database_url).returncode == 0
+    assert sbert_pg("migrate", "base", url=bare_database_url).returncode == 0
+    engine = sa.create_engine(bare_database_url)
+    assert "encoder" not in sa.inspect(engine).get_table_names(schema="sbert")
+    engine.dispose()
+
+
+def test_interrupt_leaves_nothing_half_done(
+    database_url: sa.URL, tmp_path: Path, minilm: Any
+) -> None:
+    path = tmp_path / "many.jsonl"
+    with path.open("w") as file:
+        for number in range(50_000):
+            file.write(json.dumps({"title": f"article number {number} about things"}) + "\n")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sbert_pg.cli.app", "load", str(path), "-t", "many", "--create",
+         "-s", "title"],
+        env=environment(database_url),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    engine = sa.create_engine(database_url)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with engine.connect() as connection:
+            busy = connection.execute(
+                sa.text("SELECT count(*) FROM pg_stat_progress_copy")
+            ).scalar_one()
+        if busy:
+            break
+        time.sleep(0.02)
+    else:
+        pytest.fail("the load never began to write")
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert not sa.inspect(engine).has_table("many")
+    engine.dispose()
+
+
+@pytest.mark.slow
+def test_demo_twice(tmp_path: Path, minilm: Any) -> None:
+    """On an embedded server of its own; the second start finds everything in place."""
+    arguments = ["demo", "compare two files line by line", "--data-dir", str(tmp_path / "data")]
+    os.chmod(tmp_path, 0o755)
+    first = sbert_pg(*arguments, "--json")
+    assert first.returncode == 0, first.stderr
+    names = [row["function"] for row in json.loads(first.stdout)[0]["answers"]]
+    assert any(name.startswith("difflib.") or name.startswith("filecmp.") for name in names)
+    started = time.monotonic()
+    second = sbert_pg(*arguments, "--json")
+    assert second.returncode == 0, second.stderr
+    assert json.loads(second.stdout)[0]["answers"] == json.loads(first.stdout)[0]["answers"]
+    assert "Embedding" not in second.stderr
+    assert time.monotonic() - started < 60
