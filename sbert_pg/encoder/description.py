@@ -17,10 +17,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import numpy as np
-import numpy.typing as npt
-
 from sbert_pg.distance import SIMILARITIES, Similarity
+from sbert_pg.encoder.layers import (
+    ACTIVATIONS,
+    Dense,
+    Layer,
+    Normalize,
+    find_weights,
+    inside,
+    read_json,
+    read_layers,
+)
 from sbert_pg.errors import DamagedEncoderError, EncoderNotFoundError, UnsupportedEncoderError
 
 PoolingMode = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
@@ -53,38 +60,6 @@ _HARMLESS_KWARGS = frozenset(
      "cache_dir", "revision", "token", "local_files_only", "trust_remote_code", "low_cpu_mem_usage",
      "use_fast", "model_max_length"}
 )  # fmt: skip
-
-#: Activations of a Dense layer, by the name of torch's class.
-ACTIVATIONS = (
-    "Identity", "Tanh", "ReLU", "GELU", "Sigmoid", "SiLU", "Mish", "Softplus", "ELU", "LeakyReLU",
-)  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Dense:
-    """A fully connected layer on the pooled vector.
-
-    Attributes:
-        in_features: width of its input.
-        out_features: width of its output.
-        activation: name of torch's class, one of ``ACTIVATIONS``, with its default arguments.
-        weight: float32 of shape ``(out_features, in_features)``.
-        bias: float32 of shape ``(out_features,)``, or ``None``.
-    """
-
-    in_features: int
-    out_features: int
-    activation: str
-    weight: npt.NDArray[np.float32] = field(repr=False)
-    bias: npt.NDArray[np.float32] | None = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Normalize:
-    """Division by the Euclidean length, at least 1e-12 (``torch.nn.functional.normalize``)."""
-
-
-Layer = Dense | Normalize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -169,7 +144,7 @@ def describe(path: str | Path) -> Description:
             "'sentence-transformers/all-MiniLM-L6-v2'."
         )
     modules = _modules(root)
-    transformer_path = _inside(root, modules[0][1])
+    transformer_path = inside(root, modules[0][1])
     settings = _transformer_settings(transformer_path)
     config = read_json(transformer_path / "config.json")
     architecture = config.get("model_type")
@@ -188,7 +163,7 @@ def describe(path: str | Path) -> Description:
         weights=find_weights(transformer_path),
         pooling=pooling,
         include_prompt=include_prompt,
-        layers=_layers(root, modules[2:], len(pooling) * hidden_size(config)),
+        layers=read_layers(root, modules[2:], len(pooling) * hidden_size(config)),
         max_seq_length=_max_seq_length(transformer_path, settings, config),
         do_lower_case=bool(settings.get("do_lower_case", False)),
         prompts=_prompts(root, general),
@@ -196,23 +171,6 @@ def describe(path: str | Path) -> Description:
         similarity=_similarity(root, general),
         truncate_dim=general.get("truncate_dim"),
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        DamagedEncoderError: the file is missing or holds no JSON object.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DamagedEncoderError(f"{path} is missing; the directory is incomplete.") from error
-    except (OSError, ValueError) as error:
-        raise DamagedEncoderError(f"{path} cannot be read as JSON: {error}.") from error
-    if not isinstance(data, dict):
-        raise DamagedEncoderError(f"{path} holds no JSON object.")
-    return data
 
 
 def hidden_size(config: Mapping[str, Any]) -> int:
@@ -223,42 +181,6 @@ def hidden_size(config: Mapping[str, Any]) -> int:
     raise UnsupportedEncoderError(
         f"The configuration of architecture {config.get('model_type')!r} names no hidden size."
     )
-
-
-def find_weights(directory: Path) -> tuple[Path, ...]:
-    """The safetensors files of a module, one or a sharded set.
-
-    Raises:
-        UnsupportedEncoderError: the weights are there as pickle only.
-        DamagedEncoderError: there are none, or a shard is missing.
-    """
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        files = tuple(_inside(directory, name) for name in names)
-    else:
-        files = (directory / "model.safetensors",)
-    missing = [file.name for file in files if not file.is_file()]
-    if not missing and files:
-        return files
-    pickled = directory / "pytorch_model.bin"
-    if not index.is_file() and pickled.is_file():
-        raise UnsupportedEncoderError(
-            f"{directory} holds its weights as {pickled.name}, a pickle file, which can run code "
-            "when it is read. Take a revision of the model that has model.safetensors, or save it "
-            "anew with SentenceTransformer(...).save_pretrained(...) where you trust it."
-        )
-    raise DamagedEncoderError(
-        f"{directory} lacks {', '.join(missing) or 'its weights'}; the directory is incomplete."
-    )
-
-
-def _inside(root: Path, name: str) -> Path:
-    """A path below ``root``; a model must not point elsewhere."""
-    relative = Path(name)
-    if relative.is_absolute() or ".." in relative.parts:
-        raise UnsupportedEncoderError(f"{root} names the path {name!r}, which lies outside it.")
-    return root / relative
 
 
 def _modules(root: Path) -> list[tuple[str, str]]:
@@ -338,7 +260,7 @@ def _pooling(
     if len(modules) == 1:
         causal = str((config.get("architectures") or [""])[0]).endswith("ForCausalLM")
         return ("lasttoken" if causal and config.get("is_causal", True) else "mean",), True
-    where = _inside(root, modules[1][1]) / "config.json"
+    where = inside(root, modules[1][1]) / "config.json"
     data = read_json(where)
     modes = data.get("pooling_mode")
     if modes is None:
@@ -357,65 +279,6 @@ def _pooling(
             f"{where} pools vectors of width {width}; the transformer gives {hidden_size(config)}."
         )
     return tuple(modes), bool(data.get("include_prompt", True))
-
-
-def _layers(root: Path, modules: Sequence[tuple[str, str]], width: int) -> tuple[Layer, ...]:
-    layers: list[Layer] = []
-    for name, path in modules:
-        where = _inside(root, path)
-        if name == "Dense":
-            dense = _dense(where, width)
-            layers.append(dense)
-            width = dense.out_features
-        elif name == "Normalize":
-            data = read_json(where / "config.json") if (where / "config.json").is_file() else {}
-            _sentence_level(where, data)
-            layers.append(Normalize())
-        else:
-            raise UnsupportedEncoderError(
-                f"{root / 'modules.json'} names a module {name!r} after pooling; supported are "
-                "Dense and Normalize."
-            )
-    return tuple(layers)
-
-
-def _sentence_level(where: Path, data: Mapping[str, Any]) -> None:
-    for key in ("module_input_name", "module_output_name"):
-        if data.get(key) not in (None, "sentence_embedding"):
-            raise UnsupportedEncoderError(
-                f"{where} works on {data[key]!r}; supported are layers on the pooled vector."
-            )
-
-
-def _dense(where: Path, width: int) -> Dense:
-    from safetensors.numpy import load_file
-
-    data = read_json(where / "config.json")
-    _sentence_level(where, data)
-    if data.get("use_residual"):
-        raise UnsupportedEncoderError(f"{where} is a Dense layer with a residual connection.")
-    # sentence-transformers falls back to Tanh where the configuration names no activation.
-    activation = str(data.get("activation_function", "torch.nn.modules.activation.Tanh"))
-    package, _, name = activation.rpartition(".")
-    if not package.startswith("torch.") or name not in ACTIVATIONS:
-        raise UnsupportedEncoderError(
-            f"{where} has the activation {activation!r}; supported are torch's "
-            f"{', '.join(ACTIVATIONS)}."
-        )
-    tensors = {
-        key: np.asarray(value, dtype=np.float32)
-        for file in find_weights(where)
-        for key, value in load_file(file).items()
-    }
-    weight, bias = tensors.get("linear.weight"), tensors.get("linear.bias")
-    shape = (int(data["out_features"]), int(data["in_features"]))
-    if weight is None or weight.shape != shape or shape[1] != width:
-        raise DamagedEncoderError(
-            f"{where} should hold a weight of shape {shape} for vectors of width {width}."
-        )
-    if bool(data.get("bias", True)) != (bias is not None):
-        raise DamagedEncoderError(f"{where} and its weights disagree on whether there is a bias.")
-    return Dense(shape[1], shape[0], name, weight, bias)
 
 
 def _general(root: Path) -> dict[str, Any]:
@@ -470,3 +333,18 @@ def _max_seq_length(
         limit = read_json(tokenizer).get("model_max_length")
     limits = [int(value) for value in (limit, positions) if value is not None and value < 10**9]
     return min(limits, default=None)
+
+
+__all__ = [
+    "ACTIVATIONS",
+    "POOLING_MODES",
+    "Dense",
+    "Description",
+    "Layer",
+    "Normalize",
+    "PoolingMode",
+    "describe",
+    "find_weights",
+    "hidden_size",
+    "read_json",
+]

@@ -125,8 +125,12 @@ class TextTokenizer:
         return text if seam is None else text[: seam.end() - 1]
 
 
-def clean(texts: Sequence[object]) -> list[str]:
+def clean(texts: Sequence[object], *, first: int = 0) -> list[str]:
     """Check that every text is one, and make it encodable.
+
+    Args:
+        texts: what shall be encoded.
+        first: position of ``texts[0]`` in the call, for messages.
 
     Lone surrogates, which no UTF-8 text can hold, become U+FFFD. Nothing else is changed: empty
     texts, white space and NUL are the tokenizer's to judge.
@@ -135,7 +139,7 @@ def clean(texts: Sequence[object]) -> list[str]:
         EncodingError: something is no text; ``index`` is its position.
     """
     cleaned = []
-    for position, text in enumerate(texts):
+    for position, text in enumerate(texts, first):
         if not isinstance(text, str):
             kind = "None" if text is None else f"an object of type {type(text).__name__}"
             advice = {

@@ -1,0 +1,257 @@
+"""The directory of a converted encoder: self-describing, verified, made once.
+
+::
+
+    manifest.json   format, spec, precision, inputs of the graph, agreement, digests of the files
+    model.onnx      output "embedding", float32 of shape (batch, dimensions)
+    tokenizer.json  without truncation, which the manifest has as max_seq_length
+    probes.npy      float32 of shape (len(PROBES), dimensions)
+
+A directory is written under another name beside its place and renamed when it is whole, so a
+process that is killed leaves no half directory under the right name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sbert_pg.encoder.description import read_json
+from sbert_pg.encoder.hub import sha256_of
+from sbert_pg.errors import DamagedEncoderError, UnsupportedEncoderError
+from sbert_pg.probes import PROBES, Agreement
+from sbert_pg.spec import EncoderSpec, Vectors
+
+FORMAT = 1
+#: Raised when conversion gives another graph, so that cached conversions are made anew.
+BUILD = 1
+
+MANIFEST = "manifest.json"
+MODEL = "model.onnx"
+TOKENIZER = "tokenizer.json"
+PROBE_VECTORS = "probes.npy"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a converted directory says about itself.
+
+    Attributes:
+        spec: the encoder's spec, without truncation that a caller may ask for.
+        precision: numeric form of the weights.
+        inputs: names of the graph's inputs, in order.
+        truncation_side: which end of a long text is cut off.
+        exporter: how the graph was made, ``"graph"`` or ``"torch"``.
+        agreement: by text set (``"probes"``, ``"samples"``), how closely the vectors agree with
+            those of the fp32 reference; empty for the reference itself.
+        files: SHA-256 of every other file, by name.
+    """
+
+    spec: EncoderSpec
+    precision: str
+    inputs: tuple[str, ...]
+    truncation_side: str = "right"
+    exporter: str = "graph"
+    agreement: Mapping[str, Agreement] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data with a digest of itself."""
+        data = {
+            "format": FORMAT,
+            "spec": self.spec.to_json(),
+            "fingerprint": self.spec.fingerprint,
+            "precision": self.precision,
+            "inputs": list(self.inputs),
+            "truncation_side": self.truncation_side,
+            "exporter": self.exporter,
+            "agreement": {name: asdict(value) for name, value in self.agreement.items()},
+            "files": dict(self.files),
+        }
+        return {**data, "digest": _digest(data)}
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest:
+        """The manifest of a directory.
+
+        Raises:
+            DamagedEncoderError: it is missing, unreadable, or was changed.
+            UnsupportedEncoderError: another version of this library wrote it.
+        """
+        path = directory / MANIFEST
+        data = read_json(path)
+        if data.get("format") != FORMAT:
+            raise UnsupportedEncoderError(
+                f"{path} has format {data.get('format')!r}; this version reads {FORMAT}. Convert "
+                "the encoder anew with 'sbert-pg encoder convert', or use the version that made it."
+            )
+        digest = data.pop("digest", None)
+        if digest != _digest(data):
+            raise DamagedEncoderError(
+                f"{path} does not match its own digest; it was changed after it was written. "
+                "Convert the encoder anew."
+            )
+        return cls(
+            spec=EncoderSpec.from_json(data["spec"]),
+            precision=data["precision"],
+            inputs=tuple(data["inputs"]),
+            truncation_side=data["truncation_side"],
+            exporter=data["exporter"],
+            agreement={key: Agreement(**value) for key, value in data["agreement"].items()},
+            files=data["files"],
+        )
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    text = json.dumps(data, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def is_converted(path: Path) -> bool:
+    """Whether a directory was made by this project."""
+    return (path / MANIFEST).is_file() and not (path / "modules.json").is_file()
+
+
+def verify_files(directory: Path, manifest: Manifest) -> None:
+    """Compare every file with its digest.
+
+    Raises:
+        DamagedEncoderError: a file is missing or differs; the message names it.
+    """
+    for name in (MODEL, TOKENIZER, PROBE_VECTORS):
+        if name not in manifest.files:
+            raise DamagedEncoderError(f"{directory / MANIFEST} names no {name}.")
+    for name, digest in manifest.files.items():
+        path = directory / name
+        if not path.is_file():
+            raise DamagedEncoderError(
+                f"{path} is missing; the directory is incomplete. Convert the encoder anew."
+            )
+        if sha256_of(path) != digest:
+            raise DamagedEncoderError(
+                f"{path} does not match its digest in {MANIFEST}: it is damaged or was changed. "
+                "Convert the encoder anew."
+            )
+
+
+def read_probes(directory: Path, dimensions: int) -> Vectors:
+    """The stored probe vectors, shape ``(len(PROBES), dimensions)``."""
+    try:
+        vectors: Vectors = np.load(directory / PROBE_VECTORS, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DamagedEncoderError(
+            f"{directory / PROBE_VECTORS} cannot be read: {error}."
+        ) from error
+    if vectors.dtype != np.float32 or vectors.shape != (len(PROBES), dimensions):
+        raise DamagedEncoderError(
+            f"{directory / PROBE_VECTORS} holds {vectors.dtype} of shape {vectors.shape}; "
+            f"expected float32 of shape {(len(PROBES), dimensions)}."
+        )
+    return vectors
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
+    """Write the manifest of a directory whose other files are in place, with their digests."""
+    names = sorted(path.name for path in directory.iterdir() if path.name != MANIFEST)
+    complete = Manifest(
+        spec=manifest.spec,
+        precision=manifest.precision,
+        inputs=manifest.inputs,
+        truncation_side=manifest.truncation_side,
+        exporter=manifest.exporter,
+        agreement=manifest.agreement,
+        files={name: sha256_of(directory / name) for name in names},
+    )
+    text = json.dumps(complete.to_json(), indent=2, ensure_ascii=False)
+    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    return complete
+
+
+def cache_root(cache_dir: str | Path | None = None) -> Path:
+    """Where converted encoders are kept.
+
+    ``cache_dir``, else ``$SBERT_PG_CACHE``, else ``encoders`` in the user's cache directory.
+    """
+    chosen = cache_dir or os.environ.get("SBERT_PG_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    import platformdirs
+
+    return platformdirs.user_cache_path("sbert-pg", appauthor=False) / "encoders"
+
+
+def slot(root: Path, name: str, revision: str | None, precision: str) -> Path:
+    """The place of one conversion in the cache.
+
+    Args:
+        root: the cache.
+        name: repository, or a plain directory's path.
+        revision: revision that was asked for, or for a plain directory the state of its files.
+        precision: numeric form.
+    """
+    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name.replace("/", "--"))
+    version = f"{FORMAT}.{BUILD}"
+    return root / safe.strip("-")[-120:] / (revision or "default") / f"{precision}-{version}"
+
+
+def state_of(path: Path) -> str:
+    """A digest of names, sizes and times of a directory's files; it changes when they do."""
+    digest = hashlib.sha256(str(path).encode())
+    for file in sorted(path.rglob("*")):
+        if file.is_file():
+            status = file.stat()
+            line = f"{file.relative_to(path)}\0{status.st_size}\0{status.st_mtime_ns}\n"
+            digest.update(line.encode())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def locked(place: Path) -> Iterator[None]:
+    """Hold the lock of one place among all processes of this machine."""
+    from filelock import FileLock
+
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{place}.lock"):
+        yield
+
+
+def publish(place: Path, write: Callable[[Path], None]) -> None:
+    """Fill a fresh directory and put it in its place at once; the caller holds the lock.
+
+    Args:
+        place: where the directory shall be; what was there is replaced.
+        write: fills the directory that it is given.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{place.name}-"
+    # Left by a process that was killed; the lock says that none is at work here now.
+    for left in place.parent.glob(f"{prefix}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    made = Path(tempfile.mkdtemp(prefix=prefix, dir=place.parent))
+    try:
+        write(made)
+        # mkdtemp makes it private; a cache may be shared.
+        made.chmod(0o755)
+        for file in made.iterdir():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        if place.exists():
+            old = made.with_name(f"{made.name}-old")
+            place.rename(old)
+            made.rename(place)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            made.rename(place)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
