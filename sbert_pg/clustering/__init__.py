@@ -1,0 +1,1 @@
+"""Clusters as tables, and near-duplicates."""

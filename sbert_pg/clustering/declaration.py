@@ -1,0 +1,304 @@
+"""``clusters_of``: declare the clustering of a column; and what readers select from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, cast
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.orm import Mapper
+
+from sbert_pg import distance as d
+from sbert_pg.clustering import tables
+from sbert_pg.clustering.tables import Assignment, Cluster, ClusterRun
+from sbert_pg.errors import DeclarationError
+from sbert_pg.source import Source
+from sbert_pg.spec import EncoderSpec
+from sbert_pg.types import Vector
+from sbert_pg.types.comparator import metric_for, operand
+from sbert_pg.types.vector import VectorType
+
+ClusterMetric = Literal["cosine", "euclidean"]
+Criteria = sa.ColumnElement[bool] | Sequence[sa.ColumnElement[bool]]
+
+#: k-means averages vectors, which fits these two; where direction carries the meaning it is cosine.
+_METRIC_FOR: dict[d.Similarity, ClusterMetric] = {
+    "cosine": "cosine",
+    "dot": "cosine",
+    "euclidean": "euclidean",
+    "manhattan": "euclidean",
+}
+#: A parameter style that leaves percent signs alone.
+_NAMED = postgresql.dialect(paramstyle="named")  # type: ignore[no-untyped-call]
+OPERATORS: dict[ClusterMetric, str] = {"cosine": d.COSINE, "euclidean": d.L2}
+
+
+@dataclass(frozen=True, eq=False)
+class Clustering:
+    """The clustering of one vector column: its three mapped classes, and selects over them.
+
+    Made by ``clusters_of``. The methods build ordinary ``select()`` statements over the current
+    run, for a session of either kind.
+
+    Attributes:
+        entity: the mapped class whose rows are clustered.
+        column: its vector column.
+        Run: mapped class of the runs.
+        Cluster: mapped class of the clusters.
+        Assignment: mapped class of the assignments.
+        metric: ``cosine`` or ``euclidean``.
+        criterion: which rows take part, or ``None`` for all.
+    """
+
+    entity: type[Any]
+    column: sa.Column[Any]
+    Run: type[ClusterRun]
+    Cluster: type[Cluster]
+    Assignment: type[Assignment]
+    metric: ClusterMetric
+    criterion: sa.ColumnElement[bool] | None = field(repr=False)
+
+    def on(self, column: Any) -> Clustering:
+        """This clustering on another vector column of the same table: its runs share the tables.
+
+        For a change of encoder: a run over the replacement, made before the switch, keeps the
+        numbers and names of the clusters of the old column. Each column has its own current run.
+
+        Args:
+            column: the attribute, as in ``topics.on(Article.embedding_v2)``.
+
+        Raises:
+            DeclarationError: it is no vector column of the same table.
+        """
+        base = _base_column(column)
+        if base.table is not self.rows:
+            raise DeclarationError(
+                f"Column {base} is not in {self.rows.fullname}, whose rows are clustered here."
+            )
+        return replace(self, column=base)
+
+    @cached_property
+    def rows(self) -> sa.Table:
+        """The table of the clustered rows."""
+        return self.column.table
+
+    @cached_property
+    def run_table(self) -> sa.Table:
+        """The table of runs."""
+        return cast("sa.Table", sa.inspect(self.Run).local_table)
+
+    @cached_property
+    def cluster_table(self) -> sa.Table:
+        """The table of clusters."""
+        return cast("sa.Table", sa.inspect(self.Cluster).local_table)
+
+    @cached_property
+    def assignment_table(self) -> sa.Table:
+        """The table of assignments."""
+        return cast("sa.Table", sa.inspect(self.Assignment).local_table)
+
+    @property
+    def keys(self) -> tuple[sa.Column[Any], ...]:
+        """Key columns of the clustered rows."""
+        return tuple(self.rows.primary_key)
+
+    @property
+    def row_keys(self) -> tuple[sa.Column[Any], ...]:
+        """Columns of the assignments that refer to the rows' keys."""
+        table = self.assignment_table
+        return tuple(table.c[tables.ROW_PREFIX + key.name] for key in self.keys)
+
+    @property
+    def dimensions(self) -> int:
+        """Width of the vectors."""
+        return cast("int", self.column.type.dimensions)  # type: ignore[attr-defined]
+
+    @property
+    def storage(self) -> d.Storage:
+        """How the column stores them."""
+        return cast("VectorType", self.column.type).storage
+
+    @property
+    def spec(self) -> EncoderSpec | None:
+        """The encoder that the column declares; ``None`` for a plain vector column."""
+        return getattr(self.column.type, "encoder", None)
+
+    @property
+    def source(self) -> Source | None:
+        """What the embedded texts are made of; ``None`` for a plain vector column."""
+        return getattr(self.column.type, "source", None)
+
+    @property
+    def is_unit(self) -> bool:
+        """Whether stored vectors are known to have length one, so that none is normalised again."""
+        return self.spec is not None and bool(self.spec.normalized) and self.storage == "vector"
+
+    def vector(self) -> sa.ColumnElement[Any]:
+        """The column as ``vector``, whatever its storage."""
+        if self.storage == "vector":
+            return self.column
+        return sa.cast(self.column, Vector(self.dimensions))
+
+    def row_is_assigned(self) -> sa.ColumnElement[bool]:
+        """The join of an assignment with its row."""
+        return sa.and_(
+            *(left == right for left, right in zip(self.row_keys, self.keys, strict=True))
+        )
+
+    def criteria(self, where: Criteria | None = None) -> list[sa.ColumnElement[bool]]:
+        """What a row has to meet to take part: a vector, the declared filter, and ``where``."""
+        found: list[sa.ColumnElement[bool]] = [self.column.is_not(None)]
+        if self.criterion is not None:
+            found.append(self.criterion)
+        if isinstance(where, sa.ClauseElement):
+            found.append(where)
+        elif where is not None:
+            found += list(where)
+        return found
+
+    def filter_text(self, where: Criteria | None = None) -> str | None:
+        """The filter as SQL, as a run records it; ``None`` where every row takes part."""
+        criteria = self.criteria(where)[1:]
+        if not criteria:
+            return None
+        compiled = sa.and_(*criteria).compile(
+            dialect=_NAMED,
+            compile_kwargs={"literal_binds": True},
+        )
+        return str(compiled)
+
+    def is_current(self) -> sa.ColumnElement[bool]:
+        """Whether a run is the one that readers of this column see."""
+        return sa.and_(self.Run.is_current, self.Run.column_name == self.column.name)
+
+    def current_run(self) -> sa.Select[Any]:
+        """The current run, or nothing before the first one is done."""
+        return sa.select(self.Run).where(self.is_current())
+
+    def clusters(self) -> sa.Select[Any]:
+        """The current clusters, largest first."""
+        return (
+            sa.select(self.Cluster)
+            .join(self.Cluster.run)
+            .where(self.is_current())
+            .order_by(self.Cluster.size.desc(), self.Cluster.number)
+        )
+
+    def members(self, cluster: tables.Cluster | int) -> sa.Select[Any]:
+        """Rows of a cluster with their distances, nearest to the centroid first.
+
+        Args:
+            cluster: a cluster of any run, or the number of a current one.
+        """
+        statement = (
+            sa.select(self.entity, self.Assignment.distance)
+            .join(self.Assignment, self.row_is_assigned())
+            .join(self.Cluster, self.Cluster.id == self.Assignment.cluster_id)
+            .order_by(self.Assignment.distance, *self.row_keys)
+        )
+        if isinstance(cluster, int):
+            return statement.join(self.Run, self.Run.id == self.Cluster.run_id).where(
+                self.is_current(), self.Cluster.number == cluster
+            )
+        return statement.where(self.Cluster.id == cluster.id)
+
+    def outliers(self) -> sa.Select[Any]:
+        """Rows that the current run left without a cluster, with the distance to the nearest."""
+        return (
+            sa.select(self.entity, self.Assignment.distance)
+            .join(self.Assignment, self.row_is_assigned())
+            .join(self.Run, self.Run.id == self.Assignment.run_id)
+            .where(self.is_current(), self.Assignment.cluster_id.is_(None))
+            .order_by(self.Assignment.distance, *self.row_keys)
+        )
+
+    def nearest_clusters(self, query: Any, *, limit: int = 5) -> sa.Select[Any]:
+        """Current clusters nearest to a query, each with its distance, nearest first.
+
+        Args:
+            query: a text, encoded as a query when the statement runs (embedding columns only); a
+                vector; or an expression, such as another row's vector.
+            limit: clusters to return.
+        """
+        right = operand(self.column, query)
+        if self.storage != "vector":
+            right = sa.cast(right, Vector(self.dimensions))
+        centroid = cast("Any", self.cluster_table.c.centroid)
+        value = centroid.op(OPERATORS[self.metric], precedence=5, return_type=sa.Float(53))(right)
+        return (
+            sa.select(self.Cluster, value.label("distance"))
+            .join(self.Cluster.run)
+            .where(self.is_current())
+            .order_by(value, self.Cluster.number)
+            .limit(limit)
+        )
+
+
+def clusters_of(
+    column: Any,
+    *,
+    prefix: str | None = None,
+    attribute: str = "clusters",
+    where: Criteria | None = None,
+    metric: ClusterMetric | None = None,
+) -> Clustering:
+    """Declare the clustering of a vector column, beside the class that it belongs to.
+
+    Makes three tables in the metadata of the column's table, with a mapped class for each, and
+    gives the class two view-only relationships: its current clusters (one, or none for an outlier)
+    and its assignments in every run.
+
+    Args:
+        column: the attribute of a mapped class, as in ``clusters_of(Article.embedding)``.
+        prefix: what the tables' names begin with; the table's name and ``_cluster`` by default,
+            which gives ``article_cluster``, ``article_cluster_run`` and
+            ``article_cluster_assignment``.
+        attribute: name of the relationship from a row to its current clusters. The one to its
+            assignments is called ``cluster_assignments`` accordingly.
+        where: which rows take part, in every run and in every later assignment.
+        metric: ``cosine`` or ``euclidean``. By default what suits the encoder: cosine for encoders
+            of cosine and dot similarity, else euclidean.
+
+    Raises:
+        DeclarationError: the column is no vector column of a mapped class with a known width, or a
+            name is taken or too long.
+    """
+    base, mapper = _base_column(column), column.parent
+    rows = base.table
+    start = prefix or f"{rows.name}_cluster"
+    metadata, schema = rows.metadata, rows.schema
+    run = tables.run_table(start, metadata, schema)
+    cluster = tables.cluster_table(start, metadata, schema, run, rows)
+    assignment = tables.assignment_table(start, metadata, schema, run, cluster, rows)
+    classes = tables.map_classes(mapper, rows, run, cluster, assignment)
+    tables.extend_entity(mapper, attribute, base.name, classes, rows)
+    criteria = [where] if isinstance(where, sa.ClauseElement) else list(where or ())
+    return Clustering(
+        mapper.class_,
+        base,
+        *classes,
+        metric=metric or _METRIC_FOR[metric_for(base).similarity],
+        criterion=sa.and_(*criteria) if criteria else None,
+    )
+
+
+def _base_column(column: Any) -> sa.Column[Any]:
+    clause = column.__clause_element__() if hasattr(column, "__clause_element__") else None
+    mapped = isinstance(getattr(column, "parent", None), Mapper)
+    if not mapped or clause is None or not isinstance(clause.type, VectorType):
+        raise DeclarationError(
+            f"A clustering was declared on {column!r}; it takes the vector attribute of a mapped "
+            "class, as in clusters_of(Article.embedding)."
+        )
+    if clause.type.dimensions is None:
+        raise DeclarationError(
+            f"A clustering was declared on {clause}, a vector column of no fixed width; declare "
+            "one, as in Vector(384)."
+        )
+    return next(c for c in clause.base_columns if isinstance(c, sa.Column))
+
+
+__all__ = ["ClusterMetric", "Clustering", "clusters_of"]
