@@ -35,6 +35,8 @@ class Embedding(VectorType):
         DeclarationError: the declaration contradicts itself or leaves the dimensions unknown.
     """
 
+    cache_ok = True
+
     def __init__(
         self,
         encoder: str | EncoderSpec,
@@ -98,6 +100,8 @@ class QueryVector(VectorType):
         storage: the column's storage.
         column: schema, table and column that the parameter is compared with, where known.
     """
+
+    cache_ok = True
 
     def __init__(
         self, encoder: EncoderSpec, storage: Storage, column: guard.ColumnIdentity | None

@@ -95,6 +95,8 @@ class Vector(VectorType):
         dimensions: width, or ``None`` for any.
     """
 
+    # SQLAlchemy asks each class itself, not its bases.
+    cache_ok = True
     storage: ClassVar[Storage] = "vector"  # type: ignore[misc]
 
     def __init__(self, dimensions: int | None = None) -> None:
@@ -109,6 +111,7 @@ class HalfVector(VectorType):
         dimensions: width, or ``None`` for any.
     """
 
+    cache_ok = True
     storage: ClassVar[Storage] = "halfvec"  # type: ignore[misc]
 
     def __init__(self, dimensions: int | None = None) -> None:
