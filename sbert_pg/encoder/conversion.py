@@ -170,7 +170,7 @@ def require(agreement: dict[str, Agreement], floor: Floor, what: str) -> None:
 
 
 def _vectors(path: Path, inputs: tuple[str, ...], tokens: Sequence[Sequence[int]]) -> Vectors:
-    vectors = Runner(path, inputs).run(tokens)
+    vectors: Vectors = Runner(path, inputs).run(tokens)
     if not np.isfinite(vectors).all():
         raise ConversionError(f"{path.name} gives values that are not finite; it is not usable.")
     return vectors

@@ -431,7 +431,7 @@ class Encoder:
         if prompt and not self._spec.include_prompt:
             prompt_length = engine.tokenizer.prompt_length(prompt)
             lengths = [min(prompt_length, len(ids)) for ids in tokens.ids]
-        vectors = engine.runner.run(tokens.ids, lengths)
+        vectors: Vectors = engine.runner.run(tokens.ids, lengths)
         self._count(
             texts=len(tokens.ids),
             tokens=sum(map(len, tokens.ids)),
