@@ -1,0 +1,227 @@
+"""Apply the library's own Alembic history to a database.
+
+The revisions take their ``Operations`` as an argument and no module-level proxy is touched, so the
+history can be applied from inside a revision of the application's own.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import sqlalchemy as sa
+from alembic.migration import MigrationContext
+from alembic.operations import Operations
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+from sqlalchemy.engine import Connection
+
+from sbert_pg.catalog.tables import SCHEMA
+from sbert_pg.errors import CatalogMissingError, CatalogVersionError
+
+VERSION_TABLE = "alembic_version"
+
+#: Held while migrating, so that two processes that start together do not both. "sbert_pg" in ASCII.
+ADVISORY_LOCK = 0x73626572745F7067
+
+Direction = Literal["upgrade", "downgrade"]
+
+
+def script_location() -> Path:
+    """The directory of the history: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    installed = package / "migrations"
+    return installed if installed.is_dir() else package.parent / "migrations"
+
+
+def upgrade(connection: Connection, revision: str = "head") -> None:
+    """Bring the schema ``sbert`` to a revision; nothing happens where it is there already.
+
+    Runs in the connection's transaction and does not commit. Two processes that do it at once take
+    turns.
+
+    Args:
+        connection: a connection of a role that may create the schema, or owns it.
+        revision: a revision of the history, ``"head"`` for the newest.
+
+    Raises:
+        CatalogVersionError: the database is newer than this code, or there is no such revision.
+        CatalogMissingError: the extension ``vector`` is not installed in the database.
+    """
+    _lock(connection)
+    _refuse_unknown(connection)
+    _require_vector(connection)
+    if not _schema_exists(connection):
+        connection.execute(sa.schema.CreateSchema(SCHEMA))
+    _run(connection, "upgrade", revision)
+
+
+def downgrade(connection: Connection, revision: str) -> None:
+    """Take the schema ``sbert`` back to a revision; ``"base"`` removes it.
+
+    Removing it unbinds every column: the triggers go, the columns and their vectors stay. Runs in
+    the connection's transaction and does not commit.
+
+    Raises:
+        CatalogVersionError: the database is newer than this code, or there is no such revision.
+    """
+    _lock(connection)
+    _refuse_unknown(connection)
+    if current(connection) is None:
+        return
+    _run(connection, "downgrade", revision)
+    if revision == "base":
+        connection.execute(sa.schema.DropTable(_version_table()))
+        connection.execute(sa.schema.DropSchema(SCHEMA))
+
+
+def upgrade_sql(revision: str = "head", *, start: str | None = None) -> str:
+    """The statements of ``upgrade``, for someone else to run; needs no database.
+
+    Args:
+        revision: where to go.
+        start: the revision to start from; an empty database by default.
+
+    Raises:
+        CatalogVersionError: there is no such revision.
+    """
+    buffer = io.StringIO()
+    if start is None:
+        buffer.write(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA};\n\n")
+    _run(None, "upgrade", revision, buffer=buffer, start=start)
+    return buffer.getvalue()
+
+
+def current(connection: Connection) -> str | None:
+    """The revision of the schema ``sbert``, or ``None`` where it is not installed."""
+    if not sa.inspect(connection).has_table(VERSION_TABLE, schema=SCHEMA):
+        return None
+    table = _version_table()
+    return connection.execute(sa.select(table.c.version_num)).scalar_one_or_none()
+
+
+def head() -> str:
+    """The newest revision that this code knows."""
+    return str(_script().get_current_head())
+
+
+def require_current(connection: Connection) -> None:
+    """Refuse a database whose catalog this code was not made for.
+
+    For commands and long-running processes. Reading and writing vectors does not ask: during a
+    deploy old code works on a newer catalog, whose functions keep their versions.
+
+    Raises:
+        CatalogMissingError: the schema ``sbert`` is not installed.
+        CatalogVersionError: it is older or newer than this code.
+    """
+    found = current(connection)
+    if found is None:
+        raise CatalogMissingError(
+            f"The schema {SCHEMA!r} is not installed in database {_database(connection)!r}. Run "
+            "'sbert-pg migrate', or call sbert_pg.catalog.upgrade(connection) in a migration of "
+            "your own."
+        )
+    _refuse_unknown(connection)
+    if found != head():
+        raise CatalogVersionError(
+            f"The catalog in database {_database(connection)!r} is at revision {found} and this "
+            f"code needs {head()}. Run 'sbert-pg migrate'."
+        )
+
+
+def _script() -> ScriptDirectory:
+    return ScriptDirectory(str(script_location()))
+
+
+def _version_table() -> sa.Table:
+    return sa.Table(
+        VERSION_TABLE, sa.MetaData(), sa.Column("version_num", sa.String(32)), schema=SCHEMA
+    )
+
+
+def _database(connection: Connection) -> str:
+    return str(connection.engine.url.database)
+
+
+def _schema_exists(connection: Connection) -> bool:
+    # CREATE SCHEMA IF NOT EXISTS asks for the right to create one even where it exists.
+    found = sa.select(sa.func.to_regnamespace(SCHEMA).is_not(None))
+    return bool(connection.execute(found).scalar_one())
+
+
+def _require_vector(connection: Connection) -> None:
+    extension = sa.table("pg_extension", sa.column("extname"), schema="pg_catalog")
+    found = sa.select(extension.c.extname).where(extension.c.extname == "vector")
+    if connection.execute(found).first() is None:
+        raise CatalogMissingError(
+            f"The extension 'vector' is not installed in database {_database(connection)!r}. Run "
+            "CREATE EXTENSION vector there; managed services allow it to the database's owner."
+        )
+
+
+def _lock(connection: Connection) -> None:
+    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(ADVISORY_LOCK)))
+
+
+def _refuse_unknown(connection: Connection) -> None:
+    found = current(connection)
+    known = {script.revision for script in _script().walk_revisions()}
+    if found is not None and found not in known:
+        raise CatalogVersionError(
+            f"The catalog in database {_database(connection)!r} is at revision {found}, which "
+            f"this version of sbert-pg does not know; it knows up to {head()}. "
+            "Use a newer one here."
+        )
+
+
+def _run(
+    connection: Connection | None,
+    direction: Direction,
+    revision: str,
+    *,
+    buffer: io.StringIO | None = None,
+    start: str | None = None,
+) -> None:
+    script = _script()
+
+    def steps(heads: Any, context: MigrationContext) -> Iterable[Any]:
+        if direction == "upgrade":
+            return script._upgrade_revs(revision, heads)
+        return script._downgrade_revs(revision, heads)
+
+    options: dict[str, Any] = {
+        "fn": steps,
+        "version_table": VERSION_TABLE,
+        "version_table_schema": SCHEMA,
+        "transactional_ddl": True,
+    }
+    if connection is None:
+        options |= {"as_sql": True, "output_buffer": buffer, "starting_rev": start}
+        context = MigrationContext.configure(
+            dialect_name="postgresql", dialect_opts={"paramstyle": "named"}, opts=options
+        )
+    else:
+        context = MigrationContext.configure(connection, opts=options)
+    try:
+        with context.begin_transaction():
+            context.run_migrations(op=Operations(context))
+    except CommandError as error:
+        raise CatalogVersionError(
+            f"The catalog cannot {direction} to {revision!r}: {error}. The revisions are "
+            f"{', '.join(sorted(s.revision for s in script.walk_revisions()))}."
+        ) from error
+
+
+__all__ = [
+    "ADVISORY_LOCK",
+    "current",
+    "downgrade",
+    "head",
+    "require_current",
+    "script_location",
+    "upgrade",
+    "upgrade_sql",
+]
