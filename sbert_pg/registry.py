@@ -47,6 +47,11 @@ def forget_encoders() -> None:
         _encoders.clear()
 
 
+def find_encoder(spec: EncoderSpec) -> TextEncoder | None:
+    """The encoder that a declaration names, if it is registered or loaded already."""
+    return _encoders.get((spec.name, spec.dimensions))
+
+
 def get_encoder(spec: EncoderSpec) -> TextEncoder:
     """The encoder that a declaration names: registered, or loaded now and kept.
 

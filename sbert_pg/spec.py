@@ -107,12 +107,14 @@ class EncoderSpec:
                     f"{encoder!r}, dimensions=384, ...); 'sbert-pg encoder show' prints them."
                 )
             return cls(name=encoder, dimensions=dimensions, similarity=similarity or "cosine")
-        if dimensions is not None and dimensions != known.dimensions:
-            if dimensions > known.dimensions or not known.matryoshka:
-                raise DeclarationError(
-                    f"Encoder {encoder!r} gives {known.dimensions} dimensions and cannot give "
-                    f"{dimensions}."
-                )
+        possible = dimensions in (None, known.dimensions) or (
+            known.matryoshka and dimensions is not None and dimensions < known.dimensions
+        )
+        if not possible:
+            raise DeclarationError(
+                f"Encoder {encoder!r} gives {known.dimensions} dimensions and cannot give "
+                f"{dimensions}."
+            )
         return cls(
             name=encoder,
             dimensions=dimensions or known.dimensions,
@@ -120,6 +122,11 @@ class EncoderSpec:
             normalized=known.normalized,
             max_seq_length=known.max_seq_length,
         )
+
+    @property
+    def short_name(self) -> str:
+        """The name without its organisation or directory, in lower case."""
+        return self.name.replace("\\", "/").rstrip("/").rpartition("/")[2].lower()
 
     @property
     def fingerprint(self) -> str | None:

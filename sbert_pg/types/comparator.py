@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from sqlalchemy.types import UserDefinedType
 
 from sbert_pg import distance as d
-from sbert_pg.errors import DeclarationError
+from sbert_pg.errors import DeclarationError, EncoderMismatchError
 from sbert_pg.types.indexed import index_on
 
 if TYPE_CHECKING:
@@ -72,24 +72,50 @@ def apply_operator(
 
 
 def operand(left: sa.ColumnElement[Any], other: Any) -> sa.ColumnElement[Any]:
-    """The right-hand side of an operator: an expression as it is, anything else as a parameter."""
-    type_ = cast("VectorType", left.type)
+    """The right-hand side of an operator: an expression as it is, anything else as a parameter.
+
+    Raises:
+        DeclarationError: it is ``None``, or a text where no encoder is declared.
+        EncoderMismatchError: it is a column of another encoder.
+        VectorError: it is no vector that ``left`` can be compared with.
+    """
     if hasattr(other, "__clause_element__"):
         other = other.__clause_element__()
     if isinstance(other, sa.BindParameter) and other.type._isnull:
         return sa.type_coerce(other, query_type(left))
     if isinstance(other, sa.ClauseElement):
         if isinstance(other, (sa.Select, sa.CompoundSelect)):
-            return other.scalar_subquery()
+            other = other.scalar_subquery()
+        _check_same_space(left, other)
         return cast("sa.ColumnElement[Any]", other)
     if other is None:
         raise DeclarationError(
             "A vector column was compared with None. Give a text, a vector or an expression; "
             "a row without a vector is found with column.is_(None)."
         )
+    type_ = query_type(left)
     if not isinstance(other, str):
         type_.checked(other)
-    return sa.literal(other, query_type(left))
+    elif type_ is left.type:
+        raise DeclarationError(
+            f"Column {left} was compared with the text {other[:40]!r} and has no encoder. Declare "
+            "it with embedding_column() or the type Embedding, or give a vector."
+        )
+    return sa.literal(other, type_)
+
+
+def _check_same_space(left: sa.ColumnElement[Any], right: Any) -> None:
+    """Refuse to compare columns of two encoders; what only the database knows is its guard's."""
+    ours = getattr(left.type, "encoder", None)
+    theirs = getattr(getattr(right, "type", None), "encoder", None)
+    if ours is None or theirs is None:
+        return
+    if (ours.short_name, ours.dimensions) != (theirs.short_name, theirs.dimensions):
+        raise EncoderMismatchError(
+            f"{left} belongs to encoder {ours.name!r} ({ours.dimensions} dimensions) and {right} "
+            f"to {theirs.name!r} ({theirs.dimensions}); distances between two vector spaces mean "
+            "nothing. Compare columns of one encoder."
+        )
 
 
 def query_type(left: sa.ColumnElement[Any]) -> VectorType:

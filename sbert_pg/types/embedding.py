@@ -60,11 +60,32 @@ class Embedding(VectorType):
         self.dimensions = self.encoder.dimensions
         self.similarity = self.encoder.similarity
         self.replaces = replaces
+        self._query_types: dict[guard.ColumnIdentity | None, QueryVector] = {}
         wire.register()
         register_reflection()
 
     def __repr__(self) -> str:
-        return f"Embedding({self.encoder.name!r}, source={self.source}, {self.get_col_spec()})"
+        """Python that makes an equal type, as Alembic writes it after ``sbert_pg.``."""
+        source = self.source
+        if source.pattern is not None:
+            text = f"sbert_pg.Source.template({source.pattern!r})"
+        else:
+            text = repr(source.columns[0] if len(source.columns) == 1 else list(source.columns))
+        parts = [repr(self.encoder.name), text]
+        if source.separator != "\n\n":
+            parts.append(f"separator={source.separator!r}")
+        if self.storage != "vector":
+            parts.append(f"storage={self.storage!r}")
+        parts.append(f"dimensions={self.dimensions}")
+        usual = EncoderSpec.of(self.encoder.name, dimensions=self.dimensions)
+        if self.similarity != usual.similarity:
+            parts.append(f"similarity={self.similarity!r}")
+        if self.replaces is not None:
+            parts.append(f"replaces={self.replaces!r}")
+        return f"Embedding({', '.join(parts)})"
+
+    def _identity(self) -> tuple[Any, ...]:
+        return (self.encoder, self.storage, self.source, self.replaces)
 
     def checked(self, value: Any) -> Array:
         """The value as an array that this column can store and rank.
@@ -89,7 +110,12 @@ class Embedding(VectorType):
 
     def query_type(self, left: sa.ColumnElement[Any]) -> QueryVector:
         """The type of a parameter that is compared with this column."""
-        return QueryVector(self.encoder, self.storage, guard.identity_of(left))
+        identity = guard.identity_of(left)
+        found = self._query_types.get(identity)
+        if found is None:
+            found = QueryVector(self.encoder, self.storage, identity)
+            self._query_types[identity] = found
+        return found
 
 
 class QueryVector(VectorType):
@@ -110,6 +136,9 @@ class QueryVector(VectorType):
         self.storage = storage
         self.column = column
         self.dimensions = encoder.dimensions
+
+    def _identity(self) -> tuple[Any, ...]:
+        return (self.encoder, self.storage, self.column)
 
     def checked(self, value: Any) -> Array:
         """The value as an array that the column can be compared with.

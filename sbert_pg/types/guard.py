@@ -1,7 +1,11 @@
-"""Hold the code's encoder against the column's binding, once per engine and column.
+"""Hold the code's encoder against the column's binding, and attest it to the database's own guard.
 
 A statement that stores a vector in an embedding column, or compares one with it, is looked at just
-before its first execution. From then on the check is a lookup of the compiled statement in a set.
+before it is executed. What it does to which column is worked out once for each compiled statement;
+whether the encoder is the column's is asked once for each engine and column, so that a search costs
+a lookup in a dictionary. Before the first write of a transaction the writer's encoder is attested,
+since triggers refuse vectors that nobody vouches for.
+
 The listener is put on the engine's dialect when the engine first uses an embedding parameter; no
 engine that does not is touched.
 """
@@ -10,13 +14,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import sqlalchemy as sa
 from sqlalchemy import event
-from sqlalchemy.engine import Connection, Dialect
+from sqlalchemy.engine import Connection, Dialect, Transaction
 
 from sbert_pg.spec import EncoderSpec
 
@@ -35,29 +40,48 @@ class ColumnIdentity(NamedTuple):
         return ".".join(part for part in self if part is not None)
 
 
-#: Raises ``EncoderMismatchError``; returns whether the column is bound, so that the answer is final.
+#: Raises ``EncoderMismatchError``; returns whether the column is bound, which makes it final.
 Check = Callable[[Connection, ColumnIdentity, EncoderSpec], bool]
+#: Vouches for a bound column's encoder until the transaction or savepoint ends.
+Attest = Callable[[Connection, ColumnIdentity, EncoderSpec], None]
 
 _check: Check | None = None
+_attest: Attest | None = None
 _lock = threading.Lock()
 
 
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """That a statement reads or writes an embedding column."""
+
+    identity: ColumnIdentity
+    spec: EncoderSpec
+    #: Names of the parameters that are stored, none where the column is only compared with.
+    stored: tuple[str, ...] = ()
+
+
 class _Watched:
-    """What has been checked on one dialect, that is, on one engine."""
+    """What has been learned on one dialect, that is, on one engine."""
 
     def __init__(self) -> None:
-        self.statements: WeakSet[Any] = WeakSet()
+        self.uses: WeakKeyDictionary[Any, tuple[_Use, ...]] = WeakKeyDictionary()
         self.bound: set[tuple[ColumnIdentity, EncoderSpec]] = set()
         self.unbound: dict[tuple[ColumnIdentity, EncoderSpec], float] = {}
+        self.attested: WeakKeyDictionary[Transaction, set[ColumnIdentity]] = WeakKeyDictionary()
 
 
 _watched: WeakKeyDictionary[Dialect, _Watched] = WeakKeyDictionary()
 
 
-def set_check(check: Check | None) -> None:
-    """Set what compares a declaration with the catalog; ``sbert_pg/__init__.py`` joins the two."""
-    global _check
-    _check = check
+def set_check(check: Check | None, attest: Attest | None = None) -> None:
+    """Set what asks the catalog; ``sbert_pg/__init__.py`` joins the two.
+
+    Args:
+        check: compares a declaration with the catalog.
+        attest: vouches for a writer in the running transaction.
+    """
+    global _check, _attest
+    _check, _attest = check, attest
 
 
 def identity_of(column: sa.ColumnElement[Any]) -> ColumnIdentity | None:
@@ -70,7 +94,7 @@ def identity_of(column: sa.ColumnElement[Any]) -> ColumnIdentity | None:
 
 
 def watch(dialect: Dialect) -> None:
-    """Check the statements of this dialect from now on."""
+    """Look at the statements of this dialect from now on."""
     if dialect in _watched:
         return
     with _lock:
@@ -82,25 +106,37 @@ def watch(dialect: Dialect) -> None:
 
 
 def forget(dialect: Dialect) -> None:
-    """Check every column again at its next use, as after a change of bindings."""
+    """Ask about every column again at its next use, as after a change of bindings."""
     watched = _watched.get(dialect)
     if watched is not None:
-        watched.statements.clear()
         watched.bound.clear()
         watched.unbound.clear()
+        watched.attested.clear()
 
 
-def ensure(connection: Connection, identity: ColumnIdentity, spec: EncoderSpec) -> None:
-    """Check one column now, unless it has been; for writers that do not go through a statement.
+def ensure(connection: Connection, identity: ColumnIdentity, spec: EncoderSpec) -> bool:
+    """Check one column now, unless it has been; for readers that do not go through a statement.
+
+    Returns:
+        Whether the column is bound.
 
     Raises:
         EncoderMismatchError: the column belongs to another encoder.
     """
     if _check is None:
-        return
-    dialect = connection.dialect
-    watch(dialect)
-    _ensure(_watched[dialect], connection, identity, spec, _check)
+        return False
+    watch(connection.dialect)
+    return _ensure(_watched[connection.dialect], connection, identity, spec, _check)
+
+
+def ensure_writable(connection: Connection, identity: ColumnIdentity, spec: EncoderSpec) -> None:
+    """Check one column and vouch for its encoder; for writers that do not go through a statement.
+
+    Raises:
+        EncoderMismatchError: the column belongs to another encoder.
+    """
+    if ensure(connection, identity, spec):
+        _vouch(_watched[connection.dialect], connection, identity, spec)
 
 
 def _ensure(
@@ -124,29 +160,96 @@ def _ensure(
     return False
 
 
-def _before_execute(*arguments: Any) -> None:
-    context = arguments[-1]
+def _vouch(
+    watched: _Watched, connection: Connection, identity: ColumnIdentity, spec: EncoderSpec
+) -> None:
+    """Attest once in a transaction; a savepoint rolled back takes its attestations along."""
+    if _attest is None:
+        return
+    root, nested = connection.get_transaction(), connection.get_nested_transaction()
+    scopes = [scope for scope in (root, nested) if scope is not None]
+    if any(identity in watched.attested.get(scope, ()) for scope in scopes):
+        return
+    _attest(connection, identity, spec)
+    if scopes:
+        watched.attested.setdefault(scopes[-1], set()).add(identity)
+
+
+def _before_execute(cursor: Any, statement: str, *rest: Any) -> bool | None:
+    context = rest[-1]
     compiled = getattr(context, "compiled", None)
     if compiled is None or _check is None:
-        return
+        return None
     watched = _watched[context.dialect]
-    if compiled in watched.statements:
-        return
-    uses = set(_uses(compiled))
-    if all([_ensure(watched, context.root_connection, *use, _check) for use in uses]):
-        watched.statements.add(compiled)
+    uses = watched.uses.get(compiled)
+    if uses is None:
+        uses = watched.uses[compiled] = tuple(_uses(compiled))
+    writes = []
+    for use in uses:
+        bound = (use.identity, use.spec) in watched.bound or _ensure(
+            watched, context.root_connection, use.identity, use.spec, _check
+        )
+        if bound and use.stored and _stores(context.compiled_parameters, use.stored):
+            writes.append(use)
+    if not writes:
+        return None
+    connection = context.root_connection
+    if getattr(connection.connection.dbapi_connection, "autocommit", False):
+        _execute_alone(watched, writes, cursor, statement, rest)
+        return True
+    for use in writes:
+        _vouch(watched, connection, use.identity, use.spec)
+    return None
 
 
-def _uses(compiled: Any) -> Iterator[tuple[ColumnIdentity, EncoderSpec]]:
-    """Columns that the statement's parameters are stored in or compared with."""
-    for bind in compiled.binds.values():
-        column = getattr(bind.type, "column", None)
-        if isinstance(column, ColumnIdentity):
-            yield column, bind.type.encoder
+def _stores(parameters: Sequence[dict[str, Any]], names: tuple[str, ...]) -> bool:
+    return any(row.get(name) is not None for row in parameters for name in names)
+
+
+def _execute_alone(
+    watched: _Watched, writes: Sequence[_Use], cursor: Any, statement: str, rest: tuple[Any, ...]
+) -> None:
+    """Execute one statement of an autocommit connection together with its attestation.
+
+    An attestation ends with its transaction, and under autocommit that is the attestation itself.
+    So the two share a transaction, which commits at once as the statement would have.
+    """
+    context = rest[-1]
+    connection = context.root_connection
+    aside = connection.connection.cursor()
+    aside.execute("BEGIN")
+    try:
+        for use in writes:
+            if _attest is not None:
+                _attest(connection, use.identity, use.spec)
+        if len(rest) == 1:
+            context.dialect.do_execute_no_params(cursor, statement, context)
+        elif isinstance(rest[0], (list, tuple)) and context.executemany:
+            context.dialect.do_executemany(cursor, statement, rest[0], context)
+        else:
+            context.dialect.do_execute(cursor, statement, rest[0], context)
+    except BaseException:
+        aside.execute("ROLLBACK")
+        raise
+    aside.execute("COMMIT")
+    aside.close()
+
+
+def _uses(compiled: Any) -> Iterator[_Use]:
+    """Columns that the statement's parameters are compared with or stored in."""
+    compared = {
+        _Use(bind.type.column, bind.type.encoder)
+        for bind in compiled.binds.values()
+        if isinstance(getattr(bind.type, "column", None), ColumnIdentity)
+    }
+    yield from compared
     if not (compiled.isinsert or compiled.isupdate):
         return
     table = compiled.compile_state.dml_table
     for column in getattr(table, "columns", ()):
         spec = getattr(column.type, "encoder", None)
-        if spec is not None and any(bind.type is column.type for bind in compiled.binds.values()):
-            yield ColumnIdentity(table.schema, table.name, column.name), spec
+        if spec is None:
+            continue
+        stored = tuple(name for name, bind in compiled.binds.items() if bind.type is column.type)
+        if stored:
+            yield _Use(ColumnIdentity(table.schema, table.name, column.name), spec, stored)

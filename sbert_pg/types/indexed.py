@@ -77,7 +77,7 @@ def description_of(index: sa.Index) -> IndexDescription | None:
         method=cast("IndexMethod", method),
         form=form,
         metric=_metric_of(opclass, column),
-        dimensions=column.type.dimensions,
+        dimensions=column.type.dimensions,  # type: ignore[attr-defined]
         cast_to=cast_to,
         lists=(options["with"] or {}).get("lists"),
     )
@@ -110,7 +110,8 @@ def _parts(
         return expression, "column", None
     if not isinstance(expression, sa.Cast):
         return None, "column", None
-    inner, to = expression.clause, expression.type
+    inner: Any = expression.clause
+    to = expression.type
     while isinstance(inner, sa.sql.elements.Grouping):
         inner = inner.element
     if isinstance(inner, sa.Column) and getattr(to, "storage", None) == "halfvec":

@@ -8,8 +8,9 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from sbert_pg.registry import get_encoder
+from sbert_pg.registry import find_encoder, get_encoder
 from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors
+from sbert_pg.types.offload import off_loop
 
 #: Queries kept for each encoder; at 384 dimensions they take about 2 MB.
 SIZE = 1024
@@ -31,7 +32,7 @@ def query_vector(spec: EncoderSpec, text: str) -> Vectors:
     Raises:
         EncoderError: the encoder cannot be loaded or refuses the text.
     """
-    encoder = get_encoder(spec)
+    encoder = find_encoder(spec) or off_loop(lambda: get_encoder(spec))
     with _lock:
         recent = _recent.setdefault(encoder, OrderedDict())
         vector = recent.get(text)
@@ -39,7 +40,7 @@ def query_vector(spec: EncoderSpec, text: str) -> Vectors:
             recent.move_to_end(text)
             return vector
     # Outside the lock: two threads may encode the same new text, and neither waits for another.
-    vector = np.asarray(encoder.encode_query([text])[0], dtype=np.float32)
+    vector = np.array(off_loop(lambda: encoder.encode_query([text])[0]), dtype=np.float32)
     vector.setflags(write=False)
     with _lock:
         recent[text] = vector

@@ -30,9 +30,28 @@ class VectorType(UserDefinedType[Array]):
 
     cache_ok = True
     render_bind_cast = True
+    #: Arrays have no hash, so rows that hold them are told apart by identity.
+    hashable = False
     storage: Storage
     dimensions: int | None
     comparator_factory = VectorComparator
+
+    @property
+    def _static_cache_key(self) -> tuple[Any, ...]:
+        # What the generic form collects from the constructor's arguments, computed once: a
+        # statement is looked up in the compiled cache by the keys of all its types.
+        key: tuple[Any, ...] | None = self.__dict__.get("_cache_key")
+        if key is None:
+            key = self.__dict__["_cache_key"] = (type(self), repr(self._identity()))
+        return key
+
+    def _identity(self) -> tuple[Any, ...]:
+        """What two types of one class must share to compile alike and check alike."""
+        return (self.storage, self.dimensions)
+
+    def __repr__(self) -> str:
+        width = "" if self.dimensions is None else str(self.dimensions)
+        return f"{type(self).__name__}({width})"
 
     def get_col_spec(self, **_: object) -> str:
         """The type as DDL spells it."""
@@ -97,6 +116,8 @@ class Vector(VectorType):
 
     # SQLAlchemy asks each class itself, not its bases.
     cache_ok = True
+    # Where users find it, and what Alembic writes before the type's ``repr``.
+    __module__ = "sbert_pg"
     storage: ClassVar[Storage] = "vector"  # type: ignore[misc]
 
     def __init__(self, dimensions: int | None = None) -> None:
@@ -112,6 +133,8 @@ class HalfVector(VectorType):
     """
 
     cache_ok = True
+    # Where users find it, and what Alembic writes before the type's ``repr``.
+    __module__ = "sbert_pg"
     storage: ClassVar[Storage] = "halfvec"  # type: ignore[misc]
 
     def __init__(self, dimensions: int | None = None) -> None:
@@ -139,7 +162,8 @@ def _checked_dimensions(dimensions: int | None) -> int | None:
     value = None if dimensions is None else int(dimensions)
     if value is not None and not 1 <= value <= MAX_DIMENSIONS:
         raise DeclarationError(
-            f"A vector column cannot have {value} dimensions; pgvector stores 1 to {MAX_DIMENSIONS}."
+            f"A vector column cannot have {value} dimensions; pgvector stores 1 to "
+            f"{MAX_DIMENSIONS}."
         )
     return value
 

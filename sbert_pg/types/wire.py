@@ -1,7 +1,7 @@
 """pgvector's binary wire format, and how psycopg is taught to send it.
 
-Format (pgvector ``vector_send``/``halfvec_send``): two big-endian 16-bit integers, dimensions and an
-unused zero, then the elements as big-endian 4-byte or 2-byte IEEE floats.
+Format (pgvector ``vector_send``/``halfvec_send``): two big-endian 16-bit integers, dimensions and
+an unused zero, then the elements as big-endian 4-byte or 2-byte IEEE floats.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,8 +40,8 @@ class WireVector(list[float]):
 
     psycopg looks dumpers up by class and then by its bases. On a connection that knows this class
     the prepared bytes are sent as they are; on one that does not, because it was opened before the
-    dumper was registered, the value is an ordinary list of floats, which the server casts. Both give
-    the same vector; the first is faster.
+    dumper was registered, the value is an ordinary list of floats, which the server casts. Both
+    give the same vector; the first is faster.
     """
 
     __slots__ = ("payload",)
@@ -55,7 +55,7 @@ class WireVectorDumper(Dumper):
     """Send ``WireVector`` in binary, with no type of its own: the cast around it names the type."""
 
     format = Format.BINARY
-    oid: ClassVar[int] = 0
+    oid = 0
 
     def dump(self, obj: Any) -> bytes:
         """Return the bytes prepared by ``wire_vector``."""
@@ -86,8 +86,8 @@ def as_float32(value: Any, *, what: str = "a vector") -> Vector1:
     """
     if isinstance(value, (str, bytes, bytearray)):
         raise VectorError(
-            f"{what} was given as {type(value).__name__} {value[:40]!r}. Text is encoded where it is "
-            "a query or a source; a vector is a sequence of numbers, such as a numpy array."
+            f"{what} was given as {type(value).__name__} {value[:40]!r}. Text is encoded where it "
+            "is a query or a source; a vector is a sequence of numbers, such as a numpy array."
         )
     try:
         array = np.asarray(value, dtype=np.float32)
@@ -117,7 +117,8 @@ def check_vector(array: Vector1, dimensions: int | None, storage: Storage, what:
         raise NonFiniteError(f"{what} holds {array[position]} at position {position}.")
     if storage == "halfvec" and float(np.abs(array).max()) > _HALF_MAX:
         raise NonFiniteError(
-            f"{what} holds a value beyond {_HALF_MAX:g}, the largest of halfvec; store it as vector."
+            f"{what} holds a value beyond {_HALF_MAX:g}, the largest of halfvec; store it as "
+            "vector."
         )
 
 
@@ -127,7 +128,7 @@ def to_wire(array: Vector1, storage: Storage) -> bytes:
 
 
 def to_wire_rows(matrix: npt.NDArray[np.float32], storage: Storage) -> list[bytes]:
-    """Bytes of every row of a float32 array of shape ``(n, dimensions)``; one pass over the matrix."""
+    """Bytes of every row of a float32 array of shape ``(n, dimensions)``."""
     header = _HEADER.pack(matrix.shape[1], 0)
     element = ELEMENT[storage]
     body = np.ascontiguousarray(matrix.astype(element)).tobytes()
@@ -158,7 +159,7 @@ def from_text(text: str) -> Vector1:
 
 
 def to_text(array: Vector1) -> str:
-    """pgvector's text form, for literals; every float32 survives the round trip."""
+    """Text form of a vector, for literals; every float32 survives the round trip."""
     return "[" + ",".join(np.format_float_positional(x, unique=True, trim="0") for x in array) + "]"
 
 
