@@ -165,6 +165,23 @@ vector_cache = sa.Table(
     sa.Index("vector_cache_used_at_idx", "used_at"),
 )
 
+#: Sessions that wrote a column which another is replacing, together with its text.
+old_writer = sa.Table(
+    "old_writer",
+    metadata,
+    # The replacing column, which stands for the change.
+    sa.Column(
+        "column_id",
+        sa.Integer,
+        sa.ForeignKey(embedding_column.c.id, ondelete="CASCADE"),
+        primary_key=True,
+    ),
+    sa.Column("pid", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("role", sa.Text, nullable=False),
+    sa.Column("application", sa.Text, nullable=False),
+    sa.Column("seen_at", sa.DateTime(timezone=True), nullable=False, server_default=_now),
+)
+
 #: The view, for selecting from; not part of ``metadata``, which describes tables.
 status = sa.table(
     "status",

@@ -34,7 +34,7 @@ BEGIN
     IF v_rank >= 4 THEN
         EXECUTE format('GRANT CREATE ON SCHEMA sbert TO %I', role_name);
         EXECUTE format('GRANT INSERT, UPDATE, DELETE ON sbert.embedding_column, '
-            'sbert.compatible_encoder TO %I', role_name);
+            'sbert.compatible_encoder, sbert.old_writer TO %I', role_name);
         EXECUTE format('GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA sbert TO %I', role_name);
     END IF;
 END

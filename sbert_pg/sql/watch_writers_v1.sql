@@ -14,7 +14,7 @@ DECLARE
     v_written text;
     v_trigger text;
 BEGIN
-    IF TG_OP = 'UPDATE' AND OLD.replaces_id IS NOT DISTINCT FROM NEW.replaces_id THEN
+    IF TG_OP = 'UPDATE' AND NEW.replaces_id IS NOT DISTINCT FROM OLD.replaces_id THEN
         RETURN NULL;
     END IF;
     SELECT format('%I.%I', n.nspname, k.relname) INTO v_table
