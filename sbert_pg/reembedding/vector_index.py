@@ -1,0 +1,349 @@
+"""Vector indexes: as the database has them, as SQLAlchemy objects, and built in live traffic."""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import sqlalchemy as sa
+from alembic.operations import Operations
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy.ext.compiler import compiles
+
+from sbert_pg.distance import METRICS, IndexMethod, Similarity
+from sbert_pg.errors import DeclarationError, TableBusyError
+from sbert_pg.indexes import hnsw_index, ivfflat_index
+from sbert_pg.reembedding import pg
+from sbert_pg.reembedding.locks import (
+    ATTEMPTS,
+    LOCK_TIMEOUT,
+    holders,
+    pause,
+    set_lock_timeout,
+    sqlstate,
+)
+from sbert_pg.types.indexed import Form
+
+#: Index options that SQLAlchemy and pgvector share.
+_M, _EF, _LISTS = "m", "ef_construction", "lists"
+#: pgvector's defaults, which an index without options has.
+_DEFAULTS = {_M: 16, _EF: 64, _LISTS: 100}
+
+
+@dataclass(frozen=True, slots=True)
+class VectorIndex:
+    """An index on a vector column, read off the server's catalogs.
+
+    Attributes:
+        name: its name.
+        schema: its schema.
+        valid: whether queries may use it; ``False`` after a concurrent build that failed.
+        building: whether some session is building it now.
+        method: ``"hnsw"`` or ``"ivfflat"``.
+        form: what is indexed: the column, its cast to ``halfvec``, or its signs.
+        opclass: operator class.
+        options: storage parameters, as text.
+        predicate: predicate of a partial index, as SQL.
+        definition: the statement that makes it.
+        bytes: its size.
+        scans: scans since the statistics were reset.
+        last_scan: time of the last one; ``None`` where unknown (before PostgreSQL 16) or never.
+    """
+
+    name: str
+    schema: str
+    valid: bool
+    building: bool
+    method: IndexMethod
+    form: Form
+    opclass: str
+    options: dict[str, int]
+    predicate: str | None
+    definition: str
+    bytes: int
+    scans: int
+    last_scan: dt.datetime | None
+
+    @property
+    def similarity(self) -> Similarity | None:
+        """Similarity function that it orders by, ``None`` for an index over bits."""
+        for name, metric in METRICS.items():
+            if self.opclass.endswith(metric.opclass_suffix):
+                return name
+        return None
+
+    def on(self, column: sa.Column[Any], name: str) -> sa.Index:
+        """An index of the same kind on another column, with the metric of that column's encoder."""
+        where = None if self.predicate is None else sa.literal_column(self.predicate, sa.Boolean())
+        option = {**_DEFAULTS, **self.options}
+        if self.method == "hnsw":
+            return hnsw_index(
+                name,
+                column,
+                form=self.form,
+                m=option[_M],
+                ef_construction=max(option[_EF], 2 * option[_M]),
+                where=where,
+            )
+        return ivfflat_index(name, column, lists=option[_LISTS], form=self.form, where=where)
+
+
+def vector_indexes(
+    connection: sa.Connection, relation: str, column: str
+) -> tuple[VectorIndex, ...]:
+    """The HNSW and IVFFlat indexes that involve a column, by name.
+
+    Args:
+        connection: where.
+        relation: the table, as text for ``to_regclass``.
+        column: the column's name.
+    """
+    rows = connection.execute(_indexes(connection, relation, column))
+    return tuple(_read(row) for row in rows)
+
+
+def _indexes(connection: sa.Connection, relation: str, column: str) -> sa.Select[Any]:
+    index, klass, statistics = pg.INDEX, pg.CLASS, pg.INDEX_STATISTICS
+    knows_last = (connection.dialect.server_version_info or (0,)) >= (16,)
+    last: sa.ColumnElement[Any] = (
+        statistics.c.last_idx_scan if knows_last else sa.null().cast(sa.DateTime(timezone=True))
+    )
+    depends = (
+        sa.select(sa.literal(1))
+        .join_from(pg.DEPEND, pg.ATTRIBUTE, pg.ATTRIBUTE.c.attnum == pg.DEPEND.c.refobjsubid)
+        .where(
+            pg.DEPEND.c.classid == pg.oid_of("pg_catalog.pg_class"),
+            pg.DEPEND.c.objid == index.c.indexrelid,
+            pg.DEPEND.c.refobjid == index.c.indrelid,
+            pg.ATTRIBUTE.c.attrelid == index.c.indrelid,
+            pg.ATTRIBUTE.c.attname == column,
+        )
+        .exists()
+    )
+    progress = pg.INDEX_PROGRESS
+    building = sa.select(sa.literal(1)).where(progress.c.index_relid == index.c.indexrelid).exists()
+    opclass = (
+        sa.select(pg.OPCLASS.c.opcname)
+        .where(pg.OPCLASS.c.oid == sa.literal_column("indclass[0]", sa.BigInteger))
+        .scalar_subquery()
+    )
+    return (
+        sa.select(
+            klass.c.relname,
+            pg.NAMESPACE.c.nspname,
+            index.c.indisvalid,
+            building.label("building"),
+            pg.AM.c.amname,
+            opclass.label("opclass"),
+            klass.c.reloptions,
+            sa.func.pg_get_expr(
+                sa.literal_column("indpred"), index.c.indrelid, type_=sa.Text()
+            ).label("predicate"),
+            sa.func.pg_get_indexdef(index.c.indexrelid, 1, True, type_=sa.Text()).label(
+                "expression"
+            ),
+            sa.func.pg_get_indexdef(index.c.indexrelid, type_=sa.Text()).label("definition"),
+            sa.func.pg_relation_size(index.c.indexrelid, type_=sa.BigInteger()).label("bytes"),
+            sa.func.coalesce(statistics.c.idx_scan, 0).label("scans"),
+            last.label("last_scan"),
+        )
+        .select_from(index)
+        .join(klass, klass.c.oid == index.c.indexrelid)
+        .join(pg.NAMESPACE, pg.NAMESPACE.c.oid == klass.c.relnamespace)
+        .join(pg.AM, pg.AM.c.oid == klass.c.relam)
+        .outerjoin(statistics, statistics.c.indexrelid == index.c.indexrelid)
+        .where(
+            index.c.indrelid == pg.oid_of(relation),
+            pg.AM.c.amname.in_(["hnsw", "ivfflat"]),
+            depends,
+        )
+        .order_by(klass.c.relname)
+    )
+
+
+def _read(row: Any) -> VectorIndex:
+    options = dict(option.split("=", 1) for option in row.reloptions or ())
+    expression = row.expression or ""
+    form: Form = "column"
+    if "binary_quantize" in expression:
+        form = "binary"
+    elif "::halfvec" in expression:
+        form = "halfvec"
+    return VectorIndex(
+        name=row.relname,
+        schema=row.nspname,
+        valid=row.indisvalid,
+        building=row.building,
+        method=cast("IndexMethod", row.amname),
+        form=form,
+        opclass=row.opclass,
+        options={key: int(value) for key, value in options.items() if value.isdigit()},
+        predicate=row.predicate,
+        definition=row.definition,
+        bytes=row.bytes,
+        scans=row.scans,
+        last_scan=row.last_scan,
+    )
+
+
+#: Told the phase, and blocks or tuples done and in all, while an index is built.
+BuildProgress = Callable[[str, int, int], None]
+
+
+def build_index(
+    engine: sa.Engine,
+    index: sa.Index,
+    *,
+    maintenance_work_mem: str | None = None,
+    parallel_workers: int | None = None,
+    lock_timeout: float = LOCK_TIMEOUT,
+    attempts: int = ATTEMPTS,
+) -> bool:
+    """Build an index with ``CREATE INDEX CONCURRENTLY``, unless a valid one of this name is there.
+
+    Readers and writers go on throughout (``SHARE UPDATE EXCLUSIVE``). An invalid index of this
+    name, as a killed build leaves behind, is dropped and built anew.
+
+    Args:
+        engine: where.
+        index: the index, with its table.
+        maintenance_work_mem: memory for the build, as in ``"2GB"``; an HNSW graph that fits builds
+            several times faster. The server's own setting by default.
+        parallel_workers: ``max_parallel_maintenance_workers`` for the build.
+        lock_timeout: seconds to wait for the table's lock at an attempt.
+        attempts: how often to try.
+
+    Returns:
+        Whether it was built now; ``False`` where a valid index of this name was there.
+
+    Raises:
+        TableBusyError: the lock was not to be had, or another session is building this index.
+        DeclarationError: the index has no name or no table.
+    """
+    if index.table is None or index.name is None:
+        raise DeclarationError("build_index needs an index with a name, attached to its table.")
+    workers = None if parallel_workers is None else str(parallel_workers)
+    settings = {
+        "maintenance_work_mem": maintenance_work_mem,
+        "max_parallel_maintenance_workers": workers,
+    }
+    # A connection of its own: settings of the session go with it.
+    with engine.connect() as plain:
+        connection = plain.execution_options(isolation_level="AUTOCOMMIT")
+        try:
+            set_lock_timeout(connection, lock_timeout, local=False)
+            for name, value in settings.items():
+                if value is not None:
+                    connection.execute(sa.select(sa.func.set_config(name, value, False)))
+            return _build(connection, index, attempts)
+        finally:
+            plain.invalidate()
+
+
+def _build(connection: sa.Connection, index: sa.Index, attempts: int) -> bool:
+    assert index.table is not None
+    operations = Operations(MigrationContext.configure(connection))
+    relation = pg.relation_name(index.table, connection)
+    for attempt in range(1, attempts + 1):
+        state = index_state(connection, index)
+        if state == "valid":
+            return attempt > 1
+        if state == "building":
+            raise TableBusyError(
+                f"Another session is building index {index.name!r} now; wait for it, or end it "
+                "with pg_terminate_backend and run the same command again."
+            )
+        try:
+            if state == "invalid":
+                operations.drop_index(
+                    str(index.name),
+                    table_name=index.table.name,
+                    schema=index.table.schema,
+                    postgresql_concurrently=True,
+                    if_exists=True,
+                )
+            connection.execute(CreateIndexConcurrently(index))
+            return True
+        except sa.exc.DBAPIError as error:
+            if sqlstate(error) not in ("55P03", "40P01") or attempt == attempts:
+                _drop_leftover(operations, connection, index)
+                if sqlstate(error) == "55P03":
+                    raise TableBusyError(_busy(connection, relation, index)) from error
+                raise
+        pause(attempt)
+    raise AssertionError("unreachable")
+
+
+def _drop_leftover(operations: Operations, connection: sa.Connection, index: sa.Index) -> None:
+    """Leave no invalid index behind, where the connection still lives and the lock can be had."""
+    assert index.table is not None
+    if connection.invalidated:
+        return
+    try:
+        if index_state(connection, index) == "invalid":
+            operations.drop_index(
+                str(index.name),
+                table_name=index.table.name,
+                schema=index.table.schema,
+                postgresql_concurrently=True,
+                if_exists=True,
+            )
+    except sa.exc.DBAPIError:
+        # The next run meets the invalid index and drops it.
+        return
+
+
+def _busy(connection: sa.Connection, relation: str, index: sa.Index) -> str:
+    held = "; ".join(holders(connection, relation)[:5]) or "nobody now, so trying again may do"
+    return (
+        f"Index {index.name!r} could not get its lock on {relation}, held by: {held}. No index was "
+        "left behind; run the same command again."
+    )
+
+
+def index_state(connection: sa.Connection, index: sa.Index) -> str:
+    """``"absent"``, ``"valid"``, ``"invalid"`` or ``"building"``, by the index's name and table."""
+    assert index.table is not None
+    relation = pg.relation_name(index.table, connection)
+    progress = pg.INDEX_PROGRESS
+    building = (
+        sa.select(sa.literal(1)).where(progress.c.index_relid == pg.INDEX.c.indexrelid).exists()
+    )
+    row = connection.execute(
+        sa.select(pg.INDEX.c.indisvalid, building)
+        .join(pg.CLASS, pg.CLASS.c.oid == pg.INDEX.c.indexrelid)
+        .where(pg.INDEX.c.indrelid == pg.oid_of(relation), pg.CLASS.c.relname == str(index.name))
+    ).one_or_none()
+    if row is None:
+        return "absent"
+    if row[0]:
+        return "valid"
+    return "building" if row[1] else "invalid"
+
+
+class CreateIndexConcurrently(sa.schema.CreateIndex):
+    """``CREATE INDEX CONCURRENTLY``, whatever the index's own options say."""
+
+
+@compiles(CreateIndexConcurrently, "postgresql")
+def _create_index_concurrently(element: Any, compiler: Any, **kw: Any) -> str:
+    text: str = compiler.visit_create_index(element, **kw)
+    already = " INDEX CONCURRENTLY " in text
+    return text if already else text.replace(" INDEX ", " INDEX CONCURRENTLY ", 1)
+
+
+def index_name(existing: str, old: str, new: str, table: str) -> str:
+    """A name for the new column's index: the old one's with the column's name put in place.
+
+    Cut to PostgreSQL's 63 bytes with the column's end kept, since that is what differs.
+    """
+    if re.search(rf"(?<![a-z0-9]){re.escape(old)}(?![a-z0-9])", existing):
+        name = re.sub(rf"(?<![a-z0-9]){re.escape(old)}(?![a-z0-9])", new, existing)
+    else:
+        name = f"ix_{table}_{new}"
+    if name == existing or len(name.encode()) > 63:
+        name = f"ix_{table}"[: 62 - len(new)] + f"_{new}"
+    return name[-63:]
