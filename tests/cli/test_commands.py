@@ -114,7 +114,7 @@ def test_load_and_search(database_url: sa.URL, articles: Path, minilm: Any) -> N
     found = sbert_pg("search", "article", "track a package", "--json", url=database_url)
     assert found.returncode == 0, found.stderr
     rows = json.loads(found.stdout)
-    assert [row["title"] for row in rows][0] == "Shipping"
+    assert rows[0]["title"] == "Shipping"
     assert len(rows) == 4
     assert "embedding" not in rows[0]
     filtered = sbert_pg(
