@@ -103,6 +103,8 @@ def similarity_matrix(
     if similarity == "dot":
         return np.asarray(a @ b.T, dtype=np.float32)
     if similarity == "euclidean":
+        # In single precision the difference of two large squares hides small distances.
+        a, b = a.astype(np.float64), b.astype(np.float64)
         squared = (a**2).sum(1)[:, None] + (b**2).sum(1)[None, :] - 2 * (a @ b.T)
         return np.asarray(-np.sqrt(np.maximum(squared, 0)), dtype=np.float32)
     metric_of(similarity)
