@@ -10,14 +10,48 @@ from sbert_pg.registry import get_encoder, use_encoder
 from sbert_pg.spec import EncoderSpec, TextEncoder
 
 if TYPE_CHECKING:
+    from sbert_pg.catalog import bind, bind_all
     from sbert_pg.encoder import Encoder
+    from sbert_pg.indexes import hnsw_index, ivfflat_index
+    from sbert_pg.orm import embed_on_flush, embedding_column
+    from sbert_pg.search import nearest
+    from sbert_pg.source import Source
+    from sbert_pg.types import Embedding, HalfVector, Vector
 
 #: Exports that are imported when they are first asked for: name and module.
 _LAZY = {
+    "Embedding": "sbert_pg.types",
     "Encoder": "sbert_pg.encoder",
+    "HalfVector": "sbert_pg.types",
+    "Source": "sbert_pg.source",
+    "Vector": "sbert_pg.types",
+    "bind": "sbert_pg.catalog",
+    "bind_all": "sbert_pg.catalog",
+    "embed_on_flush": "sbert_pg.orm",
+    "embedding_column": "sbert_pg.orm",
+    "hnsw_index": "sbert_pg.indexes",
+    "ivfflat_index": "sbert_pg.indexes",
+    "nearest": "sbert_pg.search",
 }
 
-__all__ = ["Encoder", "EncoderSpec", "TextEncoder", "get_encoder", "use_encoder"]
+__all__ = [
+    "Embedding",
+    "Encoder",
+    "EncoderSpec",
+    "HalfVector",
+    "Source",
+    "TextEncoder",
+    "Vector",
+    "bind",
+    "bind_all",
+    "embed_on_flush",
+    "embedding_column",
+    "get_encoder",
+    "hnsw_index",
+    "ivfflat_index",
+    "nearest",
+    "use_encoder",
+]
 
 
 def _load_encoder(spec: EncoderSpec) -> TextEncoder:
@@ -29,7 +63,22 @@ def _load_encoder(spec: EncoderSpec) -> TextEncoder:
     )
 
 
+def _check_column(connection: Any, identity: Any, spec: EncoderSpec) -> bool | None:
+    """Hold a declared encoder against a column's; the catalog is imported at the first use."""
+    from sbert_pg.catalog import joining
+
+    return joining.check_column(connection, identity, spec)
+
+
+def _attest_column(connection: Any, identity: Any, spec: EncoderSpec) -> None:
+    """Vouch for a declared encoder in the running transaction."""
+    from sbert_pg.catalog import joining
+
+    joining.attest_column(connection, identity, spec)
+
+
 registry.set_loader(_load_encoder)
+registry.set_guards(_check_column, _attest_column)
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.engine import Connection
 
+from sbert_pg.catalog.migrate import upgrade
 from sbert_pg.catalog.holding import Held, attest, check, hold, hold_encoder, rebind, seal
 from sbert_pg.catalog.reading import (
     all_bindings,
@@ -80,6 +81,38 @@ def bind(
     found = binding_by_id(connection, number)
     assert found is not None
     return found
+
+
+def bind_all(
+    connection: Connection, metadata: sa.MetaData, *, mark_pending: bool = False
+) -> list[Binding]:
+    """Bring the catalog to its newest version and bind every embedding column of some metadata.
+
+    What ``metadata.create_all`` is to tables: for tests, scripts and first steps. An application
+    with a history of migrations binds in a revision, which autogenerate writes.
+
+    Args:
+        connection: a connection; its role owns the tables, which exist.
+        metadata: the tables' metadata.
+        mark_pending: see ``bind``.
+
+    Returns:
+        The bindings, in the order of dependent tables.
+
+    Raises:
+        CatalogVersionError: the catalog is newer than this code.
+        BindingError: see ``bind``.
+    """
+    upgrade(connection)
+    # A column that is replaced has to be bound before the one that replaces it.
+    columns = [
+        column
+        for table in metadata.sorted_tables
+        for column in table.columns
+        if getattr(column.type, "encoder", None) is not None
+    ]
+    columns.sort(key=lambda column: getattr(column.type, "replaces", None) is not None)
+    return [bind(connection, column, mark_pending=mark_pending) for column in columns]
 
 
 def unbind(connection: Connection, column: ColumnIdentity | sa.Column[Any]) -> None:

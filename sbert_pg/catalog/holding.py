@@ -177,7 +177,8 @@ def attest(
     """
     number = binding if isinstance(binding, int) else binding.id
     settings = (ATTESTED, VERIFIED) if verified else (ATTESTED,)
-    connection.execute(sa.select(*(_including(name, number, local) for name in settings)))
+    text = sa.literal(str(number), sa.Text)
+    connection.execute(sa.select(*(including(name, text, local) for name in settings)))
 
 
 def fingerprint_of(encoder: TextEncoder) -> str:
@@ -196,11 +197,15 @@ def _probe_bytes(encoder: TextEncoder) -> bytes:
     return np.ascontiguousarray(encoder.probe_vectors, dtype=_STORED).tobytes()
 
 
-def _including(setting: str, number: int, local: bool) -> sa.ColumnElement[Any]:
-    """Set a list of numbers, as in ``,3,17,``, to hold one more."""
-    now = sa.func.coalesce(sa.func.nullif(sa.func.current_setting(setting, True), ""), ",")
-    there = sa.func.strpos(now, f",{number},") > 0
-    value = sa.case((there, now), else_=now.concat(f"{number},"))
+def including(
+    setting: str, number: sa.ColumnElement[str], local: bool = True
+) -> sa.ColumnElement[Any]:
+    """An expression that adds a number to a setting that lists numbers, as in ``,3,17,``."""
+    now = sa.func.coalesce(
+        sa.func.nullif(sa.func.current_setting(setting, True), ""), ",", type_=sa.Text
+    )
+    there = sa.func.strpos(now, sa.literal(",").concat(number).concat(",")) > 0
+    value = sa.case((there, now), else_=now.concat(number).concat(","))
     return sa.func.set_config(setting, value, local)
 
 

@@ -28,10 +28,10 @@ def binding_of(connection: Connection, column: ColumnIdentity | sa.Column[Any]) 
     identity = identity_of(column)
     if not installed(connection):
         return None
-    relation = sa.func.to_regclass(qualified(connection, identity))
-    root = sa.func.coalesce(sa.func.pg_partition_root(relation), relation)
     c = tables.embedding_column.c
-    wanted = select_bindings().where(c.relation == root, c.column_name == identity.column)
+    wanted = select_bindings().where(
+        c.relation == relation_of(connection, identity), c.column_name == identity.column
+    )
     found = connection.execute(wanted).first()
     return None if found is None else from_row(found)
 
@@ -87,6 +87,12 @@ def identity_of(column: ColumnIdentity | sa.Column[Any]) -> ColumnIdentity:
     return ColumnIdentity(getattr(table, "schema", None), table.name, column.name)
 
 
+def relation_of(connection: Connection, identity: ColumnIdentity) -> sa.ColumnElement[Any]:
+    """The table as ``regclass``, for a partition its partitioned table; NULL where there is none."""
+    relation = sa.func.to_regclass(qualified(connection, identity))
+    return sa.func.coalesce(sa.func.pg_partition_root(relation), relation)
+
+
 def qualified(connection: Connection, identity: ColumnIdentity) -> str:
     """The table's name as ``regclass`` reads it, every part quoted."""
     schema = identity.schema
@@ -98,4 +104,12 @@ def qualified(connection: Connection, identity: ColumnIdentity) -> str:
     )
 
 
-__all__ = ["all_bindings", "binding_by_id", "binding_of", "identity_of", "installed", "qualified"]
+__all__ = [
+    "all_bindings",
+    "binding_by_id",
+    "binding_of",
+    "identity_of",
+    "installed",
+    "qualified",
+    "relation_of",
+]

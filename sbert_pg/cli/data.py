@@ -150,7 +150,7 @@ def _create(
     dimensions: int | None,
 ) -> sa.Table:
     """A table of text columns with an embedding column, bound; its index is left to the caller."""
-    from sbert_pg.catalog import binding
+    from sbert_pg import catalog
 
     if not source:
         raise DeclarationError(
@@ -171,7 +171,7 @@ def _create(
     )
     Source.of(list(source)).resolve(table)
     connection.execute(sa.schema.CreateTable(table))
-    binding.bind(connection, table.c[EMBEDDING])
+    catalog.bind(connection, table.c[EMBEDDING])
     return table
 
 

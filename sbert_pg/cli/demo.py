@@ -99,7 +99,6 @@ def _questions(question: str | None) -> tuple[str, ...]:
 def prepare(engine: sa.Engine) -> None:
     """Make the table, fill it and index it, unless an earlier start did."""
     from sbert_pg import catalog
-    from sbert_pg.catalog import binding
     from sbert_pg.loading import load
 
     with engine.begin() as connection:
@@ -113,7 +112,7 @@ def prepare(engine: sa.Engine) -> None:
         # All in one transaction: interrupted, it leaves nothing, and the next start begins anew.
         sa.schema.CreateTable(table)
         connection.execute(sa.schema.CreateTable(table))
-        binding.bind(connection, table.c.embedding)
+        catalog.bind(connection, table.c.embedding)
         started = time.perf_counter()
         with common.progress_bar() as bar:
             task = bar.add_task("encoding and writing", total=len(entries), rate="")

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-from sbert_pg.catalog import binding
+from sbert_pg import catalog
 from sbert_pg.distance import STORAGES
 from sbert_pg.errors import DeclarationError
-from sbert_pg.source import Source
-from sbert_pg.spec import EncoderSpec
 from sbert_pg.types import Embedding, register_reflection
 
 
@@ -27,11 +25,10 @@ def table_of(connection: sa.Connection, name: str) -> sa.Table:
             f"There is no table {name!r} in this database; 'sbert-pg status' lists those with "
             "embedding columns."
         ) from error
-    for bound in binding.all_bindings(connection):
-        identity = bound.identity
-        if identity.table != table.name or (schema and identity.schema != schema):
+    for bound in catalog.all_bindings(connection):
+        if bound.table != table.name or bound.schema != (schema or bound.schema):
             continue
-        column = table.c.get(identity.column)
+        column = table.c.get(bound.column)
         if column is None:
             continue
         storage = next(kind for kind in STORAGES if kind == bound.storage)
@@ -61,4 +58,4 @@ def embedding_of(table: sa.Table, column: str | None) -> sa.Column[object]:
     return next(iter(found.values()))
 
 
-__all__ = ["EncoderSpec", "Source", "embedding_of", "table_of"]
+__all__ = ["embedding_of", "table_of"]
