@@ -12,8 +12,8 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.engine import Connection
 
-from sbert_pg.catalog.migrate import upgrade
 from sbert_pg.catalog.holding import Held, attest, check, hold, hold_encoder, rebind, seal
+from sbert_pg.catalog.migrate import upgrade
 from sbert_pg.catalog.reading import (
     all_bindings,
     binding_by_id,

@@ -88,7 +88,7 @@ def identity_of(column: ColumnIdentity | sa.Column[Any]) -> ColumnIdentity:
 
 
 def relation_of(connection: Connection, identity: ColumnIdentity) -> sa.ColumnElement[Any]:
-    """The table as ``regclass``, for a partition its partitioned table; NULL where there is none."""
+    """The table as ``regclass``, of a partition its parent; NULL where it is not there."""
     relation = sa.func.to_regclass(qualified(connection, identity))
     return sa.func.coalesce(sa.func.pg_partition_root(relation), relation)
 

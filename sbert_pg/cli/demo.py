@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import sqlalchemy as sa
 import typer
@@ -104,13 +104,12 @@ def prepare(engine: sa.Engine) -> None:
     with engine.begin() as connection:
         connection.execute(sa.text("CREATE EXTENSION IF NOT EXISTS vector"))
         catalog.upgrade(connection)
-        table = Function.__table__
+        table = cast("sa.Table", Function.__table__)
         if sa.inspect(connection).has_table(table.name):
             return
         entries = list(standard_library())
         common.note(f"Embedding {len(entries):,} docstrings of Python's standard library, once.")
         # All in one transaction: interrupted, it leaves nothing, and the next start begins anew.
-        sa.schema.CreateTable(table)
         connection.execute(sa.schema.CreateTable(table))
         catalog.bind(connection, table.c.embedding)
         started = time.perf_counter()

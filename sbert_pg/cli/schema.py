@@ -54,32 +54,36 @@ def init(
 def migrate(
     database: common.DatabaseOption = None,
     revision: Annotated[
-        str, typer.Argument(help="Revision to bring the schema to; 'base' removes it.")
+        str, typer.Argument(help="Revision to bring the schema to.", metavar="[REVISION]")
     ] = "head",
+    down: Annotated[
+        bool, typer.Option("--down", help="Go down to the revision; 'base' removes the schema.")
+    ] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Change nothing; fail unless the schema is current.")
     ] = False,
+    sql: Annotated[
+        bool, typer.Option("--sql", help="Print the statements for someone else to run.")
+    ] = False,
 ) -> None:
-    """Bring the library's schema [b]sbert[/] to a version: up, down or away.
+    """Bring the library's schema [b]sbert[/] to a version.
 
-    [b]sbert-pg migrate[/]            to the newest version
-    [b]sbert-pg migrate --check[/]    for deployments: exit 1 unless it is there already
-    [b]sbert-pg migrate base[/]       remove it, with all bindings
+    [b]sbert-pg migrate[/]               to the newest version
+    [b]sbert-pg migrate --check[/]       for deployments: exit 1 unless it is there already
+    [b]sbert-pg migrate base --down[/]   remove it, with all bindings
     """
     from sbert_pg import catalog
 
+    if sql:
+        typer.echo(catalog.upgrade_sql(revision))
+        return
     with common.database(database) as engine, engine.begin() as connection:
-        before = catalog.current(connection)
         if check:
             catalog.require_current(connection)
-        elif revision == "base":
-            catalog.downgrade(connection, "base")
-        elif revision == "head" or before is None:
-            catalog.upgrade(connection, revision)
-        elif revision.startswith("-"):
+        elif down:
             catalog.downgrade(connection, revision)
         else:
-            catalog.migrate_to(connection, revision)
+            catalog.upgrade(connection, revision)
         after = catalog.current(connection)
     common.note(f"The schema sbert is at revision {after or 'base (not installed)'}.")
 

@@ -173,7 +173,7 @@ def test_schema_up_and_down(bare_database_url: sa.URL) -> None:
     assert sbert_pg("migrate", "--check", url=bare_database_url).returncode == 1
     assert sbert_pg("init", url=bare_database_url).returncode == 0
     assert sbert_pg("migrate", "--check", url=bare_database_url).returncode == 0
-    assert sbert_pg("migrate", "base", url=bare_database_url).returncode == 0
+    assert sbert_pg("migrate", "base", "--down", url=bare_database_url).returncode == 0
     engine = sa.create_engine(bare_database_url)
     assert "encoder" not in sa.inspect(engine).get_table_names(schema="sbert")
     engine.dispose()
