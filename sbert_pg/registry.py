@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 from sbert_pg.errors import EncoderNotFoundError
 from sbert_pg.spec import EncoderSpec, TextEncoder
@@ -18,12 +19,28 @@ Loader = Callable[[EncoderSpec], TextEncoder]
 _lock = threading.RLock()
 _encoders: dict[tuple[str, int], TextEncoder] = {}
 _loader: Loader | None = None
+_guards: tuple[Callable[..., Any] | None, Callable[..., Any] | None] = (None, None)
 
 
 def set_loader(loader: Loader | None) -> None:
     """Set how an encoder that was not registered is loaded."""
     global _loader
     _loader = loader
+
+
+def set_guards(check: Callable[..., Any] | None, attest: Callable[..., Any] | None) -> None:
+    """Set what ``types.guard`` starts with when it is imported; see ``guard.set_check``.
+
+    It stands here because importing the guard, and SQLAlchemy with it, is not for a process that
+    only encodes.
+    """
+    global _guards
+    _guards = (check, attest)
+
+
+def guards() -> tuple[Callable[..., Any] | None, Callable[..., Any] | None]:
+    """What ``set_guards`` was given."""
+    return _guards
 
 
 def use_encoder(encoder: TextEncoder, *, name: str | None = None) -> TextEncoder:

@@ -23,6 +23,7 @@ import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Dialect, Transaction
 
+from sbert_pg.registry import guards
 from sbert_pg.spec import EncoderSpec
 
 #: Seconds after which a column that was found unbound is looked at again.
@@ -40,13 +41,16 @@ class ColumnIdentity(NamedTuple):
         return ".".join(part for part in self if part is not None)
 
 
-#: Raises ``EncoderMismatchError``; returns whether the column is bound, which makes it final.
-Check = Callable[[Connection, ColumnIdentity, EncoderSpec], bool]
+#: Raises ``EncoderMismatchError``; returns whether the column is bound, which makes it final, or
+#: ``None`` where it is bound and the answer is not final: the transaction that wrote it is still
+#: running.
+Check = Callable[[Connection, ColumnIdentity, EncoderSpec], "bool | None"]
 #: Vouches for a bound column's encoder until the transaction or savepoint ends.
 Attest = Callable[[Connection, ColumnIdentity, EncoderSpec], None]
 
-_check: Check | None = None
-_attest: Attest | None = None
+_check: Check | None
+_attest: Attest | None
+_check, _attest = guards()
 _lock = threading.Lock()
 
 
@@ -152,7 +156,10 @@ def _ensure(
     now = time.monotonic()
     if now - watched.unbound.get(key, -UNBOUND_RECHECK) < UNBOUND_RECHECK:
         return False
-    if check(connection, identity, spec):
+    bound = check(connection, identity, spec)
+    if bound is None:
+        return True
+    if bound:
         watched.bound.add(key)
         watched.unbound.pop(key, None)
         return True
