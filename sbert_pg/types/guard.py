@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import sqlalchemy as sa
@@ -41,16 +41,30 @@ class ColumnIdentity(NamedTuple):
         return ".".join(part for part in self if part is not None)
 
 
-#: Raises ``EncoderMismatchError``; returns whether the column is bound, which makes it final, or
-#: ``None`` where it is bound and the answer is not final: the transaction that wrote it is still
-#: running.
-Check = Callable[[Connection, ColumnIdentity, EncoderSpec], "bool | None"]
-#: Vouches for a bound column's encoder until the transaction or savepoint ends.
-Attest = Callable[[Connection, ColumnIdentity, EncoderSpec], None]
+class Held(Protocol):
+    """What holding an encoder against a bound column gives.
 
-_check: Check | None
+    Attributes:
+        binding_id: number of the binding.
+        final: whether the answer holds for the life of the process; a binding that this very
+            transaction has sealed may yet be rolled back.
+    """
+
+    @property
+    def binding_id(self) -> int: ...  # noqa: D102
+
+    @property
+    def final(self) -> bool: ...  # noqa: D102
+
+
+#: Raises ``EncoderMismatchError``; returns ``None`` where the column is not bound.
+Hold = Callable[[Connection, ColumnIdentity, EncoderSpec], "Held | None"]
+#: Vouches for the encoder of a binding until the transaction or savepoint ends.
+Attest = Callable[[Connection, int], None]
+
+_hold: Hold | None
 _attest: Attest | None
-_check, _attest = guards()
+_hold, _attest = guards()
 _lock = threading.Lock()
 
 
@@ -69,23 +83,25 @@ class _Watched:
 
     def __init__(self) -> None:
         self.uses: WeakKeyDictionary[Any, tuple[_Use, ...]] = WeakKeyDictionary()
-        self.bound: set[tuple[ColumnIdentity, EncoderSpec]] = set()
+        self.bound: dict[tuple[ColumnIdentity, EncoderSpec], int] = {}
         self.unbound: dict[tuple[ColumnIdentity, EncoderSpec], float] = {}
-        self.attested: WeakKeyDictionary[Transaction, set[ColumnIdentity]] = WeakKeyDictionary()
+        #: What holds until a transaction or savepoint ends.
+        self.held: WeakKeyDictionary[Transaction, dict[Any, int]] = WeakKeyDictionary()
+        self.attested: WeakKeyDictionary[Transaction, set[int]] = WeakKeyDictionary()
 
 
 _watched: WeakKeyDictionary[Dialect, _Watched] = WeakKeyDictionary()
 
 
-def set_check(check: Check | None, attest: Attest | None = None) -> None:
-    """Set what asks the catalog; ``sbert_pg/__init__.py`` joins the two.
+def set_guards(hold: Hold | None, attest: Attest | None) -> None:
+    """Set what asks the catalog, for the life of the process; see ``registry.set_guards``.
 
     Args:
-        check: compares a declaration with the catalog.
+        hold: compares a declaration with the catalog.
         attest: vouches for a writer in the running transaction.
     """
-    global _check, _attest
-    _check, _attest = check, attest
+    global _hold, _attest
+    _hold, _attest = hold, attest
 
 
 def identity_of(column: sa.ColumnElement[Any]) -> ColumnIdentity | None:
@@ -115,22 +131,23 @@ def forget(dialect: Dialect) -> None:
     if watched is not None:
         watched.bound.clear()
         watched.unbound.clear()
+        watched.held.clear()
         watched.attested.clear()
 
 
-def ensure(connection: Connection, identity: ColumnIdentity, spec: EncoderSpec) -> bool:
+def ensure(connection: Connection, identity: ColumnIdentity, spec: EncoderSpec) -> int | None:
     """Check one column now, unless it has been; for readers that do not go through a statement.
 
     Returns:
-        Whether the column is bound.
+        The number of the column's binding, or ``None`` where it is not bound.
 
     Raises:
         EncoderMismatchError: the column belongs to another encoder.
     """
-    if _check is None:
-        return False
+    if _hold is None:
+        return None
     watch(connection.dialect)
-    return _ensure(_watched[connection.dialect], connection, identity, spec, _check)
+    return _ensure(_watched[connection.dialect], connection, identity, spec)
 
 
 def ensure_writable(connection: Connection, identity: ColumnIdentity, spec: EncoderSpec) -> None:
@@ -139,73 +156,80 @@ def ensure_writable(connection: Connection, identity: ColumnIdentity, spec: Enco
     Raises:
         EncoderMismatchError: the column belongs to another encoder.
     """
-    if ensure(connection, identity, spec):
-        _vouch(_watched[connection.dialect], connection, identity, spec)
+    binding_id = ensure(connection, identity, spec)
+    if binding_id is not None:
+        _vouch(_watched[connection.dialect], connection, binding_id)
 
 
 def _ensure(
-    watched: _Watched,
-    connection: Connection,
-    identity: ColumnIdentity,
-    spec: EncoderSpec,
-    check: Check,
-) -> bool:
+    watched: _Watched, connection: Connection, identity: ColumnIdentity, spec: EncoderSpec
+) -> int | None:
     key = (identity, spec)
-    if key in watched.bound:
-        return True
+    found = watched.bound.get(key)
+    if found is not None:
+        return found
+    scopes = _scopes(connection)
+    for scope in scopes:
+        found = watched.held.get(scope, {}).get(key)
+        if found is not None:
+            return found
     now = time.monotonic()
     if now - watched.unbound.get(key, -UNBOUND_RECHECK) < UNBOUND_RECHECK:
-        return False
-    bound = check(connection, identity, spec)
-    if bound is None:
-        return True
-    if bound:
-        watched.bound.add(key)
-        watched.unbound.pop(key, None)
-        return True
-    watched.unbound[key] = now
-    return False
+        return None
+    held = _hold(connection, identity, spec) if _hold is not None else None
+    if held is None:
+        watched.unbound[key] = now
+        return None
+    watched.unbound.pop(key, None)
+    if held.final:
+        watched.bound[key] = held.binding_id
+    elif scopes:
+        watched.held.setdefault(scopes[-1], {})[key] = held.binding_id
+    return held.binding_id
 
 
-def _vouch(
-    watched: _Watched, connection: Connection, identity: ColumnIdentity, spec: EncoderSpec
-) -> None:
+def _vouch(watched: _Watched, connection: Connection, binding_id: int) -> None:
     """Attest once in a transaction; a savepoint rolled back takes its attestations along."""
-    if _attest is None:
+    scopes = _scopes(connection)
+    if _attest is None or any(binding_id in watched.attested.get(scope, ()) for scope in scopes):
         return
-    root, nested = connection.get_transaction(), connection.get_nested_transaction()
-    scopes = [scope for scope in (root, nested) if scope is not None]
-    if any(identity in watched.attested.get(scope, ()) for scope in scopes):
-        return
-    _attest(connection, identity, spec)
+    _attest(connection, binding_id)
     if scopes:
-        watched.attested.setdefault(scopes[-1], set()).add(identity)
+        watched.attested.setdefault(scopes[-1], set()).add(binding_id)
+
+
+def _scopes(connection: Connection) -> list[Transaction]:
+    """The transaction and the innermost savepoint, where there are such."""
+    scopes = (connection.get_transaction(), connection.get_nested_transaction())
+    return [scope for scope in scopes if scope is not None]
 
 
 def _before_execute(cursor: Any, statement: str, *rest: Any) -> bool | None:
     context = rest[-1]
     compiled = getattr(context, "compiled", None)
-    if compiled is None or _check is None:
+    if compiled is None or _hold is None:
         return None
     watched = _watched[context.dialect]
     uses = watched.uses.get(compiled)
     if uses is None:
         uses = watched.uses[compiled] = tuple(_uses(compiled))
-    writes = []
-    for use in uses:
-        bound = (use.identity, use.spec) in watched.bound or _ensure(
-            watched, context.root_connection, use.identity, use.spec, _check
-        )
-        if bound and use.stored and _stores(context.compiled_parameters, use.stored):
-            writes.append(use)
-    if not writes:
+    if not uses:
         return None
     connection = context.root_connection
+    writes = []
+    for use in uses:
+        if use.stored and not _stores(context.compiled_parameters, use.stored):
+            continue
+        binding_id = _ensure(watched, connection, use.identity, use.spec)
+        if binding_id is not None and use.stored:
+            writes.append(binding_id)
+    if not writes:
+        return None
     if getattr(connection.connection.dbapi_connection, "autocommit", False):
-        _execute_alone(watched, writes, cursor, statement, rest)
+        _execute_alone(writes, cursor, statement, rest)
         return True
-    for use in writes:
-        _vouch(watched, connection, use.identity, use.spec)
+    for binding_id in writes:
+        _vouch(watched, connection, binding_id)
     return None
 
 
@@ -214,7 +238,7 @@ def _stores(parameters: Sequence[dict[str, Any]], names: tuple[str, ...]) -> boo
 
 
 def _execute_alone(
-    watched: _Watched, writes: Sequence[_Use], cursor: Any, statement: str, rest: tuple[Any, ...]
+    writes: Sequence[int], cursor: Any, statement: str, rest: tuple[Any, ...]
 ) -> None:
     """Execute one statement of an autocommit connection together with its attestation.
 
@@ -226,9 +250,9 @@ def _execute_alone(
     aside = connection.connection.cursor()
     aside.execute("BEGIN")
     try:
-        for use in writes:
+        for binding_id in writes:
             if _attest is not None:
-                _attest(connection, use.identity, use.spec)
+                _attest(connection, binding_id)
         if len(rest) == 1:
             context.dialect.do_execute_no_params(cursor, statement, context)
         elif isinstance(rest[0], (list, tuple)) and context.executemany:
