@@ -63,22 +63,22 @@ def _load_encoder(spec: EncoderSpec) -> TextEncoder:
     )
 
 
-def _hold(connection: Any, identity: Any, spec: EncoderSpec) -> Any:
+def _check_column(connection: Any, identity: Any, spec: EncoderSpec) -> bool | None:
     """Hold a declared encoder against a column's; the catalog is imported at the first use."""
-    from sbert_pg import catalog
+    from sbert_pg.catalog import joining
 
-    return catalog.hold(connection, identity, spec)
+    return joining.check_column(connection, identity, spec)
 
 
-def _attest(connection: Any, binding_id: int) -> None:
-    """Vouch for a held encoder in the running transaction."""
-    from sbert_pg import catalog
+def _attest_column(connection: Any, identity: Any, spec: EncoderSpec) -> None:
+    """Vouch for a declared encoder in the running transaction."""
+    from sbert_pg.catalog import joining
 
-    catalog.attest(connection, binding_id)
+    joining.attest_column(connection, identity, spec)
 
 
 registry.set_loader(_load_encoder)
-registry.set_guards(_hold, _attest)
+registry.set_guards(_check_column, _attest_column)
 
 
 def __getattr__(name: str) -> Any:

@@ -28,14 +28,14 @@ def set_loader(loader: Loader | None) -> None:
     _loader = loader
 
 
-def set_guards(hold: Callable[..., Any] | None, attest: Callable[..., Any] | None) -> None:
-    """Set what ``types.guard`` starts with when it is imported; see ``guard.Hold`` and ``Attest``.
+def set_guards(check: Callable[..., Any] | None, attest: Callable[..., Any] | None) -> None:
+    """Set what ``types.guard`` starts with when it is imported; see ``guard.Check`` and ``Attest``.
 
     It stands here because importing the guard, and SQLAlchemy with it, is not for a process that
     only encodes.
     """
     global _guards
-    _guards = (hold, attest)
+    _guards = (check, attest)
 
 
 def guards() -> tuple[Callable[..., Any] | None, Callable[..., Any] | None]:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import sqlalchemy as sa
@@ -41,30 +41,16 @@ class ColumnIdentity(NamedTuple):
         return ".".join(part for part in self if part is not None)
 
 
-class Held(Protocol):
-    """What holding an encoder against a bound column gives.
+#: Raises ``EncoderMismatchError``; returns whether the column is bound, which makes it final, or
+#: ``None`` where it is bound and the answer is not final, since the transaction that sealed it may
+#: still be rolled back.
+Check = Callable[[Connection, ColumnIdentity, EncoderSpec], "bool | None"]
+#: Vouches for a bound column's encoder until the transaction or savepoint ends.
+Attest = Callable[[Connection, ColumnIdentity, EncoderSpec], None]
 
-    Attributes:
-        binding_id: number of the binding.
-        final: whether the answer holds for the life of the process; a binding that this very
-            transaction has sealed may yet be rolled back.
-    """
-
-    @property
-    def binding_id(self) -> int: ...  # noqa: D102
-
-    @property
-    def final(self) -> bool: ...  # noqa: D102
-
-
-#: Raises ``EncoderMismatchError``; returns ``None`` where the column is not bound.
-Hold = Callable[[Connection, ColumnIdentity, EncoderSpec], "Held | None"]
-#: Vouches for the encoder of a binding until the transaction or savepoint ends.
-Attest = Callable[[Connection, int], None]
-
-_hold: Hold | None
+_check: Check | None
 _attest: Attest | None
-_hold, _attest = guards()
+_check, _attest = guards()
 _lock = threading.Lock()
 
 
@@ -78,30 +64,33 @@ class _Use:
     stored: tuple[str, ...] = ()
 
 
+_Key = tuple[ColumnIdentity, EncoderSpec]
+
+
 class _Watched:
     """What has been learned on one dialect, that is, on one engine."""
 
     def __init__(self) -> None:
         self.uses: WeakKeyDictionary[Any, tuple[_Use, ...]] = WeakKeyDictionary()
-        self.bound: dict[tuple[ColumnIdentity, EncoderSpec], int] = {}
-        self.unbound: dict[tuple[ColumnIdentity, EncoderSpec], float] = {}
+        self.bound: set[_Key] = set()
+        self.unbound: dict[_Key, float] = {}
         #: What holds until a transaction or savepoint ends.
-        self.held: WeakKeyDictionary[Transaction, dict[Any, int]] = WeakKeyDictionary()
-        self.attested: WeakKeyDictionary[Transaction, set[int]] = WeakKeyDictionary()
+        self.answers: WeakKeyDictionary[Transaction, dict[_Key, bool]] = WeakKeyDictionary()
+        self.attested: WeakKeyDictionary[Transaction, set[_Key]] = WeakKeyDictionary()
 
 
 _watched: WeakKeyDictionary[Dialect, _Watched] = WeakKeyDictionary()
 
 
-def set_guards(hold: Hold | None, attest: Attest | None) -> None:
+def set_guards(check: Check | None, attest: Attest | None) -> None:
     """Set what asks the catalog, for the life of the process; see ``registry.set_guards``.
 
     Args:
-        hold: compares a declaration with the catalog.
+        check: compares a declaration with the catalog.
         attest: vouches for a writer in the running transaction.
     """
-    global _hold, _attest
-    _hold, _attest = hold, attest
+    global _check, _attest
+    _check, _attest = check, attest
 
 
 def identity_of(column: sa.ColumnElement[Any]) -> ColumnIdentity | None:
@@ -131,23 +120,23 @@ def forget(dialect: Dialect) -> None:
     if watched is not None:
         watched.bound.clear()
         watched.unbound.clear()
-        watched.held.clear()
+        watched.answers.clear()
         watched.attested.clear()
 
 
-def ensure(connection: Connection, identity: ColumnIdentity, spec: EncoderSpec) -> int | None:
+def ensure(connection: Connection, identity: ColumnIdentity, spec: EncoderSpec) -> bool:
     """Check one column now, unless it has been; for readers that do not go through a statement.
 
     Returns:
-        The number of the column's binding, or ``None`` where it is not bound.
+        Whether the column is bound.
 
     Raises:
         EncoderMismatchError: the column belongs to another encoder.
     """
-    if _hold is None:
-        return None
+    if _check is None:
+        return False
     watch(connection.dialect)
-    return _ensure(_watched[connection.dialect], connection, identity, spec)
+    return _is_bound(_watched[connection.dialect], connection, (identity, spec), False)
 
 
 def ensure_writable(connection: Connection, identity: ColumnIdentity, spec: EncoderSpec) -> None:
@@ -156,46 +145,51 @@ def ensure_writable(connection: Connection, identity: ColumnIdentity, spec: Enco
     Raises:
         EncoderMismatchError: the column belongs to another encoder.
     """
-    binding_id = ensure(connection, identity, spec)
-    if binding_id is not None:
-        _vouch(_watched[connection.dialect], connection, binding_id)
+    if _check is None:
+        return
+    watch(connection.dialect)
+    watched, key = _watched[connection.dialect], (identity, spec)
+    if _is_bound(watched, connection, key, True):
+        _vouch(watched, connection, key)
 
 
-def _ensure(
-    watched: _Watched, connection: Connection, identity: ColumnIdentity, spec: EncoderSpec
-) -> int | None:
-    key = (identity, spec)
-    found = watched.bound.get(key)
-    if found is not None:
-        return found
+def _is_bound(watched: _Watched, connection: Connection, key: _Key, writes: bool) -> bool:
+    """Whether a column is bound, to the encoder that the code declares.
+
+    That it is not bound is taken from memory for a while where it is read, and for one transaction
+    where it is written, since a trigger refuses what is not attested.
+    """
+    if key in watched.bound:
+        return True
     scopes = _scopes(connection)
     for scope in scopes:
-        found = watched.held.get(scope, {}).get(key)
-        if found is not None:
-            return found
+        known = watched.answers.get(scope, {}).get(key)
+        if known is not None:
+            return known
     now = time.monotonic()
-    if now - watched.unbound.get(key, -UNBOUND_RECHECK) < UNBOUND_RECHECK:
-        return None
-    held = _hold(connection, identity, spec) if _hold is not None else None
-    if held is None:
+    if not writes and now - watched.unbound.get(key, -UNBOUND_RECHECK) < UNBOUND_RECHECK:
+        return False
+    answer = _check(connection, *key) if _check is not None else False
+    if answer:
+        watched.bound.add(key)
+        watched.unbound.pop(key, None)
+        return True
+    bound = answer is None
+    if not bound:
         watched.unbound[key] = now
-        return None
-    watched.unbound.pop(key, None)
-    if held.final:
-        watched.bound[key] = held.binding_id
-    elif scopes:
-        watched.held.setdefault(scopes[-1], {})[key] = held.binding_id
-    return held.binding_id
+    if scopes and (bound or writes):
+        watched.answers.setdefault(scopes[-1], {})[key] = bound
+    return bound
 
 
-def _vouch(watched: _Watched, connection: Connection, binding_id: int) -> None:
+def _vouch(watched: _Watched, connection: Connection, key: _Key) -> None:
     """Attest once in a transaction; a savepoint rolled back takes its attestations along."""
     scopes = _scopes(connection)
-    if _attest is None or any(binding_id in watched.attested.get(scope, ()) for scope in scopes):
+    if _attest is None or any(key in watched.attested.get(scope, ()) for scope in scopes):
         return
-    _attest(connection, binding_id)
+    _attest(connection, *key)
     if scopes:
-        watched.attested.setdefault(scopes[-1], set()).add(binding_id)
+        watched.attested.setdefault(scopes[-1], set()).add(key)
 
 
 def _scopes(connection: Connection) -> list[Transaction]:
@@ -207,7 +201,7 @@ def _scopes(connection: Connection) -> list[Transaction]:
 def _before_execute(cursor: Any, statement: str, *rest: Any) -> bool | None:
     context = rest[-1]
     compiled = getattr(context, "compiled", None)
-    if compiled is None or _hold is None:
+    if compiled is None or _check is None:
         return None
     watched = _watched[context.dialect]
     uses = watched.uses.get(compiled)
@@ -220,16 +214,16 @@ def _before_execute(cursor: Any, statement: str, *rest: Any) -> bool | None:
     for use in uses:
         if use.stored and not _stores(context.compiled_parameters, use.stored):
             continue
-        binding_id = _ensure(watched, connection, use.identity, use.spec)
-        if binding_id is not None and use.stored:
-            writes.append(binding_id)
+        key = (use.identity, use.spec)
+        if _is_bound(watched, connection, key, bool(use.stored)) and use.stored:
+            writes.append(key)
     if not writes:
         return None
     if getattr(connection.connection.dbapi_connection, "autocommit", False):
         _execute_alone(writes, cursor, statement, rest)
         return True
-    for binding_id in writes:
-        _vouch(watched, connection, binding_id)
+    for key in writes:
+        _vouch(watched, connection, key)
     return None
 
 
@@ -238,7 +232,7 @@ def _stores(parameters: Sequence[dict[str, Any]], names: tuple[str, ...]) -> boo
 
 
 def _execute_alone(
-    writes: Sequence[int], cursor: Any, statement: str, rest: tuple[Any, ...]
+    writes: Sequence[_Key], cursor: Any, statement: str, rest: tuple[Any, ...]
 ) -> None:
     """Execute one statement of an autocommit connection together with its attestation.
 
@@ -250,9 +244,9 @@ def _execute_alone(
     aside = connection.connection.cursor()
     aside.execute("BEGIN")
     try:
-        for binding_id in writes:
+        for key in writes:
             if _attest is not None:
-                _attest(connection, binding_id)
+                _attest(connection, *key)
         if len(rest) == 1:
             context.dialect.do_execute_no_params(cursor, statement, context)
         elif isinstance(rest[0], (list, tuple)) and context.executemany:
