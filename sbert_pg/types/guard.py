@@ -201,7 +201,7 @@ def _scopes(connection: Connection) -> list[Transaction]:
 def _before_execute(cursor: Any, statement: str, *rest: Any) -> bool | None:
     context = rest[-1]
     compiled = getattr(context, "compiled", None)
-    if compiled is None or _check is None:
+    if compiled is None or _check is None or context.isddl:
         return None
     watched = _watched[context.dialect]
     uses = watched.uses.get(compiled)
