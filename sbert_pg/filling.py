@@ -20,11 +20,22 @@ from sbert_pg.registry import get_encoder
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
 from sbert_pg.types import Embedding
+from sbert_pg.types.offload import off_loop
 
 Vectors = npt.NDArray[np.float32]
 
-#: Stands for a source value that was not given.
-NOT_KNOWN: Final = object()
+
+class NotKnown:
+    """Type of ``NOT_KNOWN``."""
+
+    def __repr__(self) -> str:
+        return "NOT_KNOWN"
+
+
+#: Stands for a source value that was not given, and for a text that hangs on one.
+NOT_KNOWN: Final = NotKnown()
+#: A text, none because all is ``NULL``, or none that this process could know.
+Text = str | NotKnown | None
 
 
 @dataclass(frozen=True)
@@ -45,29 +56,39 @@ class Filling:
         source: Source = self.column.type.source  # type: ignore[attr-defined]
         return source.joiner()
 
-    def text_of(self, values: Sequence[Any]) -> str | None:
-        """The text of the source's values, or ``None`` where one is an SQL expression."""
-        if any(isinstance(value, sa.ClauseElement) for value in values):
+    def text_of(self, values: Sequence[Any]) -> Text:
+        """The text of the source's values, in the order of the source's columns.
+
+        Returns:
+            The text; ``None`` where every value is ``NULL``, since then the vector is ``NULL`` too
+            (unless the column forbids it); ``NOT_KNOWN`` where a value is an SQL expression or was
+            not given.
+        """
+        if any(value is NOT_KNOWN or isinstance(value, sa.ClauseElement) for value in values):
+            return NOT_KNOWN
+        if self.column.nullable and all(value is None for value in values):
             return None
         return self._join(values)
 
-    def text_of_new(self, values: Sequence[Any]) -> str | None:
+    def text_of_new(self, values: Sequence[Any]) -> Text:
         """As ``text_of``, for a row to be inserted, where ``NOT_KNOWN`` takes its default.
 
-        A default that only the server or the insertion computes gives ``None``: this process cannot
+        A default that only the server or the insertion computes stays unknown: this process cannot
         know the text, and the row will be pending.
         """
-        known = []
-        for column, value in zip(self.source_columns, values, strict=True):
-            if value is not NOT_KNOWN:
-                known.append(value)
-            elif column.default is not None and column.default.is_scalar:
-                known.append(column.default.arg)  # type: ignore[attr-defined]
-            elif column.default is None and column.server_default is None:
-                known.append(None)
-            else:
-                return None
-        return self.text_of(known)
+        return self.text_of(
+            [
+                _default_of(column) if value is NOT_KNOWN else value
+                for column, value in zip(self.source_columns, values, strict=True)
+            ]
+        )
+
+
+def _default_of(column: sa.Column[Any]) -> Any:
+    default: Any = column.default
+    if default is not None:
+        return default.arg if default.is_scalar else NOT_KNOWN
+    return None if column.server_default is None else NOT_KNOWN
 
 
 def fillings_of(table: sa.Table) -> tuple[Filling, ...]:
@@ -96,7 +117,8 @@ class TextJob:
 def encode_jobs(jobs: Sequence[TextJob]) -> None:
     """Encode all jobs, one batch for each encoder, and store their vectors.
 
-    Nothing is stored unless everything could be encoded.
+    Nothing is stored unless everything could be encoded. A text that occurs several times is
+    encoded once.
 
     Raises:
         EncodingError: a text cannot be encoded; the message names its row.
@@ -112,7 +134,15 @@ def encode_jobs(jobs: Sequence[TextJob]) -> None:
 
 
 def _encode(spec: EncoderSpec, group: Sequence[TextJob]) -> Vectors:
-    return encode_documents(spec, [job.text for job in group], lambda i: group[i].label())
+    first: dict[str, int] = {}
+    for number, job in enumerate(group):
+        first.setdefault(job.text, number)
+    numbers = list(first.values())
+    vectors = encode_documents(spec, list(first), lambda i: group[numbers[i]].label())
+    if len(first) == len(group):
+        return vectors
+    position = {text: i for i, text in enumerate(first)}
+    return np.asarray(vectors[[position[job.text] for job in group]])
 
 
 def encode_documents(
@@ -132,9 +162,10 @@ def encode_documents(
         EncodingError: a text cannot be encoded.
         DimensionError: the encoder's width is not the declared one.
     """
-    encoder = get_encoder(spec)
     try:
-        vectors = np.asarray(encoder.encode_document(texts), dtype=np.float32)
+        vectors = off_loop(
+            lambda: np.asarray(get_encoder(spec).encode_document(texts), dtype=np.float32)
+        )
     except EncodingError as error:
         if error.index is None:
             raise
@@ -175,15 +206,13 @@ def embed_rows(
             if row.get(key) is not None:
                 continue
             text = filling.text_of_new([row.get(k, NOT_KNOWN) for k in source_keys])
-            if text is not None:
+            if isinstance(text, str):
                 jobs.append(_row_job(filling, text, row, key, first + number))
     encode_jobs(jobs)
     return filled
 
 
-def _row_job(
-    filling: Filling, text: str, row: dict[str, Any], key: str, number: int
-) -> TextJob:
+def _row_job(filling: Filling, text: str, row: dict[str, Any], key: str, number: int) -> TextJob:
     return TextJob(
         filling,
         text,

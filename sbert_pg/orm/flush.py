@@ -1,0 +1,227 @@
+"""Encode in the flush, and in bulk statements: one batch, written together with its rows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+from weakref import ReferenceType, ref
+
+import numpy as np
+import numpy.typing as npt
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker
+from sqlalchemy.orm import InstanceState, Session, scoped_session, sessionmaker
+from sqlalchemy.orm.base import PassiveFlag
+
+from sbert_pg.errors import DeclarationError
+from sbert_pg.filling import NOT_KNOWN, Text, TextJob, encode_jobs
+from sbert_pg.orm.attributes import EmbeddingAttribute, attributes_of
+from sbert_pg.orm.rereading import Key, locked_sources
+from sbert_pg.orm.statements import embed_statement
+
+SessionTarget = (
+    Session
+    | type[Session]
+    | sessionmaker[Any]
+    | scoped_session[Any]
+    | AsyncSession
+    | async_sessionmaker[Any]
+    | async_scoped_session[Any]
+)
+
+#: Where an object's state remembers which of its vectors the flush made, and from which text.
+_MADE = "sbert_pg.made"
+
+
+def embed_on_flush(target: SessionTarget) -> None:
+    """Encode in the flush: new objects, and objects whose source changed, in one batch.
+
+    Also covers bulk statements with parameters, as in ``session.execute(insert(Article), [...])``
+    and ``session.execute(update(Article), [...])``. Without this call rows are written at once and
+    become pending, for a worker to follow. So do rows whose text this process cannot know: values
+    that are SQL expressions, defaults that the server computes, ``insert().values()`` and
+    ``insert().from_select()``.
+
+    Args:
+        target: a session, session class, ``sessionmaker`` or ``scoped_session``, or the
+            asynchronous form of one. Calling it again changes nothing.
+
+    Raises:
+        DeclarationError: for anything else.
+    """
+    listened = _listened(target)
+    if not event.contains(listened, "before_flush", _before_flush):
+        event.listen(listened, "before_flush", _before_flush)
+        event.listen(listened, "do_orm_execute", embed_statement)
+
+
+def _listened(target: SessionTarget) -> Any:
+    """The synchronous session or factory that SQLAlchemy takes listeners for."""
+    if isinstance(target, async_scoped_session):
+        return _listened(target.session_factory)
+    if isinstance(target, async_sessionmaker):
+        base: Any = target.kw.get("sync_session_class") or target.class_.sync_session_class
+        if not isinstance(base, type) or "_embeds_on_flush" in vars(base):
+            return base
+        # A class of its own, so that other factories' sessions stay as they are.
+        own = type("EmbeddingSession", (base,), {"_embeds_on_flush": True})
+        target.configure(sync_session_class=own)
+        return own
+    if isinstance(target, AsyncSession):
+        return target.sync_session
+    if isinstance(target, (Session, sessionmaker, scoped_session)) or (
+        isinstance(target, type) and issubclass(target, Session)
+    ):
+        return target
+    raise DeclarationError(
+        f"embed_on_flush was given {target!r}; it takes a session, a session class or a session "
+        "factory."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Partial:
+    """An object of whose source only a part has changed, so that the rest is read again."""
+
+    state: InstanceState[Any]
+    attribute: EmbeddingAttribute
+    changed: frozenset[str]
+
+
+def _before_flush(session: Session, context: Any, instances: Any) -> None:
+    jobs: list[TextJob] = []
+    partials: list[_Partial] = []
+    for state, attribute in _embedded(session.new):
+        _add(jobs, state, attribute, _text_of_new(state, attribute))
+    for state, attribute in _embedded(session.dirty):
+        changed = frozenset(key for key in attribute.source_keys if _added(state, key))
+        if changed and not _is_given(state, attribute):
+            if len(changed) < len(attribute.source_keys):
+                partials.append(_Partial(state, attribute, changed))
+            else:
+                _add(jobs, state, attribute, _text_of(state, attribute, {}))
+    for partial, values in _reread(session, partials):
+        text = _text_of(partial.state, partial.attribute, values)
+        _add(jobs, partial.state, partial.attribute, text)
+    encode_jobs(jobs)
+
+
+def _embedded(
+    objects: Iterable[object],
+) -> Iterable[tuple[InstanceState[Any], EmbeddingAttribute]]:
+    for instance in objects:
+        state: InstanceState[Any] = sa.inspect(instance)
+        for attribute in attributes_of(state.mapper):
+            yield state, attribute
+
+
+def _added(state: InstanceState[Any], key: str) -> Any:
+    """What has been assigned since the attribute was loaded; nothing is loaded to find out."""
+    return state.get_history(key, PassiveFlag.PASSIVE_NO_INITIALIZE).added
+
+
+def _is_given(state: InstanceState[Any], attribute: EmbeddingAttribute) -> bool:
+    """Whether the caller assigned the vector, ``None`` included, and not an earlier flush.
+
+    A flush that failed leaves its vectors in objects that the rollback made new again.
+    """
+    added = _added(state, attribute.key)
+    return bool(added) and not _was_made(state, attribute, added[0])
+
+
+def _was_made(state: InstanceState[Any], attribute: EmbeddingAttribute, vector: Any) -> bool:
+    made = state.info.get((_MADE, attribute.key))
+    return made is not None and made[0]() is vector
+
+
+def _text_of_new(state: InstanceState[Any], attribute: EmbeddingAttribute) -> Text:
+    vector = state.dict.get(attribute.key)
+    if vector is not None and not _was_made(state, attribute, vector):
+        return NOT_KNOWN
+    return attribute.filling.text_of_new(
+        [state.dict.get(key, NOT_KNOWN) for key in attribute.source_keys]
+    )
+
+
+def _text_of(
+    state: InstanceState[Any], attribute: EmbeddingAttribute, reread: dict[str, Any]
+) -> Text:
+    instance = state.obj()
+    return attribute.filling.text_of(
+        [reread[key] if key in reread else getattr(instance, key) for key in attribute.source_keys]
+    )
+
+
+def _add(
+    jobs: list[TextJob], state: InstanceState[Any], attribute: EmbeddingAttribute, text: Text
+) -> None:
+    """Have a text encoded; a text that is ``NULL`` takes its vector along at once."""
+    if isinstance(text, str):
+        current = state.dict.get(attribute.key)
+        made = current is not None and _was_made(state, attribute, current)
+        if made and state.info[_MADE, attribute.key][1] == _digest(text):
+            return
+        jobs.append(_job(state, attribute, text))
+    elif text is None and (state.key is not None or state.dict.get(attribute.key) is not None):
+        setattr(state.obj(), attribute.key, None)
+
+
+def _job(state: InstanceState[Any], attribute: EmbeddingAttribute, text: str) -> TextJob:
+    instance = state.obj()
+
+    def store(vector: npt.NDArray[np.float32]) -> None:
+        made: ReferenceType[Any] = ref(vector)
+        setattr(instance, attribute.key, vector)
+        state.info[_MADE, attribute.key] = (made, _digest(text))
+
+    return TextJob(attribute.filling, text, store, lambda: f"{attribute.key} of {_label(state)}")
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _label(state: InstanceState[Any]) -> str:
+    if state.identity is not None:
+        return f"{state.class_.__name__}({', '.join(map(repr, state.identity))})"
+    return f"a new {state.class_.__name__} ({_shown(state)})"
+
+
+def _shown(state: InstanceState[Any]) -> str:
+    """A new object has no key to be named by, so it is shown by what it holds."""
+    short = [
+        f"{key}={value!r}" if len(repr(value)) <= 40 else f"{key}={repr(value)[:37]}..."
+        for key, value in state.dict.items()
+        if isinstance(value, (str, int)) and not key.startswith("_")
+    ]
+    return ", ".join(short[:3])
+
+
+def _reread(
+    session: Session, partials: list[_Partial]
+) -> Iterable[tuple[_Partial, dict[str, Any]]]:
+    """The partially changed objects, each with the rest of its source as the row has it now."""
+    groups: dict[EmbeddingAttribute, list[tuple[_Partial, Key]]] = {}
+    for partial in partials:
+        key = tuple(_loaded(partial.state, name) for name in partial.attribute.row_keys)
+        groups.setdefault(partial.attribute, []).append((partial, key))
+    for attribute, members in groups.items():
+        mapper = members[0][0].state.mapper
+        found = locked_sources(session, mapper, attribute, [key for _, key in members])
+        for partial, key in members:
+            values = found.get(key, {})
+            yield partial, {k: v for k, v in values.items() if k not in partial.changed}
+
+
+def _loaded(state: InstanceState[Any], key: str) -> Any:
+    """The value that the row has, where a flush is about to change it."""
+    if key in state.committed_state:
+        return state.committed_state[key]
+    getter: Callable[[Any, str], Any] = getattr
+    return getter(state.obj(), key)
+
+
+__all__ = ["SessionTarget", "embed_on_flush"]
