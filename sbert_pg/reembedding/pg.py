@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import ARRAY, REGCLASS
+from alembic.operations import Operations
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.engine import Dialect
 
 
 def _catalog(name: str, **types: Any) -> sa.TableClause:
@@ -53,6 +56,11 @@ def relation_name(table: sa.Table, connection: sa.Connection) -> str:
     return connection.dialect.identifier_preparer.format_table(table)
 
 
-def regclass(name: str) -> sa.ColumnElement[Any]:
-    """A table as a ``regclass`` parameter."""
-    return sa.cast(name, REGCLASS)
+def name_of(dialect: Dialect, schema: str | None, table: str) -> str:
+    """As ``relation_name``, of a table given by its names."""
+    return dialect.identifier_preparer.format_table(sa.Table(table, sa.MetaData(), schema=schema))
+
+
+def operations(connection: sa.Connection) -> Operations:
+    """Alembic's operations, for DDL that SQLAlchemy itself lacks."""
+    return Operations(MigrationContext.configure(connection))

@@ -14,7 +14,7 @@ class Thresholds:
     """What a verification has to reach. ``None`` leaves a figure unjudged.
 
     Attributes:
-        coverage: least share of the rows with text that have a vector.
+        coverage: least share of the rows with text that have a vector, or became pending just now.
         max_pending: rows that may be pending, as they are while an application writes.
         max_failed: rows that may have failed or been skipped.
         recall: least recall of the index against exact search, averaged over the sampled rows.
@@ -47,13 +47,16 @@ class Coverage:
         rows: rows of the table.
         with_text: rows whose source is not ``NULL`` throughout.
         embedded: of these, rows with a vector.
-        pending: rows that wait for a new vector, whether or not they have an old one.
+        overdue: rows with text and without a vector that are not pending, or have been pending for
+            longer than a moment.
+        pending: rows that wait for a new vector, whether or not they have an older one.
         failed: rows whose text could not be encoded, skipped ones included.
     """
 
     rows: int
     with_text: int
     embedded: int
+    overdue: int
     pending: int
     failed: int
 
@@ -66,6 +69,11 @@ class Coverage:
     def missing(self) -> int:
         """Rows with text and without a vector."""
         return self.with_text - self.embedded
+
+    @property
+    def late(self) -> int:
+        """Overdue rows without the failed ones, which are judged on their own."""
+        return max(0, self.overdue - self.failed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,9 +248,9 @@ def judge(found: Verification, thresholds: Thresholds, *, old_has_index: bool) -
         if limit is not None and value > limit:
             missed.append(f"{value:,} rows are {what}, and at most {limit:,} may be")
 
-    if t.coverage is not None and c.share < t.coverage:
+    if t.coverage is not None and c.with_text and 1 - c.late / c.with_text < t.coverage:
         missed.append(
-            f"{c.missing:,} of {c.with_text:,} rows with text have no vector (coverage "
+            f"{c.late:,} of {c.with_text:,} rows with text have no vector (coverage "
             f"{c.share:.4f}, and {t.coverage:g} is asked for)"
         )
     most("pending", c.pending, t.max_pending)

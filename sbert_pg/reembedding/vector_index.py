@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import sqlalchemy as sa
 from alembic.operations import Operations
-from alembic.runtime.migration import MigrationContext
 from sqlalchemy.ext.compiler import compiles
 
 from sbert_pg.distance import METRICS, IndexMethod, Similarity
@@ -245,7 +244,7 @@ def build_index(
 
 def _build(connection: sa.Connection, index: sa.Index, attempts: int) -> bool:
     assert index.table is not None
-    operations = Operations(MigrationContext.configure(connection))
+    operations = pg.operations(connection)
     relation = pg.relation_name(index.table, connection)
     for attempt in range(1, attempts + 1):
         state = index_state(connection, index)

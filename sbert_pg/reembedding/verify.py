@@ -20,8 +20,9 @@ from sbert_pg.distance import similarity_matrix
 from sbert_pg.errors import EncoderError
 from sbert_pg.probes import agreement_of
 from sbert_pg.reembedding import measures
+from sbert_pg.reembedding.coverage import coverage_of
 from sbert_pg.reembedding.measures import Nearest
-from sbert_pg.reembedding.pair import Pair, Side, pair_of
+from sbert_pg.reembedding.pair import Pair, pair_of
 from sbert_pg.reembedding.reading import blocks, sample
 from sbert_pg.reembedding.report import (
     Coverage,
@@ -103,32 +104,6 @@ def verify(
     )
 
 
-def coverage(connection: sa.Connection, side: Side) -> Coverage:
-    """How many rows of a column have what they should have, counted over the whole table."""
-    table, pending = side.column.table, tables.pending
-    has_text = sa.or_(*(table.c[name].is_not(None) for name in side.binding.source.columns))
-    counted = connection.execute(
-        sa.select(
-            sa.func.count(),
-            sa.func.count().filter(has_text),
-            sa.func.count().filter(has_text, side.column.is_not(None)),
-        ).select_from(table)
-    ).one()
-    marks = connection.execute(
-        sa.select(
-            sa.func.count().filter(sa.not_(pending.c.failed)),
-            sa.func.count().filter(pending.c.failed),
-        ).where(pending.c.column_id == side.binding.id)
-    ).one()
-    return Coverage(
-        rows=counted[0],
-        with_text=counted[1],
-        embedded=counted[2],
-        pending=marks[0],
-        failed=marks[1],
-    )
-
-
 class _Measuring:
     """One verification at work."""
 
@@ -153,7 +128,8 @@ class _Measuring:
     def report(
         self, sample_size: int, texts: int, queries: Sequence[LabelledQuery]
     ) -> Verification:
-        pair, covered = self.pair, coverage(self.connection, self.pair.new)
+        pair = self.pair
+        covered = coverage_of(self.connection, pair.new.binding)
         keys, rows = self._sampled(sample_size, covered)
         labelled = self._encoded(queries)
         exact = _Exact(self, keys, rows, labelled)
