@@ -87,6 +87,7 @@ def convert(made: Path, found: Found, name: str, precision: str) -> Manifest:
     manifest = Manifest(
         spec=spec_of(description, content, name, precision, found.revision),
         precision=precision,
+        full_dimensions=description.full_dimensions,
         inputs=inputs,
         truncation_side=side,
         exporter=exporter,

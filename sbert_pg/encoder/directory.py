@@ -20,7 +20,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,9 @@ class Manifest:
     """What a converted directory says about itself.
 
     Attributes:
-        spec: the encoder's spec, without truncation that a caller may ask for.
+        spec: the encoder's spec, with the dimensions that the model keeps by its own settings.
         precision: numeric form of the weights.
+        full_dimensions: width of the graph's output; the spec's own where nothing is truncated.
         inputs: names of the graph's inputs, in order.
         truncation_side: which end of a long text is cut off.
         exporter: how the graph was made, ``"graph"`` or ``"torch"``.
@@ -59,6 +60,7 @@ class Manifest:
 
     spec: EncoderSpec
     precision: str
+    full_dimensions: int
     inputs: tuple[str, ...]
     truncation_side: str = "right"
     exporter: str = "graph"
@@ -72,6 +74,7 @@ class Manifest:
             "spec": self.spec.to_json(),
             "fingerprint": self.spec.fingerprint,
             "precision": self.precision,
+            "full_dimensions": self.full_dimensions,
             "inputs": list(self.inputs),
             "truncation_side": self.truncation_side,
             "exporter": self.exporter,
@@ -104,6 +107,7 @@ class Manifest:
         return cls(
             spec=EncoderSpec.from_json(data["spec"]),
             precision=data["precision"],
+            full_dimensions=data["full_dimensions"],
             inputs=tuple(data["inputs"]),
             truncation_side=data["truncation_side"],
             exporter=data["exporter"],
@@ -163,15 +167,8 @@ def read_probes(directory: Path, dimensions: int) -> Vectors:
 def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
     """Write the manifest of a directory whose other files are in place, with their digests."""
     names = sorted(path.name for path in directory.iterdir() if path.name != MANIFEST)
-    complete = Manifest(
-        spec=manifest.spec,
-        precision=manifest.precision,
-        inputs=manifest.inputs,
-        truncation_side=manifest.truncation_side,
-        exporter=manifest.exporter,
-        agreement=manifest.agreement,
-        files={name: sha256_of(directory / name) for name in names},
-    )
+    files = {name: sha256_of(directory / name) for name in names}
+    complete = replace(manifest, files=files)
     text = json.dumps(complete.to_json(), indent=2, ensure_ascii=False)
     (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
     return complete

@@ -98,18 +98,9 @@ class Encoder:
         self._manifest = manifest
         self._threads = threads
         self._providers = providers
-        full = manifest.spec.dimensions
-        if dimensions is not None and not 1 <= dimensions <= full:
-            raise DeclarationError(
-                f"Encoder {manifest.spec.name!r} gives {full} dimensions and cannot give "
-                f"{dimensions}."
-            )
-        self._spec = manifest.spec
-        if dimensions is not None and dimensions != full:
-            self._spec = replace(manifest.spec, dimensions=dimensions, normalized=False)
-        self._probes = np.ascontiguousarray(
-            converted.read_probes(directory, full)[:, : self._spec.dimensions]
-        )
+        self._spec = _truncated(manifest, dimensions)
+        probes = converted.read_probes(directory, manifest.full_dimensions)
+        self._probes = np.ascontiguousarray(probes[:, : self._spec.dimensions])
         self._lock = threading.Lock()
         self._statistics = Statistics()
         self._warned_at = -WARN_EVERY
@@ -464,6 +455,19 @@ class Encoder:
                 "Encoder.statistics.truncated counts all.",
                 report, self.max_seq_length, self._spec.name,
             )  # fmt: skip
+
+
+def _truncated(manifest: Manifest, dimensions: int | None) -> EncoderSpec:
+    """The spec with the dimensions that a caller asks for."""
+    spec, full = manifest.spec, manifest.full_dimensions
+    if dimensions is None or dimensions == spec.dimensions:
+        return spec
+    if not 1 <= dimensions <= full:
+        raise DeclarationError(
+            f"Encoder {spec.name!r} gives {full} dimensions and cannot give {dimensions}."
+        )
+    normalized = dimensions == full and spec.layers[-1:] == ("Normalize",)
+    return replace(spec, dimensions=dimensions, normalized=normalized)
 
 
 def _chunks(texts: Iterable[str], size: int) -> Iterator[list[str]]:

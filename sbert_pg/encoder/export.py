@@ -11,10 +11,10 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sbert_pg.encoder.description import Description
+from sbert_pg.encoder.description import Description, PoolingMode
 from sbert_pg.errors import ConversionError, MissingExtraError, UnsupportedEncoderError
 
 if TYPE_CHECKING:
@@ -61,11 +61,11 @@ def export(description: Description, precision: str) -> onnx.ModelProto:
             local_files_only=True,
             model_kwargs={"attn_implementation": "eager", "use_safetensors": True},
         )
-        module = _pipeline(model)
+        module = _pipeline(model, description.pooling)
         return _exported(torch, module, description)
 
 
-def _pipeline(model: Any) -> Any:
+def _pipeline(model: Any, modes: Sequence[PoolingMode]) -> Any:
     """Transformer, pooling and layers as one torch module on tensors."""
     import torch
 
@@ -74,7 +74,6 @@ def _pipeline(model: Any) -> Any:
             super().__init__()
             modules = list(model)
             self.transformer = modules[0].auto_model.float().eval()
-            self.pooling = modules[1]
             self.rest = torch.nn.ModuleList(modules[2:]).float().eval()
 
         def forward(
@@ -85,14 +84,45 @@ def _pipeline(model: Any) -> Any:
         ) -> torch.Tensor:
             tokens = self.transformer(input_ids=input_ids, attention_mask=attention_mask)[0]
             mask = attention_mask if pooling_mask is None else pooling_mask
-            features = {"token_embeddings": tokens, "attention_mask": mask}
-            features = self.pooling(features)
+            features = {"sentence_embedding": _pooled(tokens, mask, modes)}
             for layer in self.rest:
                 features = layer(features)
             vector: torch.Tensor = features["sentence_embedding"]
             return vector
 
     return Pipeline().eval()
+
+
+def _pooled(tokens: Any, mask: Any, modes: Sequence[PoolingMode]) -> Any:
+    """Pooling as sentence-transformers' ``Pooling`` does it, where padding is to the right.
+
+    Args:
+        tokens: token embeddings, ``(batch, tokens, width)``.
+        mask: 1 for the tokens that are pooled, ``(batch, tokens)``.
+        modes: pooling modes in the order of concatenation.
+    """
+    import torch
+
+    weights = mask.unsqueeze(-1).to(tokens.dtype)
+    positions = torch.arange(1, tokens.shape[1] + 1, dtype=tokens.dtype)
+    rows = torch.arange(tokens.shape[0])
+    pooled = []
+    for mode in modes:
+        if mode == "cls":
+            pooled.append(tokens[rows, mask.to(torch.int32).argmax(dim=1)])
+        elif mode == "max":
+            pooled.append(tokens.masked_fill(weights == 0, -torch.inf).amax(dim=1))
+        elif mode == "lasttoken":
+            last = (mask * positions.to(mask.dtype)).argmax(dim=1)
+            pooled.append(tokens[rows, last] * weights[rows, last])
+        else:
+            # Positions are counted from the first token of the text, prompt or not.
+            by = weights * positions.view(1, -1, 1) if mode == "weightedmean" else weights
+            total = by.sum(dim=1).clamp(min=1e-9)
+            if mode == "mean_sqrt_len_tokens":
+                total = total.sqrt()
+            pooled.append((tokens * by).sum(dim=1) / total)
+    return torch.cat(pooled, dim=1)
 
 
 def _exported(torch: Any, module: Any, description: Description) -> onnx.ModelProto:
