@@ -9,6 +9,7 @@ from sbert_pg.reembedding.checks import (
 from sbert_pg.reembedding.contract import abort, finish
 from sbert_pg.reembedding.expand import Request, build_indexes, request_of, start
 from sbert_pg.reembedding.locks import in_short_transactions
+from sbert_pg.reembedding.ready import assert_ready
 from sbert_pg.reembedding.report import Thresholds, Verification
 from sbert_pg.reembedding.vector_index import VectorIndex, build_index, vector_indexes
 from sbert_pg.reembedding.verify import LabelledQuery, verify
@@ -18,9 +19,10 @@ __all__ = [
     "Request",
     "Status",
     "Thresholds",
-    "Verification",
     "VectorIndex",
+    "Verification",
     "abort",
+    "assert_ready",
     "build_index",
     "build_indexes",
     "finish",

@@ -17,10 +17,13 @@ from sbert_pg.testing import DeterministicEncoder
 from sbert_pg.types import Embedding
 from sbert_pg.types.guard import ColumnIdentity
 
-WORDS = (
-    "river stone bridge market garden winter letter engine harbour candle forest copper "
-    "window orchard signal thunder ribbon mirror castle lantern meadow saddle compass anchor"
-).split()
+# fmt: off
+WORDS = [
+    "river", "stone", "bridge", "market", "garden", "winter", "letter", "engine", "harbour",
+    "candle", "forest", "copper", "window", "orchard", "signal", "thunder", "ribbon", "mirror",
+    "castle", "lantern", "meadow", "saddle", "compass", "anchor",
+]
+# fmt: on
 
 
 def texts(rows: int, seed: int = 0) -> list[str]:
@@ -126,10 +129,13 @@ class World:
             source = binding.source.joiner()
             vectors = encoder.encode_document([source(row[1:]) for row in rows])
             if rows:
-                connection.execute(
-                    table.update().where(table.c.id == sa.bindparam("key")).values({name: sa.bindparam("vector", type_=table.c[name].type)}),
-                    [{"key": row.id, "vector": vector} for row, vector in zip(rows, vectors, strict=True)],
-                )  # fmt: skip
+                write = (
+                    table.update()
+                    .where(table.c.id == sa.bindparam("key"))
+                    .values({name: sa.bindparam("vector", type_=table.c[name].type)})
+                )
+                pairs = zip(rows, vectors, strict=True)
+                connection.execute(write, [{"key": row.id, "vector": v} for row, v in pairs])
                 connection.execute(
                     sa.delete(tables.pending).where(
                         tables.pending.c.column_id == binding.id,
