@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,19 +66,21 @@ def convert(made: Path, found: Found, name: str, precision: str) -> Manifest:
         ConversionError: the result disagrees with the fp32 reference by more than its floor.
     """
     description = describe(found.path)
+    # The graph gives all dimensions; a caller may ask for more than the model keeps by itself.
+    full = replace(description, truncate_dim=None)
     content = tokenizer_content(description)
     side = truncation_side(description)
     text = json.dumps(content, ensure_ascii=False)
     tokenizer = TextTokenizer(text, description.max_seq_length, side)
     tokens = tokenizer.encode([*PROBES, *SAMPLE_TEXTS]).ids
     model_path = made / converted.MODEL
-    inputs, exporter = build(description, precision, model_path)
+    inputs, exporter = build(full, precision, model_path)
     vectors = _vectors(model_path, inputs, tokens)
     agreement = {}
     if precision != FP32:
         with tempfile.TemporaryDirectory(prefix=".reference-", dir=made.parent) as scratch:
             reference_path = Path(scratch) / converted.MODEL
-            reference_inputs, _ = build(description, FP32, reference_path)
+            reference_inputs, _ = build(full, FP32, reference_path)
             reference = _vectors(reference_path, reference_inputs, tokens)
         agreement = measure(vectors, reference)
         require(agreement, FLOORS.get(precision, STRICT), f"{name} in {precision}")

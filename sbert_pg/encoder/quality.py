@@ -1,0 +1,124 @@
+"""How well an encoder does on texts whose answers are known: the measures of MTEB.
+
+Spearman's correlation for pairs with scores; nDCG@10, recall and reciprocal rank for questions with
+answers (Järvelin and Kekäläinen 2002, in the binary form that MTEB's retrieval tasks use). numpy
+alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from sbert_pg.distance import similarity_matrix
+from sbert_pg.spec import TextEncoder, Vectors
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieval:
+    """Means over questions, each between 0 and 1.
+
+    Attributes:
+        ndcg_at_10: normalised discounted cumulative gain of the ten nearest.
+        recall_at_1: share of questions whose nearest text is an answer.
+        recall_at_10: share of answers among the ten nearest.
+        reciprocal_rank: mean reciprocal rank of the first answer.
+    """
+
+    ndcg_at_10: float
+    recall_at_1: float
+    recall_at_10: float
+    reciprocal_rank: float
+
+
+def ranks(values: Floats) -> Floats:
+    """Ranks from 1, ties at their mean."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    lengths = np.diff(np.r_[starts, len(values)])
+    found = np.empty(len(values))
+    found[order] = np.repeat(starts + (lengths + 1) / 2, lengths)
+    return found
+
+
+def spearman(a: Sequence[float] | Floats, b: Sequence[float] | Floats) -> float:
+    """Spearman's rank correlation; ``nan`` where one side is constant."""
+    x, y = (ranks(np.asarray(side, dtype=np.float64)) for side in (a, b))
+    x, y = x - x.mean(), y - y.mean()
+    length = float(np.sqrt((x**2).sum() * (y**2).sum()))
+    return float((x * y).sum() / length) if length else float("nan")
+
+
+def pair_similarities(
+    encoder: TextEncoder, left: Sequence[str], right: Sequence[str]
+) -> npt.NDArray[np.float32]:
+    """Similarity of each pair, by the encoder's own similarity function."""
+    a, b = encoder.encode_document(left), encoder.encode_document(right)
+    kind = encoder.spec.similarity
+    values = [similarity_matrix(a[i : i + 1], b[i : i + 1], kind)[0, 0] for i in range(len(a))]
+    return np.asarray(values, dtype=np.float32)
+
+
+def score_pairs(
+    encoder: TextEncoder, left: Sequence[str], right: Sequence[str], scores: Sequence[float]
+) -> float:
+    """Spearman's correlation of similarities and given scores."""
+    return spearman(pair_similarities(encoder, left, right).astype(np.float64), scores)
+
+
+def score_retrieval(
+    questions: Vectors, texts: Vectors, relevant: Sequence[set[int]], similarity: str
+) -> Retrieval:
+    """Measures of finding the relevant texts of each question.
+
+    Args:
+        questions: vectors of the questions, ``(n, dimensions)``.
+        texts: vectors of the texts, ``(m, dimensions)``.
+        relevant: for each question the positions of its answers, at least one.
+        similarity: one of ``sbert_pg.distance.SIMILARITIES``.
+    """
+    k = min(10, len(texts))
+    discounts = 1 / np.log2(np.arange(2, k + 2))
+    sums = np.zeros(4)
+    for begin in range(0, len(questions), 512):
+        block = questions[begin : begin + 512]
+        near = similarity_matrix(block, texts, similarity)  # type: ignore[arg-type]
+        order = np.argsort(-near, axis=1, kind="stable")
+        for row, answers in zip(order, relevant[begin : begin + 512], strict=True):
+            hits = np.isin(row, list(answers))
+            best = discounts[: min(len(answers), k)].sum()
+            sums += (
+                (discounts * hits[:k]).sum() / best,
+                hits[0],
+                hits[:k].sum() / len(answers),
+                1 / (int(np.argmax(hits)) + 1),
+            )
+    return Retrieval(*(float(value) for value in sums / max(1, len(questions))))
+
+
+def retrieval(encoder: TextEncoder, questions: Sequence[str], answers: Sequence[str]) -> Retrieval:
+    """Questions, each with one answer, against all the different answers.
+
+    Args:
+        encoder: questions go through ``encode_query``, answers through ``encode_document``.
+        questions: the questions.
+        answers: the answer of each; equal answers count as one text.
+    """
+    positions: dict[str, int] = {}
+    for answer in answers:
+        positions.setdefault(answer, len(positions))
+    wanted: dict[str, set[int]] = {}
+    for question, answer in zip(questions, answers, strict=True):
+        wanted.setdefault(question, set()).add(positions[answer])
+    return score_retrieval(
+        encoder.encode_query(list(wanted)),
+        encoder.encode_document(list(positions)),
+        list(wanted.values()),
+        encoder.spec.similarity,
+    )
