@@ -1,7 +1,7 @@
 -- Bind a vector column to an encoder and a source: the catalog row and the triggers.
--- Doing it again is allowed and mends the triggers; doing it differently is an error, since a column
--- belongs to one encoder for life. Writers are locked out until the transaction ends, so that no
--- change slips between the marks and the triggers.
+-- Doing it again is allowed, takes no lock, and mends triggers that are missing or disabled; doing it
+-- differently is an error, since a column belongs to one encoder for life. The first time, writers are
+-- locked out until the transaction ends, so that no change slips between the marks and the triggers.
 CREATE FUNCTION sbert.bind_v1(
     relation regclass,
     column_name text,
@@ -29,17 +29,11 @@ BEGIN
            WITH ORDINALITY AS s (name, position);
     v_storage := sbert.require_bindable_v1(
         bind_v1.relation, bind_v1.column_name, bind_v1.declared, v_sources);
-    EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', bind_v1.relation);
-    PERFORM sbert.prune_v1();
-    v_keys := sbert.key_columns_v1(bind_v1.relation);
-    IF v_keys IS NULL THEN
-        RAISE EXCEPTION USING ERRCODE = 'SB003',
-            MESSAGE = format('table %s has no key by which a row could be named',
-                             bind_v1.relation::text),
-            HINT = 'Give it a primary key, or a unique index over NOT NULL columns. Columns of the '
-                   'types float, money, interval, timetz, range, array and composite cannot be part '
-                   'of it.';
-    END IF;
+    BEGIN
+        PERFORM sbert.prune_v1();
+    EXCEPTION WHEN insufficient_privilege THEN
+        NULL;  -- What another role has left behind is that role's to remove.
+    END;
     IF bind_v1.replaces IS NOT NULL THEN
         SELECT c.id INTO v_replaces_id FROM sbert.embedding_column c
          WHERE c.relation = bind_v1.relation AND c.column_name = bind_v1.replaces;
@@ -70,6 +64,16 @@ BEGIN
         END IF;
         v_id := v_old.id;
     ELSE
+        EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', bind_v1.relation);
+        v_keys := sbert.key_columns_v1(bind_v1.relation);
+        IF v_keys IS NULL THEN
+            RAISE EXCEPTION USING ERRCODE = 'SB003',
+                MESSAGE = format('table %s has no key by which a row could be named',
+                                 bind_v1.relation::text),
+                HINT = 'Give it a primary key, or a unique index over NOT NULL columns. Columns of '
+                       'the types float, money, interval, timetz, range, array and composite cannot '
+                       'be part of it.';
+        END IF;
         INSERT INTO sbert.embedding_column AS c
             (relation, column_name, encoder_name, dimensions, declared, source, source_columns,
              key_columns, storage, replaces_id, state)
@@ -80,7 +84,12 @@ BEGIN
              CASE WHEN v_replaces_id IS NULL THEN 'active' ELSE 'filling' END)
         RETURNING c.id INTO v_id;
     END IF;
-    PERFORM sbert.install_triggers_v1(v_id);
+    IF (SELECT count(*) FROM pg_trigger t
+         WHERE t.tgrelid = bind_v1.relation AND NOT t.tgisinternal AND t.tgenabled <> 'D'
+           AND t.tgname LIKE 'sbert\_' || v_id || '\_%') <> 4
+    THEN
+        PERFORM sbert.install_triggers_v1(v_id);
+    END IF;
     IF bind_v1.mark_pending THEN
         IF current_setting('transaction_isolation') <> 'read committed' THEN
             RAISE EXCEPTION USING ERRCODE = 'SB003',

@@ -20,6 +20,13 @@ DECLARE
     v_source_changed text;
     v_no_text text;
     v_vector_changed text;
+    -- Long values lie in a table of their own, and an update that leaves one alone leaves its number
+    -- alone. Looking at the number first spares reading both (from PostgreSQL 17 on).
+    v_moved_or_short constant text := CASE
+        WHEN current_setting('server_version_num')::integer >= 170000 THEN
+            '(pg_column_toast_chunk_id(NEW.%1$I) IS NULL OR pg_column_toast_chunk_id(OLD.%1$I) '
+            'IS DISTINCT FROM pg_column_toast_chunk_id(NEW.%1$I)) AND '
+        ELSE '' END;
     v_attested text;
     v_verified text;
     v_remark constant text :=
@@ -37,8 +44,8 @@ BEGIN
       FROM pg_class k JOIN pg_namespace n ON n.oid = k.relnamespace
      WHERE k.oid = v.relation;
 
-    SELECT format('((OLD.%1$I IS NULL) <> (NEW.%1$I IS NULL) OR OLD.%1$I OPERATOR(%2$I.<>) NEW.%1$I)',
-                  v.column_name, n.nspname),
+    SELECT format('(' || v_moved_or_short || '((OLD.%1$I IS NULL) <> (NEW.%1$I IS NULL) OR '
+                  'OLD.%1$I OPERATOR(%2$I.<>) NEW.%1$I))', v.column_name, n.nspname),
            format('%I.%I', n.nspname, t.typname || '_send')
       INTO STRICT v_vector_changed, v_send
       FROM pg_attribute a
@@ -59,8 +66,9 @@ BEGIN
       JOIN pg_attribute a ON a.attrelid = v.relation AND a.attname = k.name
       JOIN pg_type t ON t.oid = a.atttypid;
     -- Compared byte by byte: a collation or type that ignores case must not hide a change.
-    SELECT string_agg(format('(OLD.%1$I)::text COLLATE "C" IS DISTINCT FROM (NEW.%1$I)::text '
-                             'COLLATE "C"', s.name), ' OR ' ORDER BY s.position),
+    SELECT string_agg(format('(' || v_moved_or_short || '(OLD.%1$I)::text COLLATE "C" IS DISTINCT '
+                             'FROM (NEW.%1$I)::text COLLATE "C")', s.name),
+                      ' OR ' ORDER BY s.position),
            string_agg(format('NEW.%I IS NULL', s.name), ' AND ' ORDER BY s.position)
       INTO STRICT v_source_changed, v_no_text
       FROM unnest(v.source_columns) WITH ORDINALITY AS s (name, position);
