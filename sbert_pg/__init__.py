@@ -12,7 +12,9 @@ from sbert_pg.spec import EncoderSpec, TextEncoder
 if TYPE_CHECKING:
     from sbert_pg.catalog import bind, bind_all
     from sbert_pg.encoder import Encoder
+    from sbert_pg.filling import embed_rows
     from sbert_pg.indexes import hnsw_index, ivfflat_index
+    from sbert_pg.loading import load
     from sbert_pg.orm import embed_on_flush, embedding_column
     from sbert_pg.search import nearest
     from sbert_pg.source import Source
@@ -28,9 +30,11 @@ _LAZY = {
     "bind": "sbert_pg.catalog",
     "bind_all": "sbert_pg.catalog",
     "embed_on_flush": "sbert_pg.orm",
+    "embed_rows": "sbert_pg.filling",
     "embedding_column": "sbert_pg.orm",
     "hnsw_index": "sbert_pg.indexes",
     "ivfflat_index": "sbert_pg.indexes",
+    "load": "sbert_pg.loading",
     "nearest": "sbert_pg.search",
 }
 
@@ -45,10 +49,12 @@ __all__ = [
     "bind",
     "bind_all",
     "embed_on_flush",
+    "embed_rows",
     "embedding_column",
     "get_encoder",
     "hnsw_index",
     "ivfflat_index",
+    "load",
     "nearest",
     "use_encoder",
 ]

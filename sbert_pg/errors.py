@@ -2,8 +2,8 @@
 
 Every error that this project raises on purpose derives from :class:`SbertPgError`, so an
 application can catch all of them at once. A message names the thing, says why, and says what to do
-next. Where a built-in exception describes the mistake as well (``ValueError``, ``ImportError``), the
-class derives from it too, so that existing handlers keep working.
+next. Where a built-in exception describes the mistake as well (``ValueError``, ``ImportError``),
+the class derives from it too, so that existing handlers keep working.
 
 ::
 
@@ -182,7 +182,17 @@ class ClusteringError(SbertPgError):
 
 
 class LoadError(SbertPgError, ValueError):
-    """A row cannot be loaded; the message says which."""
+    """A row cannot be loaded; the message says which.
+
+    Attributes:
+        row: number of the row, the first being 0, or ``None``.
+        committed: rows that are in the database in spite of the error.
+    """
+
+    def __init__(self, message: str, *, row: int | None = None, committed: int = 0) -> None:
+        self.row = row
+        self.committed = committed
+        super().__init__(message)
 
 
 class ServerError(SbertPgError):

@@ -117,8 +117,7 @@ class TextJob:
 def encode_jobs(jobs: Sequence[TextJob]) -> None:
     """Encode all jobs, one batch for each encoder, and store their vectors.
 
-    Nothing is stored unless everything could be encoded. A text that occurs several times is
-    encoded once.
+    Nothing is stored unless everything could be encoded.
 
     Raises:
         EncodingError: a text cannot be encoded; the message names its row.
@@ -134,21 +133,13 @@ def encode_jobs(jobs: Sequence[TextJob]) -> None:
 
 
 def _encode(spec: EncoderSpec, group: Sequence[TextJob]) -> Vectors:
-    first: dict[str, int] = {}
-    for number, job in enumerate(group):
-        first.setdefault(job.text, number)
-    numbers = list(first.values())
-    vectors = encode_documents(spec, list(first), lambda i: group[numbers[i]].label())
-    if len(first) == len(group):
-        return vectors
-    position = {text: i for i, text in enumerate(first)}
-    return np.asarray(vectors[[position[job.text] for job in group]])
+    return encode_documents(spec, [job.text for job in group], lambda i: group[i].label())
 
 
 def encode_documents(
     spec: EncoderSpec, texts: Sequence[str], label: Callable[[int], str]
 ) -> Vectors:
-    """Encode texts with the encoder that a column declares.
+    """Encode texts with the encoder that a column declares, each of several equal ones once.
 
     Args:
         spec: the encoder.
@@ -162,22 +153,27 @@ def encode_documents(
         EncodingError: a text cannot be encoded.
         DimensionError: the encoder's width is not the declared one.
     """
+    first: dict[str, int] = {}
+    for number, text in enumerate(texts):
+        first.setdefault(text, number)
     try:
         vectors = off_loop(
-            lambda: np.asarray(get_encoder(spec).encode_document(texts), dtype=np.float32)
+            lambda: np.asarray(get_encoder(spec).encode_document(list(first)), dtype=np.float32)
         )
     except EncodingError as error:
         if error.index is None:
             raise
-        raise EncodingError(
-            f"Cannot embed {label(error.index)}: {error}", index=error.index
-        ) from error
-    if vectors.shape != (len(texts), spec.dimensions):
+        index = list(first.values())[error.index]
+        raise EncodingError(f"Cannot embed {label(index)}: {error}", index=index) from error
+    if vectors.shape != (len(first), spec.dimensions):
         raise DimensionError(
-            f"Encoder {spec.name!r} gave vectors of shape {vectors.shape} for {len(texts)} texts "
+            f"Encoder {spec.name!r} gave vectors of shape {vectors.shape} for {len(first)} texts "
             f"where {spec.dimensions} dimensions are declared. Correct the declaration."
         )
-    return vectors
+    if len(first) == len(texts):
+        return vectors
+    position = {text: i for i, text in enumerate(first)}
+    return np.asarray(vectors[[position[text] for text in texts]])
 
 
 def embed_rows(

@@ -29,7 +29,7 @@ ELEMENT: dict[Storage, np.dtype[Any]] = {
     "halfvec": np.dtype(">f2"),
 }
 #: Largest finite value of the IEEE half-precision format.
-_HALF_MAX = 65_504.0
+HALF_MAX = 65_504.0
 
 _registration = threading.Lock()
 _registered = False
@@ -115,10 +115,9 @@ def check_vector(array: Vector1, dimensions: int | None, storage: Storage, what:
     if not np.isfinite(array).all():
         position = int(np.flatnonzero(~np.isfinite(array))[0])
         raise NonFiniteError(f"{what} holds {array[position]} at position {position}.")
-    if storage == "halfvec" and float(np.abs(array).max()) > _HALF_MAX:
+    if storage == "halfvec" and float(np.abs(array).max()) > HALF_MAX:
         raise NonFiniteError(
-            f"{what} holds a value beyond {_HALF_MAX:g}, the largest of halfvec; store it as "
-            "vector."
+            f"{what} holds a value beyond {HALF_MAX:g}, the largest of halfvec; store it as vector."
         )
 
 

@@ -1,0 +1,199 @@
+"""Blocks of rows through COPY, in binary; through INSERT where a type has no binary form here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import psycopg
+import sqlalchemy as sa
+from psycopg import sql
+from psycopg.adapt import AdaptersMap, Dumper
+from psycopg.pq import Format
+from sqlalchemy.dialects import postgresql as pg
+from sqlalchemy.engine import Connection
+
+from sbert_pg.errors import LoadError
+from sbert_pg.types.wire import WireVector
+
+#: What a COPY says of where it was: "COPY article, line 3, column title".
+_LINE = re.compile(r"^COPY .*, line (\d+)", re.MULTILINE)
+_TEXT_OID = psycopg.adapters.types["text"].oid
+
+_attribute = sa.table(
+    "pg_attribute",
+    sa.column("attrelid", pg.OID),
+    sa.column("attname", sa.Text),
+    sa.column("atttypid", pg.OID),
+    sa.column("attisdropped", sa.Boolean),
+    schema="pg_catalog",
+)
+_type = sa.table(
+    "pg_type",
+    sa.column("oid", pg.OID),
+    sa.column("typname", sa.Text),
+    sa.column("typtype", sa.Text),
+    sa.column("typcategory", sa.Text),
+    sa.column("typbasetype", pg.OID),
+    schema="pg_catalog",
+)
+
+
+class _BytesDumper(Dumper):
+    """Vectors arrive in their wire form already."""
+
+    format = Format.BINARY
+
+    def dump(self, obj: Any) -> Any:
+        return obj.payload if isinstance(obj, WireVector) else obj
+
+
+class Writer:
+    """Writes blocks of rows into one table.
+
+    Args:
+        connection: the connection, synchronous, or an asynchronous one's within ``run_sync``.
+        table: the table.
+        columns: the columns that rows have, in order.
+    """
+
+    def __init__(
+        self, connection: Connection, table: sa.Table, columns: Sequence[sa.Column[Any]]
+    ) -> None:
+        self._connection = connection
+        self._table = table
+        self._columns = columns
+        driver: Any = connection.connection.driver_connection
+        self._driver = driver
+        self._adapters: AdaptersMap = self._driver.adapters
+        self._oids = self._find_types()
+        names = [table.name] if table.schema is None else [table.schema, table.name]
+        self._statement = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT BINARY)").format(
+            sql.Identifier(*names), sql.SQL(", ").join(sql.Identifier(c.name) for c in columns)
+        )
+
+    @property
+    def copies(self) -> bool:
+        """Whether rows go through COPY."""
+        return self._oids is not None
+
+    def write(self, rows: Sequence[Sequence[Any]], first: int) -> None:
+        """Write a block.
+
+        Args:
+            rows: values in the order of the columns; vectors in their wire form, or ``None``.
+            first: number of the first row, for messages.
+
+        Raises:
+            LoadError: a row that the server or the driver refuses.
+        """
+        if not rows:
+            return
+        if self._oids is None:
+            self._insert(rows, first)
+            return
+        at = [first]
+        try:
+            if isinstance(self._driver, psycopg.AsyncConnection):
+                from sqlalchemy.util import await_only
+
+                await_only(self._copy_async(rows, at))
+            else:
+                self._copy(rows, at)
+        except (psycopg.Error, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise self._named(error, first, at[0]) from error
+
+    def _copy(self, rows: Sequence[Sequence[Any]], at: list[int]) -> None:
+        with self._driver.cursor() as cursor:
+            self._prepare(cursor)
+            with cursor.copy(self._statement) as copy:
+                copy.set_types(self._oids)
+                write_row = copy.write_row
+                for number, row in enumerate(rows, at[0]):
+                    at[0] = number
+                    write_row(row)
+
+    async def _copy_async(self, rows: Sequence[Sequence[Any]], at: list[int]) -> None:
+        async with self._driver.cursor() as cursor:
+            self._prepare(cursor)
+            async with cursor.copy(self._statement) as copy:
+                copy.set_types(self._oids)
+                for number, row in enumerate(rows, at[0]):
+                    at[0] = number
+                    await copy.write_row(row)
+
+    def _prepare(self, cursor: Any) -> None:
+        """Let this one cursor send vectors as they are."""
+        for dumper in self._dumpers:
+            cursor.adapters.register_dumper(bytes, dumper)
+
+    def _insert(self, rows: Sequence[Sequence[Any]], first: int) -> None:
+        names = [column.key for column in self._columns]
+        plain = [dict(zip(names, row, strict=True)) for row in rows]
+        try:
+            self._connection.execute(sa.insert(self._table), plain)
+        except sa.exc.SQLAlchemyError as error:
+            raise LoadError(
+                f"Rows {first} to {first + len(rows) - 1} cannot be loaded into "
+                f"{self._table.fullname!r}: {error}",
+                row=first,
+            ) from error
+
+    def _find_types(self) -> list[int] | None:
+        """Types of the columns in the database; ``None`` where one cannot be sent in binary."""
+        name = self._connection.dialect.identifier_preparer.format_table(self._table)
+        of_attribute = (
+            sa.select(
+                _attribute.c.attname,
+                _type.c.oid,
+                _type.c.typname,
+                _type.c.typtype,
+                _type.c.typcategory,
+                _type.c.typbasetype,
+            )
+            .join(_type, _type.c.oid == _attribute.c.atttypid)
+            .where(
+                _attribute.c.attrelid == sa.cast(name, pg.REGCLASS),
+                sa.not_(_attribute.c.attisdropped),
+            )
+        )
+        found = {row.attname: row for row in self._connection.execute(of_attribute)}
+        self._dumpers: list[type[Dumper]] = []
+        oids = []
+        for column in self._columns:
+            if column.name not in found:
+                raise LoadError(f"Table {self._table.fullname!r} has no column {column.name!r}.")
+            oid = self._sendable(found[column.name])
+            if oid is None:
+                return None
+            oids.append(oid)
+        return oids
+
+    def _sendable(self, row: Any) -> int | None:
+        """The type whose binary form a value is sent in."""
+        if row.typname in ("vector", "halfvec"):
+            self._dumpers.append(type("VectorDumper", (_BytesDumper,), {"oid": row.oid}))
+            return int(row.oid)
+        oid = row.typbasetype if row.typtype == "d" else row.oid
+        try:
+            self._adapters.get_dumper_by_oid(oid, Format.BINARY)
+        except psycopg.ProgrammingError:
+            # Labels of an enum, and text types of extensions, are sent as text is.
+            return _TEXT_OID if row.typtype == "e" or row.typcategory == "S" else None
+        return int(oid)
+
+    def _named(self, error: Exception, first: int, reached: int) -> LoadError:
+        """The error with the row that it is about."""
+        row: int | None = reached
+        message = str(error)
+        if isinstance(error, psycopg.Error) and error.diag.message_primary:
+            line = _LINE.search(error.diag.context or "")
+            # The server is behind the driver; it says itself how far it came.
+            row = first + int(line.group(1)) - 1 if line else None
+            detail = error.diag.message_detail
+            message = error.diag.message_primary + (f" ({detail})" if detail else "")
+        which = f"Row {row}" if row is not None else f"A row between {first} and {reached}"
+        return LoadError(
+            f"{which} cannot be loaded into {self._table.fullname!r}: {message}", row=row
+        )

@@ -1,0 +1,193 @@
+"""From mappings to the rows of a COPY: which columns, which defaults, which values."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Dialect
+
+from sbert_pg.errors import LoadError
+from sbert_pg.filling import fillings_of
+
+_TRUTH = {"true": True, "t": True, "1": True, "yes": True, "on": True} | {
+    "false": False, "f": False, "0": False, "no": False, "off": False,
+}  # fmt: skip
+
+#: How a text, as a file of text brings it, becomes a value of another type.
+_FROM_TEXT: dict[type, Callable[[str], Any]] = {
+    int: int,
+    float: float,
+    bool: lambda text: _TRUTH[text.strip().lower()],
+    decimal.Decimal: decimal.Decimal,
+    uuid.UUID: uuid.UUID,
+    datetime.date: datetime.date.fromisoformat,
+    datetime.datetime: datetime.datetime.fromisoformat,
+    datetime.time: datetime.time.fromisoformat,
+}
+
+
+class Plan:
+    """Which columns are written, decided by the first row; all rows are to have the same.
+
+    Args:
+        table: the table.
+        names: by the names that rows use, its columns.
+        first: the first row.
+        dialect: decides how values are converted.
+
+    Attributes:
+        columns: the columns that are written, embedding columns last.
+        fillings: the embedding columns.
+    """
+
+    def __init__(
+        self,
+        table: sa.Table,
+        names: Mapping[str, sa.Column[Any]],
+        first: Mapping[str, Any],
+        dialect: Dialect,
+    ) -> None:
+        self.fillings = fillings_of(table)
+        self._names = names
+        embedding = {filling.column for filling in self.fillings}
+        self._key_of = {column: key for key, column in names.items()}
+        unknown = [key for key in first if key not in names]
+        if unknown:
+            raise LoadError(
+                f"Row 0 holds {', '.join(map(repr, unknown))}, which table {table.fullname!r} does "
+                f"not have; its columns are {', '.join(names)}.",
+                row=0,
+            )
+        plain = [
+            column
+            for key, column in names.items()
+            if column not in embedding and (key in first or _has_default(column))
+        ]
+        self.columns = (*plain, *(filling.column for filling in self.fillings))
+        self._plain = plain
+        self._keys = tuple(self._key_of[column] for column in plain)
+        self._allowed = frozenset(self._keys) | {self._key_of[column] for column in embedding}
+        self._pick = _picker(self._keys)
+        self._vector_keys = tuple(self._key_of[filling.column] for filling in self.fillings)
+        self._convert = [
+            (i, convert)
+            for i, column in enumerate(plain)
+            if (convert := _conversion(column, dialect)) is not None
+        ]
+        position = {column: i for i, column in enumerate(plain)}
+        self._source_positions = [
+            [position.get(column) for column in filling.source_columns] for filling in self.fillings
+        ]
+
+    def values(self, row: Mapping[str, Any], number: int) -> list[Any]:
+        """The values of one row's plain columns, in order.
+
+        Raises:
+            LoadError: it lacks a column, has one too many, or a value cannot be converted.
+        """
+        try:
+            values = list(self._pick(row))
+        except KeyError:
+            values = [self._given(row, i, number) for i in range(len(self._plain))]
+        if not row.keys() <= self._allowed:
+            extra = ", ".join(repr(key) for key in row if key not in self._allowed)
+            raise LoadError(
+                f"Row {number} holds {extra}, and the first row did not. All rows of a load have "
+                "the same columns.",
+                row=number,
+            )
+        return values
+
+    def converted(self, values: list[Any], number: int) -> list[Any]:
+        """The same values as the database takes them."""
+        for i, convert in self._convert:
+            value = values[i]
+            if value is not None:
+                try:
+                    values[i] = convert(value)
+                except (ValueError, TypeError, KeyError, LookupError, ArithmeticError) as error:
+                    raise LoadError(
+                        f"Row {number} holds {value!r} in column {self._keys[i]!r} of type "
+                        f"{self._plain[i].type!r}: {error}",
+                        row=number,
+                    ) from error
+        return values
+
+    def vectors(self, row: Mapping[str, Any]) -> list[Any]:
+        """The vectors that a row brings, ``None`` where it brings none."""
+        return [row.get(key) for key in self._vector_keys]
+
+    def text(self, position: int, values: Sequence[Any], number: int) -> str | None:
+        """The text of a row for one embedding column, or ``None`` for no text."""
+        found = [None if i is None else values[i] for i in self._source_positions[position]]
+        text = self.fillings[position].text_of(found)
+        if text is None or isinstance(text, str):
+            return text
+        raise LoadError(
+            f"Row {number} holds an SQL expression in the source of "
+            f"{self._vector_keys[position]!r}; the loader takes plain values.",
+            row=number,
+        )
+
+    def label(self, position: int, number: int) -> str:
+        """What an error calls one vector."""
+        return f"{self._vector_keys[position]} of row {number}"
+
+    def _given(self, row: Mapping[str, Any], i: int, number: int) -> Any:
+        column, key = self._plain[i], self._keys[i]
+        if key in row:
+            return row[key]
+        default: Any = column.default
+        if default is not None and default.is_scalar:
+            return default.arg
+        if default is not None and default.is_callable:
+            return default.arg(None)
+        if column.nullable and column.server_default is None:
+            return None
+        raise LoadError(
+            f"Row {number} has no {key!r}, and the first row did. All rows of a load have the same "
+            "columns.",
+            row=number,
+        )
+
+
+def columns_by_name(table: sa.Table) -> dict[str, sa.Column[Any]]:
+    """The columns of a table under the names that rows use."""
+    return dict(table.columns.items())
+
+
+def _has_default(column: sa.Column[Any]) -> bool:
+    default: Any = column.default
+    return default is not None and (default.is_scalar or default.is_callable)
+
+
+def _picker(keys: tuple[str, ...]) -> Callable[[Mapping[str, Any]], Sequence[Any]]:
+    if not keys:
+        return lambda row: ()
+    if len(keys) == 1:
+        return lambda row: (row[keys[0]],)
+    return itemgetter(*keys)
+
+
+def _conversion(column: sa.Column[Any], dialect: Dialect) -> Callable[[Any], Any] | None:
+    """From a Python value to what psycopg is given, as a statement's parameter would be."""
+    process = column.type.dialect_impl(dialect).bind_processor(dialect)
+    try:
+        parse = _FROM_TEXT.get(column.type.python_type)
+    except NotImplementedError:
+        parse = None
+    if parse is None:
+        return process
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, str):
+            value = parse(value)
+        return value if process is None else process(value)
+
+    return convert
