@@ -40,6 +40,7 @@ class World:
     new: DeterministicEncoder
 
     table_name = "articles"
+    texts = staticmethod(texts)
 
     @cached_property
     def old_table(self) -> sa.Table:

@@ -32,6 +32,14 @@ def overwrite(world, statement: str) -> None:
         connection.execute(sa.text(statement))
 
 
+def labelled(world, number: int) -> list[ree.LabelledQuery]:
+    """Queries that each have one row's very text."""
+    return [
+        ree.LabelledQuery(f"t{i}\n\n{text}", {str(i + 1): 1.0})
+        for i, text in enumerate(world.texts(400)[:number])
+    ]
+
+
 def test_a_good_column_passes(ready):
     table = ready.new_table
     report = ree.verify(
@@ -39,7 +47,7 @@ def test_a_good_column_passes(ready):
         ready.new_column,
         sample_size=50,
         filters={"German": table.c.lang == "de", "short": sa.text("length(body) < 45")},
-        queries=[ree.LabelledQuery("t7", {"8": 1.0}), ree.LabelledQuery("t11", {"12": 1.0})],
+        queries=labelled(ready, 2),
     )
     assert report.passed, report
     assert report.coverage.share == 1
@@ -153,7 +161,7 @@ def test_a_poor_index_fails_by_recall(ready):
 
 
 def test_worse_ranking_of_labelled_queries_fails(ready):
-    queries = [ree.LabelledQuery(f"t{i}", {str(i + 1): 1.0}) for i in range(20)]
+    queries = labelled(ready, 20)
     overwrite(
         ready,
         "update articles set embedding_new = (select embedding_new from articles where id = 400) "
