@@ -1,5 +1,5 @@
 """The bulk loader: rows of any number, encoded and written at the same time."""
 
-from sbert_pg.loading.load import load
+from sbert_pg.loading.loader import load
 
 __all__ = ["load"]
