@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sbert_pg.clustering.extras import need
-from sbert_pg.clustering.seeding import choose_seeds, generator, sample_positions
+from sbert_pg.clustering.seeding import choose_seeds, distances_in, generator, sample_positions
 
 Vectors = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int32]
@@ -92,7 +92,7 @@ def fit_kmeans(
         random = generator(seed, start)
         positions = sample_positions(random, len(vectors), n_clusters)
         sample = vectors if len(positions) == len(vectors) else vectors[positions]
-        seeds = choose_seeds(random, len(sample), n_clusters, _distances_in(sample))
+        seeds = choose_seeds(random, len(sample), n_clusters, distances_in(sample))
         state = _Lloyd(vectors, sample[seeds], spherical)
         fit = state.run(max_iter, tol, progress)
         if best is None or fit.inertia < best.inertia:
@@ -111,18 +111,6 @@ def nearest_centroids(
     with state.threads():
         state.assign()
     return state.labels, state.distances()
-
-
-def _distances_in(sample: Vectors) -> Callable[[npt.NDArray[np.int64]], npt.NDArray[np.floating]]:
-    squares = np.einsum("ij,ij->i", sample, sample)
-
-    def distances(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
-        products = sample[rows] @ sample.T
-        found: npt.NDArray[np.float32] = squares + squares[rows][:, None] - 2 * products
-        np.maximum(found, 0, out=found)
-        return found
-
-    return distances
 
 
 class _Lloyd:

@@ -71,3 +71,16 @@ def choose_seeds(
         nearest = np.asarray(found[best], dtype=np.float64)
         chosen.append(int(candidates[best]))
     return np.array(chosen, dtype=np.int64)
+
+
+def distances_in(sample: npt.NDArray[np.float32]) -> Distances:
+    """Squared distances among the rows of a matrix."""
+    squares = np.einsum("ij,ij->i", sample, sample)
+
+    def distances(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
+        products = sample[rows] @ sample.T
+        found: npt.NDArray[np.float32] = squares + squares[rows][:, None] - 2 * products
+        np.maximum(found, 0, out=found)
+        return found
+
+    return distances

@@ -167,7 +167,7 @@ def read_blocks(
     layout = _Layout([is_integer(key) for key in keys], dimensions, storage)
     waiting: list[bytes] = []
     size, skip = 0, _HEADER
-    with _cursor(connection).copy(_copy_out(statement), {}) as copy:
+    with _cursor(connection).copy(_copy_out(statement)) as copy:
         for data in copy:
             waiting.append(bytes(data))
             size += len(data)
@@ -249,10 +249,22 @@ class _Layout:
         return Rows(Keys(tuple(columns)), matrix.reshape(-1, self.dimensions).astype(np.float32))
 
 
+def fetch_binary(connection: sa.Connection, statement: sa.Select[Any]) -> list[tuple[Any, ...]]:
+    """Rows of a statement over a binary cursor: bytes arrive as they are, not as hexadecimal."""
+    with _cursor(connection, binary=True) as cursor:
+        cursor.execute(_literal(statement))
+        return cast("list[tuple[Any, ...]]", cursor.fetchall())
+
+
 def _copy_out(statement: sa.Select[Any]) -> str:
-    # COPY takes no parameters, so literals are rendered; psycopg turns doubled percents back.
+    return f"COPY ({_literal(statement)}) TO STDOUT (FORMAT binary)"
+
+
+def _literal(statement: sa.Select[Any]) -> str:
+    # COPY takes no parameters, so literals are rendered.
     compiled = statement.compile(dialect=_PSYCOPG, compile_kwargs={"literal_binds": True})
-    return f"COPY ({compiled}) TO STDOUT (FORMAT binary)"
+    # The dialect doubles percents for psycopg, which halves them only where there are parameters.
+    return str(compiled).replace("%%", "%")
 
 
 def _froms(column: sa.ColumnElement[Any]) -> list[Any]:
@@ -263,7 +275,7 @@ def _quoted(connection: sa.Connection, table: sa.Table) -> str:
     return str(connection.dialect.identifier_preparer.format_table(table))
 
 
-def _cursor(connection: sa.Connection) -> Any:
+def _cursor(connection: sa.Connection, *, binary: bool = False) -> Any:
     driver = connection.connection.driver_connection
     if not hasattr(driver, "pgconn") or not hasattr(driver, "info") or _is_async(driver):
         raise ClusteringError(
@@ -271,7 +283,7 @@ def _cursor(connection: sa.Connection) -> Any:
             "Create the engine with a URL that begins with postgresql+psycopg://; with an "
             "asynchronous engine, give a synchronous one of the same URL."
         )
-    return cast("Any", driver).cursor()
+    return cast("Any", driver).cursor(binary=binary)
 
 
 def _is_async(driver: Any) -> bool:
