@@ -162,7 +162,8 @@ def _key_types(column: sa.FromClause) -> sa.ScalarSelect[Any]:
         .render_derived()
     )  # fmt: skip
     base = sa.case((_pg_type.c.typtype == "d", _pg_type.c.typbasetype), else_=_pg_type.c.oid)
-    spelt = sa.func.format_type(base, None)
+    # -1 and not NULL, which would spell char(n) as a type of one character.
+    spelt = sa.func.format_type(base, -1)
     return (
         sa.select(sa.func.array_agg(pg.aggregate_order_by(spelt, name.c.position)))
         .select_from(name)

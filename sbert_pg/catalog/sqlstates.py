@@ -43,9 +43,10 @@ def as_error(error: sa.exc.DBAPIError) -> SbertPgError | None:
     """The error of this library that a driver's error stands for, or ``None``."""
     original = error.orig
     state = sqlstate_of(original)
-    message, hint = _words(original)
+    message, detail, hint = _words(original)
     if state in SQLSTATES:
-        return SQLSTATES[state](f"{message[:1].upper()}{message[1:]}. {hint}".strip())
+        said = (f"{message[:1].upper()}{message[1:]}.", detail, hint)
+        return SQLSTATES[state](" ".join(part for part in said if part))
     if state in (_UNDEFINED_FUNCTION, _INVALID_SCHEMA) and "sbert" in message:
         return CatalogMissingError(
             f"The schema 'sbert' is not installed in this database, or is older than this code: "
@@ -72,11 +73,12 @@ def translated() -> Iterator[None]:
         raise own from error
 
 
-def _words(error: BaseException | None) -> tuple[str, str]:
+def _words(error: BaseException | None) -> tuple[str, str, str]:
     diagnostics = getattr(error, "diag", error)
     message = getattr(diagnostics, "message_primary", None) or getattr(error, "message", None)
     hint = getattr(diagnostics, "message_hint", None) or getattr(error, "hint", None)
-    return str(message or error), str(hint or "")
+    detail = getattr(diagnostics, "message_detail", None) or getattr(error, "detail", None)
+    return str(message or error), str(detail or ""), str(hint or "")
 
 
 __all__ = ["SQLSTATES", "as_error", "sqlstate_of", "translated"]

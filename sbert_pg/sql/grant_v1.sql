@@ -10,6 +10,7 @@ LANGUAGE plpgsql
 SET search_path = pg_catalog, pg_temp
 AS $body$
 DECLARE
+    v_function regprocedure;
     v_rank integer := array_position(ARRAY['reader', 'writer', 'worker', 'binder'], capability);
 BEGIN
     IF v_rank IS NULL THEN
@@ -35,7 +36,13 @@ BEGIN
         EXECUTE format('GRANT CREATE ON SCHEMA sbert TO %I', role_name);
         EXECUTE format('GRANT INSERT, UPDATE, DELETE ON sbert.embedding_column, '
             'sbert.compatible_encoder, sbert.old_writer TO %I', role_name);
-        EXECUTE format('GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA sbert TO %I', role_name);
+        -- Not the trigger functions, which could be put on other tables.
+        FOR v_function IN
+            SELECT p.oid FROM pg_proc p
+             WHERE p.pronamespace = 'sbert'::regnamespace AND p.prorettype <> 'trigger'::regtype
+        LOOP
+            EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %I', v_function, role_name);
+        END LOOP;
     END IF;
 END
 $body$;
