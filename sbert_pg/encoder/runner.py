@@ -1,239 +1,240 @@
-"""The hot loop: token numbers to vectors, on all cores that the process may use.
+"""The hot loop: token ids to vectors.
 
-Texts of one batch have one length, so that there is no padding to compute, no mask to apply, and no
-neighbour that could change a vector. Batches are cut by a budget of tokens small enough for the
-activations to stay in the processor's cache. One session with one thread inside, run by one Python
-thread for each core, beats a session that spreads every operator over the cores: nobody waits for
-the slowest at each of a hundred operators.
+One onnxruntime session whose operators run on one thread, and as many Python threads as there are
+cores that call it: onnxruntime leaves the interpreter while it computes, and a batch on one core
+loses nothing to waiting for another core, as it does where an operator is divided among cores.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnxruntime
 
-from sbert_pg.errors import DamagedEncoderError, ProviderError
+from sbert_pg.encoder.batches import TOKEN_BUDGET, plan
+from sbert_pg.encoder.cores import usable_cores
+from sbert_pg.errors import DamagedEncoderError, EncoderError, ProviderError
+from sbert_pg.spec import Vectors
 
-Vectors = npt.NDArray[np.float32]
+INPUT_IDS = "input_ids"
+ATTENTION_MASK = "attention_mask"
+POOLING_MASK = "pooling_mask"
+_KNOWN_INPUTS = frozenset({INPUT_IDS, ATTENTION_MASK, POOLING_MASK})
+OUTPUT = "embedding"
 
-#: Tokens of one batch. Measured on 384 dimensions: throughput is flat from 512 to 1,024.
-TOKEN_BUDGET = 768
 CPU = "CPUExecutionProvider"
-#: A graphics processor is filled by far larger batches.
-GPU_TOKEN_BUDGET = 32_768
 
-_TOKEN_IDS = "input_ids"
-_ATTENTION_MASK = "attention_mask"
-_TOKEN_TYPES = "token_type_ids"
-_POOLING_MASK = "pooling_mask"
+Ids = npt.NDArray[np.int64]
 
 
 class Runner:
-    """A model's session and the threads that run it. Safe to share between threads.
+    """A converted model, ready to run. Safe to share between threads.
+
+    A call whose texts fit into one batch runs in its own thread; larger ones are shared out among
+    at most ``threads`` threads. After a fork the child opens a session of its own at its first
+    call.
 
     Args:
-        path: the ONNX model. Its inputs are int64 of shape ``(batch, tokens)``.
-        inputs: names of its inputs, among ``input_ids``, ``attention_mask``, ``token_type_ids`` and
-            ``pooling_mask``.
-        threads: threads of inference; as many as the process may use by default.
-        providers: onnxruntime execution providers in order of preference; the CPU by default.
-        token_budget: tokens of one batch.
+        model_path: the ONNX file.
+        inputs: names of its inputs, some of ``input_ids``, ``attention_mask``, ``pooling_mask``.
+        threads: batches that run at the same time; by default as many as this process may use
+            cores (affinity and the container's limit counted).
+        providers: onnxruntime's execution providers in order of preference; the CPU by default.
+            onnxruntime runs on the CPU what the others do not take.
+        budget: tokens in a batch, padding included.
 
     Raises:
-        ProviderError: a provider is not in this installation of onnxruntime, or does not start.
-        DamagedEncoderError: onnxruntime cannot read the model.
+        ProviderError: a provider is not in this onnxruntime, or does not start.
+        DamagedEncoderError: the file cannot be read as a model with these inputs.
     """
 
     def __init__(
         self,
-        path: str | Path,
+        model_path: str | Path,
         inputs: Sequence[str],
-        *,
         threads: int | None = None,
         providers: Sequence[str] | None = None,
-        token_budget: int | None = None,
+        budget: int = TOKEN_BUDGET,
     ) -> None:
-        self.threads = max(1, threads if threads is not None else usable_cores())
-        self.providers = tuple(providers or (CPU,))
+        unknown = set(inputs) - _KNOWN_INPUTS
+        if unknown or INPUT_IDS not in inputs:
+            raise DamagedEncoderError(
+                f"{model_path} is said to have the inputs {', '.join(inputs)}; known are "
+                f"{', '.join(sorted(_KNOWN_INPUTS))}."
+            )
+        if threads is not None and threads < 1:
+            raise EncoderError(f"An encoder cannot run on {threads} threads; give 1 or more.")
+        self._path = Path(model_path)
         self._inputs = tuple(inputs)
-        self._session = _session(Path(path), self.providers)
-        on_cpu = self.providers[0] == CPU
-        self._budget = token_budget or (TOKEN_BUDGET if on_cpu else GPU_TOKEN_BUDGET)
-        # However many threads call, no more than this run the model at a time.
-        self._permits = threading.BoundedSemaphore(self.threads)
-        self._pool: ThreadPoolExecutor | None = None
-        self._pool_lock = threading.Lock()
+        self._providers = tuple(providers) if providers else (CPU,)
+        self._budget = budget
+        self.threads = threads or usable_cores()
+        self._lock = threading.Lock()
+        self._open()
 
     def run(
-        self, tokens: Sequence[Sequence[int]], prompt_lengths: Sequence[int] | None = None
+        self, token_ids: Sequence[Sequence[int]], prompt_lengths: Sequence[int] | None = None
     ) -> Vectors:
-        """Vectors of tokenised texts, in their order.
+        """Vectors of texts, in their order.
 
         Args:
-            tokens: token numbers of each text, special tokens included, at least one a text.
-            prompt_lengths: for models whose pooling leaves the prompt out, the number of tokens at
-                the beginning of each text that it does not see.
+            token_ids: token ids of each text, special tokens included; none may be empty.
+            prompt_lengths: tokens at the beginning of each text that pooling leaves out, for models
+                that do so.
 
         Returns:
-            float32 of shape ``(len(tokens), dimensions)``.
+            float32 of shape ``(len(token_ids), dimensions)``.
         """
-        batches = cut([len(text) for text in tokens], self._budget)
-        if not batches:
-            width = self._session.get_outputs()[0].shape[1]
-            return np.empty((0, width), dtype=np.float32)
-        pending = iter(batches)
-        lock = threading.Lock()
-        found: list[tuple[npt.NDArray[np.int64], Vectors]] = []
+        self._after_fork()
+        if not token_ids:
+            return np.empty((0, self.dimensions), np.float32)
+        batches = plan([len(ids) for ids in token_ids], self._budget)
+        result = np.empty((len(token_ids), self.dimensions), np.float32)
+        if len(batches) == 1:
+            self._run_batch(batches[0], token_ids, prompt_lengths, result)
+            return result
+        waiting = iter(batches)
+        # Each thread takes the next batch when it is done with one. The longest come first, so that
+        # at the end nobody waits for a long one.
+        turn = threading.Lock()
 
         def work() -> None:
             while True:
-                with lock:
-                    batch = next(pending, None)
+                with turn:
+                    batch = next(waiting, None)
                 if batch is None:
                     return
-                feed = self._feed(tokens, prompt_lengths, batch)
-                with self._permits:
-                    vectors = self._session.run(None, feed)[0]
-                found.append((batch, vectors))
+                with self._slots:
+                    self._run_batch(batch, token_ids, prompt_lengths, result)
 
-        helpers = self._helpers(min(self.threads, len(batches)) - 1, work)
+        helpers = [self._pool.submit(work) for _ in range(min(self.threads, len(batches)) - 1)]
         try:
             work()
         finally:
-            # After an error the helpers must not go on to batches that nobody wants.
-            with lock:
-                pending = iter(())
-            wait(helpers)
+            # Also where it failed: nobody may write into the result afterwards.
+            with turn:
+                for _ in waiting:
+                    pass
+            for helper in helpers:
+                helper.cancel()
         for helper in helpers:
-            helper.result()
-        matrix = np.empty((len(tokens), found[0][1].shape[1]), dtype=np.float32)
-        for batch, vectors in found:
-            matrix[batch] = vectors
-        return matrix
+            if not helper.cancelled():
+                helper.result()
+        return result
 
-    def stream(self, chunks: Iterable[Sequence[Sequence[int]]]) -> Iterator[Vectors]:
-        """``run`` for each chunk in turn; memory is bounded by the largest chunk."""
-        for chunk in chunks:
-            yield self.run(chunk)
+    def stream(
+        self, token_ids: Iterable[Sequence[int]], chunk_size: int = 2048
+    ) -> Iterator[npt.NDArray[np.float32]]:
+        """Vectors one by one in the order of the texts, in bounded memory.
 
-    def _helpers(self, count: int, work: Any) -> list[Future[None]]:
-        if count < 1:
-            return []
-        with self._pool_lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(
-                    self.threads, thread_name_prefix="sbert-pg-inference"
-                )
-        return [self._pool.submit(work) for _ in range(count)]
+        Args:
+            token_ids: token ids of each text; read one chunk ahead, in the caller's thread.
+            chunk_size: texts that are sorted by length together.
+        """
+        iterator = iter(token_ids)
+        chunk = list(islice(iterator, chunk_size))
+        with ThreadPoolExecutor(1, thread_name_prefix="sbert-pg-stream") as pool:
+            while chunk:
+                running: Future[Vectors] = pool.submit(self.run, chunk)
+                chunk = list(islice(iterator, chunk_size))
+                yield from running.result()
 
-    def _feed(
+    @property
+    def providers(self) -> list[str]:
+        """Execution providers that the session uses."""
+        found: list[str] = self._session.get_providers()
+        return found
+
+    def _open(self) -> None:
+        self._pid = os.getpid()
+        self._session = _session(self._path, self._providers)
+        declared = {value.name for value in self._session.get_inputs()}
+        outputs = {value.name: value for value in self._session.get_outputs()}
+        width = outputs[OUTPUT].shape[-1] if OUTPUT in outputs else None
+        if declared != set(self._inputs) or not isinstance(width, int):
+            raise DamagedEncoderError(
+                f"{self._path} has the inputs {', '.join(sorted(declared))} and the outputs "
+                f"{', '.join(sorted(outputs))}; expected were {', '.join(self._inputs)} and "
+                f"{OUTPUT} of a fixed width. Convert the encoder anew."
+            )
+        self.dimensions: int = width
+        self._slots = threading.BoundedSemaphore(self.threads)
+        # Threads start with the first call that needs them.
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="sbert-pg-run")
+
+    def _after_fork(self) -> None:
+        if self._pid != os.getpid():
+            # The parent's threads do not exist here, and its locks may be held by one of them.
+            self._lock = threading.Lock() if self._lock.locked() else self._lock
+            with self._lock:
+                if self._pid != os.getpid():
+                    self._open()
+
+    def _run_batch(
         self,
-        tokens: Sequence[Sequence[int]],
+        batch: Sequence[int],
+        token_ids: Sequence[Sequence[int]],
         prompt_lengths: Sequence[int] | None,
-        batch: npt.NDArray[np.int64],
-    ) -> dict[str, npt.NDArray[np.int64]]:
-        ids = np.array([tokens[position] for position in batch], dtype=np.int64)
-        feed = {}
-        for name in self._inputs:
-            if name == _TOKEN_IDS:
-                feed[name] = ids
-            elif name == _ATTENTION_MASK:
-                feed[name] = np.ones_like(ids)
-            elif name == _TOKEN_TYPES:
-                feed[name] = np.zeros_like(ids)
-            elif name == _POOLING_MASK:
-                seen = np.ones_like(ids)
-                if prompt_lengths is not None:
-                    for row, position in enumerate(batch):
-                        seen[row, : prompt_lengths[position]] = 0
-                feed[name] = seen
-            else:
-                raise DamagedEncoderError(
-                    f"The model has an input {name!r} that this version does not know; convert the "
-                    "encoder anew."
-                )
-        return feed
+        result: Vectors,
+    ) -> None:
+        """Run some texts and put their vectors in their places."""
+        texts = [token_ids[position] for position in batch]
+        lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+        longest = int(lengths.max())
+        positions = np.arange(longest)
+        mask = (positions < lengths[:, None]).astype(np.int64)
+        ids: Ids = np.zeros((len(texts), longest), np.int64)
+        for row, text in zip(ids, texts, strict=True):
+            row[: len(text)] = text
+        feeds: dict[str, Any] = {INPUT_IDS: ids}
+        if ATTENTION_MASK in self._inputs:
+            feeds[ATTENTION_MASK] = mask
+        if POOLING_MASK in self._inputs:
+            pooled = mask
+            if prompt_lengths is not None:
+                prompts = np.array([prompt_lengths[position] for position in batch])
+                pooled = mask * (positions >= prompts[:, None])
+            feeds[POOLING_MASK] = pooled
+        result[list(batch)] = self._session.run([OUTPUT], feeds)[0]
 
 
-def cut(lengths: Sequence[int], budget: int) -> list[npt.NDArray[np.int64]]:
-    """Positions of texts, batch by batch: one length a batch, ``budget`` tokens at most.
-
-    The longest come first, so that no thread begins a large batch when the others are done. Texts
-    of one length are spread evenly over their batches.
-    """
-    if not lengths:
-        return []
-    array = np.asarray(lengths, dtype=np.int64)
-    order = np.argsort(-array, kind="stable")
-    borders = np.flatnonzero(np.diff(array[order])) + 1
-    batches = []
-    for group in np.split(order, borders):
-        length = int(array[group[0]])
-        number = math.ceil(len(group) / max(1, budget // max(1, length)))
-        batches.extend(np.array_split(group, number))
-    return batches
-
-
-def usable_cores() -> int:
-    """Cores that this process may use: its affinity, and the quota of its control group."""
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on Linux
-        cores = os.cpu_count() or 1
-    quota = _quota()
-    return max(1, min(cores, math.ceil(quota)) if quota is not None else cores)
-
-
-def _quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """Cores by the control group's quota (version 2, then 1), or ``None`` without one."""
-    try:
-        quota, period = (root / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        try:
-            quota = (root / "cpu" / "cpu.cfs_quota_us").read_text().strip()
-            period = (root / "cpu" / "cpu.cfs_period_us").read_text().strip()
-        except OSError:
-            return None
-    if not quota.isdigit() or not period.isdigit() or int(period) == 0:
-        return None
-    return int(quota) / int(period)
-
-
-def _session(path: Path, providers: Sequence[str]) -> Any:
-    import onnxruntime
-
+def _session(path: Path, providers: Sequence[str]) -> onnxruntime.InferenceSession:
     available = onnxruntime.get_available_providers()
     missing = [name for name in providers if name not in available]
     if missing:
         raise ProviderError(
-            f"onnxruntime has no {', '.join(missing)} in this installation; it has "
-            f"{', '.join(available)}. Install the package that brings it, for example "
-            "onnxruntime-gpu or onnxruntime-openvino, in place of onnxruntime."
+            f"This onnxruntime has no {', '.join(missing)}; it has {', '.join(available)}. "
+            "CUDAExecutionProvider comes with the package onnxruntime-gpu, "
+            "OpenVINOExecutionProvider with onnxruntime-openvino, each in place of onnxruntime."
         )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    # Errors are raised; warnings about the graph help nobody who uses it.
+    options.log_severity_level = 3
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+        session = onnxruntime.InferenceSession(
+            os.fspath(path), sess_options=options, providers=[*providers]
+        )
+    # onnxruntime's exceptions have no common base below Exception.
     except Exception as error:
-        # onnxruntime's exceptions have no common base of their own.
-        raise DamagedEncoderError(f"onnxruntime cannot read {path}: {error}") from error
-    # A provider that does not start is left out with a log line; that must not pass unseen.
-    left_out = [name for name in providers if name not in session.get_providers()]
-    if left_out:
+        raise DamagedEncoderError(
+            f"onnxruntime cannot open {path}: {error}. Convert the encoder anew."
+        ) from error
+    lost = [name for name in providers if name not in session.get_providers()]
+    if lost:
         raise ProviderError(
-            f"{', '.join(left_out)} is installed but does not start here; onnxruntime would run "
-            f"on {', '.join(session.get_providers())}. Check its drivers, or choose "
-            f"providers=[{CPU!r}]."
+            f"{', '.join(lost)} is part of this onnxruntime but does not start here; its driver "
+            "or its libraries are missing or of another version."
         )
     return session

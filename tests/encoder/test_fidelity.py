@@ -62,7 +62,7 @@ def test_architectures(both: Both, architecture: str) -> None:
         ("bert", {"num_hidden_layers": 1, "num_attention_heads": 1}),
         ("distilbert", {"activation": "relu"}),
         ("distilbert", {"sinusoidal_pos_embds": True}),
-        ("mpnet", {"relative_attention_num_buckets": 16}),
+        ("mpnet", {"relative_attention_num_buckets": 64}),
         ("xlm-roberta", {"type_vocab_size": 1, "layer_norm_eps": 1e-5}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),

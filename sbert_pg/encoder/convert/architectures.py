@@ -1,8 +1,8 @@
 """BERT, DistilBERT, RoBERTa, XLM-RoBERTa, CamemBERT and MPNet in one form.
 
-All are the same transformer: embeddings with a layer normalisation, then layers of attention and of
-a feed-forward part, each followed by an addition and a layer normalisation. They differ in the names
-of their tensors, in how positions are counted and in MPNet's relative position bias. Sources:
+All are the same transformer: embeddings with a layer normalisation, then layers of attention and
+of a feed-forward part, each followed by an addition and a layer normalisation. They differ in the
+names of their tensors, in how positions are counted and in MPNet's relative position bias. Sources:
 ``modeling_bert.py``, ``modeling_distilbert.py``, ``modeling_roberta.py``,
 ``modeling_xlm_roberta.py``, ``modeling_mpnet.py`` of transformers.
 """

@@ -1,86 +1,84 @@
-"""The whole model of a description: transformer, pooling and layers in one graph."""
+"""The ONNX model of a description."""
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
 import onnx
-from onnx import TensorProto
+from onnx import helper
 
-from sbert_pg.encoder.convert.architectures import (
-    ARCHITECTURES,
-    TransformerWeights,
-    read_transformer,
-)
-from sbert_pg.encoder.convert.builder import GraphBuilder
-from sbert_pg.encoder.convert.linear import Float32, Int8, Linears
-from sbert_pg.encoder.convert.pooling import head
-from sbert_pg.encoder.convert.transformer import Ranges, transformer
+from sbert_pg.encoder.convert import architectures, transformer
+from sbert_pg.encoder.convert.architectures import ARCHITECTURES
+from sbert_pg.encoder.convert.linear import Blocks8, Float32
+from sbert_pg.encoder.convert.pooling import Pooled, finish, pool
+from sbert_pg.encoder.convert.transformer import Products
+from sbert_pg.encoder.convert.writer import FLOAT, INT64, Writer
 from sbert_pg.encoder.description import Description
-from sbert_pg.errors import UnsupportedEncoderError
+from sbert_pg.encoder.layers import Normalize
+from sbert_pg.errors import DeclarationError, UnsupportedEncoderError
 
-#: Precisions of the weights, each with its products.
-LINEARS: dict[str, type[Linears]] = {"fp32": Float32, "int8": Int8}
-PRECISIONS = tuple(LINEARS)
+__all__ = ["ARCHITECTURES", "PRECISIONS", "build"]
 
-#: Names of the model's inputs and of its output.
-TOKEN_IDS = "input_ids"
+#: Numeric forms that can be built.
+PRECISIONS = ("fp32", "int8")
+
+#: Names of the inputs, all int64 of shape ``(batch, tokens)``, and of the output.
+INPUT_IDS = "input_ids"
+ATTENTION_MASK = "attention_mask"
 POOLING_MASK = "pooling_mask"
-EMBEDDING = "embedding"
-
-__all__ = ["ARCHITECTURES", "EMBEDDING", "POOLING_MASK", "PRECISIONS", "TOKEN_IDS", "build"]
+OUTPUT = "embedding"
 
 
 def build(description: Description, precision: str) -> onnx.ModelProto:
-    """The ONNX model of a description in one precision.
+    """The model, with pooling and the layers after it.
 
-    Its input ``input_ids`` is int64 of shape ``(batch, tokens)``, without padding; where pooling
-    leaves prompts out, ``pooling_mask`` of the same shape says which tokens count. Its output
-    ``embedding`` is float32 of shape ``(batch, dimensions)``.
+    Inputs, int64 of shape ``(batch, tokens)``: ``input_ids``, ``attention_mask`` (1 for tokens, 0
+    for padding, which is at the right) and, where the description leaves the prompt out of pooling,
+    ``pooling_mask``. Output: ``embedding``, float32 ``(batch, dimensions)``.
+
+    Args:
+        description: what is built.
+        precision: one of ``PRECISIONS``.
 
     Raises:
-        UnsupportedEncoderError: the precision or something in the description is not implemented.
-        DamagedEncoderError: a tensor is missing.
+        UnsupportedEncoderError: the description asks for something that is not implemented.
+        DamagedEncoderError: weights are missing or do not fit.
+        DeclarationError: there is no such precision.
     """
-    if precision not in LINEARS:
+    if description.architecture not in ARCHITECTURES:
         raise UnsupportedEncoderError(
-            f"Precision {precision!r} is not implemented; use one of {', '.join(PRECISIONS)}."
+            f"No graph is built for architecture {description.architecture!r}; built are "
+            f"{', '.join(sorted(ARCHITECTURES))}."
         )
-    weights = read_transformer(description)
-    quantized = precision == "int8"
-    ranges = _measure_ranges(description, weights) if quantized else None
-    graph = GraphBuilder()
-    token_ids = graph.input(TOKEN_IDS, TensorProto.INT64, ["batch", "tokens"])
-    mask = None
+    if precision not in PRECISIONS:
+        raise DeclarationError(
+            f"There is no precision {precision!r}; there are {', '.join(PRECISIONS)}."
+        )
+    model = architectures.read(description)
+    products: Products = Float32() if precision == "fp32" else Blocks8()
+    return assemble(description, model, products)
+
+
+def assemble(
+    description: Description, model: architectures.Transformer, products: Products
+) -> onnx.ModelProto:
+    """The graph of a transformer that was read, with one way of multiplying."""
+    writer = Writer()
+    tokens = transformer.write(writer, model, products, INPUT_IDS, ATTENTION_MASK)
+    inputs = [INPUT_IDS, ATTENTION_MASK]
+    mask = ATTENTION_MASK
     if not description.include_prompt:
-        mask = graph.input(POOLING_MASK, TensorProto.INT64, ["batch", "tokens"])
-    tokens, _ = transformer(
-        graph,
-        weights,
-        LINEARS[precision](),
-        token_ids,
-        small_embeddings=quantized,
-        ranges=ranges,
+        inputs.append(POOLING_MASK)
+        mask = POOLING_MASK
+    layers = description.layers
+    values = Pooled(tokens, mask, prompt_excluded=not description.include_prompt)
+    normalized = bool(layers) and isinstance(layers[0], Normalize)
+    vector = finish(writer, pool(writer, values, description.pooling, normalized), layers)
+    if description.dimensions < description.full_dimensions:
+        ends = writer.ints(description.dimensions)
+        vector = writer.node("Slice", [vector, writer.ints(0), ends, writer.ints(1)], "truncated")
+    writer.nodes.append(helper.make_node("Identity", [vector], [OUTPUT]))
+    width = description.dimensions
+    return writer.model(
+        [helper.make_tensor_value_info(name, INT64, ["batch", "tokens"]) for name in inputs],
+        [helper.make_tensor_value_info(OUTPUT, FLOAT, ["batch", width])],
+        f"sbert-pg-{description.architecture}",
     )
-    vector = head(graph, description, tokens, mask)
-    graph.output(EMBEDDING, vector, ["batch", description.dimensions])
-    return graph.model()
-
-
-def _measure_ranges(description: Description, weights: TransformerWeights) -> Ranges:
-    """Largest magnitude of every channel of every activation over sample texts, in fp32."""
-    from sbert_pg.encoder.convert.calibration import calibration_batches, session_of
-
-    graph = GraphBuilder()
-    token_ids = graph.input(TOKEN_IDS, TensorProto.INT64, ["batch", "tokens"])
-    _, watched = transformer(
-        graph, weights, Float32(), token_ids, small_embeddings=False, watch=True
-    )
-    for number, value in enumerate(watched.values()):
-        graph.output(f"range_{number}", value, ["channels"])
-    session = session_of(graph.model())
-    ranges: dict[tuple[int, int], npt.NDArray[np.float32]] = {}
-    for batch in calibration_batches(description):
-        for key, value in zip(watched, session.run(None, {TOKEN_IDS: batch}), strict=True):
-            ranges[key] = np.maximum(ranges.get(key, value), value)
-    return ranges

@@ -1,134 +1,136 @@
-"""Fully connected layers in each precision.
-
-``fp32`` is a plain product. ``int8`` quantises weights once, symmetrically and per output channel,
-and activations at run time, asymmetrically and per tensor, as onnxruntime's dynamic quantisation
-does; the product runs on the processor's 8-bit instructions. An input that several layers share is
-quantised once.
-
-Smoothing moves outliers of an activation's channels into the weights before quantisation, where
-they do less harm: Xiao et al. 2022, "SmoothQuant", equation 4.
-"""
+"""Ways of multiplying: fp32, and int8 with activations quantised as they come."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from onnx import TensorProto
 
 from sbert_pg.encoder.convert.architectures import Linear
-from sbert_pg.encoder.convert.builder import GraphBuilder
-
-Array = npt.NDArray[np.float32]
-
-#: Balance between activations and weights in smoothing. The paper takes 0.5 for most models and more
-#: where activations have the larger outliers, as they do behind a GELU: on all-MiniLM-L6-v2 the mean
-#: cosine with fp32 is .988 at 0.5, .9979 at 0.7, .9978 at 0.8, and .993 without smoothing.
-ALPHA = 0.7
-
-
-class Linears(Protocol):
-    """How a precision computes ``x @ weight + bias``."""
-
-    def prepare(self, graph: GraphBuilder, value: str) -> Prepared:
-        """Make an activation ready for one or several products."""
-        ...
-
-    def apply(self, graph: GraphBuilder, value: Prepared, linear: Linear) -> str:
-        """The product with its bias."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """An activation, ready for products: its value, and its scale and zero point if quantised."""
-
-    value: str
-    scale: str = ""
-    zero: str = ""
+from sbert_pg.encoder.convert.weights import Array
+from sbert_pg.encoder.convert.writer import FLOAT, MICROSOFT, Writer
 
 
 class Float32:
-    """Products in float32."""
+    """The weights as they are."""
 
-    def prepare(self, graph: GraphBuilder, value: str) -> Prepared:
-        """Nothing is to be done."""
-        return Prepared(value)
+    def embed(self, writer: Writer, table: Array, ids: str) -> str:
+        """See ``Products``."""
+        return writer.node("Gather", [writer.tensor(table, "words"), ids], "word")
 
-    def apply(self, graph: GraphBuilder, value: Prepared, linear: Linear) -> str:
-        """A product and a sum, which onnxruntime runs over all tokens at once."""
-        product = graph.op("MatMul", value.value, graph.constant(linear.weight, "weight"))
-        return graph.op("Add", product, graph.constant(linear.bias, "bias"))
+    def linear(
+        self, writer: Writer, x: str, layers: Sequence[Linear], names: Sequence[str]
+    ) -> list[str]:
+        """See ``Products``."""
+        return [
+            writer.node(
+                "Gemm",
+                [x, writer.tensor(layer.weight, f"{name}.weight"),
+                 writer.tensor(layer.bias, f"{name}.bias")],
+                name,
+            )
+            for layer, name in zip(layers, names, strict=True)
+        ]  # fmt: skip
 
 
-class Int8:
-    """Products of 8-bit integers."""
+def quantize(weight: Array, axis: int) -> tuple[npt.NDArray[np.int8], Array]:
+    """A matrix in int8, symmetric, with one scale for each row or column.
 
-    def prepare(self, graph: GraphBuilder, value: str) -> Prepared:
-        """Quantise to unsigned 8-bit integers with the range of this very tensor."""
-        return Prepared(*graph.ops("DynamicQuantizeLinear", value, outputs=3))
+    Args:
+        weight: the matrix.
+        axis: 0 for one scale a column, 1 for one a row.
 
-    def apply(self, graph: GraphBuilder, value: Prepared, linear: Linear) -> str:
-        """An integer product that is scaled, and its bias added, as it is written out."""
-        quantized, scale = quantize_columns(linear.weight)
-        return graph.micro(
-            "MatMulIntegerToFloat",
-            value.value,
-            graph.constant(quantized, "weight"),
-            value.scale,
-            graph.constant(scale, "scale"),
-            value.zero,
-            "",
-            graph.constant(linear.bias, "bias"),
+    Returns:
+        the integers, from -127 to 127, and the scales.
+    """
+    largest = np.abs(weight).max(axis=axis, keepdims=True)
+    scale = (np.maximum(largest, 1e-12) / 127).astype(np.float32)
+    integers = np.clip(np.rint(weight / scale), -127, 127).astype(np.int8)
+    return integers, scale.squeeze(axis)
+
+
+class Dynamic8:
+    """int8: weights by output channel, activations by tensor, with the range they have."""
+
+    def embed(self, writer: Writer, table: Array, ids: str) -> str:
+        """See ``Products``."""
+        return embed_rows(writer, table, ids)
+
+    def linear(
+        self, writer: Writer, x: str, layers: Sequence[Linear], names: Sequence[str]
+    ) -> list[str]:
+        """See ``Products``."""
+        hints = [f"{names[0]}.input", f"{names[0]}.input_scale", f"{names[0]}.input_zero"]
+        x, scale, zero = writer.nodes_of("DynamicQuantizeLinear", [x], hints)
+        outputs = []
+        for layer, name in zip(layers, names, strict=True):
+            integers, scales = quantize(layer.weight, axis=0)
+            inputs = [
+                x,
+                writer.tensor(integers, f"{name}.weight"),
+                scale,
+                writer.tensor(scales, f"{name}.scale"),
+                zero,
+                "",
+                writer.tensor(layer.bias, f"{name}.bias"),
+            ]
+            outputs.append(writer.node("MatMulIntegerToFloat", inputs, name, domain=MICROSOFT))
+        return outputs
+
+
+class Blocks8:
+    """int8 in blocks of the input's channels, for weights and activations alike.
+
+    Each block of 32 has a scale of its own, for each output channel and for each token: nothing
+    outside a text has a say in how it is rounded.
+    """
+
+    def __init__(self, block: int = 32) -> None:
+        self._block = block
+
+    def embed(self, writer: Writer, table: Array, ids: str) -> str:
+        """See ``Products``."""
+        return embed_rows(writer, table, ids)
+
+    def linear(
+        self, writer: Writer, x: str, layers: Sequence[Linear], names: Sequence[str]
+    ) -> list[str]:
+        """See ``Products``."""
+        return [
+            self._product(writer, x, layer, name) for layer, name in zip(layers, names, strict=True)
+        ]
+
+    def _product(self, writer: Writer, x: str, layer: Linear, name: str) -> str:
+        inputs, outputs = layer.weight.shape
+        blocks = -(-inputs // self._block)
+        padded = np.zeros((outputs, blocks * self._block), np.float32)
+        padded[:, :inputs] = layer.weight.T
+        integers, scales = quantize(padded.reshape(-1, self._block), axis=1)
+        stored = (integers.astype(np.int16) + 128).astype(np.uint8)
+        return writer.node(
+            "MatMulNBits",
+            [
+                x,
+                writer.tensor(stored.reshape(outputs, blocks, self._block), f"{name}.weight"),
+                writer.tensor(scales.reshape(outputs, blocks), f"{name}.scale"),
+                "",
+                "",
+                writer.tensor(layer.bias, f"{name}.bias"),
+            ],
+            name,
+            domain=MICROSOFT,
+            K=inputs,
+            N=outputs,
+            bits=8,
+            block_size=self._block,
+            accuracy_level=4,
         )
 
 
-def quantize_columns(weight: Array) -> tuple[npt.NDArray[np.int8], Array]:
-    """Symmetric 8-bit integers of a weight with one scale for each column.
-
-    Args:
-        weight: float32 of shape ``(inputs, outputs)``.
-
-    Returns:
-        int8 of the same shape, and float32 scales of shape ``(outputs,)``.
-    """
-    largest = np.abs(weight).max(axis=0)
-    scale = np.where(largest > 0, largest / 127.0, 1.0).astype(np.float32)
-    return np.clip(np.rint(weight / scale), -127, 127).astype(np.int8), scale
-
-
-def quantized_rows(graph: GraphBuilder, table: Array, rows: str) -> str:
-    """Rows of an embedding table that is stored in 8 bits with one scale for each row.
-
-    Args:
-        graph: the graph.
-        table: float32 of shape ``(entries, width)``.
-        rows: which rows, int64 of any shape.
-
-    Returns:
-        The rows in float32, with one axis more than ``rows``.
-    """
-    transposed, scale = quantize_columns(np.ascontiguousarray(table.T))
-    gathered = graph.op("Gather", graph.constant(transposed.T, "table"), rows, axis=0)
-    floats = graph.op("Cast", gathered, to=TensorProto.FLOAT)
-    scales = graph.op("Gather", graph.constant(scale[:, None], "row_scale"), rows, axis=0)
-    return graph.op("Mul", floats, scales)
-
-
-def smoothing_factors(largest: Array, *weights: Array) -> Array:
-    """Factors that an activation's channels are divided by, and the weights' rows multiplied by.
-
-    Args:
-        largest: largest magnitude of each channel over sample texts, shape ``(inputs,)``.
-        weights: the weights that take the activation, each of shape ``(inputs, outputs)``.
-
-    Returns:
-        float32 of shape ``(inputs,)``, with a geometric mean of one.
-    """
-    rows = np.max([np.abs(weight).max(axis=1) for weight in weights], axis=0)
-    factors = np.maximum(largest, 1e-5) ** ALPHA / np.maximum(rows, 1e-5) ** (1 - ALPHA)
-    factors = factors / np.exp(np.log(factors).mean())
-    clipped: Array = np.clip(factors, 1e-2, 1e2).astype(np.float32)
-    return clipped
+def embed_rows(writer: Writer, table: Array, ids: str) -> str:
+    """Rows of a table in int8. One scale a row, so a rare word costs no other one its precision."""
+    integers, scales = quantize(table, axis=1)
+    row = writer.node("Gather", [writer.tensor(integers, "words"), ids], "word_q")
+    scale = writer.node("Gather", [writer.tensor(scales[:, None], "words.scale"), ids])
+    return writer.node("Mul", [writer.node("Cast", [row], to=FLOAT), scale], "word")

@@ -1,157 +1,147 @@
-"""From token vectors to one vector: pooling, dense layers, normalisation, truncation.
+"""From token vectors to one vector a text, inside the graph.
 
-Sources: ``Pooling``, ``Dense`` and ``Normalize`` of sentence-transformers, and the definitions of
-torch's activations with their default arguments.
+Source: ``sentence_transformer/modules/pooling.py`` of sentence-transformers, for padding at the
+right. Pooling inside the graph means that no matrix of tokens ever crosses to Python.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from onnx import TensorProto
 
-from sbert_pg.encoder.convert.builder import GraphBuilder
-from sbert_pg.encoder.description import Description, PoolingMode
-from sbert_pg.encoder.layers import Dense
-from sbert_pg.errors import UnsupportedEncoderError
+from sbert_pg.encoder.convert.activations import activate
+from sbert_pg.encoder.convert.writer import FLOAT, INT32, Writer
+from sbert_pg.encoder.description import PoolingMode
+from sbert_pg.encoder.layers import Layer, Normalize
 
-#: ``torch.clamp(min=...)`` of the mean's divisor, and the ``eps`` of ``functional.normalize``.
+#: Least divisor of a mean and of a normalisation, as in sentence-transformers and torch.
 _LEAST_COUNT = 1e-9
 _LEAST_LENGTH = 1e-12
 
 
-def head(graph: GraphBuilder, description: Description, tokens: str, mask: str | None) -> str:
-    """The vector of each text, float32 of shape ``(batch, dimensions)``.
+@dataclass(frozen=True, slots=True)
+class Pooled:
+    """Values that pooling works on.
+
+    Attributes:
+        tokens: token vectors, float32 ``(batch, tokens, width)``.
+        mask: 1 for tokens that are pooled, int64 ``(batch, tokens)``.
+        prompt_excluded: whether ``mask`` may begin with zeros.
+    """
+
+    tokens: str
+    mask: str
+    prompt_excluded: bool
+
+
+def pool(writer: Writer, values: Pooled, modes: Sequence[PoolingMode], normalized: bool) -> str:
+    """The pooled vector, ``(batch, len(modes) * width)``.
 
     Args:
-        graph: the graph.
-        description: pooling, layers and truncation.
-        tokens: token vectors, ``(batch, tokens, hidden)``.
-        mask: which tokens pooling sees, int64 of shape ``(batch, tokens)``; all without.
+        writer: receives the nodes.
+        values: what is pooled.
+        modes: in the order of concatenation.
+        normalized: whether the next layer is ``Normalize``; a lone mean is then a sum.
     """
-    floats = None
-    if mask is not None:
-        floats = graph.op("Unsqueeze", graph.op("Cast", mask, to=TensorProto.FLOAT), graph.ints(2))
-    single = len(description.pooling) == 1
-    normalized_next = bool(description.layers) and not isinstance(description.layers[0], Dense)
-    # A mean that is normalised next need not be divided: only its direction is left.
-    pooled = [
-        pool(graph, mode, tokens, floats, scale_matters=not (single and normalized_next))
-        for mode in description.pooling
-    ]
-    vector = pooled[0] if single else graph.op("Concat", *pooled, axis=-1)
-    for layer in description.layers:
-        vector = _dense(graph, vector, layer) if isinstance(layer, Dense) else _unit(graph, vector)
-    if description.dimensions < description.full_dimensions:
-        vector = graph.op(
-            "Slice", vector, graph.ints(0), graph.ints(description.dimensions), graph.ints(1)
-        )
+    if tuple(modes) == ("mean",) and normalized:
+        return _sum(writer, values, writer.node("Cast", [values.mask], "mask_f", to=FLOAT))
+    vectors = [_MODES[mode](writer, values) for mode in modes]
+    return vectors[0] if len(vectors) == 1 else writer.node("Concat", vectors, "pooled", axis=1)
+
+
+def finish(writer: Writer, vector: str, layers: Sequence[Layer]) -> str:
+    """The layers after pooling."""
+    for layer in layers:
+        if isinstance(layer, Normalize):
+            length = writer.node("ReduceL2", [vector, writer.ints(1)], "length", keepdims=1)
+            bounded = writer.node("Max", [length, writer.scalar(_LEAST_LENGTH)], "length")
+            vector = writer.node("Div", [vector, bounded], "normalized")
+        else:
+            inputs = [vector, writer.tensor(layer.weight, "dense.weight")]
+            if layer.bias is not None:
+                inputs.append(writer.tensor(layer.bias, "dense.bias"))
+            vector = activate(writer, writer.node("Gemm", inputs, "dense", transB=1),
+                              layer.activation)  # fmt: skip
     return vector
 
 
-def pool(
-    graph: GraphBuilder, mode: PoolingMode, tokens: str, mask: str | None, *, scale_matters: bool
-) -> str:
-    """One pooling mode.
-
-    Args:
-        graph: the graph.
-        mode: which.
-        tokens: token vectors, ``(batch, tokens, hidden)``.
-        mask: float32 of shape ``(batch, tokens, 1)``, or ``None``.
-        scale_matters: whether the length of the result matters.
-
-    Raises:
-        UnsupportedEncoderError: there is no such mode.
-    """
-    if mode == "cls":
-        return _at(graph, tokens, 0) if mask is None else _first(graph, tokens, mask)
-    if mode == "lasttoken":
-        # Prompts stand at the beginning, so leaving them out never moves the last token.
-        return _at(graph, tokens, -1)
-    if mode == "max":
-        if mask is not None:
-            # What pooling does not see gets a value below every other, as in sentence-transformers.
-            seen = graph.op("Greater", mask, graph.scalar(0))
-            tokens = graph.op("Where", seen, tokens, graph.scalar(-1e9))
-        return graph.op("ReduceMax", tokens, axes=[1], keepdims=0)
-    weights = mask
-    if mode == "weightedmean":
-        weights = _increasing(graph, tokens, mask)
-    elif mode not in ("mean", "mean_sqrt_len_tokens"):
-        raise UnsupportedEncoderError(f"Pooling mode {mode!r} is not implemented.")
-    seen_tokens = tokens if weights is None else graph.op("Mul", tokens, weights)
-    total = graph.op("ReduceSum", seen_tokens, graph.ints(1), keepdims=0)
-    if not scale_matters:
-        return total
-    if weights is None:
-        ones = graph.op("Slice", tokens, graph.ints(0), graph.ints(1), graph.ints(2))
-        weights = graph.op("Add", graph.op("Mul", ones, graph.scalar(0)), graph.scalar(1))
-    count = graph.op("ReduceSum", weights, graph.ints(1), keepdims=0)
-    count = graph.op("Max", count, graph.scalar(_LEAST_COUNT))
-    if mode == "mean_sqrt_len_tokens":
-        count = graph.op("Sqrt", count)
-    return graph.op("Div", total, count)
+def _sum(writer: Writer, values: Pooled, weights: str) -> str:
+    """Sum of the token vectors by weights, float32 ``(batch, tokens)``."""
+    row = writer.node("Unsqueeze", [weights, writer.ints(1)], "weights")
+    total = writer.node("MatMul", [row, values.tokens], "sum")
+    return writer.node("Squeeze", [total, writer.ints(1)], "sum")
 
 
-def _at(graph: GraphBuilder, tokens: str, position: int) -> str:
-    index = graph.constant(np.array(position, dtype=np.int64), "position")
-    return graph.op("Gather", tokens, index, axis=1)
+def _count(writer: Writer, weights: str) -> str:
+    total = writer.node("ReduceSum", [weights, writer.ints(1)], "count", keepdims=1)
+    return writer.node("Max", [total, writer.scalar(_LEAST_COUNT)], "count")
 
 
-def _first(graph: GraphBuilder, tokens: str, mask: str) -> str:
-    """The first token that pooling sees."""
-    flat = graph.op("Squeeze", mask, graph.ints(2))
-    position = graph.op("ArgMax", flat, axis=1, keepdims=1)
-    index = graph.op("Unsqueeze", position, graph.ints(2))
-    return graph.op("Squeeze", graph.op("GatherND", tokens, index, batch_dims=1), graph.ints(1))
+def _mean(writer: Writer, values: Pooled) -> str:
+    weights = writer.node("Cast", [values.mask], "mask_f", to=FLOAT)
+    return writer.node("Div", [_sum(writer, values, weights), _count(writer, weights)], "mean")
 
 
-def _increasing(graph: GraphBuilder, tokens: str, mask: str | None) -> str:
-    """Weights 1, 2, 3... along the tokens, ``(1, tokens, 1)``, times the mask."""
-    zero = graph.constant(np.array(0, dtype=np.int64), "zero")
-    one = graph.constant(np.array(1, dtype=np.int64), "one")
-    shape = graph.op("Shape", tokens)
-    length = graph.op("Gather", shape, one, axis=0)
-    steps = graph.op("Add", graph.op("Range", zero, length, one), one)
-    weights = graph.op("Unsqueeze", graph.op("Cast", steps, to=TensorProto.FLOAT), graph.ints(0, 2))
-    return weights if mask is None else graph.op("Mul", weights, mask)
+def _mean_sqrt(writer: Writer, values: Pooled) -> str:
+    weights = writer.node("Cast", [values.mask], "mask_f", to=FLOAT)
+    root = writer.node("Sqrt", [_count(writer, weights)])
+    return writer.node("Div", [_sum(writer, values, weights), root], "mean_sqrt")
 
 
-def _unit(graph: GraphBuilder, vector: str) -> str:
-    length = graph.op("ReduceL2", vector, axes=[-1], keepdims=1)
-    return graph.op("Div", vector, graph.op("Max", length, graph.scalar(_LEAST_LENGTH)))
+def _weighted_mean(writer: Writer, values: Pooled) -> str:
+    # Positions are counted from the first token of the text, prompt or not.
+    mask = writer.node("Cast", [values.mask], "mask_f", to=FLOAT)
+    positions = writer.node("Cast", [_positions(writer, values)], "positions_f", to=FLOAT)
+    weights = writer.node("Mul", [mask, positions], "weights")
+    return writer.node("Div", [_sum(writer, values, weights), _count(writer, weights)], "weighted")
 
 
-def _dense(graph: GraphBuilder, vector: str, layer: Dense) -> str:
-    inputs = [vector, graph.constant(layer.weight, "dense")]
-    if layer.bias is not None:
-        inputs.append(graph.constant(layer.bias, "dense_bias"))
-    return _ACTIVATIONS[layer.activation](graph, graph.op("Gemm", *inputs, transB=1))
+def _positions(writer: Writer, values: Pooled) -> str:
+    """1, 2, 3... for each token, int64 ``(tokens,)``."""
+    shape = writer.node("Shape", [values.mask])
+    length = writer.node("Gather", [shape, writer.tensor(np.array(1, np.int64), "one")], axis=0)
+    one = writer.tensor(np.array(1, np.int64), "one")
+    return writer.node("Range", [one, writer.node("Add", [length, one]), one], "positions")
 
 
-def _gelu(graph: GraphBuilder, value: str) -> str:
-    return graph.micro("Gelu", value)
+def _at(writer: Writer, values: Pooled, index: str) -> str:
+    """The token at an index for each text, int64 ``(batch, 1)``."""
+    return writer.node("GatherND", [values.tokens, index], "token", batch_dims=1)
 
 
-def _silu(graph: GraphBuilder, value: str) -> str:
-    return graph.op("Mul", value, graph.op("Sigmoid", value))
+def _first(writer: Writer, values: Pooled) -> str:
+    if not values.prompt_excluded:
+        zero = writer.tensor(np.array(0, np.int64), "zero")
+        return writer.node("Gather", [values.tokens, zero], "cls", axis=1)
+    mask = writer.node("Cast", [values.mask], "mask_i", to=INT32)
+    index = writer.node("ArgMax", [mask], "first", axis=1, keepdims=1)
+    return _at(writer, values, index)
 
 
-def _mish(graph: GraphBuilder, value: str) -> str:
-    return graph.op("Mul", value, graph.op("Tanh", graph.op("Softplus", value)))
+def _last(writer: Writer, values: Pooled) -> str:
+    marked = writer.node("Mul", [values.mask, _positions(writer, values)], "marked")
+    marked = writer.node("Cast", [marked], "marked", to=INT32)
+    index = writer.node("ArgMax", [marked], "last", axis=1, keepdims=1)
+    any_left = writer.node("ReduceMax", [values.mask, writer.ints(1)], "any", keepdims=1)
+    weight = writer.node("Cast", [any_left], "any_f", to=FLOAT)
+    return writer.node("Mul", [_at(writer, values, index), weight], "lasttoken")
 
 
-_ACTIVATIONS: dict[str, Callable[[GraphBuilder, str], str]] = {
-    "Identity": lambda graph, value: value,
-    "Tanh": lambda graph, value: graph.op("Tanh", value),
-    "ReLU": lambda graph, value: graph.op("Relu", value),
-    "GELU": _gelu,
-    "Sigmoid": lambda graph, value: graph.op("Sigmoid", value),
-    "SiLU": _silu,
-    "Mish": _mish,
-    "Softplus": lambda graph, value: graph.op("Softplus", value),
-    "ELU": lambda graph, value: graph.op("Elu", value),
-    "LeakyReLU": lambda graph, value: graph.op("LeakyRelu", value, alpha=0.01),
+def _max(writer: Writer, values: Pooled) -> str:
+    column = writer.node("Unsqueeze", [values.mask, writer.ints(2)], "mask_column")
+    kept = writer.node("Equal", [column, writer.tensor(np.array(1, np.int64), "one")])
+    nothing = writer.scalar(-np.inf)
+    tokens = writer.node("Where", [kept, values.tokens, nothing], "kept")
+    return writer.node("ReduceMax", [tokens, writer.ints(1)], "max", keepdims=0)
+
+
+_MODES = {
+    "cls": _first,
+    "max": _max,
+    "mean": _mean,
+    "mean_sqrt_len_tokens": _mean_sqrt,
+    "weightedmean": _weighted_mean,
+    "lasttoken": _last,
 }

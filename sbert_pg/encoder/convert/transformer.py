@@ -1,238 +1,157 @@
-"""A BERT-like transformer as a graph, and what smoothing does to its weights.
-
-No mask is needed anywhere: texts of one batch have one length (see ``sbert_pg.encoder.runner``).
-That saves the padding, lets onnxruntime use its blocked attention, and makes a text's vector
-independent of its neighbours.
-"""
+"""The transformer as ONNX nodes, in the form that onnxruntime runs fastest on a CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
-from onnx import TensorProto
 
-from sbert_pg.encoder.convert.architectures import (
-    LayerWeights,
-    Linear,
-    Norm,
-    TransformerWeights,
-)
-from sbert_pg.encoder.convert.builder import GraphBuilder
-from sbert_pg.encoder.convert.linear import Linears, quantized_rows, smoothing_factors
+from sbert_pg.encoder.convert.activations import activate
+from sbert_pg.encoder.convert.architectures import Block, Linear, Norm, Transformer
+from sbert_pg.encoder.convert.weights import Array
+from sbert_pg.encoder.convert.writer import INT32, INT64, MICROSOFT, Writer
 
-Array = npt.NDArray[np.float32]
 
-#: The four activations of a layer that are quantised, in the order in which they are computed.
-ATTENTION_INPUT, CONTEXT, FEED_FORWARD_INPUT, ACTIVATED = range(4)
-#: Largest magnitudes over sample texts, by layer and activation; each of shape ``(channels,)``.
-Ranges = Mapping[tuple[int, int], Array]
+class Products(Protocol):
+    """How matrices are stored and multiplied: in fp32 or in int8."""
+
+    def embed(self, writer: Writer, table: Array, ids: str) -> str:
+        """Rows of a table by ids, float32 ``(*ids, width)``."""
+
+    def linear(
+        self, writer: Writer, x: str, layers: Sequence[Linear], names: Sequence[str]
+    ) -> list[str]:
+        """``x``, float32 ``(tokens, in)``, through each of some layers.
+
+        Args:
+            writer: receives the nodes.
+            x: the input that the layers share.
+            layers: the layers.
+            names: a name for each; the first one names the input.
+        """
 
 
 @dataclass(frozen=True, slots=True)
-class Smooth:
-    """Factors by which two activations of a layer are divided before they are quantised."""
+class _Batch:
+    """Values that all layers share.
 
-    attention_input: Array | None = None
-    feed_forward_input: Array | None = None
-    activated: Array | None = None
+    Attributes:
+        shape: int64 ``(batch, tokens, width)`` as a vector.
+        padded: bool, whether any token is padding.
+        mask: int32 ``(batch, tokens)``.
+        bias: attention bias of MPNet, float32 ``(1, heads, tokens, tokens)``, or ``""``.
+    """
+
+    shape: str
+    padded: str
+    mask: str
+    bias: str
 
 
-def transformer(
-    graph: GraphBuilder,
-    weights: TransformerWeights,
-    linears: Linears,
-    token_ids: str,
-    *,
-    small_embeddings: bool,
-    ranges: Ranges | None = None,
-    watch: bool = False,
-) -> tuple[str, dict[tuple[int, int], str]]:
-    """Token vectors of a batch.
+def write(writer: Writer, model: Transformer, products: Products, ids: str, mask: str) -> str:
+    """Token vectors, float32 ``(batch, tokens, width)``.
 
     Args:
-        graph: the graph.
-        weights: the transformer.
-        linears: how products are computed.
-        token_ids: int64 of shape ``(batch, tokens)``.
-        small_embeddings: whether word embeddings are stored in 8 bits.
-        ranges: ranges of the activations, for smoothing; none without.
-        watch: whether to compute those ranges.
-
-    Returns:
-        Token vectors, float32 of shape ``(batch, tokens, hidden)``, and with ``watch`` the largest
-        magnitude of each channel of each activation.
+        writer: receives the nodes.
+        model: what is written.
+        products: how matrices are multiplied.
+        ids: token ids, int64 ``(batch, tokens)``.
+        mask: 1 for tokens and 0 for padding, int64 ``(batch, tokens)``.
     """
-    hidden = _embeddings(graph, weights, token_ids, small_embeddings)
-    bias = _relative_bias(graph, weights, token_ids)
-    watched: dict[tuple[int, int], str] = {}
-    for number, layer in enumerate(weights.layers):
-        smooth = Smooth()
-        if ranges is not None:
-            layer, smooth = smoothed(layer, ranges, number)
-        values = _layer(graph, weights, layer, smooth, linears, hidden, bias)
-        hidden = values[-1]
-        if watch:
-            for position, value in enumerate(values[:-1]):
-                magnitude = graph.op("Abs", value)
-                watched[number, position] = graph.op(
-                    "ReduceMax", magnitude, axes=[0, 1], keepdims=0
-                )
-    return hidden, watched
-
-
-def smoothed(layer: LayerWeights, ranges: Ranges, number: int) -> tuple[LayerWeights, Smooth]:
-    """A layer's weights with outliers moved into them, and what is left to do at run time.
-
-    The context of attention is a mixture of values, channel by channel, so its factors fold into
-    the value projection and cost nothing. The others are one multiplication of the activation.
-    """
-    attention = smoothing_factors(
-        ranges[number, ATTENTION_INPUT],
-        layer.query.weight,
-        layer.key.weight,
-        layer.value.weight,
+    sizes = writer.node("Shape", [ids], "sizes")
+    width = writer.ints(model.width)
+    least = writer.node("ReduceMin", [mask], "least", keepdims=0)
+    zero = writer.tensor(np.array(0, np.int64), "zero")
+    length = writer.node(
+        "Gather", [sizes, writer.tensor(np.array(1, np.int64), "one")], "length", axis=0
     )
-    context = smoothing_factors(ranges[number, CONTEXT], layer.attention_output.weight)
-    feed_forward = smoothing_factors(ranges[number, FEED_FORWARD_INPUT], layer.intermediate.weight)
-    activated = smoothing_factors(ranges[number, ACTIVATED], layer.output.weight)
-    value = Linear(layer.value.weight / context, layer.value.bias / context)
-    changed = replace(
-        layer,
-        query=_times(layer.query, attention),
-        key=_times(layer.key, attention),
-        value=_times(value, attention),
-        attention_output=_times(layer.attention_output, context),
-        intermediate=_times(layer.intermediate, feed_forward),
-        output=_times(layer.output, activated),
+    batch = _Batch(
+        shape=writer.node("Concat", [sizes, width], "shape", axis=0),
+        padded=writer.node("Equal", [least, zero], "padded"),
+        mask=writer.node("Cast", [mask], "mask_i", to=INT32),
+        bias=_relative(writer, model, length),
     )
-    return changed, Smooth(attention, feed_forward, activated)
+    words = products.embed(writer, model.words, ids)
+    summed = writer.node("Add", [words, _positions(writer, model, ids, length)], "embedded")
+    # From here on a batch is one matrix of tokens: a product with a bias is then one node.
+    x = writer.node("Reshape", [_norm(writer, summed, model.norm), writer.ints(-1, model.width)])
+    for number, block in enumerate(model.blocks):
+        x = _block(writer, model, block, products, batch, x, f"layer{number}")
+    return writer.node("Reshape", [x, batch.shape], "tokens")
 
 
-def _times(linear: Linear, factors: Array) -> Linear:
-    return Linear(linear.weight * factors[:, None], linear.bias)
-
-
-def _layer(
-    graph: GraphBuilder,
-    weights: TransformerWeights,
-    layer: LayerWeights,
-    smooth: Smooth,
-    linears: Linears,
-    hidden: str,
-    bias: str,
-) -> tuple[str, str, str, str, str]:
-    """One layer: the four activations that enter products, and the layer's result."""
-    shared = linears.prepare(graph, _divided(graph, hidden, smooth.attention_input))
-    query, key, value = (
-        linears.apply(graph, shared, linear) for linear in (layer.query, layer.key, layer.value)
-    )
-    context = graph.micro(
-        "MultiHeadAttention", query, key, value, "", "", bias, num_heads=weights.heads
-    )
-    attended = linears.apply(graph, linears.prepare(graph, context), layer.attention_output)
-    middle = _add_norm(graph, attended, hidden, layer.attention_norm, weights.epsilon)
-    inner = linears.apply(
-        graph,
-        linears.prepare(graph, _divided(graph, middle, smooth.feed_forward_input)),
-        layer.intermediate,
-    )
-    activated = _activated(graph, weights, inner)
-    outer = linears.apply(
-        graph, linears.prepare(graph, _divided(graph, activated, smooth.activated)), layer.output
-    )
-    result = _add_norm(graph, outer, middle, layer.output_norm, weights.epsilon)
-    return hidden, context, middle, activated, result
-
-
-def _divided(graph: GraphBuilder, value: str, factors: Array | None) -> str:
-    if factors is None:
-        return value
-    return graph.op("Mul", value, graph.constant((1 / factors).astype(np.float32), "smooth"))
-
-
-def _add_norm(graph: GraphBuilder, value: str, skip: str, norm: Norm, epsilon: float) -> str:
-    return graph.micro(
-        "SkipLayerNormalization",
-        value,
-        skip,
-        graph.constant(norm.gamma, "gamma"),
-        graph.constant(norm.beta, "beta"),
-        epsilon=epsilon,
-    )
-
-
-def _activated(graph: GraphBuilder, weights: TransformerWeights, value: str) -> str:
-    if weights.activation == "gelu":
-        return graph.micro("Gelu", value)
-    if weights.activation == "gelu_tanh":
-        return graph.micro("FastGelu", value)
-    if weights.activation == "relu":
-        return graph.op("Relu", value)
-    return graph.op("Mul", value, graph.op("Sigmoid", value))
-
-
-def _embeddings(
-    graph: GraphBuilder, weights: TransformerWeights, token_ids: str, small: bool
+def _block(
+    writer: Writer,
+    model: Transformer,
+    block: Block,
+    products: Products,
+    batch: _Batch,
+    x: str,
+    name: str,
 ) -> str:
-    if small:
-        words = quantized_rows(graph, weights.words, token_ids)
-    else:
-        words = graph.op("Gather", graph.constant(weights.words, "words"), token_ids, axis=0)
-    table = graph.constant(weights.positions, "positions")
-    if weights.padding is None:
-        # Position k of every text is row k: one slice for the whole batch.
-        positions = graph.op("Slice", table, graph.ints(0), _length(graph, token_ids))
-    else:
-        positions = graph.op(
-            "Gather", table, _counted_positions(graph, token_ids, weights.padding), axis=0
-        )
-    total = graph.op("Add", words, positions)
-    return graph.op(
-        "LayerNormalization",
-        total,
-        graph.constant(weights.embedding_norm.gamma, "gamma"),
-        graph.constant(weights.embedding_norm.beta, "beta"),
-        axis=-1,
-        epsilon=weights.epsilon,
-    )
+    names = [f"{name}.query", f"{name}.key", f"{name}.value"]
+    qkv = products.linear(writer, x, [block.query, block.key, block.value], names)
+    split = [writer.node("Reshape", [value, batch.shape], "heads") for value in qkv]
+    context = _attention(writer, split, batch, model.heads)
+    flat = writer.node("Reshape", [context, writer.ints(-1, model.width)], "context")
+    (output,) = products.linear(writer, flat, [block.output], [f"{name}.output"])
+    x = _norm(writer, writer.node("Add", [output, x], "residual"), block.attention_norm)
+    (up,) = products.linear(writer, x, [block.up], [f"{name}.up"])
+    active = activate(writer, up, model.activation)
+    (down,) = products.linear(writer, active, [block.down], [f"{name}.down"])
+    return _norm(writer, writer.node("Add", [down, x], "residual"), block.norm)
 
 
-def _length(graph: GraphBuilder, token_ids: str) -> str:
-    """Number of tokens of each text, int64 of one axis with one element."""
-    return graph.op("Gather", graph.op("Shape", token_ids), graph.ints(1), axis=0)
+def _attention(writer: Writer, qkv: Sequence[str], batch: _Batch, heads: int) -> str:
+    """Attention of all heads, ``(batch, tokens, width)``.
 
-
-def _counted_positions(graph: GraphBuilder, token_ids: str, padding: int) -> str:
-    """Fairseq's positions: tokens that are no padding are counted, from ``padding + 1`` on.
-
-    A text can hold the padding token in writing; it stays at position ``padding``.
+    Without padding no mask is applied; onnxruntime then has a form that never writes the scores of
+    a whole text to memory.
     """
-    number = graph.constant(np.array(padding, dtype=np.int64), "padding")
-    real = graph.op(
-        "Cast",
-        graph.op("Not", graph.op("Equal", token_ids, number)),
-        to=TensorProto.INT64,
+    then, other = writer.inner(), writer.inner()
+    padded = then.node(
+        "MultiHeadAttention", [*qkv, "", batch.mask, batch.bias], "masked", domain=MICROSOFT,
+        num_heads=heads,
+    )  # fmt: skip
+    whole = other.node(
+        "MultiHeadAttention", [*qkv, "", "", batch.bias], "whole", domain=MICROSOFT,
+        num_heads=heads,
+    )  # fmt: skip
+    return writer.branch(batch.padded, then, padded, other, whole, "attention")
+
+
+def _norm(writer: Writer, x: str, norm: Norm) -> str:
+    scale, bias = writer.tensor(norm.scale, "norm.scale"), writer.tensor(norm.bias, "norm.bias")
+    return writer.node(
+        "LayerNormalization", [x, scale, bias], "norm", axis=-1, epsilon=norm.epsilon
     )
-    axis = graph.constant(np.array(1, dtype=np.int64), "axis")
-    counted = graph.op("Mul", graph.op("CumSum", real, axis), real)
-    return graph.op("Add", counted, number)
 
 
-def _relative_bias(graph: GraphBuilder, weights: TransformerWeights, token_ids: str) -> str:
-    """MPNet's bias of attention, ``(1, heads, tokens, tokens)``, computed once for all layers."""
-    if weights.relative_bias is None:
+def _positions(writer: Writer, model: Transformer, ids: str, length: str) -> str:
+    table = writer.tensor(model.positions, "positions")
+    if model.padding_id is None:
+        end = writer.node("Unsqueeze", [length, writer.ints(0)], "end")
+        return writer.node("Slice", [table, writer.ints(0), end, writer.ints(0)], "position")
+    padding = writer.tensor(np.array(model.padding_id, np.int64), "padding_id")
+    is_padding = writer.node("Equal", [ids, padding], "is_padding")
+    counted = writer.node("Cast", [writer.node("Not", [is_padding])], "counted", to=INT64)
+    running = writer.node("CumSum", [counted, writer.tensor(np.array(1, np.int64), "one")])
+    return writer.node("Gather", [table, writer.node("Mul", [running, counted])], "position")
+
+
+def _relative(writer: Writer, model: Transformer, length: str) -> str:
+    """MPNet's bias for a batch: a table by distance, looked up at all pairs of positions."""
+    if model.relative_bias is None:
         return ""
-    middle = (weights.relative_bias.shape[0] - 1) // 2
-    zero = graph.constant(np.array(0, dtype=np.int64), "zero")
-    one = graph.constant(np.array(1, dtype=np.int64), "one")
-    length = graph.op("Squeeze", _length(graph, token_ids), graph.ints(0))
-    steps = graph.op("Range", zero, length, one)
-    columns = graph.op("Unsqueeze", steps, graph.ints(0))
-    rows = graph.op("Unsqueeze", steps, graph.ints(1))
-    relative = graph.op("Add", graph.op("Sub", columns, rows), graph.ints(middle))
-    table = graph.constant(weights.relative_bias, "relative_bias")
-    bias = graph.op("Transpose", graph.op("Gather", table, relative, axis=0), perm=[2, 0, 1])
-    return graph.op("Unsqueeze", bias, graph.ints(0))
+    zero = writer.tensor(np.array(0, np.int64), "zero")
+    one = writer.tensor(np.array(1, np.int64), "one")
+    middle = writer.tensor(np.array(model.relative_bias.shape[1] // 2, np.int64), "middle")
+    positions = writer.node("Range", [zero, length, one], "range")
+    column = writer.node("Unsqueeze", [positions, writer.ints(1)], "column")
+    distance = writer.node("Sub", [positions, column], "distance")
+    index = writer.node("Add", [distance, middle], "distance_index")
+    table = writer.tensor(model.relative_bias, "relative_bias")
+    bias = writer.node("Gather", [table, index], "bias", axis=1)
+    return writer.node("Unsqueeze", [bias, writer.ints(0)], "attention_bias")

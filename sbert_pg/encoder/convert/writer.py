@@ -37,7 +37,7 @@ class Writer:
 
     def tensor(self, array: Any, hint: str) -> str:
         """An initializer; equal ones are stored once."""
-        value = np.ascontiguousarray(array)
+        value = np.asarray(array, order="C")
         key = (value.dtype.str, value.shape, value.tobytes() if value.size < 1 << 16 else b"")
         if key[2] and key in self._constants:
             return self._constants[key]
@@ -91,7 +91,7 @@ class Writer:
     def branch(self, condition: str, then: Writer, then_out: str, other: Writer, other_out: str,
                hint: str) -> str:  # fmt: skip
         """``If``: the output of one of two writers, which may use any value of this one."""
-        graphs = []
+        graphs: list[Any] = []
         for writer, output in ((then, then_out), (other, other_out)):
             value = helper.make_tensor_value_info(output, FLOAT, None)
             graphs.append(
