@@ -30,6 +30,7 @@ FLOORS: dict[str, tuple[int, str | None]] = {
     "loading": (2, "database"),
     "orm": (2, "database"),
     "search": (2, "database"),
+    "searching": (2, "database"),
     "ddl": (2, "database"),
     "pending": (3, "database"),
     "clustering": (3, "database"),

@@ -1,0 +1,1 @@
+"""The parts that ``search.nearest`` puts together: what is searched, index settings, stages."""

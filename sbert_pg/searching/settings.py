@@ -1,0 +1,49 @@
+"""Index settings for one statement."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import sqlalchemy as sa
+
+from sbert_pg.distance import IndexMethod
+
+MAX_EF_SEARCH = 1000
+#: Rows that an iterative scan looks at before it gives up; pgvector's default is 20,000, which
+#: returns too few rows under a filter that keeps less than one row in 2,000.
+MAX_SCAN_TUPLES = 100_000
+
+
+@lru_cache(maxsize=256)
+def index_settings(
+    method: IndexMethod, relaxed: bool, lists: int | None, ef_search: int, probes: int | None
+) -> sa.ColumnElement[bool]:
+    """A criterion that is always true, and sets what an index reads before its scan begins.
+
+    The planner runs a subquery that hangs on no row once, ahead of the scan below it, and HNSW and
+    IVFFlat read their settings when the first row is asked for.
+
+    Args:
+        method: access method of the index.
+        relaxed: whether an exact distance ranks afterwards, so that the scan need not keep order.
+        lists: inverted lists of an IVFFlat index, where known.
+        ef_search: HNSW candidates.
+        probes: IVFFlat lists to look into; the square root of ``lists`` by default.
+    """
+    if method == "hnsw":
+        values = {
+            "hnsw.ef_search": str(ef_search),
+            "hnsw.iterative_scan": "relaxed_order" if relaxed else "strict_order",
+            "hnsw.max_scan_tuples": str(MAX_SCAN_TUPLES),
+        }
+    else:
+        values = {"ivfflat.iterative_scan": "relaxed_order"}
+        number = probes or (math.isqrt(lists) if lists else None)
+        if number is not None:
+            values["ivfflat.probes"] = str(number)
+    calls = [
+        sa.func.set_config(name, value, sa.true(), type_=sa.Text())
+        for name, value in values.items()
+    ]
+    return sa.select(sa.func.concat(*calls)).scalar_subquery().is_not(None)
