@@ -97,7 +97,7 @@ class Target:
         return [getattr(entity, key) == value for key, value in zip(keys, identity, strict=True)]
 
 
-#: Where a mapper keeps the targets of its attributes.
+#: Where a mapped property keeps the targets of its attributes.
 _KEPT = "sbert_pg.targets"
 
 
@@ -113,8 +113,8 @@ def target_of(column: Any) -> Target:
     if not isinstance(table, sa.Table):
         return Target(column)
     # An index that is declared later counts from then on.
-    key = (column.key, len(table.indexes))
-    known: dict[tuple[str, int], Target] = column.parent.info.setdefault(_KEPT, {})
+    key = (column.class_, len(table.indexes))
+    known: dict[tuple[type, int], Target] = column.property.info.setdefault(_KEPT, {})
     found = known.get(key)
     if found is None:
         found = known[key] = Target(column)
