@@ -98,7 +98,8 @@ def nearest(
         min(ef_search or max(DEFAULT_EF_SEARCH, block), MAX_EF_SEARCH),
         probes,
     )
-    order = served(index, target.column, right)
+    same = index.form == "column" and index.metric is target.metric
+    order = distance if same else served(index, target.column, right)
     if not ranked and furthest is None:
         return _page(statement.where(settings, *criteria), target, [order], limit, offset)
     # What is too far is dropped behind the index: as a filter it would keep the scan looking for

@@ -114,7 +114,7 @@ def target_of(column: Any) -> Target:
         return Target(column)
     # An index that is declared later counts from then on.
     key = (column.class_, len(table.indexes))
-    known: dict[tuple[type, int], Target] = column.property.info.setdefault(_KEPT, {})
+    known: dict[tuple[Any, int], Target] = column.property.info.setdefault(_KEPT, {})
     found = known.get(key)
     if found is None:
         found = known[key] = Target(column)
