@@ -19,8 +19,10 @@ BEGIN
         v_source := jsonb_set(v.source, '{columns}',
             to_jsonb(array_replace(v.source_columns, old_name, new_name)));
         IF v.source ->> 'pattern' IS NOT NULL THEN
-            v_source := jsonb_set(v_source, '{pattern}', to_jsonb(
-                replace(v.source ->> 'pattern', '{' || old_name || '}', '{' || new_name || '}')));
+            -- A doubled brace stands for itself.
+            v_source := jsonb_set(v_source, '{pattern}', to_jsonb(regexp_replace(
+                v.source ->> 'pattern', '(?<!\{)((?:\{\{)*)\{' || old_name || '\}',
+                '\1{' || new_name || '}', 'g')));
         END IF;
         PERFORM set_config('sbert.maintenance', 'on', true);
         UPDATE sbert.embedding_column AS c

@@ -1,0 +1,351 @@
+"""Bindings from Python: declared, sealed, held against, found compatible or refused."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+from sqlalchemy import Connection
+
+from sbert_pg import catalog
+from sbert_pg.catalog import holding
+from sbert_pg.catalog.holding import fingerprint_of, hold, recorded_encoder
+from sbert_pg.errors import AlreadyBoundError, BindingError, EncoderMismatchError, NotBoundError
+from sbert_pg.probes import PROBES
+from sbert_pg.registry import forget_encoders, use_encoder
+from sbert_pg.source import Source
+from sbert_pg.spec import EncoderSpec, Vectors
+from sbert_pg.testing import DeterministicEncoder
+from sbert_pg.types.guard import ColumnIdentity
+
+IDENTITY = ColumnIdentity(None, "note", "e")
+SPEC = EncoderSpec(name="deterministic", dimensions=3)
+
+
+class Rounded(DeterministicEncoder):
+    """The same weights in a coarser precision."""
+
+    def __init__(self, precision: str = "int8", decimals: int = 2) -> None:
+        super().__init__(dimensions=3)
+        from dataclasses import replace
+
+        self._spec = replace(self._spec, precision=precision)
+        self._decimals = decimals
+
+    @property
+    def probe_vectors(self) -> Vectors:  # type: ignore[override]
+        return np.round(np.stack([self._vector(text) for text in PROBES]), self._decimals)
+
+
+class Anonymous(DeterministicEncoder):
+    """An encoder of an application's own, which knows no digests."""
+
+    def __init__(self, salt: str = "", name: str = "deterministic") -> None:
+        super().__init__(name, 3, salt=salt)
+        self._spec = EncoderSpec(name=name, dimensions=3)
+
+
+def encoder() -> DeterministicEncoder:
+    return DeterministicEncoder(dimensions=3)
+
+
+def test_a_binding_reads_back(note: Any, connection: Connection) -> None:
+    binding = note.binding
+    assert str(binding) == "public.note.e"
+    assert binding.identity == ("public", "note", "e")
+    assert binding.declared == SPEC
+    assert binding.source == Source.of(["title", "body"])
+    assert binding.key_columns == ("id",)
+    assert binding.key_types == ("bigint",)
+    assert (binding.state, binding.storage, binding.partitioned) == ("active", "vector", False)
+    assert (binding.sealed, binding.fingerprint, binding.replaces) == (None, None, None)
+    assert catalog.binding_of(connection, IDENTITY) == binding
+    assert catalog.all_bindings(connection) == [binding]
+
+
+def test_columns_that_are_not_bound(connection: Connection, bare_database_url: sa.URL) -> None:
+    assert catalog.binding_of(connection, ColumnIdentity(None, "nowhere", "e")) is None
+    assert catalog.binding_of(connection, ColumnIdentity("no schema", "nowhere", "e")) is None
+    with pytest.raises(NotBoundError, match="A migration binds it"):
+        catalog.require_binding(connection, ColumnIdentity(None, "nowhere", "e"))
+    bare = sa.create_engine(bare_database_url)
+    with bare.connect() as without_catalog:
+        assert catalog.binding_of(without_catalog, IDENTITY) is None
+        assert catalog.all_bindings(without_catalog) == []
+        assert hold(without_catalog, IDENTITY, SPEC) is None
+    bare.dispose()
+
+
+def test_binding_again(note: Any, connection: Connection) -> None:
+    same = catalog.bind(connection, IDENTITY, SPEC, note.binding.source)
+    assert same == note.binding
+    with pytest.raises(AlreadyBoundError, match=r"belongs to one encoder and source for life"):
+        catalog.bind(connection, IDENTITY, SPEC, Source.of("title"))
+
+
+def test_binding_again_takes_no_lock_and_mends_triggers(note: Any, engine: sa.Engine) -> None:
+    with engine.connect() as other:
+        other.execute(sa.text("BEGIN; LOCK TABLE note IN ROW EXCLUSIVE MODE"))
+        note.run("SET LOCAL lock_timeout = '2s'")
+        catalog.bind(note.connection, IDENTITY, SPEC, note.binding.source)
+        note.connection.commit()
+    note.run(f"DROP TRIGGER sbert_{note.binding.id}_update ON note")
+    note.run(f"ALTER TABLE note DISABLE TRIGGER sbert_{note.binding.id}_insert")
+    catalog.bind(note.connection, IDENTITY, SPEC, note.binding.source)
+    note.run("INSERT INTO note (title) VALUES ('a')")
+    assert note.pending() == ["1"]
+    note.clear()
+    note.run("UPDATE note SET title = 'b'")
+    assert note.pending() == ["1"]
+
+
+def test_binding_marks_what_is_missing(connection: Connection) -> None:
+    connection.execute(sa.text("CREATE TABLE note (id int PRIMARY KEY, t text, e vector(3))"))
+    connection.execute(
+        sa.text("INSERT INTO note VALUES (1, 'a', NULL), (2, NULL, NULL), (3, 'c', '[1,0,0]')")
+    )
+    binding = catalog.bind(connection, IDENTITY, SPEC, Source.of("t"), mark_pending=True)
+    marked = "SELECT key FROM sbert.pending ORDER BY key"
+    assert connection.scalars(sa.text(marked)).all() == ["1"]
+    every = sa.select(sa.func.sbert.mark_all_pending_v1(binding.id))
+    assert connection.scalar(every) == 1
+    assert connection.scalars(sa.text(marked)).all() == ["1", "3"]
+
+
+def test_marking_at_a_higher_isolation_level_is_refused(engine: sa.Engine) -> None:
+    with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
+        connection.execute(sa.text("CREATE TABLE note (id int PRIMARY KEY, t text, e vector(3))"))
+        with pytest.raises(BindingError, match="Use READ COMMITTED"):
+            catalog.bind(connection, IDENTITY, SPEC, Source.of("t"), mark_pending=True)
+
+
+def test_a_successor_names_what_it_replaces(note: Any, connection: Connection) -> None:
+    note.run("ALTER TABLE note ADD COLUMN e2 vector(3)")
+    second = IDENTITY._replace(column="e2")
+    with pytest.raises(NotBoundError, match="is to replace"), connection.begin_nested():
+        catalog.bind(connection, second, SPEC, note.binding.source, replaces="title")
+    made = catalog.bind(connection, second, SPEC, note.binding.source, replaces="e")
+    assert (made.replaces, made.state) == ("e", "filling")
+    catalog.unbind(connection, IDENTITY)
+    assert catalog.require_binding(connection, second).replaces is None
+
+
+def test_unbinding(note: Any, connection: Connection) -> None:
+    note.run("INSERT INTO note (title) VALUES ('a')")
+    catalog.unbind(connection, IDENTITY)
+    note.run("UPDATE note SET title = 'b', e = '[1,0,0]'")
+    assert note.pending() == []
+    left = "SELECT proname FROM pg_proc WHERE proname ~ '^(inserted|updated|deleted|truncated)_'"
+    assert note.run(left).all() == []
+    with pytest.raises(NotBoundError, match="nothing to undo"):
+        catalog.unbind(connection, IDENTITY)
+    again = catalog.bind(connection, IDENTITY, SPEC, note.binding.source)
+    assert again.id != note.binding.id, "a number is never used again"
+
+
+def test_a_dropped_table_is_forgotten(note: Any, connection: Connection) -> None:
+    note.run("INSERT INTO note (title) VALUES ('a')")
+    note.run("DROP TABLE note")
+    assert catalog.all_bindings(connection) == []
+    assert note.run("SELECT * FROM sbert.status").all() == []
+    assert note.run("SELECT sbert.prune_v1()").scalar_one() == 1
+    assert note.pending() == []
+    assert note.run("SELECT count(*) FROM sbert.embedding_column").scalar_one() == 0
+
+
+def test_renames(note: Any, connection: Connection) -> None:
+    note.run("ALTER TABLE note RENAME TO memo")
+    note.run("CREATE SCHEMA other")
+    note.run("ALTER TABLE memo SET SCHEMA other")
+    note.run("INSERT INTO other.memo (title) VALUES ('a')")
+    assert note.pending() == ["1"]
+    for old, new in (("title", "heading"), ("id", "number"), ("e", "vector")):
+        note.run(f"ALTER TABLE other.memo RENAME COLUMN {old} TO {new}")
+        assert note.run("SELECT sbert.rename_v1('other.memo', :a, :b)", a=old, b=new).scalar() == 1
+    note.run("INSERT INTO other.memo (heading) VALUES ('b')")
+    note.run("UPDATE other.memo SET number = 10 WHERE number = 1")
+    assert note.pending() == ["10", "2"]
+    found = catalog.require_binding(connection, ColumnIdentity("other", "memo", "vector"))
+    assert found.source.columns == ("heading", "body")
+    assert found.key_columns == ("number",)
+    assert note.run("SELECT sbert.rename_v1('other.memo', 'x', 'y')").scalar() == 0
+
+
+def test_a_template_follows_a_rename(make: Any) -> None:
+    note = make()
+    note.run("ALTER TABLE note ADD COLUMN e2 vector(3)")
+    source = Source.template("{title}{title}: {body} {{title}} {{{title}}}")
+    second = IDENTITY._replace(column="e2")
+    catalog.bind(note.connection, second, SPEC, source)
+    note.run("ALTER TABLE note RENAME COLUMN title TO heading")
+    note.run("SELECT sbert.rename_v1('note', 'title', 'heading')")
+    found = catalog.require_binding(note.connection, second).source
+    assert found.text({"heading": "a", "body": "b"}) == "aa: b {title} {a}"
+
+
+def test_a_bound_column_cannot_be_dropped_by_accident(note: Any) -> None:
+    for column in ("title", "e"):
+        with pytest.raises(sa.exc.InternalError, match="depend"), note.connection.begin_nested():
+            note.run(f"ALTER TABLE note DROP COLUMN {column}")
+
+
+def test_the_first_encoder_seals(note: Any, connection: Connection) -> None:
+    use_encoder(encoder())
+    first = hold(connection, IDENTITY, SPEC)
+    assert first is not None
+    assert first == (note.binding.id, False), "this transaction may be rolled back"
+    assert hold(connection, IDENTITY, SPEC) == (note.binding.id, False)
+    connection.commit()
+    assert hold(connection, IDENTITY, SPEC) == (note.binding.id, True)
+    sealed = catalog.require_binding(connection, IDENTITY)
+    assert sealed.fingerprint == encoder().spec.fingerprint
+    assert sealed.sealed == encoder().spec
+    spec, probes = recorded_encoder(connection, sealed.fingerprint)
+    assert spec == encoder().spec
+    np.testing.assert_array_equal(probes, encoder().probe_vectors)
+
+
+def test_another_space_is_refused_and_both_are_named(note: Any, connection: Connection) -> None:
+    catalog.seal(connection, note.binding, encoder())
+    connection.commit()
+    other = use_encoder(DeterministicEncoder(dimensions=3, salt="other"))
+    with pytest.raises(EncoderMismatchError) as caught:
+        hold(connection, IDENTITY, SPEC)
+    message = str(caught.value)
+    assert encoder().spec.fingerprint in message
+    assert other.spec.fingerprint in message
+    assert "public.note.e" in message
+    assert "replaces=" in message
+
+
+def test_another_precision_is_found_compatible_once(
+    note: Any, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalog.seal(connection, note.binding, encoder())
+    connection.commit()
+    use_encoder(Rounded())
+    assert hold(connection, IDENTITY, SPEC) == (note.binding.id, True)
+    recorded = note.run("SELECT fingerprint, agreement FROM sbert.compatible_encoder").one()
+    assert recorded.fingerprint == Rounded().spec.fingerprint
+    assert recorded.agreement["min_cosine"] > 0.99
+
+    def never(*_: object) -> None:
+        raise AssertionError("the probes were compared again")
+
+    monkeypatch.setattr(holding, "compatible_specs", never)
+    assert hold(connection, IDENTITY, SPEC) == (note.binding.id, True)
+
+
+def test_too_coarse_a_precision_is_refused(note: Any, connection: Connection) -> None:
+    catalog.seal(connection, note.binding, encoder())
+    with pytest.raises(EncoderMismatchError, match="do not agree"):
+        catalog.rebind(
+            connection, catalog.require_binding(connection, IDENTITY), Rounded("int2", 0)
+        )
+
+
+def test_rebind_tells_the_figures(note: Any, connection: Connection) -> None:
+    assert catalog.rebind(connection, note.binding, encoder())
+    verdict = catalog.rebind(connection, catalog.require_binding(connection, IDENTITY), Rounded())
+    assert verdict
+    assert verdict.agreement is not None
+
+
+def test_an_encoder_without_digests_is_known_by_its_probes(
+    note: Any, connection: Connection
+) -> None:
+    catalog.seal(connection, note.binding, Anonymous())
+    sealed = catalog.require_binding(connection, IDENTITY)
+    assert sealed.fingerprint == fingerprint_of(Anonymous())
+    assert sealed.fingerprint.startswith("probes-")
+    with pytest.raises(EncoderMismatchError):
+        catalog.seal(connection, sealed, Anonymous(salt="other"))
+
+
+def test_before_the_seal_the_declared_name_decides(note: Any, connection: Connection) -> None:
+    with pytest.raises(EncoderMismatchError, match=r"'deterministic'.*declares 'other'"):
+        catalog.seal(connection, note.binding, DeterministicEncoder("other", dimensions=3))
+    assert catalog.require_binding(connection, IDENTITY).fingerprint is None
+    catalog.seal(connection, note.binding, DeterministicEncoder("./models/Deterministic", 3))
+
+
+def test_after_the_seal_the_name_does_not_matter(note: Any, connection: Connection) -> None:
+    catalog.seal(connection, note.binding, encoder())
+    sealed = catalog.require_binding(connection, IDENTITY)
+    catalog.seal(connection, sealed, DeterministicEncoder("renamed", 3))
+
+
+def test_vectors_from_elsewhere_go_by_the_declaration(
+    note: Any, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process has no encoder: only what both declare can be compared."""
+    from sbert_pg import registry
+
+    monkeypatch.setattr(registry, "_loader", None)
+    forget_encoders()
+    assert hold(connection, IDENTITY, SPEC) == (note.binding.id, False)
+    with pytest.raises(EncoderMismatchError, match="dimensions"):
+        hold(connection, IDENTITY, EncoderSpec(name="deterministic", dimensions=4))
+    catalog.seal(connection, note.binding, encoder())
+    connection.commit()
+    assert hold(connection, IDENTITY, SPEC) == (note.binding.id, True)
+
+
+def test_a_reading_transaction_seals_nothing(note: Any, engine: sa.Engine) -> None:
+    use_encoder(encoder())
+    with engine.connect() as connection:
+        connection.execute(sa.text("SET TRANSACTION READ ONLY"))
+        assert hold(connection, IDENTITY, SPEC) == (note.binding.id, False)
+        connection.rollback()
+        assert catalog.require_binding(connection, IDENTITY).fingerprint is None
+        catalog.seal(connection, note.binding, encoder())
+        connection.commit()
+        forget_encoders()
+        use_encoder(Rounded())
+        connection.execute(sa.text("SET TRANSACTION READ ONLY"))
+        assert hold(connection, IDENTITY, SPEC) == (note.binding.id, True)
+
+
+def test_many_processes_seal_at_once_and_one_wins(note: Any, engine: sa.Engine) -> None:
+    """Half of them come with another encoder: all of that half, or all of the other, fail."""
+    refused: list[str] = []
+    barrier = threading.Barrier(8)
+
+    def start(salt: str) -> None:
+        barrier.wait()
+        try:
+            with engine.begin() as connection:
+                catalog.seal(
+                    connection, note.binding, DeterministicEncoder(dimensions=3, salt=salt)
+                )
+        except EncoderMismatchError:
+            refused.append(salt)
+
+    threads = [threading.Thread(target=start, args=("ab"[i % 2],)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert refused in (["a"] * 4, ["b"] * 4)
+    sealed = catalog.require_binding(note.connection, IDENTITY).fingerprint
+    winner = "b" if refused[0] == "a" else "a"
+    assert sealed == DeterministicEncoder(dimensions=3, salt=winner).spec.fingerprint
+
+
+def test_schemas_that_are_translated(note: Any, engine: sa.Engine) -> None:
+    note.run("CREATE SCHEMA tenant")
+    note.run("CREATE TABLE tenant.note (id int PRIMARY KEY, title text, body text, e vector(3))")
+    tenant = catalog.bind(
+        note.connection, ColumnIdentity("tenant", "note", "e"), SPEC, note.binding.source
+    )
+    note.connection.commit()
+    mapped = engine.execution_options(schema_translate_map={None: "tenant"})
+    with mapped.connect() as connection:
+        assert catalog.require_binding(connection, IDENTITY).id == tenant.id
+    with engine.connect() as connection:
+        assert catalog.require_binding(connection, IDENTITY).id == note.binding.id
+        connection.execute(sa.text("SET search_path = tenant, public"))
+        assert catalog.require_binding(connection, IDENTITY).id == tenant.id
