@@ -3,10 +3,20 @@
 from sbert_pg.clustering.algorithms import HDBSCAN, Agglomerative, Communities, KMeans
 from sbert_pg.clustering.assigning import Assigned, Drift, assign, drift
 from sbert_pg.clustering.declaration import Clustering, clusters_of
+from sbert_pg.clustering.duplicate_table import (
+    Duplicate,
+    DuplicateReport,
+    DuplicateTable,
+    duplicates_of,
+    find_duplicates,
+)
+from sbert_pg.clustering.duplicates import Pair, duplicate_pairs, groups_of, index_recall
 from sbert_pg.clustering.labels import find_keywords, name_cluster
+from sbert_pg.clustering.mapping import ClusterMap, cluster_map
 from sbert_pg.clustering.run import cluster
 from sbert_pg.clustering.states import fail_lost_runs, make_current, prune
 from sbert_pg.clustering.tables import Assignment, Cluster, ClusterRun
+from sbert_pg.clustering.views import ClusterViews, create_views, drop_views
 
 __all__ = [
     "HDBSCAN",
@@ -14,17 +24,31 @@ __all__ = [
     "Assigned",
     "Assignment",
     "Cluster",
+    "ClusterMap",
     "ClusterRun",
+    "ClusterViews",
     "Clustering",
     "Communities",
     "Drift",
+    "Duplicate",
+    "DuplicateReport",
+    "DuplicateTable",
     "KMeans",
+    "Pair",
     "assign",
     "cluster",
+    "cluster_map",
     "clusters_of",
+    "create_views",
     "drift",
+    "drop_views",
+    "duplicate_pairs",
+    "duplicates_of",
     "fail_lost_runs",
+    "find_duplicates",
     "find_keywords",
+    "groups_of",
+    "index_recall",
     "make_current",
     "name_cluster",
     "prune",

@@ -11,7 +11,7 @@ from sbert_pg.catalog import binding
 from sbert_pg.catalog.tables import compatible_encoder
 from sbert_pg.clustering.declaration import Clustering, Criteria
 from sbert_pg.clustering.rowset import RowSet
-from sbert_pg.clustering.storing import assign_statement, centroids_of, insert_assignments
+from sbert_pg.clustering.storing import assign_statement, centroids_of, insert_or_retry
 from sbert_pg.errors import ClusteringError, EncoderMismatchError
 
 #: Distances that differ by less were computed from the same vector.
@@ -272,7 +272,7 @@ def _place(
     assignment, cluster = clustering.assignment_table, clustering.cluster_table
     placed = sa.exists().where(clustering.row_is_assigned(), assignment.c.run_id == run.id)
     rows = RowSet(clustering, [*criteria, sa.not_(placed.correlate(clustering.rows))])
-    inserted = insert_assignments(connection, assign_statement(rows, run.id, is_fitted=False))
+    inserted = insert_or_retry(connection, assign_statement(rows, run.id, is_fitted=False))
     if run.algorithm != "kmeans":
         connection.execute(
             sa.update(assignment)

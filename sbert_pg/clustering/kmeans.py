@@ -53,6 +53,13 @@ class KMeansFit:
     iterations: int
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def normalize(vectors: Vectors) -> Vectors:
     """Bring rows to length one, in place; rows of zeros stay."""
     for start in range(0, len(vectors), _SUM_ROWS):
@@ -272,10 +279,9 @@ class _Threads:
         self.state = state
 
     def __enter__(self) -> None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self.limits = self.state._limits(1, "blas")
         self.limits.__enter__()
-        self.pool = self.state._pool = ThreadPoolExecutor(cores or 1)
+        self.pool = self.state._pool = ThreadPoolExecutor(cores())
 
     def __exit__(self, *error: object) -> None:
         self.state._pool = None

@@ -36,7 +36,7 @@ def store_fit(
     table = _staging(clustering)
     table.create(connection, checkfirst=False)
     write_block(connection, table, [*keys.columns, ids, distances])
-    insert_assignments(
+    insert_or_retry(
         connection,
         _from_staging(clustering, run_id, table, lock=False),
         # A row was deleted between the join and the check of the foreign key: hold them this time.
@@ -79,13 +79,13 @@ def store_in_database(
             ),
         )
     )
-    insert_assignments(connection, assign_statement(rows, run_id, is_fitted=True))
+    insert_or_retry(connection, assign_statement(rows, run_id, is_fitted=True))
 
 
-def insert_assignments(
+def insert_or_retry(
     connection: sa.Connection, statement: sa.Insert, otherwise: sa.Insert | None = None
 ) -> int:
-    """Insert assignments; where a row is deleted meanwhile, insert those of the others.
+    """Insert rows that refer to others; where one is deleted meanwhile, insert what still can be.
 
     Args:
         connection: a connection in a transaction.

@@ -1,0 +1,281 @@
+"""A map of the rows in two dimensions, coloured by cluster: one HTML page, or a picture."""
+
+from __future__ import annotations
+
+import colorsys
+import html
+import importlib.util
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import sqlalchemy as sa
+
+from sbert_pg.clustering.declaration import Clustering
+from sbert_pg.clustering.extras import need
+from sbert_pg.clustering.kmeans import normalize
+from sbert_pg.clustering.transfer import read_rows, wire_key
+from sbert_pg.errors import ClusteringError, DeclarationError
+
+Projection = Literal["auto", "tsne", "umap", "pca"]
+
+#: Rows on a map; more are hard to look at and slow to project.
+SAMPLE_ROWS = 5_000
+#: Characters of a text that the map shows.
+TEXT_LENGTH = 240
+#: Principal components that t-SNE and UMAP begin with.
+_COMPONENTS = 50
+_BUCKETS = 1_000_000
+#: Angle between two colours: the golden angle keeps many of them apart.
+_HUE_STEP = 0.381966
+
+
+@dataclass(frozen=True)
+class ClusterMap:
+    """Rows on a plane.
+
+    Attributes:
+        title: what it shows.
+        points: float array of shape ``(n, 2)``, within the unit square.
+        numbers: cluster number of each row, or ``None``.
+        texts: the beginning of each row's text.
+        clusters: ``(number, label, size)`` of each cluster, largest first.
+        projection: how it was projected.
+        rows: rows of the run; the map shows a sample where there are more than on it.
+    """
+
+    title: str
+    points: npt.NDArray[np.float64]
+    numbers: list[int | None]
+    texts: list[str]
+    clusters: list[tuple[int, str, int]]
+    projection: str
+    rows: int
+
+    def html(self) -> str:
+        """One page with everything in it; hovering shows a row's text, the legend hides
+        clusters.
+        """
+        colours = _colours(len(self.clusters))
+        legend: list[dict[str, Any]] = [
+            {"number": number, "label": label, "size": size, "colour": colour}
+            for (number, label, size), colour in zip(self.clusters, colours, strict=True)
+        ]
+        if None in self.numbers:
+            outliers = self.numbers.count(None)
+            legend.append({"number": None, "label": "outliers", "size": outliers, "colour": ""})
+        points = [
+            [round(float(x), 4), round(float(y), 4), number, text]
+            for (x, y), number, text in zip(self.points, self.numbers, self.texts, strict=True)
+        ]
+        data = json.dumps({"points": points, "clusters": legend}, ensure_ascii=False)
+        shown = (
+            f"{len(points):,} of {self.rows:,} rows"
+            if len(points) < self.rows
+            else (f"{self.rows:,} rows")
+        )
+        page = resources.files("sbert_pg.clustering").joinpath("map.html").read_text("utf-8")
+        # The data comes last, so that nothing in it is taken for a place to fill in.
+        return (
+            page.replace("{{title}}", html.escape(self.title))
+            .replace("{{note}}", html.escape(f"{shown}, projected by {self.projection}"))
+            .replace("{{data}}", data.replace("<", "\\u003c"))
+        )
+
+    def save_html(self, path: Path | str) -> None:
+        """Write the page."""
+        Path(path).write_text(self.html(), encoding="utf-8")
+
+    def save_png(self, path: Path | str, *, size: float = 10.0) -> None:
+        """Draw a picture with the labels of the largest clusters at their middle.
+
+        Args:
+            path: file to write.
+            size: width and height in inches, at 150 dots an inch.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        figures = need("matplotlib.figure", "draw a map", "map")
+        figure = figures.Figure(figsize=(size, size), layout="constrained")
+        axes = figure.add_subplot()
+        numbers = np.array([-1 if number is None else number for number in self.numbers])
+        dot = max(2.0, 20_000 / max(len(numbers), 1) ** 1.05)
+        outside = numbers < 0
+        axes.scatter(*self.points[outside].T, s=dot, c="#9ca3af", alpha=0.5, linewidths=0)
+        colours = _colours(len(self.clusters))
+        for rank, ((number, label, _), colour) in enumerate(
+            zip(self.clusters, colours, strict=True)
+        ):
+            inside = self.points[numbers == number]
+            if not len(inside):
+                continue
+            axes.scatter(*inside.T, s=dot, c=colour, alpha=0.75, linewidths=0)
+            if rank < 25:
+                axes.annotate(
+                    label[:32],
+                    np.median(inside, axis=0),
+                    ha="center",
+                    fontsize=7,
+                    bbox={"boxstyle": "round,pad=0.2", "fc": "white", "ec": "none", "alpha": 0.7},
+                )
+        axes.set_title(self.title)
+        axes.set_axis_off()
+        figure.savefig(path, dpi=150, format="png")
+
+
+def cluster_map(
+    connection: sa.Connection,
+    clustering: Clustering,
+    *,
+    rows: int = SAMPLE_ROWS,
+    projection: Projection = "auto",
+    text: sa.ColumnElement[str] | None = None,
+    title: str | None = None,
+    seed: int = 0,
+) -> ClusterMap:
+    """Project the rows of the current run onto a plane.
+
+    Args:
+        connection: a connection in a transaction.
+        clustering: what is clustered.
+        rows: rows to show at most; a sample by a hash of the keys is drawn where there are more.
+        projection: ``"umap"`` (needs umap-learn), ``"tsne"`` or ``"pca"``; ``"auto"`` is UMAP where
+            it is installed, else t-SNE.
+        text: the text of a row; the source of an embedding column by default, else its key.
+        title: title of the map.
+        seed: seed of the projection.
+
+    Raises:
+        ClusteringError: there is no current run.
+        DeclarationError: a projection of another name.
+        MissingExtraError: scikit-learn or umap-learn is needed and not installed.
+    """
+    run = clustering.run_table
+    found = connection.execute(
+        sa.select(run.c.id, run.c.rows).where(
+            run.c.is_current, run.c.column_name == clustering.column.name
+        )
+    ).first()
+    if found is None:
+        raise ClusteringError(
+            f"{clustering.column} has no current clustering to show. Make one with "
+            "cluster(engine, ...) or 'sbert-pg cluster run'."
+        )
+    sampled = _sample(clustering, found.id, found.rows, rows)
+    read = read_rows(connection, clustering.keys, clustering.column, sampled)
+    if len(read.keys) == 0:
+        raise ClusteringError(f"The current run of {clustering.column} has no rows left to show.")
+    vectors = normalize(read.vectors) if clustering.metric == "cosine" else read.vectors
+    points, name = project(vectors, projection, seed)
+    shown = _texts(connection, clustering, found.id, sampled, text)
+    keys = list(read.keys.tuples())
+    return ClusterMap(
+        title=title or f"{clustering.rows.name} by {clustering.column.name}",
+        points=points,
+        numbers=[shown[key][0] if key in shown else None for key in keys],
+        texts=[shown[key][1] if key in shown else "" for key in keys],
+        clusters=_clusters(connection, clustering),
+        projection=name,
+        rows=found.rows,
+    )
+
+
+def project(
+    vectors: npt.NDArray[np.float32], projection: Projection, seed: int
+) -> tuple[npt.NDArray[np.float64], str]:
+    """Vectors on the unit square, and how they came there.
+
+    Raises:
+        DeclarationError: a projection of another name.
+        MissingExtraError: the library is not installed.
+    """
+    if projection not in ("auto", "tsne", "umap", "pca"):
+        raise DeclarationError(
+            f"The projection is {projection!r}; use 'auto', 'tsne', 'umap' or 'pca'."
+        )
+    if projection == "auto":
+        projection = "umap" if importlib.util.find_spec("umap") is not None else "tsne"
+    if len(vectors) < 4:
+        projection = "pca"
+    decomposition = need("sklearn.decomposition", "project rows onto a map", "map")
+    components = min(2 if projection == "pca" else _COMPONENTS, *vectors.shape)
+    reduced = decomposition.PCA(components, random_state=seed).fit_transform(vectors)
+    if projection == "umap":
+        umap = need("umap", "project rows onto a map by UMAP", "map")
+        reduced = umap.UMAP(metric="euclidean", random_state=seed).fit_transform(reduced)
+    elif projection == "tsne":
+        manifold = need("sklearn.manifold", "project rows onto a map", "map")
+        perplexity = min(30.0, (len(vectors) - 1) / 3)
+        reduced = manifold.TSNE(
+            2, init="pca", perplexity=perplexity, random_state=seed
+        ).fit_transform(reduced)
+    plane = np.zeros((len(vectors), 2))
+    plane[:, : reduced.shape[1]] = reduced[:, :2]
+    low, high = plane.min(axis=0), plane.max(axis=0)
+    names = {"umap": "UMAP", "tsne": "t-SNE", "pca": "principal components"}
+    return (plane - low) / np.maximum(high - low, 1e-12).max(), names[projection]
+
+
+def _sample(
+    clustering: Clustering, run_id: int, total: int, rows: int
+) -> list[sa.ColumnElement[bool]]:
+    assignment = clustering.assignment_table
+    placed = sa.exists().where(clustering.row_is_assigned(), assignment.c.run_id == run_id)
+    criteria = [clustering.column.is_not(None), placed.correlate(clustering.rows)]
+    if total > rows:
+        hashed = sa.func.hashtextextended(sa.func.concat_ws(" ", *clustering.keys), 0)
+        criteria.append(sa.func.abs(hashed % _BUCKETS) < int(_BUCKETS * rows / total))
+    return criteria
+
+
+def _texts(
+    connection: sa.Connection,
+    clustering: Clustering,
+    run_id: int,
+    sampled: list[sa.ColumnElement[bool]],
+    text: sa.ColumnElement[str] | None,
+) -> dict[tuple[Any, ...], tuple[int | None, str]]:
+    assignment, cluster = clustering.assignment_table, clustering.cluster_table
+    keys = [wire_key(key) for key in clustering.keys]
+    if text is None and clustering.source is not None:
+        text = clustering.source.expression(clustering.rows)
+    shown: Any = sa.func.concat_ws(", ", *clustering.keys) if text is None else text
+    statement = (
+        sa.select(*keys, cluster.c.number, sa.func.left(shown, TEXT_LENGTH))
+        .join_from(clustering.rows, assignment, clustering.row_is_assigned())
+        .outerjoin(cluster, cluster.c.id == assignment.c.cluster_id)
+        .where(assignment.c.run_id == run_id, *sampled)
+    )
+    width = len(keys)
+    return {
+        tuple(row[:width]): (row[width], row[width + 1] or "")
+        for row in connection.execute(statement)
+    }
+
+
+def _clusters(connection: sa.Connection, clustering: Clustering) -> list[tuple[int, str, int]]:
+    current = clustering.clusters().subquery()
+    rows = connection.execute(
+        sa.select(current.c.number, current.c.label, current.c.size).order_by(
+            current.c.size.desc(), current.c.number
+        )
+    )
+    return [(row.number, row.label or f"cluster {row.number}", row.size) for row in rows]
+
+
+def _colours(number: int) -> list[str]:
+    found = []
+    for rank in range(number):
+        red, green, blue = colorsys.hls_to_rgb(
+            (0.58 + rank * _HUE_STEP) % 1.0, (0.45, 0.58, 0.36)[rank % 3], 0.62
+        )
+        found.append(f"#{int(255 * red):02x}{int(255 * green):02x}{int(255 * blue):02x}")
+    return found
+
+
+__all__ = ["ClusterMap", "Projection", "cluster_map", "project"]

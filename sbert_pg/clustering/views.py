@@ -1,0 +1,248 @@
+"""The current clustering in plain SQL: views and functions, for readers in any language.
+
+Alembic's autogenerate does not see views, so they are created where the application says so: in a
+migration, by names that stay what they were when it was written, or by an explicit call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.ext.compiler import compiles
+
+from sbert_pg.clustering.declaration import OPERATORS, Clustering, ClusterMetric
+from sbert_pg.clustering.tables import EXEMPLAR_PREFIX, ROW_PREFIX, identifier
+from sbert_pg.types import Vector
+
+
+@dataclass(frozen=True)
+class ClusterViews:
+    """Views and functions over the tables of one clustering, by names.
+
+    In a migration::
+
+        views = ClusterViews(table="article", column="embedding", keys={"id": "integer"})
+
+        def upgrade():
+            for statement in views.create():
+                op.execute(statement)
+
+        def downgrade():
+            for statement in views.drop():
+                op.execute(statement)
+
+    They are, for the prefix ``article_cluster``:
+
+    - view ``article_cluster_current``: the current clusters;
+    - view ``article_cluster_member``: the rows of the current run, each with the number and label
+    of
+      its cluster (``NULL`` for an outlier) and its distance;
+    - function ``article_cluster_nearest(query vector, n integer DEFAULT 5)``: the current clusters
+      nearest to a vector;
+    - function ``article_cluster_nearest_of(key..., n integer DEFAULT 5)``: those nearest to a row.
+
+    Attributes:
+        table: table of the clustered rows.
+        column: its vector column.
+        keys: its key columns and their types, as SQL spells them.
+        prefix: what the clustering's tables begin with; ``table`` and ``_cluster`` by default.
+        metric: the clustering's metric.
+        schema: schema of all of them, or ``None`` for the search path's.
+    """
+
+    table: str
+    column: str
+    keys: Mapping[str, str] = field(hash=False)
+    prefix: str | None = None
+    metric: ClusterMetric = "cosine"
+    schema: str | None = None
+
+    @classmethod
+    def of(cls, clustering: Clustering, dialect: sa.Dialect) -> ClusterViews:
+        """Those of a declaration."""
+        return cls(
+            table=clustering.rows.name,
+            column=clustering.column.name,
+            keys={key.name: key.type.compile(dialect) for key in clustering.keys},
+            prefix=clustering.cluster_table.name,
+            metric=clustering.metric,
+            schema=clustering.rows.schema,
+        )
+
+    def create(self) -> Iterator[sa.schema.ExecutableDDLElement]:
+        """Statements that create or replace them."""
+        yield _CreateView(self._name("current"), self.schema, self._current())
+        yield _CreateView(self._name("member"), self.schema, self._members())
+        query = sa.literal_column("$1", Vector())
+        yield _CreateFunction(
+            self._name("nearest"), self.schema, {"query": "vector"}, self._nearest(query, "$2")
+        )
+        row = sa.table(self.table, *map(sa.column, (*self.keys, self.column)), schema=self.schema)
+        is_row = [
+            row.c[key] == sa.literal_column(f"${number}") for number, key in enumerate(self.keys, 1)
+        ]
+        vector = sa.select(sa.cast(row.c[self.column], Vector())).where(*is_row).scalar_subquery()
+        yield _CreateFunction(
+            self._name("nearest_of"),
+            self.schema,
+            {f"row_{key}": type_ for key, type_ in self.keys.items()},
+            # A row without a vector is near to nothing.
+            self._nearest(vector, f"${len(self.keys) + 1}").where(vector.is_not(None)),
+        )
+
+    def drop(self) -> Iterator[sa.schema.ExecutableDDLElement]:
+        """Statements that drop them where they exist."""
+        yield _DropFunction(self._name("nearest_of"), self.schema, tuple(self.keys.values()))
+        yield _DropFunction(self._name("nearest"), self.schema, ("vector",))
+        yield _DropView(self._name("member"), self.schema)
+        yield _DropView(self._name("current"), self.schema)
+
+    def _name(self, suffix: str) -> str:
+        return identifier(f"{self._prefix}_{suffix}")
+
+    @property
+    def _prefix(self) -> str:
+        return self.prefix or f"{self.table}_cluster"
+
+    def _tables(self) -> tuple[sa.TableClause, sa.TableClause, sa.TableClause]:
+        def table(suffix: str, *names: str) -> sa.TableClause:
+            columns: list[sa.ColumnClause[Any]] = [sa.column(name) for name in names]
+            return sa.table(f"{self._prefix}{suffix}", *columns, schema=self.schema)
+
+        exemplars = [EXEMPLAR_PREFIX + key for key in self.keys]
+        references = [ROW_PREFIX + key for key in self.keys]
+        return (
+            table("_run", "id", "column_name", "algorithm", "finished_at", "is_current"),
+            table("", "id", "run_id", "centroid", *_READ, *exemplars),
+            table("_assignment", "run_id", "cluster_id", "distance", *references),
+        )
+
+    def _is_current(self, run: sa.TableClause) -> sa.ColumnElement[bool]:
+        return sa.and_(run.c.is_current, run.c.column_name == sa.literal(self.column, sa.Text))
+
+    def _current(self) -> sa.Select[Any]:
+        run, cluster, _ = self._tables()
+        return (
+            sa.select(
+                *(cluster.c[name] for name in _READ),
+                *(cluster.c[EXEMPLAR_PREFIX + key] for key in self.keys),
+                cluster.c.id.label("cluster_id"),
+                run.c.id.label("run_id"),
+                run.c.algorithm,
+                run.c.finished_at,
+            )
+            .join_from(cluster, run, run.c.id == cluster.c.run_id)
+            .where(self._is_current(run))
+        )
+
+    def _members(self) -> sa.Select[Any]:
+        run, cluster, assignment = self._tables()
+        return (
+            sa.select(
+                *(assignment.c[ROW_PREFIX + key] for key in self.keys),
+                cluster.c.number,
+                cluster.c.label,
+                assignment.c.distance,
+                cluster.c.id.label("cluster_id"),
+            )
+            .join_from(assignment, run, run.c.id == assignment.c.run_id)
+            .outerjoin(cluster, cluster.c.id == assignment.c.cluster_id)
+            .where(self._is_current(run))
+        )
+
+    def _nearest(self, query: sa.ColumnElement[Any], limit: str) -> sa.Select[Any]:
+        run, cluster, _ = self._tables()
+        distance: sa.ColumnElement[float] = cluster.c.centroid.op(
+            OPERATORS[self.metric], return_type=sa.Double()
+        )(query)
+        return (
+            sa.select(cluster.c.number, cluster.c.label, distance.label("distance"))
+            .join_from(cluster, run, run.c.id == cluster.c.run_id)
+            .where(self._is_current(run))
+            .order_by(distance, cluster.c.number)
+            .limit(sa.literal_column(limit, sa.Integer))
+        )
+
+
+_READ = ("number", "label", "size", "keywords", "cohesion", "radius")
+
+
+def create_views(connection: sa.Connection, clustering: Clustering) -> None:
+    """Create the views and functions of a clustering now; the caller commits."""
+    for statement in ClusterViews.of(clustering, connection.dialect).create():
+        connection.execute(statement)
+
+
+def drop_views(connection: sa.Connection, clustering: Clustering) -> None:
+    """Drop the views and functions of a clustering now; the caller commits."""
+    for statement in ClusterViews.of(clustering, connection.dialect).drop():
+        connection.execute(statement)
+
+
+class _Named(sa.schema.ExecutableDDLElement):
+    """A statement about one view or function."""
+
+    def __init__(self, name: str, schema: str | None) -> None:
+        self.name, self.schema = name, schema
+
+    def quoted(self, compiler: Any) -> str:
+        """Its name, qualified."""
+        quote = compiler.preparer.quote
+        return ".".join(quote(part) for part in (self.schema, self.name) if part is not None)
+
+
+class _CreateView(_Named):
+    def __init__(self, name: str, schema: str | None, query: sa.Select[Any]) -> None:
+        super().__init__(name, schema)
+        self.query = query
+
+
+class _DropView(_Named):
+    pass
+
+
+class _CreateFunction(_Named):
+    def __init__(
+        self, name: str, schema: str | None, arguments: Mapping[str, str], query: sa.Select[Any]
+    ) -> None:
+        super().__init__(name, schema)
+        self.arguments, self.query = arguments, query
+
+
+class _DropFunction(_Named):
+    def __init__(self, name: str, schema: str | None, types: tuple[str, ...]) -> None:
+        super().__init__(name, schema)
+        self.types = types
+
+
+@compiles(_CreateView)
+def _create_view(element: _CreateView, compiler: Any, **_: Any) -> str:
+    query = compiler.sql_compiler.process(element.query, literal_binds=True)
+    return f"CREATE OR REPLACE VIEW {element.quoted(compiler)} AS {query}"
+
+
+@compiles(_DropView)
+def _drop_view(element: _DropView, compiler: Any, **_: Any) -> str:
+    return f"DROP VIEW IF EXISTS {element.quoted(compiler)}"
+
+
+@compiles(_CreateFunction)
+def _create_function(element: _CreateFunction, compiler: Any, **_: Any) -> str:
+    quote = compiler.preparer.quote
+    arguments = [f"{quote(name)} {type_}" for name, type_ in element.arguments.items()]
+    query = compiler.sql_compiler.process(element.query, literal_binds=True)
+    return (
+        f"CREATE OR REPLACE FUNCTION {element.quoted(compiler)}"
+        f"({', '.join(arguments)}, n integer DEFAULT 5) "
+        "RETURNS TABLE (number integer, label text, distance double precision) "
+        f"LANGUAGE sql STABLE AS $sbert_pg$ {query} $sbert_pg$"
+    )
+
+
+@compiles(_DropFunction)
+def _drop_function(element: _DropFunction, compiler: Any, **_: Any) -> str:
+    types = ", ".join((*element.types, "integer"))
+    return f"DROP FUNCTION IF EXISTS {element.quoted(compiler)}({types})"
