@@ -10,7 +10,7 @@ from sbert_pg.encoder.hub import find, is_path, repository_of
 from sbert_pg.errors import DeclarationError, EncoderNotFoundError
 
 #: Fastest form whose effect on similarity and retrieval is within noise (docs/encoder.md).
-DEFAULT_PRECISION = "fp32"
+DEFAULT_PRECISION = "int8"
 
 
 def prepare(
