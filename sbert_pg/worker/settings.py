@@ -1,0 +1,65 @@
+"""What can be set about a worker."""
+
+from __future__ import annotations
+
+import os
+import socket
+import uuid
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+from sbert_pg.errors import DeclarationError
+
+
+def worker_name() -> str:
+    """A name that no other worker has: host, process, and a few random digits."""
+    return f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    """Settings of a worker; the defaults suit one that has a machine of two to eight cores.
+
+    Attributes:
+        columns: columns to keep fresh, as ``table.column`` or ``schema.table.column``; all that are
+            bound where it is empty.
+        batch_size: rows claimed at a time.
+        encoders: threads that call the encoder; with two, one batch is tokenised while the other is
+            computed.
+        lease: how long other workers leave claimed rows alone. It is renewed while they are worked
+            on, so it only has to be longer than a pause of the process.
+        poll_interval: seconds between looks at the database when nothing is heard of it. Where
+            LISTEN does not work it is at most one second.
+        max_attempts: attempts after which a row counts as failed, until its text changes.
+        backoff: time before the second attempt; it doubles with each further one.
+        busy_wait: how long to leave alone a row that another transaction holds locked.
+        rescan_interval: seconds between looks at the catalog for new columns.
+        shutdown_timeout: seconds that a stopping worker waits for a database that is away.
+        listen: whether to LISTEN at all.
+        name: name of the worker, in claims and logs.
+    """
+
+    columns: tuple[str, ...] = ()
+    batch_size: int = 256
+    encoders: int = 2
+    lease: timedelta = timedelta(seconds=60)
+    poll_interval: float = 5.0
+    max_attempts: int = 5
+    backoff: timedelta = timedelta(seconds=10)
+    busy_wait: timedelta = timedelta(seconds=1)
+    rescan_interval: float = 30.0
+    shutdown_timeout: float = 30.0
+    listen: bool = True
+    name: str = field(default_factory=worker_name)
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "encoders", "max_attempts"):
+            if getattr(self, name) < 1:
+                raise DeclarationError(f"{name} of a worker is at least 1.")
+        if self.lease < timedelta(seconds=1):
+            raise DeclarationError("The lease of a worker is at least one second.")
+        if self.poll_interval <= 0:
+            raise DeclarationError("The poll interval of a worker is longer than nothing.")
+
+
+__all__ = ["WorkerSettings", "worker_name"]
