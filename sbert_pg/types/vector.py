@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -48,6 +49,10 @@ class VectorType(UserDefinedType[Array]):
     def _identity(self) -> tuple[Any, ...]:
         """What two types of one class must share to compile alike and check alike."""
         return (self.storage, self.dimensions)
+
+    def adapt(self, cls: type[Any], **kw: Any) -> Any:
+        """A copy for a dialect; SQLAlchemy's own form loses arguments that are keyword-only."""
+        return copy.copy(self) if isinstance(self, cls) else super().adapt(cls, **kw)
 
     def __repr__(self) -> str:
         width = "" if self.dimensions is None else str(self.dimensions)
