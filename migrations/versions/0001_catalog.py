@@ -120,6 +120,7 @@ def create_tables(op: Operations) -> None:
         sa.Column("state", sa.Text, nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False, server_default=now()),
         sa.Column("sealed_at", sa.DateTime(timezone=True)),
+        sa.Column("last_audit", pg.JSONB),
         sa.PrimaryKeyConstraint("id", name="embedding_column_pkey"),
         sa.UniqueConstraint(
             "relation", "column_name", name="embedding_column_relation_column_name_key"

@@ -71,6 +71,8 @@ embedding_column = sa.Table(
     sa.Column("state", sa.Text, nullable=False),
     sa.Column("created_at", sa.DateTime(timezone=True), nullable=False, server_default=_now),
     sa.Column("sealed_at", sa.DateTime(timezone=True)),
+    # What the last audit found, as pending.audit.Audit.to_json() writes it.
+    sa.Column("last_audit", pg.JSONB),
     sa.UniqueConstraint("relation", "column_name"),
     sa.CheckConstraint("storage IN ('vector', 'halfvec')", name="storage"),
     sa.CheckConstraint("state IN ('filling', 'active', 'replaced')", name="state"),
@@ -200,6 +202,8 @@ status = sa.table(
     sa.column("oldest_pending", sa.DateTime(timezone=True)),
     sa.column("failed", sa.BigInteger),
     sa.column("skipped", sa.BigInteger),
+    sa.column("noticing", sa.Boolean),
+    sa.column("last_audit", pg.JSONB),
     sa.column("index_ready", sa.Boolean),
     sa.column("index_names", pg.ARRAY(sa.Text)),
     schema=SCHEMA,

@@ -30,7 +30,7 @@ BEGIN
         EXECUTE format('GRANT INSERT, UPDATE, DELETE ON sbert.pending, sbert.backfill TO %I',
                        role_name);
         EXECUTE format('GRANT USAGE ON ALL SEQUENCES IN SCHEMA sbert TO %I', role_name);
-        EXECUTE format('GRANT UPDATE (state) ON sbert.embedding_column TO %I', role_name);
+        EXECUTE format('GRANT UPDATE (state, last_audit) ON sbert.embedding_column TO %I', role_name);
     END IF;
     IF v_rank >= 4 THEN
         EXECUTE format('GRANT CREATE ON SCHEMA sbert TO %I', role_name);

@@ -16,6 +16,8 @@ SELECT c.id,
        oldest.marked_at AS oldest_pending,
        failures.failed,
        failures.skipped,
+       triggers.noticing,
+       c.last_audit,
        indexes.ready AS index_ready,
        indexes.names AS index_names
   FROM sbert.embedding_column c
@@ -51,6 +53,12 @@ SELECT c.id,
            count(*) FILTER (WHERE m.skipped) AS skipped
       FROM sbert.pending m WHERE m.column_id = c.id AND m.failed
   ) AS failures
+ CROSS JOIN LATERAL (
+    SELECT count(*) = 4 AS noticing
+      FROM pg_catalog.pg_trigger t
+     WHERE t.tgrelid = c.relation AND NOT t.tgisinternal AND t.tgenabled <> 'D'
+       AND t.tgname LIKE 'sbert\_' || c.id || '\_%'
+  ) AS triggers
  CROSS JOIN LATERAL (
     SELECT bool_and(i.indisvalid AND i.indisready) AS ready,
            array_agg(ik.relname::text ORDER BY ik.relname) AS names
