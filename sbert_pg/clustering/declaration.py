@@ -33,6 +33,8 @@ _METRIC_FOR: dict[d.Similarity, ClusterMetric] = {
 }
 #: A parameter style that leaves percent signs alone.
 _NAMED = postgresql.dialect(paramstyle="named")  # type: ignore[no-untyped-call]
+#: Where a metadata keeps its clusterings, for the command line to find them.
+_DECLARED = "sbert_pg_clusterings"
 OPERATORS: dict[ClusterMetric, str] = {"cosine": d.COSINE, "euclidean": d.L2}
 
 
@@ -276,13 +278,20 @@ def clusters_of(
     classes = tables.map_classes(mapper, rows, run, cluster, assignment)
     tables.extend_entity(mapper, attribute, base.name, classes, rows)
     criteria = [where] if isinstance(where, sa.ClauseElement) else list(where or ())
-    return Clustering(
+    made = Clustering(
         mapper.class_,
         base,
         *classes,
         metric=metric or _METRIC_FOR[metric_for(base).similarity],
         criterion=sa.and_(*criteria) if criteria else None,
     )
+    metadata.info.setdefault(_DECLARED, []).append(made)
+    return made
+
+
+def declared_clusterings(metadata: sa.MetaData) -> list[Clustering]:
+    """The clusterings that were declared on tables of a metadata, in their order."""
+    return list(metadata.info.get(_DECLARED, ()))
 
 
 def _base_column(column: Any) -> sa.Column[Any]:

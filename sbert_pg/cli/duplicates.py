@@ -1,0 +1,82 @@
+"""``duplicates``: rows that are nearly the same."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import sqlalchemy as sa
+import typer
+
+from sbert_pg import clustering as lib
+from sbert_pg.cli import common
+from sbert_pg.cli.cluster import ColumnOption, TableArgument, WhereOption, criterion_of
+from sbert_pg.cli.tables import embedding_of, table_of
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(duplicates)
+
+
+def duplicates(
+    table: TableArgument,
+    database: common.DatabaseOption = None,
+    column: ColumnOption = None,
+    threshold: Annotated[float, typer.Option(min=-1, max=1, help="Least similarity.")] = 0.9,
+    where: WhereOption = None,
+    groups: Annotated[bool, typer.Option("--groups", help="Show groups instead of pairs.")] = False,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1)] = 20,
+    json: common.JsonOption = False,
+) -> None:
+    """Find rows that are nearly the same, comparing all with all.
+
+    [b]sbert-pg duplicates article --threshold 0.95[/]
+    [b]sbert-pg duplicates article --groups --json[/]
+    """
+    with common.database(database) as engine, engine.connect() as connection:
+        target = table_of(connection, table)
+        vectors = embedding_of(target, column)
+        pairs = list(
+            lib.duplicate_pairs(connection, vectors, threshold=threshold, where=criterion_of(where))
+        )
+        found: list[dict[str, Any]]
+        if groups:
+            found = [{"rows": len(group), "keys": group} for group in lib.groups_of(pairs)]
+        else:
+            pairs.sort(key=lambda pair: -pair.similarity)
+            shown = pairs if json else pairs[:limit]
+            texts = {} if json else _texts(connection, target, vectors, shown)
+            found = [
+                {
+                    "similarity": round(pair.similarity, 4),
+                    "a": pair.a,
+                    "b": pair.b,
+                    **({} if json else {"texts": f"{texts[pair.a]}\n{texts[pair.b]}"}),
+                }
+                for pair in shown
+            ]
+    if json:
+        common.print_json(found)
+        return
+    common.note(f"{len(pairs):,} pairs above {threshold}.")
+    if found:
+        common.print_table(list(found[0]), [list(row.values()) for row in found[:limit]])
+
+
+def _texts(
+    connection: sa.Connection, table: sa.Table, column: sa.Column[Any], pairs: list[lib.Pair]
+) -> dict[Any, str]:
+    """The beginning of the texts of some rows, by key."""
+    keys = list(table.primary_key)
+    wanted = {key for pair in pairs for key in (pair.a, pair.b)}
+    if not wanted:
+        return {}
+    left = keys[0] if len(keys) == 1 else sa.tuple_(*keys)
+    text = column.type.source.expression(table)  # type: ignore[attr-defined]
+    rows = connection.execute(
+        sa.select(*keys, sa.func.left(text, 80)).where(left.in_(list(wanted)))
+    )
+    return {
+        row[0] if len(keys) == 1 else tuple(row[: len(keys)]): " ".join(row[-1].split())
+        for row in rows
+    }
