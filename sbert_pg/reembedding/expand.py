@@ -103,6 +103,8 @@ def start(
                 f"or abort it (sbert-pg reembed abort {begun}) before another one begins."
             )
         new = ColumnIdentity(old.schema, old.table, request.new)
+        if begun is not None and _is_as_asked(begun, old, request):
+            return begun
         type_ = plain_type(request.storage or old.storage, request.encoder.dimensions)
         _add_column(connection, new, type_)
         return catalog.bind(
@@ -119,6 +121,16 @@ def start(
         relation=pg.name_of(engine.dialect, request.old.schema, request.old.table),
         lock_timeout=lock_timeout,
         attempts=attempts,
+    )
+
+
+def _is_as_asked(begun: Binding, old: Binding, request: Request) -> bool:
+    """Whether the change has been begun already, so that no lock is needed to find out."""
+    return (
+        begun.declared.name == request.encoder.name
+        and begun.dimensions == request.encoder.dimensions
+        and begun.source == (request.source or old.source)
+        and begun.storage == (request.storage or old.storage)
     )
 
 

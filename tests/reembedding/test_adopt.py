@@ -200,7 +200,8 @@ def test_text_in_json_is_found_and_the_remedy_works(world, old):
         )
         connection.execute(
             sa.text(
-                "insert into vecs.docs values (:id, :v, jsonb_build_object('text', cast(:t as text)))"
+                "insert into vecs.docs values "
+                "(:id, :v, jsonb_build_object('text', cast(:t as text)))"
             ),
             [
                 {"id": f"d{i}", "v": wire.to_text(v), "t": t}
