@@ -1,9 +1,9 @@
 """Semantic search in a FastAPI application, synchronous or not: the statements are the same.
 
-    pip install 'sbert-pg[convert]' fastapi uvicorn
-    export DATABASE_URL=postgresql+psycopg://localhost/shop
-    sbert-pg init -d "$DATABASE_URL"
-    uvicorn fastapi_search:app
+pip install 'sbert-pg[convert]' fastapi uvicorn
+export DATABASE_URL=postgresql+psycopg://localhost/shop
+sbert-pg init -d "$DATABASE_URL"
+uvicorn fastapi_search:app
 """
 
 import os
@@ -35,7 +35,7 @@ class Article(Base):
 
 
 engine = create_async_engine(os.environ["DATABASE_URL"])
-sessions = async_sessionmaker(engine)
+sessions = async_sessionmaker(engine, expire_on_commit=False)
 embed_on_flush(sessions)
 
 

@@ -120,7 +120,7 @@ class Source:
                     f"{_table_name(table)!r} does not have; its columns are "
                     f"{', '.join(sorted(by_name))}."
                 )
-            if not isinstance(column.type, sa.String) or isinstance(column.type, sa.Enum):
+            if not _is_text(column.type):
                 raise SourceError(
                     f"Column {_table_name(table)}.{name} has type {column.type!r}; a source is made "
                     "of text columns, since other types read differently in Python and in SQL."
@@ -166,6 +166,21 @@ def _parse(pattern: str) -> list[tuple[str, str | None, str | None, str | None]]
         return list(string.Formatter().parse(pattern))
     except ValueError as error:
         raise SourceError(f"The template {pattern!r} is malformed: {error}.") from error
+
+
+def _is_text(type_: sa.types.TypeEngine[Any]) -> bool:
+    """Whether Python and SQL read the same text from a column of this type."""
+    if isinstance(type_, sa.types.TypeDecorator):
+        # One that only chooses among text types is text; one that changes values (encryption, say)
+        # has another text in Python than in the database.
+        kind = type(type_)
+        if (
+            kind.process_bind_param is not sa.types.TypeDecorator.process_bind_param
+            or kind.process_result_value is not sa.types.TypeDecorator.process_result_value
+        ):
+            return False
+        type_ = type_.impl_instance
+    return isinstance(type_, sa.String) and not isinstance(type_, sa.Enum)
 
 
 def _table_name(table: sa.FromClause) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -43,11 +45,21 @@ def test_every_block_runs(
     registry.use_encoder(minilm, name="all-MiniLM-L6-v2")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DATABASE_URL", engine.url.render_as_string(hide_password=False))
-    namespace: dict[str, Any] = {"engine": engine, "__name__": f"page_{page.stem}"}
-    for line, source in found:
-        # Padding makes a traceback point at the page's own line.
-        code = compile("\n" * line + source, str(page), "exec")
-        exec(code, namespace)
+    run(page, found, engine)
+
+
+def run(page: Path, found: list[tuple[int, str]], engine: sa.Engine) -> None:
+    """Run blocks in a module of their own, as if a reader had put them into one file."""
+    module = ModuleType(f"page_{page.stem.replace('-', '_')}")
+    vars(module)["engine"] = engine
+    sys.modules[module.__name__] = module
+    try:
+        for line, source in found:
+            # Padding makes a traceback point at the page's own line.
+            code = compile("\n" * line + source, str(page), "exec", dont_inherit=True)
+            exec(code, vars(module))
+    finally:
+        del sys.modules[module.__name__]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -67,8 +79,8 @@ def test_readme_block_answers(
     engine: sa.Engine, minilm: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     registry.use_encoder(minilm, name="all-MiniLM-L6-v2")
-    _, source = blocks(ROOT / "README.md")[0]
-    exec(source, {"engine": engine, "__name__": "readme"})
+    page = ROOT / "README.md"
+    run(page, blocks(page)[:1], engine)
     assert "Refunds and returns" in capsys.readouterr().out
 
 
