@@ -36,7 +36,7 @@ def main() -> list[str]:
             for title in ("Pancakes with maple syrup", "Lentil soup", "Apple pie", "Beef stew")
         )
         session.commit()
-        found = session.execute(nearest(Recipe.embedding, "something sweet", limit=2))
+        found = session.execute(nearest(Recipe.embedding, "a dessert from the oven", limit=1))
         titles = [recipe.title for recipe, _ in found]
     engine.dispose()
     return titles

@@ -22,8 +22,8 @@ SourceArgument = "str | Sequence[str] | Source"
 class Source:
     """Columns of one table, and how their values become one text.
 
-    Without a template the values are joined with ``separator``; a value that is ``NULL`` or empty is
-    left out together with its separator. With a template, as made by ``Source.template``, each
+    Without a template the values are joined with ``separator``; a value that is ``NULL`` or empty
+    is left out together with its separator. With a template, as made by ``Source.template``, each
     ``{column}`` is replaced by the value, ``NULL`` by nothing.
 
     Attributes:
@@ -59,7 +59,7 @@ class Source:
 
     @classmethod
     def template(cls, pattern: str) -> Source:
-        """A source by template, as in ``Source.template("Title: {title}\\n{body}")``.
+        r"""A source by template, as in ``Source.template("Title: {title}\n{body}")``.
 
         Doubled braces stand for themselves. Conversions and format specifications are refused,
         since SQL could not follow them.
@@ -122,8 +122,8 @@ class Source:
                 )
             if not _is_text(column.type):
                 raise SourceError(
-                    f"Column {_table_name(table)}.{name} has type {column.type!r}; a source is made "
-                    "of text columns, since other types read differently in Python and in SQL."
+                    f"Column {_table_name(table)}.{name} has type {column.type!r}; a source is "
+                    "made of text columns, since other types read differently in Python and in SQL."
                 )
             found.append(column)
         return tuple(found)
