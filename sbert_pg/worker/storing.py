@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import TypeVar
 
 import sqlalchemy as sa
 
@@ -15,24 +14,20 @@ from sbert_pg.pending import claims
 from sbert_pg.pending.claims import Claimed, Written
 from sbert_pg.pending.database import Database
 from sbert_pg.pending.faults import Fault, fault_of, words_of
+from sbert_pg.pending.patience import Patience, Payloads, write_in_pieces
 from sbert_pg.pending.texts import Embedded
 from sbert_pg.worker.keeping import Keeper
 from sbert_pg.worker.logs import LOGGER, say
 from sbert_pg.worker.serving import Served, Serving
 from sbert_pg.worker.settings import WorkerSettings
 from sbert_pg.worker.tally import Tally
-from sbert_pg.worker.work import Pause, Work
+from sbert_pg.worker.work import Work
 
 logger = logging.getLogger(LOGGER)
-
-T = TypeVar("T")
 
 
 class Store:
     """Writes batches; called in one thread.
-
-    A lost connection or a full disk is waited out with the vectors at hand, since encoding is what
-    costs. A row that the database refuses is found by halving, and fails alone.
 
     Args:
         database: the database.
@@ -41,9 +36,6 @@ class Store:
         serving: the columns.
         keeper: renews the leases meanwhile.
         stop: set when the worker is to stop.
-
-    Attributes:
-        trouble: what is wrong with the database, while something is.
     """
 
     def __init__(
@@ -60,10 +52,19 @@ class Store:
         self._tally = tally
         self._serving = serving
         self._keeper = keeper
-        self._stop = stop
-        self._stopped_at: float | None = None
+        self._patience = Patience(
+            database,
+            logger,
+            stop,
+            after_stop=settings.shutdown_timeout,
+            on_trouble=tally.count_database_error,
+        )
         self._due: float | None = None
-        self.trouble: str | None = None
+
+    @property
+    def trouble(self) -> str | None:
+        """What is wrong with the database, while something is."""
+        return self._patience.trouble
 
     def due_in(self) -> float | None:
         """Seconds until a row that was put off is due; asking clears it."""
@@ -77,49 +78,27 @@ class Store:
             if isinstance(embedded, Exception):
                 self._serving.block(served.id, served.name, embedded)
                 self.release(served, claimed.token, [claim.key for claim in claimed.claims])
-                return
-            reasons = dict(embedded.failures)
-            written = self._write(served, claimed, embedded.vectors, reasons)
-            self._settle(served, claimed.token, written, reasons)
+            else:
+                self._write(served, claimed, embedded)
         finally:
             self._keeper.drop(claimed.token)
 
-    def _write(
-        self,
-        served: Served,
-        claimed: Claimed,
-        vectors: Mapping[str, bytes | None],
-        reasons: dict[str, str],
-    ) -> list[Written]:
-        """Write all that can be written, in one transaction if possible; fills ``reasons``."""
-        done: list[Written] = []
-        pieces = [dict(vectors)]
-        while pieces:
-            piece = pieces.pop()
-            started = time.perf_counter()
-            part = claimed if not done else Claimed(claimed.token, claimed.claims, claimed.rows)
-            written, error = self._try(_writing(served, part, piece))
-            if written is not None:
-                done.append(written)
-                with self._tally.of(served.name) as tally:
-                    tally.write.add(time.perf_counter() - started)
-                continue
-            assert error is not None
-            if fault_of(error) in (Fault.ROW, Fault.SLOW) and len(piece) > 1:
-                keys = list(piece)
-                middle = len(keys) // 2
-                pieces += [
-                    {k: piece[k] for k in keys[middle:]},
-                    {k: piece[k] for k in keys[:middle]},
-                ]
-            elif fault_of(error) in (Fault.ROW, Fault.SLOW):
-                reasons.update(dict.fromkeys(piece, words_of(error)))
-            else:
-                if fault_of(error) is Fault.COLUMN:
-                    self._serving.block(served.id, served.name, error)
-                self.release(served, claimed.token, [k for p in (piece, *pieces) for k in p])
-                break
-        return done
+    def _write(self, served: Served, claimed: Claimed, embedded: Embedded) -> None:
+        started = time.perf_counter()
+        without_orphans = Claimed(claimed.token, claimed.claims, claimed.rows)
+
+        def write(connection: sa.Connection, piece: Payloads, first: bool) -> Written:
+            part = claimed if first else without_orphans
+            return claims.write(connection, served.rows, part, piece)
+
+        done = write_in_pieces(self._patience, embedded.vectors, write)
+        with self._tally.of(served.name) as tally:
+            tally.write.add(time.perf_counter() - started)
+        if done.error is not None:
+            if fault_of(done.error) is Fault.COLUMN:
+                self._serving.block(served.id, served.name, done.error)
+            self.release(served, claimed.token, done.left)
+        self._settle(served, claimed.token, done.results, {**embedded.failures, **done.reasons})
 
     def _settle(
         self, served: Served, token: str, written: Sequence[Written], reasons: Mapping[str, str]
@@ -140,7 +119,7 @@ class Store:
             claims.release(connection, served.id, token, busy, after=wait)
             return self.fail(connection, served.id, token, reasons)
 
-        failed, _ = self._try(settle)
+        failed, _ = self._patience.attempt("let go of rows", settle)
         self.say_failures(served, reasons, failed or 0)
         self._put_off(timedelta(0) if changed else wait if busy else self._settings.backoff)
 
@@ -178,43 +157,6 @@ class Store:
     def _put_off(self, wait: timedelta) -> None:
         due = time.monotonic() + wait.total_seconds()
         self._due = due if self._due is None else min(due, self._due)
-
-    def _try(self, do: Callable[[sa.Connection], T]) -> tuple[T | None, Exception | None]:
-        """Do something in a transaction; waits for a database that is away.
-
-        Returns:
-            What it returned; or what it raised, where waiting does not help or the worker is not to
-            wait any longer.
-        """
-        pause = Pause()
-        while True:
-            try:
-                with self._database.begin() as connection:
-                    result = do(connection)
-                self.trouble = None
-                return result, None
-            except Exception as error:
-                if fault_of(error) not in (Fault.LOST, Fault.BUSY) or self._out_of_patience():
-                    return None, error
-                self.trouble = words_of(error)
-                self._tally.count_database_error()
-                wait = pause.next()
-                fields = {"error": self.trouble, "retry_in": round(wait, 2)}
-                say(logger, logging.WARNING, "Cannot write vectors; trying again", fields)
-                time.sleep(min(wait, 1.0) if self._stop.is_set() else wait)
-
-    def _out_of_patience(self) -> bool:
-        if not self._stop.is_set():
-            return False
-        if self._stopped_at is None:
-            self._stopped_at = time.monotonic()
-        return time.monotonic() - self._stopped_at > self._settings.shutdown_timeout
-
-
-def _writing(
-    served: Served, claimed: Claimed, vectors: Mapping[str, bytes | None]
-) -> Callable[[sa.Connection], Written]:
-    return lambda connection: claims.write(connection, served.rows, claimed, vectors)
 
 
 __all__ = ["Store"]

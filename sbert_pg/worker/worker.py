@@ -24,6 +24,7 @@ from sbert_pg.pending.claims import Claim, Claimed
 from sbert_pg.pending.database import Database
 from sbert_pg.pending.faults import Fault, fault_of, words_of
 from sbert_pg.pending.flow import Flow
+from sbert_pg.pending.patience import Pause
 from sbert_pg.pending.texts import Embedded, embed
 from sbert_pg.worker.keeping import Keeper
 from sbert_pg.worker.listen import Listener
@@ -32,7 +33,7 @@ from sbert_pg.worker.serving import Served, Serving
 from sbert_pg.worker.settings import WorkerSettings
 from sbert_pg.worker.storing import Store
 from sbert_pg.worker.tally import Tally
-from sbert_pg.worker.work import Pause, Work
+from sbert_pg.worker.work import Work
 
 logger = logging.getLogger(LOGGER)
 
