@@ -11,13 +11,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import REGCLASS, insert
+from sqlalchemy.dialects.postgresql import REGCLASS
 
 from sbert_pg import catalog
-from sbert_pg.catalog import Binding, keys, tables
+from sbert_pg.catalog import Binding, keys
 from sbert_pg.catalog.reading import qualified
 from sbert_pg.errors import AlreadyBoundError, NotProvenError
 from sbert_pg.known import known_encoder
+from sbert_pg.pending import marks
 from sbert_pg.reembedding.evidence import (
     Evidence,
     Text,
@@ -337,7 +338,7 @@ def adopt(
     def step(connection: sa.Connection) -> Adoption:
         binding = catalog.bind(connection, column, _declared(encoder), source)
         catalog.seal(connection, binding, encoder)
-        marked = _mark(connection, binding, best.doubtful)
+        marked = marks.mark(connection, binding, best.doubtful)
         sealed = catalog.binding_by_id(connection, binding.id)
         assert sealed is not None
         return Adoption(sealed, proof, marked)
@@ -358,12 +359,3 @@ def _declared(encoder: TextEncoder) -> EncoderSpec:
     if known is not None and known.dimensions == spec.dimensions:
         return EncoderSpec.of(spec.name)
     return EncoderSpec(name=spec.name, dimensions=spec.dimensions, similarity=spec.similarity)
-
-
-def _mark(connection: sa.Connection, binding: Binding, doubtful: Sequence[str]) -> int:
-    if not doubtful:
-        return 0
-    statement = insert(tables.pending).on_conflict_do_nothing()
-    rows = [{"column_id": binding.id, "key": key} for key in doubtful]
-    connection.execute(statement, rows)
-    return len(rows)
