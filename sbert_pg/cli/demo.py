@@ -176,9 +176,9 @@ def _print_answers(question: str, rows: list[dict[str, Any]], seconds: float) ->
 
 
 def _print_statements(question: str, limit: int) -> None:
-    statement = f'nearest(Function.embedding, "{question}", limit={limit})'
-    orm = f"session.execute({statement})"
-    common.out.print(Panel(Syntax(orm, "python"), title="the same with SQLAlchemy"))
+    orm = f'session.execute(nearest(Function.embedding, "{question}", limit={limit}))'
+    code = Syntax(orm, "python", word_wrap=True)
+    common.out.print(Panel(code, title="the same with SQLAlchemy"))
     sql = (
         "SELECT module, name, 1 - (embedding <=> :question) AS similarity\n"
         "FROM stdlib_function\n"
