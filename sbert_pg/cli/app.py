@@ -17,6 +17,7 @@ COMMAND_MODULES = (
     "sbert_pg.cli.demo",
     "sbert_pg.cli.schema",
     "sbert_pg.cli.data",
+    "sbert_pg.cli.encoder",
     "sbert_pg.cli.cluster",
     "sbert_pg.cli.duplicates",
 )
