@@ -101,12 +101,16 @@ def search(
         str | None,
         typer.Option(help="Embedding column, where there are several.", show_default=False),
     ] = None,
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=1000)] = 10,
+    limit: Annotated[
+        int, typer.Option("--limit", "-n", min=1, max=1000, help="Rows to find.")
+    ] = 10,
     where: Annotated[
         str | None,
         typer.Option(help="Criterion in SQL, as in \"lang = 'en'\".", show_default=False),
     ] = None,
-    min_similarity: Annotated[float | None, typer.Option(show_default=False)] = None,
+    min_similarity: Annotated[
+        float | None, typer.Option(help="Leave out what is less similar.", show_default=False)
+    ] = None,
     json: common.JsonOption = False,
 ) -> None:
     """Find the rows nearest in meaning to a text.
