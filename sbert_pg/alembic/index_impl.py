@@ -1,0 +1,166 @@
+"""How vector indexes are built, replaced and dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import sqlalchemy as sa
+from alembic.operations import Operations
+
+from sbert_pg.alembic import ops, statements
+from sbert_pg.alembic.declaration import IndexDefinition
+from sbert_pg.alembic.online import Online, is_enclosed, online, require_left, settings
+from sbert_pg.alembic.reading import indexes_of, same
+from sbert_pg.errors import TableBusyError
+from sbert_pg.reembedding import pg
+
+#: Seconds that building or dropping an index concurrently waits for transactions in its way. The
+#: lock it holds meanwhile (SHARE UPDATE EXCLUSIVE) stops neither readers nor writers, and giving up
+#: would throw a finished build away.
+INDEX_LOCK_TIMEOUT = 600.0
+INDEX_ATTEMPTS = 3
+#: Rows up to which an index is built in a transaction that the application itself began.
+SMALL_TABLE = 10_000
+
+
+def create_vector_index(operations: Operations, operation: ops.CreateVectorIndexOp) -> None:
+    """Build an index, unless the one that is wanted is there."""
+    definition = operation.definition
+    relation = statements.relation(definition.table, definition.schema)
+    if not operation.concurrently or _small_and_enclosed(operations, relation):
+        _create_plainly(operations, operation)
+        return
+    with online(operations, relation, lock_timeout=INDEX_LOCK_TIMEOUT) as runner:
+        require_left(runner, f"Building index {definition.name!r} concurrently")
+        memory = operation.maintenance_work_mem
+        with settings(runner, {} if memory is None else {"maintenance_work_mem": memory}):
+            if runner.as_sql:
+                _write(runner, operation)
+            else:
+                _build(runner, definition, replace=operation.replace_existing)
+
+
+def drop_vector_index(operations: Operations, operation: ops.DropVectorIndexOp) -> None:
+    """Drop an index, if it is there."""
+    definition = operation.definition
+    relation = statements.relation(definition.table, definition.schema)
+    if not operation.concurrently or is_enclosed(operations):
+        operations.execute(
+            statements.DropIndex(definition.name, definition.schema, concurrently=False)
+        )
+        return
+    with online(operations, relation, lock_timeout=INDEX_LOCK_TIMEOUT) as runner:
+        _drop(runner, definition, definition.name)
+        if not runner.as_sql:
+            _drop(runner, definition, _beside(definition.name))
+
+
+def _create_plainly(operations: Operations, operation: ops.CreateVectorIndexOp) -> None:
+    definition = operation.definition
+    if operation.replace_existing:
+        operations.execute(
+            statements.DropIndex(definition.name, definition.schema, concurrently=False)
+        )
+    operations.execute(statements.CreateIndex(definition, concurrently=False, if_not_exists=True))
+
+
+def _small_and_enclosed(operations: Operations, relation: str) -> bool:
+    """Whether the table is small and nothing can happen outside of the transaction anyway."""
+    if not is_enclosed(operations):
+        return False
+    rows = sa.select(sa.literal(1)).select_from(sa.text(relation)).offset(SMALL_TABLE).limit(1)
+    return operations.get_bind().execute(rows).first() is None
+
+
+def _write(runner: Online, operation: ops.CreateVectorIndexOp) -> None:
+    definition = operation.definition
+    if operation.replace_existing:
+        _drop(runner, definition, definition.name)
+    runner.execute(statements.CreateIndex(definition, concurrently=True, if_not_exists=True))
+    runner.execute(statements.RequireValidIndex(definition.name, definition.schema))
+
+
+def _build(runner: Online, definition: IndexDefinition, *, replace: bool) -> None:
+    """Build, or build beside what is there, drop that and rename; from wherever it was left."""
+    beside = _beside(definition.name)
+    connection = runner.connection
+    there = indexes_of(connection, definition.table, definition.schema)
+    old = there.get(definition.name)
+    if old is not None and old[1] and (not replace or same(connection, definition, old[0])):
+        _drop_if_there(runner, definition, beside)
+        return
+    if old is not None and not old[1]:
+        _refuse_if_building(runner, definition.name)
+        _drop(runner, definition, definition.name)
+        old = None
+    new = there.get(beside)
+    if new is not None and not (new[1] and same(connection, definition, new[0])):
+        _refuse_if_building(runner, beside)
+        _drop(runner, definition, beside)
+        new = None
+    if new is None and old is None:
+        _create(runner, definition, definition.name)
+        return
+    if new is None:
+        _create(runner, definition, beside)
+    if old is not None:
+        _drop(runner, definition, definition.name)
+    runner.execute(statements.RenameIndex(beside, definition.schema, definition.name))
+
+
+def _create(runner: Online, definition: IndexDefinition, name: str) -> None:
+    """Build concurrently; a failure leaves no invalid index where that can be helped."""
+    statement = statements.CreateIndex(
+        definition, concurrently=True, if_not_exists=False, name=name
+    )
+    for attempt in range(1, INDEX_ATTEMPTS + 1):
+        try:
+            runner.execute(statement, attempts=1)
+            return
+        except TableBusyError:
+            _drop_if_there(runner, definition, name)
+            if attempt == INDEX_ATTEMPTS:
+                raise
+        except sa.exc.DBAPIError:
+            if not runner.connection.invalidated:
+                _drop_if_there(runner, definition, name)
+            raise
+
+
+def _drop(runner: Online, definition: IndexDefinition, name: str) -> None:
+    runner.execute(
+        statements.DropIndex(name, definition.schema, concurrently=True), attempts=INDEX_ATTEMPTS
+    )
+
+
+def _drop_if_there(runner: Online, definition: IndexDefinition, name: str) -> None:
+    if name in indexes_of(runner.connection, definition.table, definition.schema):
+        _drop(runner, definition, name)
+
+
+def _refuse_if_building(runner: Online, name: str) -> None:
+    """Leave an index alone that another session is building at this moment."""
+    progress, klass = pg.INDEX_PROGRESS, pg.CLASS
+    found = runner.scalar(
+        sa.select(progress.c.pid)
+        .join_from(progress, klass, klass.c.oid == progress.c.index_relid)
+        .where(klass.c.relname == name)
+    )
+    if found is not None:
+        raise TableBusyError(
+            f"Process {found} is building index {name!r} now. Wait for it, or end it with "
+            "pg_terminate_backend, and run the same migration again."
+        )
+
+
+def _beside(name: str) -> str:
+    """Name under which a replacement is built; within PostgreSQL's 63 bytes."""
+    return name.encode()[:59].decode(errors="ignore") + "_new"
+
+
+#: Operation and how it is carried out.
+INDEX_IMPLEMENTATIONS: tuple[tuple[type[ops.SbertOperation], Callable[..., Any]], ...] = (
+    (ops.CreateVectorIndexOp, create_vector_index),
+    (ops.DropVectorIndexOp, drop_vector_index),
+)
