@@ -35,6 +35,7 @@ the class derives from it too, so that existing handlers keep working.
     │   ├── StillInUseError
     │   ├── NotProvenError           an existing column's encoder or source could not be proven
     │   └── TableBusyError           a lock could not be had
+    ├── BackfillError            a column cannot be filled
     ├── ClusteringError
     ├── LoadError                a row that the bulk loader cannot take
     └── ServerError              the embedded server
@@ -175,6 +176,10 @@ class NotProvenError(ReembeddingError):
 
 class TableBusyError(ReembeddingError):
     """A table's lock could not be had; nothing was changed."""
+
+
+class BackfillError(SbertPgError):
+    """A column cannot be filled; what was written stays."""
 
 
 class ClusteringError(SbertPgError):
