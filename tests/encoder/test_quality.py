@@ -1,0 +1,76 @@
+"""The published figures, reproduced; and the measures themselves against known values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import encoder_quality as benchmark
+import numpy as np
+import pytest
+from scipy import stats
+
+from sbert_pg.encoder import Encoder
+from sbert_pg.encoder.quality import ranks, retrieval, score_retrieval, spearman
+from sbert_pg.testing import DeterministicEncoder
+
+#: How far int8 may be from fp32 on a task.
+INT8_WITHIN = 0.003
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_spearman_is_scipys(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    a, b = random.integers(0, 9, 200).astype(float), random.normal(size=200)
+    assert spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic, abs=1e-12)
+    np.testing.assert_allclose(ranks(a), stats.rankdata(a))
+
+
+def test_spearman_of_a_constant_is_no_number() -> None:
+    assert np.isnan(spearman([1, 1, 1], [1, 2, 3]))
+
+
+def test_retrieval_by_hand() -> None:
+    texts = np.eye(4, dtype=np.float32)
+    questions = np.array([[1, 0.9, 0.5, 0], [0, 0.1, 0.2, 1]], dtype=np.float32)
+    found = score_retrieval(questions, texts, [{1}, {3, 2}], "dot")
+    # The first answer stands second; the second question has both of its answers in front.
+    assert found.ndcg_at_10 == pytest.approx((1 / np.log2(3) + 1) / 2)
+    assert found.recall_at_1 == pytest.approx(0.5)
+    assert found.recall_at_10 == pytest.approx(1)
+    assert found.reciprocal_rank == pytest.approx((1 / 2 + 1) / 2)
+
+
+def test_equal_answers_are_one_text() -> None:
+    found = retrieval(DeterministicEncoder(), ["a b", "c d"], ["a b e", "a b e"])
+    assert found.ndcg_at_10 == found.recall_at_1 == 1
+
+
+@pytest.fixture(scope="module")
+def fp32(minilm_path: Path, encoder_cache: Path) -> Encoder:
+    return Encoder.load(minilm_path, precision="fp32", cache_dir=encoder_cache)
+
+
+@pytest.fixture(scope="module")
+def int8(minilm_path: Path, encoder_cache: Path) -> Encoder:
+    return Encoder.load(minilm_path, precision="int8", cache_dir=encoder_cache)
+
+
+@pytest.mark.parametrize("task", ["sts17 en-en", "sts17 es-es"])
+def test_published_figures_of_similarity(
+    data_dir: Path, fp32: Encoder, int8: Encoder, task: str
+) -> None:
+    published, tolerance = benchmark.PUBLISHED[task]
+    reached = benchmark.TASKS[task](fp32, data_dir)
+    assert reached == pytest.approx(published, abs=tolerance)
+    assert benchmark.TASKS[task](int8, data_dir) == pytest.approx(reached, abs=INT8_WITHIN)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["xquad en", "banking77"])
+def test_published_figures_of_retrieval_and_classification(
+    data_dir: Path, fp32: Encoder, int8: Encoder, task: str
+) -> None:
+    published, tolerance = benchmark.PUBLISHED[task]
+    reached = benchmark.TASKS[task](fp32, data_dir)
+    assert reached == pytest.approx(published, abs=tolerance)
+    assert benchmark.TASKS[task](int8, data_dir) == pytest.approx(reached, abs=INT8_WITHIN)
