@@ -148,7 +148,7 @@ CASES: list[tuple[Change, str, bool]] = [
     (prompt, "prompts", False),
     (shorter, "max_seq_length", True),
     (cased, "another tokenizer", True),
-    (similarity, "similarity function", False),
+    (similarity, "similarity function", True),
     (fine_tuned, "not known to be the same", True),
 ]
 
