@@ -147,9 +147,7 @@ def _snapshot(repository: str, revision: str | None, *, local_only: bool) -> Fou
     except Exception as error:
         return f"{type(error).__name__}: {error}".splitlines()[0]
     # A snapshot that another program fetched may hold a part of the files only.
-    if local_only and not (
-        ((path / "modules.json").is_file() or (path / "config.json").is_file())
-        and any(path.rglob("*.safetensors"))
-    ):
-        return "the cached snapshot is incomplete"
+    described = (path / "modules.json").is_file() or (path / "config.json").is_file()
+    if not described or not any(path.rglob("*.safetensors")):
+        return f"the snapshot {path} lacks its description or its weights as safetensors"
     return Found(path, repository, path.name)
