@@ -41,11 +41,19 @@ class Linear:
 
 @dataclass(slots=True)
 class Norm:
-    """A layer normalisation."""
+    """A layer normalisation.
+
+    Attributes:
+        scale: by channel.
+        bias: by channel.
+        epsilon: added to the variance.
+        smoothing: what ``scale`` and ``bias`` were divided by for quantisation, or ``None``.
+    """
 
     scale: Array
     bias: Array
     epsilon: float
+    smoothing: Array | None = None
 
 
 @dataclass(slots=True)

@@ -7,8 +7,10 @@ from onnx import helper
 
 from sbert_pg.encoder.convert import architectures, transformer
 from sbert_pg.encoder.convert.architectures import ARCHITECTURES
-from sbert_pg.encoder.convert.linear import Blocks8, Float32
+from sbert_pg.encoder.convert.calibrate import Watched, observe, token_ids
+from sbert_pg.encoder.convert.linear import Blocks8, Float32, Int8
 from sbert_pg.encoder.convert.pooling import Pooled, finish, pool
+from sbert_pg.encoder.convert.quantize import ranges, smooth
 from sbert_pg.encoder.convert.transformer import Products
 from sbert_pg.encoder.convert.writer import FLOAT, INT64, Writer
 from sbert_pg.encoder.description import Description
@@ -18,7 +20,7 @@ from sbert_pg.errors import DeclarationError, UnsupportedEncoderError
 __all__ = ["ARCHITECTURES", "PRECISIONS", "build"]
 
 #: Numeric forms that can be built.
-PRECISIONS = ("fp32", "int8")
+PRECISIONS = ("fp32", "int8", "int8-blocks")
 
 #: Names of the inputs, all int64 of shape ``(batch, tokens)``, and of the output.
 INPUT_IDS = "input_ids"
@@ -53,8 +55,22 @@ def build(description: Description, precision: str) -> onnx.ModelProto:
             f"There is no precision {precision!r}; there are {', '.join(PRECISIONS)}."
         )
     model = architectures.read(description)
-    products: Products = Float32() if precision == "fp32" else Blocks8()
-    return assemble(description, model, products)
+    return assemble(description, model, _products(description, model, precision))
+
+
+def _products(
+    description: Description, model: architectures.Transformer, precision: str
+) -> Products:
+    """How ``model`` is multiplied; for int8 it is smoothed."""
+    if precision == "fp32":
+        return Float32()
+    if precision == "int8-blocks":
+        return Blocks8()
+    watched = Watched()
+    reference = assemble(description, model, watched)
+    seen = observe(reference, watched, token_ids(description))
+    smooth(model, seen)
+    return Int8(ranges(model, seen))
 
 
 def assemble(

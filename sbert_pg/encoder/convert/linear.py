@@ -1,13 +1,13 @@
-"""Ways of multiplying: fp32, and int8 with activations quantised as they come."""
+"""Ways of multiplying: fp32, int8 by channel, and int8 in blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from sbert_pg.encoder.convert.architectures import Linear
+from sbert_pg.encoder.convert.quantize import Range, integers
 from sbert_pg.encoder.convert.weights import Array
 from sbert_pg.encoder.convert.writer import FLOAT, MICROSOFT, Writer
 
@@ -34,24 +34,15 @@ class Float32:
         ]  # fmt: skip
 
 
-def quantize(weight: Array, axis: int) -> tuple[npt.NDArray[np.int8], Array]:
-    """A matrix in int8, symmetric, with one scale for each row or column.
+class Int8:
+    """int8 with one scale an output channel, and a fixed one for what is multiplied.
 
     Args:
-        weight: the matrix.
-        axis: 0 for one scale a column, 1 for one a row.
-
-    Returns:
-        the integers, from -127 to 127, and the scales.
+        ranges: of each product's input.
     """
-    largest = np.abs(weight).max(axis=axis, keepdims=True)
-    scale = (np.maximum(largest, 1e-12) / 127).astype(np.float32)
-    integers = np.clip(np.rint(weight / scale), -127, 127).astype(np.int8)
-    return integers, scale.squeeze(axis)
 
-
-class Dynamic8:
-    """int8: weights by output channel, activations by tensor, with the range they have."""
+    def __init__(self, ranges: Mapping[str, Range]) -> None:
+        self._ranges = ranges
 
     def embed(self, writer: Writer, table: Array, ids: str) -> str:
         """See ``Products``."""
@@ -61,14 +52,16 @@ class Dynamic8:
         self, writer: Writer, x: str, layers: Sequence[Linear], names: Sequence[str]
     ) -> list[str]:
         """See ``Products``."""
-        hints = [f"{names[0]}.input", f"{names[0]}.input_scale", f"{names[0]}.input_zero"]
-        x, scale, zero = writer.nodes_of("DynamicQuantizeLinear", [x], hints)
+        found = self._ranges[names[0]]
+        scale = writer.tensor(np.array(found.scale, np.float32), f"{names[0]}.input_scale")
+        zero = writer.tensor(np.array(found.zero, np.uint8), f"{names[0]}.input_zero")
+        rounded = writer.node("QuantizeLinear", [x, scale, zero], f"{names[0]}.input")
         outputs = []
         for layer, name in zip(layers, names, strict=True):
-            integers, scales = quantize(layer.weight, axis=0)
+            stored, scales = integers(layer.weight, axis=0)
             inputs = [
-                x,
-                writer.tensor(integers, f"{name}.weight"),
+                rounded,
+                writer.tensor(stored, f"{name}.weight"),
                 scale,
                 writer.tensor(scales, f"{name}.scale"),
                 zero,
@@ -106,13 +99,13 @@ class Blocks8:
         blocks = -(-inputs // self._block)
         padded = np.zeros((outputs, blocks * self._block), np.float32)
         padded[:, :inputs] = layer.weight.T
-        integers, scales = quantize(padded.reshape(-1, self._block), axis=1)
-        stored = (integers.astype(np.int16) + 128).astype(np.uint8)
+        stored, scales = integers(padded.reshape(-1, self._block), axis=1)
+        unsigned = (stored.astype(np.int16) + 128).astype(np.uint8)
         return writer.node(
             "MatMulNBits",
             [
                 x,
-                writer.tensor(stored.reshape(outputs, blocks, self._block), f"{name}.weight"),
+                writer.tensor(unsigned.reshape(outputs, blocks, self._block), f"{name}.weight"),
                 writer.tensor(scales.reshape(outputs, blocks), f"{name}.scale"),
                 "",
                 "",
@@ -130,7 +123,7 @@ class Blocks8:
 
 def embed_rows(writer: Writer, table: Array, ids: str) -> str:
     """Rows of a table in int8. One scale a row, so a rare word costs no other one its precision."""
-    integers, scales = quantize(table, axis=1)
-    row = writer.node("Gather", [writer.tensor(integers, "words"), ids], "word_q")
+    stored, scales = integers(table, axis=1)
+    row = writer.node("Gather", [writer.tensor(stored, "words"), ids], "word_q")
     scale = writer.node("Gather", [writer.tensor(scales[:, None], "words.scale"), ids])
     return writer.node("Mul", [writer.node("Cast", [row], to=FLOAT), scale], "word")

@@ -77,8 +77,10 @@ def write(writer: Writer, model: Transformer, products: Products, ids: str, mask
     summed = writer.node("Add", [words, _positions(writer, model, ids, length)], "embedded")
     # From here on a batch is one matrix of tokens: a product with a bias is then one node.
     x = writer.node("Reshape", [_norm(writer, summed, model.norm), writer.ints(-1, model.width)])
+    before = model.norm
     for number, block in enumerate(model.blocks):
-        x = _block(writer, model, block, products, batch, x, f"layer{number}")
+        x = _block(writer, model, block, products, batch, x, before, f"layer{number}")
+        before = block.norm
     return writer.node("Reshape", [x, batch.shape], "tokens")
 
 
@@ -89,6 +91,7 @@ def _block(
     products: Products,
     batch: _Batch,
     x: str,
+    before: Norm,
     name: str,
 ) -> str:
     names = [f"{name}.query", f"{name}.key", f"{name}.value"]
@@ -97,11 +100,11 @@ def _block(
     context = _attention(writer, split, batch, model.heads)
     flat = writer.node("Reshape", [context, writer.ints(-1, model.width)], "context")
     (output,) = products.linear(writer, flat, [block.output], [f"{name}.output"])
-    x = _norm(writer, writer.node("Add", [output, x], "residual"), block.attention_norm)
+    x = _norm(writer, _residual(writer, output, x, before), block.attention_norm)
     (up,) = products.linear(writer, x, [block.up], [f"{name}.up"])
     active = activate(writer, up, model.activation)
     (down,) = products.linear(writer, active, [block.down], [f"{name}.down"])
-    return _norm(writer, writer.node("Add", [down, x], "residual"), block.norm)
+    return _norm(writer, _residual(writer, down, x, block.attention_norm), block.norm)
 
 
 def _attention(writer: Writer, qkv: Sequence[str], batch: _Batch, heads: int) -> str:
@@ -127,6 +130,13 @@ def _norm(writer: Writer, x: str, norm: Norm) -> str:
     return writer.node(
         "LayerNormalization", [x, scale, bias], "norm", axis=-1, epsilon=norm.epsilon
     )
+
+
+def _residual(writer: Writer, x: str, skip: str, norm: Norm) -> str:
+    """``x`` plus what came out of ``norm``, unsmoothed."""
+    if norm.smoothing is not None:
+        skip = writer.node("Mul", [skip, writer.tensor(norm.smoothing, "smoothing")], "skip")
+    return writer.node("Add", [x, skip], "residual")
 
 
 def _positions(writer: Writer, model: Transformer, ids: str, length: str) -> str:
