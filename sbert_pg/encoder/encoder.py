@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import overload
@@ -19,10 +17,12 @@ import numpy.typing as npt
 
 from sbert_pg.distance import similarity_matrix
 from sbert_pg.encoder import directory as converted
+from sbert_pg.encoder.counting import Counter, Statistics
 from sbert_pg.encoder.directory import Manifest
+from sbert_pg.encoder.engine import Engine
 from sbert_pg.encoder.preparing import prepare
 from sbert_pg.encoder.prompts import DOCUMENT, QUERY, resolve_prompt
-from sbert_pg.encoder.tokenizing import TextTokenizer, Tokens, clean
+from sbert_pg.encoder.tokenizing import Tokens, clean
 from sbert_pg.errors import DeclarationError
 from sbert_pg.spec import EncoderSpec, Vectors
 
@@ -30,52 +30,8 @@ Vector = npt.NDArray[np.float32]
 #: Called with the number of texts done and the number in all (``None`` where it is not known).
 Progress = Callable[[int, "int | None"], None]
 
-logger = logging.getLogger("sbert_pg.encoder")
-
 #: Texts that are tokenized and sorted by length together; more gives no better batches.
 CHUNK = 2048
-#: Seconds between two warnings about texts that were cut.
-WARN_EVERY = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Statistics:
-    """What an encoder has done since it was loaded.
-
-    Attributes:
-        texts: texts encoded.
-        duplicates: of these, texts that stood in the same call before and cost nothing.
-        tokens: tokens that went through the model, special tokens included.
-        truncated: texts longer than ``max_seq_length``, of which only the beginning was read.
-    """
-
-    texts: int = 0
-    duplicates: int = 0
-    tokens: int = 0
-    truncated: int = 0
-
-
-class _Engine:
-    """Tokenizer and sessions of one process."""
-
-    def __init__(
-        self,
-        directory: Path,
-        manifest: Manifest,
-        threads: int | None,
-        providers: Sequence[str] | None,
-    ) -> None:
-        # onnxruntime takes a fifth of a second to import, and not every process encodes.
-        from sbert_pg.encoder.runner import Runner
-
-        self.pid = os.getpid()
-        content = (directory / converted.TOKENIZER).read_text(encoding="utf-8")
-        self.tokenizer = TextTokenizer(
-            content, manifest.spec.max_seq_length, manifest.truncation_side
-        )
-        self.runner = Runner(
-            directory / converted.MODEL, manifest.inputs, threads=threads, providers=providers
-        )
 
 
 class Encoder:
@@ -102,10 +58,8 @@ class Encoder:
         probes = converted.read_probes(directory, manifest.full_dimensions)
         self._probes = np.ascontiguousarray(probes[:, : self._spec.dimensions])
         self._lock = threading.Lock()
-        self._statistics = Statistics()
-        self._warned_at = -WARN_EVERY
-        self._unreported = 0
-        self._engine: _Engine | None = _Engine(directory, manifest, threads, providers)
+        self._counter = Counter(manifest.spec.name, manifest.spec.max_seq_length)
+        self._engine: Engine | None = Engine(directory, manifest, threads, providers)
 
     @classmethod
     def load(
@@ -213,8 +167,7 @@ class Encoder:
     @property
     def statistics(self) -> Statistics:
         """Counts since the encoder was loaded, truncated texts among them."""
-        with self._lock:
-            return self._statistics
+        return self._counter.statistics
 
     @overload
     def encode(
@@ -290,7 +243,7 @@ class Encoder:
         matrix = np.concatenate(blocks) if blocks else np.empty((0, self.dimensions), np.float32)
         if len(unique) != len(cleaned):
             matrix = matrix[inverse]
-        self._count(duplicates=len(cleaned) - len(unique), texts=len(cleaned) - len(unique))
+        self._counter.add(duplicates=len(cleaned) - len(unique), texts=len(cleaned) - len(unique))
         return _normalized(matrix) if normalize else matrix
 
     def encode_query(self, texts: Sequence[str]) -> Vectors:
@@ -379,14 +332,14 @@ class Encoder:
         chosen = resolve_prompt(dict(spec.prompts), spec.default_prompt_name, prompt_name, prompt)
         return clean([chosen])[0]
 
-    def _ready(self) -> _Engine:
+    def _ready(self) -> Engine:
         """The engine of this process."""
         engine = self._engine
         if engine is not None and engine.pid == os.getpid():
             return engine
         with self._lock:
             if self._engine is None or self._engine.pid != os.getpid():
-                self._engine = _Engine(
+                self._engine = Engine(
                     self._directory, self._manifest, self._threads, self._providers
                 )
             return self._engine
@@ -417,13 +370,13 @@ class Encoder:
                 yield vectors
             yield running.result()
 
-    def _run(self, engine: _Engine, tokens: Tokens, prompt: str) -> Vectors:
+    def _run(self, engine: Engine, tokens: Tokens, prompt: str) -> Vectors:
         lengths = None
         if prompt and not self._spec.include_prompt:
             prompt_length = engine.tokenizer.prompt_length(prompt)
             lengths = [min(prompt_length, len(ids)) for ids in tokens.ids]
         vectors: Vectors = engine.runner.run(tokens.ids, lengths)
-        self._count(
+        self._counter.add(
             texts=len(tokens.ids),
             tokens=sum(map(len, tokens.ids)),
             truncated=len(tokens.truncated),
@@ -431,30 +384,6 @@ class Encoder:
         if vectors.shape[1] != self.dimensions:
             vectors = np.ascontiguousarray(vectors[:, : self.dimensions])
         return vectors
-
-    def _count(
-        self, *, texts: int = 0, duplicates: int = 0, tokens: int = 0, truncated: int = 0
-    ) -> None:
-        report = 0
-        with self._lock:
-            seen = self._statistics
-            self._statistics = Statistics(
-                seen.texts + texts,
-                seen.duplicates + duplicates,
-                seen.tokens + tokens,
-                seen.truncated + truncated,
-            )
-            self._unreported += truncated
-            now = time.monotonic()
-            if self._unreported and now - self._warned_at >= WARN_EVERY:
-                report, self._unreported, self._warned_at = self._unreported, 0, now
-        if report:
-            logger.warning(
-                "%d texts were longer than the %s tokens that encoder %r reads and were cut; "
-                "embed long texts in parts. This is reported at most once a minute, and "
-                "Encoder.statistics.truncated counts all.",
-                report, self.max_seq_length, self._spec.name,
-            )  # fmt: skip
 
 
 def _truncated(manifest: Manifest, dimensions: int | None) -> EncoderSpec:

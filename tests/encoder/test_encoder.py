@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from sbert_pg import registry
-from sbert_pg.encoder import Encoder
+from sbert_pg.encoder import Encoder, counting
 from sbert_pg.encoder import encoder as encoder_module
 from sbert_pg.encoder.samples import SAMPLE_TEXTS
 from sbert_pg.errors import (
@@ -104,8 +104,8 @@ def test_unknown_prompts_are_refused(encoder: Encoder) -> None:
 def test_long_texts_are_counted_and_reported(
     encoder: Encoder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoder, "_warned_at", -1e9)
-    monkeypatch.setattr(encoder, "_unreported", 0)
+    monkeypatch.setattr(encoder._counter, "_warned_at", None)
+    monkeypatch.setattr(encoder._counter, "_unreported", 0)
     before = encoder.statistics.truncated
     with caplog.at_level(logging.WARNING, "sbert_pg.encoder"):
         encoder.encode(["word " * 300, "short", "word " * 400])
@@ -114,7 +114,7 @@ def test_long_texts_are_counted_and_reported(
     (record,) = caplog.records
     assert "2 texts" in record.getMessage()
     assert "256" in record.getMessage()
-    monkeypatch.setattr(encoder_module, "WARN_EVERY", 0.0)
+    monkeypatch.setattr(counting, "WARN_EVERY", 0.0)
     with caplog.at_level(logging.WARNING, "sbert_pg.encoder"):
         encoder.encode(["fits"])
     assert "1 text" in caplog.records[-1].getMessage()
