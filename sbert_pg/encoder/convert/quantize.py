@@ -134,7 +134,7 @@ def best_range(seen: Seen, importance: Array) -> Range:
     """
     lowest, highest = float(seen.lowest.min()), float(seen.highest.max())
     sizes = np.asarray((seen.rows**2) @ importance)
-    weights = 1 / np.maximum(sizes, 1e-3 * float(sizes.mean()))
+    weights = np.asarray(1 / np.maximum(sizes, 1e-3 * float(sizes.mean())), np.float32)
     best = Range.of(lowest, highest)
     least = _error(best, seen.rows, importance, weights)
     # Both ends at once, then each alone: what comes out of GELU has one end that matters.
