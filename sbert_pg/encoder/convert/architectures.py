@@ -58,7 +58,10 @@ class Norm:
 
 @dataclass(slots=True)
 class Block:
-    """One layer of the transformer."""
+    """One layer of the transformer.
+
+    ``smoothing`` is what the activations are divided by for quantisation, by channel, or ``None``.
+    """
 
     query: Linear
     key: Linear
@@ -68,6 +71,7 @@ class Block:
     up: Linear
     down: Linear
     norm: Norm
+    smoothing: Array | None = None
 
 
 @dataclass(slots=True)

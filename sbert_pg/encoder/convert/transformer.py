@@ -103,6 +103,9 @@ def _block(
     x = _norm(writer, _residual(writer, output, x, before), block.attention_norm)
     (up,) = products.linear(writer, x, [block.up], [f"{name}.up"])
     active = activate(writer, up, model.activation)
+    if block.smoothing is not None:
+        factors = writer.tensor(1 / block.smoothing, f"{name}.smoothing")
+        active = writer.node("Mul", [active, factors], "smoothed")
     (down,) = products.linear(writer, active, [block.down], [f"{name}.down"])
     return _norm(writer, _residual(writer, down, x, block.attention_norm), block.norm)
 

@@ -1,0 +1,137 @@
+"""Batches and the loop that runs them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sbert_pg.encoder import Encoder
+from sbert_pg.encoder.batches import plan
+from sbert_pg.encoder.cores import usable_cores
+from sbert_pg.encoder.runner import Runner
+from sbert_pg.errors import DamagedEncoderError, EncoderError, ProviderError
+
+TOKENS = [[101, *range(2000, 2000 + n), 102] for n in (1, 5, 5, 40, 3, 90, 5, 200, 0, 17)]
+
+
+@given(st.lists(st.integers(1, 600), max_size=200), st.integers(16, 1024))
+def test_every_text_is_in_one_batch_within_the_budget(lengths: list[int], budget: int) -> None:
+    batches = plan(lengths, budget)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) * max(lengths[i] for i in batch) <= max(
+            budget, max(lengths[i] for i in batch)
+        )
+
+
+def test_equal_lengths_go_together() -> None:
+    lengths = [100, 60] * 10
+    assert all(len({lengths[i] for i in batch}) == 1 for batch in plan(lengths, 512))
+
+
+@pytest.fixture(scope="module")
+def directory(minilm: Encoder) -> Path:
+    return minilm.directory
+
+
+def runner(directory: Path, inputs: tuple[str, ...] = ("input_ids", "attention_mask"), **options):
+    return Runner(directory / "model.onnx", inputs, **options)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("budget", [1, 64, 512, 10_000])
+def test_neighbours_threads_and_batches_change_rounding_only(
+    directory: Path, threads: int, budget: int
+) -> None:
+    alone = runner(directory, threads=1)
+    expected = np.concatenate([alone.run([ids]) for ids in TOKENS])
+    found = runner(directory, threads=threads, budget=budget).run(TOKENS)
+    # A value on a border between two steps of int8 may fall on either side.
+    assert (found * expected).sum(1).min() > 0.9995
+
+
+def test_a_stream_is_in_order_and_lazy(directory: Path) -> None:
+    engine = runner(directory, threads=2)
+    taken = []
+
+    def endless():
+        while True:
+            for ids in TOKENS:
+                taken.append(ids)
+                yield ids
+
+    stream = engine.stream(endless(), chunk_size=len(TOKENS))
+    first = np.stack([next(stream) for _ in TOKENS])
+    stream.close()
+    np.testing.assert_allclose(first, engine.run(TOKENS), atol=1e-6)
+    assert len(taken) <= 2 * len(TOKENS)
+
+
+def test_many_threads_share_a_runner(directory: Path) -> None:
+    engine = runner(directory, threads=2)
+    expected = engine.run(TOKENS)
+    wrong = []
+
+    def work() -> None:
+        for _ in range(3):
+            if not np.allclose(engine.run(TOKENS), expected, atol=1e-6):
+                wrong.append(1)
+
+    workers = [threading.Thread(target=work) for _ in range(6)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_child_runs(directory: Path) -> None:
+    engine = runner(directory, threads=2, budget=64)
+    expected = engine.run(TOKENS)
+    child = os.fork()
+    if child == 0:
+        same = np.allclose(engine.run(TOKENS), expected, atol=1e-6)
+        os._exit(0 if same else 1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_an_error_in_a_batch_reaches_the_caller(directory: Path) -> None:
+    engine = runner(directory, threads=2, budget=64)
+    with pytest.raises(Exception, match="(?i)indices|bounds"):
+        engine.run([*TOKENS, [10**6]])
+    assert engine.run(TOKENS).shape == (len(TOKENS), 384)
+
+
+def test_what_cannot_be_opened_is_named(directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(ProviderError, match="NoSuchProvider"):
+        runner(directory, providers=["NoSuchProvider"])
+    with pytest.raises(DamagedEncoderError, match="pooling_mask"):
+        runner(directory, inputs=("input_ids", "pooling_mask"))
+    with pytest.raises(DamagedEncoderError, match="known are"):
+        runner(directory, inputs=("words",))
+    with pytest.raises(EncoderError, match="0 threads"):
+        runner(directory, threads=0)
+    (tmp_path / "model.onnx").write_bytes(b"half a mod")
+    with pytest.raises(DamagedEncoderError, match=r"model\.onnx"):
+        runner(tmp_path)
+
+
+def test_no_text_gives_no_row(directory: Path) -> None:
+    assert runner(directory).run([]).shape == (0, 384)
+
+
+@pytest.mark.parametrize(
+    ("content", "cores"), [("max 100000", None), ("50000 100000", 1), ("100000 100000", 1)]
+)
+def test_a_containers_limit_counts(tmp_path: Path, content: str, cores: int | None) -> None:
+    (tmp_path / "cpu.max").write_text(content)
+    assert usable_cores(tmp_path) == (cores or usable_cores(tmp_path / "none"))
