@@ -35,7 +35,7 @@ def test_equal_lengths_go_together() -> None:
     assert all(len({lengths[i] for i in batch}) == 1 for batch in plan(lengths, 512))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def directory(minilm: Encoder) -> Path:
     return minilm.directory
 
@@ -106,7 +106,7 @@ def test_a_forked_child_runs(directory: Path) -> None:
 
 def test_an_error_in_a_batch_reaches_the_caller(directory: Path) -> None:
     engine = runner(directory, threads=2, budget=64)
-    with pytest.raises(Exception, match="(?i)indices|bounds"):
+    with pytest.raises(Exception, match=r"(?i)indices|bounds"):
         engine.run([*TOKENS, [10**6]])
     assert engine.run(TOKENS).shape == (len(TOKENS), 384)
 

@@ -25,10 +25,10 @@ from sbert_pg.encoder.convert.weights import Array
 #: Exponent of SmoothQuant: how much of a channel's size goes over to the weights. Measured on
 #: all-MiniLM-L6-v2: .5 is worse, .65 to .8 are alike.
 ALPHA = 0.75
-#: What other texts may have beyond the calibration texts.
-MARGIN = 1.15
 #: The same for what comes out of the activation, whose channels differ most.
 ACTIVE_ALPHA = 0.85
+#: Room left in a range for texts with larger values than the calibration texts have.
+MARGIN = 1.15
 #: Parts of the largest values at which the range of a product is tried to be cut.
 _CUTS = np.linspace(0.25, 1.0, 16)
 _LEVELS = 255
