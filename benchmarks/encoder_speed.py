@@ -120,8 +120,9 @@ def main() -> None:
         print(f"{length}: {len(texts)} texts, {total} tokens")
         for name, found in speeds.items():
             ratios = [a / b for a, b in zip(found, base, strict=True)]
-            print(f"  {name:22} {statistics.median(found):8.0f} tokens/s  "
-                  f"{statistics.median(ratios):5.2f} x ({min(ratios):.2f} to {max(ratios):.2f})")  # fmt: skip
+            spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+            speed, ratio = statistics.median(found), statistics.median(ratios)
+            print(f"  {name:22} {speed:8.0f} tokens/s {ratio:6.2f} x ({spread})")
         if options.profile:
             profile(encoders["int8"], texts)
         queries = []

@@ -1,9 +1,10 @@
-"""How many cores this process may use."""
+"""What the processor is, and how much of it this process may use."""
 
 from __future__ import annotations
 
 import math
 import os
+import platform
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -36,3 +37,17 @@ def _quota(cgroup: Path) -> float | None:
         return int(quota) / int(period) if int(quota) > 0 else None
     except (OSError, ValueError):
         return None
+
+
+def lacks_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this is an x86 processor without exact 8-bit products (VNNI).
+
+    Where the flags cannot be read (not on Linux), x86 is taken to lack them: right and slower.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    try:
+        flags = cpuinfo.read_text()
+    except OSError:
+        return True
+    return not ("avx512_vnni" in flags or "avx_vnni" in flags)
