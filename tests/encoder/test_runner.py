@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sbert_pg.encoder import Encoder
 from sbert_pg.encoder.batches import plan
-from sbert_pg.encoder.cores import usable_cores
+from sbert_pg.encoder.cores import lacks_vnni, usable_cores
 from sbert_pg.encoder.runner import Runner
 from sbert_pg.errors import DamagedEncoderError, EncoderError, ProviderError
 
@@ -135,3 +135,18 @@ def test_no_text_gives_no_row(directory: Path) -> None:
 def test_a_containers_limit_counts(tmp_path: Path, content: str, cores: int | None) -> None:
     (tmp_path / "cpu.max").write_text(content)
     assert usable_cores(tmp_path) == (cores or usable_cores(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("flag", ["avx512_vnni", "avx_vnni"])
+def test_vnni_is_read_from_the_flags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"flags\t\t: sse avx2 {flag}\n")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert not lacks_vnni(cpuinfo)
+    cpuinfo.write_text("flags\t\t: sse avx2\n")
+    assert lacks_vnni(cpuinfo)
+    assert lacks_vnni(tmp_path / "none")
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert not lacks_vnni(cpuinfo)
