@@ -13,8 +13,7 @@ from sbert_pg.encoder import Encoder
 from sbert_pg.encoder.quality import ranks, retrieval, score_retrieval, spearman
 from sbert_pg.testing import DeterministicEncoder
 
-#: How far int8 may be from fp32 on a task. Spanish is no language of this model: over its 250 pairs
-#: the difference, -.004, is not told from none (95 % by bootstrap: -.0087 to +.0005).
+#: How far int8 may be from fp32 on a task.
 INT8_WITHIN = {
     "sts17 en-en": 0.003,
     "sts17 es-es": 0.003,
