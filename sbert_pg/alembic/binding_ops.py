@@ -177,6 +177,8 @@ class UnbindEmbeddingColumnOp(ColumnOperation):
 class RebindEmbeddingColumnOp(ColumnOperation):
     """Accept another encoder of the same vector space."""
 
+    online = True
+
     def __init__(
         self,
         table_name: str,

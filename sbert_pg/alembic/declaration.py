@@ -6,6 +6,7 @@ and imports nothing of the application.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -150,18 +151,27 @@ def definition_of(index: sa.Index, name: str, schema: str | None) -> IndexDefini
         element = element.element
     plain = isinstance(element, sa.Column)
     where = options["where"]
+    expression = None if plain else sql_of(element)
+    if expression is not None and opclass is None:
+        expression, opclass = _without_opclass(expression)
     return IndexDefinition(
         name=name,
         table=index.table.name,
         schema=schema,
         column=element.name if plain else _vector_column(index),
-        expression=None if plain else sql_of(element),
+        expression=expression,
         using=str(options["using"]),
         opclass=opclass,
         options={str(k): str(v) for k, v in (options["with"] or {}).items()},
         where=None if where is None else sql_of(where),
         tablespace=options["tablespace"],
     )
+
+
+def _without_opclass(expression: str) -> tuple[str, str | None]:
+    """An expression given as text may have the operator class behind it."""
+    match = re.fullmatch(r"(.*\S)\s+(\w+_ops)", expression, flags=re.DOTALL)
+    return (expression, None) if match is None else (match[1], match[2])
 
 
 def _vector_column(index: sa.Index) -> str:

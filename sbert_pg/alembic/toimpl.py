@@ -14,6 +14,7 @@ from alembic.util import CommandError
 
 from sbert_pg import catalog, reembedding
 from sbert_pg.alembic import ops, statements
+from sbert_pg.alembic.filling import fill_column
 from sbert_pg.alembic.online import online, require_left
 from sbert_pg.catalog.sqlstates import translated
 from sbert_pg.errors import (
@@ -22,6 +23,7 @@ from sbert_pg.errors import (
     NotProvenError,
 )
 from sbert_pg.reembedding.coverage import coverage_of
+from sbert_pg.reembedding.rebind import rebind
 from sbert_pg.registry import get_encoder
 from sbert_pg.types import guard
 from sbert_pg.types.guard import ColumnIdentity
@@ -204,16 +206,18 @@ def rebind_embedding_column(operations: Operations, operation: ops.RebindEmbeddi
             "rebind_embedding_column compares an encoder with the database and cannot be written "
             "as a script; run this migration against the database."
         )
-    connection, identity = operations.get_bind(), identity_of(operation)
-    binding = catalog.require_binding(connection, identity)
-    if binding.fingerprint is None:
-        raise EncoderMismatchError(
-            f"{binding} has not met its encoder {binding.declared.name!r} yet, so nothing can be "
-            "compared with it. Start a worker once, or write a row through sbert-pg, with that "
-            "encoder; then run this migration again."
-        )
-    verdict = catalog.rebind(connection, binding, get_encoder(operation.encoder))
-    log.info("%s accepts encoder %r: %s", binding, operation.encoder.name, verdict.reason)
+    identity = identity_of(operation)
+    with online(operations, _relation(operation)) as runner:
+        require_left(runner, "rebind_embedding_column")
+        binding = catalog.require_binding(runner.connection, identity)
+        if binding.fingerprint is None:
+            raise EncoderMismatchError(
+                f"{binding} has not met its encoder {binding.declared.name!r} yet, so nothing can "
+                "be compared with it. Start a worker once, or write a row through sbert-pg, with "
+                "that encoder; then run this migration again."
+            )
+        encoder = get_encoder(operation.encoder)
+        log.info("%s", rebind(runner.connection.engine, identity, encoder))
     _forget(operations)
 
 
@@ -246,8 +250,6 @@ def backfill_embeddings(operations: Operations, operation: ops.BackfillEmbedding
             f"-- Run: sbert-pg backfill {identity_of(operation)}",
         )
         return
-    from sbert_pg.alembic.filling import fill_column
-
     with online(operations, _relation(operation)) as runner:
         require_left(runner, "backfill_embeddings")
         binding = catalog.require_binding(runner.connection, identity_of(operation))

@@ -66,7 +66,7 @@ def edited(source: str, name: str = "env.py") -> str:
         tree = ast.parse(source)
     except SyntaxError as error:
         raise DeclarationError(f"{name} cannot be read: {error}.") from error
-    calls = [node for node in ast.walk(tree) if _configures(node)]
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and _configures(node)]
     if not calls:
         raise DeclarationError(
             f"Nothing in {name} calls context.configure(). Register the plugin by hand: write\n\n"
@@ -81,18 +81,16 @@ def edited(source: str, name: str = "env.py") -> str:
     return "".join(lines)
 
 
-def _configures(node: ast.AST) -> bool:
+def _configures(node: ast.Call) -> bool:
     return (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
+        isinstance(node.func, ast.Attribute)
         and node.func.attr == "configure"
         and isinstance(node.func.value, ast.Name)
         and node.func.value.id == "context"
     )
 
 
-def _knows(call: ast.AST) -> bool:
-    assert isinstance(call, ast.Call)
+def _knows(call: ast.Call) -> bool:
     for keyword in call.keywords:
         if keyword.arg != KEYWORD:
             continue
@@ -106,9 +104,8 @@ def _knows(call: ast.AST) -> bool:
     return False
 
 
-def _add_argument(lines: list[str], call: ast.AST) -> None:
+def _add_argument(lines: list[str], call: ast.Call) -> None:
     """Put the argument first, on a line of its own where the others are."""
-    assert isinstance(call, ast.Call)
     function = call.func
     row = (function.end_lineno or call.lineno) - 1
     encoded = lines[row].encode()

@@ -16,6 +16,7 @@ import pytest
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
+from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 
 from sbert_pg.cli.init_alembic import init_alembic
@@ -36,6 +37,11 @@ ENCODER = EncoderSpec(name="deterministic", dimensions=384)
 class Base(DeclarativeBase):
     pass
 """
+
+
+def command_head(config: Config) -> Any:
+    script = ScriptDirectory.from_config(config)
+    return script.get_revision(script.get_current_head())
 
 
 class Application:
@@ -102,6 +108,12 @@ class Application:
     def downgrade(self, revision: str) -> None:
         command.downgrade(self.config(), revision)
 
+    def undo(self) -> None:
+        """Downgrade by one revision, and forget that it was ever written."""
+        head = command_head(self.config())
+        self.downgrade("-1")
+        Path(head.path).unlink()
+
     def sql(self, revision: str = "head") -> str:
         command.upgrade(self.config(), revision, sql=True)
         return self.output.getvalue()
@@ -136,7 +148,7 @@ class Application:
                 f"sqlalchemy.url = {self.url.replace('%', '%%')}\n"
             )
         return subprocess.run(
-            [python, "-m", "alembic", *arguments],
+            [sys.executable, "-m", "alembic", *arguments],
             cwd=self.root,
             env={**os.environ, "PYTHONPATH": str(self.root)},
             capture_output=True,
