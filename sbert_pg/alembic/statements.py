@@ -52,7 +52,7 @@ def relation(table: str, schema: str | None) -> str:
 
 def as_regclass(table: str, schema: str | None) -> ColumnElement[Any]:
     """A table as ``regclass``."""
-    return sa.cast(relation(table, schema), REGCLASS)
+    return sa.cast(sa.literal(relation(table, schema), sa.Text()), REGCLASS)
 
 
 def bind(identity: ColumnIdentity, declaration: Declaration) -> sa.Select[Any]:

@@ -23,6 +23,7 @@ from sbert_pg.errors import (
     NotProvenError,
 )
 from sbert_pg.reembedding.coverage import coverage_of
+from sbert_pg.reembedding.pair import pair_of
 from sbert_pg.reembedding.rebind import rebind
 from sbert_pg.registry import get_encoder
 from sbert_pg.types import guard
@@ -139,6 +140,7 @@ def finish_replacement(operations: Operations, operation: ops.FinishReplacementO
             # A first attempt has unbound it.
             runner.execute(statements.DropColumn(identity))
             return
+        _require_no_row_missing(runner.connection, identity)
         reembedding.finish(
             runner.connection.engine,
             identity,
@@ -146,6 +148,18 @@ def finish_replacement(operations: Operations, operation: ops.FinishReplacementO
             quiet=dt.timedelta(seconds=operation.quiet),
         )
     _forget(operations)
+
+
+def _require_no_row_missing(connection: sa.Connection, old: ColumnIdentity) -> None:
+    """Also rows that became pending a moment ago: a migration can be run again."""
+    pair = pair_of(connection, old)
+    found = coverage_of(connection, pair.new.binding)
+    if found.missing > found.failed:
+        raise BackfillIncompleteError(
+            f"{found.missing:,} of {found.with_text:,} rows of {pair.new.binding} have no vector "
+            f"yet, so {old.column!r} is not dropped. Run 'sbert-pg backfill {pair.new.binding}', "
+            "then this migration again."
+        )
 
 
 def bind_embedding_column(operations: Operations, operation: ops.BindEmbeddingColumnOp) -> None:

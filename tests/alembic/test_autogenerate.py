@@ -20,9 +20,7 @@ class Article(Base):
     embedding = embedding_column({encoder}, source={source}, storage={storage}, nullable=True)
     {more}
 """
-EMBEDDING = (
-    'embedding = embedding_column(ENCODER, source="title", storage="vector", nullable=True)'
-)
+EMBEDDING = 'embedding = embedding_column(ENCODER, source="title", storage="vector", nullable=True)'
 HNSW = 'hnsw_index("ix_e", "embedding", m=16, ef_construction=64)'
 
 
