@@ -18,6 +18,8 @@ COMMAND_MODULES = (
     "sbert_pg.cli.schema",
     "sbert_pg.cli.data",
     "sbert_pg.cli.encoder",
+    "sbert_pg.cli.worker",
+    "sbert_pg.cli.upkeep",
     "sbert_pg.cli.cluster",
     "sbert_pg.cli.duplicates",
 )

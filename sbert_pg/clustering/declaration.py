@@ -153,8 +153,14 @@ class Clustering:
     def criteria(self, where: Criteria | None = None) -> list[sa.ColumnElement[bool]]:
         """What a row has to meet to take part: a vector, the declared filter, and ``where``."""
         found: list[sa.ColumnElement[bool]] = [self.column.is_not(None)]
-        if self.criterion is not None:
-            found.append(self.criterion)
+        if self.metric == "cosine" and self.spec is None:
+            # A vector of zeros has no direction; an embedding column does not take any.
+            found.append(sa.func.vector_norm(self.vector()) > 0)
+        return found + self.filters(where)
+
+    def filters(self, where: Criteria | None = None) -> list[sa.ColumnElement[bool]]:
+        """The declared filter, and ``where``."""
+        found = [] if self.criterion is None else [self.criterion]
         if isinstance(where, sa.ClauseElement):
             found.append(where)
         elif where is not None:
@@ -163,7 +169,7 @@ class Clustering:
 
     def filter_text(self, where: Criteria | None = None) -> str | None:
         """The filter as SQL, as a run records it; ``None`` where every row takes part."""
-        criteria = self.criteria(where)[1:]
+        criteria = self.filters(where)
         if not criteria:
             return None
         compiled = sa.and_(*criteria).compile(

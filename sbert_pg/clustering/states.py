@@ -52,10 +52,15 @@ def recorded_run(
 
 
 def fail_lost_runs(engine: sa.Engine, clustering: Clustering) -> list[int]:
-    """Mark runs as failed whose process is gone; return their numbers."""
+    """Mark runs as failed whose process is gone; return their numbers.
+
+    Raises:
+        ClusteringError: the tables of the clustering are not in the database.
+    """
     table, lost = clustering.run_table, []
     with engine.connect() as connection:
         with connection.begin():
+            _lock_key(connection, table, 0)
             running = list(
                 connection.scalars(sa.select(table.c.id).where(table.c.state == "running"))
             )

@@ -166,13 +166,16 @@ def summarize(connection: sa.Connection, clustering: Clustering, run_id: int) ->
         .group_by(assignment.c.cluster_id)
         .subquery("total")
     )
-    first = (
-        sa.select(assignment.c.cluster_id, *clustering.row_keys)
-        .where(mine, assignment.c.cluster_id.is_not(None))
-        .distinct(assignment.c.cluster_id)
-        .order_by(assignment.c.cluster_id, assignment.c.distance, *clustering.row_keys)
-        .subquery("first")
+    place = sa.func.row_number().over(
+        partition_by=assignment.c.cluster_id,
+        order_by=[assignment.c.distance, *clustering.row_keys],
     )
+    ranked = (
+        sa.select(assignment.c.cluster_id, *clustering.row_keys, place.label("sbert_pg_place"))
+        .where(mine, assignment.c.cluster_id.is_not(None))
+        .subquery()
+    )
+    first = sa.select(ranked).where(ranked.c.sbert_pg_place == 1).subquery("first")
     cohesion = 1 - total.c.mean if clustering.metric == "cosine" else -total.c.mean
     exemplar = {
         EXEMPLAR_PREFIX + key.name: first.c[row.name]

@@ -30,6 +30,7 @@ from sbert_pg.catalog.holding import hold_encoder
 from sbert_pg.catalog.tables import pending
 from sbert_pg.errors import BackfillError, DeclarationError
 from sbert_pg.pending import ranges
+from sbert_pg.pending.cache import cached
 from sbert_pg.pending.database import Database
 from sbert_pg.pending.faults import words_of
 from sbert_pg.pending.flow import Flow
@@ -65,6 +66,7 @@ class BackfillSettings:
         rows_per_second: most rows a second of this process.
         limits: when to pause.
         restart: begin anew, even if the last backfill is not complete.
+        cache_rows: vectors kept in ``sbert.vector_cache``; none where it is 0.
         name: name of the process, in the catalog and in logs.
     """
 
@@ -75,6 +77,7 @@ class BackfillSettings:
     rows_per_second: float | None = None
     limits: Limits = field(default_factory=Limits)
     restart: bool = False
+    cache_rows: int = 0
     name: str = "backfill"
 
     def __post_init__(self) -> None:
@@ -177,7 +180,7 @@ class _Run:
             hold_encoder(connection, binding, encoder)
             rows = rows_of(connection, binding)
             ranges.begin_again(connection, rows, force=self._settings.restart)
-        return rows, encoder
+        return rows, cached(encoder, self._database.engine, self._settings.cache_rows)
 
     def run(self) -> Filled:
         started = time.monotonic()

@@ -243,6 +243,11 @@ class CachedEncoder:
                 self.cache.trim(connection)
 
 
+def cached(encoder: TextEncoder, engine: sa.Engine, max_rows: int) -> TextEncoder:
+    """The encoder with a cache of so many rows, or as it is where that is 0."""
+    return CachedEncoder(encoder, engine, max_rows=max_rows) if max_rows else encoder
+
+
 def digest_of(text: str, kind: Kind = "document") -> bytes:
     """What a text is found by, 16 bytes."""
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES, person=kind.encode())

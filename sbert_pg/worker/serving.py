@@ -14,6 +14,7 @@ from sbert_pg import catalog
 from sbert_pg.catalog import Binding
 from sbert_pg.catalog.holding import hold_encoder
 from sbert_pg.errors import NotBoundError
+from sbert_pg.pending.cache import cached
 from sbert_pg.pending.database import Database
 from sbert_pg.pending.faults import Fault, fault_of, words_of
 from sbert_pg.pending.rows import Rows, rows_of
@@ -59,10 +60,12 @@ class Serving:
 
     Args:
         wanted: names of columns; all where it is empty.
+        cache_rows: vectors kept in the cache of the database; 0 for no cache.
     """
 
-    def __init__(self, wanted: Sequence[str]) -> None:
+    def __init__(self, wanted: Sequence[str], cache_rows: int = 0) -> None:
         self._wanted = tuple(wanted)
+        self._cache_rows = cache_rows
         self._lock = threading.Lock()
         self._served: dict[int, Served] = {}
         self._bindings: dict[int, Binding] = {}
@@ -136,6 +139,7 @@ class Serving:
             with database.begin() as connection:
                 hold_encoder(connection, binding, encoder)
                 rows = rows_of(connection, binding)
+            encoder = cached(encoder, database.engine, self._cache_rows)
         except Exception as error:  # Whatever loading an encoder raises, the others go on.
             if isinstance(error, sa.exc.SQLAlchemyError) and fault_of(error) is not Fault.COLUMN:
                 raise

@@ -36,6 +36,7 @@ class WorkerSettings:
         rescan_interval: seconds between looks at the catalog for new columns.
         shutdown_timeout: seconds that a stopping worker waits for a database that is away.
         listen: whether to LISTEN at all.
+        cache_rows: vectors kept in ``sbert.vector_cache``; none where it is 0.
         name: name of the worker, in claims and logs.
     """
 
@@ -50,6 +51,7 @@ class WorkerSettings:
     rescan_interval: float = 30.0
     shutdown_timeout: float = 30.0
     listen: bool = True
+    cache_rows: int = 0
     name: str = field(default_factory=worker_name)
 
     def __post_init__(self) -> None:

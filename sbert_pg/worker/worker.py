@@ -73,7 +73,7 @@ class Worker:
         self.settings = settings or WorkerSettings()
         self.tally = Tally()
         self._database = Database(engine)
-        self._serving = Serving(self.settings.columns)
+        self._serving = Serving(self.settings.columns, self.settings.cache_rows)
         self._stop = threading.Event()
         self._wake = threading.Event()
         self._heard_lock = threading.Lock()

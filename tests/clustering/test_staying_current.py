@@ -1,0 +1,277 @@
+"""New rows, changed rows, drift, numbers and names over runs, changes of encoder."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from sbert_pg import catalog, registry
+from sbert_pg import clustering as cl
+from sbert_pg.clustering.labels import class_tfidf, count_words
+from sbert_pg.errors import ClusteringError, EncoderMismatchError
+from sbert_pg.orm import embed_on_flush, embedding_column
+from sbert_pg.testing import DeterministicEncoder
+
+helpers = sys.modules["clustering_app"]
+make_app, blobs, numbers_of = helpers.make_app, helpers.blobs, helpers.numbers_of
+
+
+def insert(engine: sa.Engine, app: Any, first: int, vectors: Any) -> None:
+    with engine.begin() as connection:
+        connection.execute(
+            sa.insert(app.row.__table__),
+            [{"id": first + n, "title": "new", "embedding": v} for n, v in enumerate(vectors)],
+        )
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("half", [False, True], ids=["vector", "halfvec"])
+def test_new_changed_and_emptied_rows(engine: sa.Engine, metric: Any, half: bool) -> None:
+    app = make_app(metric=metric, half=half)
+    vectors, truth = blobs(100)
+    app.fill(engine, vectors)
+    cl.cluster(engine, app.topics, cl.KMeans(5))
+    before = numbers_of(engine, app.topics)
+    with engine.begin() as connection:
+        assert cl.assign(connection, app.topics) == cl.Assigned(0, 0, 0)
+    more, more_truth = blobs(20, seed=1)
+    insert(engine, app, 101, more)
+    with engine.begin() as connection:
+        for key, vector in {1: vectors[1], 2: None}.items():
+            connection.execute(
+                sa.update(app.row.__table__)
+                .where(app.row.__table__.c.id == key)
+                .values(embedding=vector)
+            )
+        connection.execute(sa.update(app.row).where(app.row.id == 3).values(title="other"))
+        assert cl.assign(connection, app.topics) == cl.Assigned(added=20, changed=1, removed=1)
+    after = numbers_of(engine, app.topics)
+    assert 2 not in after
+    assert after[1] == before[2] != before[1]
+    number_of = {truth[n]: before[n + 1] for n in range(100)}
+    assert [after[101 + n] for n in range(20)] == [number_of[t] for t in more_truth]
+    with Session(engine) as session:
+        for cluster in session.scalars(app.topics.clusters()):
+            assert cluster.size == sum(number == cluster.number for number in after.values())
+        fitted = session.scalars(
+            sa.select(app.topics.Assignment.is_fitted).where(app.topics.Assignment.row_id > 100)
+        ).all()
+        assert set(fitted) == {False}
+
+
+def test_rows_beyond_every_dense_cluster_are_outliers(engine: sa.Engine, app: Any) -> None:
+    vectors, _ = blobs(100, 4)
+    app.fill(engine, vectors)
+    cl.cluster(engine, app.topics, cl.Communities(0.7, 5))
+    far = np.zeros((1, helpers.DIMENSIONS))
+    far[0, 20] = 1
+    near = vectors[:1] + 1e-3
+    insert(engine, app, 101, np.concatenate([far, near]))
+    with engine.begin() as connection:
+        assert cl.assign(connection, app.topics).added == 2
+    found = numbers_of(engine, app.topics)
+    assert (found[101], found[102]) == (None, found[1])
+    with Session(engine) as session:
+        assert [row.id for row, _ in session.execute(app.topics.outliers())] == [101]
+    # An outlier that moves into a cluster is noticed too.
+    with engine.begin() as connection:
+        connection.execute(
+            sa.update(app.row.__table__)
+            .where(app.row.__table__.c.id == 101)
+            .values(embedding=vectors[1])
+        )
+        assert cl.assign(connection, app.topics).changed == 1
+    assert numbers_of(engine, app.topics)[101] == found[2]
+
+
+def test_assigning_needs_the_filter_of_the_run(engine: sa.Engine, app: Any) -> None:
+    vectors, _ = blobs(50)
+    app.fill(engine, vectors)
+    with engine.begin() as connection, pytest.raises(ClusteringError, match="no current"):
+        cl.assign(connection, app.topics)
+    cl.cluster(engine, app.topics, cl.KMeans(5), where=app.row.id <= 40)
+    with engine.begin() as connection:
+        with pytest.raises(ClusteringError, match="made with the filter 'row.id <= 40'"):
+            cl.assign(connection, app.topics)
+        assert cl.assign(connection, app.topics, where=app.row.id <= 40) == cl.Assigned(0, 0, 0)
+
+
+def test_drift_tells_when_to_run_again(engine: sa.Engine, app: Any) -> None:
+    vectors, _ = blobs(200)
+    app.fill(engine, vectors)
+    cl.cluster(engine, app.topics, cl.KMeans(5))
+    more, _ = blobs(100, seed=2)
+    insert(engine, app, 201, more)
+    with engine.begin() as connection:
+        assert cl.drift(connection, app.topics).unassigned == 100
+        cl.assign(connection, app.topics)
+        still = cl.drift(connection, app.topics)
+    assert (still.rows, still.unassigned, still.later) == (300, 0, 100)
+    assert not still.is_stale
+    assert still.far_share < 0.05
+    # Rows of a topic that was not there before.
+    other = np.zeros((60, helpers.DIMENSIONS))
+    other[:, 12] = 1
+    insert(engine, app, 301, other)
+    with engine.begin() as connection:
+        cl.assign(connection, app.topics)
+        now = cl.drift(connection, app.topics)
+    assert now.is_stale
+    assert now.far >= 60
+    assert now.mean_distance > now.mean_distance_then
+    assert len(now.reasons) == 2
+    cl.cluster(engine, app.topics, cl.KMeans(6))
+    with engine.begin() as connection:
+        assert not cl.drift(connection, app.topics).is_stale
+
+
+def test_numbers_and_names_are_kept_where_clusters_match(engine: sa.Engine, app: Any) -> None:
+    vectors, truth = blobs(200)
+    app.fill(engine, vectors)
+    cl.cluster(engine, app.topics, cl.KMeans(5))
+    before = numbers_of(engine, app.topics)
+    with engine.begin() as connection:
+        cl.name_cluster(connection, app.topics, before[1], "the first")
+        with pytest.raises(ClusteringError, match="no current cluster 99"):
+            cl.name_cluster(connection, app.topics, 99, "nobody")
+    cl.cluster(engine, app.topics, cl.KMeans(5), seed=11)
+    assert numbers_of(engine, app.topics) == before
+    # One topic goes, another comes.
+    gone, new = before[2], np.zeros((40, helpers.DIMENSIONS))
+    new[:, 15] = 1
+    new += 0.01 * np.random.default_rng(0).standard_normal(new.shape)
+    with engine.begin() as connection:
+        keys = [n + 1 for n in range(200) if truth[n] == truth[1]]
+        connection.execute(sa.delete(app.row).where(app.row.id.in_(keys)))
+    insert(engine, app, 1001, new)
+    cl.cluster(engine, app.topics, cl.KMeans(5), seed=5)
+    after = numbers_of(engine, app.topics)
+    assert all(after[key] == before[key] for key in before if key in after)
+    assert gone not in after.values()
+    assert {after[1001 + n] for n in range(40)} == {6}
+    with Session(engine) as session:
+        named = session.scalars(app.topics.clusters().where(app.topics.Cluster.is_named)).all()
+        assert [(c.number, c.label) for c in named] == [(before[1], "the first")]
+    with engine.begin() as connection:
+        cl.name_cluster(connection, app.topics, before[1], None)
+    with Session(engine) as session:
+        assert not session.scalars(app.topics.clusters().where(app.topics.Cluster.is_named)).all()
+
+
+WORDS = {
+    "weather": "rain sunshine clouds forecast storm temperature",
+    "money": "bank account transfer payment credit balance",
+    "cooking": "recipe oven butter garlic onion simmer",
+}
+
+
+def text_app() -> tuple[Any, Any]:
+    class Base(DeclarativeBase):
+        pass
+
+    class Note(Base):
+        __tablename__ = "note"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        body: Mapped[str]
+        embedding = embedding_column("old", "body", dimensions=384)
+        embedding_v2 = embedding_column("new", "body", dimensions=64, nullable=True)
+
+    return Base, Note
+
+
+def texts(number: int) -> list[str]:
+    random = np.random.default_rng(number)
+    found = []
+    for n in range(number):
+        words = list(WORDS.values())[n % 3].split()
+        found.append(" ".join(random.choice(words, 4, replace=False)) + " the and of 12")
+    return found
+
+
+def test_a_clustering_belongs_to_its_encoder(engine: sa.Engine) -> None:
+    """And its numbers and names are carried over to the column of the next encoder."""
+    registry.use_encoder(DeterministicEncoder("old"))
+    registry.use_encoder(DeterministicEncoder("new", 64, salt="other"))
+    base, note = text_app()
+    topics = cl.clusters_of(note.embedding)
+    following = topics.on(note.embedding_v2)
+    base.metadata.create_all(engine)
+    with engine.begin() as connection:
+        catalog.bind(connection, note.__table__.c.embedding)
+        catalog.bind(connection, note.__table__.c.embedding_v2)
+    with Session(engine) as session, session.begin():
+        embed_on_flush(session)
+        session.add_all(note(body=text) for text in texts(90))
+    run = cl.cluster(engine, topics, cl.KMeans(3))
+    assert run.encoder == "old"
+    assert run.fingerprint == DeterministicEncoder("old").spec.fingerprint
+    with Session(engine) as session:
+        for cluster in session.scalars(topics.clusters()):
+            (topic,) = [t for t, words in WORDS.items() if cluster.keywords[0] in words.split()]
+            assert set(cluster.keywords) == set(WORDS[topic].split())
+            assert cluster.label == ", ".join(cluster.keywords[:3])
+            with engine.begin() as connection:
+                cl.name_cluster(connection, topics, cluster.number, topic)
+        found = session.execute(topics.nearest_clusters("butter and garlic", limit=1)).one()
+        session.refresh(found[0])
+        assert found[0].label == "cooking"
+        row = session.scalars(sa.select(note).where(note.body.like("%garlic%")).limit(1)).one()
+        assert [c.label for c in row.clusters] == ["cooking"]
+    before = numbers_of(engine, topics)
+    with engine.begin() as connection, pytest.raises(ClusteringError, match="no current"):
+        cl.assign(connection, following)
+    replaced = cl.cluster(engine, following, cl.KMeans(3), seed=9)
+    assert replaced.column_name == "embedding_v2"
+    assert replaced.encoder == "new"
+    # Both columns have their own current run, with the same numbers and names.
+    assert numbers_of(engine, topics) == before
+    assert numbers_of(engine, following) == before
+    with Session(engine) as session:
+        assert {c.label for c in session.scalars(following.clusters())} == set(WORDS)
+        found = session.execute(following.nearest_clusters("rain and storm", limit=1)).one()
+        assert found[0].label == "weather"
+    # Centroids of another encoder are never held against the column's vectors.
+    with engine.begin() as connection:
+        run_table = topics.run_table
+        connection.execute(
+            sa.update(run_table).where(run_table.c.id == run.id).values(fingerprint="another")
+        )
+    with engine.begin() as connection, pytest.raises(EncoderMismatchError, match="Run the"):
+        cl.assign(connection, topics)
+
+
+def test_keywords_by_hand(engine: sa.Engine, app: Any) -> None:
+    vectors, truth = blobs(60, 3)
+    app.fill(engine, vectors)
+    with engine.begin() as connection:
+        for n, words in enumerate(WORDS.values()):
+            keys = [key + 1 for key in range(60) if truth[key] == n]
+            connection.execute(
+                sa.update(app.row).where(app.row.id.in_(keys)).values(title=f"{words} 100%")
+            )
+    run = cl.cluster(engine, app.topics, cl.KMeans(3))
+    with engine.begin() as connection:
+        with pytest.raises(ClusteringError, match="plain vector column"):
+            cl.find_keywords(connection, app.topics, run.id)
+        cl.find_keywords(
+            connection, app.topics, run.id, text=app.row.title, stop_words={"rain", "oven"}
+        )
+    with Session(engine) as session:
+        found = [set(c.keywords) for c in session.scalars(app.topics.clusters())]
+    expected = [set(words.split()) - {"rain", "oven"} for words in WORDS.values()]
+    assert all(words in found for words in expected)
+
+
+def test_class_tfidf_weighs_by_class() -> None:
+    counts = count_words(
+        [(1, "The cat and the cat sat"), (1, "cat food"), (2, "dog food"), (2, None), (2, "dog")]
+    )
+    assert counts[1] == {"cat": 3, "sat": 1, "food": 1}
+    assert class_tfidf(counts) == {1: ["cat", "sat", "food"], 2: ["dog", "food"]}
+    assert class_tfidf(counts, 1) == {1: ["cat"], 2: ["dog"]}
+    assert class_tfidf({}) == {}
