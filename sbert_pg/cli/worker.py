@@ -20,7 +20,7 @@ from sbert_pg.cli import common
 from sbert_pg.errors import DeclarationError
 
 if TYPE_CHECKING:
-    from sbert_pg.worker import Worker, WorkerSettings
+    from sbert_pg.worker import Worker
 
 ColumnsOption = Annotated[
     list[str] | None,
