@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import signal
 import subprocess
 import sys
@@ -22,12 +21,7 @@ from sbert_pg import clustering as cl
 from sbert_pg.errors import ClusteringError, DeclarationError
 
 HELPERS = Path(__file__).with_name("conftest.py")
-_spec = importlib.util.spec_from_file_location("clustering_app", HELPERS)
-assert _spec is not None
-assert _spec.loader is not None
-helpers = importlib.util.module_from_spec(_spec)
-sys.modules["clustering_app"] = helpers
-_spec.loader.exec_module(helpers)
+helpers = sys.modules["clustering_app"]
 make_app, blobs, numbers_of = helpers.make_app, helpers.blobs, helpers.numbers_of
 same_partition = helpers.same_partition
 
@@ -504,9 +498,9 @@ def test_more_than_fits_into_memory(engine: sa.Engine, app: Any) -> None:
     found = numbers_of(engine, app.topics)
     assert same_partition([found[n] for n in range(1, 3001)], list(truth))
     for algorithm in (cl.KMeans("auto"), cl.HDBSCAN()):
-        with pytest.raises(ClusteringError, match="max_memory is 0.0 GB"):
+        with pytest.raises(ClusteringError, match=r"max_memory is 0\.0 GB"):
             cl.cluster(engine, app.topics, algorithm, max_memory=100_000)
-    with pytest.raises(ClusteringError, match="takes about 0.1 GB"):
+    with pytest.raises(ClusteringError, match=r"takes about 0\.1 GB"):
         cl.cluster(engine, app.topics, cl.Agglomerative(), max_memory=1_000_000)
 
 
