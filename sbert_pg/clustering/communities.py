@@ -1,8 +1,8 @@
 """Communities above a similarity, by blocks of matrix products.
 
 The same communities as sentence-transformers' ``util.community_detection``: rows with at least
-``min_size`` rows above the threshold are centres, larger communities come first, and a row goes to
-the first that has it.
+``min_size`` rows above the threshold are centres, larger communities come first, a row goes to the
+first that has it, and a centre that is taken makes no community of its own.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def _without_overlap(
 ) -> Labels:
     labels: Labels = np.full(n, -1, dtype=np.int32)
     kept: list[npt.NDArray[np.int32]] = []
-    for _, members in found:
+    for center, members in found:
+        if labels[center] >= 0:
+            continue
         free = members[labels[members] < 0]
         if len(free) >= min_size:
             labels[free] = len(kept)

@@ -96,7 +96,7 @@ def test_assigning_needs_the_filter_of_the_run(engine: sa.Engine, app: Any) -> N
         cl.assign(connection, app.topics)
     cl.cluster(engine, app.topics, cl.KMeans(5), where=app.row.id <= 40)
     with engine.begin() as connection:
-        with pytest.raises(ClusteringError, match="made with the filter 'row.id <= 40'"):
+        with pytest.raises(ClusteringError, match=r"made with the filter 'row\.id <= 40'"):
             cl.assign(connection, app.topics)
         assert cl.assign(connection, app.topics, where=app.row.id <= 40) == cl.Assigned(0, 0, 0)
 
