@@ -1,0 +1,169 @@
+"""What people look at: SQL views, maps, and the command as a process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+
+from sbert_pg import catalog, registry
+from sbert_pg import clustering as cl
+from sbert_pg.clustering.mapping import project
+from sbert_pg.errors import ClusteringError, DeclarationError
+from sbert_pg.types import Embedding
+
+helpers = sys.modules["clustering_app"]
+blobs, numbers_of = helpers.blobs, helpers.numbers_of
+
+
+def test_views_and_functions(engine: sa.Engine, app: Any) -> None:
+    vectors, _ = blobs(60)
+    app.fill(engine, [*vectors, None])
+    cl.cluster(engine, app.topics, cl.KMeans(5))
+    cl.cluster(engine, app.topics, cl.KMeans(2), make_current=False)
+    found = numbers_of(engine, app.topics)
+    with engine.begin() as connection:
+        for _ in range(2):
+            cl.create_views(connection, app.topics)
+        current = connection.execute(sa.text("SELECT number, size FROM row_cluster_current"))
+        assert {row.number: row.size for row in current} == dict.fromkeys(range(1, 6), 12)
+        members = connection.execute(sa.text("SELECT row_id, number FROM row_cluster_member"))
+        assert {row.row_id: row.number for row in members} == found
+        nearest = sa.text("SELECT * FROM row_cluster_nearest_of(7, 2)")
+        rows = connection.execute(nearest).all()
+        assert len(rows) == 2
+        assert rows[0].number == found[7]
+        assert rows[0].distance < rows[1].distance
+        by_vector = sa.text(
+            "SELECT number FROM row_cluster_nearest((SELECT embedding FROM row WHERE id = 7), 1)"
+        )
+        assert connection.scalar(by_vector) == found[7]
+        assert not connection.execute(sa.text("SELECT * FROM row_cluster_nearest_of(61)")).all()
+        cl.drop_views(connection, app.topics)
+        assert not sa.inspect(connection).get_view_names()
+
+
+def test_frozen_views_are_those_of_the_declaration(engine: sa.Engine, app: Any) -> None:
+    frozen = cl.ClusterViews(table="row", column="embedding", keys={"id": "BIGINT"})
+    declared = cl.ClusterViews.of(app.topics, engine.dialect)
+    written = [str(s.compile(dialect=engine.dialect)) for s in (*frozen.create(), *frozen.drop())]
+    assert written == [
+        str(s.compile(dialect=engine.dialect)) for s in (*declared.create(), *declared.drop())
+    ]
+
+
+@pytest.mark.parametrize("projection", ["pca", "tsne"])
+def test_a_map_is_one_page(engine: sa.Engine, app: Any, tmp_path: Path, projection: Any) -> None:
+    vectors, _ = blobs(150)
+    app.fill(engine, vectors, title=[f"</script><b>text {n}" for n in range(150)])
+    with engine.connect() as connection, pytest.raises(ClusteringError, match="no current"):
+        cl.cluster_map(connection, app.topics)
+    cl.cluster(engine, app.topics, cl.KMeans(5))
+    with engine.connect() as connection:
+        made = cl.cluster_map(
+            connection, app.topics, projection=projection, text=app.row.title, title="A & B"
+        )
+        part = cl.cluster_map(connection, app.topics, rows=50, projection="pca")
+    assert 20 < len(part.texts) < 90
+    assert made.points.shape == (150, 2)
+    assert made.points.min() >= 0
+    assert made.points.max() <= 1
+    # Rows of one cluster lie together.
+    numbers = np.array(made.numbers)
+    middles = {n: made.points[numbers == n].mean(axis=0) for n in set(made.numbers)}
+    within = np.mean(
+        [np.linalg.norm(p - middles[n]) for p, n in zip(made.points, numbers, strict=True)]
+    )
+    assert within < 0.5 * np.linalg.norm(made.points - made.points.mean(axis=0), axis=1).mean()
+    page = made.html()
+    assert "<title>A &amp; B</title>" in page
+    assert "http" not in page.split('id="data"')[0]
+    start = page.index('id="data">') + len('id="data">')
+    data = json.loads(page[start : page.index("</script>", start)])
+    assert len(data["points"]) == 150
+    assert data["points"][0][3].startswith("</script><b>text")
+    assert [c["size"] for c in data["clusters"]] == [30] * 5
+    made.save_html(tmp_path / "map.html")
+    pytest.importorskip("matplotlib")
+    made.save_png(tmp_path / "map.png")
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_projections_that_do_not_exist() -> None:
+    with pytest.raises(DeclarationError, match="use 'auto'"):
+        project(np.ones((5, 3), dtype=np.float32), "mercator", 0)  # type: ignore[arg-type]
+    points, name = project(np.ones((1, 3), dtype=np.float32), "tsne", 0)
+    assert (points.tolist(), name) == ([[0.0, 0.0]], "principal components")
+
+
+def command(engine: sa.Engine, *arguments: str) -> subprocess.CompletedProcess[str]:
+    url = engine.url.render_as_string(hide_password=False)
+    name, *rest = arguments
+    split = [name] if name == "duplicates" else [name, rest.pop(0)]
+    return subprocess.run(
+        [sys.executable, "-m", "sbert_pg.cli.app", *split, *rest, "--database", url],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_commands(engine: sa.Engine, tmp_path: Path, fake_encoder: Any) -> None:
+    table = sa.Table(
+        "note",
+        sa.MetaData(),
+        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("body", sa.Text),
+        sa.Column("embedding", Embedding("deterministic", "body", dimensions=384)),
+    )
+    words = ["rain storm clouds", "bank money credit", "butter garlic oven"]
+    texts = [f"{words[n % 3]} {n // 6}" for n in range(60)]
+    with engine.begin() as connection:
+        table.create(connection)
+        catalog.bind(connection, table.c.embedding)
+        vectors = registry.get_encoder(table.c.embedding.type.encoder).encode_document(texts)
+        connection.execute(
+            sa.insert(table),
+            [{"id": n, "body": texts[n], "embedding": vector} for n, vector in enumerate(vectors)],
+        )
+    missing = command(engine, "cluster", "run", "note", "-k", "3")
+    assert missing.returncode == 1
+    assert "--create" in missing.stderr
+    run = command(engine, "cluster", "run", "note", "-k", "3", "--create", "--json")
+    assert run.returncode == 0, run.stderr
+    made = json.loads(run.stdout)
+    assert made["run"]["n_clusters"] == 3
+    assert [c["size"] for c in made["clusters"]] == [20, 20, 20]
+    assert set(made["clusters"][0]["keywords"]) in [set(w.split()) for w in words]
+    number = str(made["clusters"][0]["number"])
+    assert command(engine, "cluster", "label", "note", number, "My topic").returncode == 0
+    shown = command(engine, "cluster", "show", "note")
+    assert "My topic" in shown.stdout
+    members = json.loads(command(engine, "cluster", "show", "note", number, "--json").stdout)
+    assert len(members) == 20
+    assert json.loads(command(engine, "cluster", "show", "note", "--runs", "--json").stdout)[0][
+        "is_current"
+    ]
+    done = json.loads(command(engine, "cluster", "assign", "note", "--json").stdout)
+    assert (done["added"], done["drift"]["is_stale"]) == (0, False)
+    page = tmp_path / "map.html"
+    drawn = command(engine, "cluster", "map", "note", str(page), "--projection", "pca")
+    assert drawn.returncode == 0, drawn.stderr
+    assert "rain storm clouds" in page.read_text()
+    assert "CREATE OR REPLACE VIEW" in command(engine, "cluster", "views", "note").stdout
+    pairs = json.loads(
+        command(engine, "duplicates", "note", "--threshold", "0.999", "--json").stdout
+    )
+    # Texts come in twos that are equal.
+    assert len(pairs) == 30
+    table_of_pairs = command(engine, "duplicates", "note", "--threshold", "0.999", "-n", "3")
+    assert "30 pairs" in table_of_pairs.stderr
+    wrong = command(engine, "cluster", "run", "note", "-k", "many")
+    assert wrong.returncode == 1
+    assert "10,20,40" in wrong.stderr
