@@ -202,15 +202,23 @@ class _Reader:
 
     def some(self, engine: sa.Engine, sample: int, batch: int) -> Iterator[Sequence[sa.Row[Any]]]:
         """A sample of rows. Of a large table whole blocks are drawn, so that it is not read."""
-        table: sa.FromClause = self.binding.clause()
-        if self._estimate > 50 * sample:
-            share = min(100.0, 100.0 * 4 * sample / self._estimate)
-            table = table.tablesample(sa.func.system(share))
-        chosen = self._select(table).order_by(sa.func.random()).limit(sample)
+        table = self.binding.clause()
+        rows: Sequence[sa.Row[Any]] = ()
         with engine.connect() as connection:
-            rows = connection.execute(chosen).all()
+            if self._estimate > 50 * sample:
+                share = min(100.0, 100.0 * 4 * sample / self._estimate)
+                rows = self._drawn(connection, table.tablesample(sa.func.system(share)), sample)
+            if len(rows) < sample:
+                # The table is small, or the blocks drawn happened to hold too little.
+                rows = self._drawn(connection, table, sample)
         for start in range(0, len(rows), batch):
             yield rows[start : start + batch]
+
+    def _drawn(
+        self, connection: Connection, table: sa.FromClause, sample: int
+    ) -> Sequence[sa.Row[Any]]:
+        chosen = self._select(table).order_by(sa.func.random()).limit(sample)
+        return connection.execute(chosen).all()
 
     def _typed(self, parts: Sequence[str]) -> list[sa.ColumnElement[Any]]:
         types = self.binding.key_types
