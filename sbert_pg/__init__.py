@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from sbert_pg.indexes import hnsw_index, ivfflat_index
     from sbert_pg.loading import load
     from sbert_pg.orm import embed_on_flush, embedding_column
+    from sbert_pg.pending.backfill import backfill
     from sbert_pg.search import nearest
     from sbert_pg.source import Source
     from sbert_pg.types import Embedding, HalfVector, Vector
+    from sbert_pg.worker import WorkerSettings, refresh, worker_thread
 
 #: Exports that are imported when they are first asked for: name and module.
 _LAZY = {
@@ -27,6 +29,8 @@ _LAZY = {
     "HalfVector": "sbert_pg.types",
     "Source": "sbert_pg.source",
     "Vector": "sbert_pg.types",
+    "WorkerSettings": "sbert_pg.worker",
+    "backfill": "sbert_pg.pending.backfill",
     "bind": "sbert_pg.catalog",
     "bind_all": "sbert_pg.catalog",
     "embed_on_flush": "sbert_pg.orm",
@@ -36,6 +40,8 @@ _LAZY = {
     "ivfflat_index": "sbert_pg.indexes",
     "load": "sbert_pg.loading",
     "nearest": "sbert_pg.search",
+    "refresh": "sbert_pg.worker",
+    "worker_thread": "sbert_pg.worker",
 }
 
 __all__ = [
@@ -46,6 +52,8 @@ __all__ = [
     "Source",
     "TextEncoder",
     "Vector",
+    "WorkerSettings",
+    "backfill",
     "bind",
     "bind_all",
     "embed_on_flush",
@@ -56,7 +64,9 @@ __all__ = [
     "ivfflat_index",
     "load",
     "nearest",
+    "refresh",
     "use_encoder",
+    "worker_thread",
 ]
 
 

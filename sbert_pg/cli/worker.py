@@ -27,7 +27,7 @@ ColumnsOption = Annotated[
     typer.Option(
         "--column",
         "-c",
-        help="Column to keep fresh, as table.column; all bound columns by default. May be repeated.",
+        help="Column to keep fresh, as table.column; all bound ones by default. May be repeated.",
         show_default=False,
     ),
 ]

@@ -264,4 +264,4 @@ def _is_one_of(digests: list[bytes]) -> sa.ColumnElement[bool]:
     return _cache.c.digest == sa.any_(_bytes(digests))
 
 
-__all__ = ["DIGEST_BYTES", "CachedEncoder", "VectorCache", "digest_of"]
+__all__ = ["DIGEST_BYTES", "CachedEncoder", "VectorCache", "cached", "digest_of"]
