@@ -1,0 +1,304 @@
+"""Clustering and near-duplicates of a table, beside what they are made of.
+
+    python benchmarks/clustering.py [--rows N] [--clusters K ...] [--iterations N] [--sql-rows N]
+                                    [--duplicates N] [--texts] [--database URL] [--json FILE]
+
+k-means three ways: the whole run of the library (read in binary, cluster, write assignments), the
+same with ``fetchall`` into scikit-learn, and inside PostgreSQL; and as the yardstick scikit-learn's
+fit alone on the matrix. All have the same tolerance and a limit of the same iterations, one start,
+and are timed in turns. Inertia is that of the clusters' means over unit vectors, for all alike.
+
+Near-duplicates: the library against ``paraphrase_mining_embeddings`` of sentence-transformers on
+the same vectors, in the same process.
+
+Vectors are made: unit vectors around topics of very different sizes. ``--texts`` takes the
+descriptions of Debian's packages instead, by section, where ``apt-cache`` has them, and adds the
+V-measure of the clusters against the sections.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psycopg
+import sqlalchemy as sa
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from sbert_pg import clustering as cl
+from sbert_pg.clustering.duplicates import similar_pairs
+from sbert_pg.clustering.kmeans import normalize
+from sbert_pg.embedded import embedded_server
+from sbert_pg.types import Vector, to_wire_rows
+
+DIMENSIONS = 384
+
+
+class Base(DeclarativeBase):
+    """The tables of this benchmark."""
+
+
+class Item(Base):
+    """A row with a vector and nothing else."""
+
+    __tablename__ = "item"
+    id: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True)
+    embedding = mapped_column(Vector(DIMENSIONS), nullable=False)
+
+
+# Spherical k-means, which is the default here, minimises another sum than scikit-learn's does.
+topics = cl.clusters_of(Item.embedding, metric="euclidean")
+
+
+def made_vectors(rows: int) -> np.ndarray:
+    random = np.random.default_rng(0)
+    centres = random.standard_normal((600, DIMENSIONS)).astype(np.float32)
+    weights = random.pareto(1.2, 600) + 0.2
+    chosen = random.choice(600, rows, p=weights / weights.sum())
+    noise = random.standard_normal((rows, DIMENSIONS)).astype(np.float32)
+    vectors = centres[chosen] + 1.6 * noise
+    # One row in twenty is nearly another one.
+    copies = rows // 20
+    vectors[-copies:] = vectors[:copies] + 0.3 * random.standard_normal((copies, DIMENSIONS))
+    return normalize(vectors)
+
+
+def package_texts(rows: int) -> tuple[list[str], list[str]]:
+    dump = subprocess.run(["apt-cache", "dumpavail"], capture_output=True, text=True, check=True)
+    texts, sections = [], []
+    for entry in dump.stdout.split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in entry.split("\n") if ": " in line[:40])
+        text, section = fields.get("Description"), fields.get("Section")
+        if text and section and text not in texts[-50:]:
+            texts.append(text)
+            sections.append(section.rpartition("/")[2])
+    order = np.random.default_rng(0).permutation(len(texts))[:rows]
+    return [texts[n] for n in order], [sections[n] for n in order]
+
+
+def fill(engine: sa.Engine, vectors: np.ndarray) -> None:
+    Base.metadata.drop_all(engine)
+    Base.metadata.create_all(engine)
+    raw = engine.raw_connection()
+    try:
+        with raw.cursor() as cursor:
+            with cursor.copy("COPY item FROM STDIN (FORMAT binary)") as copy:
+                copy.set_types(["int8", "bytea"])
+                for number, row in enumerate(to_wire_rows(vectors, "vector")):
+                    copy.write_row((number, row))
+            raw.commit()
+            cursor.execute("ANALYZE item")
+        raw.commit()
+    finally:
+        raw.close()
+
+
+def timed(action: Callable[[], Any]) -> tuple[float, Any]:
+    began = time.perf_counter()
+    result = action()
+    return time.perf_counter() - began, result
+
+
+def mean_inertia(vectors: np.ndarray, labels: np.ndarray) -> float:
+    """Sum of squares less what the means of the clusters explain."""
+    total = float(np.einsum("ij,ij->", vectors, vectors, dtype=np.float64))
+    for number in np.unique(labels):
+        members = vectors[labels == number]
+        total -= float((members.sum(axis=0, dtype=np.float64) ** 2).sum()) / len(members)
+    return total
+
+
+def current_labels(engine: sa.Engine) -> np.ndarray:
+    assignment, run = topics.assignment_table, topics.run_table
+    statement = (
+        sa.select(assignment.c.cluster_id)
+        .join_from(assignment, run, run.c.id == assignment.c.run_id)
+        .where(run.c.is_current)
+        .order_by(assignment.c.row_id)
+    )
+    with engine.connect() as connection:
+        return np.array(list(connection.scalars(statement)))
+
+
+def library(engine: sa.Engine, k: int, iterations: int, method: Any = "memory") -> cl.ClusterRun:
+    algorithm = cl.KMeans(k, method=method, max_iter=iterations)
+    return cl.cluster(engine, topics, algorithm, keywords=False, follow=0)
+
+
+def fetchall(engine: sa.Engine, k: int, iterations: int) -> Any:
+    """What a notebook does: fetch, parse, fit, and write the labels back."""
+    from sklearn.cluster import KMeans
+
+    dsn = engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
+    with psycopg.connect(dsn) as connection:
+        rows = connection.execute("SELECT id, embedding FROM item").fetchall()
+        matrix = np.array(
+            [np.fromstring(text[1:-1], dtype=np.float32, sep=",") for _, text in rows]
+        )
+        fit = KMeans(k, n_init=1, max_iter=iterations, random_state=0).fit(matrix)
+        connection.execute("CREATE TEMPORARY TABLE label (id bigint, number integer)")
+        with connection.cursor().copy("COPY label FROM STDIN") as copy:
+            for (key, _), number in zip(rows, fit.labels_.tolist(), strict=True):
+                copy.write_row((key, number))
+    return fit
+
+
+def k_means(
+    engine: sa.Engine, vectors: np.ndarray, clusters: list[int], iterations: int, rounds: int
+) -> list[dict[str, Any]]:
+    from sklearn.cluster import KMeans
+
+    found = []
+    for k in clusters:
+        times: dict[str, list[float]] = {"scikit-learn fit": [], "library": [], "fetchall": []}
+        inertia: dict[str, float] = {}
+        for turn in range(rounds):
+            model = KMeans(k, n_init=1, max_iter=iterations, random_state=turn)
+            seconds, fit = timed(lambda model=model: model.fit(vectors))
+            times["scikit-learn fit"].append(seconds)
+            inertia["scikit-learn fit"] = float(fit.inertia_)
+            seconds, _ = timed(lambda k=k: library(engine, k, iterations))
+            times["library"].append(seconds)
+            inertia["library"] = mean_inertia(vectors, current_labels(engine))
+            if turn == 0:
+                seconds, fit = timed(lambda k=k: fetchall(engine, k, iterations))
+                times["fetchall"].append(seconds)
+                inertia["fetchall"] = float(fit.inertia_)
+        for name, values in times.items():
+            median = float(np.median(values))
+            found.append(
+                {
+                    "k": k,
+                    "way": name,
+                    "seconds": round(median, 2),
+                    "of fit": round(median / float(np.median(times["scikit-learn fit"])), 2),
+                    "inertia": round(inertia[name]),
+                }
+            )
+            print(found[-1], flush=True)
+    return found
+
+
+def in_database(engine: sa.Engine, vectors: np.ndarray, k: int, iterations: int) -> dict[str, Any]:
+    """A part of the rows: each iteration compares every row with every centroid in the server."""
+    fill(engine, vectors)
+    seconds, run = timed(lambda: library(engine, k, iterations, "database"))
+    inertia = mean_inertia(vectors, current_labels(engine))
+    client, _ = timed(lambda: library(engine, k, iterations))
+    row = {
+        "rows": len(vectors),
+        "k": k,
+        "iterations": run.parameters["iterations"],
+        "in SQL": round(seconds, 2),
+        "client": round(client, 2),
+        "inertia in SQL": round(inertia),
+        "inertia on the client": round(mean_inertia(vectors, current_labels(engine))),
+    }
+    print(row, flush=True)
+    return row
+
+
+def near_duplicates(vectors: np.ndarray, threshold: float) -> dict[str, Any]:
+    row: dict[str, Any] = {"rows": len(vectors), "threshold": threshold}
+    seconds, found = timed(
+        lambda: sum(len(block[0]) for block in similar_pairs(vectors, threshold))
+    )
+    row |= {"library": round(seconds, 2), "pairs": found}
+    try:
+        import torch
+        from sentence_transformers import util
+    except ImportError:
+        print("sentence-transformers is not installed", flush=True)
+        return row
+    tensor = torch.from_numpy(vectors)
+    seconds, pairs = timed(lambda: util.paraphrase_mining_embeddings(tensor, top_k=20))
+    above = sum(score >= threshold for score, _, _ in pairs)
+    row |= {"paraphrase_mining": round(seconds, 2), "its pairs": above}
+    row["times faster"] = round(row["paraphrase_mining"] / row["library"], 1)
+    print(row, flush=True)
+    return row
+
+
+def sections(rows: int) -> dict[str, Any]:
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import v_measure_score
+
+    from sbert_pg.clustering.kmeans import fit_kmeans
+    from sbert_pg.encoder import Encoder
+
+    texts, labels = package_texts(rows)
+    vectors = Encoder.load("sentence-transformers/all-MiniLM-L6-v2").encode_document(texts)
+    normalize(vectors)
+    k = len(set(labels))
+    ours = [v_measure_score(labels, fit_kmeans(vectors, k, seed=s).labels) for s in range(10)]
+    theirs = [
+        v_measure_score(labels, KMeans(k, n_init=1, random_state=s).fit(vectors).labels_)
+        for s in range(10)
+    ]
+    row = {
+        "packages": len(texts),
+        "sections": k,
+        "V-measure": round(float(np.mean(ours)), 4),
+        "scikit-learn": round(float(np.mean(theirs)), 4),
+    }
+    print(row, flush=True)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--clusters", type=int, nargs="+", default=[50, 300, 1000])
+    parser.add_argument("--iterations", type=int, default=300)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sql-rows", type=int, default=10_000)
+    parser.add_argument("--sql-iterations", type=int, default=10)
+    parser.add_argument("--duplicates", type=int, default=100_000)
+    parser.add_argument("--threshold", type=float, default=0.8)
+    parser.add_argument("--texts", type=int, default=0, help="package descriptions to cluster")
+    parser.add_argument("--database", help="a database with pgvector; tables are made in it")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    results: dict[str, Any] = {"machine": platform.processor() or platform.machine()}
+    vectors = made_vectors(max(options.rows, options.duplicates))
+
+    def measure(url: sa.URL) -> None:
+        engine = sa.create_engine(url)
+        fill(engine, vectors[: options.rows])
+        results["k-means"] = k_means(
+            engine, vectors[: options.rows], options.clusters, options.iterations, options.rounds
+        )
+        if options.sql_rows:
+            results["in the database"] = in_database(
+                engine, vectors[: options.sql_rows], 50, options.sql_iterations
+            )
+        engine.dispose()
+
+    if options.rows and options.database:
+        measure(sa.make_url(options.database).set(drivername="postgresql+psycopg"))
+    elif options.rows:
+        settings = {"shared_buffers": "1GB", "max_wal_size": "4GB", "synchronous_commit": "off"}
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder).chmod(0o755)
+            with embedded_server(Path(folder) / "data", settings=settings) as server:
+                measure(server.ensure_database("benchmark"))
+    if options.duplicates:
+        results["near-duplicates"] = near_duplicates(
+            vectors[: options.duplicates], options.threshold
+        )
+    if options.texts:
+        results["package descriptions"] = sections(options.texts)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
