@@ -27,4 +27,4 @@ class SlowEncoder(DeterministicEncoder):
         return vectors
 
 
-sbert_pg.registry.use_encoder(SlowEncoder(refuse=REFUSE))
+sbert_pg.registry.use_encoder(SlowEncoder(dimensions=32, refuse=REFUSE))
