@@ -11,7 +11,8 @@ from sbert_pg.distance import Metric
 from sbert_pg.errors import DeclarationError
 from sbert_pg.searching.settings import MAX_EF_SEARCH, index_settings
 from sbert_pg.searching.stages import candidates_of, served
-from sbert_pg.searching.target import Target, target_of
+from sbert_pg.searching.statement import NearestSelect
+from sbert_pg.searching.target import target_of
 from sbert_pg.types.comparator import apply_operator
 
 Criteria = sa.ColumnElement[bool] | Sequence[sa.ColumnElement[bool]]
@@ -46,9 +47,10 @@ def nearest(
     What the declared index needs is part of the statement. Index settings (``hnsw.ef_search`` and
     the iterative scan, which keeps looking until filters have let enough rows through) are made
     with ``set_config(..., true)`` in a one-time filter: they end with the transaction and never
-    reach the next user of a pooled connection. Through a quantised or IVFFlat index the search has
-    two stages: the index over-fetches, and an exact distance ranks. Rows without a vector are never
-    found.
+    reach the next user of a pooled connection. The scan is in relaxed order, which under filters
+    finds more, and the page is sorted behind it. Through a quantised or IVFFlat index the search
+    has two stages: the index over-fetches, and an exact distance ranks. Rows without a vector are
+    never found.
 
     Args:
         column: an embedding or vector column.
@@ -80,47 +82,33 @@ def nearest(
     criteria = [where] if isinstance(where, sa.ClauseElement) else list(where)
     criteria += target.criteria_for(query, right)
     distance = apply_operator(target.column, target.metric.operator, right)
-    statement = target.select(target.similarity_from(distance))
+    similarity = target.similarity_from(distance)
     furthest = _furthest(target.metric, max_distance, min_similarity)
     within = [] if furthest is None else [distance <= furthest]
     index = None if exact else target.index
-    order: sa.ColumnElement[Any]
     if index is None:
         # Adding zero keeps an index from serving the order, whatever the planner thinks of it.
         order = distance + 0 if exact else distance
-        return _page(statement.where(*criteria, *within), target, [order], limit, offset)
-    ranked = index.quantized or index.method == "ivfflat"
+        statement = sa.select(*target.selected, similarity).where(*criteria, *within)
+        return _page(statement.order_by(order, *target.key), limit, offset)
     block = limit * (overfetch or (DEFAULT_OVERFETCH if index.quantized else 1))
-    settings = index_settings(
-        index.method,
-        ranked,
-        index.lists,
-        min(ef_search or max(DEFAULT_EF_SEARCH, block), MAX_EF_SEARCH),
-        probes,
-    )
+    candidates = min(ef_search or max(DEFAULT_EF_SEARCH, block), MAX_EF_SEARCH)
+    criteria.append(index_settings(index.method, index.lists, candidates, probes))
     same = index.form == "column" and index.metric is target.metric
-    order = distance if same else served(index, target.column, right)
-    if not ranked and furthest is None:
-        return _page(statement.where(settings, *criteria), target, [order], limit, offset)
+    by_index = distance if same else served(index, target.column, right)
+    if index.method == "hnsw" and not index.quantized and furthest is None:
+        found = NearestSelect.of(target.selected, similarity, criteria, [by_index, *target.key])
+        return _page(found, limit, offset)
     # What is too far is dropped behind the index: as a filter it would keep the scan looking for
     # nearer rows that do not exist.
-    found = candidates_of(
-        target, order, [settings, *criteria], limit + offset, block if ranked else 0
-    )
-    statement = statement.join(found.rows, found.matches).where(*within)
-    return _page(
-        statement, target, [*found.order, distance + 0 if ranked else order], limit, offset
-    )
+    stage = candidates_of(target, by_index, criteria, limit + offset, block)
+    statement = sa.select(*target.selected, similarity).join(stage.rows, stage.matches)
+    statement = statement.where(*within).order_by(*stage.order, distance + 0, *target.key)
+    return _page(statement, limit, offset)
 
 
-def _page(
-    statement: sa.Select[Any],
-    target: Target,
-    order: Sequence[sa.ColumnElement[Any]],
-    limit: int,
-    offset: int,
-) -> sa.Select[Any]:
-    statement = statement.order_by(*order, *target.key).limit(limit)
+def _page(statement: sa.Select[Any], limit: int, offset: int) -> sa.Select[Any]:
+    statement = statement.limit(limit)
     return statement.offset(offset) if offset else statement
 
 

@@ -17,7 +17,7 @@ MAX_SCAN_TUPLES = 100_000
 
 @lru_cache(maxsize=256)
 def index_settings(
-    method: IndexMethod, relaxed: bool, lists: int | None, ef_search: int, probes: int | None
+    method: IndexMethod, lists: int | None, ef_search: int, probes: int | None
 ) -> sa.ColumnElement[bool]:
     """A criterion that is always true, and sets what an index reads before its scan begins.
 
@@ -26,7 +26,6 @@ def index_settings(
 
     Args:
         method: access method of the index.
-        relaxed: whether an exact distance ranks afterwards, so that the scan need not keep order.
         lists: inverted lists of an IVFFlat index, where known.
         ef_search: HNSW candidates.
         probes: IVFFlat lists to look into; the square root of ``lists`` by default.
@@ -34,7 +33,7 @@ def index_settings(
     if method == "hnsw":
         values = {
             "hnsw.ef_search": str(ef_search),
-            "hnsw.iterative_scan": "relaxed_order" if relaxed else "strict_order",
+            "hnsw.iterative_scan": "relaxed_order",
             "hnsw.max_scan_tuples": str(MAX_SCAN_TUPLES),
         }
     else:

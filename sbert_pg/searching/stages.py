@@ -62,15 +62,15 @@ def candidates_of(
         order: the distance that the index serves.
         criteria: what a row has to meet.
         wanted: rows that the pages up to this one have.
-        block: rows that are ranked together, or 0 where the index's order is the final one.
+        block: rows that are ranked together.
     """
-    blocks = -(-wanted // block) if block else 1
+    blocks = -(-wanted // block)
     keys = [column.label(f"key_{i}") for i, column in enumerate(target.key)]
     rows = (
         sa.select(*keys)
         .where(*criteria)
         .order_by(order)
-        .limit(blocks * block if block else wanted)
+        .limit(blocks * block)
         .subquery("candidates")
     )
     ordered: list[sa.ColumnElement[Any]] = []

@@ -21,6 +21,7 @@ class Target:
         column: the column in expressions.
         metric: metric of its encoder.
         index: the index that serves it, or ``None``.
+        selected: the entity, or the columns that hold no vectors.
         key: primary key of the rows.
     """
 
@@ -39,7 +40,7 @@ class Target:
         self.entity: Any = None if parent is None else parent.entity
         if self.entity is not None:
             self.mapper = mapper = sa.inspect(self.entity).mapper
-            self._base = sa.select(self.entity)
+            self.selected: list[Any] = [self.entity]
             self.key = [
                 getattr(self.entity, mapper.get_property_by_column(c).key)
                 for c in mapper.primary_key
@@ -51,18 +52,14 @@ class Target:
                     f"nearest() was given {column!r}, which belongs to no table."
                 )
             self.mapper = None
-            self._base = sa.select(*(c for c in table.c if not isinstance(c.type, VectorType)))
+            self.selected = [c for c in table.c if not isinstance(c.type, VectorType)]
             self.key = list(table.primary_key)
         self._has_vector = clause.is_not(None)
         self._offset = sa.literal_column(str(int(self.metric.offset)), sa.Float(53))
 
-    def select(self, similarity: sa.ColumnElement[float]) -> sa.Select[Any]:
-        """The entity or the table's columns, and the similarity."""
-        return self._base.add_columns(similarity.label("similarity"))
-
-    def similarity_from(self, distance: sa.ColumnElement[float]) -> sa.ColumnElement[float]:
+    def similarity_from(self, distance: sa.ColumnElement[float]) -> sa.Label[float]:
         """The similarity that belongs to a distance."""
-        return self._offset - distance
+        return (self._offset - distance).label("similarity")
 
     def operand(self, query: Any) -> sa.ColumnElement[Any]:
         """The query as the right-hand side of a distance operator."""
