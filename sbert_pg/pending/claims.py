@@ -100,16 +100,9 @@ def claim(
             that were not.
     """
     c = pending.c
-    suspect = c.attempts >= ALONE_FROM
     free = (
         sa.select(c.key, c.claimed_by.is_not(None).label("abandoned"))
-        .where(
-            c.column_id == column_id,
-            ~c.failed,
-            sa.or_(c.lease_until.is_(None), c.lease_until < sa.func.now()),
-            sa.or_(c.next_attempt_at.is_(None), c.next_attempt_at <= sa.func.now()),
-            suspect if alone else ~suspect,
-        )
+        .where(_free(column_id, alone=alone))
         .order_by(c.marked_at)
         .limit(1 if alone else limit)
         .with_for_update(skip_locked=True)
@@ -125,6 +118,23 @@ def claim(
         .returning(c.key, c.version, c.attempts, free.c.abandoned)
     )  # fmt: skip
     return [Claim(*row) for row in connection.execute(statement)]
+
+
+def _free(column_id: int, *, alone: bool) -> sa.ColumnElement[bool]:
+    c = pending.c
+    return sa.and_(
+        c.column_id == column_id,
+        ~c.failed,
+        sa.or_(c.lease_until.is_(None), c.lease_until < sa.func.now()),
+        sa.or_(c.next_attempt_at.is_(None), c.next_attempt_at <= sa.func.now()),
+        c.attempts >= ALONE_FROM if alone else c.attempts < ALONE_FROM,
+    )
+
+
+def has_suspects(connection: Connection, column_id: int) -> bool:
+    """Whether there are rows to be claimed alone."""
+    wanted = sa.select(pending.c.key).where(_free(column_id, alone=True)).limit(1)
+    return connection.execute(wanted).first() is not None
 
 
 def read(connection: Connection, rows: Rows, token: str, claims: Sequence[Claim]) -> Claimed:
@@ -346,6 +356,7 @@ __all__ = [
     "Written",
     "claim",
     "fail",
+    "has_suspects",
     "next_due",
     "read",
     "release",

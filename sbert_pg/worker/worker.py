@@ -240,7 +240,7 @@ class Worker:
                 break
             took |= self._take(flow, served, alone=False)
             if everything:
-                took |= self._take(flow, served, alone=True)
+                took |= self._take_alone(flow, served)
         if took:
             # There may be more where this came from.
             with self._heard_lock:
@@ -254,6 +254,16 @@ class Worker:
             return False
         flow.put(work)
         return True
+
+    def _take_alone(self, flow: Flow[Work, Embedded | Exception], served: Served) -> bool:
+        """One row that may be what ended a process: nothing else is in hand meanwhile."""
+        with self._database.begin() as connection:
+            if not claims.has_suspects(connection, served.id):
+                return False
+        flow.drain()
+        took = self._take(flow, served, alone=True)
+        flow.drain()
+        return took
 
     def _claim(self, served: Served, *, alone: bool) -> Work | None:
         started = time.perf_counter()
@@ -292,7 +302,8 @@ class Worker:
         self, connection: sa.Connection, served: Served, token: str, taken: list[Claim]
     ) -> dict[str, str]:
         """Fail the rows whose every attempt has ended a process."""
-        most = self.settings.max_attempts
+        # In company a row may have been somebody else's victim, so it gets a chance alone.
+        most = max(self.settings.max_attempts, claims.ALONE_FROM + 1)
         reasons = {
             claim.key: f"no result after {claim.attempts - 1} attempts: each time the process that "
             "encoded it came to an end, or its lease did"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import pwd
 import random
 import shutil
 import signal
@@ -144,18 +145,21 @@ def pgbouncer(engine: sa.Engine, tmp_path: Path):
     )
     command = [program, str(config)]
     if os.getuid() == 0:
-        # It refuses to run as root.
+        # It refuses to run as root, and only the server's own user may see its socket.
         tmp_path.chmod(0o777)
         for parent in list(tmp_path.parents)[:3]:
             parent.chmod(0o755)
-        command = [program, "-u", "nobody", str(config)]
+        owner = Path(host).stat().st_uid if str(host).startswith("/") else 65534
+        command = [program, "-u", pwd.getpwuid(owner).pw_name, str(config)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     url = engine.url.set(host="127.0.0.1", port=port, query={}, username=user)
 
     def is_up() -> bool:
         assert process.poll() is None, (tmp_path / "pgbouncer.log").read_text()
         try:
-            made = sa.create_engine(url, connect_args={"prepare_threshold": None})
+            made = sa.create_engine(
+                url, connect_args={"prepare_threshold": None, "connect_timeout": 3}
+            )
             with made.connect() as connection:
                 connection.execute(sa.select(1))
             made.dispose()
@@ -164,7 +168,10 @@ def pgbouncer(engine: sa.Engine, tmp_path: Path):
         return True
 
     try:
-        wait_for(is_up)
+        try:
+            wait_for(is_up)
+        except AssertionError as error:
+            raise AssertionError((tmp_path / "pgbouncer.log").read_text()) from error
         yield url
     finally:
         process.terminate()
@@ -258,7 +265,7 @@ def test_the_other_commands(engine, note, plain, encoder, tmp_path, capfd):
 
 
 def test_encoders_of_the_tests_are_alike(encoder: DeterministicEncoder) -> None:
-    """The child's encoder and this process's are one space, or nothing above would mean anything."""
+    """The child's encoder and this process's are one space, or nothing above means anything."""
     from .child_encoder import SlowEncoder
 
     assert SlowEncoder(dimensions=32).spec.fingerprint == encoder.spec.fingerprint
