@@ -36,6 +36,8 @@ class Embedding(VectorType):
     """
 
     cache_ok = True
+    # Where users find it, and what Alembic writes before the type's ``repr``.
+    __module__ = "sbert_pg"
 
     def __init__(
         self,
