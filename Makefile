@@ -7,7 +7,7 @@ DEMO_VENV ?= .venv-demo
 MINILM = sentence-transformers/all-MiniLM-L6-v2
 # The reference that fidelity is measured against. Pinned: the newest release can be a CUDA build of
 # several GB. REFERENCE= (empty) leaves it out, and the tests that need it skip.
-REFERENCE ?= torch==2.13.0 sentence-transformers>=5
+REFERENCE ?= torch==2.13.0 sentence-transformers>=5 onnxscript>=0.1
 PYTEST_ARGS ?=
 
 .PHONY: help demo test slow lint format wheel bench clean

@@ -3,8 +3,8 @@
     python benchmarks/triggers.py [--rows 100000] [--rounds 5]
 
 Variants: no triggers; the library's own; and the other kind, that is, by row where the library has
-one trigger for an INSERT statement, and by statement where it has one for each deleted row. Runs on the embedded
-server, variants interleaved, the best of the rounds.
+one trigger for an INSERT statement, and by statement where it has one for each deleted row. Runs on
+the embedded server, variants interleaved, the best of the rounds.
 """
 
 from __future__ import annotations

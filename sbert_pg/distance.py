@@ -1,7 +1,7 @@
 """The one table from a similarity function to pgvector's operator and operator classes.
 
 Distances are smaller for nearer, similarities larger, as in sentence-transformers'
-``SimilarityFunction``: cosine and dot are themselves, euclidean and manhattan are negated distances.
+``SimilarityFunction``: cosine and dot are themselves, euclidean and manhattan negated distances.
 Operators and operator classes: pgvector's README, "Querying" and "Indexing".
 """
 

@@ -93,7 +93,7 @@ EXPORT_MIN_COSINE = 0.9999
 #: Vectors that are not normalised also have to agree in length.
 MAX_LENGTH_RATIO = 1.1
 
-#: What must be equal, with the words that a message uses for it. Not the name and not the precision.
+#: What must be equal, with the words that a message uses for it. Name and precision may differ.
 _DECIDING = {
     "tokenizer_digest": "tokenizer",
     "pooling": "pooling",

@@ -241,7 +241,7 @@ def _statements(connection: sa.Connection, pair: Pair, request: Request) -> Iter
     )
     yield Statement(
         "backfill",
-        f"in batches: UPDATE {name} SET {new} = ...",
+        f"{new} of {name} is written in batches",
         "ROW EXCLUSIVE; rows are locked while their batch is written, free ones only",
     )
     for index in _indexes(pair, request):

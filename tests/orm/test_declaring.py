@@ -176,7 +176,7 @@ def test_source_in_the_parents_table_is_refused(engine: sa.Engine) -> None:
         embedding: Mapped[Vector | None] = embedding()
 
     Base.metadata.create_all(engine)
-    with pytest.raises(SourceError, match="'title'.*'book'"):
+    with pytest.raises(SourceError, match=r"'title'.*'book'"):
         save(engine, Book(title="x"))
 
 

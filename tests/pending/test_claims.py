@@ -161,7 +161,7 @@ def test_a_mark_that_was_removed_and_made_again_is_another(engine, rows, note, p
 
 
 def test_a_change_that_commits_during_the_write_wins(engine, rows, note, plain, fake_encoder):
-    """The writer's transaction is open while the worker writes: the row is skipped, not waited for."""
+    """A writer's transaction is open while the worker writes: the row is skipped, not awaited."""
     plain.execute("INSERT INTO note (body) VALUES ('old'), ('other')")
     claimed = take(engine, rows, "t1")
     with plain.transaction():
