@@ -15,6 +15,7 @@ from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
 from sbert_pg.types import guard, wire
 from sbert_pg.types.query_cache import query_vector
+from sbert_pg.types.unwrapped import unwrapped
 from sbert_pg.types.vector import Array, VectorType, _register_with, register_reflection
 
 
@@ -183,4 +184,4 @@ class QueryVector(VectorType):
                 value = np.asarray(vector)
             return wire.wire_vector(checked(value), storage)
 
-        return process
+        return unwrapped(process)

@@ -17,6 +17,7 @@ from sbert_pg.distance import MAX_DIMENSIONS, Storage
 from sbert_pg.errors import DeclarationError
 from sbert_pg.types import wire
 from sbert_pg.types.comparator import VectorComparator
+from sbert_pg.types.unwrapped import unwrapped
 
 Array = npt.NDArray[np.float32]
 
@@ -86,7 +87,7 @@ class VectorType(UserDefinedType[Array]):
         def process(value: Any) -> Any:
             return None if value is None else wire.wire_vector(checked(value), storage)
 
-        return process
+        return unwrapped(process)
 
     def literal_processor(self, dialect: Dialect) -> Callable[[Any], str]:
         """Render a value as a cast literal."""
