@@ -25,15 +25,14 @@ def unwrapped(process: Callable[[Any], Any]) -> Callable[[Any], Any]:
         try:
             return process(value)
         except SbertPgError as error:
-            kind: Any = type(error)  # mypy takes no class for hashable
-            error.__class__ = _not_wrapped(kind)
+            error.__class__ = _not_wrapped(type(error))
             raise
 
     return raising
 
 
 @cache
-def _not_wrapped(kind: Any) -> type[SbertPgError]:
+def _not_wrapped(kind: Any) -> Any:
     """The class itself with the mixin; same name, and pickled as the class that it stands for."""
     if issubclass(kind, DontWrapMixin):
         return kind
