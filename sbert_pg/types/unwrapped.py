@@ -25,7 +25,8 @@ def unwrapped(process: Callable[[Any], Any]) -> Callable[[Any], Any]:
         try:
             return process(value)
         except SbertPgError as error:
-            error.__class__ = _not_wrapped(type(error))
+            kind: Any = type(error)  # a class is hashable, which mypy does not see
+            error.__class__ = _not_wrapped(kind)
             raise
 
     return raising
