@@ -65,7 +65,7 @@ class BindEmbeddingColumnOp(DeclaringOperation):
 
         For a table that the same migration creates, and for a column that was there before. A
         column that holds vectors already is refused, since nobody has shown which encoder made
-        them: ``sbert-pg reembed adopt`` does, and binds it.
+        them: ``sbert-pg adopt`` does, and binds it.
 
         Args:
             operations: given by Alembic.

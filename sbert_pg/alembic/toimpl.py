@@ -195,7 +195,7 @@ def _refuse_foreign_vectors(connection: sa.Connection, identity: ColumnIdentity)
     if connection.execute(filled).first() is not None:
         raise NotProvenError(
             f"{identity} holds vectors, and nothing shows which encoder and source made them. "
-            "'sbert-pg reembed adopt' proves it on a sample and binds the column; or say "
+            "'sbert-pg adopt' proves it on a sample and binds the column; or say "
             "trust_vectors=True in the migration if you are certain."
         )
 
