@@ -148,11 +148,18 @@ def print_table(
     """Print rows as a table; numbers to the right."""
     table = Table(title=title, title_justify="left", header_style="bold")
     for position, column in enumerate(columns):
-        numeric = bool(rows) and all(isinstance(row[position], (int, float)) for row in rows)
+        numeric = bool(rows) and all(_is_number(row[position]) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*("" if value is None else str(value) for value in row))
     out.print(table)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a cell is a number, be it written for readers: ``~1,234`` or ``100,000+``."""
+    if isinstance(value, str):
+        return value == "?" or value.strip("~+").replace(",", "").isdecimal()
+    return isinstance(value, (int, float))
 
 
 def progress_bar() -> Progress:
@@ -168,6 +175,17 @@ def progress_bar() -> Progress:
         disable=not err.is_terminal,
         transient=True,
     )
+
+
+def duration(seconds: float) -> str:
+    """A span of time in its two largest units, as in ``2 h 5 min``."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
 def note(message: str) -> None:

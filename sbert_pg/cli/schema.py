@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import sqlalchemy as sa
 import typer
 
 from sbert_pg.cli import common
+
+if TYPE_CHECKING:
+    from sbert_pg.pending.status import ColumnStatus
 
 
 def register(app: typer.Typer) -> None:
@@ -90,10 +94,15 @@ def migrate(
 
 def status(
     database: common.DatabaseOption = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Count rows instead of estimating; reads every table.")
+    ] = False,
     json: common.JsonOption = False,
 ) -> None:
     """Show each embedding column: rows, embedded, pending, failed, encoder, index.
 
+    [b]sbert-pg status[/]                 in a moment, with the planner's estimates (~)
+    [b]sbert-pg status --exact[/]         counted
     [b]sbert-pg status --json | jq '.[].pending'[/]
     """
     from dataclasses import asdict
@@ -101,11 +110,48 @@ def status(
     from sbert_pg.pending.status import status as column_status
 
     with common.database(database) as engine, engine.connect() as connection:
-        found = [asdict(column) for column in column_status(connection)]
+        found = column_status(connection, exact=exact)
     if json:
-        common.print_json(found)
+        common.print_json([asdict(column) for column in found])
         return
     if not found:
         common.note("No column is bound to an encoder yet.")
         return
-    common.print_table(list(found[0]), [list(row.values()) for row in found])
+    headers = ("column", "encoder", "rows", "embedded", "pending", "failed", "index")
+    common.print_table(headers, [_status_row(column) for column in found])
+    for column in found:
+        for remark in _remarks(column):
+            typer.echo(f"{column.column.removeprefix('public.')}: {remark}")
+
+
+def _status_row(column: ColumnStatus) -> tuple[str, ...]:
+    """What fits a terminal's line; ``--json`` has the rest."""
+
+    def estimate(count: int | None) -> str:
+        return "?" if count is None else f"{'' if column.counted else '~'}{count:,}"
+
+    return (
+        column.column.removeprefix("public."),
+        column.encoder.rpartition("/")[2],
+        estimate(column.rows),
+        estimate(column.embedded),
+        f"{column.pending:,}{'+' if column.pending_is_capped else ''}",
+        f"{column.failed:,}",
+        column.index,
+    )
+
+
+def _remarks(column: ColumnStatus) -> Iterator[str]:
+    """What is worth a line because it is not as usual."""
+    if column.state != "active":
+        yield f"is {column.state}"
+    if not column.noticing:
+        yield "triggers are missing or disabled, so changes of its texts are not noticed"
+    if column.oldest_pending is not None:
+        yield f"a row has been pending for {common.duration(column.oldest_pending)}"
+    if column.skipped:
+        yield f"{column.skipped:,} rows are skipped"
+    if column.truncated:
+        yield f"about {column.truncated:,} texts are longer than the encoder reads"
+    if column.embedded is None:
+        yield "the table was not analyzed since it has vectors; --exact counts"

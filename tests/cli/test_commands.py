@@ -125,6 +125,9 @@ def test_load_and_search(database_url: sa.URL, articles: Path, minilm: Any) -> N
     status = json.loads(sbert_pg("status", "--json", url=database_url).stdout)
     assert len(status) == 1
     assert status[0]["pending"] == 0
+    for_readers = sbert_pg("status", "--exact", url=database_url).stdout
+    line = next(line for line in for_readers.splitlines() if "article.embe" in line)
+    assert line.split("│")[3].strip() == "4", "rows are counted"
 
 
 def test_a_bad_row_leaves_nothing(database_url: sa.URL, tmp_path: Path, minilm: Any) -> None:
