@@ -30,6 +30,11 @@ WhereOption = Annotated[
     typer.Option(help="Rows that take part, in SQL, as in \"lang = 'en'\".", show_default=False),
 ]
 
+SeedOption = Annotated[
+    int, typer.Option(help="Seed of everything random; the same seed gives the same result.")
+]
+LimitOption = Annotated[int, typer.Option("--limit", "-n", min=1, help="Lines to show, at most.")]
+
 commands = typer.Typer(
     name="cluster",
     help="Topics of a table: runs, clusters and assignments as rows of tables.",
@@ -48,7 +53,9 @@ def run(
     database: common.DatabaseOption = None,
     column: ColumnOption = None,
     app: common.AppOption = None,
-    algorithm: Annotated[AlgorithmName, typer.Option("--algorithm", "-a")] = "kmeans",
+    algorithm: Annotated[
+        AlgorithmName, typer.Option("--algorithm", "-a", help="How clusters are found.")
+    ] = "kmeans",
     clusters: Annotated[
         str,
         typer.Option("--clusters", "-k", help="k-means: a number, several (10,20,40), or auto."),
@@ -66,7 +73,7 @@ def run(
         ),
     ] = None,
     where: WhereOption = None,
-    seed: int = 0,
+    seed: SeedOption = 0,
     keywords: Annotated[
         bool, typer.Option(help="Find keywords, and label clusters by them.")
     ] = True,
@@ -115,7 +122,7 @@ def show(
     column: ColumnOption = None,
     app: common.AppOption = None,
     runs: Annotated[bool, typer.Option("--runs", help="Show the runs instead.")] = False,
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1)] = 20,
+    limit: LimitOption = 20,
     json: common.JsonOption = False,
 ) -> None:
     """Show the current clusters, the rows of one, or the runs.
@@ -203,14 +210,20 @@ def draw(
     database: common.DatabaseOption = None,
     column: ColumnOption = None,
     app: common.AppOption = None,
-    projection: Annotated[Literal["auto", "tsne", "umap", "pca"], typer.Option()] = "auto",
+    projection: Annotated[
+        Literal["auto", "tsne", "umap", "pca"],
+        typer.Option(help="How; auto is UMAP where umap-learn is installed, else t-SNE."),
+    ] = "auto",
     rows: Annotated[int, typer.Option(min=3, help="Rows to show, at most.")] = 5_000,
-    title: Annotated[str | None, typer.Option(show_default=False)] = None,
-    seed: int = 0,
+    title: Annotated[
+        str | None, typer.Option(help="Title of the map; its table by default.", show_default=False)
+    ] = None,
+    seed: SeedOption = 0,
 ) -> None:
     """Draw the rows in two dimensions, coloured by cluster.
 
     [b]sbert-pg cluster map article topics.html[/]
+    [b]sbert-pg cluster map article topics.png --projection pca --rows 2000[/]
     """
     if file.suffix.lower() not in (".html", ".png"):
         raise DeclarationError(f"The map {str(file)!r} has to end in .html or .png.")
@@ -235,7 +248,10 @@ def switch(
     column: ColumnOption = None,
     app: common.AppOption = None,
 ) -> None:
-    """Make another run the current one, at once for every reader."""
+    """Make another run the current one, at once for every reader.
+
+    [b]sbert-pg cluster switch article 12[/]
+    """
     with common.database(database) as engine:
         topics = _clustering(engine, table, column, app)
         with engine.begin() as connection:
@@ -251,7 +267,10 @@ def prune(
     app: common.AppOption = None,
     keep: Annotated[int, typer.Option(min=0, help="Runs to keep beside the current one.")] = 1,
 ) -> None:
-    """Delete earlier runs with their clusters and assignments."""
+    """Delete earlier runs with their clusters and assignments.
+
+    [b]sbert-pg cluster prune article --keep 3[/]
+    """
     with common.database(database) as engine:
         topics = _clustering(engine, table, column, app)
         with engine.begin() as connection:
@@ -269,7 +288,11 @@ def views(
         bool, typer.Option("--create", help="Create them, instead of printing their SQL.")
     ] = False,
 ) -> None:
-    """Print or create views and functions for readers in SQL."""
+    """Print or create views and functions for readers in SQL.
+
+    [b]sbert-pg cluster views article[/]
+    [b]sbert-pg cluster views article --create[/]
+    """
     with common.database(database) as engine:
         topics = _clustering(engine, table, column, app)
         statements = list(lib.ClusterViews.of(topics, engine.dialect).create())

@@ -9,7 +9,13 @@ import typer
 
 from sbert_pg import clustering as lib
 from sbert_pg.cli import common
-from sbert_pg.cli.cluster import ColumnOption, TableArgument, WhereOption, criterion_of
+from sbert_pg.cli.cluster import (
+    ColumnOption,
+    LimitOption,
+    TableArgument,
+    WhereOption,
+    criterion_of,
+)
 from sbert_pg.cli.tables import embedding_of, table_of
 
 
@@ -25,7 +31,7 @@ def duplicates(
     threshold: Annotated[float, typer.Option(min=-1, max=1, help="Least similarity.")] = 0.9,
     where: WhereOption = None,
     groups: Annotated[bool, typer.Option("--groups", help="Show groups instead of pairs.")] = False,
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1)] = 20,
+    limit: LimitOption = 20,
     json: common.JsonOption = False,
 ) -> None:
     """Find rows that are nearly the same, comparing all with all.

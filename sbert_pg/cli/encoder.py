@@ -239,7 +239,10 @@ def bench(
 
 
 def list_known(json: common.JsonOption = False) -> None:
-    """Well-known encoders, with their sizes and limits and what each is good for."""
+    """Well-known encoders, with their sizes and limits and what each is good for.
+
+    [b]sbert-pg encoder list[/]
+    """
     if json:
         common.print_json([asdict(known) for known in KNOWN_ENCODERS])
         return
