@@ -158,7 +158,7 @@ def _message(change: Change) -> str:
             "which proves it, and leave the vectors as they are."
         )
     if change.what.startswith("storage"):
-        text += " 'sbert-pg reembed retype' fills it from the vectors that are there, without encoding."
+        text += " 'sbert-pg reembed retype' fills it from the vectors there, without encoding."
     return text
 
 
