@@ -196,6 +196,8 @@ def test_interrupt_leaves_nothing_half_done(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell's background jobs ignore SIGINT, and their children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     engine = sa.create_engine(database_url)
     deadline = time.monotonic() + 60

@@ -322,8 +322,8 @@ def test_attribute_names_apart_from_column_names(engine: sa.Engine) -> None:
 def test_sqlmodel(engine: sa.Engine) -> None:
     sqlmodel = pytest.importorskip("sqlmodel")
 
-    class Recipe(sqlmodel.SQLModel, table=True):  # type: ignore[name-defined,misc,call-arg]
-        __table_args__ = (hnsw_index("recipe_i", "embedding"),)
+    class Dish(sqlmodel.SQLModel, table=True):  # type: ignore[name-defined,misc,call-arg]
+        __table_args__ = (hnsw_index("dish_i", "embedding"),)
         id: int | None = sqlmodel.Field(default=None, primary_key=True)
         title: str
         embedding: Any = sqlmodel.Field(
@@ -334,11 +334,11 @@ def test_sqlmodel(engine: sa.Engine) -> None:
     create(engine, sqlmodel.SQLModel.metadata)
     with sqlmodel.Session(engine) as session:
         embed_on_flush(session)
-        session.add_all([Recipe(title="red soup"), Recipe(title="apple pie")])
+        session.add_all([Dish(title="red soup"), Dish(title="apple pie")])
         session.commit()
-        found = session.exec(nearest(Recipe.embedding, "apple", limit=1)).one()
+        found = session.exec(nearest(Dish.embedding, "apple", limit=1)).one()
         assert found[0].title == "apple pie"
-    sqlmodel.SQLModel.metadata.remove(Recipe.__table__)
+    sqlmodel.SQLModel.metadata.remove(Dish.__table__)
 
 
 def test_flask_sqlalchemy(database_url: sa.URL) -> None:
