@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sbert_pg.loading import load
     from sbert_pg.orm import embed_on_flush, embedding_column
     from sbert_pg.pending.backfill import backfill
+    from sbert_pg.reembedding import assert_ready
     from sbert_pg.search import nearest
     from sbert_pg.source import Source
     from sbert_pg.types import Embedding, HalfVector, Vector
@@ -30,6 +31,7 @@ _LAZY = {
     "Source": "sbert_pg.source",
     "Vector": "sbert_pg.types",
     "WorkerSettings": "sbert_pg.worker",
+    "assert_ready": "sbert_pg.reembedding",
     "backfill": "sbert_pg.pending.backfill",
     "bind": "sbert_pg.catalog",
     "bind_all": "sbert_pg.catalog",
@@ -53,6 +55,7 @@ __all__ = [
     "TextEncoder",
     "Vector",
     "WorkerSettings",
+    "assert_ready",
     "backfill",
     "bind",
     "bind_all",

@@ -178,6 +178,10 @@ class TableBusyError(ReembeddingError):
     """A table's lock could not be had; nothing was changed."""
 
 
+class StepStoppedError(ReembeddingError):
+    """A step was called off in the middle; the same call again goes on from there."""
+
+
 class BackfillError(SbertPgError):
     """A column cannot be filled; what was written stays."""
 

@@ -69,6 +69,11 @@ def find_encoder(spec: EncoderSpec) -> TextEncoder | None:
     return _encoders.get((spec.name, spec.dimensions))
 
 
+def find_named(name: str) -> TextEncoder | None:
+    """An encoder registered or loaded under a name, whatever its dimensions; the first one."""
+    return next((found for (known, _), found in _encoders.items() if known == name), None)
+
+
 def get_encoder(spec: EncoderSpec) -> TextEncoder:
     """The encoder that a declaration names: registered, or loaded now and kept.
 

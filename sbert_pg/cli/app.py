@@ -20,6 +20,8 @@ COMMAND_MODULES = (
     "sbert_pg.cli.encoder",
     "sbert_pg.cli.worker",
     "sbert_pg.cli.upkeep",
+    "sbert_pg.cli.reembed",
+    "sbert_pg.cli.adopt",
     "sbert_pg.cli.cluster",
     "sbert_pg.cli.duplicates",
 )

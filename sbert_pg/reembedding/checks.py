@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -31,6 +33,35 @@ class Status:
     state: State
     next_step: str
     usage: Usage
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        data = asdict(self)
+        data["facts"]["coverage"]["share"] = self.facts.coverage.share
+        data["usage"]["reasons"] = self.usage.reasons()
+        return data
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        f, c = self.facts, self.facts.coverage
+        yield f"{f.table}: {f.old} -> {f.new}: {self.state}"
+        yield (
+            f"  coverage   {c.share:.2%}: {c.embedded:,} of {c.with_text:,} rows with text; "
+            f"{c.pending:,} pending, {c.failed:,} failed"
+        )
+        built = ", ".join(f.new_indexes) or "none"
+        for names, what in ((f.building, "being built"), (f.invalid_indexes, "not valid")):
+            if names:
+                built += f"; {what}: {', '.join(names)}"
+        yield f"  index      {built}"
+        reasons = self.usage.reasons()
+        for reason in reasons:
+            yield f"  old column {reason}"
+        if not reasons:
+            yield "  old column not seen in use lately"
+        yield f"  next       {self.next_step}"
 
 
 def status(engine: sa.Engine, column: ColumnIdentity, *, watch: float = 0.0) -> Status:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from sbert_pg.catalog import Binding
 from sbert_pg.distance import Storage
 from sbert_pg.errors import AlreadyBoundError, DimensionError, ReembeddingError
 from sbert_pg.reembedding import pg
+from sbert_pg.reembedding.building import BuildProgress
 from sbert_pg.reembedding.locks import ATTEMPTS, LOCK_TIMEOUT, in_short_transactions
 from sbert_pg.reembedding.pair import Pair, pair_of, reflect, replacement_of
 from sbert_pg.reembedding.vector_index import build_index, index_name
@@ -164,6 +166,9 @@ def build_indexes(
     indexes: Sequence[sa.Index] | None = None,
     maintenance_work_mem: str | None = None,
     parallel_workers: int | None = None,
+    wait: float = 0.0,
+    on_progress: BuildProgress | None = None,
+    stop: threading.Event | None = None,
 ) -> list[str]:
     """Build the new column's indexes concurrently, after the bulk of its vectors is there.
 
@@ -175,12 +180,16 @@ def build_indexes(
         indexes: the indexes to build, as declared; by default one like each of the old column's.
         maintenance_work_mem: see ``build_index``.
         parallel_workers: see ``build_index``.
+        wait: see ``build_index``.
+        on_progress: see ``build_index``.
+        stop: see ``build_index``.
 
     Returns:
         Names of the new column's indexes, those that were there included.
 
     Raises:
-        TableBusyError: a lock could not be had.
+        TableBusyError: a lock could not be had, or another session is building the index.
+        StepStoppedError: ``stop`` was set.
     """
     with engine.connect() as connection:
         pair = pair_of(connection, column)
@@ -192,8 +201,12 @@ def build_indexes(
             index,
             maintenance_work_mem=maintenance_work_mem,
             parallel_workers=parallel_workers,
+            wait=wait,
+            on_progress=on_progress,
+            stop=stop,
         )
-    return [str(index.name) for index in wanted]
+    there = [index.name for index in pair.new.indexes if index.valid]
+    return list(dict.fromkeys([*there, *(str(index.name) for index in wanted)]))
 
 
 def likened(pair: Pair) -> list[sa.Index]:

@@ -155,6 +155,19 @@ def plan(engine: sa.Engine, request: Request, *, texts: int = SAMPLE) -> Plan:
         return found
 
 
+def need_of(engine: sa.Engine, request: Request) -> tuple[str, str]:
+    """``"re-embedding"``, ``"retype"`` or ``"rebind"``, and why; nothing is written.
+
+    Raises:
+        NotBoundError: the old column is not bound.
+    """
+    with engine.connect() as connection:
+        pair = pair_of(connection, request.old)
+        found = _need(connection, pair, request, _encoder(request)[0])
+        connection.rollback()
+        return found
+
+
 def _encoder(request: Request) -> tuple[TextEncoder | None, str]:
     try:
         return get_encoder(request.encoder), ""
@@ -312,4 +325,4 @@ def _size(number: int) -> str:
     return f"{size:.1f} TB"
 
 
-__all__ = ["ColumnIdentity", "Plan", "Statement", "plan"]
+__all__ = ["ColumnIdentity", "Plan", "Statement", "need_of", "plan"]

@@ -144,12 +144,16 @@ def _index_missing(
         return
     relation = pg.relation_name(table, connection)
     there = {i.name: i.valid for i in vector_indexes(connection, relation, column.name)}
-    declared = [str(index.name) for index in table.indexes if _is_on(index, column)]
-    for name in declared:
+    for name in (str(index.name) for index in declared_indexes(column)):
         if name not in there:
             yield f"index {name} does not exist"
         elif not there[name]:
             yield f"index {name} is not valid"
+
+
+def declared_indexes(column: sa.Column[Any]) -> list[sa.Index]:
+    """The vector indexes that a class declares on one of its columns."""
+    return [index for index in column.table.indexes if _is_on(index, column)]
 
 
 def _is_on(index: sa.Index, column: sa.Column[Any]) -> bool:
@@ -157,4 +161,4 @@ def _is_on(index: sa.Index, column: sa.Column[Any]) -> bool:
     return using in ("hnsw", "ivfflat") and column.name in index.columns
 
 
-__all__ = ["assert_ready", "embedding_columns"]
+__all__ = ["assert_ready", "declared_indexes", "embedding_columns"]

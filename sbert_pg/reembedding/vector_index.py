@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import re
-from collections.abc import Callable
+import threading
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,9 +13,10 @@ from alembic.operations import Operations
 from sqlalchemy.ext.compiler import compiles
 
 from sbert_pg.distance import METRICS, IndexMethod, Similarity
-from sbert_pg.errors import DeclarationError, TableBusyError
+from sbert_pg.errors import DeclarationError, StepStoppedError, TableBusyError
 from sbert_pg.indexes import hnsw_index, ivfflat_index
 from sbert_pg.reembedding import pg
+from sbert_pg.reembedding.building import BuildProgress, wait_for_other, watched
 from sbert_pg.reembedding.locks import (
     ATTEMPTS,
     LOCK_TIMEOUT,
@@ -188,10 +189,6 @@ def _read(row: Any) -> VectorIndex:
     )
 
 
-#: Told the phase, and blocks or tuples done and in all, while an index is built.
-BuildProgress = Callable[[str, int, int], None]
-
-
 def build_index(
     engine: sa.Engine,
     index: sa.Index,
@@ -200,6 +197,9 @@ def build_index(
     parallel_workers: int | None = None,
     lock_timeout: float = LOCK_TIMEOUT,
     attempts: int = ATTEMPTS,
+    wait: float = 0.0,
+    on_progress: BuildProgress | None = None,
+    stop: threading.Event | None = None,
 ) -> bool:
     """Build an index with ``CREATE INDEX CONCURRENTLY``, unless a valid one of this name is there.
 
@@ -214,12 +214,17 @@ def build_index(
         parallel_workers: ``max_parallel_maintenance_workers`` for the build.
         lock_timeout: seconds to wait for the table's lock at an attempt.
         attempts: how often to try.
+        wait: seconds to wait for another session that is building this index, such as one whose
+            client was killed.
+        on_progress: told the phase, and blocks or tuples done and in all, in a thread.
+        stop: once it is set the build is cancelled, and its invalid index dropped.
 
     Returns:
         Whether it was built now; ``False`` where a valid index of this name was there.
 
     Raises:
         TableBusyError: the lock was not to be had, or another session is building this index.
+        StepStoppedError: ``stop`` was set.
         DeclarationError: the index has no name or no table.
     """
     if index.table is None or index.name is None:
@@ -237,12 +242,33 @@ def build_index(
             for name, value in settings.items():
                 if value is not None:
                     connection.execute(sa.select(sa.func.set_config(name, value, False)))
-            return _build(connection, index, attempts)
+            relation = pg.relation_name(index.table, connection)
+            if not wait_for_other(
+                connection,
+                lambda: index_state(connection, index) == "building",
+                relation,
+                wait,
+                on_progress,
+                stop,
+            ):
+                raise TableBusyError(_others(index))
+            pid = connection.execute(sa.select(sa.func.pg_backend_pid())).scalar_one()
+            with watched(engine, pid, relation, on_progress, stop):
+                return _build(connection, index, attempts, stop)
         finally:
             plain.invalidate()
 
 
-def _build(connection: sa.Connection, index: sa.Index, attempts: int) -> bool:
+def _others(index: sa.Index) -> str:
+    return (
+        f"Another session is building index {index.name!r} now; wait for it, or end it with "
+        "pg_terminate_backend and run the same command again."
+    )
+
+
+def _build(
+    connection: sa.Connection, index: sa.Index, attempts: int, stop: threading.Event | None
+) -> bool:
     assert index.table is not None
     operations = pg.operations(connection)
     relation = pg.relation_name(index.table, connection)
@@ -251,10 +277,7 @@ def _build(connection: sa.Connection, index: sa.Index, attempts: int) -> bool:
         if state == "valid":
             return attempt > 1
         if state == "building":
-            raise TableBusyError(
-                f"Another session is building index {index.name!r} now; wait for it, or end it "
-                "with pg_terminate_backend and run the same command again."
-            )
+            raise TableBusyError(_others(index))
         try:
             if state == "invalid":
                 operations.drop_index(
@@ -267,8 +290,14 @@ def _build(connection: sa.Connection, index: sa.Index, attempts: int) -> bool:
             connection.execute(CreateIndexConcurrently(index))
             return True
         except sa.exc.DBAPIError as error:
-            if sqlstate(error) not in ("55P03", "40P01") or attempt == attempts:
+            stopped = stop is not None and stop.is_set()
+            if stopped or sqlstate(error) not in ("55P03", "40P01") or attempt == attempts:
                 _drop_leftover(operations, connection, index)
+                if stopped:
+                    raise StepStoppedError(
+                        f"The build of index {index.name!r} was called off. Run the same command "
+                        "again to build it."
+                    ) from error
                 if sqlstate(error) == "55P03":
                     raise TableBusyError(_busy(connection, relation, index)) from error
                 raise

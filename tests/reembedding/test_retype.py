@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 
 import numpy as np
 import pytest
@@ -134,7 +135,7 @@ def test_locked_rows_do_not_hold_it_up(filled):
     ree.start(filled.engine, request(filled, filled.old, "halfvec"))
     with filled.engine.connect() as other:
         other.execute(sa.text("update articles set lang = 'fr' where id = 11"))
-        import sbert_pg.reembedding.retype as module
+        module = importlib.import_module("sbert_pg.reembedding.retype")
 
         passes, module._PASSES = module._PASSES, 2
         try:
