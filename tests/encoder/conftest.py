@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from encoder_models import Wish, write_model
 
+from sbert_pg.encoder import Encoder
+
 NO_TORCH = "torch and sentence-transformers are the reference: pip install 'sbert-pg[export]'"
 
 
@@ -33,8 +35,10 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Wish], Pat
 @pytest.fixture(scope="session")
 def reference() -> Iterator[Callable[[Path], Any]]:
     """The same directory in sentence-transformers, torch fp32 on the CPU; the last one is kept."""
-    pytest.importorskip("torch", reason=NO_TORCH)
+    torch = pytest.importorskip("torch", reason=NO_TORCH)
     sentence_transformers = pytest.importorskip("sentence_transformers", reason=NO_TORCH)
+    # Models this small only wait for each other on several threads.
+    torch.set_num_threads(1)
     kept: dict[Path, Any] = {}
 
     def load(path: Path) -> Any:
@@ -53,3 +57,15 @@ def reference() -> Iterator[Callable[[Path], Any]]:
 def encoder_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of conversions for this run."""
     return tmp_path_factory.mktemp("encoders")
+
+
+@pytest.fixture(scope="session")
+def fp32(minilm_path: Path, encoder_cache: Path) -> Encoder:
+    """The real all-MiniLM-L6-v2 in fp32, converted once a run."""
+    return Encoder.load(minilm_path, precision="fp32", cache_dir=encoder_cache)
+
+
+@pytest.fixture(scope="session")
+def int8(minilm_path: Path, encoder_cache: Path) -> Encoder:
+    """The same in int8."""
+    return Encoder.load(minilm_path, precision="int8", cache_dir=encoder_cache)

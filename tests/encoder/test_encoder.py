@@ -32,9 +32,10 @@ from sbert_pg.spec import EncoderSpec, TextEncoder
 ROUNDING = 2e-6
 
 
-@pytest.fixture(scope="session")
-def encoder(minilm_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Encoder:
-    return Encoder.load(minilm_path, precision="fp32", cache_dir=tmp_path_factory.mktemp("cache"))
+@pytest.fixture(scope="module")
+def encoder(fp32: Encoder) -> Encoder:
+    # One of this module's own, for its counts.
+    return Encoder.open(fp32.directory)
 
 
 def numbered(count: int) -> list[str]:
@@ -61,11 +62,11 @@ def test_results_stand_in_the_order_of_the_texts(encoder: Encoder) -> None:
     np.testing.assert_allclose(again, together[shuffled], atol=ROUNDING)
 
 
-def test_neighbours_in_int8(minilm: Encoder) -> None:
+def test_neighbours_in_int8(int8: Encoder) -> None:
     """A rounding of the last bit can move a value to the next of 256 steps; no more than that."""
     texts = [*SAMPLE_TEXTS, *numbered(60)]
-    together = minilm.encode(texts)
-    alone = np.stack([minilm.encode(text) for text in texts])
+    together = int8.encode(texts)
+    alone = np.stack([int8.encode(text) for text in texts])
     cosine = (together * alone).sum(axis=1)
     assert cosine.min() > 0.998
 

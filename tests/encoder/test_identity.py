@@ -28,8 +28,8 @@ Change = Callable[[Path], None]
 
 
 @pytest.fixture(scope="module")
-def base(minilm_path: Path, encoder_cache: Path) -> Encoder:
-    return Encoder.load(minilm_path, precision="fp32", cache_dir=encoder_cache)
+def base(fp32: Encoder) -> Encoder:
+    return fp32
 
 
 @pytest.fixture
@@ -60,8 +60,7 @@ def test_itself(base: Encoder) -> None:
     assert "equal" in verdict.reason
 
 
-def test_int8_and_fp32(base: Encoder, minilm_path: Path, encoder_cache: Path) -> None:
-    int8 = Encoder.load(minilm_path, precision="int8", cache_dir=encoder_cache)
+def test_int8_and_fp32(base: Encoder, int8: Encoder) -> None:
     assert int8.spec.fingerprint != base.spec.fingerprint
     verdict = compatible(base, int8)
     assert verdict, verdict.reason
@@ -71,10 +70,12 @@ def test_int8_and_fp32(base: Encoder, minilm_path: Path, encoder_cache: Path) ->
     assert verdict.agreement.mean_cosine > PRECISION_MEAN_COSINE + 0.005
 
 
+@pytest.mark.slow
 def test_another_exporter(
     base: Encoder, minilm_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("torch", reason="the other exporter is torch's")
+    for package in ("torch", "sentence_transformers", "onnxscript"):
+        pytest.importorskip(package, reason="the other exporter is torch's")
     from sbert_pg.encoder.convert import graph
 
     monkeypatch.setattr(graph, "ARCHITECTURES", ())
@@ -190,7 +191,7 @@ def test_below_its_floor_a_precision_is_refused(
     from sbert_pg.errors import ConversionError
 
     floor = conversion.Floor(mean=0.99999, worst=0.99999)
-    monkeypatch.setitem(conversion.FLOORS, "int8", floor)
+    monkeypatch.setitem(conversion.FLOORS, "int8-blocks", floor)
     with pytest.raises(ConversionError, match=r"0\.99999.*precision='fp32'"):
-        Encoder.load(minilm_path, precision="int8", cache_dir=tmp_path)
+        Encoder.load(minilm_path, precision="int8-blocks", cache_dir=tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.name == "model.onnx"]

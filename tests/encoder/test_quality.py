@@ -50,16 +50,6 @@ def test_equal_answers_are_one_text() -> None:
     assert found.ndcg_at_10 == found.recall_at_1 == 1
 
 
-@pytest.fixture(scope="module")
-def fp32(minilm_path: Path, encoder_cache: Path) -> Encoder:
-    return Encoder.load(minilm_path, precision="fp32", cache_dir=encoder_cache)
-
-
-@pytest.fixture(scope="module")
-def int8(minilm_path: Path, encoder_cache: Path) -> Encoder:
-    return Encoder.load(minilm_path, precision="int8", cache_dir=encoder_cache)
-
-
 @pytest.mark.parametrize("task", ["sts17 en-en", "sts17 es-es"])
 def test_published_figures_of_similarity(
     data_dir: Path, fp32: Encoder, int8: Encoder, task: str

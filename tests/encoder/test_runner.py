@@ -36,8 +36,8 @@ def test_equal_lengths_go_together() -> None:
 
 
 @pytest.fixture
-def directory(minilm: Encoder) -> Path:
-    return minilm.directory
+def directory(int8: Encoder) -> Path:
+    return int8.directory
 
 
 def runner(directory: Path, inputs: tuple[str, ...] = ("input_ids", "attention_mask"), **options):
