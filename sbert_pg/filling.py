@@ -78,13 +78,14 @@ class Filling:
         """
         return self.text_of(
             [
-                _default_of(column) if value is NOT_KNOWN else value
+                default_of(column) if value is NOT_KNOWN else value
                 for column, value in zip(self.source_columns, values, strict=True)
             ]
         )
 
 
-def _default_of(column: sa.Column[Any]) -> Any:
+def default_of(column: sa.Column[Any]) -> Any:
+    """What a new row gets where no value is given, or ``NOT_KNOWN``."""
     default: Any = column.default
     if default is not None:
         return default.arg if default.is_scalar else NOT_KNOWN
@@ -129,7 +130,8 @@ def encode_jobs(jobs: Sequence[TextJob]) -> None:
     encoded = [(group, _encode(spec, group)) for spec, group in by_encoder.items()]
     for group, vectors in encoded:
         for job, vector in zip(group, vectors, strict=True):
-            job.store(vector)
+            # A copy, so that one vector that is kept does not keep its whole batch.
+            job.store(vector.copy())
 
 
 def _encode(spec: EncoderSpec, group: Sequence[TextJob]) -> Vectors:

@@ -19,6 +19,7 @@ from sqlalchemy.orm.base import PassiveFlag
 from sbert_pg.errors import DeclarationError
 from sbert_pg.filling import NOT_KNOWN, Text, TextJob, encode_jobs
 from sbert_pg.orm.attributes import EmbeddingAttribute, attributes_of
+from sbert_pg.orm.rechecking import recheck, remember
 from sbert_pg.orm.rereading import Key, locked_sources
 from sbert_pg.orm.statements import embed_statement
 
@@ -55,6 +56,7 @@ def embed_on_flush(target: SessionTarget) -> None:
     listened = _listened(target)
     if not event.contains(listened, "before_flush", _before_flush):
         event.listen(listened, "before_flush", _before_flush)
+        event.listen(listened, "after_flush", recheck)
         event.listen(listened, "do_orm_execute", embed_statement)
 
 
@@ -84,29 +86,58 @@ def _listened(target: SessionTarget) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class _Partial:
-    """An object of whose source only a part has changed, so that the rest is read again."""
+    """An object whose row has to be read before its text is known.
+
+    Attributes:
+        state: the object.
+        attribute: the embedding column.
+        changed: names of the source's attributes that have been assigned.
+        same: whether the vector stays if the text turns out to be what it was.
+    """
 
     state: InstanceState[Any]
     attribute: EmbeddingAttribute
     changed: frozenset[str]
+    same: bool
 
 
 def _before_flush(session: Session, context: Any, instances: Any) -> None:
-    jobs: list[TextJob] = []
+    texts: list[tuple[InstanceState[Any], EmbeddingAttribute, Text]] = []
     partials: list[_Partial] = []
     for state, attribute in _embedded(session.new):
-        _add(jobs, state, attribute, _text_of_new(state, attribute))
+        if not _is_given(state, attribute, state.dict.get(attribute.key)):
+            texts.append((state, attribute, _text_of_new(state, attribute)))
     for state, attribute in _embedded(session.dirty):
-        changed = frozenset(key for key in attribute.source_keys if _added(state, key))
-        if changed and not _is_given(state, attribute):
-            if len(changed) < len(attribute.source_keys):
-                partials.append(_Partial(state, attribute, changed))
-            else:
-                _add(jobs, state, attribute, _text_of(state, attribute, {}))
-    for partial, values in _reread(session, partials):
-        text = _text_of(partial.state, partial.attribute, values)
-        _add(jobs, partial.state, partial.attribute, text)
+        partial = _change(state, attribute)
+        if partial is None:
+            continue
+        if len(partial.changed) < len(attribute.source_keys) or partial.same:
+            partials.append(partial)
+        else:
+            texts.append((state, attribute, _text_of(state, attribute, {})))
+    texts.extend(_reread(session, partials))
+    jobs: list[TextJob] = []
+    for state, attribute, text in texts:
+        _add(jobs, state, attribute, text)
     encode_jobs(jobs)
+    remember(context, ((s, a) for s, a, text in texts if text is not NOT_KNOWN))
+
+
+def _change(state: InstanceState[Any], attribute: EmbeddingAttribute) -> _Partial | None:
+    """What has been assigned that asks for another vector, or ``None``."""
+    changed = set()
+    unknown = False
+    for key in attribute.source_keys:
+        history = _history(state, key)
+        if history.added:
+            changed.add(key)
+            # Assigned without having been loaded, so perhaps to what it was.
+            unknown = unknown or not history.deleted
+    vector = _history(state, attribute.key).added
+    removed = bool(vector) and vector[0] is None
+    if not (changed or removed) or (vector and _is_given(state, attribute, vector[0])):
+        return None
+    return _Partial(state, attribute, frozenset(changed), unknown and not removed)
 
 
 def _embedded(
@@ -118,18 +149,18 @@ def _embedded(
             yield state, attribute
 
 
-def _added(state: InstanceState[Any], key: str) -> Any:
+def _history(state: InstanceState[Any], key: str) -> Any:
     """What has been assigned since the attribute was loaded; nothing is loaded to find out."""
-    return state.get_history(key, PassiveFlag.PASSIVE_NO_INITIALIZE).added
+    return state.get_history(key, PassiveFlag.PASSIVE_NO_INITIALIZE)
 
 
-def _is_given(state: InstanceState[Any], attribute: EmbeddingAttribute) -> bool:
-    """Whether the caller assigned the vector, ``None`` included, and not an earlier flush.
+def _is_given(state: InstanceState[Any], attribute: EmbeddingAttribute, vector: Any) -> bool:
+    """Whether the caller assigned a vector, and not an earlier flush.
 
-    A flush that failed leaves its vectors in objects that the rollback made new again.
+    ``None`` is no vector, as a dataclass's ``__init__`` assigns it. A flush that failed leaves its
+    vectors in objects that the rollback made new again.
     """
-    added = _added(state, attribute.key)
-    return bool(added) and not _was_made(state, attribute, added[0])
+    return vector is not None and not _was_made(state, attribute, vector)
 
 
 def _was_made(state: InstanceState[Any], attribute: EmbeddingAttribute, vector: Any) -> bool:
@@ -138,9 +169,6 @@ def _was_made(state: InstanceState[Any], attribute: EmbeddingAttribute, vector: 
 
 
 def _text_of_new(state: InstanceState[Any], attribute: EmbeddingAttribute) -> Text:
-    vector = state.dict.get(attribute.key)
-    if vector is not None and not _was_made(state, attribute, vector):
-        return NOT_KNOWN
     return attribute.filling.text_of_new(
         [state.dict.get(key, NOT_KNOWN) for key in attribute.source_keys]
     )
@@ -202,8 +230,8 @@ def _shown(state: InstanceState[Any]) -> str:
 
 def _reread(
     session: Session, partials: list[_Partial]
-) -> Iterable[tuple[_Partial, dict[str, Any]]]:
-    """The partially changed objects, each with the rest of its source as the row has it now."""
+) -> Iterable[tuple[InstanceState[Any], EmbeddingAttribute, Text]]:
+    """The text of each object, with what it does not bring as the row has it now."""
     groups: dict[EmbeddingAttribute, list[tuple[_Partial, Key]]] = {}
     for partial in partials:
         key = tuple(_loaded(partial.state, name) for name in partial.attribute.row_keys)
@@ -212,8 +240,12 @@ def _reread(
         mapper = members[0][0].state.mapper
         found = locked_sources(session, mapper, attribute, [key for _, key in members])
         for partial, key in members:
-            values = found.get(key, {})
-            yield partial, {k: v for k, v in values.items() if k not in partial.changed}
+            row = found.get(key, {})
+            rest = {k: v for k, v in row.items() if k not in partial.changed}
+            text = _text_of(partial.state, attribute, rest)
+            if partial.same and row and text == attribute.filling.text_of(list(row.values())):
+                continue
+            yield partial.state, attribute, text
 
 
 def _loaded(state: InstanceState[Any], key: str) -> Any:
