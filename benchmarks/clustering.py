@@ -1,12 +1,16 @@
 """Clustering and near-duplicates of a table, beside what they are made of.
 
     python benchmarks/clustering.py [--rows N] [--clusters K ...] [--iterations N] [--sql-rows N]
-                                    [--duplicates N] [--texts] [--database URL] [--json FILE]
+                                    [--sql-iterations N] [--duplicates N] [--texts N]
+                                    [--database URL] [--json FILE]
 
 k-means three ways: the whole run of the library (read in binary, cluster, write assignments), the
 same with ``fetchall`` into scikit-learn, and inside PostgreSQL; and as the yardstick scikit-learn's
 fit alone on the matrix. All have the same tolerance and a limit of the same iterations, one start,
-and are timed in turns. Inertia is that of the clusters' means over unit vectors, for all alike.
+and are timed in turns, in seconds of CPU (this process and the server) and on the wall. Inertia is
+that of the clusters' means over unit vectors, for all alike. On a machine that others use as well,
+``taskset -c 0 python benchmarks/clustering.py`` gives every way one thread, so that none of them
+waits for another, and seconds of CPU are the figures to compare.
 
 Near-duplicates: the library against ``paraphrase_mining_embeddings`` of sentence-transformers on
 the same vectors, in the same process.
@@ -20,12 +24,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -101,10 +108,47 @@ def fill(engine: sa.Engine, vectors: np.ndarray) -> None:
         raw.close()
 
 
-def timed(action: Callable[[], Any]) -> tuple[float, Any]:
-    began = time.perf_counter()
+@dataclass(frozen=True)
+class Cost:
+    """What something took: seconds on the wall, and of CPU in this process and the server."""
+
+    wall: float
+    cpu: float
+
+
+def cpu_seconds(engine: sa.Engine | None) -> float:
+    """Of this process; and of the server with all its backends, where it runs on this machine."""
+    used = time.process_time()
+    if engine is None:
+        return used
+    with engine.connect() as connection:
+        backend = connection.scalar(sa.select(sa.func.pg_backend_pid()))
+    if not Path(f"/proc/{backend}/stat").exists():
+        return used
+    ticks, postmaster = 0, stat_of(backend)[1]
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = stat_of(path.name)
+        except OSError:
+            continue
+        if fields[1] == postmaster:
+            ticks += int(fields[11]) + int(fields[12])
+        elif path.name == postmaster:
+            # What backends have used that have ended.
+            ticks += sum(map(int, fields[11:15]))
+    return used + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def stat_of(pid: int | str) -> list[str]:
+    """Fields of /proc/PID/stat, from the state on."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+
+
+def timed(action: Callable[[], Any], engine: sa.Engine | None = None) -> tuple[Cost, Any]:
+    used, began = cpu_seconds(engine), time.perf_counter()
     result = action()
-    return time.perf_counter() - began, result
+    wall = time.perf_counter() - began
+    return Cost(wall, cpu_seconds(engine) - used), result
 
 
 def mean_inertia(vectors: np.ndarray, labels: np.ndarray) -> float:
@@ -128,9 +172,11 @@ def current_labels(engine: sa.Engine) -> np.ndarray:
         return np.array(list(connection.scalars(statement)))
 
 
-def library(engine: sa.Engine, k: int, iterations: int, method: Any = "memory") -> cl.ClusterRun:
+def library(
+    engine: sa.Engine, k: int, iterations: int, seed: int = 0, method: Any = "memory"
+) -> cl.ClusterRun:
     algorithm = cl.KMeans(k, method=method, max_iter=iterations)
-    return cl.cluster(engine, topics, algorithm, keywords=False, follow=0)
+    return cl.cluster(engine, topics, algorithm, seed=seed, keywords=False, follow=0)
 
 
 def fetchall(engine: sa.Engine, k: int, iterations: int) -> Any:
@@ -158,60 +204,75 @@ def k_means(
 
     found = []
     for k in clusters:
-        times: dict[str, list[float]] = {"scikit-learn fit": [], "library": [], "fetchall": []}
-        inertia: dict[str, float] = {}
+        costs: dict[str, list[Cost]] = {"scikit-learn fit": [], "library": [], "fetchall": []}
+        inertia: dict[str, list[float]] = {name: [] for name in costs}
         for turn in range(rounds):
             model = KMeans(k, n_init=1, max_iter=iterations, random_state=turn)
-            seconds, fit = timed(lambda model=model: model.fit(vectors))
-            times["scikit-learn fit"].append(seconds)
-            inertia["scikit-learn fit"] = float(fit.inertia_)
-            seconds, _ = timed(lambda k=k: library(engine, k, iterations))
-            times["library"].append(seconds)
-            inertia["library"] = mean_inertia(vectors, current_labels(engine))
+            cost, fit = timed(lambda model=model: model.fit(vectors))
+            costs["scikit-learn fit"].append(cost)
+            inertia["scikit-learn fit"].append(mean_inertia(vectors, fit.labels_))
+            cost, _ = timed(lambda k=k, turn=turn: library(engine, k, iterations, turn), engine)
+            costs["library"].append(cost)
+            inertia["library"].append(mean_inertia(vectors, current_labels(engine)))
             if turn == 0:
-                seconds, fit = timed(lambda k=k: fetchall(engine, k, iterations))
-                times["fetchall"].append(seconds)
-                inertia["fetchall"] = float(fit.inertia_)
-        for name, values in times.items():
-            median = float(np.median(values))
+                cost, fit = timed(lambda k=k: fetchall(engine, k, iterations), engine)
+                costs["fetchall"].append(cost)
+                inertia["fetchall"].append(mean_inertia(vectors, fit.labels_))
+        fit_alone = costs["scikit-learn fit"]
+        for name, taken in costs.items():
             found.append(
                 {
                     "k": k,
                     "way": name,
-                    "seconds": round(median, 2),
-                    "of fit": round(median / float(np.median(times["scikit-learn fit"])), 2),
-                    "inertia": round(inertia[name]),
+                    "cpu s": round(median(c.cpu for c in taken), 2),
+                    "wall s": round(median(c.wall for c in taken), 2),
+                    "cpu of fit": round(
+                        median(c.cpu for c in taken) / median(c.cpu for c in fit_alone), 2
+                    ),
+                    "wall of fit": round(
+                        median(c.wall for c in taken) / median(c.wall for c in fit_alone), 2
+                    ),
+                    "inertia": round(median(inertia[name])),
                 }
             )
             print(found[-1], flush=True)
     return found
 
 
-def in_database(engine: sa.Engine, vectors: np.ndarray, k: int, iterations: int) -> dict[str, Any]:
-    """A part of the rows: each iteration compares every row with every centroid in the server."""
+def in_database(
+    engine: sa.Engine, vectors: np.ndarray, clusters: list[int], iterations: int
+) -> list[dict[str, Any]]:
+    """The same clusters from the same seed, inside the server and on the client.
+
+    Iterations are few: in the server each compares every row with every centroid.
+    """
     fill(engine, vectors)
-    seconds, run = timed(lambda: library(engine, k, iterations, "database"))
-    inertia = mean_inertia(vectors, current_labels(engine))
-    client, _ = timed(lambda: library(engine, k, iterations))
-    row = {
-        "rows": len(vectors),
-        "k": k,
-        "iterations": run.parameters["iterations"],
-        "in SQL": round(seconds, 2),
-        "client": round(client, 2),
-        "inertia in SQL": round(inertia),
-        "inertia on the client": round(mean_inertia(vectors, current_labels(engine))),
-    }
-    print(row, flush=True)
-    return row
+    found = []
+    for k in clusters:
+        client, _ = timed(lambda k=k: library(engine, k, iterations), engine)
+        on_client = mean_inertia(vectors, current_labels(engine))
+        server, run = timed(lambda k=k: library(engine, k, iterations, 0, "database"), engine)
+        found.append(
+            {
+                "rows": len(vectors),
+                "k": k,
+                "iterations": run.parameters["iterations"],
+                "in SQL, cpu s": round(server.cpu, 2),
+                "client, cpu s": round(client.cpu, 2),
+                "cpu of client": round(server.cpu / client.cpu, 1),
+                "wall of client": round(server.wall / client.wall, 1),
+                "inertia in SQL": round(mean_inertia(vectors, current_labels(engine))),
+                "inertia on the client": round(on_client),
+            }
+        )
+        print(found[-1], flush=True)
+    return found
 
 
 def near_duplicates(vectors: np.ndarray, threshold: float) -> dict[str, Any]:
     row: dict[str, Any] = {"rows": len(vectors), "threshold": threshold}
-    seconds, found = timed(
-        lambda: sum(len(block[0]) for block in similar_pairs(vectors, threshold))
-    )
-    row |= {"library": round(seconds, 2), "pairs": found}
+    ours, found = timed(lambda: sum(len(block[0]) for block in similar_pairs(vectors, threshold)))
+    row |= {"cpu s": round(ours.cpu, 2), "wall s": round(ours.wall, 2), "pairs": found}
     try:
         import torch
         from sentence_transformers import util
@@ -219,10 +280,14 @@ def near_duplicates(vectors: np.ndarray, threshold: float) -> dict[str, Any]:
         print("sentence-transformers is not installed", flush=True)
         return row
     tensor = torch.from_numpy(vectors)
-    seconds, pairs = timed(lambda: util.paraphrase_mining_embeddings(tensor, top_k=20))
-    above = sum(score >= threshold for score, _, _ in pairs)
-    row |= {"paraphrase_mining": round(seconds, 2), "its pairs": above}
-    row["times faster"] = round(row["paraphrase_mining"] / row["library"], 1)
+    theirs, pairs = timed(lambda: util.paraphrase_mining_embeddings(tensor, top_k=20))
+    row |= {
+        "paraphrase_mining, cpu s": round(theirs.cpu, 2),
+        "paraphrase_mining, wall s": round(theirs.wall, 2),
+        "its pairs": sum(score >= threshold for score, _, _ in pairs),
+        "times less cpu": round(theirs.cpu / ours.cpu, 1),
+        "times faster": round(theirs.wall / ours.wall, 1),
+    }
     print(row, flush=True)
     return row
 
@@ -259,8 +324,8 @@ def main() -> None:
     parser.add_argument("--clusters", type=int, nargs="+", default=[50, 300, 1000])
     parser.add_argument("--iterations", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sql-rows", type=int, default=10_000)
-    parser.add_argument("--sql-iterations", type=int, default=10)
+    parser.add_argument("--sql-rows", type=int, default=100_000)
+    parser.add_argument("--sql-iterations", type=int, default=3)
     parser.add_argument("--duplicates", type=int, default=100_000)
     parser.add_argument("--threshold", type=float, default=0.8)
     parser.add_argument("--texts", type=int, default=0, help="package descriptions to cluster")
@@ -278,7 +343,10 @@ def main() -> None:
         )
         if options.sql_rows:
             results["in the database"] = in_database(
-                engine, vectors[: options.sql_rows], 50, options.sql_iterations
+                engine,
+                vectors[: options.sql_rows],
+                options.clusters,
+                options.sql_iterations,
             )
         engine.dispose()
 
