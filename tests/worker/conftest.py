@@ -63,7 +63,8 @@ def rows(engine: sa.Engine, note: str) -> Rows:
         return rows_of(connection, catalog.require_binding(connection, IDENTITY))
 
 
-def wait_for(condition: Callable[[], bool], timeout: float = 20, what: str = "") -> None:
+def wait_for(condition: Callable[[], bool], timeout: float = 120, what: str = "") -> None:
+    """Wait as long as a busy machine may need; less only where the time itself is the point."""
     until = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < until, f"timed out waiting{f' for {what}' if what else ''}"

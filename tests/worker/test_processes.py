@@ -38,12 +38,12 @@ def embedded(plain: psycopg.Connection) -> int:
 
 
 def test_sigterm_finishes_what_is_in_hand(note, plain, encoder, start_worker):
-    insert(plain, 500)
+    insert(plain, 3000)
     worker = start_worker("--batch-size", "50", "--log-json", SBERT_PG_TEST_DELAY="0.005")
     wait_for(lambda: embedded(plain) > 0)
     worker.popen.send_signal(signal.SIGTERM)
-    assert worker.popen.wait(timeout=20) == 0
-    assert 0 < embedded(plain) < 500
+    assert worker.popen.wait(timeout=60) == 0
+    assert 0 < embedded(plain) < 3000
     leased = plain.execute("SELECT count(*) FROM sbert.pending WHERE claimed_by IS NOT NULL")
     assert leased.fetchone() == (0,), "nothing is left leased"
     assert violations(plain, encoder) == []
@@ -53,7 +53,7 @@ def test_sigterm_finishes_what_is_in_hand(note, plain, encoder, start_worker):
 
 
 def test_sigkill_loses_nothing(note, plain, encoder, start_worker):
-    insert(plain, 400)
+    insert(plain, 2000)
     for _ in range(3):
         worker = start_worker(*QUICK, "--batch-size", "20", SBERT_PG_TEST_DELAY="0.004")
         before = embedded(plain)
@@ -63,7 +63,7 @@ def test_sigkill_loses_nothing(note, plain, encoder, start_worker):
         assert violations(plain, encoder) == []
     start_worker(*QUICK)
     wait_for(lambda: pending_count(plain) == 0)
-    assert embedded(plain) == 400
+    assert embedded(plain) == 2000
     assert violations(plain, encoder) == []
 
 
@@ -72,7 +72,7 @@ def test_a_text_that_kills_the_process_fails_alone(note, plain, encoder, start_w
     plain.execute("UPDATE note SET body = 'kill this one' WHERE id = 13")
     options = (*QUICK, "--max-attempts", "3")
     worker = start_worker(*options)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while plain.execute("SELECT 1 FROM sbert.pending WHERE failed").fetchone() is None:
         assert time.monotonic() < deadline
         if worker.popen.poll() is not None:
@@ -94,7 +94,7 @@ def test_the_server_restarts(request, engine, note, plain, encoder, start_worker
     server.control("restart", "immediate")
     engine.dispose()
     with psycopg.connect(plain_dsn(engine), autocommit=True) as again:
-        wait_for(lambda: pending_count(again) == 0, timeout=40)
+        wait_for(lambda: pending_count(again) == 0)
         assert embedded(again) == 300
         assert violations(again, encoder) == []
     assert worker.popen.poll() is None, "it is the same process"
@@ -119,7 +119,7 @@ def test_a_worker_that_starts_before_its_server(
 
 def test_a_usage_error_is_told(note, start_worker):
     worker = start_worker("--column", "note.nothing")
-    assert worker.popen.wait(timeout=20) == 1
+    assert worker.popen.wait(timeout=60) == 1
     assert worker.said("No bound column is called 'note.nothing'")
 
 
@@ -179,12 +179,12 @@ def pgbouncer(engine: sa.Engine, tmp_path: Path):
 
 
 def test_behind_pgbouncer_it_says_so_and_polls(pgbouncer, note, plain, encoder, start_worker):
-    worker = start_worker("--poll", "60", url=pgbouncer)
+    worker = start_worker("--poll", "300", url=pgbouncer)
     wait_for(lambda: worker.said("Polling for pending rows"))
     assert worker.said("pooler in transaction mode")
     for i in range(12):  # More often than psycopg needs to prepare a statement.
         plain.execute("INSERT INTO note (body) VALUES (%s)", [f"n{i}"])
-        wait_for(lambda: pending_count(plain) == 0, timeout=10)
+        wait_for(lambda: pending_count(plain) == 0)
     assert embedded(plain) == 12
     assert violations(plain, encoder) == []
 
@@ -199,7 +199,7 @@ def test_killed_backfills_repeat_at_most_what_was_in_hand(engine, plain, encoder
     from .conftest import DECLARED, IDENTITY
 
     plain.execute("CREATE TABLE note (id int PRIMARY KEY, body text, embedding vector(32))")
-    plain.execute("INSERT INTO note SELECT i, 'n' || i FROM generate_series(1, 1200) AS i")
+    plain.execute("INSERT INTO note SELECT i, 'n' || i FROM generate_series(1, 3000) AS i")
     with engine.begin() as connection:
         catalog.bind(connection, IDENTITY, DECLARED, Source.of("body"))
 
@@ -214,7 +214,7 @@ def test_killed_backfills_repeat_at_most_what_was_in_hand(engine, plain, encoder
             env={
                 **os.environ,
                 "PYTHONPATH": str(Path(__file__).parent),
-                "SBERT_PG_TEST_DELAY": "0.002",
+                "SBERT_PG_TEST_DELAY": "0.003",
             },
             stdout=subprocess.DEVNULL,
         )  # fmt: skip
@@ -227,13 +227,17 @@ def test_killed_backfills_repeat_at_most_what_was_in_hand(engine, plain, encoder
         time.sleep(chance.uniform(0, 0.1))
         process.kill()
         process.wait()
-        done = plain.execute("SELECT coalesce(sum(rows), 0) FROM sbert.backfill").fetchone()
-        assert done == (embedded(plain),), "position and vectors move together"
+        # In one statement: what the process had sent may still be committed.
+        noted, written = plain.execute(
+            "SELECT (SELECT coalesce(sum(rows), 0) FROM sbert.backfill), "
+            "(SELECT count(embedding) FROM note)"
+        ).fetchone()
+        assert noted == written, "position and vectors move together"
         plain.execute("UPDATE sbert.backfill SET lease_until = now() WHERE state = 'open'")
     first, second = start(), start()
-    assert (first.wait(timeout=60), second.wait(timeout=60)) == (0, 0)
-    assert embedded(plain) == 1200
-    assert plain.execute("SELECT sum(rows) FROM sbert.backfill").fetchone() == (1200,)
+    assert (first.wait(timeout=120), second.wait(timeout=120)) == (0, 0)
+    assert embedded(plain) == 3000
+    assert plain.execute("SELECT sum(rows) FROM sbert.backfill").fetchone() == (3000,)
     assert violations(plain, encoder) == []
 
 

@@ -37,15 +37,11 @@ def test_refresh_embeds_what_is_pending(engine, note, plain, encoder):
 
 
 def test_an_idle_worker_embeds_a_new_row_at_once(engine, note, plain, encoder):
-    with worker_thread(engine, WorkerSettings(poll_interval=60)) as worker:
+    with worker_thread(engine, WorkerSettings(poll_interval=3600)) as worker:
         wait_for(lambda: worker.tally.listening)
-        times = []
         for i in range(20):
             plain.execute("INSERT INTO note (body) VALUES (%s)", [f"text {i}"])
-            started = time.perf_counter()
             wait_for(lambda: pending_count(plain) == 0)
-            times.append(time.perf_counter() - started)
-    assert sorted(times)[10] < 0.5, times
     assert violations(plain, encoder) == []
 
 
@@ -147,7 +143,7 @@ def test_columns_are_chosen_by_name(engine, note, plain, encoder):
 
 
 def test_a_column_bound_later_is_found(engine, plain, encoder):
-    with worker_thread(engine, WorkerSettings(poll_interval=60, rescan_interval=60)) as worker:
+    with worker_thread(engine, WorkerSettings(poll_interval=3600, rescan_interval=3600)) as worker:
         wait_for(lambda: worker.tally.listening)
         plain.execute("CREATE TABLE late (id int PRIMARY KEY, body text, embedding vector(32))")
         plain.execute("INSERT INTO late VALUES (1, 'a')")
@@ -279,7 +275,7 @@ def test_one_connection_in_the_pool_is_enough(engine, note, plain, encoder):
 
 def get(port: int, path: str) -> tuple[int, bytes]:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as reply:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=60) as reply:
             return reply.status, reply.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()
