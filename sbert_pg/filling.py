@@ -201,7 +201,8 @@ def embed_rows(
         key = filling.column.key
         source_keys = [column.key for column in filling.source_columns]
         for number, row in enumerate(filled):
-            if row.get(key) is not None:
+            # Core takes the columns of all rows from the first.
+            if row.setdefault(key) is not None:
                 continue
             text = filling.text_of_new([row.get(k, NOT_KNOWN) for k in source_keys])
             if isinstance(text, str):

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from sqlalchemy.orm import Mapper, ORMExecuteState, Session
 
+from sbert_pg.errors import DeclarationError
 from sbert_pg.filling import NOT_KNOWN, Text, TextJob, encode_jobs
 from sbert_pg.orm.attributes import EmbeddingAttribute, attributes_of
 from sbert_pg.orm.rereading import locked_sources
@@ -16,17 +17,23 @@ from sbert_pg.orm.rereading import locked_sources
 Row = dict[str, Any]
 
 
+#: Strategies that take column names and leave attributes alone; so does this module.
+_OTHER_STRATEGIES = frozenset({"raw", "core_only"})
+
+
 def embed_statement(state: ORMExecuteState) -> Any:
     """Encode for a bulk statement before it runs; a listener for ``do_orm_execute``."""
     if not (state.is_insert or state.is_update) or not state.parameters:
         return None
     mapper = state.bind_mapper
-    attributes = attributes_of(mapper) if mapper is not None else ()
+    attributes = attributes_of(mapper) if mapper is not None and _is_of(state, mapper) else ()
     if mapper is None or not attributes:
         return None
     given = state.parameters
     rows = [dict(row) for row in ([given] if isinstance(given, Mapping) else given)]
     for attribute in attributes:
+        if _is_set_apart(state.statement, attribute):
+            continue
         texts = (
             _inserted(attribute, rows)
             if state.is_insert
@@ -34,6 +41,42 @@ def embed_statement(state: ORMExecuteState) -> Any:
         )
         _fill(mapper, attribute, rows, texts)
     return state.invoke_statement(params=rows[0] if isinstance(given, Mapping) else rows)
+
+
+def _is_of(state: ORMExecuteState, mapper: Mapper[Any]) -> bool:
+    """Whether the statement's parameters are named by the mapper's attributes."""
+    plugin = getattr(state.statement, "_propagate_attrs", {})
+    strategy = state.execution_options.get("dml_strategy")
+    return plugin.get("compile_state_plugin") == "orm" and strategy not in _OTHER_STRATEGIES
+
+
+def _is_set_apart(statement: Any, attribute: EmbeddingAttribute) -> bool:
+    """Whether ``values()`` sets the vector or a part of its source, beside the parameters.
+
+    Such a text is left to a worker.
+
+    Raises:
+        DeclarationError: ``ON CONFLICT`` sets the vector without the whole of its source.
+    """
+    filling = attribute.filling
+    source = {column.name for column in filling.source_columns}
+    # A dictionary since SQLAlchemy 2.1, a list of pairs before.
+    on_conflict = getattr(statement, "_post_values_clause", None)
+    updated = {_name(key) for key in dict(getattr(on_conflict, "update_values_to_set", None) or ())}
+    if filling.column.name in updated and not source <= updated:
+        raise DeclarationError(
+            f"ON CONFLICT sets {attribute.key!r} and not all of its source "
+            f"({', '.join(sorted(source - updated))}), so that the vector would belong to another "
+            "text than the row has. Set them all from excluded, or leave the vector out and let a "
+            "worker follow."
+        )
+    # A dictionary from column, or name, to value; nothing public tells it.
+    names = {_name(key) for key in getattr(statement, "_values", None) or ()}
+    return bool(names & (source | {filling.column.name}))
+
+
+def _name(key: Any) -> str:
+    return str(getattr(key, "name", key))
 
 
 def _inserted(attribute: EmbeddingAttribute, rows: list[Row]) -> list[Text]:
@@ -53,16 +96,21 @@ def _updated(
 ) -> list[Text]:
     """The text of each row that brings a part of it; what it does not bring is locked and read."""
     keys = attribute.source_keys
-    partial = {}
-    for number, row in enumerate(rows):
-        brings = sum(key in row for key in keys)
-        if attribute.key not in row and 0 < brings < len(keys):
-            partial[number] = tuple(row.get(key) for key in attribute.row_keys)
-    wanted = [key for key in partial.values() if None not in key]
-    found = locked_sources(session, mapper, attribute, wanted) if wanted else {}
+    # ``None`` is no vector, as in the flush.
+    wanted = [
+        row.get(attribute.key) is None and any(key in row for key in (*keys, attribute.key))
+        for row in rows
+    ]
+    partial = {
+        number: tuple(row.get(key) for key in attribute.row_keys)
+        for number, row in enumerate(rows)
+        if wanted[number] and not all(key in row for key in keys)
+    }
+    readable = [key for key in partial.values() if None not in key]
+    found = locked_sources(session, mapper, attribute, readable) if readable else {}
     texts: list[Text] = []
     for number, row in enumerate(rows):
-        if attribute.key in row or not any(key in row for key in keys):
+        if not wanted[number]:
             texts.append(NOT_KNOWN)
             continue
         rest = found.get(partial[number], {}) if number in partial else {}

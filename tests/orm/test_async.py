@@ -1,0 +1,155 @@
+"""``AsyncSession``: the same, and the event loop goes on while texts are encoded."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import (
+    AsyncEngine,
+    AsyncSession,
+    async_scoped_session,
+    async_sessionmaker,
+    create_async_engine,
+)
+from write_models import Article, Page, RecordingEncoder, pending, require_true_or_pending
+
+from sbert_pg import embed_on_flush, load, nearest
+from sbert_pg.errors import EncodingError
+
+
+class SlowEncoder(RecordingEncoder):
+    """Takes a while, as a real one does, and says which thread it was called in."""
+
+    threads: set[int] = set()
+
+    def encode_document(self, texts: Any) -> Any:
+        self.threads.add(threading.get_ident())
+        time.sleep(0.3)
+        return super().encode_document(texts)
+
+
+@pytest.fixture
+async def async_engine(tables: sa.Engine) -> AsyncIterator[AsyncEngine]:
+    made = create_async_engine(tables.url)
+    yield made
+    await made.dispose()
+
+
+@pytest.fixture
+def async_sessions(async_engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
+    made = async_sessionmaker(async_engine, expire_on_commit=False)
+    embed_on_flush(made)
+    embed_on_flush(made)  # the second time changes nothing
+    return made
+
+
+async def test_flush(async_sessions: Any, tables: sa.Engine, encoder: RecordingEncoder) -> None:
+    async with async_sessions() as session:
+        page = Page(title="a", body="b")
+        session.add_all([page, Article(title="c")])
+        await session.commit()
+        assert len(encoder.batches) == 1
+        page.body = "changed"
+        await session.commit()
+        await session.refresh(page)
+        page.title = None
+        await session.commit()
+        async with session.begin_nested() as savepoint:
+            session.add(Article(title="lost"))
+            await session.flush()
+            await savepoint.rollback()
+        await session.execute(sa.insert(Article), [{"title": "d"}, {"title": "e"}])
+        await session.execute(sa.update(Page), [{"id": page.id, "title": "again"}])
+        await session.commit()
+        found = (await session.execute(nearest(Article.embedding, "d", limit=1))).one()
+        assert found[0].title == "d"
+    assert require_true_or_pending(tables, encoder, Article, Page) == (5, 0)
+
+
+async def test_errors(async_sessions: Any, tables: sa.Engine, encoder: Any) -> None:
+    async with async_sessions() as session:
+        session.add(Article(title="before"))
+        await session.flush()
+        bad = Article(title="refuse me")
+        session.add(bad)
+        with pytest.raises(EncodingError, match="a new Article"):
+            await session.commit()
+        bad.title = "accept me"
+        await session.commit()
+    assert require_true_or_pending(tables, encoder, Article) == (2, 0)
+
+
+async def test_the_loop_goes_on(async_engine: AsyncEngine, tables: sa.Engine) -> None:
+    from sbert_pg import registry
+
+    slow = SlowEncoder()
+    registry.use_encoder(slow)
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            await asyncio.sleep(0.01)
+            ticks += 1
+
+    async with AsyncSession(async_engine) as session:
+        embed_on_flush(session)
+        session.add(Article(title="a"))
+        ticking = asyncio.create_task(tick())
+        await session.commit()
+        ticking.cancel()
+    assert ticks >= 3
+    assert threading.get_ident() not in slow.threads
+
+
+async def test_many_sessions_at_once(async_sessions: Any, tables: sa.Engine, encoder: Any) -> None:
+    async def write(number: int) -> None:
+        async with async_sessions() as session:
+            session.add_all([Article(title=f"{number} {i}") for i in range(3)])
+            await session.commit()
+
+    await asyncio.gather(*(write(number) for number in range(8)))
+    assert require_true_or_pending(tables, encoder, Article) == (24, 0)
+
+
+async def test_factories_stay_apart(async_engine: AsyncEngine, tables: sa.Engine) -> None:
+    """One factory embeds; another one of the same class does not."""
+    embedding = async_sessionmaker(async_engine)
+    plain = async_sessionmaker(async_engine)
+    scoped = async_scoped_session(async_sessionmaker(async_engine), asyncio.current_task)
+    embed_on_flush(embedding)
+    embed_on_flush(scoped)
+    for number, factory in enumerate([embedding, plain, scoped]):
+        async with factory() as session:
+            session.add(Article(id=number, title=f"t{number}"))
+            await session.commit()
+    await scoped.remove()
+    assert pending(tables) == {("article.embedding", "1")}
+
+
+async def test_cancelled_while_encoding(async_engine: AsyncEngine, tables: sa.Engine) -> None:
+    """A request that is cancelled leaves nothing, and its connection is good for the next."""
+    from sbert_pg import registry
+
+    registry.use_encoder(SlowEncoder())
+    async with AsyncSession(async_engine) as session:
+        embed_on_flush(session)
+        session.add(Article(title="a"))
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(session.commit(), 0.05)
+    async with AsyncSession(async_engine) as session:
+        assert await session.scalar(sa.select(sa.func.count()).select_from(Article)) == 0
+
+
+async def test_load(async_sessions: Any, tables: sa.Engine, encoder: Any) -> None:
+    rows = ({"title": f"t{i}"} for i in range(5000))
+    async with async_sessions() as session:
+        assert await session.run_sync(load, Article, rows) == 5000
+        await session.commit()
+    assert require_true_or_pending(tables, encoder, Article) == (5000, 0)
