@@ -10,8 +10,8 @@ import sqlalchemy as sa
 from sbert_pg.distance import Metric
 from sbert_pg.errors import DeclarationError
 from sbert_pg.searching.settings import MAX_EF_SEARCH, index_settings
-from sbert_pg.searching.stages import candidates_of, served
-from sbert_pg.searching.statement import NearestSelect
+from sbert_pg.searching.stages import served
+from sbert_pg.searching.statement import NearestSelect, Search
 from sbert_pg.searching.target import target_of
 from sbert_pg.types.comparator import apply_operator
 
@@ -21,7 +21,7 @@ Criteria = sa.ColumnElement[bool] | Sequence[sa.ColumnElement[bool]]
 #: is a point or two lower; docs/search.md has the curve.
 DEFAULT_EF_SEARCH = 100
 #: Rows fetched by a quantised index for each row wanted, before the exact rerank.
-DEFAULT_OVERFETCH = 20
+DEFAULT_OVERFETCH = 40
 
 
 def nearest(
@@ -42,15 +42,14 @@ def nearest(
 
     Works on a mapped attribute (rows are ``(entity, similarity)``) and on a ``Table`` column (rows
     are the table's columns without its vectors, and ``similarity``). It is an ordinary select: run
-    it with any session or connection, add joins, options and columns.
+    it with any session or connection; add criteria, joins, options and columns.
 
     What the declared index needs is part of the statement. Index settings (``hnsw.ef_search`` and
     the iterative scan, which keeps looking until filters have let enough rows through) are made
     with ``set_config(..., true)`` in a one-time filter: they end with the transaction and never
-    reach the next user of a pooled connection. The scan is in relaxed order, which under filters
-    finds more, and the page is sorted behind it. Through a quantised or IVFFlat index the search
-    has two stages: the index over-fetches, and an exact distance ranks. Rows without a vector are
-    never found.
+    reach the next user of a pooled connection. Under filters, with a quantised index, with a
+    largest distance and on later pages the search has two stages: the index over-fetches, with the
+    caller's criteria and joins, and what it finds is ranked. Rows without a vector are never found.
 
     Args:
         column: an embedding or vector column.
@@ -58,17 +57,17 @@ def nearest(
             vector; an expression; or a persistent object of the mapped class, for "more like
             this", which is itself left out.
         limit: rows to return.
-        offset: rows to skip. Pages of one ``limit`` follow each other without repeating a row, ties
-            being broken by primary key, while the table does not change.
-        where: criteria that a row has to meet. They are equal to ``.where()`` on the result except
-            in a search of two stages (a quantised or IVFFlat index, or a largest distance), where
-            only these reach the first.
+        offset: rows to skip. Pages of one ``limit`` follow each other without repeating or missing
+            a row, ties being broken by primary key, while neither the table nor the plan changes.
+        where: criteria that a row has to meet; the same as ``.where()`` on the result.
         max_distance: largest distance, in the units of the encoder's distance.
         min_similarity: least similarity; another way to say the same.
-        ef_search: HNSW candidates, 1 to 1000; 100 by default, or ``limit`` where that is more.
+        ef_search: HNSW candidates, 1 to 1000; by default 100, or as many as the index is to fetch
+            where that is more.
         probes: IVFFlat lists to look into; the square root of the index's ``lists`` by default.
-        overfetch: rows fetched for each row wanted by a quantised index, 20 by default, or by
-            IVFFlat, 1 by default.
+        overfetch: rows fetched by the index for each row wanted, and then ranked exactly; 40 by
+            default where the index is quantised. Other indexes rank by themselves, and fetch twice
+            as many as wanted under filters.
         exact: whether to leave indexes aside and compare with every row.
 
     Raises:
@@ -80,30 +79,40 @@ def nearest(
     _check(limit, offset, ef_search, probes, overfetch)
     right = target.operand(query)
     criteria = [where] if isinstance(where, sa.ClauseElement) else list(where)
-    criteria += target.criteria_for(query, right)
+    own = target.criteria_for(query, right)
     distance = apply_operator(target.column, target.metric.operator, right)
     similarity = target.similarity_from(distance)
     furthest = _furthest(target.metric, max_distance, min_similarity)
-    within = [] if furthest is None else [distance <= furthest]
+    within = None if furthest is None else distance <= furthest
     index = None if exact else target.index
     if index is None:
         # Adding zero keeps an index from serving the order, whatever the planner thinks of it.
-        order = distance + 0 if exact else distance
-        statement = sa.select(*target.selected, similarity).where(*criteria, *within)
+        order = distance + sa.literal_column("0") if exact else distance
+        statement = sa.select(*target.selected, similarity).where(*own, *criteria)
+        if within is not None:
+            statement = statement.where(within)
         return _page(statement.order_by(order, *target.key), limit, offset)
-    block = limit * (overfetch or (DEFAULT_OVERFETCH if index.quantized else 1))
-    candidates = min(ef_search or max(DEFAULT_EF_SEARCH, block), MAX_EF_SEARCH)
-    criteria.append(index_settings(index.method, index.lists, candidates, probes))
+    if index.quantized and not target.key:
+        raise DeclarationError(
+            f"nearest(): {target.column} has a quantised index, which finds candidates that are "
+            "then ranked by primary key, and its table has none. Declare a primary key, or search "
+            "with exact=True."
+        )
+    if overfetch is None:
+        overfetch = DEFAULT_OVERFETCH if index.quantized else 1
+    candidates = min(ef_search or max(DEFAULT_EF_SEARCH, limit * overfetch), MAX_EF_SEARCH)
+    settings = index_settings(index.method, index.lists, candidates, probes)
     same = index.form == "column" and index.metric is target.metric
     by_index = distance if same else served(index, target.column, right)
-    if index.method == "hnsw" and not index.quantized and furthest is None:
-        found = NearestSelect.of(target.selected, similarity, criteria, [by_index, *target.key])
-        return _page(found, limit, offset)
-    # What is too far is dropped behind the index: as a filter it would keep the scan looking for
-    # nearer rows that do not exist.
-    stage = candidates_of(target, by_index, criteria, limit + offset, block)
-    statement = sa.select(*target.selected, similarity).join(stage.rows, stage.matches)
-    statement = statement.where(*within).order_by(*stage.order, distance + 0, *target.key)
+    search = Search(similarity, by_index, tuple(target.key), settings, 1 + len(own))
+    statement = NearestSelect.of(
+        search,
+        target.selected,
+        [*own, *criteria],
+        exact=distance,
+        within=within,
+        overfetch=overfetch,
+    )
     return _page(statement, limit, offset)
 
 

@@ -1,30 +1,29 @@
-"""The first stage of a search of two stages: the keys of the rows that an index finds."""
+"""A search of two stages: what the index finds, and of it what an exact distance ranks first."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import sqlalchemy as sa
 
 from sbert_pg.distance import HAMMING
-from sbert_pg.searching.target import Target
 from sbert_pg.types.comparator import apply_operator
 from sbert_pg.types.indexed import IndexDescription, signs
 
+if TYPE_CHECKING:
+    from sbert_pg.searching.statement import NearestSelect, Search
 
-class Candidates(NamedTuple):
-    """The rows of the first stage.
+#: Rows fetched for each row wanted where criteria turn rows away. An iterative scan ends as soon
+#: as it has enough, and its last rows are less well chosen than its first: at twice as many
+#: recall@10 under a filter that keeps one row in ten rises from .970 to .985, and in a hundred from
+#: .980 to 1.
+FILTERED_OVERFETCH = 2
 
-    Attributes:
-        rows: a subquery of their keys.
-        matches: joins it to the searched rows.
-        order: what they are ordered by before their distance.
-    """
 
-    rows: sa.Subquery
-    matches: sa.ColumnElement[bool]
-    order: list[sa.ColumnElement[Any]]
+def _number(value: int) -> sa.ColumnElement[int]:
+    """A number that never varies, as part of the text."""
+    return sa.literal_column(f"{value:d}", sa.BigInteger())
 
 
 def served(
@@ -45,40 +44,124 @@ def served(
     return apply_operator(left, index.metric.operator, right)
 
 
-def candidates_of(
-    target: Target,
-    order: sa.ColumnElement[Any],
-    criteria: Sequence[sa.ColumnElement[bool]],
-    wanted: int,
-    block: int,
-) -> Candidates:
-    """The rows that the index finds nearest.
+def in_stages(element: NearestSelect, search: Search) -> sa.Select[Any]:
+    """The statement that a search of two stages is executed as.
 
-    An exact distance ranks them within blocks of one size, whatever the page, so that a row cannot
-    move from one page to another because a later page looked at more rows.
+    The first stage is the caller's statement reduced to the keys of the searched rows, in the order
+    of the index; the second is the caller's statement again, for those rows alone.
 
     Args:
-        target: what is searched.
-        order: the distance that the index serves.
-        criteria: what a row has to meet.
-        wanted: rows that the pages up to this one have.
-        block: rows that are ranked together.
+        element: the select, with all that its caller has added.
+        search: what it was made of.
     """
-    blocks = -(-wanted // block)
-    keys = [column.label(f"key_{i}") for i, column in enumerate(target.key)]
+    # Adding zero keeps the index from serving this order as well.
+    exact = (search.distance if element._exact is None else element._exact) + _number(0)
+    plain = _plain(element)
+    if element._within is not None:
+        plain = plain.where(element._within)
+    if element._limit_clause is None:
+        return plain.order_by(None).order_by(exact, *search.key)
+    rows = _candidates(element, search)
+    plain._where_criteria = tuple(c for c in plain._where_criteria if c is not search.settings)
+    matches = [column == rows.c[f"key_{i}"] for i, column in enumerate(search.key)]
+    order = [rows.c.place, rows.c.distance] if "distance" in rows.c else [rows.c.place, exact]
+    return plain.where(*matches).order_by(None).order_by(*order, *search.key)
+
+
+def _plain(element: NearestSelect) -> sa.Select[Any]:
+    """A copy that compiles as any select does."""
+    copy: Any = element._generate()
+    copy.__class__ = sa.Select
+    return cast("sa.Select[Any]", copy)
+
+
+def _candidates(element: NearestSelect, search: Search) -> sa.Subquery:
+    """Keys of the rows that the index finds, and the place of each.
+
+    Pages must neither repeat nor miss a row, whatever the page and its plan. Rows that an index in
+    relaxed order gives are the same in the same order for each page, unless they are sorted anew:
+    a longer page would be sorted otherwise. So they are sorted within blocks of one size.
+    """
+    limit: Any = element._limit_clause
+    offset: Any = element._offset_clause
+    found = _found(element, search)
+    if element._overfetch is not None:
+        placed = _coarse(found, search, _whole(limit, offset, limit * element._overfetch))
+    elif element.filters:
+        placed = _as_found(
+            found, search, _whole(limit, offset, limit * _number(FILTERED_OVERFETCH))
+        )
+    else:
+        wanted = limit if offset is None else limit + offset
+        placed = _as_found(found, search, (wanted, _number(1)))
+    if not _joins(element):
+        return placed
+    keys = _keys(placed, search)
+    least = [sa.func.min(c).label(c.key) for c in placed.c if not str(c.key).startswith("key_")]
+    return sa.select(*keys, *least).group_by(*keys).subquery("distinct_candidates")
+
+
+def _whole(limit: Any, offset: Any, block: Any) -> tuple[Any, Any]:
+    """How many rows the blocks up to the page have, and how many a block has."""
+    if offset is None:
+        return block, block
+    return (limit + offset + block - _number(1)) // block * block, block
+
+
+def _found(element: NearestSelect, search: Search) -> sa.Select[Any]:
+    """Keys and distances of all rows, in the order of the index."""
+    keys = [column.label(f"key_{i}") for i, column in enumerate(search.key)]
+    found = _plain(element).with_only_columns(*keys, maintain_column_froms=True)
+    # What shapes the caller's rows and does not choose them stays with the second stage.
+    found._with_options = ()
+    found._for_update_arg = None
+    found._distinct, found._distinct_on = False, ()
+    found._group_by_clauses, found._having_criteria = (), ()
+    return found.order_by(None).order_by(search.distance).limit(None).offset(None)
+
+
+def _joins(element: NearestSelect) -> bool:
+    """Whether a searched row may occur more than once in the caller's statement."""
+    return bool(element._setup_joins) or len(_plain(element).get_final_froms()) > 1
+
+
+def _keys(rows: sa.Subquery, search: Search) -> Sequence[sa.ColumnElement[Any]]:
+    return [rows.c[f"key_{i}"] for i in range(len(search.key))]
+
+
+def _coarse(found: sa.Select[Any], search: Search, size: tuple[Any, Any]) -> sa.Subquery:
+    """Candidates by an index too coarse to rank by; an exact distance ranks within a block."""
+    wanted, block = size
+    rows = found.limit(wanted).subquery("candidates")
+    if wanted is block:
+        place: sa.ColumnElement[Any] = _number(0)
+    else:
+        place = (sa.func.row_number(type_=sa.BigInteger()).over() - _number(1)) // block
+    return sa.select(*_keys(rows, search), place.label("place")).subquery("placed")
+
+
+def _as_found(found: sa.Select[Any], search: Search, size: tuple[Any, Any]) -> sa.Subquery:
+    """Candidates by an index whose distance ranks them.
+
+    A plan without the index gives rows in the order of their distance, but ties in any order. So
+    these are fetched completely, and rows that come in the order of their distance are left in it,
+    ties being broken by key.
+    """
+    wanted, block = size
+    distance: Any = found._order_by_clauses[0]
     rows = (
-        sa.select(*keys)
-        .where(*criteria)
-        .order_by(order)
-        .limit(blocks * block)
+        found.add_columns(distance.label("distance"))
+        .fetch(wanted, with_ties=True)
         .subquery("candidates")
     )
-    ordered: list[sa.ColumnElement[Any]] = []
-    if blocks > 1:
-        number = sa.func.row_number(type_=sa.BigInteger()).over()
-        # Cast, since "/" of SQLAlchemy is a division of real numbers.
-        which = (number - 1).op("/", return_type=sa.BigInteger())(block).label("block")
-        rows = sa.select(*rows.c, which).subquery("blocks")
-        ordered = [rows.c.block]
-    matches = sa.and_(*(column == rows.c[f"key_{i}"] for i, column in enumerate(target.key)))
-    return Candidates(rows, matches, ordered)
+    number = sa.func.row_number(type_=sa.BigInteger()).over().label("number")
+    follows = (rows.c.distance >= sa.func.lag(rows.c.distance).over()).label("follows")
+    numbered = sa.select(*rows.c, number, follows).subquery("numbered")
+    in_order = sa.func.bool_and(numbered.c.follows).over()
+    place = sa.case((in_order, _number(0)), else_=(numbered.c.number - _number(1)) // block).label(
+        "place"
+    )
+    return sa.select(*_keys(numbered, search), numbered.c.distance, place).subquery("placed")
+
+
+__all__ = ["in_stages", "served"]

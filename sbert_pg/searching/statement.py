@@ -1,60 +1,142 @@
-"""The select of a search of one stage, put in order once more after the index."""
+"""The select of a search: its caller shapes it, and it is compiled as the index needs."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm.util import LoaderCriteriaOption
+from sqlalchemy.sql.visitors import InternalTraversal
+
+from sbert_pg.searching.stages import in_stages
+
+#: What tells two statements apart besides what any select has.
+_OWN: list[tuple[str, InternalTraversal]] = [
+    ("_exact", InternalTraversal.dp_clauseelement),
+    ("_within", InternalTraversal.dp_clauseelement),
+    ("_overfetch", InternalTraversal.dp_clauseelement),
+]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Search:
+    """What a search is made of besides its select.
+
+    Attributes:
+        similarity: the column of similarities in the select.
+        distance: what it is ordered by, as the index serves it.
+        key: primary key of the searched rows, which breaks ties.
+        settings: the criterion that makes the index settings.
+        criteria: how many criteria the search has of itself; more of them filter.
+    """
+
+    similarity: sa.Label[Any]
+    distance: sa.ColumnElement[Any]
+    key: tuple[sa.ColumnElement[Any], ...]
+    settings: sa.ColumnElement[bool]
+    criteria: int
 
 
 class NearestSelect(sa.Select[Any]):
     """A select whose rows come from an index scan in *relaxed* order.
 
-    Under a filter an iterative scan has to go on behind its first candidates, and then meets rows
-    that are nearer than some it has returned. In strict order pgvector leaves those out, which
-    costs four points of recall@10 under a filter that keeps one row in a hundred; in relaxed order
-    it returns them. So the rows are fetched in relaxed order and the page is sorted by similarity,
-    by a query around the finished statement, where the caller's joins and criteria are inside.
+    To its caller it is a select of rows ordered by the distance that the index serves, to which
+    criteria, joins and options are added as to any other. What else a search needs is put into it
+    when it is compiled, so that all that the caller has added takes part:
+
+    - Under a filter an iterative scan has to go on behind its first candidates, and then meets rows
+      that are nearer than some it has returned. In strict order pgvector leaves those out, which
+      costs four points of recall@10 under a filter that keeps one row in a hundred; in relaxed
+      order it returns them. So the page is sorted by similarity, by a query around the finished
+      statement.
+    - A search that filters, over-fetches, has a largest distance, or begins behind the first row is
+      made of two stages; see ``stages.in_stages``.
 
     Where the caller has replaced the order or no longer selects the similarity, or uses the
     statement as a subquery, nothing is put around it.
     """
 
     inherit_cache = True
-    _similarity: sa.Label[Any] | None = None
-    _distance: sa.ColumnElement[Any] | None = None
+    _traverse_internals = sa.Select._traverse_internals + _OWN
+    _cache_key_traversal = sa.Select._cache_key_traversal + _OWN  # type: ignore[operator,unused-ignore]
+    _search: Search
+    _exact: sa.ColumnElement[Any] | None = None
+    _within: sa.ColumnElement[bool] | None = None
+    _overfetch: sa.BindParameter[int] | None = None
 
     @classmethod
     def of(
         cls,
+        search: Search,
         selected: list[Any],
-        similarity: sa.Label[Any],
         criteria: list[sa.ColumnElement[bool]],
-        order: list[sa.ColumnElement[Any]],
+        *,
+        exact: sa.ColumnElement[Any],
+        within: sa.ColumnElement[bool] | None,
+        overfetch: int,
     ) -> NearestSelect:
-        """The select, ordered by ``order[0]``, the distance that an index serves."""
-        made = cls(*selected, similarity).where(*criteria).order_by(*order)
-        made._similarity = similarity
-        made._distance = order[0]
+        """The select.
+
+        Args:
+            search: what it is made of.
+            selected: entity or columns before the similarity.
+            criteria: what a row has to meet.
+            exact: the distance that ranks what the index has found.
+            within: what drops rows that are too far; behind the index, since as a filter it would
+                keep the scan looking for nearer rows that do not exist.
+            overfetch: rows that the index fetches for each row wanted.
+        """
+        made = cls(*selected, search.similarity).where(search.settings, *criteria)
+        made = made.order_by(search.distance, *search.key)
+        made._search = search
+        if exact is not search.distance:
+            made._exact = exact
+        made._within = within
+        if overfetch > 1:
+            made._overfetch = sa.literal(overfetch, sa.BigInteger())
         return made
+
+    @property
+    def filters(self) -> bool:
+        """Whether criteria, joins or options of the caller's may turn rows away."""
+        return (
+            len(self._where_criteria) > self._search.criteria
+            or bool(self._setup_joins)
+            or any(isinstance(option, LoaderCriteriaOption) for option in self._with_options)
+        )
+
+    @property
+    def has_stages(self) -> bool:
+        """Whether what the index finds is ranked anew, or is not all returned."""
+        if not self.keeps_order or not self._search.key:
+            return False
+        more = self._overfetch is not None or self._within is not None
+        return more or self._offset_clause is not None or self.filters
 
     @property
     def keeps_order(self) -> bool:
         """Whether the order is still that of the search."""
         clauses = self._order_by_clauses
-        return bool(clauses) and clauses[0] is self._distance
+        return bool(clauses) and clauses[0] is self._search.distance
 
 
 @compiles(NearestSelect)  # type: ignore[no-untyped-call,untyped-decorator,unused-ignore]
-def _sorted_page(element: NearestSelect, compiler: Any, **options: Any) -> str:
+def _compile_nearest(element: NearestSelect, compiler: Any, **options: Any) -> str:
     toplevel = not compiler.stack
-    text: str = compiler.visit_select(element, **options)
-    if not toplevel or not element.keeps_order:
-        return text
+    statement = in_stages(element, element._search) if element.has_stages else element
+    text: str = compiler.visit_select(statement, **options)
+    return _in_order(text, compiler, element._search) if toplevel and element.keeps_order else text
+
+
+def _in_order(text: str, compiler: Any, search: Search) -> str:
+    """The statement, its rows sorted by similarity once more.
+
+    By position, since names can occur twice; SQLAlchemy reads the columns by position too.
+    """
     for position, entry in enumerate(compiler._result_columns, 1):
-        # By position, since names can occur twice; SQLAlchemy reads the columns by position too.
-        if any(item is element._similarity for item in entry.objects):
+        if any(item is search.similarity for item in entry.objects):
             return "".join(
                 ("SELECT * FROM (", text, ") AS nearest ORDER BY ", str(position), " DESC")
             )

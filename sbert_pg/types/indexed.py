@@ -32,6 +32,7 @@ class IndexDescription:
         dimensions: width of the column.
         cast_to: type that the column is cast to, for the form ``halfvec``.
         lists: inverted lists of an IVFFlat index.
+        partial: whether it holds a part of the rows, and serves queries of that part alone.
     """
 
     column: str
@@ -41,6 +42,7 @@ class IndexDescription:
     dimensions: int
     cast_to: sa.types.TypeEngine[Any] | None = None
     lists: int | None = None
+    partial: bool = False
 
     @property
     def quantized(self) -> bool:
@@ -80,11 +82,16 @@ def description_of(index: sa.Index) -> IndexDescription | None:
         dimensions=column.type.dimensions,  # type: ignore[attr-defined]
         cast_to=cast_to,
         lists=(options["with"] or {}).get("lists"),
+        partial=options["where"] is not None,
     )
 
 
 def index_on(column: sa.ColumnElement[Any]) -> IndexDescription | None:
-    """The description of the index that serves a column best: exact forms before quantised ones."""
+    """The description of the index that serves a column best.
+
+    That is one of the encoder's own metric before another's, one of all rows before a partial one,
+    an exact form before a quantised one, HNSW before IVFFlat.
+    """
     for base in column.base_columns:
         table = getattr(base, "table", None)
         if not isinstance(table, sa.Table):
@@ -96,8 +103,14 @@ def index_on(column: sa.ColumnElement[Any]) -> IndexDescription | None:
             and description.column == getattr(base, "name", None)
         ]
         if found:
-            return min(found, key=lambda description: _PREFERENCE.index(description.form))
+            return min(found, key=lambda description: _rank(description, base))
     return None
+
+
+def _rank(index: IndexDescription, column: Any) -> tuple[Any, ...]:
+    spec = getattr(column.type, "encoder", None)
+    foreign = spec is not None and index.metric.similarity != spec.similarity
+    return foreign, index.partial, _PREFERENCE.index(index.form), index.method != "hnsw"
 
 
 def _parts(

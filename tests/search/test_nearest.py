@@ -1,0 +1,434 @@
+"""Searching a small shop on a real server: queries, filters, joins, distances, pages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm import Session, aliased, joinedload, selectinload, with_loader_criteria
+
+import sbert_pg
+from sbert_pg import hnsw_index, ivfflat_index, nearest
+from sbert_pg.errors import DeclarationError, EncoderMismatchError, EncodingError, NonFiniteError
+from sbert_pg.testing import DeterministicEncoder
+from tests.search.conftest import Plan, Shop, fill, hnsw, make_shop, titles
+
+FORMS: dict[str, Any] = {
+    "none": lambda: (),
+    "hnsw": lambda: (hnsw(),),
+    "halfvec": lambda: (hnsw("halfvec"),),
+    "binary": lambda: (hnsw("binary"),),
+    "ivfflat": lambda: (ivfflat_index("article_embedding", "embedding", lists=1),),
+}
+
+
+@pytest.fixture(params=FORMS)
+def indexed(request: Any, engine: sa.Engine, fake_encoder: DeterministicEncoder) -> Shop:
+    """The shop with each kind of index, which small tables would not use unless they are told."""
+    made = make_shop(*FORMS[request.param]())
+    fill(engine, made)
+
+    def use_indexes(connection: Any, _record: Any) -> None:
+        connection.execute("SET enable_seqscan = off")
+        connection.execute("SET enable_sort = on")
+        connection.commit()
+
+    engine.dispose()
+    sa.event.listen(engine, "connect", use_indexes)
+    return made
+
+
+def exact(
+    encoder: DeterministicEncoder, text: str, keep: Any = lambda number: True
+) -> list[tuple[float, int]]:
+    """Similarity and key of every article with a text, nearest first, ties by key."""
+    query = encoder.encode_query([text])[0]
+    found = []
+    for number, title in enumerate(titles(), 1):
+        if title is not None and keep(number):
+            similarity = float(encoder.encode_document([title])[0] @ query)
+            found.append((similarity, number))
+    return sorted(found, key=lambda pair: (-round(pair[0], 5), pair[1]))
+
+
+def keys(expected: list[tuple[float, int]]) -> list[int]:
+    return [number for _, number in expected]
+
+
+def test_the_statement_of_the_readme(shop: Shop, session: Session) -> None:
+    statement = (
+        sa.select(shop.Article)
+        .where(shop.Article.lang == "en")
+        .order_by(shop.Article.embedding.distance("refund returns"))
+        .limit(3)
+    )
+    found = session.scalars(statement).all()
+    assert [article.title for article in found] == ["refund returns"] * 3
+    assert all(article.lang == "en" for article in found)
+
+
+def test_distance_and_similarity_as_columns(
+    shop: Shop, session: Session, fake_encoder: DeterministicEncoder
+) -> None:
+    embedding = shop.Article.embedding
+    statement = sa.select(
+        shop.Article.id,
+        embedding.similarity("gift now"),
+        embedding.distance("gift now"),
+        embedding.cosine_distance("gift now"),
+        embedding.l2_distance("gift now"),
+        embedding.max_inner_product("gift now"),
+        embedding.l1_distance("gift now"),
+    ).where(embedding.is_not(None))
+    query = fake_encoder.encode_query(["gift now"])[0]
+    rows = session.execute(statement).all()
+    assert len(rows) == 39
+    for key, similarity, distance, cosine, l2, inner, l1 in rows:
+        vector = fake_encoder.encode_document([titles()[key - 1]])[0]  # type: ignore[list-item]
+        assert similarity == pytest.approx(vector @ query, abs=1e-6)
+        assert distance == cosine == pytest.approx(1 - vector @ query, abs=1e-6)
+        assert l2 == pytest.approx(np.linalg.norm(vector - query), abs=1e-5)
+        assert inner == pytest.approx(-(vector @ query), abs=1e-6)
+        assert l1 == pytest.approx(np.abs(vector - query).sum(), abs=1e-4)
+
+
+def test_text_vector_and_expression_find_the_same(
+    indexed: Shop, session: Session, fake_encoder: DeterministicEncoder
+) -> None:
+    text = "opening hours"
+    expected = exact(fake_encoder, text)[:5]
+    vector = fake_encoder.encode_query([text])[0]
+    key = titles().index(text) + 1
+    other = aliased(indexed.Article)
+    expression = sa.select(other.embedding).where(other.id == key)
+    for query in (text, vector, vector.tolist(), expression):
+        rows = session.execute(nearest(indexed.Article.embedding, query, limit=5)).all()
+        assert [article.id for article, _ in rows] == keys(expected)
+        assert [similarity for _, similarity in rows] == pytest.approx(
+            [similarity for similarity, _ in expected], abs=1e-5
+        )
+
+
+def test_more_like_this_leaves_itself_out(
+    indexed: Shop, session: Session, fake_encoder: DeterministicEncoder
+) -> None:
+    article = session.get_one(indexed.Article, titles().index("refund returns") + 1)
+    rows = session.execute(nearest(indexed.Article.embedding, article, limit=6)).all()
+    expected = exact(fake_encoder, "refund returns", lambda number: number != article.id)
+    assert [found.id for found, _ in rows] == keys(expected)[:6]
+    assert rows[0].similarity == pytest.approx(1)
+
+
+def test_more_like_a_row_without_a_vector_finds_nothing(shop: Shop, session: Session) -> None:
+    article = session.get_one(shop.Article, 40)
+    assert session.execute(nearest(shop.Article.embedding, article)).all() == []
+    with pytest.raises(DeclarationError, match="not in the database yet"):
+        nearest(shop.Article.embedding, shop.Article(title="new"))
+
+
+@pytest.mark.parametrize("added", ["where=", "where()"])
+def test_filters_reach_the_index(
+    indexed: Shop, session: Session, fake_encoder: DeterministicEncoder, added: str
+) -> None:
+    """Also behind a quantised index the first stage is filtered, so that the page is full."""
+    criterion = indexed.Article.lang == "de"
+    if added == "where=":
+        statement = nearest(indexed.Article.embedding, "gift returns", where=criterion, limit=9)
+    else:
+        statement = nearest(indexed.Article.embedding, "gift returns", limit=9).where(criterion)
+    found = [article.id for article in session.scalars(statement)]
+    assert found == keys(exact(fake_encoder, "gift returns", lambda number: number % 3 == 0))[:9]
+
+
+def test_joins_and_columns_added_by_the_caller(
+    indexed: Shop, session: Session, fake_encoder: DeterministicEncoder
+) -> None:
+    statement = (
+        nearest(indexed.Article.embedding, "privacy gift", limit=4)
+        .join(indexed.Article.author)
+        .where(indexed.Author.name == "author 2")
+        .add_columns(indexed.Author.name)
+    )
+    rows = session.execute(statement).all()
+    expected = exact(fake_encoder, "privacy gift", lambda number: number % 4 == 2)
+    assert [row[0].id for row in rows] == keys(expected)[:4]
+    assert {row.name for row in rows} == {"author 2"}
+
+
+def test_joins_to_many_give_each_pair_once(indexed: Shop, session: Session) -> None:
+    statement = (
+        nearest(indexed.Article.embedding, "shipping gift", limit=200)
+        .join(indexed.Article.tags)
+        .add_columns(indexed.Tag.id)
+    )
+    rows = session.execute(statement).all()
+    with_vector = session.execute(
+        sa.select(sa.func.count())
+        .select_from(indexed.Tag)
+        .join(indexed.Tag.article)
+        .where(indexed.Article.embedding.is_not(None))
+    ).scalar_one()
+    assert len(rows) == len({row[2] for row in rows}) == with_vector
+
+
+def test_loader_options(
+    indexed: Shop, session: Session, fake_encoder: DeterministicEncoder
+) -> None:
+    expected = keys(exact(fake_encoder, "careers hours"))[:7]
+    for option in (joinedload(indexed.Article.tags), selectinload(indexed.Article.tags)):
+        session.expunge_all()
+        found = session.scalars(
+            nearest(indexed.Article.embedding, "careers hours", limit=7).options(option)
+        )
+        articles = found.unique().all()
+        assert [article.id for article in articles] == expected
+        assert all("tags" not in sa.inspect(article).unloaded for article in articles)
+        assert [len(article.tags) for article in articles] == [
+            (key - 1 + 1) % 3 for key in expected
+        ]
+
+
+def test_criteria_of_the_session_reach_the_index(
+    indexed: Shop, session: Session, fake_encoder: DeterministicEncoder
+) -> None:
+    """Tenants and soft deletion are often kept apart by options that a listener adds."""
+    statement = nearest(indexed.Article.embedding, "careers hours", limit=5).options(
+        with_loader_criteria(indexed.Article, indexed.Article.lang == "de")
+    )
+    found = [article.id for article in session.scalars(statement)]
+    assert found == keys(exact(fake_encoder, "careers hours", lambda key: key % 3 == 0))[:5]
+
+
+def test_largest_distance_and_least_similarity(
+    indexed: Shop, session: Session, fake_encoder: DeterministicEncoder
+) -> None:
+    expected = [pair for pair in exact(fake_encoder, "refund gift") if pair[0] >= 0.4]
+    assert 3 < len(expected) < 39
+    for options in ({"min_similarity": 0.4}, {"max_distance": 0.6}):
+        found = session.scalars(
+            nearest(indexed.Article.embedding, "refund gift", limit=39, **options)  # type: ignore[arg-type]
+        )
+        assert [article.id for article in found] == keys(expected)
+    nothing = nearest(indexed.Article.embedding, "unrelated words", min_similarity=0.9)
+    assert session.execute(nothing).all() == []
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_pages_follow_each_other(
+    indexed: Shop, session: Session, fake_encoder: DeterministicEncoder, filtered: bool
+) -> None:
+    """Five articles have equal texts; they are neither repeated nor missed."""
+    query = "refund returns"
+    expected = keys(exact(fake_encoder, query, lambda key: not filtered or key % 3 != 0))
+    for limit in (1, 3, 7, 50):
+        statement = nearest(indexed.Article.embedding, query, limit=limit)
+        if filtered:
+            statement = statement.where(indexed.Article.lang == "en")
+        found: list[int] = []
+        for offset in range(0, 45, limit):
+            page = statement if offset == 0 else statement.offset(offset)
+            found += [article.id for article in session.scalars(page)]
+        assert sorted(found) == sorted(expected)
+        assert found[:3] == expected[:3]
+
+
+def test_limits_and_offsets_can_be_changed_later(
+    indexed: Shop, session: Session, fake_encoder: DeterministicEncoder
+) -> None:
+    expected = keys(exact(fake_encoder, "gift now"))
+    statement = nearest(indexed.Article.embedding, "gift now")
+    assert [a.id for a in session.scalars(statement.limit(4))] == expected[:4]
+    assert [a.id for a in session.scalars(statement.limit(4).offset(4))] == expected[4:8]
+    assert len(session.scalars(statement.limit(None)).all()) == 39
+
+
+def test_in_subqueries_and_aliases(
+    indexed: Shop, session: Session, fake_encoder: DeterministicEncoder
+) -> None:
+    expected = keys(exact(fake_encoder, "gift now"))[:6]
+    inner = nearest(indexed.Article.embedding, "gift now", limit=6).subquery()
+    rows = session.execute(sa.select(inner.c.id).order_by(inner.c.similarity.desc(), inner.c.id))
+    assert list(rows.scalars()) == expected
+    cte = nearest(indexed.Article.embedding, "gift now", limit=6).cte()
+    assert session.scalar(sa.select(sa.func.count()).select_from(cte)) == 6
+    alias = aliased(indexed.Article)
+    found = session.scalars(nearest(alias.embedding, "gift now", limit=6).where(alias.id > 0))
+    assert [article.id for article in found] == expected
+    both = sa.union_all(
+        sa.select(nearest(indexed.Article.embedding, "gift now", limit=3).subquery().c.id),
+        sa.select(nearest(indexed.Article.embedding, "refund now", limit=3).subquery().c.id),
+    )
+    assert len(session.execute(both).all()) == 6
+
+
+def test_core_without_the_orm(
+    indexed: Shop, engine: sa.Engine, fake_encoder: DeterministicEncoder
+) -> None:
+    table = indexed.Article.__table__
+    with engine.connect() as connection:
+        rows = connection.execute(nearest(table.c.embedding, "gift now", limit=5)).mappings().all()
+    assert [row["id"] for row in rows] == keys(exact(fake_encoder, "gift now"))[:5]
+    assert set(rows[0]) == {"id", "title", "lang", "author_id", "similarity"}
+
+
+def test_the_stored_vector_is_left_where_it_is(
+    shop: Shop, session: Session, statements: list[str]
+) -> None:
+    article = session.scalars(nearest(shop.Article.embedding, "gift now", limit=1)).one()
+    assert "vector_send" not in statements[-1]
+    assert article.embedding.shape == (384,)
+    assert "vector_send" in statements[-1]
+
+
+@pytest.mark.parametrize("form", ["hnsw", "halfvec", "binary", "ivfflat"])
+def test_the_index_is_used(
+    form: str, engine: sa.Engine, plan: Plan, fake_encoder: DeterministicEncoder
+) -> None:
+    shop = make_shop(*FORMS[form]())
+    fill(engine, shop)
+    article = shop.Article
+    with Session(engine) as session:
+        session.execute(sa.text("SET LOCAL enable_seqscan = off"))
+        statements = [
+            nearest(article.embedding, "gift"),
+            nearest(article.embedding, "gift", offset=10),
+            nearest(article.embedding, "gift", max_distance=0.5),
+            nearest(article.embedding, "gift").where(article.lang == "de"),
+            nearest(article.embedding, session.get_one(article, 1)),
+        ]
+        if form != "binary":
+            statements.append(sa.select(article).order_by(article.embedding.distance("x")).limit(3))
+        for statement in statements:
+            assert "Index Scan using article_embedding" in plan(session, statement)
+        exactly = plan(session, nearest(article.embedding, "gift", exact=True))
+        assert "article_embedding" not in exactly
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean", "manhattan"])
+def test_each_metric_ranks_as_numpy_does(
+    similarity: Any, engine: sa.Engine, fake_encoder: DeterministicEncoder
+) -> None:
+    shop = make_shop(hnsw(), similarity=similarity)
+    fill(engine, shop)
+    query = fake_encoder.encode_query(["refund gift"])[0]
+    texts = [title for title in titles() if title is not None]
+    vectors = fake_encoder.encode_document(texts)
+    expected = sbert_pg.distance.similarity_matrix(query[None], vectors, similarity)[0]
+    with Session(engine) as session:
+        rows = session.execute(nearest(shop.Article.embedding, "refund gift", limit=39)).all()
+        assert [row.similarity for row in rows] == pytest.approx(
+            np.sort(expected)[::-1].tolist(), abs=1e-4
+        )
+        for article, found in rows:
+            assert found == pytest.approx(expected[article.id - 1], abs=1e-4)
+        column = shop.Article.embedding.similarity("refund gift")
+        assert session.scalar(sa.select(column).where(shop.Article.id == 1)) == pytest.approx(
+            expected[0], abs=1e-4
+        )
+    index = next(iter(shop.Article.__table__.indexes))
+    suffix = {"cosine": "cosine", "dot": "ip", "euclidean": "l2", "manhattan": "l1"}[similarity]
+    assert f"vector_{suffix}_ops" in str(
+        sa.schema.CreateIndex(index).compile(dialect=engine.dialect)
+    )
+
+
+def test_a_text_is_encoded_once_in_an_execution_and_then_remembered(
+    shop: Shop, session: Session, fake_encoder: DeterministicEncoder
+) -> None:
+    fake_encoder.encoded.clear()
+    embedding = shop.Article.embedding
+    statement = (
+        sa.select(shop.Article, embedding.similarity("gift now"))
+        .where(embedding.distance("gift now") < 0.9)
+        .order_by(embedding.distance("gift now"))
+    )
+    session.execute(statement).all()
+    assert fake_encoder.encoded == ["gift now"]
+    session.execute(nearest(embedding, "gift now")).all()
+    session.execute(nearest(embedding, "other words", offset=3, max_distance=0.9)).all()
+    assert fake_encoder.encoded == ["gift now", "other words"]
+
+
+def test_a_statement_takes_its_query_when_it_is_executed(
+    shop: Shop, session: Session, fake_encoder: DeterministicEncoder
+) -> None:
+    statement = nearest(shop.Article.embedding, sa.bindparam("q"), limit=3)
+    for text in ("gift now", "refund returns"):
+        found = session.scalars(statement, {"q": text})
+        assert [article.id for article in found] == keys(exact(fake_encoder, text))[:3]
+
+
+def test_what_cannot_be_encoded_leaves_the_transaction_usable(shop: Shop, session: Session) -> None:
+    sbert_pg.use_encoder(DeterministicEncoder(refuse="forbidden"))
+    with pytest.raises(EncodingError, match="forbidden"):
+        session.execute(nearest(shop.Article.embedding, "forbidden"))
+    with pytest.raises(NonFiniteError):
+        nearest(shop.Article.embedding, [float("nan")] * 384)
+    assert session.execute(nearest(shop.Article.embedding, "gift", limit=2)).all()
+
+
+@pytest.mark.parametrize("by", ["nearest", "distance", "similarity", "table"])
+def test_another_encoder_is_refused_before_any_answer(
+    shop: Shop, engine: sa.Engine, by: str, statements: list[str]
+) -> None:
+    """A process whose encoder of that name has other weights; nothing but the width agrees."""
+    sbert_pg.registry.forget_encoders()
+    sbert_pg.use_encoder(DeterministicEncoder(salt="another model"))
+    other = sa.create_engine(engine.url)
+    embedding = shop.Article.embedding
+    statement: Any = {
+        "nearest": nearest(embedding, "gift"),
+        "distance": sa.select(shop.Article).order_by(embedding.distance("gift")),
+        "similarity": sa.select(embedding.similarity([0.1] * 384)),
+        "table": nearest(shop.Article.__table__.c.embedding, "gift"),
+    }[by]
+    statements.clear()
+    with Session(other) as session:
+        for _ in range(2):
+            with pytest.raises(EncoderMismatchError, match="deterministic"):
+                session.execute(statement)
+    assert statements == []
+    other.dispose()
+
+
+async def _nearest(url: sa.URL, shop: Shop) -> list[int]:
+    engine = create_async_engine(url)
+    async with AsyncSession(engine) as session:
+        rows = await session.scalars(nearest(shop.Article.embedding, "gift now", limit=5))
+        found = [article.id for article in rows]
+    await engine.dispose()
+    return found
+
+
+def test_asynchronously(
+    shop: Shop, database_url: sa.URL, fake_encoder: DeterministicEncoder
+) -> None:
+    import asyncio
+
+    found = asyncio.run(_nearest(database_url, shop))
+    assert found == keys(exact(fake_encoder, "gift now"))[:5]
+
+
+def test_composite_keys(engine: sa.Engine, fake_encoder: DeterministicEncoder) -> None:
+    table = sa.Table(
+        "part",
+        sa.MetaData(),
+        sa.Column("a", sa.Integer, primary_key=True),
+        sa.Column("b", sa.Text, primary_key=True),
+        sa.Column("vec", sbert_pg.Vector(3)),
+        hnsw_index("part_vec", "vec", form="binary"),
+    )
+    with engine.begin() as connection:
+        table.create(connection)
+        connection.execute(
+            sa.insert(table),
+            [{"a": n % 3, "b": str(n), "vec": [1, n, -n]} for n in range(30)],
+        )
+        found: list[Any] = []
+        for offset in (0, 10, 20):
+            found += connection.execute(nearest(table.c.vec, [1, 0, 0], offset=offset)).all()
+    assert sorted((row.a, int(row.b)) for row in found) == sorted((n % 3, n) for n in range(30))
+    assert found[0].similarity == pytest.approx(1)
