@@ -71,6 +71,7 @@ class _Watched:
     """What has been learned on one dialect, that is, on one engine."""
 
     def __init__(self) -> None:
+        self.listening = False
         self.uses: WeakKeyDictionary[Any, tuple[_Use, ...]] = WeakKeyDictionary()
         self.bound: set[_Key] = set()
         self.unbound: dict[_Key, float] = {}
@@ -104,14 +105,17 @@ def identity_of(column: sa.ColumnElement[Any]) -> ColumnIdentity | None:
 
 def watch(dialect: Dialect) -> None:
     """Look at the statements of this dialect from now on."""
-    if dialect in _watched:
+    known = _watched.get(dialect)
+    if known is not None and known.listening:
         return
     with _lock:
         if dialect in _watched:
             return
-        _watched[dialect] = _Watched()
+        made = _watched[dialect] = _Watched()
         for name in ("do_execute", "do_executemany", "do_execute_no_params"):
             event.listen(dialect, name, _before_execute)
+        # Last: a thread that sees it goes on to execute, and must not find half of the listeners.
+        made.listening = True
 
 
 def forget(dialect: Dialect) -> None:
