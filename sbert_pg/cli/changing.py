@@ -151,7 +151,13 @@ def asked(
     """
     if app is not None:
         return _declared(column, app)
-    binding = find(engine, column)
+    try:
+        binding = find(engine, column)
+    except NotBoundError:
+        over = None if to is None else _finished(engine, unbound(column), to)
+        if over is None:
+            raise
+        return Asked(over)
     with engine.connect() as connection:
         pair = pair_of(connection, binding.identity)
         connection.rollback()
@@ -180,6 +186,19 @@ def asked(
     return Asked(
         Request(old=binding.identity, new=to, encoder=spec, source=source, storage=storage)
     )
+
+
+def _finished(engine: sa.Engine, old: ColumnIdentity, to: str) -> Request | None:
+    """The change where it is over: the old column is gone, and the new one is bound."""
+    from sbert_pg import catalog
+
+    with engine.connect() as connection:
+        new = catalog.binding_of(connection, ColumnIdentity(old.schema, old.table, to))
+        connection.rollback()
+    if new is None or new.replaces is not None:
+        return None
+    gone = ColumnIdentity(new.schema, new.table, old.column)
+    return Request(old=gone, new=to, encoder=new.declared, source=new.source, storage=new.storage)
 
 
 def _declared(column: str, app: str) -> Asked:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import datetime as dt
-from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.ext.compiler import compiles
 
 from sbert_pg import catalog
 from sbert_pg.catalog import Binding, tables
 from sbert_pg.errors import BackfillIncompleteError, ReembeddingError
 from sbert_pg.reembedding import pg
 from sbert_pg.reembedding.checks import facts_of, require_unused
-from sbert_pg.reembedding.locks import ATTEMPTS, LOCK_TIMEOUT, in_short_transactions
+from sbert_pg.reembedding.locks import (
+    ATTEMPTS,
+    LOCK_TIMEOUT,
+    LockTable,
+    in_short_transactions,
+)
 from sbert_pg.reembedding.pair import Pair, pair_of, replacement_of
 from sbert_pg.reembedding.rules import joined, next_step, unready
 from sbert_pg.reembedding.usage import QUIET
@@ -169,19 +172,7 @@ def activate(connection: sa.Connection, binding: Binding) -> None:
     )
 
 
-class LockTable(sa.schema.ExecutableDDLElement):
-    """``LOCK TABLE ... IN ACCESS EXCLUSIVE MODE``."""
-
-    def __init__(self, table: sa.Table) -> None:
-        self.table = table
-
-
-@compiles(LockTable, "postgresql")
-def _lock_table(element: LockTable, compiler: Any, **_: Any) -> str:
-    name = compiler.preparer.format_table(element.table)
-    return f"LOCK TABLE {name} IN ACCESS EXCLUSIVE MODE"
-
-
 def lock(connection: sa.Connection, binding: Binding) -> None:
     """Lock a bound column's table against everybody until the transaction ends."""
-    connection.execute(LockTable(sa.Table(binding.table, sa.MetaData(), schema=binding.schema)))
+    table = sa.Table(binding.table, sa.MetaData(), schema=binding.schema)
+    connection.execute(LockTable(table, "ACCESS EXCLUSIVE"))

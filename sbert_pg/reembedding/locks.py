@@ -9,9 +9,10 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import sqlalchemy as sa
+from sqlalchemy.ext.compiler import compiles
 
 from sbert_pg.errors import TableBusyError
 from sbert_pg.reembedding import pg
@@ -68,6 +69,21 @@ def in_short_transactions(
                 raise TableBusyError(_who(engine, relation, attempts, lock_timeout)) from error
         pause(attempt)
     raise AssertionError("unreachable")
+
+
+class LockTable(sa.schema.ExecutableDDLElement):
+    """``LOCK TABLE ... IN ... MODE``."""
+
+    def __init__(
+        self, table: sa.Table, mode: Literal["ACCESS EXCLUSIVE", "SHARE UPDATE EXCLUSIVE"]
+    ) -> None:
+        self.table = table
+        self.mode = mode
+
+
+@compiles(LockTable, "postgresql")
+def _lock_table(element: LockTable, compiler: Any, **_: Any) -> str:
+    return f"LOCK TABLE {compiler.preparer.format_table(element.table)} IN {element.mode} MODE"
 
 
 def set_lock_timeout(connection: sa.Connection, seconds: float, *, local: bool = True) -> None:

@@ -20,7 +20,8 @@ from sbert_pg.reembedding.building import BuildProgress, wait_for_other, watched
 from sbert_pg.reembedding.locks import (
     ATTEMPTS,
     LOCK_TIMEOUT,
-    holders,
+    LockTable,
+    in_short_transactions,
     pause,
     set_lock_timeout,
     sqlstate,
@@ -203,8 +204,9 @@ def build_index(
 ) -> bool:
     """Build an index with ``CREATE INDEX CONCURRENTLY``, unless a valid one of this name is there.
 
-    Readers and writers go on throughout (``SHARE UPDATE EXCLUSIVE``). An invalid index of this
-    name, as a killed build leaves behind, is dropped and built anew.
+    Readers and writers go on throughout (``SHARE UPDATE EXCLUSIVE``); the server waits for older
+    transactions, however long they take. An invalid index of this name, as a killed build leaves
+    behind, is dropped and built anew.
 
     Args:
         engine: where.
@@ -212,7 +214,7 @@ def build_index(
         maintenance_work_mem: memory for the build, as in ``"2GB"``; an HNSW graph that fits builds
             several times faster. The server's own setting by default.
         parallel_workers: ``max_parallel_maintenance_workers`` for the build.
-        lock_timeout: seconds to wait for the table's lock at an attempt.
+        lock_timeout: seconds to wait for the table's lock at an attempt, before the build.
         attempts: how often to try.
         wait: seconds to wait for another session that is building this index, such as one whose
             client was killed.
@@ -229,8 +231,13 @@ def build_index(
     """
     if index.table is None or index.name is None:
         raise DeclarationError("build_index needs an index with a name, attached to its table.")
+    table = index.table
     workers = None if parallel_workers is None else str(parallel_workers)
     settings = {
+        # Both would end a build that merely waits for older transactions, after the work is done.
+        # While it waits it holds up nobody but other DDL and vacuum.
+        "lock_timeout": "0",
+        "statement_timeout": "0",
         "maintenance_work_mem": maintenance_work_mem,
         "max_parallel_maintenance_workers": workers,
     }
@@ -238,11 +245,10 @@ def build_index(
     with engine.connect() as plain:
         connection = plain.execution_options(isolation_level="AUTOCOMMIT")
         try:
-            set_lock_timeout(connection, lock_timeout, local=False)
             for name, value in settings.items():
                 if value is not None:
                     connection.execute(sa.select(sa.func.set_config(name, value, False)))
-            relation = pg.relation_name(index.table, connection)
+            relation = pg.relation_name(table, connection)
             if not wait_for_other(
                 connection,
                 lambda: index_state(connection, index) == "building",
@@ -252,6 +258,15 @@ def build_index(
                 stop,
             ):
                 raise TableBusyError(_others(index))
+            if index_state(connection, index) == "valid":
+                return False
+            in_short_transactions(
+                engine,
+                lambda held: held.execute(LockTable(table, "SHARE UPDATE EXCLUSIVE")),
+                relation=relation,
+                lock_timeout=lock_timeout,
+                attempts=attempts,
+            )
             pid = connection.execute(sa.select(sa.func.pg_backend_pid())).scalar_one()
             with watched(engine, pid, relation, on_progress, stop):
                 return _build(connection, index, attempts, stop)
@@ -271,7 +286,6 @@ def _build(
 ) -> bool:
     assert index.table is not None
     operations = pg.operations(connection)
-    relation = pg.relation_name(index.table, connection)
     for attempt in range(1, attempts + 1):
         state = index_state(connection, index)
         if state == "valid":
@@ -291,15 +305,13 @@ def _build(
             return True
         except sa.exc.DBAPIError as error:
             stopped = stop is not None and stop.is_set()
-            if stopped or sqlstate(error) not in ("55P03", "40P01") or attempt == attempts:
+            if stopped or sqlstate(error) != "40P01" or attempt == attempts:
                 _drop_leftover(operations, connection, index)
                 if stopped:
                     raise StepStoppedError(
                         f"The build of index {index.name!r} was called off. Run the same command "
                         "again to build it."
                     ) from error
-                if sqlstate(error) == "55P03":
-                    raise TableBusyError(_busy(connection, relation, index)) from error
                 raise
         pause(attempt)
     raise AssertionError("unreachable")
@@ -311,6 +323,7 @@ def _drop_leftover(operations: Operations, connection: sa.Connection, index: sa.
     if connection.invalidated:
         return
     try:
+        set_lock_timeout(connection, LOCK_TIMEOUT, local=False)
         if index_state(connection, index) == "invalid":
             operations.drop_index(
                 str(index.name),
@@ -322,14 +335,6 @@ def _drop_leftover(operations: Operations, connection: sa.Connection, index: sa.
     except sa.exc.DBAPIError:
         # The next run meets the invalid index and drops it.
         return
-
-
-def _busy(connection: sa.Connection, relation: str, index: sa.Index) -> str:
-    held = "; ".join(holders(connection, relation)[:5]) or "nobody now, so trying again may do"
-    return (
-        f"Index {index.name!r} could not get its lock on {relation}, held by: {held}. No index was "
-        "left behind; run the same command again."
-    )
 
 
 def index_state(connection: sa.Connection, index: sa.Index) -> str:
