@@ -160,6 +160,8 @@ class _Run:
         self._settings = settings
         self._stop = stop or threading.Event()
         self._patience = Patience(self._database, logger, self._stop)
+        with self._database.connect():
+            pass  # A database that cannot be reached at all is told at once, not waited for.
         self._rows, self._encoder = self._open(column)
         self._rate = Rate(settings.rows_per_second)
         self._gate = Gate(self._database, settings.limits, self._probe)
@@ -172,14 +174,20 @@ class _Run:
     def _open(
         self, column: ColumnIdentity | sa.Column[object] | Binding
     ) -> tuple[Rows, TextEncoder]:
-        with self._database.begin() as connection:
-            if isinstance(column, Binding):
-                column = column.identity
-            binding = catalog.require_binding(connection, column)
+        identity = column.identity if isinstance(column, Binding) else column
+
+        def begin(connection: Connection) -> tuple[Rows, TextEncoder]:
+            binding = catalog.require_binding(connection, identity)
             encoder = get_encoder(binding.declared)
             hold_encoder(connection, binding, encoder)
             rows = rows_of(connection, binding)
             ranges.begin_again(connection, rows, force=self._settings.restart)
+            return rows, encoder
+
+        begun, error = self._patience.attempt("begin a backfill", begin)
+        if error is not None or begun is None:
+            raise error or BackfillError("The backfill was stopped before it began.")
+        rows, encoder = begun
         return rows, cached(encoder, self._database.engine, self._settings.cache_rows)
 
     def run(self) -> Filled:

@@ -83,11 +83,15 @@ class Watch:
 
     def start(self) -> None:
         """Begin."""
-        with self._database.begin() as connection:
-            warn_of_index(connection, self._rows)
-            done = ranges.extent(connection, self._rows.binding.id).rows
-            left = rows_left(connection, self._rows)
-        self._total = None if left is None else done + left
+        try:
+            with self._database.begin() as connection:
+                warn_of_index(connection, self._rows)
+                done = ranges.extent(connection, self._rows.binding.id).rows
+                left = rows_left(connection, self._rows)
+            self._total = None if left is None else done + left
+        except sa.exc.SQLAlchemyError as error:
+            # The total is for people; the reader and the writer wait for a database that is away.
+            logger.debug("Cannot count what is to be done: %s", words_of(error))
         self._look()
         self._thread.start()
 

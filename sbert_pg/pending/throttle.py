@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from sbert_pg.errors import CatalogError
+from sbert_pg.errors import BackfillError, CatalogError, SbertPgError
 from sbert_pg.pending.database import Database
-from sbert_pg.pending.faults import words_of
+from sbert_pg.pending.faults import Fault, fault_of, words_of
 
 logger = logging.getLogger("sbert_pg.backfill")
 
@@ -99,7 +99,7 @@ class Gate:
     def start(self) -> None:
         """Begin, if there are limits."""
         if self._limits.replica_lag is not None or self._limits.latency is not None:
-            self._look()
+            self._try()
             self._thread.start()
 
     def stop(self) -> None:
@@ -113,6 +113,7 @@ class Gate:
 
         Raises:
             CatalogError: this role cannot see how far the replicas are behind.
+            BackfillError: the probe fails.
         """
         while not self._open.wait(0.2) and not stop.is_set():
             pass
@@ -122,14 +123,23 @@ class Gate:
     def _run(self) -> None:
         while not self._stop.wait(INTERVAL):
             try:
-                self._look()
-            except CatalogError as error:
+                self._try()
+            except SbertPgError as error:
                 self._error = error
                 self._open.set()
                 return
-            except sa.exc.SQLAlchemyError as error:
-                # The reader and the writer meet the same trouble, and wait.
-                logger.debug("Cannot look at the limits: %s", words_of(error))
+
+    def _try(self) -> None:
+        try:
+            self._look()
+        except sa.exc.SQLAlchemyError as error:
+            if fault_of(error) not in (Fault.LOST, Fault.BUSY, Fault.SLOW):
+                raise BackfillError(
+                    f"The limits of the backfill cannot be looked at: {words_of(error)}. Mend the "
+                    "probe, or run without it."
+                ) from error
+            # The reader and the writer meet the same trouble, and wait.
+            logger.debug("Cannot look at the limits: %s", words_of(error))
 
     def _look(self) -> None:
         with self._database.connect() as connection, connection.begin() as transaction:

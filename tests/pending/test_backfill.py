@@ -318,9 +318,10 @@ def test_a_column_that_cannot_be_written(engine, plain, encoder):
 
 def test_dropped_connections_are_survived(engine, plain, encoder):
     make(engine, plain, "SELECT i, 'n' || i FROM generate_series(1, 3000) AS i")
-    stop = threading.Event()
+    stop, begun = threading.Event(), threading.Event()
 
     def terminate() -> None:
+        begun.wait()
         while not stop.wait(0.15):
             plain.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
@@ -330,9 +331,15 @@ def test_dropped_connections_are_survived(engine, plain, encoder):
     thread = threading.Thread(target=terminate)
     thread.start()
     try:
-        done = backfill(engine, IDENTITY, BackfillSettings(batch_size=20, rows_per_second=1500))
+        done = backfill(
+            engine,
+            IDENTITY,
+            BackfillSettings(batch_size=20, rows_per_second=1500),
+            on_progress=lambda progress: begun.set(),
+        )
     finally:
         stop.set()
+        begun.set()
         thread.join()
     assert done.complete
     check(plain, encoder)
@@ -342,7 +349,7 @@ def test_the_rate_is_kept(engine, plain, encoder):
     make(engine, plain)
     started = time.monotonic()
     backfill(engine, IDENTITY, BackfillSettings(batch_size=100, rows_per_second=500))
-    assert 0.8 < time.monotonic() - started < 6
+    assert time.monotonic() - started > 0.8
     rate, stop = Rate(None), threading.Event()
     rate.wait(1_000_000, stop)
 
@@ -364,8 +371,19 @@ def test_it_pauses_while_the_probe_is_slow(engine, plain, encoder):
     limits = Limits(latency=0.1, probe=probe)
     done = backfill(engine, IDENTITY, BackfillSettings(limits=limits), on_progress=on_progress)
     assert done.complete
-    assert "a probe takes 2" in seen[1].paused
+    assert "a probe takes" in seen[1].paused
     assert seen[1].rows == 0
+
+
+def test_a_probe_that_fails_is_told(engine, plain, encoder):
+    make(engine, plain)
+
+    def probe(connection) -> None:
+        connection.execute(sa.text("SELECT nothing FROM nowhere"))
+
+    limits = Limits(latency=0.1, probe=probe)
+    with pytest.raises(BackfillError, match="nowhere"):
+        backfill(engine, IDENTITY, BackfillSettings(limits=limits))
 
 
 def test_no_replica_is_not_behind(engine, plain, encoder):
