@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from alembic.operations import Operations
 from alembic.operations.ops import MigrateOperation
 
-from sbert_pg.alembic.base import ColumnOperation, SequenceOp, unknown
+from sbert_pg.alembic.base import ColumnOperation, NothingOp, SequenceOp, unknown
 from sbert_pg.alembic.declaration import Declaration
 from sbert_pg.distance import Similarity, Storage
 from sbert_pg.source import Source
@@ -221,10 +221,13 @@ class FinishReplacementOp(DropEmbeddingColumnOp):
         quiet: float = 300.0,
         added: AddEmbeddingColumnOp | None = None,
         indexes: Sequence[MigrateOperation] = (),
+        replacement: str | None = None,
     ) -> None:
         super().__init__(table_name, column_name, schema=schema, added=added)
         self.force = force
         self.quiet = quiet
+        #: The column that has replaced it.
+        self.replacement = replacement
         #: Operations that build the indexes again which go with the column.
         self.indexes = list(indexes)
 
@@ -259,10 +262,65 @@ class FinishReplacementOp(DropEmbeddingColumnOp):
         )
 
     def reverse(self) -> MigrateOperation:
-        """Add the column again, with its indexes."""
-        added = super().reverse()
-        return SequenceOp([added, *self.indexes]) if self.indexes else added
+        """Add the column again, with its indexes, and go on with the change."""
+        steps = [super().reverse(), *self.indexes]
+        if self.replacement is not None:
+            steps.append(
+                ResumeReplacementOp(
+                    self.table_name, self.replacement, self.column_name, schema=self.schema
+                )
+            )
+        return SequenceOp(steps) if len(steps) > 1 else steps[0]
 
     def to_diff_tuple(self) -> tuple[Any, ...]:
         """The column that is too many."""
         return ("finish_replacement", *self.place)
+
+
+class ResumeReplacementOp(ColumnOperation):
+    """Say again that a column is to replace another: the inverse of *contract* ends with it."""
+
+    online = True
+
+    def __init__(
+        self, table_name: str, column_name: str, replaces: str, *, schema: str | None = None
+    ) -> None:
+        super().__init__(table_name, column_name, schema=schema)
+        self.replaces = replaces
+
+    @classmethod
+    def resume_replacement(
+        cls,
+        operations: Operations,
+        table_name: str,
+        column_name: str,
+        *,
+        replaces: str,
+        schema: str | None = None,
+    ) -> Any:
+        """Go on with a change of encoder after its old column has been added again.
+
+        The new column keeps its encoder, its vectors and its marks; from now on the table is
+        watched for writers of the old column, as it was before ``finish_replacement``. Done twice
+        it changes nothing.
+
+        Args:
+            operations: given by Alembic.
+            table_name: the table.
+            column_name: the new column, which is bound.
+            replaces: the old column, which is bound again.
+            schema: schema of the table.
+
+        Raises:
+            NotBoundError: one of the two is not bound.
+            TableBusyError: the table's lock could not be had; the message says who holds it.
+        """
+        return operations.invoke(cls(table_name, column_name, replaces, schema=schema))
+
+    def reverse(self) -> MigrateOperation:
+        """Nothing: dropping the old column ends the change."""
+        return NothingOp()
+
+    def to_diff_tuple(self) -> tuple[Any, ...]:
+        """The two columns."""
+        return ("resume_replacement", *self.place, self.replaces)

@@ -190,16 +190,22 @@ class Comparison:
 
     def _drop(self, key: Key, binding: Binding) -> MigrateOperation:
         added = self._add_op(key, binding.column, _declared(binding))
-        replaced = any(
-            other.replaces == binding.column and (*key, other.column) in self._declared_places(key)
-            for (schema, table, _), other in self.bindings.items()
-            if (schema, table) == key
+        declared = self._declared_places(key)
+        replacement = next(
+            (
+                other.column
+                for (schema, table, _), other in self.bindings.items()
+                if (schema, table) == key
+                and other.replaces == binding.column
+                and (*key, other.column) in declared
+            ),
+            None,
         )
-        if not replaced:
+        if replacement is None:
             return ops.DropEmbeddingColumnOp(key[1], binding.column, schema=key[0], added=added)
         place = (*key, binding.column)
         self.finishing[place] = ops.FinishReplacementOp(
-            key[1], binding.column, schema=key[0], added=added
+            key[1], binding.column, schema=key[0], added=added, replacement=replacement
         )
         return self.finishing[place]
 

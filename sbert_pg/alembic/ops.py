@@ -24,6 +24,7 @@ from sbert_pg.alembic.column_ops import (
     DeclaringOperation,
     DropEmbeddingColumnOp,
     FinishReplacementOp,
+    ResumeReplacementOp,
 )
 from sbert_pg.alembic.index_ops import CreateVectorIndexOp, DropVectorIndexOp
 
@@ -35,6 +36,7 @@ OPERATIONS: tuple[tuple[str, type[SbertOperation]], ...] = (
     ("begin_replacement", BeginReplacementOp),
     ("drop_embedding_column", DropEmbeddingColumnOp),
     ("finish_replacement", FinishReplacementOp),
+    ("resume_replacement", ResumeReplacementOp),
     ("bind_embedding_column", BindEmbeddingColumnOp),
     ("unbind_embedding_column", UnbindEmbeddingColumnOp),
     ("rebind_embedding_column", RebindEmbeddingColumnOp),
@@ -62,6 +64,7 @@ __all__ = [
     "NothingOp",
     "RebindEmbeddingColumnOp",
     "RequireBackfillOp",
+    "ResumeReplacementOp",
     "SbertOperation",
     "SequenceOp",
     "UnbindEmbeddingColumnOp",

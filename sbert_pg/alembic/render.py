@@ -153,6 +153,11 @@ def _finish(context: AutogenContext, op: ops.FinishReplacementOp) -> str:
     return str(call.keyword("schema", op.schema))
 
 
+def _resume(context: AutogenContext, op: ops.ResumeReplacementOp) -> str:
+    call = Call(context, "resume_replacement").add(op.table_name, op.column_name)
+    return str(call.keyword("replaces", op.replaces).keyword("schema", op.schema))
+
+
 def _rebind(context: AutogenContext, op: ops.RebindEmbeddingColumnOp) -> str:
     call = Call(context, "rebind_embedding_column").add(op.table_name, op.column_name)
     call.keyword("encoder", op.encoder.name).keyword("dimensions", op.encoder.dimensions)
@@ -241,6 +246,7 @@ RENDERERS: tuple[tuple[type[ops.SbertOperation], Callable[..., Any]], ...] = (
     (ops.BeginReplacementOp, _add),
     (ops.DropEmbeddingColumnOp, _on_column("drop_embedding_column")),
     (ops.FinishReplacementOp, _finish),
+    (ops.ResumeReplacementOp, _resume),
     (ops.BindEmbeddingColumnOp, _bind),
     (ops.UnbindEmbeddingColumnOp, _unbind),
     (ops.FollowRenameOp, _rename),

@@ -250,6 +250,44 @@ BEGIN
 END $sbert$"""
 
 
+class Resume(DDLElement):
+    """A block that makes one bound column the replacement of another again."""
+
+    def __init__(self, identity: ColumnIdentity, replaces: str) -> None:
+        self.identity = identity
+        self.replaces = replaces
+
+
+@compiles(Resume)
+def _resume(element: Resume, compiler: Any, **_: Any) -> str:
+    identity = element.identity
+    parts = (relation(identity.table, identity.schema), identity.column, element.replaces)
+    name, new, old = (part.replace("'", "''") for part in parts)
+    text = _RESUME % {"relation": name, "new": new, "old": old}
+    return text.replace("%", "%%") if compiler.preparer._double_percents else text
+
+
+_RESUME = """\
+DO $sbert$ DECLARE
+    v_new integer;
+    v_old integer;
+BEGIN
+    SELECT c.id INTO v_new FROM sbert.embedding_column c
+     WHERE c.relation = '%(relation)s'::regclass AND c.column_name = '%(new)s';
+    SELECT c.id INTO v_old FROM sbert.embedding_column c
+     WHERE c.relation = '%(relation)s'::regclass AND c.column_name = '%(old)s';
+    IF v_new IS NULL OR v_old IS NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'SB004',
+            MESSAGE = 'a column of %(relation)s is not bound: %(new)s, or %(old)s that it replaces',
+            HINT = 'Bind both before the change goes on.';
+    END IF;
+    PERFORM set_config('sbert.maintenance', 'on', true);
+    UPDATE sbert.embedding_column SET replaces_id = v_old
+     WHERE id = v_new AND replaces_id IS DISTINCT FROM v_old;
+    PERFORM set_config('sbert.maintenance', 'off', true);
+END $sbert$"""
+
+
 class RequireValidIndex(DDLElement):
     """A block that fails where an index is invalid; for ``--sql``."""
 

@@ -150,6 +150,13 @@ def finish_replacement(operations: Operations, operation: ops.FinishReplacementO
     _forget(operations)
 
 
+def resume_replacement(operations: Operations, operation: ops.ResumeReplacementOp) -> None:
+    """Have the catalog say which column is replaced; its own trigger watches the writers then."""
+    with online(operations, _relation(operation)) as runner:
+        runner.execute(statements.Resume(identity_of(operation), operation.replaces))
+    _forget(operations)
+
+
 def _require_no_row_missing(connection: sa.Connection, old: ColumnIdentity) -> None:
     """Also rows that became pending a moment ago: a migration can be run again."""
     pair = pair_of(connection, old)
@@ -285,6 +292,7 @@ IMPLEMENTATIONS: tuple[tuple[type[ops.SbertOperation], Callable[..., Any]], ...]
     (ops.BeginReplacementOp, add_embedding_column),
     (ops.DropEmbeddingColumnOp, drop_embedding_column),
     (ops.FinishReplacementOp, finish_replacement),
+    (ops.ResumeReplacementOp, resume_replacement),
     (ops.BindEmbeddingColumnOp, bind_embedding_column),
     (ops.UnbindEmbeddingColumnOp, unbind_embedding_column),
     (ops.RebindEmbeddingColumnOp, rebind_embedding_column),
