@@ -9,12 +9,14 @@ from typing import Any
 import psycopg
 import sqlalchemy as sa
 from psycopg import sql
-from psycopg.adapt import AdaptersMap, Dumper
+from psycopg.adapt import Dumper
 from psycopg.pq import Format
 from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.engine import Connection
 
+from sbert_pg.catalog.reading import qualified
 from sbert_pg.errors import LoadError
+from sbert_pg.types.guard import ColumnIdentity
 from sbert_pg.types.wire import WireVector
 
 #: What a COPY says of where it was: "COPY article, line 3, column title".
@@ -56,22 +58,32 @@ class Writer:
         connection: the connection, synchronous, or an asynchronous one's within ``run_sync``.
         table: the table.
         columns: the columns that rows have, in order.
+        inserts: whether rows have to go through INSERT.
     """
 
     def __init__(
-        self, connection: Connection, table: sa.Table, columns: Sequence[sa.Column[Any]]
+        self,
+        connection: Connection,
+        table: sa.Table,
+        columns: Sequence[sa.Column[Any]],
+        *,
+        inserts: bool = False,
     ) -> None:
         self._connection = connection
         self._table = table
         self._columns = columns
-        driver: Any = connection.connection.driver_connection
-        self._driver = driver
-        self._adapters: AdaptersMap = self._driver.adapters
-        self._oids = self._find_types()
-        names = [table.name] if table.schema is None else [table.schema, table.name]
+        self._driver: Any = connection.connection.driver_connection
+        self._dumpers: list[type[Dumper]] = []
+        self._oids = None if inserts or not self._is_psycopg() else self._find_types()
+        schemas = connection.get_execution_options().get("schema_translate_map") or {}
+        schema = schemas.get(table.schema, table.schema)
+        names = [table.name] if schema is None else [schema, table.name]
         self._statement = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT BINARY)").format(
             sql.Identifier(*names), sql.SQL(", ").join(sql.Identifier(c.name) for c in columns)
         )
+
+    def _is_psycopg(self) -> bool:
+        return isinstance(self._driver, (psycopg.Connection, psycopg.AsyncConnection))
 
     @property
     def copies(self) -> bool:
@@ -131,18 +143,25 @@ class Writer:
     def _insert(self, rows: Sequence[Sequence[Any]], first: int) -> None:
         names = [column.key for column in self._columns]
         plain = [dict(zip(names, row, strict=True)) for row in rows]
+        statement = sa.insert(self._table)
         try:
-            self._connection.execute(sa.insert(self._table), plain)
-        except sa.exc.SQLAlchemyError as error:
-            raise LoadError(
-                f"Rows {first} to {first + len(rows) - 1} cannot be loaded into "
-                f"{self._table.fullname!r}: {error}",
-                row=first,
-            ) from error
+            with self._connection.begin_nested():
+                self._connection.execute(statement, plain)
+        except sa.exc.SQLAlchemyError:
+            # Which row it was is found by inserting one by one; this block is lost anyway.
+            for number, row in enumerate(plain, first):
+                try:
+                    self._connection.execute(statement, row)
+                except sa.exc.SQLAlchemyError as error:
+                    raise self._named(getattr(error, "orig", None) or error, number, number) from (
+                        error
+                    )
+            raise
 
     def _find_types(self) -> list[int] | None:
         """Types of the columns in the database; ``None`` where one cannot be sent in binary."""
-        name = self._connection.dialect.identifier_preparer.format_table(self._table)
+        identity = ColumnIdentity(self._table.schema, self._table.name, "")
+        name = qualified(self._connection, identity)
         of_attribute = (
             sa.select(
                 _attribute.c.attname,
@@ -154,13 +173,14 @@ class Writer:
             )
             .join(_type, _type.c.oid == _attribute.c.atttypid)
             .where(
-                _attribute.c.attrelid == sa.cast(name, pg.REGCLASS),
+                _attribute.c.attrelid == sa.func.to_regclass(name),
                 sa.not_(_attribute.c.attisdropped),
             )
         )
         found = {row.attname: row for row in self._connection.execute(of_attribute)}
-        self._dumpers: list[type[Dumper]] = []
         oids = []
+        if not found:
+            raise LoadError(f"There is no table {name} in this database; create it first.")
         for column in self._columns:
             if column.name not in found:
                 raise LoadError(f"Table {self._table.fullname!r} has no column {column.name!r}.")
@@ -177,7 +197,7 @@ class Writer:
             return int(row.oid)
         oid = row.typbasetype if row.typtype == "d" else row.oid
         try:
-            self._adapters.get_dumper_by_oid(oid, Format.BINARY)
+            self._driver.adapters.get_dumper_by_oid(oid, Format.BINARY)
         except psycopg.ProgrammingError:
             # Labels of an enum, and text types of extensions, are sent as text is.
             return _TEXT_OID if row.typtype == "e" or row.typcategory == "S" else None
@@ -190,7 +210,8 @@ class Writer:
         if isinstance(error, psycopg.Error) and error.diag.message_primary:
             line = _LINE.search(error.diag.context or "")
             # The server is behind the driver; it says itself how far it came.
-            row = first + int(line.group(1)) - 1 if line else None
+            at_most = first if first == reached else None
+            row = first + int(line.group(1)) - 1 if line else at_most
             detail = error.diag.message_detail
             message = error.diag.message_primary + (f" ({detail})" if detail else "")
         which = f"Row {row}" if row is not None else f"A row between {first} and {reached}"

@@ -6,16 +6,16 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
-from sbert_pg.errors import DeclarationError, EncodingError, LoadError, VectorError
+from sbert_pg.errors import DeclarationError, LoadError, VectorError
 from sbert_pg.filling import Filling, encode_documents
 from sbert_pg.loading.copying import Writer
 from sbert_pg.loading.rows import Plan, columns_by_name
@@ -50,8 +50,9 @@ class _Block:
 def load(
     connection: Connection | Session,
     table: Any,
-    rows: Iterable[Row],
+    rows: Iterable[Row] | Iterable[Sequence[Any]],
     *,
+    columns: Sequence[str] | None = None,
     commit_every: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> int:
@@ -72,7 +73,9 @@ def load(
         rows: mappings from name to value. The first decides which columns are written; all have the
             same. Columns it lacks take the default of the database, or of their ``Column``. A text
             in a column of numbers, dates or the like is converted, for the sake of CSV files.
-        commit_every: rows after which the transaction is committed; never by default.
+        columns: names of the values, where rows are tuples instead of mappings.
+        commit_every: rows after which the transaction is committed; never by default. Needs a
+            connection that this call may commit, as from ``engine.connect()``.
         progress: is called with the number of rows written so far, after each block.
 
     Returns:
@@ -82,14 +85,45 @@ def load(
         LoadError: a row cannot be loaded; the message and ``LoadError.row`` say which.
         EncodingError: a text cannot be encoded; the message says which.
         EncoderMismatchError: the column belongs to another encoder.
+        DeclarationError: ``table`` is none, or ``commit_every`` cannot be had here.
     """
-    if isinstance(connection, Session):
-        connection = connection.connection()
     target, names = _target(table)
+    if commit_every is not None:
+        _require_committable(connection, commit_every)
+    if isinstance(connection, Session):
+        connection = connection.connection(bind_arguments=_bind_arguments(table, target))
     loading = _Loading(connection, target, names, commit_every, progress)
     with loading.all_or_nothing():
-        loading.run(rows)
+        loading.run(cast("Iterable[Row]", rows) if columns is None else _named(rows, columns))
     return loading.written
+
+
+def _require_committable(connection: Connection | Session, commit_every: int) -> None:
+    if commit_every < 1:
+        raise DeclarationError(f"load: commit_every is {commit_every}; it starts at 1.")
+    if isinstance(connection, Session) or getattr(connection, "_trans_context_manager", None):
+        raise DeclarationError(
+            "load: commit_every commits again and again, and this transaction is a session's or a "
+            "'with' block's to commit. Give a connection of its own, as from engine.connect()."
+        )
+
+
+def _bind_arguments(table: Any, target: sa.Table) -> dict[str, Any]:
+    """What lets a session with several engines find the table's."""
+    return {"clause": target} if table is target else {"mapper": sa.inspect(table)}
+
+
+def _named(rows: Iterable[Any], columns: Sequence[str]) -> Iterator[Row]:
+    """Tuples as mappings."""
+    width = len(columns)
+    for number, row in enumerate(rows):
+        if isinstance(row, (str, bytes, Mapping)) or len(row) != width:
+            raise LoadError(
+                f"Row {number} is {str(row)[:60]!r}; a sequence of {width} values is expected, in "
+                f"the order {', '.join(columns)}.",
+                row=number,
+            )
+        yield dict(zip(columns, row, strict=True))
 
 
 class _Loading:
@@ -103,8 +137,6 @@ class _Loading:
         commit_every: int | None,
         progress: Callable[[int], None] | None,
     ) -> None:
-        if commit_every is not None and commit_every < 1:
-            raise DeclarationError(f"load: commit_every is {commit_every}; it starts at 1.")
         self.connection = connection
         self.table = table
         self.names = names
@@ -116,11 +148,22 @@ class _Loading:
     def all_or_nothing(self) -> AbstractContextManager[Any]:
         """What is undone if the load fails."""
         if self.commit_every is not None:
-            return nullcontext()
+            return self._rolled_back()
         driver: Any = self.connection.connection.dbapi_connection
         if getattr(driver, "autocommit", False):
             return _own_transaction(self.connection)
         return self.connection.begin_nested()
+
+    @contextmanager
+    def _rolled_back(self) -> Iterator[None]:
+        """Undo what was written since the last commit, so that ``committed`` is the truth."""
+        try:
+            yield
+        except BaseException as error:
+            self.connection.rollback()
+            if isinstance(error, LoadError):
+                error.committed = self.committed
+            raise
 
     def run(self, rows: Iterable[Row]) -> None:
         """Read, encode and write, the latter two at the same time."""
@@ -128,8 +171,9 @@ class _Loading:
         first = next(iterator, None)
         if first is None:
             return
-        plan = Plan(self.table, self.names, first, self.connection.dialect)
-        writer = Writer(self.connection, self.table, plan.columns)
+        plan = Plan(self.table, self.names, first)
+        writer = Writer(self.connection, self.table, plan.columns, inserts=plan.inserts)
+        plan.convert_for(self.connection.dialect, writer.copies)
         waiting: deque[tuple[_Block, Future[list[list[Any]]]]] = deque()
         executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sbert-pg-load")
         try:
@@ -141,10 +185,6 @@ class _Loading:
                 self._write(plan, writer, *waiting.popleft())
             if self.commit_every is not None:
                 self._commit()
-        except (LoadError, EncodingError) as error:
-            if isinstance(error, LoadError):
-                error.committed = self.committed
-            raise
         finally:
             executor.shutdown(wait=True, cancel_futures=True)
 

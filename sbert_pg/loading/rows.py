@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import inspect
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
@@ -39,7 +40,6 @@ class Plan:
         table: the table.
         names: by the names that rows use, its columns.
         first: the first row.
-        dialect: decides how values are converted.
 
     Attributes:
         columns: the columns that are written, embedding columns last.
@@ -51,8 +51,8 @@ class Plan:
         table: sa.Table,
         names: Mapping[str, sa.Column[Any]],
         first: Mapping[str, Any],
-        dialect: Dialect,
     ) -> None:
+        _require_mapping(first, 0)
         self.fillings = fillings_of(table)
         self._names = names
         embedding = {filling.column for filling in self.fillings}
@@ -70,19 +70,29 @@ class Plan:
             if column not in embedding and (key in first or _has_default(column))
         ]
         self.columns = (*plain, *(filling.column for filling in self.fillings))
+        #: Whether rows have to go through INSERT, since SQLAlchemy computes a default of theirs.
+        self.inserts = any(
+            _is_computed(column) and key not in first
+            for key, column in names.items()
+            if column not in embedding
+        )
         self._plain = plain
         self._keys = tuple(self._key_of[column] for column in plain)
         self._allowed = frozenset(self._keys) | {self._key_of[column] for column in embedding}
         self._pick = _picker(self._keys)
         self._vector_keys = tuple(self._key_of[filling.column] for filling in self.fillings)
-        self._convert = [
-            (i, convert)
-            for i, column in enumerate(plain)
-            if (convert := _conversion(column, dialect)) is not None
-        ]
+        self._convert: list[tuple[int, Callable[[Any], Any]]] = []
         position = {column: i for i, column in enumerate(plain)}
         self._source_positions = [
             [position.get(column) for column in filling.source_columns] for filling in self.fillings
+        ]
+
+    def convert_for(self, dialect: Dialect, copies: bool) -> None:
+        """Decide how values are converted; what goes through INSERT is converted there."""
+        self._convert = [
+            (i, convert)
+            for i, column in enumerate(self._plain)
+            if (convert := _conversion(column, dialect, copies)) is not None
         ]
 
     def values(self, row: Mapping[str, Any], number: int) -> list[Any]:
@@ -93,7 +103,8 @@ class Plan:
         """
         try:
             values = list(self._pick(row))
-        except KeyError:
+        except (KeyError, TypeError):
+            _require_mapping(row, number)
             values = [self._given(row, i, number) for i in range(len(self._plain))]
         if not row.keys() <= self._allowed:
             extra = ", ".join(repr(key) for key in row if key not in self._allowed)
@@ -157,6 +168,15 @@ class Plan:
         )
 
 
+def _require_mapping(row: Any, number: int) -> None:
+    if not isinstance(row, Mapping):
+        raise LoadError(
+            f"Row {number} is {str(row)[:60]!r}, and a mapping from name to value is expected. For "
+            "tuples give their names with columns=.",
+            row=number,
+        )
+
+
 def columns_by_name(table: sa.Table) -> dict[str, sa.Column[Any]]:
     """The columns of a table under the names that rows use."""
     return dict(table.columns.items())
@@ -164,7 +184,28 @@ def columns_by_name(table: sa.Table) -> dict[str, sa.Column[Any]]:
 
 def _has_default(column: sa.Column[Any]) -> bool:
     default: Any = column.default
-    return default is not None and (default.is_scalar or default.is_callable)
+    return (
+        default is not None
+        and (default.is_scalar or default.is_callable)
+        and not _is_computed(column)
+    )
+
+
+def _is_computed(column: sa.Column[Any]) -> bool:
+    """Whether a default is an SQL expression, a sequence, or a function of the statement."""
+    default: Any = column.default
+    if default is None or default.is_scalar:
+        return False
+    return _takes_context(default.arg) if default.is_callable else True
+
+
+def _takes_context(function: Callable[..., Any]) -> bool:
+    """Whether a default is a function of the statement that it is for."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    return any(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters)
 
 
 def _picker(keys: tuple[str, ...]) -> Callable[[Mapping[str, Any]], Sequence[Any]]:
@@ -175,9 +216,11 @@ def _picker(keys: tuple[str, ...]) -> Callable[[Mapping[str, Any]], Sequence[Any
     return itemgetter(*keys)
 
 
-def _conversion(column: sa.Column[Any], dialect: Dialect) -> Callable[[Any], Any] | None:
+def _conversion(
+    column: sa.Column[Any], dialect: Dialect, copies: bool
+) -> Callable[[Any], Any] | None:
     """From a Python value to what psycopg is given, as a statement's parameter would be."""
-    process = column.type.dialect_impl(dialect).bind_processor(dialect)
+    process = column.type.dialect_impl(dialect).bind_processor(dialect) if copies else None
     try:
         parse = _FROM_TEXT.get(column.type.python_type)
     except NotImplementedError:

@@ -33,6 +33,8 @@ SessionTarget = (
     | async_scoped_session[Any]
 )
 
+#: Says of a session or session class that it has the listeners.
+_MARK = "_sbert_pg_embeds_on_flush"
 #: Where an object's state remembers which of its vectors the flush made, and from which text.
 _MADE = "sbert_pg.made"
 
@@ -54,29 +56,31 @@ def embed_on_flush(target: SessionTarget) -> None:
         DeclarationError: for anything else.
     """
     listened = _listened(target)
-    if not event.contains(listened, "before_flush", _before_flush):
+    # Not event.contains(): it goes by id(), which another factory may have had before.
+    if not getattr(listened, _MARK, False):
+        setattr(listened, _MARK, True)
         event.listen(listened, "before_flush", _before_flush)
         event.listen(listened, "after_flush", recheck)
         event.listen(listened, "do_orm_execute", embed_statement)
 
 
-def _listened(target: SessionTarget) -> Any:
-    """The synchronous session or factory that SQLAlchemy takes listeners for."""
-    if isinstance(target, async_scoped_session):
+def _listened(target: Any) -> Any:
+    """The session or session class that the listeners are put on."""
+    if isinstance(target, (async_scoped_session, scoped_session)):
         return _listened(target.session_factory)
     if isinstance(target, async_sessionmaker):
         base: Any = target.kw.get("sync_session_class") or target.class_.sync_session_class
-        if not isinstance(base, type) or "_embeds_on_flush" in vars(base):
-            return base
+        if not isinstance(base, type) or getattr(base, _MARK, False):
+            return _listened(base)
         # A class of its own, so that other factories' sessions stay as they are.
-        own = type("EmbeddingSession", (base,), {"_embeds_on_flush": True})
+        own = type("EmbeddingSession", (base,), {})
         target.configure(sync_session_class=own)
         return own
     if isinstance(target, AsyncSession):
         return target.sync_session
-    if isinstance(target, (Session, sessionmaker, scoped_session)) or (
-        isinstance(target, type) and issubclass(target, Session)
-    ):
+    if isinstance(target, sessionmaker):
+        return target.class_  # which the factory has to itself
+    if isinstance(target, Session) or (isinstance(target, type) and issubclass(target, Session)):
         return target
     raise DeclarationError(
         f"embed_on_flush was given {target!r}; it takes a session, a session class or a session "

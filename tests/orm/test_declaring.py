@@ -18,6 +18,7 @@ from sqlalchemy.orm import (
     declared_attr,
     mapped_column,
     registry,
+    sessionmaker,
 )
 
 from sbert_pg import Source, bind_all, embed_on_flush, embedding_column, hnsw_index, nearest
@@ -390,6 +391,30 @@ def test_nullable() -> None:
 def test_embed_on_flush_refuses_anything_else() -> None:
     with pytest.raises(DeclarationError, match="session"):
         embed_on_flush(42)  # type: ignore[arg-type]
+
+
+def test_every_new_factory_embeds(engine: sa.Engine, fake_encoder: DeterministicEncoder) -> None:
+    """Factories come and go, and a new one may stand where an old one stood in memory."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Note(Base):
+        __tablename__ = "note"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        title: Mapped[str]
+        embedding: Mapped[Vector | None] = embedding()
+
+    create(engine, Base.metadata)
+    for number in range(30):
+        factory = sessionmaker(engine)
+        with factory() as session:
+            embed_on_flush(factory if number % 2 else session)
+            note = Note(title=f"t{number}")
+            session.add(note)
+            session.flush()
+            assert note.embedding is not None, number
+        del factory, session
 
 
 def test_deferred_by_default(engine: sa.Engine, fake_encoder: DeterministicEncoder) -> None:
