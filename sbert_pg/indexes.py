@@ -120,7 +120,8 @@ def _index(
         expression, opclass = _indexed(method, table, real, form, similarity)
         if form != "column":
             expression = expression.label(f"{real.key}_{form}")
-            index.expressions = [expression]
+            # In place, since copies to other metadata are made from a second name of the list.
+            index.expressions[:] = [expression]
         index.dialect_options["postgresql"]["ops"] = {expression.key: opclass}
 
     event.listen(index, "after_parent_attach", complete)
