@@ -75,11 +75,9 @@ __all__ = [
 
 def _load_encoder(spec: EncoderSpec) -> TextEncoder:
     """Load the encoder that a declaration names; onnxruntime is imported here and not before."""
-    from sbert_pg.encoder import Encoder
+    from sbert_pg.encoder.declared import load_declared
 
-    return Encoder.load(
-        spec.name, precision=spec.precision, dimensions=spec.dimensions, revision=spec.revision
-    )
+    return load_declared(spec)
 
 
 def _check_column(connection: Any, identity: Any, spec: EncoderSpec) -> bool | None:

@@ -22,6 +22,7 @@ from sbert_pg.encoder.hub import Found
 from sbert_pg.encoder.identity import layer_text, tokenizer_digest, weights_digest
 from sbert_pg.encoder.runner import Runner
 from sbert_pg.encoder.samples import SAMPLE_TEXTS
+from sbert_pg.encoder.saving import save
 from sbert_pg.encoder.tokenizing import TextTokenizer, tokenizer_content, truncation_side
 from sbert_pg.errors import ConversionError, MissingExtraError
 from sbert_pg.probes import PROBES, Agreement, agreement_of
@@ -102,7 +103,7 @@ def convert(made: Path, found: Found, name: str, precision: str) -> Manifest:
 def build(description: Description, precision: str, path: Path) -> tuple[tuple[str, ...], str]:
     """Write the ONNX model of a description; returns its inputs and how it was made."""
     try:
-        import onnx
+        import onnx  # noqa: F401  (a missing package is said before anything is read)
 
         from sbert_pg.encoder.convert import graph
     except ImportError as error:
@@ -116,7 +117,7 @@ def build(description: Description, precision: str, path: Path) -> tuple[tuple[s
 
         model, exporter = export(description, precision), "torch"
     inputs = tuple(value.name for value in model.graph.input)
-    onnx.save_model(model, path)
+    save(model, path)
     return inputs, exporter
 
 

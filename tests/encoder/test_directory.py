@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sbert_pg.encoder import Encoder, Manifest
+from sbert_pg.encoder import Encoder, Manifest, saving
 from sbert_pg.encoder.directory import cache_root, publish, slot, state_of
 from sbert_pg.errors import (
     DamagedEncoderError,
@@ -235,3 +235,19 @@ def test_a_second_load_is_fast_and_needs_no_onnx(converted: Path) -> None:
     ]
     # Loading and the first query cost about as much as importing what they need.
     assert min(ratios) < 5.0
+
+
+def test_weights_too_large_for_one_message_lie_beside_the_model(
+    fp32: Encoder, minilm_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "EXTERNAL_FROM", 1_000_000)
+    encoder = Encoder.load(minilm_path, precision="fp32", cache_dir=tmp_path)
+    assert set(encoder.manifest.files) == {*FILES, saving.WEIGHTS} - {"manifest.json"}
+    assert (encoder.directory / "model.onnx").stat().st_size < 1_000_000
+    np.testing.assert_allclose(encoder.probe_vectors, fp32.probe_vectors, atol=1e-6)
+    assert encoder.spec.fingerprint == fp32.spec.fingerprint
+    with (encoder.directory / saving.WEIGHTS).open("r+b") as file:
+        file.seek(10_000_000)
+        file.write(b"\xff")
+    with pytest.raises(DamagedEncoderError, match=saving.WEIGHTS):
+        Encoder.open(encoder.directory)

@@ -11,6 +11,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -290,3 +291,19 @@ def test_columns_find_it_by_name(encoder: Encoder) -> None:
     assert isinstance(found, Encoder)
     assert found.spec.fingerprint == encoder.spec.fingerprint
     assert registry.get_encoder(spec) is found
+
+
+def test_a_declaration_of_fewer_dimensions_is_refused_where_truncation_was_not_asked_for(
+    encoder: Encoder,
+) -> None:
+    name = str(encoder.directory)
+    with pytest.raises(DeclarationError, match=r"128.*384.*use_encoder"):
+        registry.get_encoder(EncoderSpec.of(name, dimensions=128))
+    with pytest.raises(DeclarationError, match="384"):
+        registry.get_encoder(EncoderSpec.of(name, dimensions=400))
+    cut = Encoder.load(encoder.directory, dimensions=128)
+    # By the spec of a truncated encoder, which says what is meant.
+    assert registry.get_encoder(replace(cut.spec, name=name)).dimensions == 128
+    registry.forget_encoders()
+    registry.use_encoder(cut, name=name)
+    assert registry.get_encoder(EncoderSpec.of(name, dimensions=128)) is cut
