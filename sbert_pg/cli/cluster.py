@@ -314,16 +314,16 @@ def _clustering(
         declared = [
             topics
             for topics in declared_clusterings(common.load_metadata(app))
-            if topics.rows.name == name
-            and topics.rows.schema == (schema or topics.rows.schema)
-            and column in (None, topics.column.name)
+            if topics.rows.name == name and topics.rows.schema == (schema or topics.rows.schema)
         ]
-        if len(declared) != 1:
+        own = [topics for topics in declared if column in (None, topics.column.name)]
+        if len(own or declared) != 1:
             raise DeclarationError(
                 f"--app {app!r} declares {len(declared)} clusterings of {table!r}; declare "
                 "one with clusters_of(), or name its column with --column."
             )
-        topics = declared[0]
+        # A column that has none of its own shares the tables, as the next encoder's does.
+        topics = own[0] if own else declared[0].on_column(str(column))
     else:
         topics = _default_clustering(engine, table, column)
     with engine.begin() as connection:

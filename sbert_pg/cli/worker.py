@@ -20,6 +20,7 @@ from sbert_pg.cli import common
 from sbert_pg.errors import DeclarationError
 
 if TYPE_CHECKING:
+    from sbert_pg.clustering import Clustering
     from sbert_pg.worker import Worker
 
 ColumnsOption = Annotated[
@@ -40,6 +41,14 @@ ImportOption = Annotated[
     ),
 ]
 BatchOption = Annotated[int, typer.Option(help="Rows claimed and written at a time.", min=1)]
+ClustersOption = Annotated[
+    str | None,
+    typer.Option(
+        "--clusters",
+        help="Place new and changed rows in the clusters declared in 'package.module:Base', too.",
+        show_default=False,
+    ),
+]
 EncodersOption = Annotated[
     int, typer.Option(help="Threads that call the encoder; with two it never waits.", min=1)
 ]
@@ -67,6 +76,7 @@ def worker(
     database: common.DatabaseOption = None,
     column: ColumnsOption = None,
     modules: ImportOption = None,
+    clusters: ClustersOption = None,
     http: Annotated[
         str | None,
         typer.Option(
@@ -98,12 +108,14 @@ def worker(
     what is in hand; even SIGKILL loses nothing.
 
     [b]sbert-pg worker -d postgresql://localhost/shop --http 127.0.0.1:9187 --log-json[/]
+    [b]sbert-pg worker --clusters shop.models:Base[/]
     """
     from sbert_pg.worker import Worker, WorkerSettings
     from sbert_pg.worker.http import serving_http
 
     address = None if http is None else _address(http)
     prepare(modules, log_json=log_json, log_level=log_level)
+    clusterings = clusterings_of(clusters)
     settings = WorkerSettings(
         columns=tuple(column or ()),
         batch_size=batch_size,
@@ -116,7 +128,7 @@ def worker(
         cache_rows=cache,
     )
     with long_lived_database(database) as engine, ExitStack() as stack:
-        made = Worker(engine, settings)
+        made = Worker(engine, settings, clusterings)
         if address is not None:
             port = stack.enter_context(serving_http(made, *address))
             common.note(f"Health and metrics on http://{address[0]}:{port}")
@@ -128,6 +140,7 @@ def refresh(
     database: common.DatabaseOption = None,
     column: ColumnsOption = None,
     modules: ImportOption = None,
+    clusters: ClustersOption = None,
     batch_size: BatchOption = 256,
     encoders: EncodersOption = 2,
     timeout: Annotated[
@@ -149,11 +162,12 @@ def refresh(
     from sbert_pg.worker import refresh as run
 
     prepare(modules, log_json=log_json, log_level=log_level)
+    clusterings = clusterings_of(clusters)
     settings = WorkerSettings(
         columns=tuple(column or ()), batch_size=batch_size, encoders=encoders, cache_rows=cache
     )
     with long_lived_database(database) as engine:
-        done = run(engine, settings, timeout=timeout)
+        done = run(engine, settings, timeout=timeout, clusterings=clusterings)
     if json:
         common.print_json(asdict(done))
     else:
@@ -164,6 +178,24 @@ def refresh(
             common.note(f"{name}: {reason}")
     if done.blocked or done.failed:
         raise typer.Exit(common.EXIT_FAILED)
+
+
+def clusterings_of(target: str | None) -> Sequence[Clustering]:
+    """The clusterings that an application declares.
+
+    Raises:
+        DeclarationError: the target cannot be imported, or declares none.
+    """
+    if target is None:
+        return ()
+    from sbert_pg.clustering.declaration import declared_clusterings
+
+    found = declared_clusterings(common.load_metadata(target))
+    if not found:
+        raise DeclarationError(
+            f"--clusters {target!r} declares no clusterings; declare one with clusters_of()."
+        )
+    return found
 
 
 def prepare(modules: Sequence[str] | None, *, log_json: bool, log_level: str) -> None:
@@ -247,4 +279,4 @@ def _address(text: str) -> tuple[str, int]:
     return host.strip("[]") or "127.0.0.1", int(port)
 
 
-__all__ = ["long_lived_database", "prepare", "refresh", "register", "worker"]
+__all__ = ["clusterings_of", "long_lived_database", "prepare", "refresh", "register", "worker"]

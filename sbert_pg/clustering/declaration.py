@@ -82,6 +82,18 @@ class Clustering:
             )
         return replace(self, column=base)
 
+    def on_column(self, name: str) -> Clustering:
+        """As ``on``, by the column's name.
+
+        Raises:
+            DeclarationError: there is no such vector column in the table.
+        """
+        mapper = sa.inspect(self.entity)
+        if name not in self.rows.c:
+            raise DeclarationError(f"There is no column {name!r} in {self.rows.fullname}.")
+        key = mapper.get_property_by_column(self.rows.c[name]).key
+        return self.on(getattr(self.entity, key))
+
     @cached_property
     def rows(self) -> sa.Table:
         """The table of the clustered rows."""

@@ -146,6 +146,9 @@ class Assignment:
     cluster: Mapped[Any]
     row: Mapped[Any]
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} run {self.run_id} cluster {self.cluster_id}>"
+
 
 def run_table(prefix: str, metadata: sa.MetaData, schema: str | None) -> sa.Table:
     """The table of runs."""

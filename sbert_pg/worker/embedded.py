@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
@@ -15,11 +16,19 @@ from sbert_pg.worker.logs import LOGGER
 from sbert_pg.worker.settings import WorkerSettings
 from sbert_pg.worker.worker import Worker
 
+if TYPE_CHECKING:
+    from sbert_pg.clustering import Clustering
+
 logger = logging.getLogger(LOGGER)
 
 
 @contextmanager
-def worker_thread(engine: sa.Engine, settings: WorkerSettings | None = None) -> Iterator[Worker]:
+def worker_thread(
+    engine: sa.Engine,
+    settings: WorkerSettings | None = None,
+    *,
+    clusterings: Sequence[Clustering] = (),
+) -> Iterator[Worker]:
     """Keep columns fresh while the block runs, in threads of this process.
 
     For applications of one process; several processes that each do this share the work. On leaving,
@@ -29,11 +38,12 @@ def worker_thread(engine: sa.Engine, settings: WorkerSettings | None = None) -> 
         engine: the application's engine, with the driver psycopg 3. Up to four of its pool's
             connections are used for moments at a time, and one outside it listens.
         settings: see ``WorkerSettings``.
+        clusterings: clusterings in which new and changed rows are placed.
 
     Yields:
         The worker; ``worker.health()`` says how it is.
     """
-    worker = Worker(engine, settings)
+    worker = Worker(engine, settings, clusterings)
 
     def run() -> None:
         try:
@@ -60,6 +70,7 @@ class Refreshed:
         failed: rows that ended as failed.
         left: rows that are still pending: put off, or being worked on by somebody else.
         blocked: columns that cannot be served, with the reason.
+        assigned: rows that were placed in clusters.
     """
 
     embedded: int
@@ -67,10 +78,15 @@ class Refreshed:
     failed: int
     left: int
     blocked: dict[str, str]
+    assigned: int = 0
 
 
 def refresh(
-    engine: sa.Engine, settings: WorkerSettings | None = None, *, timeout: float | None = None
+    engine: sa.Engine,
+    settings: WorkerSettings | None = None,
+    *,
+    timeout: float | None = None,
+    clusterings: Sequence[Clustering] = (),
 ) -> Refreshed:
     """Embed what is pending now, and return.
 
@@ -78,12 +94,13 @@ def refresh(
         engine: an engine with the driver psycopg 3.
         settings: see ``WorkerSettings``.
         timeout: seconds after which no more rows are claimed.
+        clusterings: clusterings in which new and changed rows are placed.
 
     Raises:
         NotBoundError: the settings name a column that is not bound.
         CatalogError: the catalog is missing or of another version.
     """
-    worker = Worker(engine, settings)
+    worker = Worker(engine, settings, clusterings)
     tally = worker.run(until_empty=True, timeout=timeout)
     with engine.begin() as connection:
         left = connection.execute(
@@ -97,6 +114,7 @@ def refresh(
         tally.total("failed"),
         left,
         worker.blocked(),
+        worker.clusters.assigned,
     )
 
 

@@ -11,9 +11,10 @@ import itertools
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
@@ -26,6 +27,7 @@ from sbert_pg.pending.faults import Fault, fault_of, words_of
 from sbert_pg.pending.flow import Flow
 from sbert_pg.pending.patience import Pause
 from sbert_pg.pending.texts import Embedded, embed
+from sbert_pg.worker.clusters import ClusterKeeper
 from sbert_pg.worker.keeping import Keeper
 from sbert_pg.worker.listen import Listener
 from sbert_pg.worker.logs import LOGGER, say
@@ -34,6 +36,9 @@ from sbert_pg.worker.settings import WorkerSettings
 from sbert_pg.worker.storing import Store
 from sbert_pg.worker.tally import Tally
 from sbert_pg.worker.work import Work
+
+if TYPE_CHECKING:
+    from sbert_pg.clustering import Clustering
 
 logger = logging.getLogger(LOGGER)
 
@@ -63,16 +68,25 @@ class Worker:
         engine: an engine with the driver psycopg 3. Up to four of its pool's connections are used
             for moments at a time, and one more, outside the pool, listens.
         settings: see ``WorkerSettings``.
+        clusterings: clusterings to keep current beside the columns: new and changed rows are placed
+            in the current clusters.
 
     Attributes:
         tally: what it has done.
         settings: its settings.
+        clusters: what keeps the clusterings current.
     """
 
-    def __init__(self, engine: sa.Engine, settings: WorkerSettings | None = None) -> None:
+    def __init__(
+        self,
+        engine: sa.Engine,
+        settings: WorkerSettings | None = None,
+        clusterings: Sequence[Clustering] = (),
+    ) -> None:
         self.settings = settings or WorkerSettings()
         self.tally = Tally()
         self._database = Database(engine)
+        self.clusters = ClusterKeeper(self._database, clusterings)
         self._serving = Serving(self.settings.columns, self.settings.cache_rows)
         self._stop = threading.Event()
         self._wake = threading.Event()
@@ -158,6 +172,9 @@ class Worker:
             with ExitStack() as stack:
                 stack.callback(self._keeper.stop)
                 self._keeper.start()
+                if not until_empty:
+                    stack.callback(self.clusters.stop)
+                    self.clusters.start()
                 if self.settings.listen and not until_empty:
                     listener = Listener(self._database.engine, self.wake, self._set_listening)
                     stack.callback(listener.stop)
@@ -166,6 +183,8 @@ class Worker:
                     Flow(self._encode, self._store.store, encoders=self.settings.encoders)
                 )
                 self._loop(self._flow, until_empty, deadline)
+            if until_empty:
+                self.clusters.look()
         finally:
             self._running = False
         return self.tally
