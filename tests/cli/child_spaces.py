@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 
@@ -22,6 +23,10 @@ class SlowEncoder(DeterministicEncoder):
 
 class TwinEncoder(DeterministicEncoder):
     """The old space, a little off, as another precision of the same weights is."""
+
+    @property
+    def spec(self):
+        return dataclasses.replace(super().spec, precision="int8")
 
     def _vector(self, text):
         vector = super()._vector(text)
