@@ -21,6 +21,8 @@ from sbert_pg.types.wire import WireVector
 
 #: What a COPY says of where it was: "COPY article, line 3, column title".
 _LINE = re.compile(r"^COPY .*, line (\d+)", re.MULTILINE)
+#: Types that SQLAlchemy takes as text and psycopg's binary form as objects only.
+_NOT_BY_VALUE = frozenset({"inet", "cidr"})
 _TEXT_OID = psycopg.adapters.types["text"].oid
 
 _attribute = sa.table(
@@ -195,6 +197,8 @@ class Writer:
         if row.typname in ("vector", "halfvec"):
             self._dumpers.append(type("VectorDumper", (_BytesDumper,), {"oid": row.oid}))
             return int(row.oid)
+        if row.typname in _NOT_BY_VALUE:
+            return None
         oid = row.typbasetype if row.typtype == "d" else row.oid
         try:
             self._driver.adapters.get_dumper_by_oid(oid, Format.BINARY)

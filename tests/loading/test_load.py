@@ -1,0 +1,497 @@
+"""The bulk loader: what goes in, what is refused and how it is named, what an error leaves."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import enum
+import threading
+import tracemalloc
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql as pg
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from write_models import (
+    Array,
+    Article,
+    Book,
+    Item,
+    Line,
+    Page,
+    RecordingEncoder,
+    create,
+    embedding,
+    pending,
+    require_true_or_pending,
+)
+
+from sbert_pg import Embedding, bind_all, load, registry
+from sbert_pg.errors import (
+    DeclarationError,
+    EncoderMismatchError,
+    EncodingError,
+    LoadError,
+    VectorError,
+)
+from sbert_pg.loading import loader
+
+UNIT = np.eye(384, dtype=np.float32)
+
+
+def count(engine: sa.Engine, class_: Any) -> int:
+    with engine.connect() as connection:
+        return int(connection.scalar(sa.select(sa.func.count()).select_from(class_)) or 0)
+
+
+def titles(number: int) -> Iterator[dict[str, Any]]:
+    return ({"title": f"t{i}"} for i in range(number))
+
+
+class TestWhatGoesIn:
+    def test_generator(self, tables: sa.Engine, encoder: RecordingEncoder) -> None:
+        with tables.begin() as connection:
+            assert load(connection, Article, titles(5000)) == 5000
+        assert require_true_or_pending(tables, encoder, Article) == (5000, 0)
+        assert max(len(batch) for batch in encoder.batches) <= loader.BLOCK_ROWS
+
+    def test_nothing(self, tables: sa.Engine, encoder: Any) -> None:
+        with tables.begin() as connection:
+            assert load(connection, Article, []) == 0
+            assert load(connection, Article, iter(())) == 0
+
+    def test_session(self, tables: sa.Engine, encoder: Any) -> None:
+        with Session(tables) as session:
+            load(session, Article, titles(3))
+            assert session.scalar(sa.select(sa.func.count()).select_from(Article)) == 3
+            session.rollback()
+            load(session, Article, titles(2))
+            session.commit()
+        assert require_true_or_pending(tables, encoder, Article) == (2, 0)
+
+    def test_session_with_two_engines(self, tables: sa.Engine, encoder: Any) -> None:
+        nowhere = sa.create_engine("postgresql+psycopg://localhost:1/nowhere")
+        with Session(binds={Article: tables, Page: nowhere}) as session:
+            load(session, Article, titles(2))
+            load(session, Article.__table__, titles(2))
+            session.commit()
+        assert require_true_or_pending(tables, encoder, Article) == (4, 0)
+
+    def test_several_columns_null_and_empty(self, tables: sa.Engine, encoder: Any) -> None:
+        rows: list[dict[str, Any]] = [
+            {"title": "a", "body": "b"},
+            {"title": None, "body": None},
+            {"title": "", "body": "c"},
+            {"title": "a", "body": None},
+        ]
+        with tables.begin() as connection:
+            load(connection, Page, rows)
+        assert require_true_or_pending(tables, encoder, Page) == (6, 0)
+        assert count(tables, Page) == 4
+
+    def test_attribute_names_and_defaults(self, tables: sa.Engine, encoder: Any) -> None:
+        """``order`` is a column of another name, and Python makes its value."""
+        with tables.begin() as connection:
+            load(connection, Line, [{"number": i, "heading": "h", "note": "n"} for i in range(4)])
+        assert require_true_or_pending(tables, encoder, Line) == (4, 0)
+        table: Any = Line.__table__
+        with tables.begin() as connection:
+            row = {"order_id": uuid.uuid4(), "number": 1, "title": "t", "note": None}
+            load(connection, table, [row])
+        assert require_true_or_pending(tables, encoder, Line) == (5, 0)
+
+    def test_inheritance(self, tables: sa.Engine, encoder: Any) -> None:
+        with tables.begin() as connection:
+            with pytest.raises(DeclarationError, match="several tables"):
+                load(connection, Book, [{"title": "a"}])
+            load(connection, Item, [{"id": 1, "kind": "book", "title": "a"}])
+            load(connection, Book.__table__, [{"id": 1, "blurb": "b", "note": None}])
+        with Session(tables) as session:
+            assert isinstance(session.scalars(sa.select(Item)).one(), Book)
+        assert require_true_or_pending(tables, encoder, Item, Book) == (2, 0)
+
+    def test_tuples(self, tables: sa.Engine, encoder: Any) -> None:
+        with tables.begin() as connection:
+            load(connection, Page, [("a", "b"), ("c", None)], columns=("title", "body"))
+            load(connection, Article, zip(["x"], UNIT[:1], strict=True),
+                 columns=["title", "embedding"])  # fmt: skip
+            with pytest.raises(LoadError, match=r"Row 1 is .*2 values.*title, body") as raised:
+                load(connection, Page, [("a", "b"), ("c",)], columns=("title", "body"))
+            assert raised.value.row == 1
+            with pytest.raises(LoadError, match=r"Row 0 .*columns="):
+                load(connection, Page, [("a", "b")])  # type: ignore[list-item]
+            with pytest.raises(LoadError, match=r"Row 1 .*columns="):
+                load(connection, Page, [{"title": "a"}, ("a", "b")])  # type: ignore[list-item]
+        assert require_true_or_pending(tables, encoder, Page) == (4, 0)
+
+    def test_rows_of_another_query(self, tables: sa.Engine, encoder: Any) -> None:
+        with tables.begin() as connection:
+            load(connection, Article, titles(3))
+            found = connection.execute(sa.select(Article.title, Article.views)).mappings()
+            load(connection, Article, found.all())
+        assert require_true_or_pending(tables, encoder, Article) == (6, 0)
+
+    def test_one_text_for_many_rows(self, tables: sa.Engine, encoder: Any) -> None:
+        with tables.begin() as connection:
+            load(connection, Article, ({"title": "same"} for _ in range(1000)))
+        assert encoder.batches == [["same"]]
+
+
+class TestVectors:
+    @pytest.mark.parametrize("kind", [list, tuple, np.float64, np.float32])
+    def test_given(self, tables: sa.Engine, encoder: Any, kind: Any) -> None:
+        vector = kind(UNIT[3].tolist()) if kind in (list, tuple) else UNIT[3].astype(kind)
+        with tables.begin() as connection:
+            load(connection, Article, [{"title": "a", "embedding": vector}])
+            found = connection.scalars(sa.select(Article.__table__.c.embedding)).one()
+        assert np.array_equal(found, UNIT[3])
+        assert encoder.batches == []
+        assert pending(tables) == set()
+
+    def test_mixed(self, tables: sa.Engine, encoder: Any) -> None:
+        rows = [
+            {"title": "given", "body": "b", "by_title": UNIT[1], "by_all": UNIT[2] * 3},
+            {"title": "half", "body": "b", "by_title": None, "by_all": UNIT[2]},
+            {"title": "none", "body": "b", "by_title": None, "by_all": None},
+        ]
+        with tables.begin() as connection:
+            load(connection, Page, rows)
+            c = Page.__table__.c
+            found = connection.execute(sa.select(c.by_title, c.by_all).order_by(c.id)).all()
+        assert [len(batch) for batch in encoder.batches] == [2, 1]
+        assert np.array_equal(found[0].by_title, UNIT[1])
+        assert np.array_equal(found[0].by_all, UNIT[2] * 3)
+        assert np.allclose(found[1].by_title, encoder._vector("half"))
+        assert np.allclose(found[2].by_all, encoder._vector("none\n\nb"), atol=1e-3)
+
+    @pytest.mark.parametrize(
+        ("vector", "says"),
+        [
+            (np.ones(3), "3 dimensions and 384"),
+            (np.full(384, np.nan), "nan at position 0"),
+            (np.zeros(384), "all zeros"),
+            ("[1,2]", "str"),
+            ([[1.0] * 384], "one axis"),
+            (["a"] * 384, "not a sequence of numbers"),
+        ],
+    )
+    def test_bad(self, tables: sa.Engine, encoder: Any, vector: Any, says: str) -> None:
+        rows: list[dict[str, Any]] = [{"title": "a", "embedding": UNIT[i]} for i in range(5)]
+        rows[3] = {"title": "bad", "embedding": vector}
+        with tables.begin() as connection:
+            with pytest.raises(LoadError, match=f"Row 3: .*{says}") as raised:
+                load(connection, Article, rows)
+            assert isinstance(raised.value.__cause__, VectorError)
+            assert raised.value.row == 3
+        assert count(tables, Article) == 0
+
+    def test_halfvec_range(self, tables: sa.Engine, encoder: Any) -> None:
+        with tables.begin() as connection, pytest.raises(LoadError, match=r"Row 0: .*65504"):
+            load(connection, Page, [{"title": "a", "by_all": UNIT[0] * 1e6}])
+
+
+class TestErrors:
+    """Every error says which row, and leaves the transaction as it was."""
+
+    def refused(
+        self, engine: sa.Engine, table: Any, rows: Any, match: str, error: Any = LoadError
+    ) -> Any:
+        with engine.begin() as connection:
+            connection.execute(sa.text("CREATE TABLE witness (i int)"))
+            with pytest.raises(error, match=match) as raised:
+                load(connection, table, rows)
+            connection.execute(sa.text("INSERT INTO witness VALUES (1)"))
+        with engine.connect() as connection:
+            assert connection.scalar(sa.text("SELECT count(*) FROM witness")) == 1
+            connection.execute(sa.text("DROP TABLE witness"))
+            connection.commit()
+        assert count(engine, table) == 0
+        return raised.value
+
+    def test_key_that_is_there_already(self, tables: sa.Engine, encoder: Any) -> None:
+        rows = [{"id": i % 4000, "title": f"t{i}"} for i in range(5000)]
+        error = self.refused(tables, Article, rows, r"Row 4000 .*unique.*\(id\)=\(0\)")
+        assert error.row == 4000
+
+    def test_null_where_none_may_be(self, tables: sa.Engine, encoder: Any) -> None:
+        rows = [{"number": 1, "heading": "h"}, {"number": 2, "heading": None}]
+        error = self.refused(tables, Line, rows, r"Row 1 .*null value.*title")
+        assert error.row == 1
+
+    def test_encoding(self, tables: sa.Engine, encoder: Any) -> None:
+        rows = [{"title": f"t{i}"} for i in range(3000)]
+        rows[2500]["title"] = "refuse me"
+        self.refused(tables, Article, rows, "embedding of row 2500", EncodingError)
+
+    def test_too_much_too_little(self, tables: sa.Engine, encoder: Any) -> None:
+        self.refused(tables, Article, [{"titel": "a"}], r"Row 0 .*'titel'.*title")
+        self.refused(tables, Article, [{"title": "a"}, {"title": "b", "id": 1}], "Row 1 .*'id'")
+        rows = [{"id": 1, "title": "a"}, {"title": "b"}]
+        self.refused(tables, Article, rows, r"Row 1 has no 'id'")
+
+    def test_values_of_the_wrong_type(self, tables: sa.Engine, encoder: Any) -> None:
+        self.refused(tables, Article, [{"title": "a", "views": "many"}], r"Row 0 .*'many'.*views")
+        self.refused(tables, Article, [{"title": "a", "views": [1]}], "Row 0")
+        self.refused(tables, Article, [{"title": "a\0b"}], r"Row 0|row 0")
+        self.refused(tables, Article, [{"title": 3}], "Row 0|row 0")
+        self.refused(tables, Article, [{"title": sa.func.now()}], "Row 0 .*SQL expression")
+
+    def test_source_of_rows_that_fails(self, tables: sa.Engine, encoder: Any) -> None:
+        def rows() -> Iterator[dict[str, Any]]:
+            yield from titles(3000)
+            raise OSError("the file is gone")
+
+        self.refused(tables, Article, rows(), "the file is gone", OSError)
+
+    def test_interruption(self, tables: sa.Engine, encoder: Any) -> None:
+        def rows() -> Iterator[dict[str, Any]]:
+            yield from titles(5000)
+            raise KeyboardInterrupt
+
+        self.refused(tables, Article, rows(), "", KeyboardInterrupt)
+        assert not [t for t in threading.enumerate() if t.name.startswith("sbert-pg-load")]
+
+    def test_no_such_table(self, tables: sa.Engine, encoder: Any) -> None:
+        other = sa.Table("other", sa.MetaData(), sa.Column("a", sa.Text))
+        with tables.begin() as connection:
+            with pytest.raises(LoadError, match=r"no table \"other\""):
+                load(connection, other, [{"a": "b"}])
+            connection.execute(sa.text("CREATE TABLE other (b text)"))
+            with pytest.raises(LoadError, match="no column 'a'"):
+                load(connection, other, [{"a": "b"}])
+            with pytest.raises(DeclarationError, match="no table and no mapped class"):
+                load(connection, dict, [{"a": "b"}])
+
+    def test_autocommit(self, tables: sa.Engine, encoder: Any) -> None:
+        engine = tables.execution_options(isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:
+            with pytest.raises(LoadError):
+                load(connection, Article, [*titles(3000), {"title": "a", "views": "many"}])
+            assert count(tables, Article) == 0
+            load(connection, Article, titles(10))
+        assert require_true_or_pending(tables, encoder, Article) == (10, 0)
+
+    def test_another_encoder(self, tables: sa.Engine, encoder: Any) -> None:
+        with tables.begin() as connection:
+            load(connection, Article, titles(1))
+        registry.use_encoder(RecordingEncoder(salt="another space"))
+        engine = sa.create_engine(tables.url)
+        with engine.begin() as connection, pytest.raises(EncoderMismatchError, match="article"):
+            load(connection, Article, titles(1))
+        engine.dispose()
+
+
+class TestCommits:
+    def test_commit_every(self, tables: sa.Engine, encoder: Any) -> None:
+        seen = []
+        with tables.connect() as connection:
+            rows = [*titles(9000), {"title": "a", "views": "many"}]
+            with pytest.raises(LoadError, match="Row 9000") as raised:
+                load(connection, Article, rows, commit_every=3000,
+                     progress=lambda n: seen.append((n, count(tables, Article))))  # fmt: skip
+            committed = raised.value.committed
+            assert not connection.in_transaction()
+        assert 3000 <= committed < 9000
+        assert count(tables, Article) == committed
+        assert seen[-1][0] >= committed
+        assert require_true_or_pending(tables, encoder, Article) == (committed, 0)
+        with tables.connect() as connection:
+            load(connection, Article, rows[committed:9000], commit_every=3000)
+        assert count(tables, Article) == 9000
+
+    def test_where_it_cannot_be(self, tables: sa.Engine, encoder: Any) -> None:
+        with Session(tables) as session, pytest.raises(DeclarationError, match=r"engine\.connect"):
+            load(session, Article, titles(1), commit_every=1)
+        with tables.begin() as connection:
+            with pytest.raises(DeclarationError, match=r"engine\.connect"):
+                load(connection, Article, titles(1), commit_every=1)
+            with pytest.raises(DeclarationError, match="starts at 1"):
+                load(connection, Article, titles(1), commit_every=0)
+
+    def test_progress(self, tables: sa.Engine, encoder: Any) -> None:
+        seen: list[int] = []
+        with tables.begin() as connection:
+            load(connection, Article, titles(5000), progress=seen.append)
+        assert seen == [2048, 4096, 5000]
+
+    def test_savepoint_of_the_caller(self, tables: sa.Engine, encoder: Any) -> None:
+        with tables.begin() as connection:
+            with connection.begin_nested() as savepoint:
+                load(connection, Article, titles(10))
+                savepoint.rollback()
+            load(connection, Article, titles(3))
+        assert require_true_or_pending(tables, encoder, Article) == (3, 0)
+
+
+class Colour(enum.Enum):
+    RED = "r"
+    BLUE = "b"
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_types(engine: sa.Engine, encoder: RecordingEncoder, copies: bool) -> None:
+    """Through COPY, and, where one type has no binary form here, through INSERT."""
+    metadata = sa.MetaData()
+    table = sa.Table(
+        "typed",
+        metadata,
+        sa.Column("id", sa.BigInteger, sa.Identity(), primary_key=True),
+        sa.Column("title", sa.String(40)),
+        sa.Column("colour", sa.Enum(Colour)),
+        sa.Column("price", sa.Numeric(10, 2)),
+        sa.Column("ratio", sa.Float),
+        sa.Column("on", sa.Boolean),
+        sa.Column("day", sa.Date),
+        sa.Column("at", sa.DateTime(timezone=True)),
+        sa.Column("for", sa.Interval),
+        sa.Column("key", sa.Uuid),
+        sa.Column("document", pg.JSONB),
+        sa.Column("plain", sa.JSON),
+        sa.Column("tags", pg.ARRAY(sa.Text)),
+        sa.Column("raw", sa.LargeBinary),
+        *([] if copies else [sa.Column("address", pg.INET)]),
+        sa.Column("small", sa.SmallInteger),
+        sa.Column("long", sa.Integer, sa.Computed("length(title)")),
+        sa.Column("made", sa.DateTime, server_default=sa.func.now()),
+        sa.Column("embedding", Embedding("deterministic", "title", dimensions=384)),
+    )
+    create(engine, metadata)
+    value: dict[str, Any] = {
+        "title": "a word",
+        "colour": Colour.BLUE,
+        "price": decimal.Decimal("12.50"),
+        "ratio": 0.25,
+        "on": True,
+        "day": datetime.date(2024, 2, 29),
+        "at": datetime.datetime(2024, 2, 29, 12, tzinfo=datetime.timezone.utc),
+        "for": datetime.timedelta(hours=3),
+        "key": uuid.uuid4(),
+        "document": {"a": [1, None]},
+        "plain": ["x"],
+        "tags": ["one", "two"],
+        "raw": b"\0\1",
+        "small": 7,
+    }
+    if not copies:
+        value["address"] = "10.0.0.1"
+    text = value | {
+        "price": "12.5",
+        "ratio": "0.25",
+        "on": "yes",
+        "day": "2024-02-29",
+        "at": "2024-02-29T12:00:00+00:00",
+        "key": str(value["key"]),
+        "small": "7",
+    }
+    nothing = dict.fromkeys(value)
+    with engine.begin() as connection:
+        load(connection, table, [value, text, nothing])
+        found = connection.execute(sa.select(table).order_by(table.c.id)).mappings().all()
+    for name, expected in value.items():
+        if name != "address":
+            assert found[0][name] == found[1][name] == expected, name
+        assert found[2][name] is None, name
+    assert found[0]["long"] == 6
+    assert found[0]["made"] is not None
+    assert found[2]["embedding"] is None
+    assert np.allclose(found[1]["embedding"], encoder._vector("a word"))
+
+
+def test_defaults_that_only_insert_knows(engine: sa.Engine, encoder: RecordingEncoder) -> None:
+    """A sequence, an SQL expression, a function of the row: the loader goes through INSERT."""
+
+    class Own(DeclarativeBase):
+        pass
+
+    class Note(Own):
+        __tablename__ = "note"
+        id: Mapped[int] = mapped_column(sa.Sequence("note_seq", start=100), primary_key=True)
+        title: Mapped[str] = mapped_column(unique=True)
+        slug: Mapped[str] = mapped_column(
+            default=lambda context: context.get_current_parameters()["title"].upper()
+        )
+        made: Mapped[datetime.datetime] = mapped_column(default=sa.func.now())
+        extra: Mapped[Any] = mapped_column(pg.JSONB)
+        embedding: Mapped[Array | None] = embedding()
+
+    create(engine, Own.metadata)
+    with engine.begin() as connection:
+        load(connection, Note, ({"title": f"t{i}", "extra": {"i": i}} for i in range(2100)))
+    assert require_true_or_pending(engine, encoder, Note) == (2100, 0)
+    with Session(engine) as session:
+        note = session.scalars(sa.select(Note).order_by(Note.id).limit(1)).one()
+        assert (note.id, note.slug, note.extra) == (100, "T0", {"i": 0})
+    with engine.begin() as connection:
+        rows = [{"title": "x", "extra": 1}, {"title": "y", "extra": 1}, {"title": "t5", "extra": 1}]
+        with pytest.raises(LoadError, match=r"Row 2 .*unique"):
+            load(connection, Note, rows)
+    assert require_true_or_pending(engine, encoder, Note) == (2100, 0)
+
+
+def test_quoting_and_schemas(engine: sa.Engine, encoder: RecordingEncoder) -> None:
+    class Own(DeclarativeBase):
+        pass
+
+    class Odd(Own):
+        __tablename__ = 'Odd "Table" %s'
+        key: Mapped[int] = mapped_column("the Key", primary_key=True)
+        title: Mapped[str] = mapped_column('Title "%"')
+        embedding: Mapped[Array | None] = embedding('Title "%"', name="Em bedding")
+        __table_args__ = {"schema": "My Schema"}
+
+    with engine.begin() as connection:
+        connection.execute(sa.schema.CreateSchema("My Schema"))
+    create(engine, Own.metadata)
+    with engine.begin() as connection:
+        load(connection, Odd, [{"title": "a"}, {"title": "b"}])
+    assert count(engine, Odd) == 2
+    assert pending(engine) == set()
+
+
+def test_map_of_schemas(engine: sa.Engine, encoder: RecordingEncoder) -> None:
+    """Tenants: one class, a schema for each."""
+    metadata = sa.MetaData()
+    table = sa.Table(
+        "note",
+        metadata,
+        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("title", sa.Text),
+        sa.Column("embedding", Embedding("deterministic", "title", dimensions=384)),
+    )
+    for tenant in ("one", "two"):
+        mapped = engine.execution_options(schema_translate_map={None: tenant})
+        with mapped.begin() as connection:
+            connection.execute(sa.schema.CreateSchema(tenant))
+            metadata.create_all(connection)
+            bind_all(connection, metadata)
+        with mapped.begin() as connection:
+            load(connection, table, titles(2))
+            assert connection.scalar(sa.select(sa.func.count()).select_from(table)) == 2
+    assert pending(engine) == set()
+
+
+@pytest.mark.slow
+def test_memory_is_bounded(tables: sa.Engine, encoder: RecordingEncoder) -> None:
+    """200,000 rows with vectors, 300 MB of them, through a generator."""
+    vectors = np.random.default_rng(0).standard_normal((256, 384), dtype=np.float32)
+
+    def rows(number: int) -> Iterator[dict[str, Any]]:
+        # Copies, as a reader of a file makes them.
+        return ({"title": f"t{i}", "embedding": vectors[i % 256].copy()} for i in range(number))
+
+    def peak(number: int) -> int:
+        tracemalloc.start()
+        with tables.begin() as connection:
+            load(connection, Article, rows(number))
+            connection.rollback()
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    few, many = peak(20_000), peak(200_000)
+    assert many < 60_000_000
+    assert many < 1.3 * few
