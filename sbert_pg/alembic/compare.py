@@ -375,10 +375,7 @@ class Comparison:
 
     def _has_embeddings(self) -> bool:
         return any(
-            isinstance(column.type, Embedding)
-            for table in self.tables.values()
-            if self._in_scope(table)
-            for column in table.columns
+            self._in_scope(table) and self._embeddings(table) for table in self.tables.values()
         )
 
 
