@@ -44,13 +44,18 @@ class Request:
     storage: Storage | None = None
 
 
-def request_of(column: sa.Column[Any]) -> Request:
+def request_of(column: Any) -> Request:
     """The change that an embedding column declared with ``replaces=`` asks for.
+
+    Args:
+        column: a mapped attribute, or a column of a table.
 
     Raises:
         ReembeddingError: it is no embedding column, or replaces nothing.
     """
-    type_ = column.type
+    if hasattr(column, "__clause_element__"):
+        column = column.__clause_element__()
+    type_ = getattr(column, "type", None)
     if not isinstance(type_, Embedding) or type_.replaces is None:
         raise ReembeddingError(
             f"{column} is not declared as the replacement of a column. Declare it with "
