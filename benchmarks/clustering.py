@@ -1,8 +1,8 @@
 """Clustering and near-duplicates of a table, beside what they are made of.
 
     python benchmarks/clustering.py [--rows N] [--clusters K ...] [--iterations N] [--sql-rows N]
-                                    [--sql-iterations N] [--duplicates N] [--texts N]
-                                    [--database URL] [--json FILE]
+                                    [--sql-iterations N] [--duplicates N] [--database URL]
+                                    [--json FILE]
 
 k-means three ways: the whole run of the library (read in binary, cluster, write assignments), the
 same with ``fetchall`` into scikit-learn, and inside PostgreSQL; and as the yardstick scikit-learn's
@@ -15,9 +15,8 @@ waits for another, and seconds of CPU are the figures to compare.
 Near-duplicates: the library against ``paraphrase_mining_embeddings`` of sentence-transformers on
 the same vectors, in the same process.
 
-Vectors are made: unit vectors around topics of very different sizes. ``--texts`` takes the
-descriptions of Debian's packages instead, by section, where ``apt-cache`` has them, and adds the
-V-measure of the clusters against the sections.
+Vectors are made: unit vectors around topics of very different sizes. How good clusters of real
+texts are is measured by ``clustering_quality.py``.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -76,19 +74,6 @@ def made_vectors(rows: int) -> np.ndarray:
     copies = rows // 20
     vectors[-copies:] = vectors[:copies] + 0.3 * random.standard_normal((copies, DIMENSIONS))
     return normalize(vectors)
-
-
-def package_texts(rows: int) -> tuple[list[str], list[str]]:
-    dump = subprocess.run(["apt-cache", "dumpavail"], capture_output=True, text=True, check=True)
-    texts, sections = [], []
-    for entry in dump.stdout.split("\n\n"):
-        fields = dict(line.split(": ", 1) for line in entry.split("\n") if ": " in line[:40])
-        text, section = fields.get("Description"), fields.get("Section")
-        if text and section and text not in texts[-50:]:
-            texts.append(text)
-            sections.append(section.rpartition("/")[2])
-    order = np.random.default_rng(0).permutation(len(texts))[:rows]
-    return [texts[n] for n in order], [sections[n] for n in order]
 
 
 def fill(engine: sa.Engine, vectors: np.ndarray) -> None:
@@ -204,13 +189,15 @@ def k_means(
 
     found = []
     for k in clusters:
-        costs: dict[str, list[Cost]] = {"scikit-learn fit": [], "library": [], "fetchall": []}
+        ways = ("scikit-learn fit", "scikit-learn fit, random seeds", "library", "fetchall")
+        costs: dict[str, list[Cost]] = {name: [] for name in ways}
         inertia: dict[str, list[float]] = {name: [] for name in costs}
         for turn in range(rounds):
-            model = KMeans(k, n_init=1, max_iter=iterations, random_state=turn)
-            cost, fit = timed(lambda model=model: model.fit(vectors))
-            costs["scikit-learn fit"].append(cost)
-            inertia["scikit-learn fit"].append(mean_inertia(vectors, fit.labels_))
+            for name, init in zip(ways, ("k-means++", "random"), strict=False):
+                model = KMeans(k, init=init, n_init=1, max_iter=iterations, random_state=turn)
+                cost, fit = timed(lambda model=model: model.fit(vectors))
+                costs[name].append(cost)
+                inertia[name].append(mean_inertia(vectors, fit.labels_))
             cost, _ = timed(lambda k=k, turn=turn: library(engine, k, iterations, turn), engine)
             costs["library"].append(cost)
             inertia["library"].append(mean_inertia(vectors, current_labels(engine)))
@@ -292,32 +279,6 @@ def near_duplicates(vectors: np.ndarray, threshold: float) -> dict[str, Any]:
     return row
 
 
-def sections(rows: int) -> dict[str, Any]:
-    from sklearn.cluster import KMeans
-    from sklearn.metrics import v_measure_score
-
-    from sbert_pg.clustering.kmeans import fit_kmeans
-    from sbert_pg.encoder import Encoder
-
-    texts, labels = package_texts(rows)
-    vectors = Encoder.load("sentence-transformers/all-MiniLM-L6-v2").encode_document(texts)
-    normalize(vectors)
-    k = len(set(labels))
-    ours = [v_measure_score(labels, fit_kmeans(vectors, k, seed=s).labels) for s in range(10)]
-    theirs = [
-        v_measure_score(labels, KMeans(k, n_init=1, random_state=s).fit(vectors).labels_)
-        for s in range(10)
-    ]
-    row = {
-        "packages": len(texts),
-        "sections": k,
-        "V-measure": round(float(np.mean(ours)), 4),
-        "scikit-learn": round(float(np.mean(theirs)), 4),
-    }
-    print(row, flush=True)
-    return row
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=100_000)
@@ -328,7 +289,6 @@ def main() -> None:
     parser.add_argument("--sql-iterations", type=int, default=3)
     parser.add_argument("--duplicates", type=int, default=100_000)
     parser.add_argument("--threshold", type=float, default=0.8)
-    parser.add_argument("--texts", type=int, default=0, help="package descriptions to cluster")
     parser.add_argument("--database", help="a database with pgvector; tables are made in it")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -362,8 +322,6 @@ def main() -> None:
         results["near-duplicates"] = near_duplicates(
             vectors[: options.duplicates], options.threshold
         )
-    if options.texts:
-        results["package descriptions"] = sections(options.texts)
     if options.json:
         options.json.write_text(json.dumps(results, indent=2))
 
