@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import sqlalchemy as sa
-from live_load import Tally, Version, text_of
+from live_load import LockWatch, Tally, Version, text_of
 
 from sbert_pg import catalog, errors
 from sbert_pg import reembedding as ree
@@ -262,6 +262,7 @@ class Live:
         """The whole run; returns the exit code."""
         version = self.prepare()
         self.processes.start(self.options.workers)
+        watch = LockWatch(self.url, self.tally)
         self.plain.start(self.plain.write_plain, 0.05)
         try:
             self.serve(version, readers=2, writers=2)
@@ -275,6 +276,7 @@ class Live:
             self.phase("end")
             version.stop()
             self.plain.stop()
+            watch.end()
             self.processes.stop()
         return self.report(version)
 
@@ -322,6 +324,9 @@ class Live:
                     "stale vectors at the end": stale,
                     "still pending": left,
                     "longest wait of a writer, ms": max(w["longest_ms"] for w in waits.values()),
+                    "of that for a lock, ms": {
+                        kind: round(1000 * tally.lock_waits[kind], 1) for kind in ("table", "row")
+                    },
                     "recall against exact search": {
                         "mean": round(float(np.mean(tally.recalls)), 4),
                         "lowest": round(min(tally.recalls), 2),

@@ -45,6 +45,8 @@ class Tally:
     recalls: list[float] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    #: Longest wait for a lock that was seen, seconds: for the table, and for a row.
+    lock_waits: Counter[str] = field(default_factory=Counter)
     phase: str = "before"
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -57,6 +59,33 @@ class Tally:
         """A writer had its answer after so long."""
         with self.lock:
             self.waits[self.phase].append(seconds)
+
+
+class LockWatch:
+    """Looks all the time how long the application's sessions have waited for a lock.
+
+    What a writer waits for in all includes a machine that is busy; this is the share of DDL.
+    """
+
+    def __init__(self, url: sa.URL, tally: Tally) -> None:
+        self.engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")
+        self.tally = tally
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._look, daemon=True)
+        self.thread.start()
+
+    def _look(self) -> None:
+        with self.engine.connect() as connection:
+            while not self.stop.wait(0.02):
+                for kind, seconds in connection.execute(_WAITING):
+                    known = self.tally.lock_waits[kind]
+                    self.tally.lock_waits[kind] = max(known, float(seconds))
+
+    def end(self) -> None:
+        """Look no more."""
+        self.stop.set()
+        self.thread.join()
+        self.engine.dispose()
 
 
 class Version:
@@ -216,6 +245,12 @@ class Version:
         self.tally.add("writes: as psql")
 
 
+_WAITING = sa.text(
+    "SELECT CASE l.locktype WHEN 'relation' THEN 'table' ELSE 'row' END, "
+    "max(extract(epoch FROM clock_timestamp() - l.waitstart)) "
+    "FROM pg_locks l JOIN pg_stat_activity a USING (pid) WHERE NOT l.granted "
+    "AND l.waitstart IS NOT NULL AND a.application_name LIKE 'version-%' GROUP BY 1"
+)
 _PENDING = sa.text(
     "SELECT p.key FROM sbert.pending p JOIN sbert.embedding_column c ON c.id = p.column_id "
     "WHERE c.column_name = :column AND p.key = ANY(:keys)"

@@ -84,7 +84,7 @@ class NewDoc(New):
     id: Mapped[int] = mapped_column(primary_key=True)
     body: Mapped[str]
     embedding_new = embedding_column(
-        EncoderSpec(name="new", dimensions=WIDTH), source="body", nullable=True,
+        EncoderSpec.of(NAME), source="body", nullable=True,
         replaces="embedding",
     )  # fmt: skip
 
@@ -120,7 +120,7 @@ class Bench:
         self.texts = texts
         self.request = ree.request_of(NewDoc.__table__.c.embedding_new)
         use_encoder(DeterministicEncoder("words", WIDTH))
-        use_encoder(Instant("new", "instant"))
+        use_encoder(Instant(NAME, "instant"))
         with engine.begin() as connection:
             connection.execute(sa.text("CREATE EXTENSION IF NOT EXISTS vector"))
             Base.metadata.create_all(connection)
@@ -175,7 +175,7 @@ class Bench:
 def throughput(bench: Bench, repeat: int) -> dict[str, Any]:
     """Re-embedding against the encoder alone, in turn."""
     encoder = Encoder.load(NAME)
-    use_encoder(encoder, name="new")
+    use_encoder(encoder)
     rows = len(bench.texts)
     alone_s, alone_cpu, wall, cpu, last = [], [], [], [], {}
     for number in range(repeat + 1):
@@ -210,7 +210,7 @@ def throughput(bench: Bench, repeat: int) -> dict[str, Any]:
 
 def foreground(bench: Bench, seconds: float) -> dict[str, Any]:
     """Latency of a reader and a writer: alone, during the backfill, during the build."""
-    use_encoder(Encoder.load(NAME), name="new")
+    use_encoder(Encoder.load(NAME))
     bench.reset()
     vectors = Instant("words").some
     found = {"quiet": _during(bench, vectors, lambda stop: time.sleep(seconds))}
@@ -268,8 +268,8 @@ def _during(
 
 def ways(bench: Bench, repeat: int) -> dict[str, Any]:
     """Ways of writing vectors that are there, without and with an index on the column."""
-    use_encoder(Instant("new", "instant"))
-    vectors = Instant("new").encode_document(bench.texts)
+    use_encoder(Instant(NAME, "instant"))
+    vectors = Instant(NAME).encode_document(bench.texts)
     found: dict[str, Any] = {}
     chosen: dict[str, Callable[[], object]] = {
         "backfill (this library)": lambda: backfill(bench.engine, COLUMN),
