@@ -19,7 +19,7 @@ from sbert_pg.catalog.tables import ATTESTED, VERIFIED
 from sbert_pg.errors import EncoderMismatchError, EncoderNotFoundError
 from sbert_pg.known import known_encoder
 from sbert_pg.probes import Compatibility, compatible_specs
-from sbert_pg.registry import get_encoder
+from sbert_pg.registry import find_encoder, get_encoder
 from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors
 from sbert_pg.types.guard import ColumnIdentity
 
@@ -93,7 +93,9 @@ def hold_encoder(connection: Connection, binding: Binding, encoder: TextEncoder)
     """
     fingerprint = fingerprint_of(encoder)
     if binding.fingerprint is None:
-        _require_same_declaration(binding, encoder.spec)
+        # One that was put into use under the declared name may call itself anything.
+        if find_encoder(binding.declared) is not encoder:
+            _require_same_declaration(binding, encoder.spec)
         if _read_only(connection):
             return False
         sealed = _seal(connection, binding, encoder)

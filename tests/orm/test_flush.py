@@ -172,6 +172,18 @@ def test_vector_is_at_hand_after_the_flush(session: Session, encoder: RecordingE
     assert np.array_equal(article.embedding, encoder._vector("a"))
 
 
+def test_encoder_in_use_under_another_name(sessions: sessionmaker[Any], tables: sa.Engine) -> None:
+    """As one loaded from a directory, for a column that names it otherwise."""
+    from sbert_pg import registry
+
+    own = RecordingEncoder("/models/my encoder")
+    registry.use_encoder(own, name="deterministic")
+    with sessions() as session:
+        session.add(Article(title="a"))
+        session.commit()
+    assert require_true_or_pending(tables, own, Article) == (1, 0)
+
+
 def test_autoflush_encodes(session: Session, encoder: RecordingEncoder) -> None:
     session.add(Article(title="a"))
     found = session.execute(
