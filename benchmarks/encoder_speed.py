@@ -1,7 +1,7 @@
 """Speed of encoding beside what else can be picked, interleaved in one run.
 
     python benchmarks/encoder_speed.py DIRECTORY [--rounds 5] [--threads 1 2] [--profile]
-        [--only NAME ...] [--lengths short medium long] [--json FILE]
+        [--only NAME ...] [--lengths short medium long] [--part 1.0] [--json FILE]
 
 DIRECTORY is a sentence-transformers directory. Texts are made of the words of the sample texts, in
 three lengths (about 12, 78 and 256 tokens). With one thread, tokens per second of the process's CPU
@@ -21,7 +21,8 @@ Contestants, each left out with a note where what it needs is not installed:
 Then, for each length, the latency of one query; for fresh processes, the time from their start to
 their first vector and the largest memory; and the machine's peak: by loops in C that do nothing but
 multiply (where there is a compiler), and by what the largest products of numpy and onnxruntime
-reach. ``--profile`` prints where the time of the int8 form goes, by operator.
+reach. ``--profile`` prints where the time of the int8 form goes, by operator; ``--part`` takes a
+part of the texts, for a machine with little time.
 """
 
 from __future__ import annotations
@@ -303,6 +304,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=list(LENGTHS))
+    parser.add_argument("--part", type=float, default=1.0, help="part of the texts to encode")
     parser.add_argument("--only", nargs="+", help="contestants whose names begin so")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--starts", type=int, default=3, help="fresh processes of each kind")
@@ -339,6 +341,7 @@ def one_length(
 ) -> dict[str, Any]:  # fmt: skip
     """Throughput and latency for one length of text, printed."""
     tokens, count = LENGTHS[length]
+    count = max(1, round(count * options.part))
     texts = texts_of(counted, tokens, count)
     total = sum(counted.count_tokens(texts))
     taking_part = {
@@ -359,7 +362,7 @@ def one_length(
     part["query_ms"] = {}
     for name in (BASE, f"{BASE}, onnx qint8", f"{OURS}, fp32", f"{OURS}, int8"):
         if name in taking_part:
-            p50, p95 = latency(taking_part[name], texts)
+            p50, p95 = latency(taking_part[name], texts, max(10, round(100 * options.part)))
             part["query_ms"][name] = {"p50": p50, "p95": p95}
             print(f"  {name}, one query: p50 {p50:.1f} ms, p95 {p95:.1f} ms", flush=True)
     if options.profile and threads == 1:

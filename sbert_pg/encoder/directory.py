@@ -34,7 +34,7 @@ from sbert_pg.spec import EncoderSpec, Vectors
 
 FORMAT = 1
 #: Raised when conversion gives another graph, so that cached conversions are made anew.
-BUILD = 3
+BUILD = 4
 
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"

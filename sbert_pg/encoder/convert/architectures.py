@@ -58,10 +58,7 @@ class Norm:
 
 @dataclass(slots=True)
 class Block:
-    """One layer of the transformer.
-
-    ``smoothing`` is what the activations are divided by for quantisation, by channel, or ``None``.
-    """
+    """One layer of the transformer."""
 
     query: Linear
     key: Linear
@@ -71,7 +68,6 @@ class Block:
     up: Linear
     down: Linear
     norm: Norm
-    smoothing: Array | None = None
 
 
 @dataclass(slots=True)

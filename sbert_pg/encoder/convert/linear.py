@@ -6,13 +6,37 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from sbert_pg.encoder.convert.activations import activate
 from sbert_pg.encoder.convert.architectures import Linear
 from sbert_pg.encoder.convert.quantize import Range, integers
 from sbert_pg.encoder.convert.weights import Array
 from sbert_pg.encoder.convert.writer import FLOAT, MICROSOFT, Writer
 
+#: Columns of the wide layer of a feed-forward part that are computed, activated and rounded at a
+#: time. What 512 tokens have there, in float32, then stays in the second-level cache.
+PART = 384
 
-class Float32:
+
+class _Plain:
+    """A feed-forward part as two products that know nothing of each other."""
+
+    def linear(
+        self, writer: Writer, x: str, layers: Sequence[Linear], names: Sequence[str]
+    ) -> list[str]:
+        """See ``Products``."""
+        raise NotImplementedError
+
+    def feed_forward(
+        self, writer: Writer, x: str, up: Linear, down: Linear, activation: str, name: str
+    ) -> str:
+        """See ``Products``."""
+        (wide,) = self.linear(writer, x, [up], [f"{name}.up"])
+        (narrow,) = self.linear(writer, activate(writer, wide, activation), [down],
+                                [f"{name}.down"])  # fmt: skip
+        return narrow
+
+
+class Float32(_Plain):
     """The weights as they are."""
 
     def embed(self, writer: Writer, table: Array, ids: str) -> str:
@@ -52,27 +76,60 @@ class Int8:
         self, writer: Writer, x: str, layers: Sequence[Linear], names: Sequence[str]
     ) -> list[str]:
         """See ``Products``."""
-        found = self._ranges[names[0]]
-        scale = writer.tensor(np.array(found.scale, np.float32), f"{names[0]}.input_scale")
-        zero = writer.tensor(np.array(found.zero, np.uint8), f"{names[0]}.input_zero")
+        scale, zero = self._steps(writer, names[0])
         rounded = writer.node("QuantizeLinear", [x, scale, zero], f"{names[0]}.input")
-        outputs = []
-        for layer, name in zip(layers, names, strict=True):
-            stored, scales = integers(layer.weight, axis=0)
-            inputs = [
-                rounded,
-                writer.tensor(stored, f"{name}.weight"),
-                scale,
-                writer.tensor(scales, f"{name}.scale"),
-                zero,
-                "",
-                writer.tensor(layer.bias, f"{name}.bias"),
-            ]
-            outputs.append(writer.node("MatMulIntegerToFloat", inputs, name, domain=MICROSOFT))
-        return outputs
+        return [
+            self._product(writer, [rounded, scale, zero], layer, name)
+            for layer, name in zip(layers, names, strict=True)
+        ]
+
+    def feed_forward(
+        self, writer: Writer, x: str, up: Linear, down: Linear, activation: str, name: str
+    ) -> str:
+        """See ``Products``. The wide layer comes in parts, which are joined when they are small."""
+        names = f"{name}.up", f"{name}.down"
+        scale, zero = self._steps(writer, names[0])
+        rounded = writer.node("QuantizeLinear", [x, scale, zero], f"{names[0]}.input")
+        active_scale, active_zero = self._steps(writer, names[1])
+        parts = []
+        for begin in range(0, len(up.bias), PART):
+            part = slice(begin, begin + PART)
+            layer = Linear(up.weight[:, part], up.bias[part])
+            wide = self._product(writer, [rounded, scale, zero], layer, names[0])
+            active = activate(writer, wide, activation)
+            parts.append(
+                writer.node("QuantizeLinear", [active, active_scale, active_zero],
+                            f"{names[1]}.input")
+            )  # fmt: skip
+        joined = parts[0] if len(parts) == 1 else writer.node("Concat", parts, "active", axis=1)
+        return self._product(writer, [joined, active_scale, active_zero], down, names[1])
+
+    def _steps(self, writer: Writer, name: str) -> tuple[str, str]:
+        """Scale and zero of a product's input."""
+        found = self._ranges[name]
+        return (
+            writer.tensor(np.array(found.scale, np.float32), f"{name}.input_scale"),
+            writer.tensor(np.array(found.zero, np.uint8), f"{name}.input_zero"),
+        )
+
+    @staticmethod
+    def _product(writer: Writer, x: Sequence[str], layer: Linear, name: str) -> str:
+        """A product; ``x`` is what is multiplied, its scale and its zero."""
+        rounded, scale, zero = x
+        stored, scales = integers(layer.weight, axis=0)
+        inputs = [
+            rounded,
+            writer.tensor(stored, f"{name}.weight"),
+            scale,
+            writer.tensor(scales, f"{name}.scale"),
+            zero,
+            "",
+            writer.tensor(layer.bias, f"{name}.bias"),
+        ]
+        return writer.node("MatMulIntegerToFloat", inputs, name, domain=MICROSOFT)
 
 
-class Blocks8:
+class Blocks8(_Plain):
     """int8 in blocks of the input's channels, for weights and activations alike.
 
     Each block of 32 has a scale of its own, for each output channel and for each token: nothing

@@ -8,7 +8,6 @@ from typing import Protocol
 
 import numpy as np
 
-from sbert_pg.encoder.convert.activations import activate
 from sbert_pg.encoder.convert.architectures import Block, Linear, Norm, Transformer
 from sbert_pg.encoder.convert.weights import Array
 from sbert_pg.encoder.convert.writer import INT32, INT64, MICROSOFT, Writer
@@ -30,6 +29,20 @@ class Products(Protocol):
             x: the input that the layers share.
             layers: the layers.
             names: a name for each; the first one names the input.
+        """
+
+    def feed_forward(
+        self, writer: Writer, x: str, up: Linear, down: Linear, activation: str, name: str
+    ) -> str:
+        """``x``, float32 ``(tokens, width)``, through two layers with an activation between them.
+
+        Args:
+            writer: receives the nodes.
+            x: the input.
+            up: the first layer.
+            down: the second layer.
+            activation: applied to what comes out of the first.
+            name: the block's; the layers are its ``up`` and ``down``.
         """
 
 
@@ -101,12 +114,7 @@ def _block(
     flat = writer.node("Reshape", [context, writer.ints(-1, model.width)], "context")
     (output,) = products.linear(writer, flat, [block.output], [f"{name}.output"])
     x = _norm(writer, _residual(writer, output, x, before), block.attention_norm)
-    (up,) = products.linear(writer, x, [block.up], [f"{name}.up"])
-    active = activate(writer, up, model.activation)
-    if block.smoothing is not None:
-        factors = writer.tensor(1 / block.smoothing, f"{name}.smoothing")
-        active = writer.node("Mul", [active, factors], "smoothed")
-    (down,) = products.linear(writer, active, [block.down], [f"{name}.down"])
+    down = products.feed_forward(writer, x, block.up, block.down, model.activation, name)
     return _norm(writer, _residual(writer, down, x, block.attention_norm), block.norm)
 
 
