@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,15 +12,21 @@ from alembic.operations import Operations
 
 from sbert_pg.alembic import ops, statements
 from sbert_pg.alembic.declaration import IndexDefinition
-from sbert_pg.alembic.online import Online, is_enclosed, online, require_left, settings
+from sbert_pg.alembic.online import (
+    Online,
+    is_enclosed,
+    online,
+    require_left,
+    settings,
+    within,
+)
 from sbert_pg.alembic.reading import indexes_of, same
 from sbert_pg.errors import TableBusyError
 from sbert_pg.reembedding import pg
 
-#: Seconds that building or dropping an index concurrently waits for transactions in its way. The
-#: lock it holds meanwhile (SHARE UPDATE EXCLUSIVE) stops neither readers nor writers, and giving up
-#: would throw a finished build away.
-INDEX_LOCK_TIMEOUT = 600.0
+log = logging.getLogger("sbert_pg.alembic")
+
+#: Attempts to build or drop an index concurrently, each of which waits as long as it may.
 INDEX_ATTEMPTS = 3
 #: Rows up to which an index is built in a transaction that the application itself began.
 SMALL_TABLE = 10_000
@@ -31,14 +39,14 @@ def create_vector_index(operations: Operations, operation: ops.CreateVectorIndex
     if not operation.concurrently or _small_and_enclosed(operations, relation):
         _create_plainly(operations, operation)
         return
-    with online(operations, relation, lock_timeout=INDEX_LOCK_TIMEOUT) as runner:
+    with online(operations, relation, lock_timeout=operation.lock_timeout) as runner:
         require_left(runner, f"Building index {definition.name!r} concurrently")
         memory = operation.maintenance_work_mem
         with settings(runner, {} if memory is None else {"maintenance_work_mem": memory}):
             if runner.as_sql:
                 _write(runner, operation)
             else:
-                _build(runner, definition, replace=operation.replace_existing)
+                _build(runner, operation)
 
 
 def drop_vector_index(operations: Operations, operation: ops.DropVectorIndexOp) -> None:
@@ -46,11 +54,12 @@ def drop_vector_index(operations: Operations, operation: ops.DropVectorIndexOp) 
     definition = operation.definition
     relation = statements.relation(definition.table, definition.schema)
     if not operation.concurrently or is_enclosed(operations):
-        operations.execute(
-            statements.DropIndex(definition.name, definition.schema, concurrently=False)
-        )
+        with within(operations, relation) as runner:
+            runner.execute(
+                statements.DropIndex(definition.name, definition.schema, concurrently=False)
+            )
         return
-    with online(operations, relation, lock_timeout=INDEX_LOCK_TIMEOUT) as runner:
+    with online(operations, relation, lock_timeout=operation.lock_timeout) as runner:
         _drop(runner, definition, definition.name)
         if not runner.as_sql:
             _drop(runner, definition, _beside(definition.name))
@@ -58,11 +67,11 @@ def drop_vector_index(operations: Operations, operation: ops.DropVectorIndexOp) 
 
 def _create_plainly(operations: Operations, operation: ops.CreateVectorIndexOp) -> None:
     definition = operation.definition
-    if operation.replace_existing:
-        operations.execute(
-            statements.DropIndex(definition.name, definition.schema, concurrently=False)
-        )
-    operations.execute(statements.CreateIndex(definition, concurrently=False, if_not_exists=True))
+    drop = statements.DropIndex(definition.name, definition.schema, concurrently=False)
+    with within(operations, statements.relation(definition.table, definition.schema)) as runner:
+        if operation.replace_existing:
+            runner.execute(drop)
+        runner.execute(statements.CreateIndex(definition, concurrently=False, if_not_exists=True))
 
 
 def _small_and_enclosed(operations: Operations, relation: str) -> bool:
@@ -81,22 +90,25 @@ def _write(runner: Online, operation: ops.CreateVectorIndexOp) -> None:
     runner.execute(statements.RequireValidIndex(definition.name, definition.schema))
 
 
-def _build(runner: Online, definition: IndexDefinition, *, replace: bool) -> None:
+def _build(runner: Online, operation: ops.CreateVectorIndexOp) -> None:
     """Build, or build beside what is there, drop that and rename; from wherever it was left."""
+    definition, connection = operation.definition, runner.connection
     beside = _beside(definition.name)
-    connection = runner.connection
+    _wait_for_other(runner, [definition.name, beside], operation.lock_timeout)
     there = indexes_of(connection, definition.table, definition.schema)
     old = there.get(definition.name)
-    if old is not None and old[1] and (not replace or same(connection, definition, old[0])):
+    if (
+        old is not None
+        and old[1]
+        and (not operation.replace_existing or same(connection, definition, old[0]))
+    ):
         _drop_if_there(runner, definition, beside)
         return
     if old is not None and not old[1]:
-        _refuse_if_building(runner, definition.name)
         _drop(runner, definition, definition.name)
         old = None
     new = there.get(beside)
     if new is not None and not (new[1] and same(connection, definition, new[0])):
-        _refuse_if_building(runner, beside)
         _drop(runner, definition, beside)
         new = None
     if new is None and old is None:
@@ -139,19 +151,33 @@ def _drop_if_there(runner: Online, definition: IndexDefinition, name: str) -> No
         _drop(runner, definition, name)
 
 
-def _refuse_if_building(runner: Online, name: str) -> None:
-    """Leave an index alone that another session is building at this moment."""
+def _wait_for_other(runner: Online, names: list[str], seconds: float) -> None:
+    """Wait while another session builds an index, such as one whose client was killed.
+
+    Raises:
+        TableBusyError: it is still building after that time.
+    """
     progress, klass = pg.INDEX_PROGRESS, pg.CLASS
-    found = runner.scalar(
-        sa.select(progress.c.pid)
+    building = (
+        sa.select(progress.c.pid, klass.c.relname)
         .join_from(progress, klass, klass.c.oid == progress.c.index_relid)
-        .where(klass.c.relname == name)
-    )
-    if found is not None:
-        raise TableBusyError(
-            f"Process {found} is building index {name!r} now. Wait for it, or end it with "
-            "pg_terminate_backend, and run the same migration again."
+        .where(
+            klass.c.relname.in_(names),
+            progress.c.relid == sa.cast(sa.func.to_regclass(runner.relation), sa.BigInteger),
         )
+    )
+    ends = time.monotonic() + seconds
+    told = False
+    while (found := runner.connection.execute(building).first()) is not None:
+        if not told:
+            log.warning("Process %s is building index %r; waiting for it.", *found)
+            told = True
+        if time.monotonic() > ends:
+            raise TableBusyError(
+                f"Process {found[0]} is building index {found[1]!r} now. Wait for it, or end it "
+                "with pg_terminate_backend, and run the same migration again."
+            )
+        time.sleep(0.5)
 
 
 def _beside(name: str) -> str:

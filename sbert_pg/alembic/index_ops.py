@@ -13,6 +13,11 @@ from sbert_pg.alembic.base import SbertOperation
 from sbert_pg.alembic.declaration import VECTOR_METHODS, IndexDefinition, sql_of
 from sbert_pg.errors import DeclarationError
 
+#: Seconds that building or dropping an index concurrently waits for transactions in its way. The
+#: lock it holds meanwhile (SHARE UPDATE EXCLUSIVE) stops neither readers nor writers, and giving up
+#: would throw a finished build away.
+INDEX_LOCK_TIMEOUT = 600.0
+
 
 class IndexOperation(SbertOperation):
     """An operation on one vector index."""
@@ -27,10 +32,12 @@ class IndexOperation(SbertOperation):
         definition: IndexDefinition,
         *,
         concurrently: bool = True,
+        lock_timeout: float = INDEX_LOCK_TIMEOUT,
         name: Any = None,
     ) -> None:
         self.definition = definition
         self.concurrently = concurrently
+        self.lock_timeout = lock_timeout
         #: The name as Alembic has it: marked where a naming convention has been applied.
         self.name = name if name is not None else definition.name
 
@@ -51,9 +58,12 @@ class CreateVectorIndexOp(IndexOperation):
         existing: IndexDefinition | None = None,
         replace_existing: bool = False,
         maintenance_work_mem: str | None = None,
+        lock_timeout: float = INDEX_LOCK_TIMEOUT,
         name: Any = None,
     ) -> None:
-        super().__init__(definition, concurrently=concurrently, name=name)
+        super().__init__(
+            definition, concurrently=concurrently, lock_timeout=lock_timeout, name=name
+        )
         self.existing = existing
         self.replace_existing = replace_existing or existing is not None
         self.maintenance_work_mem = maintenance_work_mem
@@ -74,6 +84,7 @@ class CreateVectorIndexOp(IndexOperation):
         concurrently: bool = True,
         replace: bool = False,
         maintenance_work_mem: str | None = None,
+        lock_timeout: float = INDEX_LOCK_TIMEOUT,
         schema: str | None = None,
     ) -> Any:
         """Build a vector index while the table is read and written.
@@ -98,6 +109,9 @@ class CreateVectorIndexOp(IndexOperation):
                 then drop the old one and rename.
             maintenance_work_mem: memory for the build, as in ``"2GB"``; an HNSW graph that fits is
                 built several times faster.
+            lock_timeout: seconds that a concurrent build waits for transactions that were there
+                before it, at each of three attempts. While it waits it stops neither readers nor
+                writers, and giving up throws the build away, so it is long.
             schema: schema of the table.
 
         Raises:
@@ -128,6 +142,7 @@ class CreateVectorIndexOp(IndexOperation):
                 concurrently=concurrently,
                 replace_existing=replace,
                 maintenance_work_mem=maintenance_work_mem,
+                lock_timeout=lock_timeout,
             )
         )
 
@@ -138,9 +153,15 @@ class CreateVectorIndexOp(IndexOperation):
                 self.existing,
                 concurrently=self.concurrently,
                 existing=self.definition,
+                lock_timeout=self.lock_timeout,
                 name=self.name,
             )
-        return DropVectorIndexOp(self.definition, concurrently=self.concurrently, name=self.name)
+        return DropVectorIndexOp(
+            self.definition,
+            concurrently=self.concurrently,
+            lock_timeout=self.lock_timeout,
+            name=self.name,
+        )
 
     def to_diff_tuple(self) -> tuple[Any, ...]:
         """The index that is missing, or differs; with how it differs."""
@@ -160,6 +181,7 @@ class DropVectorIndexOp(IndexOperation):
         table_name: str,
         *,
         concurrently: bool = True,
+        lock_timeout: float = INDEX_LOCK_TIMEOUT,
         schema: str | None = None,
     ) -> Any:
         """Drop a vector index while the table is read and written, if it is there.
@@ -170,13 +192,16 @@ class DropVectorIndexOp(IndexOperation):
             table_name: the table.
             concurrently: ``False`` drops it in the migration's transaction, under a lock on the
                 table.
+            lock_timeout: as in ``create_vector_index``.
             schema: schema of the table.
 
         Raises:
             TableBusyError: a lock could not be had; the message says who holds it.
         """
         definition = IndexDefinition(index_name, table_name, schema, column="")
-        return operations.invoke(cls(definition, concurrently=concurrently))
+        return operations.invoke(
+            cls(definition, concurrently=concurrently, lock_timeout=lock_timeout)
+        )
 
     def reverse(self) -> MigrateOperation:
         """Build it again."""
@@ -185,7 +210,12 @@ class DropVectorIndexOp(IndexOperation):
                 f"Index {self.definition.name!r} cannot be brought back: this operation does not "
                 "know what it was. Write the inverse by hand."
             )
-        return CreateVectorIndexOp(self.definition, concurrently=self.concurrently, name=self.name)
+        return CreateVectorIndexOp(
+            self.definition,
+            concurrently=self.concurrently,
+            lock_timeout=self.lock_timeout,
+            name=self.name,
+        )
 
     def to_diff_tuple(self) -> tuple[Any, ...]:
         """The index that is too many."""

@@ -117,6 +117,24 @@ def online(
             yield runner
 
 
+@contextmanager
+def within(operations: Operations, relation: str) -> Iterator[Online]:
+    """Stay in the migration's transaction, and yet wait for a lock no longer than a moment.
+
+    Each attempt is taken back to a savepoint, so whoever queues behind it has its turn.
+
+    Args:
+        operations: of the running migration.
+        relation: the table, as text for ``regclass``.
+    """
+    runner = Online(operations, relation, enclosed=True)
+    if runner.as_sql:
+        yield runner
+        return
+    with settings(runner, {"lock_timeout": f"{round(LOCK_TIMEOUT * 1000)}ms"}):
+        yield runner
+
+
 def is_enclosed(operations: Operations) -> bool:
     """Whether the connection was in a transaction before Alembic was given it."""
     context = operations.migration_context

@@ -185,13 +185,16 @@ def _create_index(context: AutogenContext, op: index_ops.CreateVectorIndexOp) ->
     call.keyword("where", definition.where)
     call.keyword("tablespace", definition.tablespace)
     call.keyword("replace", op.replace_existing, False)
+    call.keyword("maintenance_work_mem", op.maintenance_work_mem)
     call.keyword("concurrently", op.concurrently, True)
+    call.keyword("lock_timeout", op.lock_timeout, index_ops.INDEX_LOCK_TIMEOUT)
     return str(call.keyword("schema", definition.schema))
 
 
 def _drop_index(context: AutogenContext, op: index_ops.DropVectorIndexOp) -> str:
     call = _index_call(context, "drop_vector_index", op)
     call.keyword("concurrently", op.concurrently, True)
+    call.keyword("lock_timeout", op.lock_timeout, index_ops.INDEX_LOCK_TIMEOUT)
     return str(call.keyword("schema", op.definition.schema))
 
 

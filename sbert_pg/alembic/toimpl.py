@@ -15,8 +15,7 @@ from alembic.util import CommandError
 from sbert_pg import catalog, reembedding
 from sbert_pg.alembic import ops, statements
 from sbert_pg.alembic.filling import fill_column
-from sbert_pg.alembic.online import online, require_left
-from sbert_pg.catalog.sqlstates import translated
+from sbert_pg.alembic.online import online, require_left, within
 from sbert_pg.errors import (
     BackfillIncompleteError,
     EncoderMismatchError,
@@ -185,12 +184,9 @@ def _run(
     operation: ops.BindEmbeddingColumnOp | ops.UnbindEmbeddingColumnOp,
     statement: Any,
 ) -> None:
-    if operation.concurrently:
-        with online(operations, _relation(operation)) as runner:
-            runner.execute(statement)
-    else:
-        with translated():
-            operations.execute(statement)
+    around = online if operation.concurrently else within
+    with around(operations, _relation(operation)) as runner:
+        runner.execute(statement)
 
 
 def _refuse_foreign_vectors(connection: sa.Connection, identity: ColumnIdentity) -> None:
@@ -215,8 +211,8 @@ def unbind_embedding_column(operations: Operations, operation: ops.UnbindEmbeddi
 
 def follow_rename(operations: Operations, operation: ops.FollowRenameOp) -> None:
     """Rewrite the bindings that name the column."""
-    with translated():
-        operations.execute(statements.follow_rename(identity_of(operation), operation.new_name))
+    with within(operations, _relation(operation)) as runner:
+        runner.execute(statements.follow_rename(identity_of(operation), operation.new_name))
     _forget(operations)
 
 
