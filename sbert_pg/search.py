@@ -11,7 +11,7 @@ from sbert_pg.distance import Metric
 from sbert_pg.errors import DeclarationError
 from sbert_pg.searching.settings import MAX_EF_SEARCH, index_settings
 from sbert_pg.searching.stages import served
-from sbert_pg.searching.statement import NearestSelect, Search
+from sbert_pg.searching.statement import Search
 from sbert_pg.searching.target import target_of
 from sbert_pg.types.comparator import apply_operator
 
@@ -88,7 +88,8 @@ def nearest(
     if index is None:
         # Adding zero keeps an index from serving the order, whatever the planner thinks of it.
         order = distance + sa.literal_column("0") if exact else distance
-        statement = sa.select(*target.selected, similarity).where(*own, *criteria)
+        statement = sa.select(*target.selected, similarity)
+        statement = statement.where(target.column.is_not(None), *own, *criteria)
         if within is not None:
             statement = statement.where(within)
         return _page(statement.order_by(order, *target.key), limit, offset)
@@ -104,14 +105,9 @@ def nearest(
     settings = index_settings(index.method, index.lists, candidates, probes)
     same = index.form == "column" and index.metric is target.metric
     by_index = distance if same else served(index, target.column, right)
-    search = Search(similarity, by_index, tuple(target.key), settings, 1 + len(own))
-    statement = NearestSelect.of(
-        search,
-        target.selected,
-        [*own, *criteria],
-        exact=distance,
-        within=within,
-        overfetch=overfetch,
+    search = Search(similarity, by_index, tuple(target.key), settings, 2 + len(own))
+    statement = target.rows.searched(
+        search, [*own, *criteria], exact=distance, within=within, overfetch=overfetch
     )
     return _page(statement, limit, offset)
 

@@ -32,12 +32,7 @@ def served(
     """The distance that the index orders by."""
     if index.form == "binary":
         bits = signs(right, index.dimensions)
-        return cast(
-            "sa.ColumnElement[float]",
-            signs(column, index.dimensions).op(HAMMING, precedence=5, return_type=sa.Float(53))(
-                bits
-            ),
-        )
+        return apply_operator(signs(column, index.dimensions), HAMMING, bits)
     left = index.indexed(column)
     if left is not column:
         right = sa.cast(right, left.type)

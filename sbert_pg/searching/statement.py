@@ -66,37 +66,37 @@ class NearestSelect(sa.Select[Any]):
     _within: sa.ColumnElement[bool] | None = None
     _overfetch: sa.BindParameter[int] | None = None
 
-    @classmethod
-    def of(
-        cls,
+    def searched(
+        self,
         search: Search,
-        selected: list[Any],
         criteria: list[sa.ColumnElement[bool]],
         *,
         exact: sa.ColumnElement[Any],
         within: sa.ColumnElement[bool] | None,
         overfetch: int,
     ) -> NearestSelect:
-        """The select.
+        """This select of rows in the order of their keys, as a search.
 
         Args:
             search: what it is made of.
-            selected: entity or columns before the similarity.
             criteria: what a row has to meet.
             exact: the distance that ranks what the index has found.
             within: what drops rows that are too far; behind the index, since as a filter it would
                 keep the scan looking for nearer rows that do not exist.
             overfetch: rows that the index fetches for each row wanted.
         """
-        made = cls(*selected, search.similarity).where(search.settings, *criteria)
-        made = made.order_by(search.distance, *search.key)
+        made: NearestSelect = self._generate()
+        # Finished expressions, put where add_columns(), where() and order_by() would put them.
+        made._raw_columns = [*self._raw_columns, search.similarity]
+        made._where_criteria = (search.settings, *self._where_criteria)
+        made._order_by_clauses = (search.distance, *self._order_by_clauses)
         made._search = search
         if exact is not search.distance:
             made._exact = exact
         made._within = within
         if overfetch > 1:
             made._overfetch = sa.literal(overfetch, sa.BigInteger())
-        return made
+        return made.where(*criteria) if criteria else made
 
     @property
     def filters(self) -> bool:

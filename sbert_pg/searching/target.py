@@ -6,9 +6,11 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import InstrumentedAttribute, aliased
+from sqlalchemy.sql.operators import sub
 
 from sbert_pg.distance import Metric
 from sbert_pg.errors import DeclarationError
+from sbert_pg.searching.statement import NearestSelect
 from sbert_pg.types.comparator import metric_for, operand
 from sbert_pg.types.indexed import IndexDescription, index_on
 from sbert_pg.types.vector import VectorType
@@ -23,6 +25,7 @@ class Target:
         index: the index that serves it, or ``None``.
         selected: the entity, or the columns that hold no vectors.
         key: primary key of the rows.
+        rows: a select of the rows that have a vector.
     """
 
     def __init__(self, column: Any) -> None:
@@ -54,12 +57,14 @@ class Target:
             self.mapper = None
             self.selected = [c for c in table.c if not isinstance(c.type, VectorType)]
             self.key = list(table.primary_key)
-        self._has_vector = clause.is_not(None)
         self._offset = sa.literal_column(str(int(self.metric.offset)), sa.Float(53))
+        #: The rows that have a vector, by key; what all searches of this target begin with.
+        self.rows = NearestSelect(*self.selected).where(clause.is_not(None)).order_by(*self.key)
 
     def similarity_from(self, distance: sa.ColumnElement[float]) -> sa.Label[float]:
         """The similarity that belongs to a distance."""
-        return (self._offset - distance).label("similarity")
+        difference = sa.BinaryExpression(self._offset, distance, sub, type_=self._offset.type)
+        return difference.label("similarity")
 
     def operand(self, query: Any) -> sa.ColumnElement[Any]:
         """The query as the right-hand side of a distance operator."""
@@ -80,11 +85,11 @@ class Target:
     def criteria_for(
         self, query: Any, right: sa.ColumnElement[Any]
     ) -> list[sa.ColumnElement[bool]]:
-        """What the kind of query asks of a row."""
+        """What the kind of query asks of a row, besides that it has a vector."""
         if not self._is_row(query):
-            return [self._has_vector]
+            return []
         itself = sa.and_(*self._is_identity(self.entity, sa.inspect(query).identity))
-        return [self._has_vector, right.is_not(None), sa.not_(itself)]
+        return [right.is_not(None), sa.not_(itself)]
 
     def _is_row(self, query: Any) -> bool:
         return self.mapper is not None and isinstance(query, self.mapper.class_)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 import sqlalchemy as sa
+from sqlalchemy.sql.operators import custom_op
 from sqlalchemy.types import UserDefinedType
 
 from sbert_pg import distance as d
 from sbert_pg.errors import DeclarationError, EncoderMismatchError
+from sbert_pg.types import wire
 from sbert_pg.types.indexed import index_on
 
 if TYPE_CHECKING:
@@ -60,15 +63,19 @@ class VectorComparator(UserDefinedType.Comparator[Any]):
         return apply_operator(self.expr, operator, other)
 
 
+@cache
+def _operator(operator: str) -> custom_op[float]:
+    return custom_op(operator, precedence=5, return_type=sa.Float(53))
+
+
 def apply_operator(
     left: sa.ColumnElement[Any], operator: str, other: Any
 ) -> sa.ColumnElement[float]:
     """``left operator other`` as ``double precision``, with ``other`` bound as a vector."""
-    right = operand(left, other)
-    return cast(
-        "sa.ColumnElement[float]",
-        left.op(operator, precedence=5, return_type=sa.Float(53))(right),
-    )
+    # What left.op(operator)(other) comes to, without asking what may stand on either side, which
+    # costs a search as much again.
+    made = _operator(operator)
+    return sa.BinaryExpression(left, operand(left, other), made, type_=made.return_type)
 
 
 def operand(left: sa.ColumnElement[Any], other: Any) -> sa.ColumnElement[Any]:
@@ -95,7 +102,8 @@ def operand(left: sa.ColumnElement[Any], other: Any) -> sa.ColumnElement[Any]:
         )
     type_ = query_type(left)
     if not isinstance(other, str):
-        type_.checked(other)
+        # Checked where the mistake is made; the bind processor takes the finished form as it is.
+        other = wire.wire_vector(type_.checked(other), type_.storage)
     elif type_ is left.type:
         raise DeclarationError(
             f"Column {left} was compared with the text {other[:40]!r} and has no encoder. Declare "
@@ -146,10 +154,7 @@ def served_distance(column: sa.ColumnElement[Any], other: Any) -> sa.ColumnEleme
     right = operand(column, other)
     if left is not column:
         right = sa.cast(right, left.type)
-    return cast(
-        "sa.ColumnElement[float]",
-        left.op(index.metric.operator, precedence=5, return_type=sa.Float(53))(right),
-    )
+    return apply_operator(left, index.metric.operator, right)
 
 
 def _rank_alike(column: sa.ColumnElement[Any], a: d.Metric, b: d.Metric) -> bool:

@@ -106,11 +106,6 @@ class Embedding(VectorType):
             )
         return array
 
-    def bind_processor(self, dialect: Dialect) -> Callable[[Any], Any]:
-        """Check a vector that is to be stored; see also ``guard``."""
-        guard.watch(dialect)
-        return super().bind_processor(dialect)
-
     def query_type(self, left: sa.ColumnElement[Any]) -> QueryVector:
         """The type of a parameter that is compared with this column."""
         identity = guard.identity_of(left)
@@ -172,8 +167,8 @@ class QueryVector(VectorType):
         spec, storage, checked = self.encoder, self.storage, self.checked
 
         def process(value: Any) -> Any:
-            if value is None:
-                return None
+            if value is None or isinstance(value, wire.WireVector):
+                return value
             if isinstance(value, str):
                 vector = query_vector(spec, value)
                 if vector.shape != (spec.dimensions,):

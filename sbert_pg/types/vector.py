@@ -15,7 +15,7 @@ from sqlalchemy.types import UserDefinedType
 
 from sbert_pg.distance import MAX_DIMENSIONS, Storage
 from sbert_pg.errors import DeclarationError
-from sbert_pg.types import wire
+from sbert_pg.types import guard, wire
 from sbert_pg.types.comparator import VectorComparator
 from sbert_pg.types.unwrapped import unwrapped
 
@@ -80,12 +80,15 @@ class VectorType(UserDefinedType[Array]):
         return array
 
     def bind_processor(self, dialect: Dialect) -> Callable[[Any], Any]:
-        """Check a value and turn it into its wire form."""
+        """Check a value and turn it into its wire form; see also ``guard``."""
+        guard.watch(dialect)
         _register_with(dialect)
         storage, checked = self.storage, self.checked
 
         def process(value: Any) -> Any:
-            return None if value is None else wire.wire_vector(checked(value), storage)
+            if value is None or isinstance(value, wire.WireVector):
+                return value
+            return wire.wire_vector(checked(value), storage)
 
         return unwrapped(process)
 

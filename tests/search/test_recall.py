@@ -128,20 +128,24 @@ def test_words_find_what_they_mean(standard: sa.Engine, corpus: Corpus, minilm: 
         assert recall(session, document, corpus, [7], probes=36) == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("form", ["vector", "halfvec", "binary"])
-def test_recall_on_questions_of_customers(
-    form: str, standard: sa.Engine, data_dir: Path, minilm: Any
-) -> None:
-    """Thousands of short questions about few topics, which are hard to tell apart."""
+@pytest.fixture(scope="module")
+def customers(data_dir: Path, _minilm: Any) -> Corpus:
+    """Short questions about few topics, which are hard to tell apart."""
     texts: list[str] = []
     for name in ("train.csv", "test.csv"):
         with (data_dir / "banking77" / name).open(encoding="utf-8") as file:
             texts += [row["text"].strip() for row in csv.DictReader(file)]
-    vectors = minilm.encode_document(texts)
-    chosen = np.random.default_rng(0).permutation(len(texts))
-    queries, rest = chosen[:60], chosen[60:]
-    customers = Corpus([texts[n] for n in rest], vectors[rest], vectors[queries])
+    chosen = np.random.default_rng(0).permutation(len(texts))[:8060]
+    texts = [texts[n] for n in chosen]
+    vectors = _minilm.encode_document(texts)
+    return Corpus(texts[60:], vectors[60:], vectors[:60])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["vector", "halfvec", "binary"])
+def test_recall_on_questions_of_customers(
+    form: str, standard: sa.Engine, customers: Corpus, minilm: Any
+) -> None:
     with standard.begin() as connection:
         connection.execute(sa.text(f"DROP TABLE IF EXISTS document_{form}"))
     document = loaded(standard, form, customers)

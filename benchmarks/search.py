@@ -1,0 +1,400 @@
+"""A search through the ORM beside the same SQL in bare psycopg, and beside two other libraries.
+
+    python benchmarks/search.py [--rows N] [--queries N] [--vectors FILE.npy] [--database URL]
+                                [--json FILE]
+
+Every way asks the same queries for the ten nearest of the same rows by an HNSW index with the same
+``m``, ``ef_construction`` and ``ef_search``, one after the other in one process, in turns. Bare
+psycopg executes the very SQL that ``nearest`` compiles to, prepared, with the vector in binary.
+``transaction`` means that each query has a transaction of its own, as a session has; ``autocommit``
+saves its two round trips. Given are the median and the tenth percentile of the wall clock in
+microseconds, the processor time of the client (which other load on the machine hardly touches), and
+recall@10 against exact search.
+
+A second table has filters by selectivity: time and recall of the same search under a criterion
+that keeps a part of the rows, ``nearest`` beside plain ``ORDER BY ... LIMIT`` with pgvector's own
+settings.
+
+langchain-postgres' ``PGVectorStore`` and ``vecs`` take part where they are installed. Without
+``--vectors`` (a float32 array, one row a vector) the vectors are made: topics in a subspace of 40
+dimensions. Where the file has fewer rows than wanted, the rest are means of two of its rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psycopg
+import sqlalchemy as sa
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+import sbert_pg
+from sbert_pg import bind_all, catalog, embedding_column, hnsw_index, nearest
+from sbert_pg.embedded import embedded_server
+from sbert_pg.testing import DeterministicEncoder
+from sbert_pg.types import to_wire_rows
+
+DIMENSIONS = 384
+EF_SEARCH = 100
+Row = dict[str, Any]
+
+
+class Base(DeclarativeBase):
+    """The tables of this benchmark."""
+
+
+class Item(Base):
+    """A row as an application has it."""
+
+    __tablename__ = "item"
+    __table_args__ = (hnsw_index("item_embedding", "embedding"),)
+    id: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True)
+    title: Mapped[str]
+    lang: Mapped[str]
+    part: Mapped[int]
+    embedding = embedding_column("deterministic", source="title", dimensions=DIMENSIONS)
+
+
+def made_vectors(rows: int) -> np.ndarray:
+    random = np.random.default_rng(0)
+    basis = random.standard_normal((40, DIMENSIONS)).astype(np.float32)
+    centres = random.standard_normal((rows // 50 + 1, 40)).astype(np.float32)
+    inner = centres[random.integers(0, len(centres), rows)]
+    inner = inner + 0.6 * random.standard_normal(inner.shape).astype(np.float32)
+    vectors = inner @ basis + random.standard_normal((rows, DIMENSIONS)).astype(np.float32)
+    return unit(vectors)
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def vectors_of(path: Path | None, rows: int) -> np.ndarray:
+    if path is None:
+        return made_vectors(rows)
+    given = unit(np.load(path))[:rows]
+    random = np.random.default_rng(0)
+    pairs = random.integers(0, len(given), (rows - len(given), 2))
+    return np.concatenate([given, unit(given[pairs[:, 0]] + given[pairs[:, 1]])])
+
+
+def fill(engine: sa.Engine, vectors: np.ndarray) -> None:
+    with engine.begin() as connection:
+        connection.execute(sa.text("CREATE EXTENSION IF NOT EXISTS vector"))
+        catalog.upgrade(connection)
+        connection.execute(sa.text("DROP TABLE IF EXISTS item"))
+        connection.execute(sa.schema.CreateTable(Item.__table__))
+        driver: Any = connection.connection.driver_connection
+        with driver.cursor().copy("COPY item FROM STDIN (FORMAT binary)") as copy:
+            copy.set_types(["int8", "text", "text", "int4", "bytea"])
+            for number, row in enumerate(to_wire_rows(vectors, "vector")):
+                lang = "de" if number % 2 else "en"
+                copy.write_row((number, f"title of item {number}", lang, number % 1000, row))
+        for index in Item.__table__.indexes:
+            connection.execute(sa.schema.CreateIndex(index))
+        bind_all(connection, Base.metadata)
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(sa.text("VACUUM ANALYZE item"))
+
+
+def true_keys(vectors: np.ndarray, query: np.ndarray, keep: np.ndarray | None = None) -> set[int]:
+    similarity = vectors @ query
+    if keep is not None:
+        similarity = np.where(keep, similarity, -np.inf)
+    return {int(n) for n in np.argpartition(-similarity, 10)[:10]}
+
+
+def sql_of(engine: sa.Engine, statement: Any) -> tuple[str, dict[str, Any], str]:
+    """The SQL that a statement becomes, its parameters, and the name of the vector's."""
+    sent: list[Any] = []
+
+    def note(_c: Any, _cursor: Any, text: str, parameters: Any, *_rest: Any) -> None:
+        sent.append((text, parameters))
+
+    with Session(engine) as session:
+        session.execute(statement).all()
+        sa.event.listen(engine, "before_cursor_execute", note)
+        session.execute(statement).all()
+        sa.event.remove(engine, "before_cursor_execute", note)
+    text, parameters = sent[-1]
+    name = next(key for key, value in parameters.items() if isinstance(value, list))
+    return text, dict(parameters), name
+
+
+class RawVector:
+    """A vector's bytes in pgvector's binary format."""
+
+    def __init__(self, payload: bytes) -> None:
+        self.payload = payload
+
+
+class RawDumper(psycopg.adapt.Dumper):
+    """Send them as they are."""
+
+    format = psycopg.pq.Format.BINARY
+    oid = 0
+
+    def dump(self, obj: Any) -> bytes:
+        """The payload."""
+        payload: bytes = obj.payload
+        return payload
+
+
+def bare(engine: sa.Engine, autocommit: bool) -> Callable[[np.ndarray], list[int]]:
+    text, parameters, name = sql_of(
+        engine, nearest(Item.embedding, np.ones(DIMENSIONS), ef_search=EF_SEARCH)
+    )
+    dsn = engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
+    connection = psycopg.connect(dsn, autocommit=autocommit)
+    connection.adapters.register_dumper(RawVector, RawDumper)
+
+    def ask(query: np.ndarray) -> list[int]:
+        parameters[name] = RawVector(to_wire_rows(query[None], "vector")[0])
+        cursor = connection.cursor(binary=True)
+        rows = cursor.execute(text, parameters, prepare=True).fetchall()
+        if not autocommit:
+            connection.rollback()
+        return [row[0] for row in rows]
+
+    return ask
+
+
+def ours(engine: sa.Engine) -> dict[str, Callable[[np.ndarray], list[int]]]:
+    quick = engine.execution_options(isolation_level="AUTOCOMMIT")
+    kept = Session(engine)
+    kept_connection = engine.connect()
+
+    def by_nearest(bind: Any) -> Callable[[np.ndarray], list[int]]:
+        def ask(query: np.ndarray) -> list[int]:
+            with Session(bind) as session:
+                rows = session.execute(nearest(Item.embedding, query, ef_search=EF_SEARCH))
+                return [item.id for item, _ in rows]
+
+        return ask
+
+    def by_distance(query: np.ndarray) -> list[int]:
+        statement = sa.select(Item).order_by(Item.embedding.distance(query)).limit(10)
+        with Session(engine) as session:
+            return [item.id for item in session.scalars(statement)]
+
+    def by_kept_session(query: np.ndarray) -> list[int]:
+        rows = kept.execute(nearest(Item.embedding, query, ef_search=EF_SEARCH))
+        return [item.id for item, _ in rows]
+
+    def by_core(query: np.ndarray) -> list[int]:
+        column = Item.__table__.c.embedding
+        with engine.connect() as connection:
+            rows = connection.execute(nearest(column, query, ef_search=EF_SEARCH))
+            return [row[0] for row in rows]
+
+    def by_kept_connection(query: np.ndarray) -> list[int]:
+        column = Item.__table__.c.embedding
+        rows = kept_connection.execute(nearest(column, query, ef_search=EF_SEARCH))
+        return [row[0] for row in rows]
+
+    return {
+        "ORM nearest(), session per query": by_nearest(engine),
+        "ORM nearest(), session per query, autocommit": by_nearest(quick),
+        "ORM nearest(), session kept": by_kept_session,
+        "ORM order_by(distance), session per query": by_distance,
+        "Core nearest(), connection per query": by_core,
+        "Core nearest(), connection kept": by_kept_connection,
+    }
+
+
+def vecs_way(engine: sa.Engine) -> Callable[[np.ndarray], list[int]] | None:
+    try:
+        import vecs
+    except ImportError:
+        return None
+    url = engine.url.set(drivername="postgresql+psycopg2")
+    client = vecs.create_client(url.render_as_string(hide_password=False))
+    if "item" in [collection.name for collection in client.list_collections()]:
+        client.delete_collection("item")
+    collection = client.get_or_create_collection("item", dimension=DIMENSIONS)
+    with engine.begin() as connection:
+        connection.execute(
+            sa.text(
+                "INSERT INTO vecs.item (id, vec, metadata) SELECT id::text, embedding, "
+                "jsonb_build_object('title', title, 'lang', lang, 'part', part) FROM item "
+                "ORDER BY item.id"
+            )
+        )
+    collection.create_index(
+        vecs.IndexMeasure.cosine_distance,
+        vecs.IndexMethod.hnsw,
+        vecs.IndexArgsHNSW(m=16, ef_construction=128),
+    )
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(sa.text("VACUUM ANALYZE vecs.item"))
+
+    def ask(query: np.ndarray) -> list[int]:
+        rows = collection.query(
+            query, limit=10, ef_search=EF_SEARCH, include_value=True, include_metadata=True
+        )
+        return [int(row[0]) for row in rows]
+
+    return ask
+
+
+def langchain_way(engine: sa.Engine) -> Callable[[np.ndarray], list[int]] | None:
+    """On the very table and index of ``Item``."""
+    try:
+        from langchain_core.embeddings import DeterministicFakeEmbedding
+        from langchain_postgres import PGEngine, PGVectorStore
+        from langchain_postgres.v2.indexes import HNSWQueryOptions
+    except ImportError:
+        return None
+    url = engine.url.set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
+    store = PGVectorStore.create_sync(
+        PGEngine.from_connection_string(url),
+        DeterministicFakeEmbedding(size=DIMENSIONS),
+        "item",
+        content_column="title",
+        embedding_column="embedding",
+        id_column="id",
+        metadata_columns=["lang", "part"],
+        metadata_json_column="",
+        index_query_options=HNSWQueryOptions(ef_search=EF_SEARCH),
+    )
+
+    def ask(query: np.ndarray) -> list[int]:
+        rows = store.similarity_search_with_score_by_vector(query.tolist(), k=10)
+        return [int(document.page_content.rpartition(" ")[2]) for document, _ in rows]
+
+    return ask
+
+
+def measure(
+    ways: dict[str, Callable[[np.ndarray], list[int]]],
+    queries: np.ndarray,
+    truth: list[set[int]],
+) -> list[Row]:
+    wall: dict[str, list[float]] = {name: [] for name in ways}
+    processor: dict[str, list[float]] = {name: [] for name in ways}
+    hits: dict[str, list[float]] = {name: [] for name in ways}
+    for ask in ways.values():
+        for query in queries[:12]:
+            ask(query)
+    for number, query in enumerate(queries):
+        names = list(ways)
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            spent, began = time.process_time(), time.perf_counter()
+            found = ways[name](query)
+            wall[name].append(time.perf_counter() - began)
+            processor[name].append(time.process_time() - spent)
+            hits[name].append(len(truth[number].intersection(found)) / 10)
+    baseline = float(np.median(wall["psycopg, transaction"]))
+    base_spent = float(np.median(processor["psycopg, transaction"]))
+    rows = []
+    for name in ways:
+        p50 = float(np.median(wall[name]))
+        spent = float(np.median(processor[name]))
+        # Differences of neighbours in time, so that load on the machine cancels out.
+        pairs = np.array(wall[name]) - np.array(wall["psycopg, transaction"])
+        rows.append(
+            {
+                "way": name,
+                "p50 µs": round(p50 * 1e6),
+                "p10 µs": round(float(np.percentile(wall[name], 10)) * 1e6),
+                "over bare, p50": round((p50 - baseline) * 1e6),
+                "over bare, paired": round(float(np.median(pairs)) * 1e6),
+                "client CPU µs": round(spent * 1e6),
+                "CPU over bare": round((spent - base_spent) * 1e6),
+                "recall@10": round(float(np.mean(hits[name])), 4),
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def filtered(engine: sa.Engine, vectors: np.ndarray, queries: np.ndarray) -> list[Row]:
+    rows = []
+    part = np.arange(len(vectors)) % 1000
+    for keep in (1000, 500, 100, 10, 1):
+        mask = part < keep
+        criterion = Item.part < keep
+        found: dict[str, tuple[list[float], list[float]]] = {"nearest": ([], []), "plain": ([], [])}
+        with Session(engine) as session:
+            for query in queries:
+                truth = true_keys(vectors, query, mask)
+                for name, (times, shares) in found.items():
+                    statement = nearest(Item.embedding, query).where(criterion)
+                    if name == "plain":
+                        order = Item.embedding.distance(query)
+                        statement = sa.select(Item).where(criterion).order_by(order).limit(10)
+                    began = time.perf_counter()
+                    keys = {item.id for item in session.scalars(statement)}
+                    times.append(time.perf_counter() - began)
+                    shares.append(len(keys & truth) / 10)
+                    session.rollback()
+        row: Row = {"kept": f"{keep / 10:g} %"}
+        for name, (times, shares) in found.items():
+            row[f"{name} p50 ms"] = round(float(np.median(times)) * 1e3, 2)
+            row[f"{name} recall@10"] = round(float(np.mean(shares)), 4)
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+def run(url: sa.URL, options: argparse.Namespace) -> Row:
+    sbert_pg.use_encoder(DeterministicEncoder())
+    engine = sa.create_engine(url)
+    vectors = vectors_of(options.vectors, options.rows)
+    if not options.keep:
+        fill(engine, vectors)
+    random = np.random.default_rng(1)
+    chosen = random.choice(len(vectors), options.queries, replace=False)
+    noise = 0.02 * random.standard_normal((options.queries, DIMENSIONS)).astype(np.float32)
+    queries = unit(vectors[chosen] + noise)
+    truth = [true_keys(vectors, query) for query in queries]
+    ways = {
+        "psycopg, transaction": bare(engine, False),
+        "psycopg, autocommit": bare(engine, True),
+        **ours(engine),
+    }
+    for name, make in (("vecs", vecs_way), ("PGVectorStore", langchain_way)):
+        way = make(engine)
+        if way is not None:
+            ways[name] = way
+        else:
+            print(f"{name} is not installed", flush=True)
+    results: Row = {"rows": len(vectors), "ways": measure(ways, queries, truth)}
+    results["filtered"] = filtered(engine, vectors, queries[: max(10, options.queries // 8)])
+    engine.dispose()
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--queries", type=int, default=400)
+    parser.add_argument("--vectors", type=Path, help="float32 array of shape (n, 384)")
+    parser.add_argument("--database", help="a database with pgvector; tables are made in it")
+    parser.add_argument("--keep", action="store_true", help="the table is filled already")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", module="vecs")
+    if options.database:
+        results = run(sa.make_url(options.database).set(drivername="postgresql+psycopg"), options)
+    else:
+        settings = {"shared_buffers": "1GB", "max_wal_size": "4GB", "maintenance_work_mem": "1GB"}
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder).chmod(0o755)
+            with embedded_server(Path(folder) / "data", settings=settings) as server:
+                results = run(server.ensure_database("benchmark"), options)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
