@@ -6,8 +6,8 @@ whether the encoder is the column's is asked once for each engine and column, so
 a lookup in a dictionary. Before the first write of a transaction the writer's encoder is attested,
 since triggers refuse vectors that nobody vouches for.
 
-The listener is put on the engine's dialect when the engine first uses an embedding parameter; no
-engine that does not is touched.
+The listener is put on the engine's dialect when the engine first uses a vector parameter; no engine
+that does not is touched. It also teaches older connections to send vectors in binary.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import sqlalchemy as sa
+from psycopg.adapt import AdaptersMap
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Dialect, Transaction
 
 from sbert_pg.registry import guards
 from sbert_pg.spec import EncoderSpec
+from sbert_pg.types import wire
 
+#: Remembered of a connection.
+_TAUGHT = "sbert_pg.taught"
 #: Seconds after which a column that was found unbound is looked at again.
 UNBOUND_RECHECK = 30.0
 
@@ -204,6 +208,7 @@ def _scopes(connection: Connection) -> list[Transaction]:
 
 def _before_execute(cursor: Any, statement: str, *rest: Any) -> bool | None:
     context = rest[-1]
+    _teach(context.root_connection.connection, cursor)
     compiled = getattr(context, "compiled", None)
     if compiled is None or _check is None or context.isddl:
         return None
@@ -229,6 +234,22 @@ def _before_execute(cursor: Any, statement: str, *rest: Any) -> bool | None:
     for key in writes:
         _vouch(watched, connection, key)
     return None
+
+
+def _teach(connection: Any, cursor: Any) -> None:
+    """Let a connection that was opened before any vector type existed send vectors in binary.
+
+    An engine is often made, and connected, before the module with the mapped classes is imported,
+    and a connection keeps what its driver knew when it was opened.
+    """
+    if _TAUGHT in connection.info:
+        return
+    connection.info[_TAUGHT] = True
+    # An asynchronous engine's cursor has the driver's inside.
+    for place in (connection.driver_connection, getattr(cursor, "_cursor", cursor)):
+        adapters = getattr(place, "adapters", None)
+        if isinstance(adapters, AdaptersMap):
+            wire.register(adapters)
 
 
 def _stores(parameters: Sequence[dict[str, Any]], names: tuple[str, ...]) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -81,6 +83,44 @@ def test_connections_opened_before_any_vector_type(bare_database_url: sa.URL) ->
         found = connection.execute(sa.select(sa.literal([1, 2, 3], Vector(3)))).scalar_one()
         assert found.tolist() == [1, 2, 3]
     engine.dispose()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_engine_older_than_the_types(bare_database_url: sa.URL, asynchronous: bool) -> None:
+    """Connected before the first vector type is made, as where models are imported after it."""
+    code = f"""
+import asyncio
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import create_async_engine
+URL = {bare_database_url.render_as_string(hide_password=False)!r}
+
+def use(connection):
+    from sbert_pg.types import Vector, wire
+    sent = []
+    dump = wire.WireVectorDumper.dump
+    wire.WireVectorDumper.dump = lambda self, obj: sent.append(obj) or dump(self, obj)
+    table = sa.Table("t", sa.MetaData(), sa.Column("v", Vector(2)))
+    table.create(connection)
+    connection.execute(sa.insert(table), [{{"v": [1, 2]}}, {{"v": [3, 4]}}])
+    connection.execute(sa.insert(table).values(v=[1, 2]))
+    assert connection.scalar(sa.select(sa.func.count()).where(table.c.v == [1, 2])) == 2
+    assert len(sent) == 4, sent
+
+async def main():
+    engine = create_async_engine(URL)
+    async with engine.begin() as connection:
+        await connection.execute(sa.text("SELECT 1"))
+        await connection.run_sync(use)
+    await engine.dispose()
+
+if {asynchronous}:
+    asyncio.run(main())
+else:
+    with sa.create_engine(URL).begin() as connection:
+        connection.execute(sa.text("SELECT 1"))
+        use(connection)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def _list_dumper() -> Any:
