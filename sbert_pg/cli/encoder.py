@@ -28,7 +28,8 @@ NameArgument = Annotated[
     ),
 ]
 PrecisionOption = Annotated[
-    str | None, typer.Option(help="int8 (the default), int8-blocks or fp32.", show_default=False)
+    str | None,
+    typer.Option(help="int8 (the default), int8-blocks, fp32 or fp32-plain.", show_default=False),
 ]
 ThreadsOption = Annotated[
     int | None, typer.Option(help="Threads of inference; all that the process may use by default.")

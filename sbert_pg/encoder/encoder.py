@@ -79,7 +79,8 @@ class Encoder:
             name_or_path: a directory that this project converted, a sentence-transformers
                 directory, or a name on the hub. A name is converted once and then taken from the
                 cache of conversions without asking the hub.
-            precision: ``"int8"`` (the default), ``"int8-blocks"`` or ``"fp32"``; docs/encoder.md
+            precision: ``"int8"`` (the default), ``"int8-blocks"``, ``"fp32"``, or
+                ``"fp32-plain"`` for other execution providers than the CPU; docs/encoder.md
                 says what each costs and gives.
             dimensions: keep this many dimensions of each vector (Matryoshka models); all by
                 default.

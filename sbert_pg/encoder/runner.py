@@ -232,6 +232,12 @@ def _session(path: Path, providers: Sequence[str]) -> onnxruntime.InferenceSessi
         )
     # onnxruntime's exceptions have no common base below Exception.
     except Exception as error:
+        if set(providers) != {CPU}:
+            raise ProviderError(
+                f"{', '.join(providers)} cannot run {path}: {error}. Its driver or libraries may "
+                "be missing or of another version, or it may lack an operator of this form: "
+                "precision='fp32-plain' has only those that every provider knows."
+            ) from error
         raise DamagedEncoderError(
             f"onnxruntime cannot open {path}: {error}. Convert the encoder anew."
         ) from error

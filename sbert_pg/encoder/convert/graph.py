@@ -7,6 +7,7 @@ from onnx import helper
 
 from sbert_pg.encoder.convert import architectures, transformer
 from sbert_pg.encoder.convert.architectures import ARCHITECTURES
+from sbert_pg.encoder.convert.attention import Fused, Plain
 from sbert_pg.encoder.convert.calibrate import Watched, observe, token_ids
 from sbert_pg.encoder.convert.linear import Blocks8, Float32, Int8
 from sbert_pg.encoder.convert.pooling import Pooled, finish, pool
@@ -20,7 +21,7 @@ from sbert_pg.errors import DeclarationError, UnsupportedEncoderError
 __all__ = ["ARCHITECTURES", "PRECISIONS", "build"]
 
 #: Numeric forms that can be built.
-PRECISIONS = ("fp32", "int8", "int8-blocks")
+PRECISIONS = ("fp32", "int8", "int8-blocks", "fp32-plain")
 
 #: Names of the inputs, all int64 of shape ``(batch, tokens)``, and of the output.
 INPUT_IDS = "input_ids"
@@ -55,14 +56,15 @@ def build(description: Description, precision: str) -> onnx.ModelProto:
             f"There is no precision {precision!r}; there are {', '.join(PRECISIONS)}."
         )
     model = architectures.read(description)
-    return assemble(description, model, _products(description, model, precision))
+    attention = Plain if precision == "fp32-plain" else Fused
+    return assemble(description, model, _products(description, model, precision), attention)
 
 
 def _products(
     description: Description, model: architectures.Transformer, precision: str
 ) -> Products:
     """How ``model`` is multiplied; for int8 it is smoothed."""
-    if precision == "fp32":
+    if precision in ("fp32", "fp32-plain"):
         return Float32()
     if precision == "int8-blocks":
         return Blocks8()
@@ -74,11 +76,14 @@ def _products(
 
 
 def assemble(
-    description: Description, model: architectures.Transformer, products: Products
+    description: Description,
+    model: architectures.Transformer,
+    products: Products,
+    attention: type[Fused] | type[Plain] = Fused,
 ) -> onnx.ModelProto:
     """The graph of a transformer that was read, with one way of multiplying."""
     writer = Writer()
-    tokens = transformer.write(writer, model, products, INPUT_IDS, ATTENTION_MASK)
+    tokens = transformer.write(writer, model, products, INPUT_IDS, ATTENTION_MASK, attention)
     inputs = [INPUT_IDS, ATTENTION_MASK]
     mask = ATTENTION_MASK
     if not description.include_prompt:

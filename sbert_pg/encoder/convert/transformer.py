@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from sbert_pg.encoder.convert.architectures import Block, Linear, Norm, Transformer
+from sbert_pg.encoder.convert.attention import Batch, Fused, Plain
 from sbert_pg.encoder.convert.weights import Array
-from sbert_pg.encoder.convert.writer import INT32, INT64, MICROSOFT, Writer
+from sbert_pg.encoder.convert.writer import INT64, Writer
 
 
 class Products(Protocol):
@@ -46,24 +46,14 @@ class Products(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """Values that all layers share.
-
-    Attributes:
-        shape: int64 ``(batch, tokens, width)`` as a vector.
-        padded: bool, whether any token is padding.
-        mask: int32 ``(batch, tokens)``.
-        bias: attention bias of MPNet, float32 ``(1, heads, tokens, tokens)``, or ``""``.
-    """
-
-    shape: str
-    padded: str
-    mask: str
-    bias: str
-
-
-def write(writer: Writer, model: Transformer, products: Products, ids: str, mask: str) -> str:
+def write(
+    writer: Writer,
+    model: Transformer,
+    products: Products,
+    ids: str,
+    mask: str,
+    attention: type[Fused] | type[Plain] = Fused,
+) -> str:
     """Token vectors, float32 ``(batch, tokens, width)``.
 
     Args:
@@ -72,29 +62,25 @@ def write(writer: Writer, model: Transformer, products: Products, ids: str, mask
         products: how matrices are multiplied.
         ids: token ids, int64 ``(batch, tokens)``.
         mask: 1 for tokens and 0 for padding, int64 ``(batch, tokens)``.
+        attention: how attention is written.
     """
     sizes = writer.node("Shape", [ids], "sizes")
     width = writer.ints(model.width)
-    least = writer.node("ReduceMin", [mask], "least", keepdims=0)
-    zero = writer.tensor(np.array(0, np.int64), "zero")
     length = writer.node(
         "Gather", [sizes, writer.tensor(np.array(1, np.int64), "one")], "length", axis=0
     )
-    batch = _Batch(
-        shape=writer.node("Concat", [sizes, width], "shape", axis=0),
-        padded=writer.node("Equal", [least, zero], "padded"),
-        mask=writer.node("Cast", [mask], "mask_i", to=INT32),
-        bias=_relative(writer, model, length),
-    )
+    shape = writer.node("Concat", [sizes, width], "shape", axis=0)
+    batch = Batch(shape, mask, _relative(writer, model, length))
+    attend = attention(writer, batch, model.heads, model.width)
     words = products.embed(writer, model.words, ids)
     summed = writer.node("Add", [words, _positions(writer, model, ids, length)], "embedded")
     # From here on a batch is one matrix of tokens: a product with a bias is then one node.
     x = writer.node("Reshape", [_norm(writer, summed, model.norm), writer.ints(-1, model.width)])
     before = model.norm
     for number, block in enumerate(model.blocks):
-        x = _block(writer, model, block, products, batch, x, before, f"layer{number}")
+        x = _block(writer, model, block, products, attend, x, before, f"layer{number}")
         before = block.norm
-    return writer.node("Reshape", [x, batch.shape], "tokens")
+    return writer.node("Reshape", [x, shape], "tokens")
 
 
 def _block(
@@ -102,38 +88,18 @@ def _block(
     model: Transformer,
     block: Block,
     products: Products,
-    batch: _Batch,
+    attend: Fused | Plain,
     x: str,
     before: Norm,
     name: str,
 ) -> str:
     names = [f"{name}.query", f"{name}.key", f"{name}.value"]
     qkv = products.linear(writer, x, [block.query, block.key, block.value], names)
-    split = [writer.node("Reshape", [value, batch.shape], "heads") for value in qkv]
-    context = _attention(writer, split, batch, model.heads)
-    flat = writer.node("Reshape", [context, writer.ints(-1, model.width)], "context")
+    flat = writer.node("Reshape", [attend.apply(qkv), writer.ints(-1, model.width)], "context")
     (output,) = products.linear(writer, flat, [block.output], [f"{name}.output"])
     x = _norm(writer, _residual(writer, output, x, before), block.attention_norm)
     down = products.feed_forward(writer, x, block.up, block.down, model.activation, name)
     return _norm(writer, _residual(writer, down, x, block.attention_norm), block.norm)
-
-
-def _attention(writer: Writer, qkv: Sequence[str], batch: _Batch, heads: int) -> str:
-    """Attention of all heads, ``(batch, tokens, width)``.
-
-    Without padding no mask is applied; onnxruntime then has a form that never writes the scores of
-    a whole text to memory.
-    """
-    then, other = writer.inner(), writer.inner()
-    padded = then.node(
-        "MultiHeadAttention", [*qkv, "", batch.mask, batch.bias], "masked", domain=MICROSOFT,
-        num_heads=heads,
-    )  # fmt: skip
-    whole = other.node(
-        "MultiHeadAttention", [*qkv, "", "", batch.bias], "whole", domain=MICROSOFT,
-        num_heads=heads,
-    )  # fmt: skip
-    return writer.branch(batch.padded, then, padded, other, whole, "attention")
 
 
 def _norm(writer: Writer, x: str, norm: Norm) -> str:
