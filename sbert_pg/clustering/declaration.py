@@ -317,7 +317,7 @@ def _base_column(column: Any) -> sa.Column[Any]:
     mapped = isinstance(getattr(column, "parent", None), Mapper)
     if not mapped or clause is None or not isinstance(clause.type, VectorType):
         raise DeclarationError(
-            f"A clustering was declared on {column!r}; it takes the vector attribute of a mapped "
+            f"A clustering was declared on {column}; it takes the vector attribute of a mapped "
             "class, as in clusters_of(Article.embedding)."
         )
     if clause.type.dimensions is None:

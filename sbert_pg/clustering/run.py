@@ -70,7 +70,8 @@ def cluster(
         stop_words: words that are no keywords, ``"english"`` or a collection.
         make_current: whether readers are to see this run.
         max_memory: bytes that vectors may take; see ``KMeans.method``.
-        progress: called with what is done, how much of it, and of how much.
+        progress: called with the stage (``reading``, ``iterations``, ``writing`` and others), how
+            much of it is done, and of how much, or ``None`` where that is not known.
 
     Returns:
         The run, detached from any session.
@@ -92,12 +93,15 @@ def cluster(
         "metric": clustering.metric,
     }
     rows = RowSet(clustering, clustering.criteria(where))
+    progress = progress or _unseen
     with recorded_run(engine, clustering, values) as (work, run_id):
         fitted = _fit(work, rows, run_id, algorithm, seed, max_memory, progress)
+        progress("summing up", 0, None)
         totals = summarize(work, clustering, run_id)
         previous = previous_run(work, clustering) if follow is None else follow
         number_clusters(work, clustering, run_id, previous)
         if keywords and (text is not None or clustering.source is not None):
+            progress("keywords", 0, None)
             find_keywords(work, clustering, run_id, text=text, stop_words=stop_words)
         finish(work, clustering, run_id, {**fitted, **totals}, make_current=make_current)
     return run_of(engine, clustering, run_id)
@@ -132,7 +136,7 @@ def _fit(
     algorithm: Algorithm,
     seed: int,
     max_memory: int,
-    progress: Progress | None,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Compute and store; return what the run records of it."""
     clustering = rows.clustering
@@ -169,7 +173,9 @@ def _fit(
         )
         details = {"method": method, "passes": batch.passes}
     else:
+        progress("reading", 0, total)
         found = read_rows(work, clustering.keys, clustering.column, rows.criteria)
+        progress("reading", len(found.keys), len(found.keys))
         fit = fit_in_memory(
             found.vectors,
             algorithm,
@@ -178,10 +184,15 @@ def _fit(
             max_memory=max_memory,
             progress=progress,
         )
+        progress("writing", 0, len(found.keys))
         store_fit(work, clustering, run_id, found.keys, fit.labels, fit.centroids, fit.distances)
         details, score, curve = fit.details, fit.score, fit.curve
     parameters = {**parameters_of(algorithm), **details}
     return {"parameters": parameters, "score": score, "curve": curve}
+
+
+def _unseen(stage: str, done: int, total: int | None) -> None:
+    """Progress that nobody looks at."""
 
 
 def _method(algorithm: Algorithm, clustering: Clustering, total: int, max_memory: int) -> str:

@@ -25,6 +25,8 @@ KeyColumn = npt.NDArray[np.int64] | list[str]
 
 #: Bytes that are gathered before they are turned into an array.
 BLOCK_BYTES = 8 << 20
+#: Columns that are put in the order of the keys at a time.
+_SORT_COLUMNS = 32
 _PSYCOPG = postgresql.psycopg.dialect()  # type: ignore[no-untyped-call]
 _HEADER = 19
 _LENGTH = struct.Struct(">i")
@@ -119,9 +121,10 @@ def read_rows(
 ) -> Rows:
     """Read keys and vectors of every row that meets the criteria, into one matrix.
 
-    Takes ``4 * dimensions`` bytes a row, and its key; twice that for a moment where the server
-    gives the rows in another order than that of their keys. All rows are seen at one moment,
-    whatever the isolation level. They come out in the order of their keys.
+    Takes ``4 * dimensions`` bytes a row, and its key; for a moment 4 bytes for each of
+    ``_SORT_COLUMNS`` more, where the server gives the rows in another order than that of their
+    keys. All rows are seen at one moment, whatever the isolation level. They come out in the order
+    of their keys.
 
     Raises:
         ClusteringError: the connection is no psycopg connection.
@@ -147,7 +150,12 @@ def read_rows(
     order = found.order()
     if np.array_equal(order, np.arange(read)):
         return Rows(found, vectors[:read])
-    return Rows(found.take(order), vectors[order])
+    vectors = vectors[:read]
+    # A few columns at a time: all at once would take the matrix a second time.
+    for start in range(0, dimensions, _SORT_COLUMNS):
+        columns = slice(start, start + _SORT_COLUMNS)
+        vectors[:, columns] = vectors[order, columns]
+    return Rows(found.take(order), vectors)
 
 
 def read_blocks(

@@ -518,6 +518,68 @@ def test_choosing_the_number_of_clusters(engine: sa.Engine, app: Any) -> None:
     assert cl.cluster(engine, app.topics).n_clusters in (4, 7)
 
 
+@pytest.mark.parametrize("algorithm", EVERY[:3], ids=lambda a: a.method)
+def test_progress_is_told(engine: sa.Engine, app: Any, algorithm: Any) -> None:
+    vectors, _ = blobs(60)
+    app.fill(engine, vectors)
+    said: list[tuple[str, int, int | None]] = []
+    cl.cluster(engine, app.topics, algorithm, progress=lambda *stage: said.append(stage))
+    assert all(total is None or 0 <= done <= total for _, done, total in said)
+    stages = list(dict.fromkeys(stage for stage, _, _ in said))
+    expected = {
+        "auto": ["reading", "iterations", "writing"],
+        "database": ["iterations"],
+        "mini-batch": ["pass 1", "pass 2"],
+    }[algorithm.method]
+    assert stages[: len(expected)] == expected
+    assert stages[-1] == "summing up"
+
+
+MEMORY_SCRIPT = """
+import importlib.util, resource, sys
+import sqlalchemy as sa
+from sbert_pg import clustering as cl
+spec = importlib.util.spec_from_file_location("clustering_app", sys.argv[1])
+helpers = importlib.util.module_from_spec(spec)
+sys.modules["clustering_app"] = helpers
+spec.loader.exec_module(helpers)
+app = helpers.make_app(dimensions=int(sys.argv[4]))
+engine = sa.create_engine(sys.argv[2])
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# Everything is imported before the measurement begins.
+cl.cluster(engine, app.topics, cl.KMeans(5, method=sys.argv[3]), where=app.row.id <= 1000)
+before = peak()
+cl.cluster(engine, app.topics, cl.KMeans(20, method=sys.argv[3], max_iter=2))
+print(1024 * (peak() - before))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "share"), [("memory", 1.3), ("database", 0.1)])
+def test_memory_is_bounded_as_stated(
+    engine: sa.Engine, tmp_path: Path, method: str, share: float
+) -> None:
+    """Also where the server gives the rows in another order than that of their keys."""
+    rows, dimensions = 40_000, 768
+    app = make_app(dimensions=dimensions)
+    app.row.__table__.indexes.clear()
+    random = np.random.default_rng(0)
+    app.fill(engine, random.standard_normal((rows, dimensions), dtype=np.float32))
+    with engine.begin() as connection:
+        connection.execute(sa.update(app.row).where(app.row.id % 3 == 0).values(title="moved"))
+    script = tmp_path / "memory.py"
+    script.write_text(MEMORY_SCRIPT)
+    url = engine.url.render_as_string(hide_password=False)
+    done = subprocess.run(
+        [sys.executable, str(script), str(HELPERS), url, method, str(dimensions)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    stated = rows * (4 * dimensions + 100)
+    assert int(done.stdout) < share * stated
+
+
 def test_filters_of_the_declaration(engine: sa.Engine) -> None:
     app = make_app(where=lambda row: row.kind == 1)
     vectors, _ = blobs(100)

@@ -13,7 +13,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sbert_pg import catalog, registry
 from sbert_pg import clustering as cl
 from sbert_pg.clustering.labels import class_tfidf, count_words
-from sbert_pg.errors import ClusteringError, EncoderMismatchError
+from sbert_pg.errors import ClusteringError, DeclarationError, EncoderMismatchError
 from sbert_pg.orm import embed_on_flush, embedding_column
 from sbert_pg.testing import DeterministicEncoder
 
@@ -243,6 +243,49 @@ def test_a_clustering_belongs_to_its_encoder(engine: sa.Engine) -> None:
         )
     with engine.begin() as connection, pytest.raises(EncoderMismatchError, match="Run the"):
         cl.assign(connection, topics)
+
+
+def test_after_the_change_of_encoder_the_tables_go_on(engine: sa.Engine) -> None:
+    """The class that has only the new column reads the runs that were made before the switch."""
+    registry.use_encoder(DeterministicEncoder("old"))
+    registry.use_encoder(DeterministicEncoder("new", 64, salt="other"))
+    base, note = text_app()
+    topics = cl.clusters_of(note.embedding)
+    base.metadata.create_all(engine)
+    with engine.begin() as connection:
+        catalog.bind(connection, note.__table__.c.embedding)
+        catalog.bind(connection, note.__table__.c.embedding_v2)
+    with Session(engine) as session, session.begin():
+        embed_on_flush(session)
+        session.add_all(note(body=text) for text in texts(90))
+    cl.cluster(engine, topics, cl.KMeans(3))
+    before = numbers_of(engine, topics)
+    with engine.begin() as connection:
+        cl.name_cluster(connection, topics, before[1], "the first")
+    cl.cluster(engine, topics.on_column("embedding_v2"), cl.KMeans(3), seed=4)
+    for name in ("body", "nothing"):
+        with pytest.raises(DeclarationError, match="vector attribute|no column"):
+            topics.on_column(name)
+
+    class Next(DeclarativeBase):
+        pass
+
+    class Note(Next):
+        __tablename__ = "note"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        body: Mapped[str]
+        embedding_v2 = embedding_column("new", "body", dimensions=64)
+
+    following = cl.clusters_of(Note.embedding_v2)
+    with engine.begin() as connection:
+        connection.execute(sa.text("ALTER TABLE note DROP COLUMN embedding"))
+    assert numbers_of(engine, following) == before
+    with Session(engine) as session:
+        row = session.get(Note, 1)
+        assert row is not None
+        assert [(c.number, c.label) for c in row.clusters] == [(before[1], "the first")]
+    with engine.begin() as connection:
+        assert cl.assign(connection, following) == cl.Assigned(0, 0, 0)
 
 
 def test_keywords_by_hand(engine: sa.Engine, app: Any) -> None:
