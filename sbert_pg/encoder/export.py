@@ -37,7 +37,7 @@ def export(description: Description, precision: str) -> onnx.ModelProto:
         UnsupportedEncoderError: a precision that this road does not have.
         ConversionError: torch cannot export the architecture.
     """
-    if precision != "fp32":
+    if precision not in ("fp32", "fp32-plain"):  # torch writes plain operators in any case
         raise UnsupportedEncoderError(
             f"Architecture {description.architecture!r} is exported by torch, in fp32 only; "
             f"{precision!r} is for the architectures that are built from their weights. "

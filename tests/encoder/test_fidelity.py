@@ -55,6 +55,18 @@ def test_architectures(both: Both, architecture: str) -> None:
     assert_same(ours.encode(TEXTS), theirs.encode(TEXTS))
 
 
+@pytest.mark.parametrize("architecture", ["bert", "mpnet", "xlm-roberta"])
+def test_plain_operators_for_other_providers(
+    make_model: Make, reference: Reference, encoder_cache: Path, architecture: str
+) -> None:
+    onnx = pytest.importorskip("onnx")
+    path = make_model(Wish(architecture))
+    ours = Encoder.load(path, precision="fp32-plain", cache_dir=encoder_cache)
+    assert_same(ours.encode(FEW), reference(path).encode(FEW))
+    model = onnx.load(ours.directory / "model.onnx")
+    assert {node.op_type for node in model.graph.node if node.domain} == {"Gelu"}
+
+
 @pytest.mark.parametrize(
     ("architecture", "config"),
     [

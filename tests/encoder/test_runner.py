@@ -111,6 +111,18 @@ def test_an_error_in_a_batch_reaches_the_caller(directory: Path) -> None:
     assert engine.run(TOKENS).shape == (len(TOKENS), 384)
 
 
+def test_a_provider_that_does_not_start_is_named(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the package is installed and the driver is not."""
+    import onnxruntime
+
+    available = [*onnxruntime.get_available_providers(), "CUDAExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
+    with pytest.raises(ProviderError, match="CUDAExecutionProvider"):
+        runner(directory, providers=["CUDAExecutionProvider"])
+
+
 def test_what_cannot_be_opened_is_named(directory: Path, tmp_path: Path) -> None:
     with pytest.raises(ProviderError, match="NoSuchProvider"):
         runner(directory, providers=["NoSuchProvider"])
