@@ -27,6 +27,8 @@ from sbert_pg.types.offload import wait_for
 #: Rows encoded and written together. Enough to sort texts by length and to make the cost of a
 #: statement small; few enough that two blocks of vectors are a few megabytes.
 BLOCK_ROWS = 2048
+#: Rows that are read and taken apart at once.
+READ_ROWS = 256
 #: A block of long texts ends sooner.
 BLOCK_CHARACTERS = 4_000_000
 #: Blocks that are being encoded while one is being written.
@@ -37,13 +39,14 @@ Row = Mapping[str, Any]
 
 @dataclass(slots=True)
 class _Block:
-    """Rows on their way."""
+    """Rows on their way, by column."""
 
     first: int
-    values: list[list[Any]]
+    columns: list[list[Any]]
     #: For each embedding column, what each row brings: a vector, a text to encode, or nothing.
     given: list[list[Any]]
     texts: list[list[str | None]]
+    rows: int = 0
     characters: int = 0
 
 
@@ -191,19 +194,13 @@ class _Loading:
     def _write(
         self, plan: Plan, writer: Writer, block: _Block, future: Future[list[list[Any]]]
     ) -> None:
-        columns = wait_for(future)
-        values = block.values
-        if columns:
-            values = [
-                [*row, *vectors]
-                for row, vectors in zip(values, zip(*columns, strict=True), strict=True)
-            ]
+        rows = list(zip(*block.columns, *wait_for(future), strict=True))
         for filling in plan.fillings:
             identity = guard.identity_of(filling.column)
             if identity is not None:
                 guard.ensure_writable(self.connection, identity, filling.spec)
-        writer.write(values, block.first)
-        self.written += len(values)
+        writer.write(rows, block.first)
+        self.written += len(rows)
         if self.commit_every is not None and self.written - self.committed >= self.commit_every:
             self._commit()
         if self.progress is not None:
@@ -248,21 +245,30 @@ def _target(table: Any) -> tuple[sa.Table, dict[str, sa.Column[Any]]]:
     return local, names
 
 
-def _blocks(plan: Plan, rows: Iterable[Row]) -> Iterator[_Block]:
-    block = _Block(0, [], [[] for _ in plan.fillings], [[] for _ in plan.fillings])
-    number = -1
-    for number, row in enumerate(rows):
-        values = plan.values(row, number)
-        for position, vector in enumerate(plan.vectors(row)):
-            text = plan.text(position, values, number) if vector is None else None
-            block.given[position].append(vector)
-            block.texts[position].append(text)
-            block.characters += len(text or "")
-        block.values.append(plan.converted(values, number))
-        if len(block.values) >= BLOCK_ROWS or block.characters >= BLOCK_CHARACTERS:
+def _blocks(plan: Plan, rows: Iterator[Row]) -> Iterator[_Block]:
+    number = 0
+    block: _Block | None = None
+    while some := list(itertools.islice(rows, READ_ROWS)):
+        columns, given = plan.columns_of(some, number)
+        # From the values as they are given, before they are converted for the driver.
+        texts = [plan.texts(i, columns, vectors, number) for i, vectors in enumerate(given)]
+        columns = plan.converted(columns, number)
+        if block is None:
+            block = _Block(number, columns, given, texts)
+        else:
+            for whole, part in zip(
+                [*block.columns, *block.given, *block.texts],
+                [*columns, *given, *texts],
+                strict=True,
+            ):
+                whole.extend(part)
+        number += len(some)
+        block.rows += len(some)
+        block.characters += sum(len(text) for column in texts for text in column if text)
+        if block.rows >= BLOCK_ROWS or block.characters >= BLOCK_CHARACTERS:
             yield block
-            block = _Block(number + 1, [], [[] for _ in plan.fillings], [[] for _ in plan.fillings])
-    if block.values:
+            block = None
+    if block is not None:
         yield block
 
 
@@ -276,13 +282,16 @@ def _vectors(plan: Plan, block: _Block, copies: bool) -> list[list[Any]]:
 def _column_vectors(plan: Plan, position: int, block: _Block, copies: bool) -> list[Any]:
     filling = plan.fillings[position]
     given, texts = block.given[position], block.texts[position]
-    made: list[Any] = [None] * len(block.values)
+    made: list[Any] = [None] * block.rows
     ready = [i for i, vector in enumerate(given) if vector is not None]
     wanted = [i for i, text in enumerate(texts) if text is not None]
 
     def label(number: int) -> str:
         return plan.label(position, block.first + number)
 
+    if len(ready) == len(given):
+        matrix = _checked(filling, given, range(block.first, block.first + len(given)))
+        return list(_sendable(filling, matrix, copies))
     if ready:
         matrix = _checked(filling, [given[i] for i in ready], [block.first + i for i in ready])
         for i, vector in zip(ready, _sendable(filling, matrix, copies), strict=True):

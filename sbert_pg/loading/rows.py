@@ -8,7 +8,7 @@ import inspect
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Dialect
@@ -79,9 +79,11 @@ class Plan:
         self._plain = plain
         self._keys = tuple(self._key_of[column] for column in plain)
         self._allowed = frozenset(self._keys) | {self._key_of[column] for column in embedding}
-        self._pick = _picker(self._keys)
         self._vector_keys = tuple(self._key_of[filling.column] for filling in self.fillings)
-        self._convert: list[tuple[int, Callable[[Any], Any]]] = []
+        self._width = len(first)
+        self._getters = [itemgetter(key) if key in first else None for key in self._keys]
+        self._vector_getters = [itemgetter(k) if k in first else None for k in self._vector_keys]
+        self._convert: list[_Conversion] = []
         position = {column: i for i, column in enumerate(plain)}
         self._source_positions = [
             [position.get(column) for column in filling.source_columns] for filling in self.fillings
@@ -89,55 +91,111 @@ class Plan:
 
     def convert_for(self, dialect: Dialect, copies: bool) -> None:
         """Decide how values are converted; what goes through INSERT is converted there."""
-        self._convert = [
-            (i, convert)
-            for i, column in enumerate(self._plain)
-            if (convert := _conversion(column, dialect, copies)) is not None
-        ]
+        self._convert = [_conversion(column, dialect, copies) for column in self._plain]
 
-    def values(self, row: Mapping[str, Any], number: int) -> list[Any]:
-        """The values of one row's plain columns, in order.
+    def columns_of(
+        self, rows: Sequence[Mapping[str, Any]], first: int
+    ) -> tuple[list[list[Any]], list[list[Any]]]:
+        """The values of some rows by column: of the plain columns, and the vectors they bring.
+
+        Rows as long as the first one and with all of its keys have no others, so that nothing has
+        to be looked at row by row.
 
         Raises:
-            LoadError: it lacks a column, has one too many, or a value cannot be converted.
+            LoadError: a row lacks a column or has one too many.
         """
         try:
-            values = list(self._pick(row))
+            if any(len(row) != self._width for row in rows):
+                raise KeyError
+            plain = [
+                list(map(getter, rows)) if getter is not None else self._defaults(i, len(rows))
+                for i, getter in enumerate(self._getters)
+            ]
+            return plain, [
+                list(map(getter, rows)) if getter is not None else [None] * len(rows)
+                for getter in self._vector_getters
+            ]
         except (KeyError, TypeError):
+            return self._one_by_one(rows, first)
+
+    def _one_by_one(
+        self, rows: Sequence[Mapping[str, Any]], first: int
+    ) -> tuple[list[list[Any]], list[list[Any]]]:
+        plain: list[list[Any]] = [[] for _ in self._keys]
+        vectors: list[list[Any]] = [[] for _ in self._vector_keys]
+        for number, row in enumerate(rows, first):
             _require_mapping(row, number)
-            values = [self._given(row, i, number) for i in range(len(self._plain))]
-        if not row.keys() <= self._allowed:
-            extra = ", ".join(repr(key) for key in row if key not in self._allowed)
-            raise LoadError(
-                f"Row {number} holds {extra}, and the first row did not. All rows of a load have "
-                "the same columns.",
-                row=number,
+            if not row.keys() <= self._allowed:
+                extra = ", ".join(repr(key) for key in row if key not in self._allowed)
+                raise LoadError(
+                    f"Row {number} holds {extra}, and the first row did not. All rows of a load "
+                    "have the same columns.",
+                    row=number,
+                )
+            for i, values in enumerate(plain):
+                values.append(self._given(row, i, number))
+            for key, values in zip(self._vector_keys, vectors, strict=True):
+                values.append(row.get(key))
+        return plain, vectors
+
+    def _defaults(self, i: int, number: int) -> list[Any]:
+        default: Any = self._plain[i].default
+        if default.is_scalar:
+            return [default.arg] * number
+        return [default.arg(None) for _ in range(number)]
+
+    def converted(self, columns: list[list[Any]], first: int) -> list[list[Any]]:
+        """The same values as the database takes them.
+
+        Raises:
+            LoadError: a value cannot be converted.
+        """
+        return [
+            self._converted(i, values, first) if needs(values) else values
+            for i, (values, (needs, _)) in enumerate(zip(columns, self._convert, strict=True))
+        ]
+
+    def _converted(self, i: int, values: Sequence[Any], first: int) -> list[Any]:
+        convert = self._convert[i].convert
+        made = []
+        for number, value in enumerate(values, first):
+            try:
+                made.append(None if value is None else convert(value))
+            except (ValueError, TypeError, KeyError, LookupError, ArithmeticError) as error:
+                raise LoadError(
+                    f"Row {number} holds {value!r} in column {self._keys[i]!r} of type "
+                    f"{self._plain[i].type!r}: {error}",
+                    row=number,
+                ) from error
+        return made
+
+    def texts(
+        self, position: int, columns: Sequence[Sequence[Any]], given: Sequence[Any], first: int
+    ) -> list[str | None]:
+        """The texts of some rows for one embedding column; ``None`` for none, or none wanted.
+
+        Raises:
+            LoadError: a value is an SQL expression.
+        """
+        places = self._source_positions[position]
+        return [
+            None
+            if vector is not None
+            else self._text(
+                position, [None if p is None else columns[p][i] for p in places], i + first
             )
-        return values
+            for i, vector in enumerate(given)
+        ]
 
-    def converted(self, values: list[Any], number: int) -> list[Any]:
-        """The same values as the database takes them."""
-        for i, convert in self._convert:
-            value = values[i]
-            if value is not None:
-                try:
-                    values[i] = convert(value)
-                except (ValueError, TypeError, KeyError, LookupError, ArithmeticError) as error:
-                    raise LoadError(
-                        f"Row {number} holds {value!r} in column {self._keys[i]!r} of type "
-                        f"{self._plain[i].type!r}: {error}",
-                        row=number,
-                    ) from error
-        return values
-
-    def vectors(self, row: Mapping[str, Any]) -> list[Any]:
-        """The vectors that a row brings, ``None`` where it brings none."""
-        return [row.get(key) for key in self._vector_keys]
-
-    def text(self, position: int, values: Sequence[Any], number: int) -> str | None:
-        """The text of a row for one embedding column, or ``None`` for no text."""
-        found = [None if i is None else values[i] for i in self._source_positions[position]]
-        text = self.fillings[position].text_of(found)
+    def _text(self, position: int, values: Sequence[Any], number: int) -> str | None:
+        for value in values:
+            if value is not None and not isinstance(value, (str, sa.ClauseElement)):
+                raise LoadError(
+                    f"Row {number} holds {value!r} in the source of "
+                    f"{self._vector_keys[position]!r}, which is made of texts.",
+                    row=number,
+                )
+        text = self.fillings[position].text_of(values)
         if text is None or isinstance(text, str):
             return text
         raise LoadError(
@@ -208,29 +266,32 @@ def _takes_context(function: Callable[..., Any]) -> bool:
     return any(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters)
 
 
-def _picker(keys: tuple[str, ...]) -> Callable[[Mapping[str, Any]], Sequence[Any]]:
-    if not keys:
-        return lambda row: ()
-    if len(keys) == 1:
-        return lambda row: (row[keys[0]],)
-    return itemgetter(*keys)
+class _Conversion(NamedTuple):
+    """How the values of a column are converted, and whether some need it."""
+
+    needs: Callable[[Sequence[Any]], bool]
+    convert: Callable[[Any], Any]
 
 
-def _conversion(
-    column: sa.Column[Any], dialect: Dialect, copies: bool
-) -> Callable[[Any], Any] | None:
+def _conversion(column: sa.Column[Any], dialect: Dialect, copies: bool) -> _Conversion:
     """From a Python value to what psycopg is given, as a statement's parameter would be."""
     process = column.type.dialect_impl(dialect).bind_processor(dialect) if copies else None
     try:
         parse = _FROM_TEXT.get(column.type.python_type)
     except NotImplementedError:
         parse = None
+    if process is not None and parse is None:
+        return _Conversion(lambda values: True, process)
     if parse is None:
-        return process
+        return _Conversion(lambda values: False, lambda value: value)
 
     def convert(value: Any) -> Any:
         if isinstance(value, str):
             value = parse(value)
         return value if process is None else process(value)
 
-    return convert
+    if process is not None:
+        return _Conversion(lambda values: True, convert)
+    return _Conversion(
+        lambda values: any(issubclass(k, str) for k in set(map(type, values))), convert
+    )
