@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import logging
 
 import sqlalchemy as sa
@@ -12,6 +13,10 @@ from sbert_pg.catalog import Binding
 from sbert_pg.errors import BackfillIncompleteError
 from sbert_pg.pending import backfill as filling
 from sbert_pg.pending import progress as told
+
+#: How long rows that a killed migration had in hand are left alone when it is run again. Shorter
+#: than among workers: there is mostly one process, and encoding rows twice does no harm.
+LEASE = dt.timedelta(seconds=30)
 
 log = logging.getLogger("sbert_pg.alembic")
 
@@ -42,7 +47,9 @@ def fill_column(engine: sa.Engine, binding: Binding) -> None:
         def show(progress: told.Progress) -> None:
             bar.update(task, completed=progress.rows, total=progress.total)
 
-        filled = filling.backfill(engine, binding, on_progress=show)
+        filled = filling.backfill(
+            engine, binding, settings=filling.BackfillSettings(lease=LEASE), on_progress=show
+        )
     log.info("%s rows of %s embedded in %.0f s", filled.rows, binding, filled.seconds)
     if not filled.complete:
         raise BackfillIncompleteError(

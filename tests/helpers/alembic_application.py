@@ -134,24 +134,28 @@ class Application:
         assert self.check() == ""
         return text
 
-    def process(
-        self, *arguments: str, python: str = sys.executable
-    ) -> subprocess.CompletedProcess[str]:
-        """The alembic command as a process."""
+    def process(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """The alembic command as a process, to its end."""
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=120)
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        """The alembic command as a process that is under way."""
         ini = self.root / "alembic.ini"
         if not ini.exists() or "sqlalchemy.url = driver" in ini.read_text():
             ini.write_text(
                 "[alembic]\nscript_location = %(here)s/migrations\n"
                 f"sqlalchemy.url = {self.url.replace('%', '%%')}\n"
             )
-        return subprocess.run(
+        return subprocess.Popen(
             [sys.executable, "-m", "alembic", *arguments],
             cwd=self.root,
-            env={**os.environ, "PYTHONPATH": str(self.root)},
-            capture_output=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(self.root), *sys.path])}
+            | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            check=False,
-            timeout=120,
         )
 
     def execute(self, statement: str, **parameters: Any) -> Any:
