@@ -205,7 +205,7 @@ class DropVectorIndexOp(IndexOperation):
 
     def reverse(self) -> MigrateOperation:
         """Build it again."""
-        if not self.definition.column:
+        if not self.definition.column and self.definition.expression is None:
             raise DeclarationError(
                 f"Index {self.definition.name!r} cannot be brought back: this operation does not "
                 "know what it was. Write the inverse by hand."

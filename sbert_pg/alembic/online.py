@@ -12,6 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from alembic.operations import Operations
+from sqlalchemy.dialects import postgresql
 
 from sbert_pg.catalog.sqlstates import translated
 from sbert_pg.errors import ReembeddingError, TableBusyError
@@ -19,6 +20,14 @@ from sbert_pg.reembedding.locks import ATTEMPTS, LOCK_TIMEOUT, holders, pause, s
 
 #: ``lock_not_available`` and ``deadlock_detected``: nothing was changed, trying again is safe.
 RETRIED = frozenset({"55P03", "40P01"})
+
+
+def write(operations: Operations, statement: Any) -> None:
+    """Write a statement into a script, whatever ``env.py`` says of parameters and their style."""
+    # A style of parameters that leaves percent signs alone.
+    dialect = postgresql.dialect(paramstyle="named")  # type: ignore[no-untyped-call]
+    compiled = statement.compile(dialect=dialect, compile_kwargs={"literal_binds": True})
+    operations.migration_context.impl.static_output(f"{str(compiled).strip()};")
 
 
 class Online:
@@ -53,7 +62,7 @@ class Online:
             TableBusyError: the lock was not to be had; the message says who holds it.
         """
         if self.as_sql:
-            self.operations.execute(statement)
+            write(self.operations, statement)
             return None
         for attempt in range(1, attempts + 1):
             try:
@@ -160,10 +169,10 @@ def settings(runner: Online, wanted: Mapping[str, str]) -> Iterator[None]:
     """Server settings for a while; the session has its own again afterwards."""
     if runner.as_sql:
         for name, value in wanted.items():
-            runner.operations.execute(sa.select(sa.func.set_config(name, value, sa.false())))
+            write(runner.operations, sa.select(sa.func.set_config(name, value, sa.false())))
         yield
         for name in wanted:
-            runner.operations.execute(sa.text("RESET " + _known(name)))
+            write(runner.operations, sa.text("RESET " + _known(name)))
         return
     connection = runner.connection
     before = {

@@ -15,7 +15,7 @@ from alembic.util import CommandError
 from sbert_pg import catalog, reembedding
 from sbert_pg.alembic import ops, statements
 from sbert_pg.alembic.filling import fill_column
-from sbert_pg.alembic.online import online, require_left, within
+from sbert_pg.alembic.online import online, require_left, within, write
 from sbert_pg.errors import (
     BackfillIncompleteError,
     EncoderMismatchError,
@@ -34,7 +34,7 @@ log = logging.getLogger("sbert_pg.alembic")
 def upgrade_schema(operations: Operations, operation: ops.UpgradeSchemaOp) -> None:
     """Create the schema, or bring it up."""
     if operations.migration_context.as_sql:
-        operations.execute(sa.text("CREATE EXTENSION IF NOT EXISTS vector"))
+        write(operations, sa.text("CREATE EXTENSION IF NOT EXISTS vector"))
         _write(operations, catalog.upgrade_sql(operation.revision, start=operation.previous))
         return
     connection = operations.get_bind()
@@ -61,7 +61,7 @@ def downgrade_schema(operations: Operations, operation: ops.DowngradeSchemaOp) -
     """Take the schema back."""
     if operations.migration_context.as_sql:
         if operation.revision == "base":
-            operations.execute(_DROP_SCHEMA_IF_UNUSED)
+            write(operations, _DROP_SCHEMA_IF_UNUSED)
         else:
             _write(operations, f"-- the schema sbert stays where it is; it is at {catalog.head()}")
         return
