@@ -33,6 +33,16 @@ KNOWN = ("--import", "child_spaces")
 CHANGE = ("--to", "embedding_new", "--encoder", "new")
 
 
+#: How a command is ended in the middle.
+HOW = pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(signal.SIGINT, id="SIGINT"),
+        pytest.param(signal.SIGKILL, id="SIGKILL", marks=pytest.mark.slow),
+    ],
+)
+
+
 def start_command(*arguments: str, url: sa.URL, delay: float = 0.0) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "sbert_pg.cli.app", *arguments],
@@ -94,7 +104,7 @@ def filled(plain: psycopg.Connection) -> int:
     return int(plain.execute("SELECT count(embedding_new) FROM note").fetchone()[0])  # type: ignore[index]
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 150) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until
@@ -168,6 +178,7 @@ def test_step_by_step(note, plain, database_url, tmp_path):
     assert_right(plain)
 
 
+@pytest.mark.slow
 def test_abort(note, plain, database_url):
     command("reembed", "start", "note.embedding", *CHANGE, *KNOWN, url=database_url)
     command("reembed", "abort", "note.embedding_new", url=database_url)
@@ -212,7 +223,7 @@ class TestRun:
         over = json.loads(command(*self.RUN, "--finish", "--json", url=database_url))
         assert (over["rows"], over["finished"]) == (0, True)
 
-    @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["SIGINT", "SIGKILL"])
+    @HOW
     def test_ended_while_it_encodes(self, note, plain, database_url, how):
         process = start_command(*self.RUN, "--batch-size", "16", url=database_url, delay=0.005)
         wait_for(lambda: exists(plain, "embedding_new") and filled(plain) > 0)
@@ -226,7 +237,7 @@ class TestRun:
         assert json.loads(command(*self.RUN, "--json", url=database_url))["verification"]["passed"]
         assert_right(plain)
 
-    @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["SIGINT", "SIGKILL"])
+    @HOW
     def test_ended_while_it_builds_the_index(self, note, plain, database_url, how):
         """An older snapshot holds the build up, so that there is time to end it."""
         dsn = database_url.set(drivername="postgresql").render_as_string(hide_password=False)
@@ -256,17 +267,16 @@ class TestRun:
             url=database_url,
         )  # fmt: skip
         assert json.loads(said)["mean"] > 0.99
-        plain_fact = plain.execute("SELECT count(*) FROM sbert.compatible_encoder").fetchone()
-        assert plain_fact == (1,)
+        assert plain.execute("SELECT count(*) FROM sbert.compatible_encoder").fetchone() == (1,)
 
+    @pytest.mark.slow
     def test_halfvec_is_computed(self, note, plain, database_url):
-        done = json.loads(
-            command(
-                "reembed", "run", "note.embedding", "--to", "half", "--storage", "halfvec", *KNOWN,
-                "--json", url=database_url,
-            )
-        )  # fmt: skip
-        assert (done["way"], done["rows"]) == ("computed", ROWS)
+        asked = ("note.embedding", "--to", "half", "--storage", "halfvec", *KNOWN, "--json")
+        copied = json.loads(command("reembed", "retype", *asked, url=database_url))
+        assert (copied["copied"], copied["left"]) == (ROWS, 0)
+        done = json.loads(command("reembed", "run", *asked, url=database_url))
+        assert (done["way"], done["rows"]) == ("computed", 0)
+        assert done["verification"]["passed"] is True
 
 
 def test_adopt(note, plain, engine, database_url):
