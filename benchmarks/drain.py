@@ -2,7 +2,8 @@
 
 Drain: a table of pending rows is worked off by one and by two workers (processes), and the same
 texts are encoded by the same encoder with no database, in turn, several times. Rows per second are
-wall-clock, the ratio is what counts.
+wall-clock, and the ratio is what counts. Where other programs share the machine even that is
+uncertain, so CPU time a row is given as well: of the encoder alone, of the workers, of the server.
 
 Latency: with an idle worker, one row at a time is committed, and the time until its vector can be
 seen by another connection is taken; the time to encode that text alone is subtracted.
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import statistics
@@ -27,6 +29,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -99,44 +102,76 @@ def load(engine: sa.Engine, rows: list[str]) -> None:
         catalog.bind(connection, IDENTITY, spec, Source.of("body"), mark_pending=True)
 
 
-def encoder_alone(encoder: Encoder, rows: list[str]) -> float:
-    """Seconds to encode the texts in the worker's batches and with the worker's two threads."""
-    started = time.perf_counter()
+@dataclass
+class Spent:
+    """What one way of encoding all rows took, in seconds."""
+
+    wall: float
+    cpu: float
+    server_cpu: float = 0.0
+
+
+def encoder_alone(encoder: Encoder, rows: list[str]) -> Spent:
+    """Encode the texts in the worker's batches and with the worker's two threads."""
+    started, cpu = time.perf_counter(), time.process_time()
     with ThreadPoolExecutor(2) as pool:
         batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
         for _ in pool.map(encoder.encode_document, batches):
             pass
-    return time.perf_counter() - started
+    return Spent(time.perf_counter() - started, time.process_time() - cpu)
 
 
-def work(url: str, ready: Any, start: Any, threads: int | None) -> None:
+def server_cpu(postmaster: int) -> float:
+    """CPU seconds of the server so far, of processes that have ended as well."""
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # It has just ended.
+        if int(stat.parent.name) == postmaster:
+            ticks += sum(int(field) for field in fields[11:15])
+        elif int(fields[1]) == postmaster:
+            ticks += sum(int(field) for field in fields[11:13])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def work(url: str, ready: Any, start: Any, threads: int | None, cpu: Any) -> None:
     """One worker process, which has its encoder loaded before the clock starts."""
     use_encoder(Encoder.load(NAME, threads=threads), name=NAME)
+    engine = sa.create_engine(url)
+    with engine.connect():
+        pass
     ready.release()
     start.wait()
-    engine = sa.create_engine(url)
-    refresh(engine, WorkerSettings(batch_size=BATCH))
+    before = time.process_time()
+    refresh(engine, WorkerSettings(columns=("note.embedding",), batch_size=BATCH))
+    cpu.put(time.process_time() - before)
     engine.dispose()
 
 
-def drain(url: sa.URL, workers: int) -> float:
-    """Seconds in which so many worker processes work off what is pending."""
+def drain(url: sa.URL, workers: int, postmaster: int) -> Spent:
+    """Let so many worker processes work off what is pending."""
     context = multiprocessing.get_context("spawn")
     ready, start = context.Semaphore(0), context.Event()
     text = url.render_as_string(hide_password=False)
     threads = None if workers == 1 else 1
+    cpu = context.Queue()
     made = [
-        context.Process(target=work, args=(text, ready, start, threads)) for _ in range(workers)
+        context.Process(target=work, args=(text, ready, start, threads, cpu))
+        for _ in range(workers)
     ]
     for process in made:
         process.start()
     for _ in made:
         ready.acquire()
-    started = time.perf_counter()
+    started, before = time.perf_counter(), server_cpu(postmaster)
     start.set()
+    spent = sum(cpu.get() for _ in made)
+    wall, after = time.perf_counter() - started, server_cpu(postmaster)
     for process in made:
         process.join()
-    return time.perf_counter() - started
+    return Spent(wall, spent, after - before)
 
 
 def latency(engine: sa.Engine, dsn: str, encoder: Encoder, rows: list[str]) -> dict[str, float]:
@@ -192,13 +227,18 @@ def main() -> int:
             engine = sa.create_engine(url)
             with engine.begin() as connection:
                 catalog.upgrade(connection)
+            pid = int((server.data_dir / "postmaster.pid").read_text().splitlines()[0])
             for _ in range(options.repeat):
-                seconds = {"encoder": encoder_alone(encoder, rows)}
+                spent = {0: encoder_alone(encoder, rows)}
                 for workers in (1, 2):
                     load(engine, rows)
-                    seconds[f"workers_{workers}"] = drain(url, workers)
-                seconds["encoder again"] = encoder_alone(encoder, rows)
-                report["rounds"].append(summary(options.rows, seconds))
+                    spent[workers] = drain(url, workers, pid)
+                again = encoder_alone(encoder, rows)
+                report["rounds"].append(summary(options.rows, spent, again))
+            report["median"] = {
+                name: statistics.median(r[name] for r in report["rounds"])
+                for name in report["rounds"][0]
+            }
             report["latency"] = latency(
                 engine, server.dsn("drain"), encoder, rows[: options.latency_rows]
             )
@@ -207,16 +247,21 @@ def main() -> int:
     return 0
 
 
-def summary(count: int, seconds: dict[str, float]) -> dict[str, float]:
-    """Rows per second, and what of the encoder's own speed is left."""
-    alone = (seconds["encoder"] + seconds["encoder again"]) / 2
-    return {
-        "encoder_rows_per_s": count / alone,
-        "one_worker_rows_per_s": count / seconds["workers_1"],
-        "two_workers_rows_per_s": count / seconds["workers_2"],
-        "one_worker_ratio": alone / seconds["workers_1"],
-        "two_workers_ratio": alone / seconds["workers_2"],
-    }
+def summary(count: int, spent: dict[int, Spent], again: Spent) -> dict[str, float]:
+    """Rows per second, what of the encoder's own speed is left, and microseconds of CPU a row."""
+    alone = (spent[0].wall + again.wall) / 2
+    encoding = (spent[0].cpu + again.cpu) / 2
+    report = {"encoder_rows_per_s": count / alone, "encoder_cpu_us": 1e6 * encoding / count}
+    for workers, name in ((1, "one_worker"), (2, "two_workers")):
+        took = spent[workers]
+        report |= {
+            f"{name}_rows_per_s": count / took.wall,
+            f"{name}_ratio": alone / took.wall,
+            f"{name}_cpu_us": 1e6 * took.cpu / count,
+            f"{name}_server_cpu_us": 1e6 * took.server_cpu / count,
+            f"{name}_cpu_ratio": encoding / (took.cpu + took.server_cpu),
+        }
+    return {key: round(value, 3) for key, value in report.items()}
 
 
 if __name__ == "__main__":

@@ -184,7 +184,8 @@ class Writers:
                     connection = psycopg.connect(self.dsn, autocommit=True, connect_timeout=5)
                 name = self.change(connection, chance)
                 self.count(f"write: {name}")
-            except (*LOST, psycopg.errors.UniqueViolation) as error:
+            except (*LOST, psycopg.errors.UniqueViolation, psycopg.Rollback) as error:
+                # A rollback that the server did not live to hear of is raised again.
                 self.count("writes refused or lost")
                 if isinstance(error, psycopg.errors.DeadlockDetected):
                     self.count("deadlocks")

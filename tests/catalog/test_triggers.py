@@ -127,6 +127,17 @@ def test_insert_select_and_returning_and_cte(note: Any) -> None:
     assert len(note.pending()) == 501
 
 
+@pytest.mark.slow
+def test_a_million_rows_in_one_statement(note: Any) -> None:
+    note.run("INSERT INTO note (title) SELECT 'text ' || i FROM generate_series(1, 1000000) AS i")
+    counts = "SELECT count(*) AS marks, count(DISTINCT key) AS keys FROM sbert.pending"
+    assert tuple(note.run(counts).one()) == (1_000_000, 1_000_000)
+    note.run("UPDATE note SET body = 'b'")
+    assert note.run("SELECT count(*) FROM sbert.pending").scalar_one() == 1_000_000
+    note.run("DELETE FROM note WHERE id > 10")
+    assert len(note.pending()) == 10
+
+
 def test_copy(note: Any) -> None:
     raw = note.connection.connection.driver_connection
     with raw.cursor() as cursor, cursor.copy("COPY note (title) FROM STDIN") as copy:

@@ -91,12 +91,23 @@ def test_status(connection: Connection, binding: catalog.Binding) -> None:
     assert (after.rows, after.embedded) == (400, 300)
     assert (after.pending, after.failed, after.skipped) == (98, 1, 1)
     assert after.oldest_pending is not None
-    assert 0 <= after.oldest_pending < 60
+    assert after.oldest_pending >= 0
     assert after.index == "ready"
     assert not after.pending_is_capped
     insert(connection, binding, (1000, True))
     (exact,) = status(connection, exact=True)
     assert (exact.rows, exact.embedded, exact.pending, exact.counted) == (401, 301, 98, True)
+
+
+def test_status_reads_no_table_of_the_applications(
+    connection: Connection, binding: catalog.Binding
+) -> None:
+    """So it costs the same on a large table as on a small one."""
+    insert(connection, binding, (1, True))
+    plan = connection.exec_driver_sql("EXPLAIN (VERBOSE) SELECT * FROM sbert.status").scalars()
+    text = "\n".join(plan)
+    assert "sbert.pending" in text, "plans do name the tables that are read"
+    assert "public.note" not in text
 
 
 def test_status_says_when_nobody_notices(connection: Connection, binding: catalog.Binding) -> None:

@@ -1,0 +1,224 @@
+"""Dumps and restores with the server's own programs: bindings, marks and triggers come along."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+import sqlalchemy as sa
+
+from sbert_pg import catalog, registry
+from sbert_pg.catalog.holding import hold_encoder
+from sbert_pg.errors import EncoderMismatchError
+from sbert_pg.pending import marks
+from sbert_pg.pending.audit import audit
+from sbert_pg.pending.status import status
+from sbert_pg.source import Source
+from sbert_pg.spec import EncoderSpec
+from sbert_pg.testing import DeterministicEncoder
+from sbert_pg.types.guard import ColumnIdentity
+from sbert_pg.worker import refresh
+
+NOTE = ColumnIdentity("public", "note", "embedding")
+PART = ColumnIdentity("public", "part", "embedding")
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def program(request: pytest.FixtureRequest) -> Callable[[str], str]:
+    """Finds a program of the server of this run, so that the versions agree."""
+
+    def find(name: str) -> str:
+        if "SBERT_PG_TEST_DSN" in os.environ:
+            found = shutil.which(name)
+            if found is None:
+                pytest.skip(f"{name} is not installed")
+            return found
+        return str(Path(request.getfixturevalue("embedded")._server.bin_path) / name)
+
+    return find
+
+
+@pytest.fixture
+def run(program: Callable[[str], str]) -> Run:
+    def run(name: str, url: sa.URL, *options: str, text: str = "", **env: str) -> Any:
+        dsn = url.set(drivername="postgresql").render_as_string(hide_password=False)
+        return subprocess.run(
+            [program(name), "-d", dsn, *options],
+            input=text,
+            capture_output=True,
+            text=True,
+            env={**os.environ, **env},
+        )
+
+    return run
+
+
+@pytest.fixture
+def encoder() -> DeterministicEncoder:
+    made = DeterministicEncoder(dimensions=16, refuse="poison")
+    registry.use_encoder(made)
+    return made
+
+
+@pytest.fixture
+def filled(engine: sa.Engine, encoder: DeterministicEncoder) -> sa.Engine:
+    """Two bound tables with rows that are embedded, pending and failed."""
+    with engine.begin() as connection:
+        for ddl in (
+            "CREATE TABLE note (id bigint PRIMARY KEY, body text, embedding vector(16))",
+            (
+                "CREATE TABLE part (region text, id int, body text, embedding vector(16), "
+                "PRIMARY KEY (region, id)) PARTITION BY LIST (region)"
+            ),
+            "CREATE TABLE part_eu PARTITION OF part FOR VALUES IN ('eu')",
+        ):
+            connection.exec_driver_sql(ddl)
+        spec = EncoderSpec(name="deterministic", dimensions=16)
+        for identity in (NOTE, PART):
+            catalog.bind(connection, identity, spec, Source.of("body"))
+        connection.exec_driver_sql(
+            "INSERT INTO note SELECT i, 'n' || i FROM generate_series(1, 50) AS i"
+        )
+        connection.exec_driver_sql("INSERT INTO part VALUES ('eu', 1, 'one')")
+    refresh(engine)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE note SET body = 'changed' WHERE id = 7")
+        connection.exec_driver_sql("UPDATE note SET body = 'poison' WHERE id = 8")
+        connection.exec_driver_sql("UPDATE sbert.pending SET failed = true WHERE key = '8'")
+    return engine
+
+
+@pytest.fixture
+def target(databases: Any) -> Iterator[sa.Engine]:
+    """An empty database; ``vector`` is in it, as on a managed server."""
+    url = databases.clone("bare")
+    made = sa.create_engine(url)
+    yield made
+    made.dispose()
+    databases.drop(str(url.database))
+
+
+def contents(engine: sa.Engine) -> dict[str, list[Any]]:
+    with engine.begin() as connection:
+        return {
+            name: [tuple(row) for row in connection.exec_driver_sql(statement)]
+            for name, statement in {
+                "note": "SELECT id, body, embedding::text FROM note ORDER BY id",
+                "part": "SELECT region, id, body, embedding::text FROM part",
+                "marks": "SELECT column_id, key, version, failed FROM sbert.pending ORDER BY key",
+                "bindings": "SELECT id, relation::text, column_name, source::text, encoder_id "
+                "FROM sbert.embedding_column ORDER BY id",
+                "encoders": "SELECT id, fingerprint, probes FROM sbert.encoder",
+                "version": "SELECT version_num FROM sbert.alembic_version",
+            }.items()
+        }
+
+
+@pytest.mark.parametrize("form", ["plain", "custom"])
+def test_a_dump_of_the_database_restores_as_it_is(
+    filled: sa.Engine,
+    target: sa.Engine,
+    encoder: DeterministicEncoder,
+    run: Run,
+    tmp_path: Path,
+    form: str,
+) -> None:
+    file = str(tmp_path / "dump")
+    dumped = run("pg_dump", filled.url, "-F", form, "-f", file)
+    assert dumped.returncode == 0, dumped.stderr
+    if form == "plain":
+        restored = run("psql", target.url, "-v", "ON_ERROR_STOP=1", "-f", file)
+    else:
+        restored = run("pg_restore", target.url, "--exit-on-error", file)
+    assert restored.returncode == 0, restored.stderr
+    assert contents(target) == contents(filled)
+    with target.begin() as connection:
+        catalog.require_current(connection)
+        assert all(column.noticing for column in status(connection))
+        binding = catalog.require_binding(connection, NOTE)
+        # A new mark is another mark than any that was dumped.
+        connection.exec_driver_sql("UPDATE note SET body = 'after the restore' WHERE id = 9")
+        versions = connection.exec_driver_sql("SELECT key, version FROM sbert.pending").all()
+        assert max(versions, key=lambda row: row.version).key == "9"
+        marks.retry(connection, binding)
+    done = refresh(target)
+    assert (done.embedded, done.errors) == (2, 1)
+    assert audit(target, binding, encoder, sample=None).wrong == 0
+    with pytest.raises(sa.exc.DBAPIError) as refused, target.begin() as connection:
+        connection.exec_driver_sql(f"UPDATE note SET embedding = '{[1.0] * 16}' WHERE id = 1")
+    assert refused.value.orig.sqlstate == "SB001"
+    other = DeterministicEncoder(dimensions=16, salt="x")
+    with pytest.raises(EncoderMismatchError), target.begin() as connection:
+        hold_encoder(connection, binding, other)
+
+
+def test_a_restore_in_parallel(
+    filled: sa.Engine, target: sa.Engine, run: Run, tmp_path: Path
+) -> None:
+    folder = str(tmp_path / "dump")
+    dumped = run("pg_dump", filled.url, "-F", "directory", "-j", "2", "-f", folder)
+    assert dumped.returncode == 0, dumped.stderr
+    restored = run("pg_restore", target.url, "--exit-on-error", "-j", "3", folder)
+    assert restored.returncode == 0, restored.stderr
+    assert contents(target) == contents(filled)
+
+
+def test_data_alone_has_to_be_vouched_for(filled: sa.Engine, run: Run, tmp_path: Path) -> None:
+    file = str(tmp_path / "data.sql")
+    dumped = run("pg_dump", filled.url, "--data-only", "-t", "note", "-f", file)
+    assert dumped.returncode == 0, dumped.stderr
+    before = contents(filled)
+    with filled.begin() as connection:
+        number = catalog.require_binding(connection, NOTE).id
+        connection.exec_driver_sql("DELETE FROM note")
+    refused = run("psql", filled.url, "-v", "ON_ERROR_STOP=1", "-f", file)
+    assert refused.returncode != 0
+    assert "encoder" in refused.stderr
+    vouched = f"-c sbert.attested=,{number},"
+    again = run("psql", filled.url, "-v", "ON_ERROR_STOP=1", "-f", file, PGOPTIONS=vouched)
+    assert again.returncode == 0, again.stderr
+    assert contents(filled)["note"] == before["note"]
+
+
+def test_a_superuser_may_leave_the_triggers_out(
+    filled: sa.Engine, encoder: DeterministicEncoder, run: Run, tmp_path: Path
+) -> None:
+    """What was embedded comes back; what was stale is not marked, and the audit finds it."""
+    file = str(tmp_path / "data")
+    options = ("--data-only", "--disable-triggers", "-t", "note", "-F", "custom", "-f", file)
+    dumped = run("pg_dump", filled.url, *options)
+    assert dumped.returncode == 0, dumped.stderr
+    with filled.begin() as connection:
+        binding = catalog.require_binding(connection, NOTE)
+        connection.exec_driver_sql("TRUNCATE note")
+    restored = run("pg_restore", filled.url, "--exit-on-error", "--disable-triggers",
+                   "--data-only", file)  # fmt: skip
+    assert restored.returncode == 0, restored.stderr
+    with filled.begin() as connection:
+        assert all(column.noticing for column in status(connection))
+    found = audit(filled, binding, encoder, sample=None, mark=True)
+    assert (found.stale, found.unencodable, found.marked) == (1, 1, 2)
+
+
+def test_marks_of_a_copy_of_the_binary_files_are_the_same(filled: sa.Engine) -> None:
+    """A clone by ``CREATE DATABASE ... TEMPLATE`` is bound like its original."""
+    name = f"{filled.url.database}_copy"
+    before = contents(filled)
+    filled.dispose()
+    dsn = filled.url.set(drivername="postgresql", database="postgres")
+    with psycopg.connect(dsn.render_as_string(hide_password=False), autocommit=True) as admin:
+        admin.execute(f'CREATE DATABASE "{name}" TEMPLATE "{filled.url.database}"')
+        copy = sa.create_engine(filled.url.set(database=name))
+        try:
+            assert contents(copy) == before
+            assert refresh(copy).embedded == 1
+        finally:
+            copy.dispose()
+            admin.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
