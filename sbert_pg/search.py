@@ -85,6 +85,12 @@ def nearest(
     furthest = _furthest(target.metric, max_distance, min_similarity)
     within = None if furthest is None else distance <= furthest
     index = None if exact else target.index
+    # A query that is a column of another row can only be looked up within that row's scope, which
+    # the stages of a search do not reach into.
+    correlated = bool(right._from_objects)
+    if correlated and index is not None:
+        own += [] if within is None else [within]
+        index, within = (None if index.quantized else index), None
     if index is None:
         # Adding zero keeps an index from serving the order, whatever the planner thinks of it.
         order = distance + sa.literal_column("0") if exact else distance
@@ -105,7 +111,7 @@ def nearest(
     settings = index_settings(index.method, index.lists, candidates, probes)
     same = index.form == "column" and index.metric is target.metric
     by_index = distance if same else served(index, target.column, right)
-    search = Search(similarity, by_index, tuple(target.key), settings, 2 + len(own))
+    search = Search(similarity, by_index, tuple(target.key), settings, 2 + len(own), correlated)
     statement = target.rows.searched(
         search, [*own, *criteria], exact=distance, within=within, overfetch=overfetch
     )

@@ -30,6 +30,7 @@ class Search:
         key: primary key of the searched rows, which breaks ties.
         settings: the criterion that makes the index settings.
         criteria: how many criteria the search has of itself; more of them filter.
+        correlated: whether the query is another row's column, which rules out stages.
     """
 
     similarity: sa.Label[Any]
@@ -37,6 +38,7 @@ class Search:
     key: tuple[sa.ColumnElement[Any], ...]
     settings: sa.ColumnElement[bool]
     criteria: int
+    correlated: bool
 
 
 class NearestSelect(sa.Select[Any]):
@@ -110,7 +112,8 @@ class NearestSelect(sa.Select[Any]):
     @property
     def has_stages(self) -> bool:
         """Whether what the index finds is ranked anew, or is not all returned."""
-        if not self.keeps_order or not self._search.key:
+        search = self._search
+        if search.correlated or not self.keeps_order or not search.key:
             return False
         more = self._overfetch is not None or self._within is not None
         return more or self._offset_clause is not None or self.filters

@@ -264,6 +264,26 @@ def test_in_subqueries_and_aliases(
     assert len(session.execute(both).all()) == 6
 
 
+def test_the_nearest_of_each_row(
+    indexed: Shop, session: Session, fake_encoder: DeterministicEncoder
+) -> None:
+    """A query that is another row's column, by LATERAL."""
+    other = aliased(indexed.Article)
+    near = (
+        nearest(indexed.Article.embedding, other.embedding, limit=3, max_distance=0.9)
+        .where(indexed.Article.lang == "en")
+        .lateral("near")
+    )
+    statement = sa.select(other.id, near.c.id).join(near, sa.true()).where(other.id < 5)
+    found: dict[int, list[int]] = {}
+    for key, nearby in session.execute(statement):
+        found.setdefault(key, []).append(nearby)
+    assert found == {
+        key: keys(exact(fake_encoder, str(titles()[key - 1]), lambda n: n % 3 != 0))[:3]
+        for key in range(1, 5)
+    }
+
+
 def test_core_without_the_orm(
     indexed: Shop, engine: sa.Engine, fake_encoder: DeterministicEncoder
 ) -> None:
