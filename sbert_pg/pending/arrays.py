@@ -1,16 +1,18 @@
-"""Many vectors as one parameter: PostgreSQL's binary array format around pgvector's.
+"""Many values as one parameter: PostgreSQL's binary array format, put together in one go.
 
 One statement with ``unnest`` writes a batch as fast as COPY into a side table and an update from it
-do, without the side table.
+do, without the side table. Keys go the same way, since the driver's own arrays of text cost more
+time than the statements that take them.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import psycopg
+from psycopg.abc import AdaptContext
 from psycopg.adapt import Dumper
 from psycopg.pq import Format
 from sqlalchemy.engine import Connection, Dialect
@@ -18,9 +20,12 @@ from sqlalchemy.types import UserDefinedType
 
 from sbert_pg.errors import ServerError
 
+#: Types of elements that every server numbers alike.
+TEXT_OID, BIGINT_OID = 25, 20
 #: ``array_send``: dimensions, whether there are NULLs, type of the elements; length, lower bound.
 _HEADER = struct.Struct(">iiIii")
 _LENGTH = struct.Struct(">i")
+_BIGINT = struct.Struct(">q")
 _NULL = _LENGTH.pack(-1)
 
 
@@ -30,14 +35,9 @@ class WireArray:
     __slots__ = ("payload",)
 
     def __init__(self, elements: Sequence[bytes | None], element_oid: int) -> None:
-        parts: list[bytes] = []
-        for element in elements:
-            if element is None:
-                parts.append(_NULL)
-            else:
-                parts.append(_LENGTH.pack(len(element)))
-                parts.append(element)
-        has_null = any(element is None for element in elements)
+        pack = _LENGTH.pack
+        parts = [_NULL if element is None else pack(len(element)) + element for element in elements]
+        has_null = None in elements
         axes = 1 if elements else 0
         header = _HEADER.pack(axes, has_null, element_oid, len(elements), 1)
         self.payload = header if axes else header[:12]
@@ -57,8 +57,41 @@ class WireArrayDumper(Dumper):
         return payload
 
 
-class VectorArray(UserDefinedType[WireArray]):
-    """The type of a parameter that is an array of vectors.
+class TextArray:
+    """Texts on their way to the server, in the connection's encoding."""
+
+    __slots__ = ("values",)
+
+    def __init__(self, values: Iterable[str]) -> None:
+        self.values = values if isinstance(values, (list, tuple)) else list(values)
+
+
+class TextArrayDumper(Dumper):
+    """Send ``TextArray`` in binary; the cast around it names the type."""
+
+    format = Format.BINARY
+    oid = 0
+
+    def __init__(self, cls: type, context: AdaptContext | None = None) -> None:
+        super().__init__(cls, context)
+        connection = None if context is None else context.connection
+        encoding = "utf-8" if connection is None else connection.info.encoding
+        # A database without an encoding of its own takes bytes as they are.
+        self._encoding = "utf-8" if encoding == "ascii" else encoding
+
+    def dump(self, obj: Any) -> bytes:
+        """Return the array of texts."""
+        encoding = self._encoding
+        return WireArray([value.encode(encoding) for value in obj.values], TEXT_OID).payload
+
+
+def bigint_array(values: Iterable[int]) -> WireArray:
+    """An array of numbers of eight bytes."""
+    return WireArray([_BIGINT.pack(value) for value in values], BIGINT_OID)
+
+
+class ArrayOf(UserDefinedType[Any]):
+    """The type of a parameter that is a ``WireArray`` or ``TextArray``; see ``register``.
 
     Args:
         element: SQL name of the element's type, as ``format_type`` spells it on this server.
@@ -95,8 +128,10 @@ def driver_connection(connection: Connection) -> psycopg.Connection[Any]:
 
 
 def register(connection: Connection) -> None:
-    """Let this connection send ``WireArray``; nothing else about it changes."""
-    driver_connection(connection).adapters.register_dumper(WireArray, WireArrayDumper)
+    """Let this connection send such arrays; nothing else about it changes."""
+    adapters = driver_connection(connection).adapters
+    adapters.register_dumper(WireArray, WireArrayDumper)
+    adapters.register_dumper(TextArray, TextArrayDumper)
 
 
-__all__ = ["VectorArray", "WireArray", "driver_connection", "register"]
+__all__ = ["ArrayOf", "TextArray", "WireArray", "bigint_array", "driver_connection", "register"]

@@ -20,10 +20,11 @@ from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.engine import Connection
 
 from sbert_pg.catalog.tables import pending
+from sbert_pg.pending.arrays import ArrayOf, TextArray, bigint_array, register
 from sbert_pg.pending.rows import Row, Rows
 
-_TEXTS = pg.ARRAY(sa.Text)
-_BIGINTS = pg.ARRAY(sa.BigInteger)
+_TEXTS = ArrayOf("text")
+_BIGINTS = ArrayOf("bigint")
 #: From this attempt on a row is claimed alone: it may be what ended the process that had it.
 ALONE_FROM = 2
 #: Longest reason that is kept of a failure, in characters.
@@ -99,31 +100,20 @@ def claim(
         alone: claim one row of those that were claimed before without a result, instead of those
             that were not.
     """
-    c = pending.c
-    free = (
-        sa.select(c.key, c.claimed_by.is_not(None).label("abandoned"))
-        .where(_free(column_id, alone=alone))
-        .order_by(c.marked_at)
-        .limit(1 if alone else limit)
-        .with_for_update(skip_locked=True)
-        .cte("free")
-    )
-    statement = (
-        sa.update(pending)
-        .values(
-            lease_until=sa.func.now() + lease, claimed_by=token, attempts=c.attempts + 1,
-            next_attempt_at=None,
-        )
-        .where(c.column_id == column_id, c.key == free.c.key)
-        .returning(c.key, c.version, c.attempts, free.c.abandoned)
-    )  # fmt: skip
-    return [Claim(*row) for row in connection.execute(statement)]
+    given = {
+        "of_column": column_id,
+        "token": token,
+        "lease": lease,
+        "most": 1 if alone else limit,
+    }
+    found = connection.execute(_CLAIM_ALONE if alone else _CLAIM, given)
+    return [Claim(*row) for row in found.all()]
 
 
-def _free(column_id: int, *, alone: bool) -> sa.ColumnElement[bool]:
+def _free(*, alone: bool) -> sa.ColumnElement[bool]:
     c = pending.c
     return sa.and_(
-        c.column_id == column_id,
+        c.column_id == sa.bindparam("of_column", type_=sa.Integer),
         ~c.failed,
         sa.or_(c.lease_until.is_(None), c.lease_until < sa.func.now()),
         sa.or_(c.next_attempt_at.is_(None), c.next_attempt_at <= sa.func.now()),
@@ -131,10 +121,52 @@ def _free(column_id: int, *, alone: bool) -> sa.ColumnElement[bool]:
     )
 
 
+def _claiming(*, alone: bool) -> sa.UpdateBase:
+    """The statement of ``claim``; built once, since building it costs more than running it.
+
+    Rows are found again by where they lie. They are locked, so they stay there; one that moved
+    before it was locked is not found, and left to the next claim.
+    """
+    c, before = pending.c, pending.alias("before")
+    free = (
+        sa.select(sa.literal_column("ctid"))
+        .select_from(pending)
+        .where(_free(alone=alone))
+        .order_by(c.marked_at)
+        .limit(sa.bindparam("most", type_=sa.Integer))
+        .with_for_update(skip_locked=True)
+        .correlate(None)
+        .scalar_subquery()
+    )
+    was_claimed = (
+        sa.select(before.c.claimed_by.is_not(None))
+        .where(before.c.column_id == c.column_id, before.c.key == c.key)
+        .correlate(pending)
+        .scalar_subquery()
+    )
+    return (
+        sa.update(pending)
+        .values(
+            lease_until=sa.func.now() + sa.bindparam("lease", type_=sa.Interval),
+            claimed_by=sa.bindparam("token", type_=sa.Text),
+            attempts=c.attempts + 1,
+            next_attempt_at=None,
+        )
+        .where(sa.literal_column("pending.ctid") == sa.any_(sa.func.array(free)))
+        # The snapshot of the statement still has the row as it was.
+        .returning(
+            c.key, c.version, c.attempts, sa.case((c.attempts > 1, was_claimed), else_=sa.false())
+        )
+    )
+
+
+_CLAIM, _CLAIM_ALONE = _claiming(alone=False), _claiming(alone=True)
+_SUSPECTS = sa.select(pending.c.key).where(_free(alone=True)).limit(1)
+
+
 def has_suspects(connection: Connection, column_id: int) -> bool:
     """Whether there are rows to be claimed alone."""
-    wanted = sa.select(pending.c.key).where(_free(column_id, alone=True)).limit(1)
-    return connection.execute(wanted).first() is not None
+    return connection.execute(_SUSPECTS, {"of_column": column_id}).first() is not None
 
 
 def read(connection: Connection, rows: Rows, token: str, claims: Sequence[Claim]) -> Claimed:
@@ -171,12 +203,11 @@ def write(
     locked = unchanged | changed
     orphans = {claim.key for claim in claimed.orphans}
     versions = {claim.key: claim.version for claim in (*claimed.claims, *claimed.orphans)}
-    held = _hold_marks(connection, rows.binding.id, claimed.token, versions, unchanged | orphans)
+    # With the rows locked no writer can make a mark that these would be mistaken for.
+    held = _take_marks(connection, rows.binding.id, claimed.token, versions, unchanged | orphans)
     due = {key: vectors[key] for key in vectors if key in held}
     if due:
         rows.write(connection, due)
-    if held:
-        _remove_marks(connection, rows.binding.id, held)
     return Written(
         len(due),
         tuple(row.key for row in read if row.key in locked and row.key not in held),
@@ -184,46 +215,54 @@ def write(
     )
 
 
-def _hold_marks(
+def _take_marks(
     connection: Connection,
     column_id: int,
     token: str,
     versions: Mapping[str, int],
     keys: Collection[str],
 ) -> set[str]:
-    """Lock the marks that are still the ones claimed; the others are not waited for."""
+    """Remove the marks that are still the ones claimed; the others are not waited for."""
     if not keys:
         return set()
-    given = _given_versions(versions, keys)
-    statement = (
-        sa.select(pending.c.key)
-        .join(given, sa.and_(given.c.key == pending.c.key, given.c.version == pending.c.version))
-        .where(pending.c.column_id == column_id, pending.c.claimed_by == token)
-        .with_for_update(of=pending, skip_locked=True)
-    )
-    return set(connection.execute(statement).scalars())
-
-
-def _given_versions(versions: Mapping[str, int], keys: Collection[str]) -> sa.TableValuedAlias:
     ordered = list(keys)
-    return (
-        sa.func.unnest(
-            sa.bindparam(None, ordered, type_=_TEXTS),
-            sa.bindparam(None, [versions[key] for key in ordered], type_=_BIGINTS),
-        )
+    register(connection)
+    given = {
+        "of_column": column_id,
+        "token": token,
+        "keys": TextArray(ordered),
+        "versions": bigint_array(versions[key] for key in ordered),
+    }
+    return set(connection.execute(_TAKE, given).scalars().all())
+
+
+def _taking() -> sa.UpdateBase:
+    given = (
+        sa.func.unnest(sa.bindparam("keys", type_=_TEXTS), sa.bindparam("versions", type_=_BIGINTS))
         .table_valued(sa.column("key", sa.Text), sa.column("version", sa.BigInteger), name="given")
         .render_derived()
     )
-
-
-def _remove_marks(connection: Connection, column_id: int, keys: Collection[str]) -> None:
-    connection.execute(
-        sa.delete(pending).where(pending.c.column_id == column_id, _is_one_of(list(keys)))
+    same = sa.and_(given.c.key == pending.c.key, given.c.version == pending.c.version)
+    free = (
+        sa.select(sa.literal_column("pending.ctid"))
+        .select_from(given.join(pending, same))
+        .where(
+            pending.c.column_id == sa.bindparam("of_column", type_=sa.Integer),
+            pending.c.claimed_by == sa.bindparam("token", type_=sa.Text),
+        )
+        .with_for_update(of=pending, skip_locked=True)
+        .correlate(None)
+        .scalar_subquery()
     )
+    here = sa.literal_column("pending.ctid") == sa.any_(sa.func.array(free))
+    return sa.delete(pending).where(here).returning(pending.c.key)
+
+
+_TAKE = _taking()
 
 
 def _is_one_of(keys: Sequence[str]) -> sa.ColumnElement[bool]:
-    array = sa.bindparam(None, list(keys), type_=_TEXTS)
+    array = sa.bindparam(None, list(keys), type_=pg.ARRAY(sa.Text))
     return pending.c.key == sa.any_(array)
 
 

@@ -19,11 +19,11 @@ from sbert_pg.catalog import keys
 from sbert_pg.catalog.holding import attest
 from sbert_pg.catalog.record import Binding
 from sbert_pg.errors import BindingError, NotBoundError
-from sbert_pg.pending.arrays import VectorArray, WireArray, register
+from sbert_pg.pending.arrays import ArrayOf, TextArray, WireArray, register
 from sbert_pg.spec import Vectors
 from sbert_pg.types import wire
 
-_TEXTS = pg.ARRAY(sa.Text)
+_TEXTS = ArrayOf("text")
 
 _attribute = sa.table(
     "pg_attribute",
@@ -60,7 +60,7 @@ class Rows:
     def __init__(self, binding: Binding, vector_type: str, vector_oid: int) -> None:
         self.binding = binding
         self._vector_oid = vector_oid
-        self._vectors = VectorArray(vector_type)
+        self._vectors = ArrayOf(vector_type)
         self._join: Callable[[Sequence[Any]], str] = binding.source.joiner()
         self.table = binding.clause()
         self.table.append_column(sa.column("xmin"))
@@ -110,13 +110,16 @@ class Rows:
 
     def row(self, key: str, stamp: str, values: Sequence[str | None]) -> Row:
         """A row from what a statement returned."""
-        empty = all(value is None for value in values)
-        return Row(key, None if empty else self._join(values), stamp)
+        for value in values:
+            if value is not None:
+                return Row(key, self._join(values), stamp)
+        return Row(key, None, stamp)
 
     def read(self, connection: Connection, wanted: Sequence[str]) -> dict[str, Row]:
         """The rows with these keys that exist, by key."""
-        result = connection.execute(self._read, {"keys": list(wanted)})
-        return {key: self.row(key, stamp, values) for key, stamp, *values in result}
+        register(connection)
+        found = connection.execute(self._read, {"keys": TextArray(wanted)}).all()
+        return {key: self.row(key, stamp, values) for key, stamp, *values in found}
 
     def lock_unchanged(
         self, connection: Connection, read: Sequence[Row]
@@ -130,8 +133,9 @@ class Rows:
             Keys of the rows that are locked and unchanged, and of those that are locked and have
             another text now. A row that somebody else holds, or that is gone, is in neither.
         """
-        locked = connection.execute(self._lock, {"keys": [row.key for row in read]})
-        stamps: dict[str, str] = {row.key: row.stamp for row in locked}
+        register(connection)
+        locked = connection.execute(self._lock, {"keys": TextArray(row.key for row in read)})
+        stamps = {row[0]: row[1] for row in locked.all()}
         touched = [row for row in read if stamps.get(row.key, row.stamp) != row.stamp]
         again = self.read(connection, [row.key for row in touched]) if touched else {}
         changed = {row.key for row in touched if again[row.key].text != row.text}
@@ -148,23 +152,31 @@ class Rows:
         attest(connection, self.binding, verified=True)
         register(connection)
         array = WireArray(list(vectors.values()), self._vector_oid)
-        result = connection.execute(self._write, {"keys": list(vectors), "vectors": array})
+        given = {"keys": TextArray(vectors), "vectors": array}
+        result = connection.execute(self._write, given)
         return result.rowcount
 
     def payloads(self, vectors: Vectors) -> list[bytes]:
         """Vectors of shape ``(n, dimensions)`` in pgvector's binary format."""
         return wire.to_wire_rows(vectors, self.binding.storage)
 
-    def fault_of(self, vector: Vectors) -> str | None:
-        """Why a vector of shape ``(dimensions,)`` cannot be stored, or ``None``."""
-        if not np.isfinite(vector).all():
-            return "the encoder gave a vector that holds NaN or an infinity"
-        if self.binding.declared.similarity == "cosine" and not vector.any():
-            return "the encoder gave a zero vector, whose cosine with anything is undefined"
-        half = float(np.finfo(np.float16).max)
-        if self.binding.storage == "halfvec" and float(np.abs(vector).max()) > half:
-            return f"the vector holds a value beyond {half:g}, the largest of halfvec"
-        return None
+    def faults_of(self, vectors: Vectors) -> dict[int, str]:
+        """Why vectors of shape ``(n, dimensions)`` cannot be stored, by their positions."""
+        finite = np.isfinite(vectors).all(axis=1)
+        faults = dict.fromkeys(
+            np.flatnonzero(~finite).tolist(),
+            "the encoder gave a vector that holds NaN or an infinity",
+        )
+        if self.binding.declared.similarity == "cosine":
+            reason = "the encoder gave a zero vector, whose cosine with anything is undefined"
+            zero = np.flatnonzero(~vectors.any(axis=1))
+            faults |= dict.fromkeys(zero.tolist(), reason)
+        if self.binding.storage == "halfvec":
+            half = float(np.finfo(np.float16).max)
+            reason = f"the vector holds a value beyond {half:g}, the largest of halfvec"
+            large = np.flatnonzero(finite & (np.abs(vectors) > half).any(axis=1))
+            faults |= dict.fromkeys(large.tolist(), reason)
+        return faults
 
 
 def stamp_of(table: sa.FromClause) -> sa.ColumnElement[str]:

@@ -51,9 +51,10 @@ def embed(rows: Rows, encoder: TextEncoder, batch: Sequence[Row]) -> Embedded:
             f"column {rows.binding} has {width}. Use the encoder that the column was declared for."
         )
     payloads = rows.payloads(vectors)
-    for position, text in enumerate(texts):
-        fault = faults.get(position) or rows.fault_of(vectors[position])
-        for key in keys_of[text]:
+    faults = rows.faults_of(vectors) | faults
+    for position, keys in enumerate(keys_of.values()):
+        fault = faults.get(position)
+        for key in keys:
             if fault is None:
                 result.vectors[key] = payloads[position]
             else:

@@ -44,6 +44,8 @@ logger = logging.getLogger(LOGGER)
 
 #: Longest time between looks at the database where nothing can be heard of it, in seconds.
 _POLL_UNHEARD = 1.0
+#: Seconds between looks at rows that may have ended a process, while there are others.
+_SUSPECTS_INTERVAL = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,7 @@ class Worker:
             self._database, self.settings, self.tally, self._serving, self._keeper, self._stop
         )
         self._numbers = itertools.count(1)
-        self._next_rescan = self._next_look = 0.0
+        self._next_rescan = self._next_look = self._next_suspects = 0.0
         self._beat = time.monotonic()
         self._running = False
         self._trouble: str | None = None
@@ -258,8 +260,12 @@ class Worker:
             if self._stop.is_set():
                 break
             took |= self._take(flow, served, alone=False)
-            if everything:
-                took |= self._take_alone(flow, served)
+        # A look at suspects goes through the whole queue, so while there is other work it is rare.
+        if everything and (not took or time.monotonic() >= self._next_suspects):
+            self._next_suspects = time.monotonic() + _SUSPECTS_INTERVAL
+            for served in self._serving.columns():
+                if not self._stop.is_set():
+                    took |= self._take_alone(flow, served)
         if took:
             # There may be more where this came from.
             with self._heard_lock:

@@ -189,12 +189,12 @@ def test_a_slow_batch_keeps_its_lease(engine, note, plain, encoder, monkeypatch)
     encode = encoder.encode_document
 
     def slow(texts):
-        time.sleep(3)
+        time.sleep(8)
         return encode(texts)
 
     monkeypatch.setattr(encoder, "encode_document", slow)
     plain.execute("INSERT INTO note (body) VALUES ('a')")
-    settings = WorkerSettings(lease=timedelta(seconds=1), listen=False)
+    settings = WorkerSettings(lease=timedelta(seconds=4), listen=False)
     with worker_thread(engine, settings) as first, worker_thread(engine, settings) as second:
         wait_for(lambda: pending_count(plain) == 0)
     assert sorted(w.tally.total("batches") for w in (first, second)) == [0, 1]
@@ -370,3 +370,25 @@ def test_row_level_security_is_refused_where_it_would_hide_rows(engine, note, pl
     finally:
         plain.execute(psycopg.sql.SQL("DROP OWNED BY {}").format(psycopg.sql.Identifier(role)))
         plain.execute(psycopg.sql.SQL("DROP ROLE {}").format(psycopg.sql.Identifier(role)))
+
+
+def test_no_transaction_is_open_while_encoding(engine, note, plain, encoder, monkeypatch):
+    encode = encoder.encode_document
+
+    def open_transactions():
+        return plain.execute(
+            "SELECT query FROM pg_stat_activity WHERE datname = current_database() "
+            "AND pid <> pg_backend_pid() AND (xact_start IS NOT NULL OR backend_xid IS NOT NULL)"
+        ).fetchall()
+
+    def watched(texts):
+        # The look for a further batch ends by itself; what this batch held would stay.
+        wait_for(lambda: open_transactions() == [], what="every transaction to end")
+        return encode(texts)
+
+    plain.execute("INSERT INTO note (body) VALUES ('a'), ('b')")
+    monkeypatch.setattr(encoder, "encode_document", watched)
+    worker = Worker(engine)
+    worker.run(until_empty=True)
+    assert worker.tally.total("embedded") == 2
+    assert encoder.encoded == ["a", "b"]
