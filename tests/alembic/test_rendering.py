@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -261,3 +262,9 @@ def test_rebinding_needs_the_database() -> None:
 
 def test_batch_is_left_alone() -> None:
     assert not [name for name, _ in ops.OPERATIONS if hasattr(BatchOperations, name)]
+
+
+def test_page_names_every_operation() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "migrations.md").read_text()
+    section = page.split("## The operations")[1].split("\n## ")[0]
+    assert [name for name, _ in ops.OPERATIONS if name not in section] == []
