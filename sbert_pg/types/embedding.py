@@ -165,10 +165,11 @@ class QueryVector(VectorType):
         guard.watch(dialect)
         _register_with(dialect)
         spec, storage, checked = self.encoder, self.storage, self.checked
+        passed = wire.passing(dialect.driver)
 
         def process(value: Any) -> Any:
             if value is None or isinstance(value, wire.WireVector):
-                return value
+                return None if value is None else passed(value)
             if isinstance(value, str):
                 vector = query_vector(spec, value)
                 if vector.shape != (spec.dimensions,):
@@ -177,6 +178,6 @@ class QueryVector(VectorType):
                         f"is declared with {spec.dimensions}. Correct the declaration."
                     )
                 value = np.asarray(vector)
-            return wire.wire_vector(checked(value), storage)
+            return passed(wire.wire_vector(checked(value), storage))
 
         return unwrapped(process)

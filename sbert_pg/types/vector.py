@@ -83,12 +83,12 @@ class VectorType(UserDefinedType[Array]):
         """Check a value and turn it into its wire form; see also ``guard``."""
         guard.watch(dialect)
         _register_with(dialect)
-        storage, checked = self.storage, self.checked
+        storage, checked, passed = self.storage, self.checked, wire.passing(dialect.driver)
 
         def process(value: Any) -> Any:
             if value is None or isinstance(value, wire.WireVector):
-                return value
-            return wire.wire_vector(checked(value), storage)
+                return None if value is None else passed(value)
+            return passed(wire.wire_vector(checked(value), storage))
 
         return unwrapped(process)
 

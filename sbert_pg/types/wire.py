@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -42,15 +42,40 @@ class WireVector(list[float]):
 
     psycopg looks dumpers up by class and then by its bases. On a connection that knows this class
     the prepared bytes are sent as they are; on one that does not, because it was opened before the
-    dumper was registered, the value is an ordinary list of floats, which the server casts. Both
-    give the same vector; the first is faster.
+    dumper was registered, the value is a list of floats, which the server casts. Both give the same
+    vector; the first is faster. The floats are made when somebody asks for them: a thousand vectors
+    of a flush as lists are half a million references, which the garbage collector walks through.
     """
 
-    __slots__ = ("payload",)
+    __slots__ = ("_array", "payload")
 
-    def __init__(self, payload: bytes, values: list[float]) -> None:
-        super().__init__(values)
+    def __init__(self, payload: bytes, array: Vector1) -> None:
+        super().__init__()
         self.payload = payload
+        self._array: Vector1 | None = array
+
+    def filled(self) -> WireVector:
+        """The same, with its floats, for a driver that reads lists without asking."""
+        if self._array is not None:
+            self.extend(self._array.tolist())
+            self._array = None
+        return self
+
+    def __iter__(self) -> Iterator[float]:
+        self.filled()
+        return super().__iter__()
+
+    def __len__(self) -> int:
+        self.filled()
+        return super().__len__()
+
+    def __repr__(self) -> str:
+        self.filled()
+        return super().__repr__()
+
+    def __reduce__(self) -> Any:
+        array = np.array(list(self), dtype=np.float32)
+        return type(self), (self.payload, array)
 
 
 class WireVectorDumper(Dumper):
@@ -142,7 +167,12 @@ def to_wire_rows(matrix: npt.NDArray[np.float32], storage: Storage) -> list[byte
 
 def wire_vector(array: Vector1, storage: Storage) -> WireVector:
     """One checked float32 array, ready to be a statement's parameter."""
-    return WireVector(to_wire(array, storage), array.tolist())
+    return WireVector(to_wire(array, storage), array)
+
+
+def passing(driver: str) -> Callable[[WireVector], WireVector]:
+    """What a vector goes through on its way to a driver: nothing with psycopg 3."""
+    return WireVector.filled if driver == "psycopg2" else lambda vector: vector
 
 
 def from_wire(payload: bytes | memoryview, storage: Storage) -> Vector1:
