@@ -72,8 +72,8 @@ class Counter:
                 report, self._unreported, self._warned_at = self._unreported, 0, now
         if report:
             logger.warning(
-                "%d texts were longer than the %s tokens that encoder %r reads and were cut; "
+                "%d %s longer than the %s tokens that encoder %r reads and cut; "
                 "embed long texts in parts. This is reported at most once a minute, and "
                 "Encoder.statistics.truncated counts all.",
-                report, self._limit, self._name,
+                report, "text was" if report == 1 else "texts were", self._limit, self._name,
             )  # fmt: skip
