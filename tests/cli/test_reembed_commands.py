@@ -63,6 +63,7 @@ def command(*arguments: str, url: sa.URL, rc: int = 0) -> str:
     stdout, stderr = process.communicate(timeout=180)
     assert process.returncode == rc, stderr
     assert "Traceback" not in stderr
+    assert "\x1b" not in stdout + stderr, "bars and colours are for terminals"
     return stdout if rc == 0 else stdout + stderr
 
 
