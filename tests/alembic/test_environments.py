@@ -328,3 +328,57 @@ def _head(app: Any) -> str:
     from alembic.script import ScriptDirectory
 
     return str(ScriptDirectory.from_config(app.config()).get_current_head())
+
+
+def test_several_databases(app: Any, databases: Any, tmp_path: Path) -> None:
+    """The environment that ``alembic init -t multidb`` makes, of which one database has vectors."""
+    second = databases.clone("bare")
+    root = tmp_path / "multi"
+    root.mkdir()
+    config = Config(root / "alembic.ini", stdout=io.StringIO())
+    command.init(config, str(root / "migrations"), template="multidb")
+    env = root / "migrations" / "env.py"
+    env.write_text(
+        env.read_text()
+        .replace(
+            "target_metadata = {}",
+            f"import runpy\nmodels = runpy.run_path({str(app.root / 'models.py')!r})\n"
+            "target_metadata = {'first': models['Base'].metadata, "
+            "'second': models['Other'].metadata}",
+        )
+        .replace("fileConfig(config.config_file_name)", "pass")
+    )
+    init_alembic(root / "migrations", write=True)
+    ini = root / "alembic.ini"
+    text = ini.read_text()
+    text = re.sub(r"databases = .*", "databases = first, second", text)
+    text = re.sub(r"\[engine1\]\nsqlalchemy.url = .*", f"[first]\nsqlalchemy.url = {app.url}", text)
+    other = second.render_as_string(hide_password=False)
+    text = re.sub(r"\[engine2\]\nsqlalchemy.url = .*", f"[second]\nsqlalchemy.url = {other}", text)
+    ini.write_text(text.replace("%2F", "%%2F"))
+
+    def config_() -> Config:
+        made = Config(ini, stdout=io.StringIO())
+        made.set_main_option("script_location", str(root / "migrations"))
+        return made
+
+    app.config = config_
+    plain = """
+
+class Other(DeclarativeBase):
+    pass
+
+
+class Note(Other):
+    __tablename__ = "note"
+    id: Mapped[int] = mapped_column(primary_key=True)
+"""
+    app.models(models(indexes="", columns="") + plain)
+    app.step("tables")
+    app.models(models() + plain)
+    text = app.step("embedding")
+    assert text.count("op.add_embedding_column(") == 1
+    app.downgrade("-1")
+    app.upgrade()
+    assert app.check() == ""
+    databases.drop(str(second.database))
