@@ -307,3 +307,10 @@ def test_a_declaration_of_fewer_dimensions_is_refused_where_truncation_was_not_a
     registry.forget_encoders()
     registry.use_encoder(cut, name=name)
     assert registry.get_encoder(EncoderSpec.of(name, dimensions=128)) is cut
+
+
+def test_probes_are_computed_anew_past_the_counts(encoder: Encoder) -> None:
+    """One of them is longer than the limit on purpose, which is nobody's text to be warned of."""
+    before = encoder.statistics
+    np.testing.assert_allclose(encoder.recomputed_probes(), encoder.probe_vectors, atol=ROUNDING)
+    assert encoder.statistics == before
