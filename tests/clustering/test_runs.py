@@ -536,7 +536,7 @@ def test_progress_is_told(engine: sa.Engine, app: Any, algorithm: Any) -> None:
 
 
 MEMORY_SCRIPT = """
-import importlib.util, resource, sys
+import importlib.util, sys
 import sqlalchemy as sa
 from sbert_pg import clustering as cl
 spec = importlib.util.spec_from_file_location("clustering_app", sys.argv[1])
@@ -545,7 +545,9 @@ sys.modules["clustering_app"] = helpers
 spec.loader.exec_module(helpers)
 app = helpers.make_app(dimensions=int(sys.argv[4]))
 engine = sa.create_engine(sys.argv[2])
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# Not getrusage: a child begins with the peak of its parent there.
+status = lambda: dict(line.split(":", 1) for line in open("/proc/self/status"))
+peak = lambda: int(status()["VmHWM"].split()[0])
 # Everything is imported before the measurement begins.
 cl.cluster(engine, app.topics, cl.KMeans(5, method=sys.argv[3]), where=app.row.id <= 1000)
 before = peak()
@@ -560,6 +562,8 @@ def test_memory_is_bounded_as_stated(
     engine: sa.Engine, tmp_path: Path, method: str, share: float
 ) -> None:
     """Also where the server gives the rows in another order than that of their keys."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("the peak of a process is read from /proc")
     rows, dimensions = 40_000, 768
     app = make_app(dimensions=dimensions)
     app.row.__table__.indexes.clear()
@@ -577,7 +581,9 @@ def test_memory_is_bounded_as_stated(
         check=True,
     )
     stated = rows * (4 * dimensions + 100)
-    assert int(done.stdout) < share * stated
+    # The sample that seeds are drawn from, and blocks: the same for any number of rows.
+    fixed = 80 << 20
+    assert int(done.stdout) < share * stated + fixed
 
 
 def test_filters_of_the_declaration(engine: sa.Engine) -> None:

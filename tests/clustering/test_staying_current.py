@@ -264,7 +264,7 @@ def test_after_the_change_of_encoder_the_tables_go_on(engine: sa.Engine) -> None
         cl.name_cluster(connection, topics, before[1], "the first")
     cl.cluster(engine, topics.on_column("embedding_v2"), cl.KMeans(3), seed=9)
     for name in ("body", "nothing"):
-        with pytest.raises(DeclarationError, match="vector attribute|no column"):
+        with pytest.raises(DeclarationError, match=r"vector attribute|no column"):
             topics.on_column(name)
 
     class Next(DeclarativeBase):
