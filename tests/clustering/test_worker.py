@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -93,6 +96,59 @@ def test_refresh_places_rows_and_returns(engine: sa.Engine, notes: Any) -> None:
     done = refresh(engine, clusterings=[notes])
     assert (done.embedded, done.assigned) == (6, 6)
     assert len(numbers_of(engine, notes)) == 66
+
+
+MODULE = """
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from sbert_pg.clustering import clusters_of
+from sbert_pg.orm import embedding_column
+from sbert_pg.registry import use_encoder
+from sbert_pg.testing import DeterministicEncoder
+
+use_encoder(DeterministicEncoder())
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Note(Base):
+    __tablename__ = "note"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    body: Mapped[str]
+    embedding = embedding_column("deterministic", "body", dimensions=384, nullable=True)
+
+
+class Plain(DeclarativeBase):
+    pass
+
+
+topics = clusters_of(Note.embedding)
+"""
+
+
+def test_the_command_places_rows(engine: sa.Engine, notes: Any, tmp_path: Path) -> None:
+    (tmp_path / "app_models.py").write_text(MODULE)
+    write(engine, 60, 6)
+
+    def command(target: str) -> subprocess.CompletedProcess[str]:
+        url = engine.url.render_as_string(hide_password=False)
+        arguments = ["refresh", "--json", "--clusters", target, "--database", url]
+        return subprocess.run(
+            [sys.executable, "-m", "sbert_pg.cli.app", *arguments],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
+
+    done = command("app_models:Base")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["assigned"] == 6
+    assert len(numbers_of(engine, notes)) == 66
+    nothing = command("app_models:Plain")
+    assert nothing.returncode == 1
+    assert "clusters_of()" in nothing.stderr
 
 
 def test_nothing_is_done_where_nothing_was_written(engine: sa.Engine, app: Any) -> None:
