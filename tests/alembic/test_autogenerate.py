@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 from alembic.util import CommandError
 
@@ -67,6 +65,7 @@ def test_each_detail_of_an_index(app) -> None:
     assert app.scalar("SELECT count(*) FROM pg_indexes WHERE tablename = 'article'") == 2
 
 
+@pytest.mark.slow
 def test_cast_width_of_an_index(app) -> None:
     wide = 'sa.Index("ix_e", sa.text("(embedding::halfvec(384))"), postgresql_using="hnsw", '
     wide += 'postgresql_ops={"x": "halfvec_cosine_ops"})'
@@ -106,6 +105,7 @@ def test_new_and_removed(app) -> None:
     assert app.check() == ""
 
 
+@pytest.mark.slow
 def test_the_line_to_write_works(app) -> None:
     app.models(model())
     app.step()
@@ -116,6 +116,7 @@ def test_the_line_to_write_works(app) -> None:
     assert "op.begin_replacement(" in app.step()
 
 
+@pytest.mark.slow
 def test_width_of_a_plain_vector_is_never_altered(app) -> None:
     plain = """
 class Thing(Base):
@@ -223,6 +224,7 @@ def test_include_schemas_and_quoted_names(app) -> None:
     assert app.check() == ""
 
 
+@pytest.mark.slow
 def test_index_that_a_failure_left_invalid_is_noticed(app) -> None:
     app.models(model())
     app.step()
@@ -230,24 +232,3 @@ def test_index_that_a_failure_left_invalid_is_noticed(app) -> None:
     assert "ix_e" in app.check()
     app.step()
     assert app.scalar("SELECT indisvalid FROM pg_index WHERE indexrelid = 'ix_e'::regclass")
-
-
-def test_application_without_the_plugin_is_not_disturbed(
-    make_app: Callable[..., object], bare_database_url
-) -> None:
-    app = make_app(bare_database_url, plugin=False)
-    app.models(
-        """
-class Thing(Base):
-    __tablename__ = "thing"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    name: Mapped[str]
-"""
-    )
-    made = app.process("revision", "--autogenerate", "-m", "things")
-    assert made.returncode == 0, made.stderr
-    assert app.process("upgrade", "head").returncode == 0
-    assert app.process("check").returncode == 0
-    assert "sbert" not in "".join(
-        path.read_text() for path in (app.root / "migrations" / "versions").glob("*.py")
-    )

@@ -39,6 +39,25 @@ def models(
     return MODELS.format(indexes=indexes, columns=columns, schema=schema)
 
 
+def test_newer_version_of_the_schema(app: Any) -> None:
+    """The library's own schema falls behind where the library is updated, and is brought up."""
+    from sbert_pg import catalog
+
+    app.models(models())
+    app.step("embedding")
+    with app.engine.begin() as connection:
+        catalog.downgrade(connection, "0001")
+    assert "upgrade_sbert_schema" in app.check()
+    text = app.step("newer")
+    assert f"op.upgrade_sbert_schema('{catalog.head()}')" in text
+    assert "op.downgrade_sbert_schema('0001')" in text
+    app.downgrade("-1")
+    with app.engine.connect() as connection:
+        assert catalog.current(connection) == "0001"
+    app.upgrade()
+    assert app.check() == ""
+
+
 def test_several_metadata(app: Any) -> None:
     """Two bases, as when an application and a package of its own each have one."""
     app.env.write_text(
@@ -131,6 +150,7 @@ def test_objects_that_env_py_leaves_out(app: Any) -> None:
     assert app.check() == ""
 
 
+@pytest.mark.slow
 def test_naming_conventions(app: Any) -> None:
     convention = """
 Base.metadata.naming_convention = {"ix": "ix_%(table_name)s_%(column_0_name)s"}
@@ -275,6 +295,7 @@ UNDISTURBED = textwrap.dedent(
 )
 
 
+@pytest.mark.slow
 def test_without_the_plugin_nothing_is_different(
     make_app: Callable[..., Any], bare_database_url: sa.URL
 ) -> None:
@@ -330,6 +351,7 @@ def _head(app: Any) -> str:
     return str(ScriptDirectory.from_config(app.config()).get_current_head())
 
 
+@pytest.mark.slow
 def test_several_databases(app: Any, databases: Any, tmp_path: Path) -> None:
     """The environment that ``alembic init -t multidb`` makes, of which one database has vectors."""
     second = databases.clone("bare")

@@ -168,6 +168,7 @@ def test_whole_life_by_autogenerate_alone(press: Press) -> None:
     press.back_and_forth(with_new, new)
 
 
+@pytest.mark.slow
 def test_whole_history_on_an_empty_server(press: Press) -> None:
     """What a colleague and a continuous integration do: all of it at once, without any encoder."""
     app = press.app
@@ -187,6 +188,7 @@ def test_whole_history_on_an_empty_server(press: Press) -> None:
     assert app.check() == ""
 
 
+@pytest.mark.slow
 def test_contract_of_a_column_without_vectors_fails_and_changes_nothing(press: Press) -> None:
     app = press.app
     press.step(ADDED, "added")

@@ -112,7 +112,10 @@ WAITS = "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'virtual
 BUILDER = "SELECT pid FROM pg_stat_progress_create_index"
 
 
-@pytest.mark.parametrize("server", ["goes on with the build", "ends the build"])
+@pytest.mark.parametrize(
+    "server",
+    [pytest.param("goes on with the build", marks=pytest.mark.slow), "ends the build"],
+)
 def test_killed_in_the_build_of_an_index(articles: Any, server: str) -> None:
     """The server knows nothing of its client's end: the build goes on, unless it is ended too."""
     app = articles
@@ -239,6 +242,7 @@ def _schema_first(app: Any) -> None:
         catalog.upgrade(connection)
 
 
+@pytest.mark.slow
 def test_two_at_once(articles: Any) -> None:
     """Two deployments run the same migration at the same time: it is done once, and done well."""
     app = articles

@@ -229,7 +229,20 @@ def watching(engine: sa.Engine) -> Iterator[Watcher]:
         watcher.thread.join()
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+#: Those whose way of waiting another operation has as well.
+ALIKE = {
+    "begin_replacement",
+    "unbind_embedding_column",
+    "bind_embedding_column in the transaction",
+    "drop_vector_index in the transaction",
+    "follow_rename",
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in OPERATIONS],
+)
 def test_nobody_queues_behind_a_migration_for_long(table: sa.Engine, name: str) -> None:
     """A long transaction reads the table meanwhile, from before the operation to its end."""
     before, body, wait = OPERATIONS[name]

@@ -154,6 +154,7 @@ def test_in_one_go(app, fake_encoder: DeterministicEncoder) -> None:
     assert app.scalar("SELECT count(*) FROM sbert.pending") == 0
 
 
+@pytest.mark.slow
 def test_interrupted_build_is_taken_up(app) -> None:
     """An invalid index, and a replacement that was interrupted at each step."""
     adopt(app)

@@ -89,6 +89,7 @@ def test_upgrade_does_all_of_it(
     assert nearest(app, minilm, "shoes") == "Caring for leather boots"
 
 
+@pytest.mark.slow
 def test_no_bar_where_nobody_looks(small: Any, capfd: pytest.CaptureFixture[str]) -> None:
     app = small
     app.revision("embedding")
