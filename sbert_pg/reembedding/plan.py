@@ -27,7 +27,7 @@ from sbert_pg.types.vector import plain_type
 SAMPLE = 200
 #: WAL that an update writes for each byte by which it makes the table grow; measured, with full
 #: page images, in benchmarks/reembedding.py.
-WAL_RATIO = 1.75
+WAL_RATIO = 2.1
 #: Bytes of a vector beside its elements, and of a row's header.
 _OVERHEAD = 8
 
