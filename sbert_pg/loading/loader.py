@@ -181,7 +181,7 @@ class _Loading:
         executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sbert-pg-load")
         try:
             for block in _blocks(plan, itertools.chain([first], iterator)):
-                waiting.append((block, executor.submit(_vectors, plan, block, writer.copies)))
+                waiting.append((block, _begun(executor, plan, block, writer.copies)))
                 if len(waiting) > AHEAD:
                     self._write(plan, writer, *waiting.popleft())
             while waiting:
@@ -272,6 +272,21 @@ def _blocks(plan: Plan, rows: Iterator[Row]) -> Iterator[_Block]:
         yield block
 
 
+def _begun(
+    executor: ThreadPoolExecutor, plan: Plan, block: _Block, copies: bool
+) -> Future[list[list[Any]]]:
+    """The vectors of a block, encoded in a thread, or at once where nothing is to be encoded.
+
+    An encoder leaves the interpreter to others while it computes. Turning arrays into bytes does
+    not, and a second thread would only take turns with the one that writes.
+    """
+    if any(text is not None for texts in block.texts for text in texts):
+        return executor.submit(_vectors, plan, block, copies)
+    ready: Future[list[list[Any]]] = Future()
+    ready.set_result(_vectors(plan, block, copies))
+    return ready
+
+
 def _vectors(plan: Plan, block: _Block, copies: bool) -> list[list[Any]]:
     """For each embedding column the vectors of a block, as the writer takes them; in a thread."""
     return [
@@ -290,8 +305,12 @@ def _column_vectors(plan: Plan, position: int, block: _Block, copies: bool) -> l
         return plan.label(position, block.first + number)
 
     if len(ready) == len(given):
-        matrix = _checked(filling, given, range(block.first, block.first + len(given)))
-        return list(_sendable(filling, matrix, copies))
+        made.clear()
+        for start in range(0, len(given), READ_ROWS):
+            part = given[start : start + READ_ROWS]
+            numbers = range(block.first + start, block.first + start + len(part))
+            made.extend(_sendable(filling, _checked(filling, part, numbers), copies))
+        return made
     if ready:
         matrix = _checked(filling, [given[i] for i in ready], [block.first + i for i in ready])
         for i, vector in zip(ready, _sendable(filling, matrix, copies), strict=True):
