@@ -14,6 +14,9 @@ from sbert_pg.types.indexed import IndexDescription, signs
 if TYPE_CHECKING:
     from sbert_pg.searching.statement import NearestSelect, Search
 
+#: Names in the first stage. Criteria given as text may name columns without their table, so these
+#: are none that a table has.
+KEY, PLACE, DISTANCE = "nearest_key_", "nearest_place", "nearest_distance"
 #: Rows fetched for each row wanted where criteria turn rows away. An iterative scan ends as soon
 #: as it has enough, and its last rows are less well chosen than its first: at twice as many
 #: recall@10 under a filter that keeps one row in ten rises from .970 to .985, and in a hundred from
@@ -58,8 +61,8 @@ def in_stages(element: NearestSelect, search: Search) -> sa.Select[Any]:
         return plain.order_by(None).order_by(exact, *search.key)
     rows = _candidates(element, search)
     plain._where_criteria = tuple(c for c in plain._where_criteria if c is not search.settings)
-    matches = [column == rows.c[f"key_{i}"] for i, column in enumerate(search.key)]
-    order = [rows.c.place, rows.c.distance] if "distance" in rows.c else [rows.c.place, exact]
+    matches = [column == rows.c[f"{KEY}{i}"] for i, column in enumerate(search.key)]
+    order = [rows.c[PLACE], rows.c.get(DISTANCE, exact)]
     return plain.where(*matches).order_by(None).order_by(*order, *search.key)
 
 
@@ -92,8 +95,8 @@ def _candidates(element: NearestSelect, search: Search) -> sa.Subquery:
     if not _joins(element):
         return placed
     keys = _keys(placed, search)
-    least = [sa.func.min(c).label(c.key) for c in placed.c if not str(c.key).startswith("key_")]
-    return sa.select(*keys, *least).group_by(*keys).subquery("distinct_candidates")
+    least = [sa.func.min(c).label(c.key) for c in placed.c if not str(c.key).startswith(KEY)]
+    return sa.select(*keys, *least).group_by(*keys).subquery("nearest_keys")
 
 
 def _whole(limit: Any, offset: Any, block: Any) -> tuple[Any, Any]:
@@ -105,7 +108,7 @@ def _whole(limit: Any, offset: Any, block: Any) -> tuple[Any, Any]:
 
 def _found(element: NearestSelect, search: Search) -> sa.Select[Any]:
     """Keys and distances of all rows, in the order of the index."""
-    keys = [column.label(f"key_{i}") for i, column in enumerate(search.key)]
+    keys = [column.label(f"{KEY}{i}") for i, column in enumerate(search.key)]
     found = _plain(element).with_only_columns(*keys, maintain_column_froms=True)
     # What shapes the caller's rows and does not choose them stays with the second stage.
     found._with_options = ()
@@ -121,7 +124,7 @@ def _joins(element: NearestSelect) -> bool:
 
 
 def _keys(rows: sa.Subquery, search: Search) -> Sequence[sa.ColumnElement[Any]]:
-    return [rows.c[f"key_{i}"] for i in range(len(search.key))]
+    return [rows.c[f"{KEY}{i}"] for i in range(len(search.key))]
 
 
 def _coarse(found: sa.Select[Any], search: Search, size: tuple[Any, Any]) -> sa.Subquery:
@@ -132,7 +135,7 @@ def _coarse(found: sa.Select[Any], search: Search, size: tuple[Any, Any]) -> sa.
         place: sa.ColumnElement[Any] = _number(0)
     else:
         place = (sa.func.row_number(type_=sa.BigInteger()).over() - _number(1)) // block
-    return sa.select(*_keys(rows, search), place.label("place")).subquery("placed")
+    return sa.select(*_keys(rows, search), place.label(PLACE)).subquery("nearest_rows")
 
 
 def _as_found(found: sa.Select[Any], search: Search, size: tuple[Any, Any]) -> sa.Subquery:
@@ -145,18 +148,18 @@ def _as_found(found: sa.Select[Any], search: Search, size: tuple[Any, Any]) -> s
     wanted, block = size
     distance: Any = found._order_by_clauses[0]
     rows = (
-        found.add_columns(distance.label("distance"))
+        found.add_columns(distance.label(DISTANCE))
         .fetch(wanted, with_ties=True)
         .subquery("candidates")
     )
     number = sa.func.row_number(type_=sa.BigInteger()).over().label("number")
-    follows = (rows.c.distance >= sa.func.lag(rows.c.distance).over()).label("follows")
+    follows = (rows.c[DISTANCE] >= sa.func.lag(rows.c[DISTANCE]).over()).label("follows")
     numbered = sa.select(*rows.c, number, follows).subquery("numbered")
     in_order = sa.func.bool_and(numbered.c.follows).over()
     place = sa.case((in_order, _number(0)), else_=(numbered.c.number - _number(1)) // block).label(
-        "place"
+        PLACE
     )
-    return sa.select(*_keys(numbered, search), numbered.c.distance, place).subquery("placed")
+    return sa.select(*_keys(numbered, search), numbered.c[DISTANCE], place).subquery("nearest_rows")
 
 
 __all__ = ["in_stages", "served"]

@@ -432,6 +432,33 @@ def test_asynchronously(
     assert found == keys(exact(fake_encoder, "gift now"))[:5]
 
 
+def test_criteria_as_text_name_columns_alone(
+    engine: sa.Engine, fake_encoder: DeterministicEncoder
+) -> None:
+    """As the command line passes them on; no name of the search's own is in their way."""
+    table = sa.Table(
+        "candidates",
+        sa.MetaData(),
+        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("place", sa.Text),
+        sa.Column("distance", sa.Integer),
+        sa.Column("number", sa.Integer),
+        sa.Column("vec", sbert_pg.Vector(3)),
+        hnsw_index("candidates_vec", "vec"),
+    )
+    with engine.begin() as connection:
+        table.create(connection)
+        rows = [
+            {"id": n, "place": "here", "distance": n, "number": n, "vec": [1, n, 0]}
+            for n in range(9)
+        ]
+        connection.execute(sa.insert(table), rows)
+        text = sa.text("place = 'here' AND distance > 3 AND number > 4 AND id > 5")
+        for offset in (0, 1):
+            found = connection.execute(nearest(table.c.vec, [1, 0, 0], where=text, offset=offset))
+            assert [row.id for row in found] == [6, 7, 8][offset:]
+
+
 def test_composite_keys(engine: sa.Engine, fake_encoder: DeterministicEncoder) -> None:
     table = sa.Table(
         "part",
