@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,19 +74,21 @@ class Replica:
 
 
 @pytest.fixture
-def replica(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Replica]:
+def replica(request: pytest.FixtureRequest) -> Iterator[Replica]:
     if "SBERT_PG_TEST_DSN" in os.environ:
         pytest.skip("the server's files are out of reach")
     embedded = request.getfixturevalue("embedded")
-    folder = tmp_path / "replica"
-    for path in (folder, folder / "socket"):
-        path.mkdir()
-        path.chmod(0o777)
-    for parent in [tmp_path, *list(tmp_path.parents)[:3]]:
-        parent.chmod(0o755)
-    made = Replica(embedded, folder)
-    yield made
-    made.control("stop", "-m", "immediate")
+    # Not pytest's folder, which the server's own user may not look into.
+    with tempfile.TemporaryDirectory(prefix="sbert-pg-replica-") as name:
+        folder = Path(name)
+        (folder / "socket").mkdir()
+        for path in (folder, folder / "socket"):
+            path.chmod(0o777)
+        made = Replica(embedded, folder)
+        try:
+            yield made
+        finally:
+            made.control("stop", "-m", "immediate")
 
 
 def test_a_replica_that_is_behind_pauses_a_backfill(engine: sa.Engine, replica: Replica) -> None:

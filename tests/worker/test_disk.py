@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,22 +22,22 @@ SIZE = 6 * 2**20
 
 
 @pytest.fixture
-def small_disk(engine: sa.Engine, plain: psycopg.Connection, tmp_path: Path) -> Iterator[Path]:
+def small_disk(engine: sa.Engine, plain: psycopg.Connection) -> Iterator[Path]:
     """A tablespace ``small`` of 6 MB, on a file system of its own."""
     if "SBERT_PG_TEST_DSN" in os.environ:
         pytest.skip("the server's files are out of reach")
-    folder = tmp_path / "disk"
-    folder.mkdir()
+    # Not pytest's folder, which the server's own user may not look into.
+    folder = Path(tempfile.mkdtemp(prefix="sbert-pg-disk-"))
     mount = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(folder)]
     if os.getuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        folder.rmdir()
         pytest.skip("only root may mount a small file system")
     try:
         space = folder / "space"
         space.mkdir()
         owner = Path(str(engine.url.query["host"])).stat()
         os.chown(space, owner.st_uid, owner.st_gid)
-        for parent in [folder, tmp_path, *list(tmp_path.parents)[:3]]:
-            parent.chmod(0o755)
+        folder.chmod(0o755)
         plain.execute(f"CREATE TABLESPACE small LOCATION '{space}'")
         try:
             yield folder
@@ -46,6 +47,7 @@ def small_disk(engine: sa.Engine, plain: psycopg.Connection, tmp_path: Path) -> 
             plain.execute("DROP TABLESPACE small")
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+        folder.rmdir()
 
 
 def test_a_full_disk_is_waited_out_and_nothing_is_lost(
