@@ -135,8 +135,8 @@ class Soak:
                     )
                 else:
                     self.harm(chance)
-            except LOST:
-                time.sleep(0.2)
+            except (*LOST, ProcessLookupError):
+                time.sleep(0.2)  # What was to be harmed has just ended by itself.
 
     def harm(self, chance: random.Random) -> None:
         """One harm."""
