@@ -57,7 +57,8 @@ class VectorComparator(UserDefinedType.Comparator[Any]):
         """
         metric = metric_for(self.expr)
         value = self._operate(metric.operator, other)
-        return sa.literal(metric.offset, sa.Float()) - value if metric.offset else -value
+        # Not "-value", which SQLAlchemy 2.0 gives the type of its left-hand column.
+        return sa.literal(metric.offset, sa.Float()) - value
 
     def _operate(self, operator: str, other: Any) -> sa.ColumnElement[float]:
         return apply_operator(self.expr, operator, other)
