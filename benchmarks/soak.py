@@ -34,7 +34,7 @@ import sqlalchemy as sa
 import sqlalchemy.dialects.postgresql as pg
 from soak_writers import LOST, PARTITIONS, Base, Writers
 
-from sbert_pg import bind_all, catalog
+from sbert_pg import bind_all, catalog, use_encoder
 from sbert_pg.catalog.tables import pending
 from sbert_pg.embedded import EmbeddedServer, embedded_server
 from sbert_pg.types.wire import from_text
@@ -78,6 +78,7 @@ class Soak:
 
     def prepare(self) -> None:
         """Catalog, tables and bindings."""
+        use_encoder(soak_encoder.encoder())
         engine = sa.create_engine(self.url)
         with engine.begin() as connection:
             catalog.upgrade(connection)

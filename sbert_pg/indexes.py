@@ -6,7 +6,7 @@ Alembic sees them. ``distance`` and ``nearest`` read off them which expression t
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import sqlalchemy as sa
 from sqlalchemy import event
@@ -121,7 +121,7 @@ def _index(
         if form != "column":
             expression = expression.label(f"{real.key}_{form}")
             # In place, since copies to other metadata are made from a second name of the list.
-            index.expressions[:] = [expression]
+            cast("list[Any]", index.expressions)[:] = [expression]
         index.dialect_options["postgresql"]["ops"] = {expression.key: opclass}
 
     event.listen(index, "after_parent_attach", complete)

@@ -16,12 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 Positions = npt.NDArray[np.int64]
-#: Squared distances of some rows of the sample to every row of it, shape ``(len(rows), sample)``.
+#: Squared distances of some rows of the sample to every row of it, shape ``(len(rows), sample)``,
+#: in an array that may be written to.
 Distances = Callable[[Positions], npt.NDArray[np.floating]]
 
 #: Rows of the sample, at least: this many for each cluster, and in all.
 SAMPLE_PER_CLUSTER = 10
-SAMPLE_ROWS = 10_000
+SAMPLE_ROWS = 4_096
 #: Squared distances below this share of their mean are rounding, not distance.
 _SAME = 1e-6
 
@@ -56,19 +57,20 @@ def choose_seeds(
     trials = 2 + int(math.log(n_clusters))
     first = int(random.integers(sample))
     chosen = [first]
-    nearest = np.asarray(distances(np.array([first]))[0], dtype=np.float64)
-    floor = _SAME * float(nearest.mean())
-    nearest = np.where(nearest > floor, nearest, 0.0)
+    nearest = distances(np.array([first]))[0]
+    floor = _SAME * float(nearest.mean(dtype=np.float64))
+    nearest[nearest <= floor] = 0.0
     while len(chosen) < n_clusters:
-        cumulated = np.cumsum(nearest)
+        cumulated = np.cumsum(nearest, dtype=np.float64)
         if not cumulated[-1] > 0:
             break
         draws = random.random(trials) * cumulated[-1]
         candidates = np.minimum(np.searchsorted(cumulated, draws, side="right"), sample - 1)
-        found = np.minimum(distances(candidates), nearest)
+        found = distances(candidates)
+        np.minimum(found, nearest, out=found)
         found[found <= floor] = 0.0
-        best = int(found.sum(axis=1).argmin())
-        nearest = np.asarray(found[best], dtype=np.float64)
+        best = int(found.sum(axis=1, dtype=np.float64).argmin())
+        nearest = found[best]
         chosen.append(int(candidates[best]))
     return np.array(chosen, dtype=np.int64)
 
@@ -78,8 +80,9 @@ def distances_in(sample: npt.NDArray[np.float32]) -> Distances:
     squares = np.einsum("ij,ij->i", sample, sample)
 
     def distances(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
-        products = sample[rows] @ sample.T
-        found: npt.NDArray[np.float32] = squares + squares[rows][:, None] - 2 * products
+        found: npt.NDArray[np.float32] = (-2 * sample[rows]) @ sample.T
+        found += squares
+        found += squares[rows][:, None]
         np.maximum(found, 0, out=found)
         return found
 
