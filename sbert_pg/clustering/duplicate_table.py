@@ -209,7 +209,7 @@ def _store(connection: sa.Connection, table: sa.Table, pairs: list[Pair], groups
         for column, reference, part in zip(columns, references, parts, strict=True):
             column.append(part if is_integer(reference) else str(part))
     similarities = np.array([pair.similarity for pair in pairs], dtype=np.float32)
-    write_block(connection, staged, [*columns, similarities, np.array(groups, dtype=np.int32)])
+    write_block(connection, staged, list(staged.columns), [*columns, similarities, groups])
     one, two = rows.alias("one"), rows.alias("two")
     own = [sa.cast(staged.c[f"key_{i}"], c.type) for i, c in enumerate(references)]
     statement = (

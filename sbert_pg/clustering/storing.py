@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sbert_pg.clustering.declaration import Clustering
 from sbert_pg.clustering.rowset import RowSet
 from sbert_pg.clustering.tables import EXEMPLAR_PREFIX
-from sbert_pg.clustering.transfer import Keys, is_integer, write_block
+from sbert_pg.clustering.transfer import Keys, copy_type, is_integer, write_block
 from sbert_pg.types import Vector
 
 #: Share of the rows that lie within a cluster's radius and within a run's ``far_distance``.
@@ -30,12 +30,18 @@ def store_fit(
     centroids: npt.NDArray[np.float32],
     distances: npt.NDArray[np.float32],
 ) -> None:
-    """Store clusters that were computed in this process; rows deleted meanwhile are left out."""
+    """Store clusters that were computed in this process; rows deleted meanwhile are left out.
+
+    Assignments are copied to where they belong. Where a row is gone, or keys are of a type that is
+    not copied as it travels, they are copied aside and joined to the rows that are there.
+    """
     numbers = store_clusters(connection, clustering, run_id, centroids)
     ids = np.append(numbers, 0)[labels]
+    if _copied_at_once(connection, clustering, run_id, keys, ids, distances):
+        return
     table = _staging(clustering)
     table.create(connection, checkfirst=False)
-    write_block(connection, table, [*keys.columns, ids, distances])
+    write_block(connection, table, list(table.columns), [*keys.columns, ids, distances])
     insert_or_retry(
         connection,
         _from_staging(clustering, run_id, table, lock=False),
@@ -43,6 +49,32 @@ def store_fit(
         _from_staging(clustering, run_id, table, lock=True),
     )
     table.drop(connection)
+
+
+def _copied_at_once(
+    connection: sa.Connection,
+    clustering: Clustering,
+    run_id: int,
+    keys: Keys,
+    ids: npt.NDArray[np.int64],
+    distances: npt.NDArray[np.float32],
+) -> bool:
+    """Copy assignments into their table, all or none; tell whether it could be done."""
+    types = [copy_type(connection, key) for key in clustering.row_keys]
+    for key, type_ in zip(clustering.keys, types, strict=True):
+        if type_ is None or is_integer(key) != type_.startswith("int"):
+            return False
+    table = clustering.assignment_table
+    columns = [*clustering.row_keys, *(table.c[name] for name in _VALUES)]
+    clusters = [number or None for number in ids.tolist()]
+    values = [*keys.columns, [run_id] * len(ids), clusters, distances, [True] * len(ids)]
+    try:
+        with connection.begin_nested():
+            write_block(connection, table, columns, values)
+    except psycopg.errors.ForeignKeyViolation:
+        # A row was deleted since it was read.
+        return False
+    return True
 
 
 def store_clusters(

@@ -7,7 +7,7 @@ for each row a 16-bit count of fields and each field as a 32-bit length and its 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -30,6 +30,15 @@ _SORT_COLUMNS = 32
 _PSYCOPG = postgresql.psycopg.dialect()  # type: ignore[no-untyped-call]
 _HEADER = 19
 _LENGTH = struct.Struct(">i")
+_COPIED = {
+    "SMALLINT": "int2",
+    "INTEGER": "int4",
+    "BIGINT": "int8",
+    "TEXT": "text",
+    "VARCHAR": "text",
+    "REAL": "float4",
+    "BOOLEAN": "bool",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,24 +196,29 @@ def read_blocks(
         yield layout.parse(rest)
 
 
+def copy_type(connection: sa.Connection, column: sa.ColumnElement[Any]) -> str | None:
+    """The type by which values of a column are copied into it, or ``None`` where there is none."""
+    name = column.type.compile(connection.dialect)
+    return _COPIED.get(name.partition("(")[0])
+
+
 def write_block(
-    connection: sa.Connection, table: sa.Table, columns: Sequence[KeyColumn | npt.NDArray[Any]]
+    connection: sa.Connection,
+    table: sa.Table,
+    columns: Sequence[sa.Column[Any]],
+    values: Sequence[Iterable[Any]],
 ) -> None:
-    """Copy columns of equal length into a table of ``bigint``, ``text``, ``integer`` and
-    ``real``.
+    """Copy values of equal length into columns of whole numbers, ``text``, ``real`` or
+    ``boolean``.
     """
-    types = [
-        {"BIGINT": "int8", "TEXT": "text", "INTEGER": "int4", "REAL": "float4"}[
-            column.type.compile(connection.dialect)
-        ]
-        for column in table.columns
-    ]
-    statement = f"COPY {_quoted(connection, table)} FROM STDIN (FORMAT binary)"
-    lists = [column.tolist() if isinstance(column, np.ndarray) else column for column in columns]
+    names = ", ".join(connection.dialect.identifier_preparer.quote(c.name) for c in columns)
+    statement = f"COPY {_quoted(connection, table)} ({names}) FROM STDIN (FORMAT binary)"
+    lists = [part.tolist() if isinstance(part, np.ndarray) else part for part in values]
     with _cursor(connection).copy(statement) as copy:
-        copy.set_types(types)
+        copy.set_types([copy_type(connection, column) for column in columns])
+        write = copy.write_row
         for row in zip(*lists, strict=True):
-            copy.write_row(row)
+            write(row)
 
 
 @dataclass(frozen=True, slots=True)
