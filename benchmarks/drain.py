@@ -138,7 +138,11 @@ def server_cpu(postmaster: int) -> float:
 
 def work(url: str, ready: Any, start: Any, threads: int | None, cpu: Any) -> None:
     """One worker process, which has its encoder loaded before the clock starts."""
-    use_encoder(Encoder.load(NAME, threads=threads), name=NAME)
+    encoder = Encoder.load(NAME, threads=threads)
+    use_encoder(encoder, name=NAME)
+    # As warm as the encoder that it is compared with.
+    encoder.encode_document(texts(2 * BATCH))
+    _ = encoder.probe_vectors
     engine = sa.create_engine(url)
     with engine.connect():
         pass
