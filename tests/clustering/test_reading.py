@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from sbert_pg import catalog, registry
 from sbert_pg import clustering as cl
 from sbert_pg.clustering.mapping import project
 from sbert_pg.errors import ClusteringError, DeclarationError
+from sbert_pg.indexes import hnsw_index
 from sbert_pg.types import Embedding
 
 helpers = sys.modules["clustering_app"]
@@ -164,6 +166,23 @@ def test_the_commands(engine: sa.Engine, tmp_path: Path, fake_encoder: Any) -> N
     assert len(pairs) == 30
     table_of_pairs = command(engine, "duplicates", "note", "--threshold", "0.999", "-n", "3")
     assert "30 pairs" in table_of_pairs.stderr
+    by_index = ("duplicates", "note", "--threshold", "0.999", "--method", "index")
+    refused = command(engine, *by_index)
+    assert refused.returncode == 1
+    assert "--method exact" in refused.stderr
+    with engine.begin() as connection:
+        hnsw_index("note_embedding", table.c.embedding).create(connection)
+    found = command(engine, *by_index, "--json")
+    assert sorted((p["a"], p["b"]) for p in json.loads(found.stdout)) == sorted(
+        (p["a"], p["b"]) for p in pairs
+    )
+    assert "Recall of the index, on a sample of rows: 100.0%" in found.stderr
+    # Rows come in twenties that share all words but one: three neighbours do not reach them.
+    few = command(engine, *by_index[:2], "--method", "index", "--neighbours", "3",
+                  "--threshold", "0.1", "--groups")  # fmt: skip
+    recall = re.search(r"Recall of the index, on a sample of rows: ([\d.]+)%", few.stderr)
+    assert recall is not None, few.stderr
+    assert float(recall[1]) < 60
     wrong = command(engine, "cluster", "run", "note", "-k", "many")
     assert wrong.returncode == 1
     assert "10,20,40" in wrong.stderr
