@@ -11,6 +11,7 @@ import threading
 from weakref import WeakKeyDictionary
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.engine import Connection, Dialect
 
 from sbert_pg.catalog import tables
@@ -19,6 +20,25 @@ from sbert_pg.catalog.reading import relation_of
 from sbert_pg.catalog.tables import ATTESTED
 from sbert_pg.spec import EncoderSpec
 from sbert_pg.types.guard import ColumnIdentity
+
+#: Bits of ``pg_trigger.tgtype``.
+_ROW = 1
+_BEFORE = 2
+
+_trigger = sa.table(
+    "pg_trigger",
+    sa.column("tgrelid", pg.OID),
+    sa.column("tgtype", sa.SmallInteger),
+    sa.column("tgisinternal", sa.Boolean),
+    sa.column("tgenabled", sa.Text),
+    schema="pg_catalog",
+)
+_inherits = sa.table(
+    "pg_inherits",
+    sa.column("inhrelid", pg.OID),
+    sa.column("inhparent", pg.OID),
+    schema="pg_catalog",
+)
 
 _held: WeakKeyDictionary[Dialect, dict[EncoderSpec, frozenset[int]]] = WeakKeyDictionary()
 _lock = threading.Lock()
@@ -38,8 +58,15 @@ def check_column(
     return True if held.final else None
 
 
-def attest_column(connection: Connection, identity: ColumnIdentity, spec: EncoderSpec) -> None:
+def attest_column(connection: Connection, identity: ColumnIdentity, spec: EncoderSpec) -> int:
     """Vouch for the writer of this transaction; one round trip where the column has been held.
+
+    The same statement looks for triggers that may rewrite what is written. So the answer is that of
+    the transaction, whatever table its search path means, and costs no statement of its own.
+
+    Returns:
+        The events on which a ``BEFORE`` row trigger of the table, or of a partition, is called:
+        bits of ``pg_trigger.tgtype``, 0 where there is no such trigger.
 
     Raises:
         EncoderMismatchError: the column belongs to another encoder.
@@ -48,17 +75,41 @@ def attest_column(connection: Connection, identity: ColumnIdentity, spec: Encode
     if known:
         c = tables.embedding_column.c
         found = connection.execute(
-            sa.select(including(ATTESTED, sa.cast(c.id, sa.Text))).where(
+            sa.select(
+                including(ATTESTED, sa.cast(c.id, sa.Text)), _rewriting(connection, identity)
+            ).where(
                 c.relation == relation_of(connection, identity),
                 c.column_name == identity.column,
                 c.id.in_(known),
             )
         ).first()
         if found is not None:
-            return
+            return int(found[1])
     held = _hold(connection, identity, spec)
-    if held is not None:
-        attest(connection, held.binding_id)
+    if held is None:
+        return 0
+    attest(connection, held.binding_id)
+    return int(connection.execute(sa.select(_rewriting(connection, identity))).scalar_one())
+
+
+def _rewriting(connection: Connection, identity: ColumnIdentity) -> sa.ColumnElement[int]:
+    """Events of the ``BEFORE`` row triggers of a table and its partitions, all in one number.
+
+    None of them is the library's: its triggers on tables of an application come after.
+    """
+    root = sa.cast(relation_of(connection, identity), pg.OID)
+    # Not pg_partition_tree(), which locks every partition until the transaction ends.
+    family = sa.select(root.label("oid")).cte("family", recursive=True)
+    family = family.union_all(
+        sa.select(_inherits.c.inhrelid).where(_inherits.c.inhparent == family.c.oid)
+    )
+    of_row = _trigger.c.tgtype.op("&")(_ROW | _BEFORE) == _ROW | _BEFORE
+    return (
+        sa.select(sa.func.coalesce(sa.func.bit_or(_trigger.c.tgtype), 0))
+        .join_from(family, _trigger, _trigger.c.tgrelid == family.c.oid)
+        .where(of_row, ~_trigger.c.tgisinternal, _trigger.c.tgenabled != "D")
+        .scalar_subquery()
+    )
 
 
 def _hold(connection: Connection, identity: ColumnIdentity, spec: EncoderSpec) -> Held | None:

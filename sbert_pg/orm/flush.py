@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
-from weakref import ReferenceType, ref
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +17,7 @@ from sqlalchemy.orm.base import PassiveFlag
 from sbert_pg.errors import DeclarationError
 from sbert_pg.filling import NOT_KNOWN, Text, TextJob, encode_jobs
 from sbert_pg.orm.attributes import EmbeddingAttribute, attributes_of
-from sbert_pg.orm.rechecking import recheck, remember
+from sbert_pg.orm.rechecking import note_made, recheck, remember, was_made
 from sbert_pg.orm.rereading import Key, locked_sources
 from sbert_pg.orm.statements import embed_statement
 
@@ -35,8 +33,6 @@ SessionTarget = (
 
 #: Says of a session or session class that it has the listeners.
 _MARK = "_sbert_pg_embeds_on_flush"
-#: Where an object's state remembers which of its vectors the flush made, and from which text.
-_MADE = "sbert_pg.made"
 
 
 def embed_on_flush(target: SessionTarget) -> None:
@@ -124,7 +120,7 @@ def _before_flush(session: Session, context: Any, instances: Any) -> None:
     for state, attribute, text in texts:
         _add(jobs, state, attribute, text)
     encode_jobs(jobs)
-    remember(context, ((s, a) for s, a, text in texts if text is not NOT_KNOWN))
+    remember(context, (entry for entry in texts if entry[2] is not NOT_KNOWN))
 
 
 def _change(state: InstanceState[Any], attribute: EmbeddingAttribute) -> _Partial | None:
@@ -164,12 +160,7 @@ def _is_given(state: InstanceState[Any], attribute: EmbeddingAttribute, vector: 
     ``None`` is no vector, as a dataclass's ``__init__`` assigns it. A flush that failed leaves its
     vectors in objects that the rollback made new again.
     """
-    return vector is not None and not _was_made(state, attribute, vector)
-
-
-def _was_made(state: InstanceState[Any], attribute: EmbeddingAttribute, vector: Any) -> bool:
-    made = state.info.get((_MADE, attribute.key))
-    return made is not None and made[0]() is vector
+    return vector is not None and not was_made(state, attribute, vector)
 
 
 def _text_of_new(state: InstanceState[Any], attribute: EmbeddingAttribute) -> Text:
@@ -193,8 +184,7 @@ def _add(
     """Have a text encoded; a text that is ``NULL`` takes its vector along at once."""
     if isinstance(text, str):
         current = state.dict.get(attribute.key)
-        made = current is not None and _was_made(state, attribute, current)
-        if made and state.info[_MADE, attribute.key][1] == _digest(text):
+        if current is not None and was_made(state, attribute, current, text):
             return
         jobs.append(_job(state, attribute, text))
     elif text is None and (state.key is not None or state.dict.get(attribute.key) is not None):
@@ -205,15 +195,10 @@ def _job(state: InstanceState[Any], attribute: EmbeddingAttribute, text: str) ->
     instance = state.obj()
 
     def store(vector: npt.NDArray[np.float32]) -> None:
-        made: ReferenceType[Any] = ref(vector)
         setattr(instance, attribute.key, vector)
-        state.info[_MADE, attribute.key] = (made, _digest(text))
+        note_made(state, attribute, vector, text)
 
     return TextJob(attribute.filling, text, store, lambda: f"{attribute.key} of {_label(state)}")
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _label(state: InstanceState[Any]) -> str:

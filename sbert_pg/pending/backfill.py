@@ -320,8 +320,9 @@ class _Run:
         unchanged, _ = self._rows.lock_unchanged(connection, rows)
         due = {key: vectors[key] for key in vectors if key in unchanged}
         if due:
-            self._rows.write(connection, due)
+            # Marks first: a BEFORE trigger that rewrites the text has the write itself make one.
             self._remove_marks(connection, list(due))
+            self._rows.write(connection, due)
         return unchanged
 
     def _remove_marks(self, connection: Connection, keys: list[str]) -> None:

@@ -174,7 +174,9 @@ BEGIN
                 v_marked := FOUND;
             END IF;
             IF v_vector_changed AND %10$s THEN
-                v_fresh := true;
+                -- Who holds the row leaves its text alone. If that changes in the same statement, a
+                -- BEFORE trigger has rewritten it, and the vector is that of the text before.
+                v_fresh := NOT v_source_changed;
             ELSIF v_source_changed OR v_vector_changed THEN
                 v_fresh := (NEW.%6$I IS NULL AND v_no_text)
                     OR (v_source_changed AND v_vector_changed

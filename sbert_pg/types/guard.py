@@ -49,8 +49,12 @@ class ColumnIdentity(NamedTuple):
 #: ``None`` where it is bound and the answer is not final, since the transaction that sealed it may
 #: still be rolled back.
 Check = Callable[[Connection, ColumnIdentity, EncoderSpec], "bool | None"]
-#: Vouches for a bound column's encoder until the transaction or savepoint ends.
-Attest = Callable[[Connection, ColumnIdentity, EncoderSpec], None]
+#: Vouches for a bound column's encoder until the transaction or savepoint ends; returns the events,
+#: ``INSERTING`` and ``UPDATING`` in one number, on which triggers of the table may rewrite a row.
+Attest = Callable[[Connection, ColumnIdentity, EncoderSpec], "int | None"]
+#: Events of a trigger, as the bits of ``pg_trigger.tgtype``.
+INSERTING = 4
+UPDATING = 16
 
 _check: Check | None
 _attest: Attest | None
@@ -69,6 +73,7 @@ class _Use:
 
 
 _Key = tuple[ColumnIdentity, EncoderSpec]
+_Table = tuple[str | None, str]
 
 
 class _Watched:
@@ -82,6 +87,8 @@ class _Watched:
         #: What holds until a transaction or savepoint ends.
         self.answers: WeakKeyDictionary[Transaction, dict[_Key, bool]] = WeakKeyDictionary()
         self.attested: WeakKeyDictionary[Transaction, set[_Key]] = WeakKeyDictionary()
+        #: By outermost transaction, what the last attestation said of a table's triggers.
+        self.rewriting: WeakKeyDictionary[Transaction, dict[_Table, int]] = WeakKeyDictionary()
 
 
 _watched: WeakKeyDictionary[Dialect, _Watched] = WeakKeyDictionary()
@@ -130,6 +137,7 @@ def forget(dialect: Dialect) -> None:
         watched.unbound.clear()
         watched.answers.clear()
         watched.attested.clear()
+        watched.rewriting.clear()
 
 
 def ensure(connection: Connection, identity: ColumnIdentity, spec: EncoderSpec) -> bool:
@@ -195,9 +203,36 @@ def _vouch(watched: _Watched, connection: Connection, key: _Key) -> None:
     scopes = _scopes(connection)
     if _attest is None or any(key in watched.attested.get(scope, ()) for scope in scopes):
         return
-    _attest(connection, *key)
+    _attest_one(watched, connection, key)
     if scopes:
         watched.attested.setdefault(scopes[-1], set()).add(key)
+
+
+def _attest_one(watched: _Watched, connection: Connection, key: _Key) -> None:
+    events = _attest(connection, *key) if _attest is not None else None
+    transaction = connection.get_transaction()
+    if transaction is not None:
+        table = (key[0].schema, key[0].table)
+        watched.rewriting.setdefault(transaction, {})[table] = events or 0
+
+
+def may_rewrite(connection: Connection, table: sa.Table, events: int) -> bool:
+    """Whether triggers may have rewritten rows that this transaction has written with vectors.
+
+    Args:
+        connection: the connection that wrote them, in the same transaction.
+        table: the table.
+        events: ``INSERTING``, ``UPDATING`` or both.
+
+    Returns:
+        Whether the table, or a partition, has a ``BEFORE`` row trigger for such an event. ``False``
+        where the table is not bound, or the transaction has not vouched for a vector of it.
+    """
+    watched, transaction = _watched.get(connection.dialect), connection.get_transaction()
+    if watched is None or transaction is None:
+        return False
+    known = watched.rewriting.get(transaction, {})
+    return bool(known.get((table.schema, table.name), 0) & events)
 
 
 def _scopes(connection: Connection) -> list[Transaction]:
@@ -270,8 +305,7 @@ def _execute_alone(
     aside.execute("BEGIN")
     try:
         for key in writes:
-            if _attest is not None:
-                _attest(connection, *key)
+            _attest_one(_watched[connection.dialect], connection, key)
         if len(rest) == 1:
             context.dialect.do_execute_no_params(cursor, statement, context)
         elif isinstance(rest[0], (list, tuple)) and context.executemany:
