@@ -20,6 +20,7 @@ from alembic.util.sqla_compat import _get_constraint_final_name
 from sbert_pg import catalog
 from sbert_pg.alembic import differing, ops
 from sbert_pg.alembic.declaration import Declaration, IndexDefinition, definition_of, method_of
+from sbert_pg.alembic.dropping import in_drop_order
 from sbert_pg.alembic.index_ops import CreateVectorIndexOp, DropVectorIndexOp
 from sbert_pg.alembic.reading import indexes_of, same
 from sbert_pg.alembic.toimpl import reached
@@ -78,7 +79,8 @@ class Comparison:
 
     def read(self, upgrade_ops: UpgradeOps) -> None:
         """Sort Alembic's operations, and replace those that are about embedding columns."""
-        found = [op for op in upgrade_ops.ops if getattr(op, "schema", None) != catalog.SCHEMA]
+        ordered = in_drop_order(upgrade_ops.ops, self.key)
+        found = [op for op in ordered if getattr(op, "schema", None) != catalog.SCHEMA]
         dropped = {
             self.key(op.schema, op.table_name)
             for op in found

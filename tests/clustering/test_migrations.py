@@ -66,3 +66,24 @@ def test_tables_and_views_are_migrated(tmp_path: Path, bare_database_url: sa.URL
     app.upgrade()
     assert app.check() == ""
     app.engine.dispose()
+
+
+def test_a_clustering_is_given_up(tmp_path: Path, bare_database_url: sa.URL) -> None:
+    """Its tables refer to one another, and go in an order in which they can."""
+    app = Application(tmp_path, bare_database_url)
+    app.models(MODELS)
+    app.step()
+    app.models(MODELS.partition("topics =")[0])
+    written = app.step().partition("def downgrade")[0]
+    places = [
+        written.index(f"op.drop_table('article_cluster{n}')") for n in ("_assignment", "", "_run")
+    ]
+    assert places == sorted(places)
+    assert not TABLES & set(sa.inspect(app.engine).get_table_names())
+    assert app.check() == ""
+    app.downgrade("-1")
+    assert set(sa.inspect(app.engine).get_table_names()) >= TABLES
+    app.upgrade()
+    app.models("")
+    assert "op.drop_table('article')" in app.step()
+    app.engine.dispose()
