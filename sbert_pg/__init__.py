@@ -87,11 +87,11 @@ def _check_column(connection: Any, identity: Any, spec: EncoderSpec) -> bool | N
     return joining.check_column(connection, identity, spec)
 
 
-def _attest_column(connection: Any, identity: Any, spec: EncoderSpec) -> None:
+def _attest_column(connection: Any, identity: Any, spec: EncoderSpec) -> int:
     """Vouch for a declared encoder in the running transaction."""
     from sbert_pg.catalog import joining
 
-    joining.attest_column(connection, identity, spec)
+    return joining.attest_column(connection, identity, spec)
 
 
 registry.set_loader(_load_encoder)

@@ -63,7 +63,8 @@ def load(
 
     The texts of the next rows are encoded while the vectors of the last ones are written through
     binary COPY. A vector that a row brings is stored as it is. A row whose source is ``NULL``
-    altogether gets no vector.
+    altogether gets no vector. Where a ``BEFORE INSERT`` row trigger may change a text on its way,
+    nothing is encoded and the rows are pending, for a worker to follow.
 
     All rows or none: after an error the transaction is as it was before the call, and can go on.
     With ``commit_every`` the rows are committed as they come; ``LoadError.committed``, or the last
@@ -177,6 +178,7 @@ class _Loading:
         plan = Plan(self.table, self.names, first)
         writer = Writer(self.connection, self.table, plan.columns, inserts=plan.inserts)
         plan.convert_for(self.connection.dialect, writer.copies)
+        self._vouch(plan)
         waiting: deque[tuple[_Block, Future[list[list[Any]]]]] = deque()
         executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sbert-pg-load")
         try:
@@ -194,17 +196,44 @@ class _Loading:
     def _write(
         self, plan: Plan, writer: Writer, block: _Block, future: Future[list[list[Any]]]
     ) -> None:
-        rows = list(zip(*block.columns, *wait_for(future), strict=True))
-        for filling in plan.fillings:
-            identity = guard.identity_of(filling.column)
-            if identity is not None:
-                guard.ensure_writable(self.connection, identity, filling.spec)
+        vectors = wait_for(future)
+        self._vouch(plan)
+        for position in plan.left:
+            # Blocks that were encoded before a trigger was made, between two commits.
+            texts = block.texts[position]
+            vectors[position] = [
+                vector if text is None else None
+                for vector, text in zip(vectors[position], texts, strict=True)
+            ]
+        rows = list(zip(*block.columns, *vectors, strict=True))
         writer.write(rows, block.first)
         self.written += len(rows)
         if self.commit_every is not None and self.written - self.committed >= self.commit_every:
             self._commit()
         if self.progress is not None:
             self.progress(self.written)
+
+    def _vouch(self, plan: Plan) -> None:
+        """Vouch for the encoders, and see which columns have to be left to a worker.
+
+        A ``BEFORE`` trigger may give a row another text than was encoded, and COPY does not tell
+        what became of a row. So rows are written without vectors there, and are pending.
+        """
+        for position, filling in enumerate(plan.fillings):
+            identity = guard.identity_of(filling.column)
+            if identity is None:
+                continue
+            guard.ensure_writable(self.connection, identity, filling.spec)
+            if not guard.may_rewrite(self.connection, self.table, guard.INSERTING):
+                continue
+            if not filling.column.nullable:
+                raise DeclarationError(
+                    f"load: a BEFORE trigger of {self.table.fullname!r} may change the source of "
+                    f"{filling.column.name!r}, so its rows would have to wait for their vectors, "
+                    "and the column takes no NULL. Use session.add_all(), or disable the trigger "
+                    "while loading."
+                )
+            plan.left.add(position)
 
     def _commit(self) -> None:
         self.connection.commit()

@@ -54,6 +54,8 @@ class Plan:
     ) -> None:
         _require_mapping(first, 0)
         self.fillings = fillings_of(table)
+        #: Positions of those that a worker is to fill.
+        self.left: set[int] = set()
         self._names = names
         embedding = {filling.column for filling in self.fillings}
         self._key_of = {column: key for key, column in names.items()}
@@ -177,6 +179,8 @@ class Plan:
         Raises:
             LoadError: a value is an SQL expression.
         """
+        if position in self.left:
+            return [None] * len(given)
         places = self._source_positions[position]
         return [
             None

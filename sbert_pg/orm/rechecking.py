@@ -89,6 +89,8 @@ def recheck(session: Session, context: Any) -> None:
                 states[key] = seen.state
         again = write_again(session, mapper, attribute, texts) if texts else {}
         for key, (text, vector) in again.items():
+            if key not in states:
+                continue
             set_committed_value(states[key].obj(), attribute.key, vector)
             if text is not None and vector is not None:
                 note_made(states[key], attribute, vector, text)
@@ -154,7 +156,8 @@ def write_again(
     for attempt in range(_TRIES + 1):
         rows = locked_sources(session, mapper, attribute, list(expected))
         now = {key: attribute.filling.text_of(list(row.values())) for key, row in rows.items()}
-        other = {key: text for key, text in now.items() if text != expected[key]}
+        # A key may come back in another form (padded, or as another type) than it was sent.
+        other = {k: text for k, text in now.items() if text != expected.get(k, NOT_KNOWN)}
         if not other:
             break
         vectors: dict[Key, Vectors | None] = dict.fromkeys(other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,13 +13,17 @@ from sqlalchemy.orm import Mapper, ORMExecuteState, Session
 from sbert_pg.errors import DeclarationError
 from sbert_pg.filling import NOT_KNOWN, Text, TextJob, encode_jobs
 from sbert_pg.orm.attributes import EmbeddingAttribute, attributes_of
-from sbert_pg.orm.rereading import locked_sources
+from sbert_pg.orm.rechecking import write_again
+from sbert_pg.orm.rereading import Key, locked_sources
+from sbert_pg.types import guard
 
 Row = dict[str, Any]
 
 
 #: Strategies that take column names and leave attributes alone; so does this module.
 _OTHER_STRATEGIES = frozenset({"raw", "core_only"})
+#: Types of key values that a row can be found by.
+_PLAIN = (int, str, uuid.UUID)
 
 
 def embed_statement(state: ORMExecuteState) -> Any:
@@ -31,6 +36,7 @@ def embed_statement(state: ORMExecuteState) -> Any:
         return None
     given = state.parameters
     rows = [dict(row) for row in ([given] if isinstance(given, Mapping) else given)]
+    checks: list[tuple[EmbeddingAttribute, dict[Key, Text]]] = []
     for attribute in attributes:
         if _is_set_apart(state.statement, attribute):
             continue
@@ -39,8 +45,65 @@ def embed_statement(state: ORMExecuteState) -> Any:
             if state.is_insert
             else _updated(state.session, mapper, attribute, rows)
         )
+        if _may_be_rewritten(state, mapper, attribute, texts):
+            checks.append((attribute, _to_check(state, attribute, rows, texts)))
         _fill(mapper, attribute, rows, texts)
-    return state.invoke_statement(params=rows[0] if isinstance(given, Mapping) else rows)
+    result = state.invoke_statement(params=rows[0] if isinstance(given, Mapping) else rows)
+    for attribute, written in checks:
+        if written:
+            write_again(state.session, mapper, attribute, written)
+    return result
+
+
+def _may_be_rewritten(
+    state: ORMExecuteState, mapper: Mapper[Any], attribute: EmbeddingAttribute, texts: list[Text]
+) -> bool:
+    """Whether ``BEFORE`` triggers of the table may give the rows other texts than these."""
+    identity = guard.identity_of(attribute.filling.column)
+    if identity is None or not any(isinstance(text, str) for text in texts):
+        return False
+    connection = state.session.connection(bind_arguments={"mapper": mapper})
+    guard.ensure_writable(connection, identity, attribute.filling.spec)
+    events = guard.INSERTING if state.is_insert else guard.UPDATING
+    if _has_on_conflict(state.statement):
+        events |= guard.UPDATING
+    return guard.may_rewrite(connection, attribute.table, events)
+
+
+def _to_check(
+    state: ORMExecuteState, attribute: EmbeddingAttribute, rows: list[Row], texts: list[Text]
+) -> dict[Key, Text]:
+    """By key the texts that are to be compared afterwards; rows that cannot be are left pending.
+
+    They cannot be where the key is the server's to give, where the statement may write another row
+    (``ON CONFLICT``), and where it returns rows, which would come with the first vector.
+
+    Raises:
+        DeclarationError: such a row, in a table where the vector has to be there.
+    """
+    returning: Any = getattr(state.statement, "_returning", None)
+    findable = not (_has_on_conflict(state.statement) or returning)
+    found: dict[Key, Text] = {}
+    for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        if not isinstance(text, str):
+            continue
+        key = tuple(row.get(name) for name in attribute.row_keys)
+        if findable and all(isinstance(part, _PLAIN) for part in key):
+            found[key] = text
+            continue
+        if not attribute.filling.column.nullable:
+            raise DeclarationError(
+                f"A BEFORE trigger of {attribute.table.fullname} may change the source of "
+                f"{attribute.key!r}, and row {number} could not be found again to compare. Use "
+                "session.add_all(), or give the primary key and use neither ON CONFLICT nor "
+                "RETURNING, or let the column take NULL."
+            )
+        texts[number] = None if state.is_insert or attribute.key in row else NOT_KNOWN
+    return found
+
+
+def _has_on_conflict(statement: Any) -> bool:
+    return getattr(statement, "_post_values_clause", None) is not None
 
 
 def _is_of(state: ORMExecuteState, mapper: Mapper[Any]) -> bool:

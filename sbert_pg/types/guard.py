@@ -201,7 +201,11 @@ def _is_bound(watched: _Watched, connection: Connection, key: _Key, writes: bool
 def _vouch(watched: _Watched, connection: Connection, key: _Key) -> None:
     """Attest once in a transaction; a savepoint rolled back takes its attestations along."""
     scopes = _scopes(connection)
-    if _attest is None or any(key in watched.attested.get(scope, ()) for scope in scopes):
+    if _attest is None:
+        return
+    # Under autocommit an attestation ends with what is committed next, which is not seen here.
+    alone = getattr(connection.connection.dbapi_connection, "autocommit", False)
+    if not alone and any(key in watched.attested.get(scope, ()) for scope in scopes):
         return
     _attest_one(watched, connection, key)
     if scopes:

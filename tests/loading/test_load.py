@@ -24,6 +24,7 @@ from write_models import (
     Line,
     Page,
     RecordingEncoder,
+    Strict,
     create,
     embedding,
     pending,
@@ -495,3 +496,54 @@ def test_memory_is_bounded(tables: sa.Engine, encoder: RecordingEncoder) -> None
     few, many = peak(20_000), peak(200_000)
     assert many < 60_000_000
     assert many < 1.3 * few
+
+
+class TestBeforeTriggers:
+    """A trigger of the application's may rewrite a text that was encoded already."""
+
+    def trigger(self, engine: sa.Engine, table: str, events: str) -> None:
+        with engine.begin() as connection:
+            connection.exec_driver_sql(
+                "CREATE OR REPLACE FUNCTION trim_title() RETURNS trigger LANGUAGE plpgsql AS "
+                "$$ BEGIN NEW.title := btrim(NEW.title); RETURN NEW; END $$"
+            )
+            connection.exec_driver_sql(
+                f"CREATE TRIGGER trim_title BEFORE {events} ON {table} "
+                "FOR EACH ROW EXECUTE FUNCTION trim_title()"
+            )
+
+    def test_rows_are_left_pending(self, tables: sa.Engine, encoder: RecordingEncoder) -> None:
+        self.trigger(tables, "article", "INSERT OR UPDATE")
+        rows = [{"title": " a "}, {"title": "b"}, {"title": None}]
+        with tables.begin() as connection:
+            assert load(connection, Article, rows) == 3
+        assert encoder.batches == []
+        assert require_true_or_pending(tables, encoder, Article) == (0, 2)
+        with tables.begin() as connection:
+            load(connection, Article, [{"title": "given", "embedding": encoder._vector("given")}])
+        assert require_true_or_pending(tables, encoder, Article) == (1, 2)
+
+    def test_trigger_for_updates_alone(self, tables: sa.Engine, encoder: RecordingEncoder) -> None:
+        self.trigger(tables, "article", "UPDATE")
+        with tables.begin() as connection:
+            load(connection, Article, titles(3))
+        assert require_true_or_pending(tables, encoder, Article) == (3, 0)
+
+    def test_trigger_made_between_two_commits(
+        self, tables: sa.Engine, encoder: RecordingEncoder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(loader, "BLOCK_ROWS", 256)
+
+        def progress(written: int) -> None:
+            if written == 256:
+                self.trigger(tables, "article", "INSERT")
+
+        rows = ({"title": f" t{i} "} for i in range(1024))
+        with tables.connect() as connection:
+            load(connection, Article, rows, commit_every=256, progress=progress)
+        assert require_true_or_pending(tables, encoder, Article) == (256, 768)
+
+    def test_vector_that_has_to_be_there(self, tables: sa.Engine, encoder: Any) -> None:
+        self.trigger(tables, "strict", "INSERT")
+        with tables.begin() as connection, pytest.raises(DeclarationError, match="takes no NULL"):
+            load(connection, Strict, titles(2))
