@@ -54,7 +54,7 @@ def _referred(op: DropTableOp, key: Callable[[str | None, str], Key]) -> set[Key
 def _sorted(referred: dict[Key, set[Key]]) -> list[Key]:
     """Tables before those that they refer to; by name where tables refer in a circle."""
     names = sorted(referred, key=lambda table: (table[0] or "", table[1]))
-    sorter = TopologicalSorter[Key]()
+    sorter: TopologicalSorter[Key] = TopologicalSorter()
     for table in names:
         sorter.add(table)
         for other in sorted(referred[table], key=str):

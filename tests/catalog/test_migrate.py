@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import alembic
 import pytest
 import sqlalchemy as sa
 from alembic import command
@@ -23,6 +24,8 @@ from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
 from sbert_pg.sql import load
 from sbert_pg.types.guard import ColumnIdentity
+
+ALEMBIC = tuple(int(part) for part in alembic.__version__.split(".")[:2])
 
 
 @pytest.fixture
@@ -85,7 +88,8 @@ def test_the_history_gives_the_tables_that_the_code_knows(engine: sa.Engine) -> 
                 "include_name": lambda name, kind, parents: kind != "schema" or name == "sbert",
                 "version_table_schema": "sbert",
                 "compare_type": True,
-                "compare_server_default": True,
+                # Before 1.14, Alembic takes one default for two where a function has a schema.
+                "compare_server_default": ALEMBIC >= (1, 14),
             },
         )
         assert compare_metadata(context, tables.metadata) == []
