@@ -119,6 +119,12 @@ class NearestSelect(sa.Select[Any]):
         return more or self._offset_clause is not None or self.filters
 
     @property
+    def has_ties(self) -> bool:
+        """Whether the key breaks ties of what the index gives, in one and the same order."""
+        search = self._search
+        return self.keeps_order and bool(search.key) and not search.correlated
+
+    @property
     def keeps_order(self) -> bool:
         """Whether the order is still that of the search."""
         clauses = self._order_by_clauses
@@ -128,9 +134,21 @@ class NearestSelect(sa.Select[Any]):
 @compiles(NearestSelect)  # type: ignore[no-untyped-call,untyped-decorator,unused-ignore]
 def _compile_nearest(element: NearestSelect, compiler: Any, **options: Any) -> str:
     toplevel = not compiler.stack
-    statement = in_stages(element, element._search) if element.has_stages else element
+    statement: sa.Select[Any] = element
+    if element.has_stages or (element.has_ties and not _sorts_by_prefix(compiler.dialect)):
+        statement = in_stages(element, element._search)
     text: str = compiler.visit_select(statement, **options)
     return _in_order(text, compiler, element._search) if toplevel and element.keeps_order else text
+
+
+def _sorts_by_prefix(dialect: sa.Dialect) -> bool:
+    """Whether an index that orders by distance serves an order by distance and then by key.
+
+    From PostgreSQL 17 on it does, by an incremental sort. Before, the planner takes an index for an
+    order by operators only where it gives the whole order, and would read the table instead.
+    """
+    version: tuple[int, ...] | None = getattr(dialect, "server_version_info", None)
+    return version is None or version >= (17,)
 
 
 def _in_order(text: str, compiler: Any, search: Search) -> str:
