@@ -10,7 +10,7 @@ from sqlalchemy.engine import Connection
 from sbert_pg.catalog import tables
 from sbert_pg.catalog.record import Binding, from_row, pg_class, pg_namespace, select_bindings
 from sbert_pg.catalog.tables import SCHEMA
-from sbert_pg.errors import CatalogError
+from sbert_pg.errors import CatalogError, DeclarationError
 from sbert_pg.types.guard import ColumnIdentity
 
 
@@ -80,10 +80,19 @@ def installed(connection: Connection) -> bool:
 
 
 def identity_of(column: ColumnIdentity | sa.Column[Any]) -> ColumnIdentity:
-    """Schema, table and column of a column of a table."""
+    """Schema, table and column of a column of a table.
+
+    Raises:
+        DeclarationError: it is neither.
+    """
     if isinstance(column, ColumnIdentity):
         return column
-    table = column.table
+    table = getattr(column, "table", None)
+    if table is None or not hasattr(table, "name"):
+        raise DeclarationError(
+            f"{column!r} is no column of a table; pass Article.__table__.c.embedding or a "
+            "ColumnIdentity(schema, table, column)."
+        )
     return ColumnIdentity(getattr(table, "schema", None), table.name, column.name)
 
 
