@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -39,6 +40,11 @@ def program(request: pytest.FixtureRequest) -> Callable[[str], str]:
             found = shutil.which(name)
             if found is None:
                 pytest.skip(f"{name} is not installed")
+            with request.getfixturevalue("engine").connect() as connection:
+                server: Any = connection.dialect.server_version_info
+            said = subprocess.run([found, "--version"], capture_output=True, text=True).stdout
+            if int(re.findall(r"\d+", said)[0]) < server[0]:
+                pytest.skip(f"{said.strip()} is older than the server, {server[0]}")
             return found
         return str(Path(request.getfixturevalue("embedded")._server.bin_path) / name)
 
