@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import sqlalchemy as sa
 from sqlalchemy import event
-from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker
 from sqlalchemy.orm import InstanceState, Session, scoped_session, sessionmaker
 from sqlalchemy.orm.base import PassiveFlag
 
@@ -21,15 +21,18 @@ from sbert_pg.orm.rechecking import note_made, recheck, remember, was_made
 from sbert_pg.orm.rereading import Key, locked_sources
 from sbert_pg.orm.statements import embed_statement
 
-SessionTarget = (
-    Session
-    | type[Session]
-    | sessionmaker[Any]
-    | scoped_session[Any]
-    | AsyncSession
-    | async_sessionmaker[Any]
-    | async_scoped_session[Any]
-)
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker
+
+    SessionTarget = (
+        Session
+        | type[Session]
+        | sessionmaker[Any]
+        | scoped_session[Any]
+        | AsyncSession
+        | async_sessionmaker[Any]
+        | async_scoped_session[Any]
+    )
 
 #: Says of a session or session class that it has the listeners.
 _MARK = "_sbert_pg_embeds_on_flush"
@@ -62,9 +65,13 @@ def embed_on_flush(target: SessionTarget) -> None:
 
 def _listened(target: Any) -> Any:
     """The session or session class that the listeners are put on."""
-    if isinstance(target, (async_scoped_session, scoped_session)):
+    if isinstance(target, scoped_session):
         return _listened(target.session_factory)
-    if isinstance(target, async_sessionmaker):
+    # Importing this needs greenlet. Where nobody has, the target is nothing of it.
+    asynchronous: Any = sys.modules.get("sqlalchemy.ext.asyncio")
+    if asynchronous is not None and isinstance(target, asynchronous.async_scoped_session):
+        return _listened(target.session_factory)
+    if asynchronous is not None and isinstance(target, asynchronous.async_sessionmaker):
         base: Any = target.kw.get("sync_session_class") or target.class_.sync_session_class
         if not isinstance(base, type) or getattr(base, _MARK, False):
             return _listened(base)
@@ -72,7 +79,7 @@ def _listened(target: Any) -> Any:
         own = type("EmbeddingSession", (base,), {})
         target.configure(sync_session_class=own)
         return own
-    if isinstance(target, AsyncSession):
+    if asynchronous is not None and isinstance(target, asynchronous.AsyncSession):
         return target.sync_session
     if isinstance(target, sessionmaker):
         return target.class_  # which the factory has to itself

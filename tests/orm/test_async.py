@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -153,3 +155,18 @@ async def test_load(async_sessions: Any, tables: sa.Engine, encoder: Any) -> Non
         assert await session.run_sync(load, Article, rows) == 5000
         await session.commit()
     assert require_true_or_pending(tables, encoder, Article) == (5000, 0)
+
+
+def test_nothing_needs_greenlet_before_something_is_asynchronous() -> None:
+    """SQLAlchemy 2.1 does not bring it."""
+    code = (
+        "import sys; sys.modules['greenlet'] = None\n"
+        "import sbert_pg, sbert_pg.cli.app\n"
+        "from sqlalchemy.orm import Session, scoped_session, sessionmaker\n"
+        "for name in sbert_pg.__all__: getattr(sbert_pg, name)\n"
+        "sbert_pg.cli.app.build_app()\n"
+        "for target in (Session(), sessionmaker(), scoped_session(sessionmaker())):\n"
+        "    sbert_pg.embed_on_flush(target)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
