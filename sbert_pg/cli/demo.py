@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,7 +92,15 @@ def demo(
         _print_answers(text, rows, seconds)
     _print_statements(answers[0][0], limit)
     if question is None:
-        common.out.print('Your own question:  [b]sbert-pg demo "how do I ..."[/]')
+        common.out.print(f'Your own question:  [b]{_command()} demo "how do I ..."[/]')
+
+
+def _command() -> str:
+    """What the user has to type: the name alone only where the shell would find this program."""
+    here = Path(sys.argv[0])
+    if here.name != "sbert-pg" or shutil.which("sbert-pg") == str(here.absolute()):
+        return "sbert-pg"
+    return os.path.relpath(here)
 
 
 def _questions(question: str | None) -> tuple[str, ...]:
