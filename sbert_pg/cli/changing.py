@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -313,13 +312,8 @@ class Interrupts:
             for each in self._also:
                 each()
 
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        before = {number: signal.signal(number, interrupt) for number in numbers}
-        try:
+        with common.on_stop(interrupt):
             yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     @contextmanager
     def also(self, do: Callable[[], None]) -> Iterator[None]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -175,6 +176,17 @@ def progress_bar() -> Progress:
         disable=not err.is_terminal,
         transient=True,
     )
+
+
+@contextmanager
+def on_stop(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Call the handler on SIGTERM and Ctrl-C while the block runs, in place of what did before."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def duration(seconds: float) -> str:

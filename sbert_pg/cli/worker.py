@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import timedelta
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import sqlalchemy as sa
@@ -253,7 +252,7 @@ def _stopping(worker: Worker) -> Iterator[None]:
     """The first SIGTERM or Ctrl-C finishes what is in hand; the second does not wait for it."""
     asked = False
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def stop(number: int, frame: object) -> None:
         nonlocal asked
         if asked:
             raise KeyboardInterrupt
@@ -264,12 +263,8 @@ def _stopping(worker: Worker) -> Iterator[None]:
         )
         worker.stop()
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with common.on_stop(stop):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _address(text: str) -> tuple[str, int]:
