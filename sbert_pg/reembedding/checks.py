@@ -107,8 +107,8 @@ def require_complete(
 ) -> None:
     """Do nothing where a column has a vector for every row that has a text.
 
-    Rows that became pending less than ``rules.LAG`` seconds ago are not counted against it: an
-    application that writes texts alone has some at any moment.
+    A few rows that became pending less than ``rules.LAG`` seconds ago are not counted against it:
+    an application that writes texts alone has some at any moment.
 
     Args:
         connection: where; the whole table is counted.

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from sbert_pg.catalog import Binding, tables
 from sbert_pg.reembedding.report import Coverage
-from sbert_pg.reembedding.rules import LAG
+from sbert_pg.reembedding.rules import LAG, overdue_of
 
 
 def coverage_of(connection: sa.Connection, binding: Binding) -> Coverage:
@@ -26,7 +26,7 @@ def coverage_of(connection: sa.Connection, binding: Binding) -> Coverage:
             sa.func.count().filter(has_text),
             sa.func.count().filter(has_text, has_vector),
             sa.func.count().filter(
-                has_text, sa.not_(has_vector), sa.not_(_marked(binding, table, _recent()))
+                has_text, sa.not_(has_vector), _marked(binding, table, _recent())
             ),
         ).select_from(table)
     ).one()
@@ -35,7 +35,7 @@ def coverage_of(connection: sa.Connection, binding: Binding) -> Coverage:
         rows=counted[0],
         with_text=counted[1],
         embedded=counted[2],
-        overdue=counted[3],
+        overdue=overdue_of(*counted[1:]),
         pending=pending,
         failed=failed,
     )
@@ -44,11 +44,26 @@ def coverage_of(connection: sa.Connection, binding: Binding) -> Coverage:
 def first_late(connection: sa.Connection, binding: Binding) -> str | None:
     """Key of some row that should have a vector by now, failed ones apart; ``None`` if none is.
 
-    Stops at the first such row; where there is none it has read the table once.
+    Stops at the first such row; where there is none it has read the table once, and where rows
+    became pending in the last moment, once more to see that they are few.
     """
+    if (late := _first_late(connection, binding, excuse_recent=True)) is not None:
+        return late
+    excused = sa.select(tables.pending.c.key).where(
+        tables.pending.c.column_id == binding.id, _recent()
+    )
+    if connection.execute(excused.limit(1)).first() is None:
+        return None
+    if not coverage_of(connection, binding).late:
+        return None
+    return _first_late(connection, binding, excuse_recent=False)
+
+
+def _first_late(connection: sa.Connection, binding: Binding, *, excuse_recent: bool) -> str | None:
     table = binding.clause()
     has_text, has_vector = _conditions(binding, table)
-    excused = sa.or_(_recent(), tables.pending.c.failed)
+    failed = tables.pending.c.failed
+    excused = sa.or_(_recent(), failed) if excuse_recent else failed
     key: str | None = connection.execute(
         sa.select(binding.key_text(table))
         .where(has_text, sa.not_(has_vector), sa.not_(_marked(binding, table, excused)))

@@ -30,8 +30,8 @@ def assert_ready(
 
     For the start of a process, or its readiness probe: a deployment that switches to a column whose
     backfill is not complete stops here, and the old version goes on serving. A column can be served
-    where it is bound to the declared encoder, every row with text has a vector (rows that became
-    pending less than a minute ago apart), and each declared vector index exists and is valid.
+    where it is bound to the declared encoder, every row with text has a vector (a few rows that
+    became pending less than a minute ago apart), and each declared vector index is there and valid.
 
     Nothing is written. Async callers use ``await connection.run_sync(assert_ready, Base)``.
 

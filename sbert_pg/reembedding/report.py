@@ -48,7 +48,7 @@ class Coverage:
         with_text: rows whose source is not ``NULL`` throughout.
         embedded: of these, rows with a vector.
         overdue: rows with text and without a vector that are not pending, or have been pending for
-            longer than a moment.
+            longer than a moment, or are too many for rows that just changed (``rules.overdue_of``).
         pending: rows that wait for a new vector, whether or not they have an older one.
         failed: rows whose text could not be encoded, skipped ones included.
     """

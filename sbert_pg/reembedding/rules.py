@@ -10,6 +10,9 @@ from sbert_pg.reembedding.report import Coverage
 
 #: Seconds for which a row may be pending before it counts against a column.
 LAG = 60.0
+#: Share of the rows with text, and a number of rows, that are excused for being pending that short
+#: a time. More of them is a column that is being filled, not an application that writes.
+_EXCUSED_SHARE, _EXCUSED_ROWS = 0.1, 10
 
 #: ``expanded``: rows lack a vector; ``filled``: the index is missing; ``ready``: nothing is.
 State = Literal["expanded", "filled", "ready"]
@@ -43,6 +46,23 @@ class Facts:
     def index_missing(self) -> bool:
         """Whether the old column has an index and the new one has none."""
         return bool(self.old_indexes) and not self.new_indexes
+
+
+def overdue_of(with_text: int, embedded: int, recent: int) -> int:
+    """How many of the rows that lack a vector count against a column.
+
+    Rows that became pending less than ``LAG`` seconds ago are excused while they are few: a tenth
+    of the rows with text, or ten where at least as many have their vectors. All rows of a new
+    column may have been marked in this minute.
+
+    Args:
+        with_text: rows with text.
+        embedded: of these, rows with a vector.
+        recent: of these, rows without a vector that became pending less than ``LAG`` seconds ago.
+    """
+    excused = max(_EXCUSED_SHARE * with_text, min(_EXCUSED_ROWS, embedded))
+    missing = with_text - embedded
+    return missing - recent if recent <= excused else missing
 
 
 def state_of(facts: Facts) -> State:

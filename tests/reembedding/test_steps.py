@@ -80,6 +80,41 @@ def test_the_whole_way(world):
         assert hit.title == "t7"
 
 
+def test_rows_that_were_just_marked_do_not_make_a_new_column_ready(world):
+    """A migration may mark all rows pending and a deployment follow in the same minute."""
+    world.create(120)
+    ree.start(world.engine, request(world))
+    with world.engine.begin() as connection:
+        binding = catalog.binding_of(connection, world.new_column)
+        assert binding is not None
+        connection.execute(sa.select(sa.func.sbert.mark_pending_v1(binding.id, sa.false())))
+
+    def ready() -> None:
+        ree.assert_ready(world.engine, world.new_table.c.embedding_new)
+
+    def complete() -> None:
+        with world.engine.connect() as connection:
+            ree.require_complete(connection, world.new_column)
+
+    for count in (120, 60):
+        with pytest.raises(errors.BackfillIncompleteError, match=f"{count} of 120 rows"):
+            ready()
+        with pytest.raises(errors.BackfillIncompleteError, match=f"{count} of 120 rows"):
+            complete()
+        assert ree.status(world.engine, world.new_column).state == "expanded"
+        assert world.fill("embedding_new", limit=60) == 60
+    assert ree.build_indexes(world.engine, world.new_column) == ["ix_articles_embedding_new"]
+    ready()
+    # An application that writes texts alone has a few such rows at any moment.
+    with world.engine.begin() as connection:
+        rows = [{"title": "new", "body": f"just written {i}"} for i in range(9)]
+        values = world.new_table.insert().values({"id": sa.bindparam("number")})
+        connection.execute(values, [{**row, "number": 1000 + i} for i, row in enumerate(rows)])
+    ready()
+    complete()
+    assert ree.status(world.engine, world.new_column).state == "ready"
+
+
 def test_the_index_is_like_the_old_one(world):
     world.create(50)
     ree.start(world.engine, request(world))
