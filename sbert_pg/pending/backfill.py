@@ -34,7 +34,7 @@ from sbert_pg.pending.cache import cached
 from sbert_pg.pending.database import Database
 from sbert_pg.pending.faults import words_of
 from sbert_pg.pending.flow import Flow
-from sbert_pg.pending.patience import Patience, Payloads, write_in_pieces
+from sbert_pg.pending.patience import Patience, Payloads, Pieces, write_in_pieces
 from sbert_pg.pending.progress import Progress, Watch
 from sbert_pg.pending.ranges import Range
 from sbert_pg.pending.rows import Row, Rows, rows_of
@@ -50,6 +50,8 @@ T = TypeVar("T")
 
 #: Seconds between looks whether others have finished or left a range.
 _LOOK = 1.0
+#: Transactions in which a batch is written where updates of one page are to be apart.
+_PARTS = 4
 #: Time before a worker tries again what failed here.
 _RETRY_AFTER = timedelta(seconds=30)
 
@@ -167,6 +169,7 @@ class _Run:
         self._gate = Gate(self._database, settings.limits, self._probe)
         self._watch = Watch(self._database, self._rows, self._gate, on_progress)
         self._numbers = itertools.count(1)
+        self._spread = self._must("look at indexes", self._rows.has_vector_index)
         self._lost: set[str] = set()
         self._held: set[str] = set()
         self._written = self._texts = self._marked = 0
@@ -284,14 +287,21 @@ class _Run:
         reasons = dict(embedded.failures)
         rows_by_key = {row.key: row for row in batch.rows}
 
+        before = 0
+
         def write(connection: Connection, piece: Payloads, first: bool) -> set[str]:
             written = self._write_rows(connection, [rows_by_key[key] for key in piece], piece)
-            # The rule: everything goes well, and one transaction is enough.
-            if len(written) == len(rows_by_key):
-                self._advance(connection, batch, len(written))
+            # The rule: everything goes well, and the last write moves the position.
+            if before + len(written) == len(rows_by_key):
+                self._advance(connection, batch, before + len(written))
             return written
 
-        done = write_in_pieces(self._patience, embedded.vectors, write)
+        done: Pieces[set[str]] = Pieces()
+        for part in self._parts(batch, embedded.vectors):
+            before = sum(map(len, done.results))
+            done = done.then(write_in_pieces(self._patience, part, write))
+            if done.error is not None:
+                break
         if isinstance(done.error, _RangeLostError):
             return self._give_up(batch.span)
         if done.error is not None:
@@ -314,6 +324,19 @@ class _Run:
         self._written += len(written)
         self._texts += embedded.texts
         return None
+
+    def _parts(self, batch: _Batch, vectors: Payloads) -> list[Payloads]:
+        """What is written in a transaction each: neighbours on a page in different ones.
+
+        An update that finds room on its row's page leaves the table's indexes alone (it is HOT).
+        Pages are full, but a row version that a committed transaction replaced makes room for the
+        next. Where another column has a vector index, an update that is not HOT costs as much as
+        the encoding.
+        """
+        if not self._spread:
+            return [vectors]
+        keys = [row.key for row in batch.rows if row.key in vectors]
+        return [{key: vectors[key] for key in keys[i::_PARTS]} for i in range(_PARTS)]
 
     def _write_rows(self, connection: Connection, rows: list[Row], vectors: Payloads) -> set[str]:
         """Write the rows whose text is still the same; returns their keys."""

@@ -133,6 +133,15 @@ class Pieces(Generic[T]):
     error: Exception | None = None
     left: list[str] = field(default_factory=list)
 
+    def then(self, later: Pieces[T]) -> Pieces[T]:
+        """What became of this and of what was written after it."""
+        return Pieces(
+            self.results + later.results,
+            self.reasons | later.reasons,
+            self.error or later.error,
+            self.left + later.left,
+        )
+
 
 def write_in_pieces(
     patience: Patience, vectors: Payloads, write: Callable[[Connection, Payloads, bool], T]

@@ -33,6 +33,13 @@ _attribute = sa.table(
     sa.column("attisdropped", sa.Boolean),
     schema="pg_catalog",
 )
+_index = sa.table(
+    "pg_index", sa.column("indexrelid", pg.OID), sa.column("indrelid", pg.OID), schema="pg_catalog"
+)
+_class = sa.table(
+    "pg_class", sa.column("oid", pg.OID), sa.column("relam", pg.OID), schema="pg_catalog"
+)
+_am = sa.table("pg_am", sa.column("oid", pg.OID), sa.column("amname"), schema="pg_catalog")
 
 
 @dataclass(frozen=True)
@@ -155,6 +162,19 @@ class Rows:
         given = {"keys": TextArray(vectors), "vectors": array}
         result = connection.execute(self._write, given)
         return result.rowcount
+
+    def has_vector_index(self, connection: Connection) -> bool:
+        """Whether the table has a vector index, on this column or another."""
+        i, c, m = _index.c, _class.c, _am.c
+        found = connection.execute(
+            sa.select(sa.true())
+            .select_from(_index)
+            .join(_class, c.oid == i.indexrelid)
+            .join(_am, m.oid == c.relam)
+            .where(i.indrelid == self.binding.relation, m.amname.in_(("hnsw", "ivfflat")))
+            .limit(1)
+        )
+        return found.first() is not None
 
     def payloads(self, vectors: Vectors) -> list[bytes]:
         """Vectors of shape ``(n, dimensions)`` in pgvector's binary format."""

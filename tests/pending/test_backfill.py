@@ -415,3 +415,44 @@ def test_a_lag_that_cannot_be_seen_is_no_licence(engine, plain, monkeypatch):
     plain.execute("UPDATE replication SET state = 'streaming', replay_lag = '7 seconds'")
     with engine.begin() as connection:
         assert replica_lag(connection) == 7.0
+
+
+def test_updates_are_spread_where_another_column_has_a_vector_index(engine, plain, encoder):
+    """Most updates find room on their page, so that the other column's index is left alone."""
+    make(
+        engine,
+        plain,
+        # Four rows on a page, and no room for a fifth.
+        "SELECT i, repeat(md5(i::text), 54) FROM generate_series(1, 1000) AS i",
+    )
+    plain.execute("ALTER TABLE note ADD COLUMN old vector(32)")
+    plain.execute("UPDATE note SET old = array_fill(0.1, ARRAY[32])::vector")
+    plain.execute("CREATE INDEX ON note USING hnsw (old vector_cosine_ops)")
+    plain.execute("VACUUM FULL note")
+    plain.execute(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN RAISE EXCEPTION 'not this one'; END $$; "
+        "CREATE TRIGGER refuse BEFORE UPDATE ON note FOR EACH ROW WHEN (OLD.id = 502) "
+        "EXECUTE FUNCTION refuse()"
+    )
+    before = updates(plain)
+    done = backfill(engine, IDENTITY, BackfillSettings(batch_size=100))
+    assert done.complete
+    assert (done.rows, done.marked) == (999, 1)
+    assert [(key, attempts) for key, attempts, _ in marks(plain)] == [("502", 1)]
+    check(plain, encoder)
+    # A session says what it did when it ends, at the latest.
+    engine.dispose()
+    deadline = time.monotonic() + 20
+    while (made := updates(plain) - before)[0] < 999 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert made[0] >= 999
+    assert made[1] / made[0] > 0.5
+
+
+def updates(plain: psycopg.Connection) -> np.ndarray:
+    """Updates of the table so far, and those of them that were HOT."""
+    found = plain.execute(
+        "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'note'"
+    ).fetchone()
+    return np.array(found)
