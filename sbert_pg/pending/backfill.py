@@ -15,7 +15,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
@@ -34,7 +34,7 @@ from sbert_pg.pending.cache import cached
 from sbert_pg.pending.database import Database
 from sbert_pg.pending.faults import words_of
 from sbert_pg.pending.flow import Flow
-from sbert_pg.pending.patience import Patience, Payloads, Pieces, write_in_pieces
+from sbert_pg.pending.patience import Patience, Payloads, write_in_pieces
 from sbert_pg.pending.progress import Progress, Watch
 from sbert_pg.pending.ranges import Range
 from sbert_pg.pending.rows import Row, Rows, rows_of
@@ -51,7 +51,7 @@ T = TypeVar("T")
 #: Seconds between looks whether others have finished or left a range.
 _LOOK = 1.0
 #: Transactions in which a batch is written where updates of one page are to be apart.
-_PARTS = 4
+_PIECES = 4
 #: Time before a worker tries again what failed here.
 _RETRY_AFTER = timedelta(seconds=30)
 
@@ -164,34 +164,33 @@ class _Run:
         self._patience = Patience(self._database, logger, self._stop)
         with self._database.connect():
             pass  # A database that cannot be reached at all is told at once, not waited for.
-        self._rows, self._encoder = self._open(column)
+        self._rows, self._encoder, self._spread = self._open(column)
         self._rate = Rate(settings.rows_per_second)
         self._gate = Gate(self._database, settings.limits, self._probe)
         self._watch = Watch(self._database, self._rows, self._gate, on_progress)
         self._numbers = itertools.count(1)
-        self._spread = self._must("look at indexes", self._rows.has_vector_index)
         self._lost: set[str] = set()
         self._held: set[str] = set()
         self._written = self._texts = self._marked = 0
 
     def _open(
         self, column: ColumnIdentity | sa.Column[object] | Binding
-    ) -> tuple[Rows, TextEncoder]:
+    ) -> tuple[Rows, TextEncoder, bool]:
         identity = column.identity if isinstance(column, Binding) else column
 
-        def begin(connection: Connection) -> tuple[Rows, TextEncoder]:
+        def begin(connection: Connection) -> tuple[Rows, TextEncoder, bool]:
             binding = catalog.require_binding(connection, identity)
             encoder = get_encoder(binding.declared)
             hold_encoder(connection, binding, encoder)
             rows = rows_of(connection, binding)
             ranges.begin_again(connection, rows, force=self._settings.restart)
-            return rows, encoder
+            return rows, encoder, rows.has_vector_index(connection)
 
         begun, error = self._patience.attempt("begin a backfill", begin)
         if error is not None or begun is None:
             raise error or BackfillError("The backfill was stopped before it began.")
-        rows, encoder = begun
-        return rows, cached(encoder, self._database.engine, self._settings.cache_rows)
+        rows, encoder, spread = begun
+        return rows, cached(encoder, self._database.engine, self._settings.cache_rows), spread
 
     def run(self) -> Filled:
         started = time.monotonic()
@@ -287,21 +286,16 @@ class _Run:
         reasons = dict(embedded.failures)
         rows_by_key = {row.key: row for row in batch.rows}
 
-        before = 0
-
-        def write(connection: Connection, piece: Payloads, first: bool) -> set[str]:
+        def write(connection: Connection, piece: Payloads, earlier: Sequence[set[str]]) -> set[str]:
             written = self._write_rows(connection, [rows_by_key[key] for key in piece], piece)
             # The rule: everything goes well, and the last write moves the position.
-            if before + len(written) == len(rows_by_key):
-                self._advance(connection, batch, before + len(written))
+            total = sum(map(len, earlier)) + len(written)
+            if total == len(rows_by_key):
+                self._advance(connection, batch, total)
             return written
 
-        done: Pieces[set[str]] = Pieces()
-        for part in self._parts(batch, embedded.vectors):
-            before = sum(map(len, done.results))
-            done = done.then(write_in_pieces(self._patience, part, write))
-            if done.error is not None:
-                break
+        pieces = self._pieces(batch, embedded.vectors)
+        done = write_in_pieces(self._patience, pieces, write)
         if isinstance(done.error, _RangeLostError):
             return self._give_up(batch.span)
         if done.error is not None:
@@ -325,7 +319,7 @@ class _Run:
         self._texts += embedded.texts
         return None
 
-    def _parts(self, batch: _Batch, vectors: Payloads) -> list[Payloads]:
+    def _pieces(self, batch: _Batch, vectors: Payloads) -> list[Payloads]:
         """What is written in a transaction each: neighbours on a page in different ones.
 
         An update that finds room on its row's page leaves the table's indexes alone (it is HOT).
@@ -336,7 +330,8 @@ class _Run:
         if not self._spread:
             return [vectors]
         keys = [row.key for row in batch.rows if row.key in vectors]
-        return [{key: vectors[key] for key in keys[i::_PARTS]} for i in range(_PARTS)]
+        pieces = min(_PIECES, max(len(keys), 1))
+        return [{key: vectors[key] for key in keys[i::pieces]} for i in range(pieces)]
 
     def _write_rows(self, connection: Connection, rows: list[Row], vectors: Payloads) -> set[str]:
         """Write the rows whose text is still the same; returns their keys."""

@@ -10,7 +10,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -133,36 +133,29 @@ class Pieces(Generic[T]):
     error: Exception | None = None
     left: list[str] = field(default_factory=list)
 
-    def then(self, later: Pieces[T]) -> Pieces[T]:
-        """What became of this and of what was written after it."""
-        return Pieces(
-            self.results + later.results,
-            self.reasons | later.reasons,
-            self.error or later.error,
-            self.left + later.left,
-        )
-
 
 def write_in_pieces(
-    patience: Patience, vectors: Payloads, write: Callable[[Connection, Payloads, bool], T]
+    patience: Patience,
+    pieces: Sequence[Payloads],
+    write: Callable[[Connection, Payloads, Sequence[T]], T],
 ) -> Pieces[T]:
-    """Write a batch in one transaction, or in as few as its bad rows ask for.
+    """Write a batch in a transaction for each piece, and in as many more as its bad rows ask for.
 
     Args:
         patience: how to wait.
-        vectors: vectors by key.
-        write: writes some of them; the flag is true for the first piece that succeeds.
+        pieces: vectors by key.
+        write: writes one piece, or a part of it, given what the writes before it returned.
     """
     done: Pieces[T] = Pieces()
-    todo: list[Payloads] = [vectors]
+    todo = list(reversed(pieces))
     while todo:
         piece = todo.pop()
-        result, error = patience.attempt("write vectors", _writing(write, piece, not done.results))
+        result, error = patience.attempt("write vectors", _writing(write, piece, done.results))
         if error is None:
             done.results.append(result)  # type: ignore[arg-type]
         elif fault_of(error) not in (Fault.ROW, Fault.SLOW) or not piece:
             done.error = error
-            done.left = [key for part in (piece, *todo) for key in part]
+            done.left = [key for part in (piece, *reversed(todo)) for key in part]
             break
         elif len(piece) == 1:
             done.reasons.update(dict.fromkeys(piece, words_of(error)))
@@ -175,9 +168,9 @@ def write_in_pieces(
 
 
 def _writing(
-    write: Callable[[Connection, Payloads, bool], T], piece: Payloads, first: bool
+    write: Callable[[Connection, Payloads, Sequence[T]], T], piece: Payloads, earlier: Sequence[T]
 ) -> Callable[[Connection], T]:
-    return lambda connection: write(connection, piece, first)
+    return lambda connection: write(connection, piece, earlier)
 
 
 __all__ = ["Patience", "Pause", "Payloads", "Pieces", "write_in_pieces"]

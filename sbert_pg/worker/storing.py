@@ -87,11 +87,13 @@ class Store:
         started = time.perf_counter()
         without_orphans = Claimed(claimed.token, claimed.claims, claimed.rows)
 
-        def write(connection: sa.Connection, piece: Payloads, first: bool) -> Written:
-            part = claimed if first else without_orphans
+        def write(
+            connection: sa.Connection, piece: Payloads, earlier: Sequence[Written]
+        ) -> Written:
+            part = without_orphans if earlier else claimed
             return claims.write(connection, served.rows, part, piece)
 
-        done = write_in_pieces(self._patience, embedded.vectors, write)
+        done = write_in_pieces(self._patience, [embedded.vectors], write)
         with self._tally.of(served.name) as tally:
             tally.write.add(time.perf_counter() - started)
         if done.error is not None:

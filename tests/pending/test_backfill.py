@@ -139,6 +139,28 @@ def test_rows_that_the_database_refuses_are_marked(engine, plain, encoder):
     assert [(key, "23514" in error) for key, _, error in marks(plain)] == [("7", True), ("8", True)]
 
 
+@pytest.mark.parametrize("indexed", [False, True], ids=["plain", "vector index"])
+def test_a_table_that_takes_only_a_few_rows_at_a_time(engine, plain, encoder, indexed):
+    """Batches are halved until they pass, and nothing is left to wait for or to mark."""
+    make(engine, plain, "SELECT i, 'n' || i FROM generate_series(1, 102) AS i")
+    if indexed:
+        plain.execute("ALTER TABLE note ADD COLUMN old vector(3)")
+        plain.execute("CREATE INDEX ON note USING hnsw (old vector_cosine_ops)")
+    plain.execute(
+        "CREATE FUNCTION few() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+        "IF (SELECT count(*) FROM new) > 7 THEN "
+        "RAISE EXCEPTION 'too many' USING ERRCODE = 'check_violation'; "
+        "END IF; RETURN NULL; END $$; "
+        "CREATE TRIGGER few AFTER UPDATE ON note REFERENCING NEW TABLE AS new "
+        "FOR EACH STATEMENT EXECUTE FUNCTION few()"
+    )
+    done = backfill(engine, IDENTITY, BackfillSettings(batch_size=50))
+    assert (done.rows, done.marked, done.complete) == (102, 0, True)
+    assert done.seconds < BackfillSettings().lease.total_seconds() / 4
+    assert plain.execute("SELECT state, rows FROM sbert.backfill").fetchall() == [("done", 102)]
+    check(plain, encoder)
+
+
 def test_a_row_that_somebody_holds_is_marked(engine, plain, encoder):
     make(engine, plain)
     with plain.transaction():
