@@ -200,6 +200,7 @@ class _Run:
             with Flow(self._encode, self._write, encoders=self._settings.encoders) as flow:
                 for batch in self._batches(flow):
                     flow.put(batch)
+            complete = self._complete()
         finally:
             self._gate.stop()
             self._give_back()
@@ -208,7 +209,7 @@ class _Run:
             self._written,
             self._texts,
             self._marked,
-            self._watch.last.complete,
+            complete,
             time.monotonic() - started,
         )
 

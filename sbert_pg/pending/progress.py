@@ -100,22 +100,26 @@ class Watch:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout=10)
-        self._look()
+        # A connection that was dropped while it lay in the pool is noticed by the first use.
+        if not self._look():
+            self._look()
 
     def _run(self) -> None:
         while not self._stop.wait(INTERVAL):
             self._look()
 
-    def _look(self) -> None:
+    def _look(self) -> bool:
+        """Whether the database answered."""
         try:
             with self._database.begin() as connection:
                 extent = ranges.extent(connection, self._rows.binding.id)
         except sa.exc.SQLAlchemyError as error:
             logger.debug("Cannot look at the progress: %s", words_of(error))
-            return
+            return False
         self.last = self._progress(extent, time.monotonic())
         if self._on_progress is not None:
             self._on_progress(self.last)
+        return True
 
     def _progress(self, extent: ranges.Extent, now: float) -> Progress:
         self._seen.append((now, extent.rows))
