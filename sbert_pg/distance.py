@@ -21,6 +21,8 @@ IndexMethod = Literal["hnsw", "ivfflat"]
 
 SIMILARITIES: tuple[Similarity, ...] = get_args(Similarity)
 STORAGES: tuple[Storage, ...] = get_args(Storage)
+#: Access methods of pgvector.
+INDEX_METHODS: tuple[IndexMethod, ...] = get_args(IndexMethod)
 
 #: Widest column that an index takes, by what is indexed (pgvector 0.8).
 MAX_INDEXED_DIMENSIONS = {"vector": 2_000, "halfvec": 4_000, "bit": 64_000}
@@ -59,9 +61,9 @@ class Metric:
 
 
 METRICS: dict[Similarity, Metric] = {
-    "cosine": Metric("cosine", COSINE, "cosine_ops", ("hnsw", "ivfflat"), 1.0),
-    "dot": Metric("dot", INNER_PRODUCT, "ip_ops", ("hnsw", "ivfflat"), 0.0),
-    "euclidean": Metric("euclidean", L2, "l2_ops", ("hnsw", "ivfflat"), 0.0),
+    "cosine": Metric("cosine", COSINE, "cosine_ops", INDEX_METHODS, 1.0),
+    "dot": Metric("dot", INNER_PRODUCT, "ip_ops", INDEX_METHODS, 0.0),
+    "euclidean": Metric("euclidean", L2, "l2_ops", INDEX_METHODS, 0.0),
     "manhattan": Metric("manhattan", L1, "l1_ops", ("hnsw",), 0.0),
 }
 

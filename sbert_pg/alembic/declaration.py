@@ -14,15 +14,13 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
-from sbert_pg.distance import STORAGES, Similarity, Storage
+from sbert_pg.distance import INDEX_METHODS, STORAGES, Similarity, Storage
 from sbert_pg.errors import DeclarationError
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
 from sbert_pg.types import Embedding
 from sbert_pg.types.vector import VectorType, plain_type
 
-#: Access methods of pgvector.
-VECTOR_METHODS = ("hnsw", "ivfflat")
 #: pgvector's defaults, which an index that was created without the option has.
 DEFAULT_OPTIONS: Mapping[str, Mapping[str, str]] = {
     "hnsw": {"m": "16", "ef_construction": "64"},
@@ -122,7 +120,7 @@ class IndexDefinition:
 def method_of(index: sa.Index) -> str | None:
     """``hnsw`` or ``ivfflat`` for a vector index, else ``None``."""
     using = index.dialect_options["postgresql"]["using"]
-    return using if using in VECTOR_METHODS else None
+    return using if using in INDEX_METHODS else None
 
 
 def definition_of(index: sa.Index, name: str, schema: str | None) -> IndexDefinition:

@@ -21,8 +21,8 @@ from sbert_pg.alembic.online import (
     within,
 )
 from sbert_pg.alembic.reading import indexes_of, same
+from sbert_pg.catalog import system
 from sbert_pg.errors import TableBusyError
-from sbert_pg.reembedding import pg
 
 log = logging.getLogger("sbert_pg.alembic")
 
@@ -157,7 +157,7 @@ def _wait_for_other(runner: Online, names: list[str], seconds: float) -> None:
     Raises:
         TableBusyError: it is still building after that time.
     """
-    progress, klass = pg.INDEX_PROGRESS, pg.CLASS
+    progress, klass = system.INDEX_PROGRESS, system.CLASS
     building = (
         sa.select(progress.c.pid, klass.c.relname)
         .join_from(progress, klass, klass.c.oid == progress.c.index_relid)

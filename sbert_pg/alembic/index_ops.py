@@ -10,7 +10,8 @@ from alembic.operations import Operations
 from alembic.operations.ops import MigrateOperation
 
 from sbert_pg.alembic.base import SbertOperation
-from sbert_pg.alembic.declaration import VECTOR_METHODS, IndexDefinition, sql_of
+from sbert_pg.alembic.declaration import IndexDefinition, sql_of
+from sbert_pg.distance import INDEX_METHODS
 from sbert_pg.errors import DeclarationError
 
 #: Seconds that building or dropping an index concurrently waits for transactions in its way. The
@@ -118,10 +119,10 @@ class CreateVectorIndexOp(IndexOperation):
             TableBusyError: a lock could not be had; the message says who holds it.
             DeclarationError: ``using`` is neither of the two.
         """
-        if using not in VECTOR_METHODS:
+        if using not in INDEX_METHODS:
             raise DeclarationError(
                 f"create_vector_index: {using!r} is no method of pgvector's; use one of "
-                f"{', '.join(VECTOR_METHODS)}, or op.create_index for other indexes."
+                f"{', '.join(INDEX_METHODS)}, or op.create_index for other indexes."
             )
         text = None if isinstance(element, str) else sql_of(element)
         definition = IndexDefinition(

@@ -10,11 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import OID
 from sqlalchemy.ext.compiler import compiles
 
 from sbert_pg.alembic import statements
-from sbert_pg.alembic.declaration import VECTOR_METHODS, IndexDefinition
-from sbert_pg.reembedding import pg
+from sbert_pg.alembic.declaration import IndexDefinition
+from sbert_pg.catalog import system
+from sbert_pg.distance import INDEX_METHODS
 
 
 def indexes_of(
@@ -37,22 +39,26 @@ def indexes_of(
 
 
 def _select(relation: sa.ColumnElement[Any]) -> sa.Select[Any]:
-    index, klass, opclass = pg.INDEX, pg.CLASS, pg.OPCLASS
+    index, klass, opclass = system.INDEX, system.CLASS, system.OPCLASS
     indkey = sa.literal_column("pg_index.indkey[0]", sa.Integer)
     column = (
-        sa.select(pg.ATTRIBUTE.c.attname)
-        .where(pg.ATTRIBUTE.c.attrelid == index.c.indrelid, pg.ATTRIBUTE.c.attnum == indkey)
+        sa.select(system.ATTRIBUTE.c.attname)
+        .where(system.ATTRIBUTE.c.attrelid == index.c.indrelid, system.ATTRIBUTE.c.attnum == indkey)
         .scalar_subquery()
     )
     inner = (
-        sa.select(pg.ATTRIBUTE.c.attname)
-        .join_from(pg.DEPEND, pg.ATTRIBUTE, pg.ATTRIBUTE.c.attnum == pg.DEPEND.c.refobjsubid)
-        .join(pg.TYPE, pg.TYPE.c.oid == pg.ATTRIBUTE.c.atttypid)
+        sa.select(system.ATTRIBUTE.c.attname)
+        .join_from(
+            system.DEPEND,
+            system.ATTRIBUTE,
+            system.ATTRIBUTE.c.attnum == system.DEPEND.c.refobjsubid,
+        )
+        .join(system.TYPE, system.TYPE.c.oid == system.ATTRIBUTE.c.atttypid)
         .where(
-            pg.DEPEND.c.objid == index.c.indexrelid,
-            pg.DEPEND.c.refobjid == index.c.indrelid,
-            pg.ATTRIBUTE.c.attrelid == index.c.indrelid,
-            pg.TYPE.c.typname.in_(["vector", "halfvec", "sparsevec", "bit"]),
+            system.DEPEND.c.objid == index.c.indexrelid,
+            system.DEPEND.c.refobjid == index.c.indrelid,
+            system.ATTRIBUTE.c.attrelid == index.c.indrelid,
+            system.TYPE.c.typname.in_(["vector", "halfvec", "sparsevec", "bit"]),
         )
         .limit(1)
         .scalar_subquery()
@@ -62,7 +68,7 @@ def _select(relation: sa.ColumnElement[Any]) -> sa.Select[Any]:
             klass.c.relname,
             sa.literal_column("pg_index.indisvalid", sa.Boolean).label("indisvalid"),
             sa.literal_column("pg_index.indisready", sa.Boolean).label("indisready"),
-            pg.AM.c.amname,
+            system.AM.c.amname,
             opclass.c.opcname,
             klass.c.reloptions,
             column.label("column_name"),
@@ -79,11 +85,11 @@ def _select(relation: sa.ColumnElement[Any]) -> sa.Select[Any]:
         )
         .select_from(index)
         .join(klass, klass.c.oid == index.c.indexrelid)
-        .join(pg.AM, pg.AM.c.oid == klass.c.relam)
-        .join(opclass, opclass.c.oid == sa.literal_column("pg_index.indclass[0]", sa.BigInteger))
+        .join(system.AM, system.AM.c.oid == klass.c.relam)
+        .join(opclass, opclass.c.oid == sa.literal_column("pg_index.indclass[0]", OID))
         .where(
-            index.c.indrelid == sa.cast(relation, sa.BigInteger),
-            pg.AM.c.amname.in_(VECTOR_METHODS),
+            index.c.indrelid == sa.cast(relation, OID),
+            system.AM.c.amname.in_(INDEX_METHODS),
         )
         .order_by(klass.c.relname)
     )

@@ -16,6 +16,7 @@ from sbert_pg import catalog, reembedding
 from sbert_pg.alembic import ops, statements
 from sbert_pg.alembic.filling import fill_column
 from sbert_pg.alembic.online import online, require_left, within, write
+from sbert_pg.catalog import system
 from sbert_pg.errors import (
     BackfillIncompleteError,
     EncoderMismatchError,
@@ -41,8 +42,8 @@ def upgrade_schema(operations: Operations, operation: ops.UpgradeSchemaOp) -> No
     current = catalog.current(connection)
     if current is not None and operation.revision in reached(current):
         return
-    extension = sa.table("pg_extension", sa.column("extname"), schema="pg_catalog")
-    there = sa.select(extension.c.extname).where(extension.c.extname == "vector")
+    name = system.EXTENSION.c.extname
+    there = sa.select(name).where(name == "vector")
     if connection.execute(there).first() is None:
         connection.execute(sa.text("CREATE EXTENSION vector"))
     catalog.upgrade(connection, operation.revision)

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.engine import Connection, Dialect
 
-from sbert_pg.catalog import tables
+from sbert_pg.catalog import system, tables
 from sbert_pg.catalog.holding import Held, attest, hold, including
 from sbert_pg.catalog.reading import relation_of
 from sbert_pg.catalog.tables import ATTESTED
@@ -24,21 +24,6 @@ from sbert_pg.types.guard import ColumnIdentity
 #: Bits of ``pg_trigger.tgtype``.
 _ROW = 1
 _BEFORE = 2
-
-_trigger = sa.table(
-    "pg_trigger",
-    sa.column("tgrelid", pg.OID),
-    sa.column("tgtype", sa.SmallInteger),
-    sa.column("tgisinternal", sa.Boolean),
-    sa.column("tgenabled", sa.Text),
-    schema="pg_catalog",
-)
-_inherits = sa.table(
-    "pg_inherits",
-    sa.column("inhrelid", pg.OID),
-    sa.column("inhparent", pg.OID),
-    schema="pg_catalog",
-)
 
 _held: WeakKeyDictionary[Dialect, dict[EncoderSpec, frozenset[int]]] = WeakKeyDictionary()
 _lock = threading.Lock()
@@ -101,13 +86,13 @@ def _rewriting(connection: Connection, identity: ColumnIdentity) -> sa.ColumnEle
     # Not pg_partition_tree(), which locks every partition until the transaction ends.
     family = sa.select(root.label("oid")).cte("family", recursive=True)
     family = family.union_all(
-        sa.select(_inherits.c.inhrelid).where(_inherits.c.inhparent == family.c.oid)
+        sa.select(system.INHERITS.c.inhrelid).where(system.INHERITS.c.inhparent == family.c.oid)
     )
-    of_row = _trigger.c.tgtype.op("&")(_ROW | _BEFORE) == _ROW | _BEFORE
+    of_row = system.TRIGGER.c.tgtype.op("&")(_ROW | _BEFORE) == _ROW | _BEFORE
     return (
-        sa.select(sa.func.coalesce(sa.func.bit_or(_trigger.c.tgtype), 0))
-        .join_from(family, _trigger, _trigger.c.tgrelid == family.c.oid)
-        .where(of_row, ~_trigger.c.tgisinternal, _trigger.c.tgenabled != "D")
+        sa.select(sa.func.coalesce(sa.func.bit_or(system.TRIGGER.c.tgtype), 0))
+        .join_from(family, system.TRIGGER, system.TRIGGER.c.tgrelid == family.c.oid)
+        .where(of_row, ~system.TRIGGER.c.tgisinternal, system.TRIGGER.c.tgenabled != "D")
         .scalar_subquery()
     )
 

@@ -18,6 +18,7 @@ from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy.engine import Connection
 
+from sbert_pg.catalog import system
 from sbert_pg.catalog.tables import SCHEMA
 from sbert_pg.errors import CatalogMissingError, CatalogVersionError
 
@@ -153,8 +154,8 @@ def _schema_exists(connection: Connection) -> bool:
 
 
 def _require_vector(connection: Connection) -> None:
-    extension = sa.table("pg_extension", sa.column("extname"), schema="pg_catalog")
-    found = sa.select(extension.c.extname).where(extension.c.extname == "vector")
+    name = system.EXTENSION.c.extname
+    found = sa.select(name).where(name == "vector")
     if connection.execute(found).first() is None:
         raise CatalogMissingError(
             f"The extension 'vector' is not installed in database {_database(connection)!r}. Run "

@@ -7,8 +7,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from sbert_pg.catalog import tables
-from sbert_pg.catalog.record import Binding, from_row, pg_class, pg_namespace, select_bindings
+from sbert_pg.catalog import system, tables
+from sbert_pg.catalog.record import Binding, from_row, select_bindings
 from sbert_pg.catalog.tables import SCHEMA
 from sbert_pg.errors import CatalogError, DeclarationError
 from sbert_pg.types.guard import ColumnIdentity
@@ -62,11 +62,11 @@ def installed(connection: Connection) -> bool:
         CatalogError: it is, and this role may not use it.
     """
     row = connection.execute(
-        sa.select(sa.func.has_schema_privilege(pg_namespace.c.oid, "USAGE")).where(
-            pg_namespace.c.nspname == SCHEMA,
+        sa.select(sa.func.has_schema_privilege(system.NAMESPACE.c.oid, "USAGE")).where(
+            system.NAMESPACE.c.nspname == SCHEMA,
             sa.exists().where(
-                pg_class.c.relnamespace == pg_namespace.c.oid,
-                pg_class.c.relname == tables.embedding_column.name,
+                system.CLASS.c.relnamespace == system.NAMESPACE.c.oid,
+                system.CLASS.c.relname == tables.embedding_column.name,
             ),
         )
     ).first()

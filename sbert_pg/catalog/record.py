@@ -8,7 +8,7 @@ from typing import Any, cast
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
 
-from sbert_pg.catalog import keys, tables
+from sbert_pg.catalog import keys, system, tables
 from sbert_pg.distance import Storage
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
@@ -97,31 +97,6 @@ class Binding:
         )
 
 
-pg_class = sa.table(
-    "pg_class",
-    sa.column("oid"),
-    sa.column("relname"),
-    sa.column("relnamespace"),
-    sa.column("relkind"),
-    schema="pg_catalog",
-)
-pg_namespace = sa.table("pg_namespace", sa.column("oid"), sa.column("nspname"), schema="pg_catalog")
-_pg_attribute = sa.table(
-    "pg_attribute",
-    sa.column("attrelid"),
-    sa.column("attname"),
-    sa.column("atttypid"),
-    schema="pg_catalog",
-)
-_pg_type = sa.table(
-    "pg_type",
-    sa.column("oid"),
-    sa.column("typtype"),
-    sa.column("typbasetype"),
-    schema="pg_catalog",
-)
-
-
 def select_bindings() -> sa.Select[Any]:
     """Bindings whose table exists; rows are read by ``from_row``."""
     column, encoder = tables.embedding_column, tables.encoder
@@ -130,8 +105,8 @@ def select_bindings() -> sa.Select[Any]:
         sa.select(
             column.c.id,
             sa.cast(sa.cast(column.c.relation, pg.OID), sa.BigInteger).label("relation"),
-            sa.cast(pg_namespace.c.nspname, sa.Text).label("schema"),
-            sa.cast(pg_class.c.relname, sa.Text).label("table"),
+            sa.cast(system.NAMESPACE.c.nspname, sa.Text).label("schema"),
+            sa.cast(system.CLASS.c.relname, sa.Text).label("table"),
             column.c.column_name,
             column.c.declared,
             column.c.source,
@@ -140,15 +115,15 @@ def select_bindings() -> sa.Select[Any]:
             column.c.storage,
             column.c.state,
             replaced.c.column_name.label("replaces"),
-            (pg_class.c.relkind == "p").label("partitioned"),
+            (system.CLASS.c.relkind == "p").label("partitioned"),
             encoder.c.spec,
             encoder.c.fingerprint,
             # now() is the start of the transaction: a seal of its own can still be rolled back.
             sa.func.coalesce(column.c.sealed_at == sa.func.now(), sa.false()).label("sealed_here"),
         )
         .select_from(column)
-        .join(pg_class, pg_class.c.oid == column.c.relation)
-        .join(pg_namespace, pg_namespace.c.oid == pg_class.c.relnamespace)
+        .join(system.CLASS, system.CLASS.c.oid == column.c.relation)
+        .join(system.NAMESPACE, system.NAMESPACE.c.oid == system.CLASS.c.relnamespace)
         .outerjoin(encoder, encoder.c.id == column.c.encoder_id)
         .outerjoin(replaced, replaced.c.id == column.c.replaces_id)
     )
@@ -161,20 +136,22 @@ def _key_types(column: sa.FromClause) -> sa.ScalarSelect[Any]:
         .table_valued(sa.column("name", sa.Text), with_ordinality="position", name="key_column")
         .render_derived()
     )  # fmt: skip
-    base = sa.case((_pg_type.c.typtype == "d", _pg_type.c.typbasetype), else_=_pg_type.c.oid)
+    base = sa.case(
+        (system.TYPE.c.typtype == "d", system.TYPE.c.typbasetype), else_=system.TYPE.c.oid
+    )
     # -1 and not NULL, which would spell char(n) as a type of one character.
     spelt = sa.func.format_type(base, -1)
     return (
         sa.select(sa.func.array_agg(pg.aggregate_order_by(spelt, name.c.position)))
         .select_from(name)
         .join(
-            _pg_attribute,
+            system.ATTRIBUTE,
             sa.and_(
-                _pg_attribute.c.attrelid == column.c.relation,
-                _pg_attribute.c.attname == name.c.name,
+                system.ATTRIBUTE.c.attrelid == column.c.relation,
+                system.ATTRIBUTE.c.attname == name.c.name,
             ),
         )
-        .join(_pg_type, _pg_type.c.oid == _pg_attribute.c.atttypid)
+        .join(system.TYPE, system.TYPE.c.oid == system.ATTRIBUTE.c.atttypid)
         .correlate(column)
         .scalar_subquery()
     )

@@ -8,6 +8,7 @@ import sqlalchemy as sa
 import typer
 
 from sbert_pg import clustering as lib
+from sbert_pg.catalog.system import relation_name
 from sbert_pg.cli import common
 from sbert_pg.cli.cluster import (
     ColumnOption,
@@ -19,7 +20,6 @@ from sbert_pg.cli.cluster import (
 from sbert_pg.cli.tables import embedding_of, table_of
 from sbert_pg.clustering.duplicates import NEIGHBOURS, DuplicateMethod
 from sbert_pg.errors import ClusteringError
-from sbert_pg.reembedding.pg import relation_name
 from sbert_pg.reembedding.vector_index import vector_indexes
 from sbert_pg.types import Embedding
 

@@ -11,9 +11,9 @@ import sqlalchemy as sa
 from psycopg import sql
 from psycopg.adapt import Dumper
 from psycopg.pq import Format
-from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.engine import Connection
 
+from sbert_pg.catalog import system
 from sbert_pg.catalog.reading import qualified
 from sbert_pg.errors import LoadError
 from sbert_pg.types.guard import ColumnIdentity
@@ -24,24 +24,6 @@ _LINE = re.compile(r"^COPY .*, line (\d+)", re.MULTILINE)
 #: Types that SQLAlchemy takes as text and psycopg's binary form as objects only.
 _NOT_BY_VALUE = frozenset({"inet", "cidr"})
 _TEXT_OID = psycopg.adapters.types["text"].oid
-
-_attribute = sa.table(
-    "pg_attribute",
-    sa.column("attrelid", pg.OID),
-    sa.column("attname", sa.Text),
-    sa.column("atttypid", pg.OID),
-    sa.column("attisdropped", sa.Boolean),
-    schema="pg_catalog",
-)
-_type = sa.table(
-    "pg_type",
-    sa.column("oid", pg.OID),
-    sa.column("typname", sa.Text),
-    sa.column("typtype", sa.Text),
-    sa.column("typcategory", sa.Text),
-    sa.column("typbasetype", pg.OID),
-    schema="pg_catalog",
-)
 
 
 class _BytesDumper(Dumper):
@@ -166,17 +148,17 @@ class Writer:
         name = qualified(self._connection, identity)
         of_attribute = (
             sa.select(
-                _attribute.c.attname,
-                _type.c.oid,
-                _type.c.typname,
-                _type.c.typtype,
-                _type.c.typcategory,
-                _type.c.typbasetype,
+                system.ATTRIBUTE.c.attname,
+                system.TYPE.c.oid,
+                system.TYPE.c.typname,
+                system.TYPE.c.typtype,
+                system.TYPE.c.typcategory,
+                system.TYPE.c.typbasetype,
             )
-            .join(_type, _type.c.oid == _attribute.c.atttypid)
+            .join(system.TYPE, system.TYPE.c.oid == system.ATTRIBUTE.c.atttypid)
             .where(
-                _attribute.c.attrelid == sa.func.to_regclass(name),
-                sa.not_(_attribute.c.attisdropped),
+                system.ATTRIBUTE.c.attrelid == sa.func.to_regclass(name),
+                sa.not_(system.ATTRIBUTE.c.attisdropped),
             )
         )
         found = {row.attname: row for row in self._connection.execute(of_attribute)}

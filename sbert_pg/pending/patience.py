@@ -150,7 +150,8 @@ def write_in_pieces(
     todo = list(reversed(pieces))
     while todo:
         piece = todo.pop()
-        result, error = patience.attempt("write vectors", _writing(write, piece, done.results))
+        do = _writing(write, piece, done.results)
+        result, error = patience.attempt("write vectors", do)
         if error is None:
             done.results.append(result)  # type: ignore[arg-type]
         elif fault_of(error) not in (Fault.ROW, Fault.SLOW) or not piece:

@@ -15,31 +15,16 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.engine import Connection
 
-from sbert_pg.catalog import keys
+from sbert_pg.catalog import keys, system
 from sbert_pg.catalog.holding import attest
 from sbert_pg.catalog.record import Binding
+from sbert_pg.distance import INDEX_METHODS
 from sbert_pg.errors import BindingError, NotBoundError
 from sbert_pg.pending.arrays import ArrayOf, TextArray, WireArray, register
 from sbert_pg.spec import Vectors
 from sbert_pg.types import wire
 
 _TEXTS = ArrayOf("text")
-
-_attribute = sa.table(
-    "pg_attribute",
-    sa.column("attrelid", pg.OID),
-    sa.column("attname", sa.Text),
-    sa.column("atttypid", pg.OID),
-    sa.column("attisdropped", sa.Boolean),
-    schema="pg_catalog",
-)
-_index = sa.table(
-    "pg_index", sa.column("indexrelid", pg.OID), sa.column("indrelid", pg.OID), schema="pg_catalog"
-)
-_class = sa.table(
-    "pg_class", sa.column("oid", pg.OID), sa.column("relam", pg.OID), schema="pg_catalog"
-)
-_am = sa.table("pg_am", sa.column("oid", pg.OID), sa.column("amname"), schema="pg_catalog")
 
 
 @dataclass(frozen=True)
@@ -165,13 +150,13 @@ class Rows:
 
     def has_vector_index(self, connection: Connection) -> bool:
         """Whether the table has a vector index, on this column or another."""
-        i, c, m = _index.c, _class.c, _am.c
+        i, c, m = system.INDEX.c, system.CLASS.c, system.AM.c
         found = connection.execute(
             sa.select(sa.true())
-            .select_from(_index)
-            .join(_class, c.oid == i.indexrelid)
-            .join(_am, m.oid == c.relam)
-            .where(i.indrelid == self.binding.relation, m.amname.in_(("hnsw", "ivfflat")))
+            .select_from(system.INDEX)
+            .join(system.CLASS, c.oid == i.indexrelid)
+            .join(system.AM, m.oid == c.relam)
+            .where(i.indrelid == self.binding.relation, m.amname.in_(INDEX_METHODS))
             .limit(1)
         )
         return found.first() is not None
@@ -211,7 +196,7 @@ def rows_of(connection: Connection, binding: Binding) -> Rows:
         NotBoundError: the column is gone.
         BindingError: row-level security hides rows from this role.
     """
-    a = _attribute.c
+    a = system.ATTRIBUTE.c
     found = connection.execute(
         sa.select(a.atttypid, sa.func.format_type(a.atttypid, None)).where(
             a.attrelid == binding.relation, a.attname == binding.column, ~a.attisdropped

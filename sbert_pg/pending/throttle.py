@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from sbert_pg.catalog import system
 from sbert_pg.errors import BackfillError, CatalogError, SbertPgError
 from sbert_pg.pending.database import Database
 from sbert_pg.pending.faults import Fault, fault_of, words_of
@@ -23,14 +24,6 @@ logger = logging.getLogger("sbert_pg.backfill")
 INTERVAL = 1.0
 #: Latest probes of the latency that are looked at; their median counts.
 _PROBES = 5
-
-_replication = sa.table(
-    "pg_stat_replication",
-    sa.column("pid", sa.Integer),
-    sa.column("state", sa.Text),
-    sa.column("replay_lag", sa.Interval),
-    schema="pg_catalog",
-)
 
 
 class Rate:
@@ -176,7 +169,7 @@ def replica_lag(connection: Connection) -> float:
     Raises:
         CatalogError: this role may not see it.
     """
-    c = _replication.c
+    c = system.REPLICATION.c
     total, visible, lag = connection.execute(
         sa.select(
             sa.func.count(),

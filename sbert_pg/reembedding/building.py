@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import sqlalchemy as sa
 
+from sbert_pg.catalog import system
 from sbert_pg.errors import StepStoppedError
-from sbert_pg.reembedding import pg
 
 #: Told the phase, and blocks or tuples done and in all, while an index is built.
 BuildProgress = Callable[[str, int, int], None]
@@ -21,14 +21,14 @@ INTERVAL = 0.5
 
 def phase_of(connection: sa.Connection, relation: str) -> tuple[int, str, int, int] | None:
     """Process, phase, done and total of a build under way on a table; ``None`` if there is none."""
-    progress = pg.INDEX_PROGRESS.c
+    progress = system.INDEX_PROGRESS.c
     row = connection.execute(
         sa.select(
             progress.pid,
             progress.phase,
             sa.func.greatest(progress.blocks_done, progress.tuples_done),
             sa.func.greatest(progress.blocks_total, progress.tuples_total),
-        ).where(progress.relid == pg.oid_of(relation))
+        ).where(progress.relid == system.oid_of(relation))
     ).first()
     return None if row is None else (row[0], row[1], row[2], row[3])
 

@@ -7,15 +7,15 @@ import datetime as dt
 import sqlalchemy as sa
 
 from sbert_pg import catalog
-from sbert_pg.catalog import Binding, tables
+from sbert_pg.catalog import Binding, system, tables
 from sbert_pg.errors import BackfillIncompleteError, ReembeddingError
-from sbert_pg.reembedding import pg
 from sbert_pg.reembedding.checks import facts_of, require_unused
 from sbert_pg.reembedding.locks import (
     ATTEMPTS,
     LOCK_TIMEOUT,
     LockTable,
     in_short_transactions,
+    operations_on,
 )
 from sbert_pg.reembedding.pair import Pair, pair_of, replacement_of
 from sbert_pg.reembedding.rules import joined, next_step, unready
@@ -140,7 +140,7 @@ def abort(
     return in_short_transactions(
         engine,
         step,
-        relation=pg.name_of(engine.dialect, binding.schema, binding.table),
+        relation=system.name_of(engine.dialect, binding.schema, binding.table),
         lock_timeout=lock_timeout,
         attempts=attempts,
     )
@@ -154,7 +154,7 @@ def drop_bound_column(connection: sa.Connection, binding: Binding) -> None:
         )
     ).scalar_one()
     catalog.unbind(connection, binding.identity)
-    pg.operations(connection).drop_column(binding.table, binding.column, schema=binding.schema)
+    operations_on(connection).drop_column(binding.table, binding.column, schema=binding.schema)
     if encoder_id is None:
         return
     used = sa.exists().where(tables.embedding_column.c.encoder_id == encoder_id)

@@ -10,12 +10,11 @@ from typing import Any
 import sqlalchemy as sa
 
 from sbert_pg import catalog
-from sbert_pg.catalog import Binding
+from sbert_pg.catalog import Binding, system
 from sbert_pg.distance import Storage
 from sbert_pg.errors import AlreadyBoundError, DimensionError, ReembeddingError
-from sbert_pg.reembedding import pg
 from sbert_pg.reembedding.building import BuildProgress
-from sbert_pg.reembedding.locks import ATTEMPTS, LOCK_TIMEOUT, in_short_transactions
+from sbert_pg.reembedding.locks import ATTEMPTS, LOCK_TIMEOUT, in_short_transactions, operations_on
 from sbert_pg.reembedding.pair import Pair, pair_of, reflect, replacement_of
 from sbert_pg.reembedding.vector_index import build_index, index_name
 from sbert_pg.source import Source
@@ -125,7 +124,7 @@ def start(
     return in_short_transactions(
         engine,
         step,
-        relation=pg.name_of(engine.dialect, request.old.schema, request.old.table),
+        relation=system.name_of(engine.dialect, request.old.schema, request.old.table),
         lock_timeout=lock_timeout,
         attempts=attempts,
     )
@@ -146,7 +145,7 @@ def _add_column(connection: sa.Connection, column: ColumnIdentity, type_: Vector
     table = reflect(connection, column.schema, column.table)
     there = table.c.get(column.column)
     if there is None:
-        pg.operations(connection).add_column(
+        operations_on(connection).add_column(
             column.table, sa.Column(column.column, type_, nullable=True), schema=column.schema
         )
         return

@@ -12,10 +12,12 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import sqlalchemy as sa
+from alembic.operations import Operations
+from alembic.runtime.migration import MigrationContext
 from sqlalchemy.ext.compiler import compiles
 
+from sbert_pg.catalog import system
 from sbert_pg.errors import TableBusyError
-from sbert_pg.reembedding import pg
 
 T = TypeVar("T")
 
@@ -71,6 +73,11 @@ def in_short_transactions(
     raise AssertionError("unreachable")
 
 
+def operations_on(connection: sa.Connection) -> Operations:
+    """Alembic's operations, for DDL that SQLAlchemy itself lacks."""
+    return Operations(MigrationContext.configure(connection))
+
+
 class LockTable(sa.schema.ExecutableDDLElement):
     """``LOCK TABLE ... IN ... MODE``."""
 
@@ -100,7 +107,7 @@ def pause(attempt: int) -> None:
 
 def holders(connection: sa.Connection, relation: str) -> list[str]:
     """Who else has a lock on a table now, the longest transaction first, one line each."""
-    locks, activity = pg.LOCKS, pg.ACTIVITY
+    locks, activity = system.LOCKS, system.ACTIVITY
     statement = (
         sa.select(
             activity.c.pid,
@@ -111,7 +118,7 @@ def holders(connection: sa.Connection, relation: str) -> list[str]:
         )
         .join_from(locks, activity, locks.c.pid == activity.c.pid)
         .where(
-            locks.c.relation == pg.oid_of(relation),
+            locks.c.relation == system.oid_of(relation),
             locks.c.granted,
             activity.c.pid != sa.func.pg_backend_pid(),
         )

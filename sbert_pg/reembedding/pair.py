@@ -10,9 +10,8 @@ import sqlalchemy as sa
 from sqlalchemy.sql import visitors
 
 from sbert_pg import catalog
-from sbert_pg.catalog import Binding
+from sbert_pg.catalog import Binding, system
 from sbert_pg.errors import ReembeddingError
-from sbert_pg.reembedding import pg
 from sbert_pg.reembedding.vector_index import VectorIndex, vector_indexes
 from sbert_pg.spec import EncoderSpec
 from sbert_pg.types import Embedding, register_reflection
@@ -120,7 +119,7 @@ def _pair(connection: sa.Connection, new: Binding) -> Pair:
     old = None
     if new.replaces is not None:
         old = catalog.binding_of(connection, ColumnIdentity(new.schema, new.table, new.replaces))
-    relation = pg.relation_name(table, connection)
+    relation = system.relation_name(table, connection)
     return Pair(
         table=table,
         relation=relation,

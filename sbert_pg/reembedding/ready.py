@@ -9,8 +9,9 @@ from typing import Any
 import sqlalchemy as sa
 
 from sbert_pg import catalog
+from sbert_pg.catalog import system
+from sbert_pg.distance import INDEX_METHODS
 from sbert_pg.errors import BackfillIncompleteError, NotBoundError
-from sbert_pg.reembedding import pg
 from sbert_pg.reembedding.coverage import coverage_of, first_late, marks_of
 from sbert_pg.reembedding.vector_index import vector_indexes
 from sbert_pg.types import Embedding
@@ -142,7 +143,7 @@ def _index_missing(
 ) -> Iterator[str]:
     if index_on(column) is None:
         return
-    relation = pg.relation_name(table, connection)
+    relation = system.relation_name(table, connection)
     there = {i.name: i.valid for i in vector_indexes(connection, relation, column.name)}
     for name in (str(index.name) for index in declared_indexes(column)):
         if name not in there:
@@ -158,7 +159,7 @@ def declared_indexes(column: sa.Column[Any]) -> list[sa.Index]:
 
 def _is_on(index: sa.Index, column: sa.Column[Any]) -> bool:
     using = index.dialect_options["postgresql"]["using"]
-    return using in ("hnsw", "ivfflat") and column.name in index.columns
+    return using in INDEX_METHODS and column.name in index.columns
 
 
 __all__ = ["assert_ready", "declared_indexes", "embedding_columns"]

@@ -22,8 +22,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from sbert_pg.catalog import tables
-from sbert_pg.reembedding import pg
+from sbert_pg.catalog import system, tables
 from sbert_pg.reembedding.pair import Pair
 from sbert_pg.reembedding.vector_index import vector_indexes
 
@@ -181,7 +180,7 @@ def _writers(connection: sa.Connection, column_id: int) -> Iterable[Writer]:
 
 def _statements(connection: sa.Connection, table: str, column: str) -> dict[int, str]:
     """Running statements of others that compare vectors with the column, by process."""
-    activity = pg.ACTIVITY
+    activity = system.ACTIVITY
     statement = sa.select(activity.c.pid, activity.c.query).where(
         activity.c.datname == sa.func.current_database(),
         activity.c.state == "active",

@@ -10,18 +10,20 @@ from typing import Any, cast
 
 import sqlalchemy as sa
 from alembic.operations import Operations
+from sqlalchemy.dialects.postgresql import OID
 from sqlalchemy.ext.compiler import compiles
 
-from sbert_pg.distance import METRICS, IndexMethod, Similarity
+from sbert_pg.catalog import system
+from sbert_pg.distance import INDEX_METHODS, METRICS, IndexMethod, Similarity
 from sbert_pg.errors import DeclarationError, StepStoppedError, TableBusyError
 from sbert_pg.indexes import hnsw_index, ivfflat_index
-from sbert_pg.reembedding import pg
 from sbert_pg.reembedding.building import BuildProgress, wait_for_other, watched
 from sbert_pg.reembedding.locks import (
     ATTEMPTS,
     LOCK_TIMEOUT,
     LockTable,
     in_short_transactions,
+    operations_on,
     pause,
     set_lock_timeout,
     sqlstate,
@@ -107,37 +109,41 @@ def vector_indexes(
 
 
 def _indexes(connection: sa.Connection, relation: str, column: str) -> sa.Select[Any]:
-    index, klass, statistics = pg.INDEX, pg.CLASS, pg.INDEX_STATISTICS
+    index, klass, statistics = system.INDEX, system.CLASS, system.INDEX_STATISTICS
     knows_last = (connection.dialect.server_version_info or (0,)) >= (16,)
     last: sa.ColumnElement[Any] = (
         statistics.c.last_idx_scan if knows_last else sa.null().cast(sa.DateTime(timezone=True))
     )
     depends = (
         sa.select(sa.literal(1))
-        .join_from(pg.DEPEND, pg.ATTRIBUTE, pg.ATTRIBUTE.c.attnum == pg.DEPEND.c.refobjsubid)
+        .join_from(
+            system.DEPEND,
+            system.ATTRIBUTE,
+            system.ATTRIBUTE.c.attnum == system.DEPEND.c.refobjsubid,
+        )
         .where(
-            pg.DEPEND.c.classid == pg.oid_of("pg_catalog.pg_class"),
-            pg.DEPEND.c.objid == index.c.indexrelid,
-            pg.DEPEND.c.refobjid == index.c.indrelid,
-            pg.ATTRIBUTE.c.attrelid == index.c.indrelid,
-            pg.ATTRIBUTE.c.attname == column,
+            system.DEPEND.c.classid == system.oid_of("pg_catalog.pg_class"),
+            system.DEPEND.c.objid == index.c.indexrelid,
+            system.DEPEND.c.refobjid == index.c.indrelid,
+            system.ATTRIBUTE.c.attrelid == index.c.indrelid,
+            system.ATTRIBUTE.c.attname == column,
         )
         .exists()
     )
-    progress = pg.INDEX_PROGRESS
+    progress = system.INDEX_PROGRESS
     building = sa.select(sa.literal(1)).where(progress.c.index_relid == index.c.indexrelid).exists()
     opclass = (
-        sa.select(pg.OPCLASS.c.opcname)
-        .where(pg.OPCLASS.c.oid == sa.literal_column("indclass[0]", sa.BigInteger))
+        sa.select(system.OPCLASS.c.opcname)
+        .where(system.OPCLASS.c.oid == sa.literal_column("indclass[0]", OID))
         .scalar_subquery()
     )
     return (
         sa.select(
             klass.c.relname,
-            pg.NAMESPACE.c.nspname,
+            system.NAMESPACE.c.nspname,
             index.c.indisvalid,
             building.label("building"),
-            pg.AM.c.amname,
+            system.AM.c.amname,
             opclass.label("opclass"),
             klass.c.reloptions,
             sa.func.pg_get_expr(
@@ -153,12 +159,12 @@ def _indexes(connection: sa.Connection, relation: str, column: str) -> sa.Select
         )
         .select_from(index)
         .join(klass, klass.c.oid == index.c.indexrelid)
-        .join(pg.NAMESPACE, pg.NAMESPACE.c.oid == klass.c.relnamespace)
-        .join(pg.AM, pg.AM.c.oid == klass.c.relam)
+        .join(system.NAMESPACE, system.NAMESPACE.c.oid == klass.c.relnamespace)
+        .join(system.AM, system.AM.c.oid == klass.c.relam)
         .outerjoin(statistics, statistics.c.indexrelid == index.c.indexrelid)
         .where(
-            index.c.indrelid == pg.oid_of(relation),
-            pg.AM.c.amname.in_(["hnsw", "ivfflat"]),
+            index.c.indrelid == system.oid_of(relation),
+            system.AM.c.amname.in_(INDEX_METHODS),
             depends,
         )
         .order_by(klass.c.relname)
@@ -248,7 +254,7 @@ def build_index(
             for name, value in settings.items():
                 if value is not None:
                     connection.execute(sa.select(sa.func.set_config(name, value, False)))
-            relation = pg.relation_name(table, connection)
+            relation = system.relation_name(table, connection)
             if not wait_for_other(
                 connection,
                 lambda: index_state(connection, index) == "building",
@@ -285,7 +291,7 @@ def _build(
     connection: sa.Connection, index: sa.Index, attempts: int, stop: threading.Event | None
 ) -> bool:
     assert index.table is not None
-    operations = pg.operations(connection)
+    operations = operations_on(connection)
     for attempt in range(1, attempts + 1):
         state = index_state(connection, index)
         if state == "valid":
@@ -340,15 +346,18 @@ def _drop_leftover(operations: Operations, connection: sa.Connection, index: sa.
 def index_state(connection: sa.Connection, index: sa.Index) -> str:
     """``"absent"``, ``"valid"``, ``"invalid"`` or ``"building"``, by the index's name and table."""
     assert index.table is not None
-    relation = pg.relation_name(index.table, connection)
-    progress = pg.INDEX_PROGRESS
+    relation = system.relation_name(index.table, connection)
+    progress = system.INDEX_PROGRESS
     building = (
-        sa.select(sa.literal(1)).where(progress.c.index_relid == pg.INDEX.c.indexrelid).exists()
+        sa.select(sa.literal(1)).where(progress.c.index_relid == system.INDEX.c.indexrelid).exists()
     )
     row = connection.execute(
-        sa.select(pg.INDEX.c.indisvalid, building)
-        .join(pg.CLASS, pg.CLASS.c.oid == pg.INDEX.c.indexrelid)
-        .where(pg.INDEX.c.indrelid == pg.oid_of(relation), pg.CLASS.c.relname == str(index.name))
+        sa.select(system.INDEX.c.indisvalid, building)
+        .join(system.CLASS, system.CLASS.c.oid == system.INDEX.c.indexrelid)
+        .where(
+            system.INDEX.c.indrelid == system.oid_of(relation),
+            system.CLASS.c.relname == str(index.name),
+        )
     ).one_or_none()
     if row is None:
         return "absent"

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import BIT
 from sqlalchemy.sql.functions import FunctionElement
 
-from sbert_pg.distance import METRICS, IndexMethod, Metric
+from sbert_pg.distance import INDEX_METHODS, METRICS, IndexMethod, Metric
 
 Form = Literal["column", "halfvec", "binary"]
 _PREFERENCE: tuple[Form, ...] = ("column", "halfvec", "binary")
@@ -67,7 +67,7 @@ def description_of(index: sa.Index) -> IndexDescription | None:
     """The description of an index, where it is an HNSW or IVFFlat index on one vector column."""
     options = index.dialect_options["postgresql"]
     method = options["using"]
-    if method not in ("hnsw", "ivfflat") or len(index.expressions) != 1:
+    if method not in INDEX_METHODS or len(index.expressions) != 1:
         return None
     expression: Any = index.expressions[0]
     opclass = next(iter((options["ops"] or {}).values()), "vector_l2_ops")

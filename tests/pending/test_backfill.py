@@ -424,14 +424,14 @@ def test_no_replica_is_not_behind(engine, plain, encoder):
 
 def test_a_lag_that_cannot_be_seen_is_no_licence(engine, plain, monkeypatch):
     """What a role without pg_monitor sees of a replica: a row with NULLs."""
-    from sbert_pg.pending import throttle
+    from sbert_pg.catalog import system
 
     plain.execute(
         "CREATE TABLE replication AS SELECT 1 AS pid, NULL::text AS state, "
         "NULL::interval AS replay_lag"
     )
-    columns = [sa.column(n, t.type) for n, t in throttle._replication.columns.items()]
-    monkeypatch.setattr(throttle, "_replication", sa.table("replication", *columns))
+    columns = [sa.column(n, t.type) for n, t in system.REPLICATION.columns.items()]
+    monkeypatch.setattr(system, "REPLICATION", sa.table("replication", *columns))
     with engine.begin() as connection, pytest.raises(CatalogError, match="pg_monitor"):
         replica_lag(connection)
     plain.execute("UPDATE replication SET state = 'streaming', replay_lag = '7 seconds'")

@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import sqlalchemy as sa
-from alembic.operations import Operations
-from alembic.runtime.migration import MigrationContext
-from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.dialects.postgresql import ARRAY, OID
 from sqlalchemy.engine import Dialect
 
 
@@ -16,7 +14,7 @@ def _catalog(name: str, **types: Any) -> sa.TableClause:
     return sa.table(name, *columns, schema="pg_catalog")
 
 
-_O, _T, _I, _B, _TS = sa.BigInteger, sa.Text, sa.BigInteger, sa.Boolean, sa.DateTime(timezone=True)
+_O, _T, _I, _B, _TS = OID, sa.Text, sa.BigInteger, sa.Boolean, sa.DateTime(timezone=True)
 
 CLASS = _catalog(
     "pg_class", oid=_O, relname=_T, relnamespace=_O, relam=_O, reloptions=ARRAY(_T),
@@ -32,7 +30,10 @@ ATTRIBUTE = _catalog(
     "pg_attribute", attrelid=_O, attname=_T, attnum=_I, atttypmod=_I, atttypid=_O, attisdropped=_B,
     attnotnull=_B,
 )  # fmt: skip
-TYPE = _catalog("pg_type", oid=_O, typname=_T)
+TYPE = _catalog("pg_type", oid=_O, typname=_T, typtype=_T, typcategory=_T, typbasetype=_O)
+TRIGGER = _catalog("pg_trigger", tgrelid=_O, tgtype=sa.SmallInteger, tgisinternal=_B, tgenabled=_T)
+INHERITS = _catalog("pg_inherits", inhrelid=_O, inhparent=_O)
+EXTENSION = _catalog("pg_extension", extname=_T)
 DEPEND = _catalog("pg_depend", classid=_O, objid=_O, refclassid=_O, refobjid=_O, refobjsubid=_I)
 INDEX_STATISTICS = _catalog("pg_stat_user_indexes", indexrelid=_O, idx_scan=_I, last_idx_scan=_TS)
 ACTIVITY = _catalog(
@@ -40,6 +41,7 @@ ACTIVITY = _catalog(
     xact_start=_TS, query_start=_TS, backend_type=_T, wait_event_type=_T,
 )  # fmt: skip
 LOCKS = _catalog("pg_locks", pid=_I, relation=_O, granted=_B, mode=_T)
+REPLICATION = _catalog("pg_stat_replication", pid=_I, state=_T, replay_lag=sa.Interval)
 INDEX_PROGRESS = _catalog(
     "pg_stat_progress_create_index", pid=_I, relid=_O, index_relid=_O, phase=_T, blocks_total=_I,
     blocks_done=_I, tuples_total=_I, tuples_done=_I,
@@ -48,7 +50,7 @@ INDEX_PROGRESS = _catalog(
 
 def oid_of(relation: str) -> sa.ColumnElement[int]:
     """The oid of a table given as text, quoted where it has to be; ``NULL`` where there is none."""
-    return sa.cast(sa.func.to_regclass(relation), sa.BigInteger)
+    return sa.cast(sa.func.to_regclass(relation), OID)
 
 
 def relation_name(table: sa.Table, connection: sa.Connection) -> str:
@@ -59,8 +61,3 @@ def relation_name(table: sa.Table, connection: sa.Connection) -> str:
 def name_of(dialect: Dialect, schema: str | None, table: str) -> str:
     """As ``relation_name``, of a table given by its names."""
     return dialect.identifier_preparer.format_table(sa.Table(table, sa.MetaData(), schema=schema))
-
-
-def operations(connection: sa.Connection) -> Operations:
-    """Alembic's operations, for DDL that SQLAlchemy itself lacks."""
-    return Operations(MigrationContext.configure(connection))
