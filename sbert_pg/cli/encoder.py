@@ -29,12 +29,14 @@ NameArgument = Annotated[
 ]
 PrecisionOption = Annotated[
     str | None,
-    typer.Option(help="int8 (the default), int8-blocks, fp32 or fp32-plain.", show_default=False),
+    typer.Option(
+        help="int8 (the default), int8-blocks, fp32, fp16 or fp32-plain.", show_default=False
+    ),
 ]
 ThreadsOption = Annotated[
     int | None, typer.Option(help="Threads of inference; all that the process may use by default.")
 ]
-_WITH_PRECISION = re.compile(r"^(?P<name>.+):(?P<precision>fp32|int8[a-z0-9_-]*)$")
+_WITH_PRECISION = re.compile(r"^(?P<name>.+):(?P<precision>(?:fp32|fp16|int8)[a-z0-9_-]*)$")
 
 
 def register(app: typer.Typer) -> None:

@@ -3,6 +3,6 @@
 from sbert_pg.encoder.counting import Statistics
 from sbert_pg.encoder.directory import Manifest
 from sbert_pg.encoder.encoder import Encoder
-from sbert_pg.encoder.preparing import DEFAULT_PRECISION, prepare
+from sbert_pg.encoder.preparing import prepare
 
-__all__ = ["DEFAULT_PRECISION", "Encoder", "Manifest", "Statistics", "prepare"]
+__all__ = ["Encoder", "Manifest", "Statistics", "prepare"]

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 #: Tokens in a batch, padding included. Measured: 512 is best on a core with 1 MiB
 #: of second-level cache; 1,024 costs 3 %, 2,048 costs 7 %.
 TOKEN_BUDGET = 512
+#: The same for a GPU. Measured on an H200 in fp16, short texts: 8,192 costs 6 %, 65,536 gains 4 %.
+GPU_TOKEN_BUDGET = 32_768
 #: Part of a batch that may be padding. Texts of another length join a batch that is not full only
 #: as far as this; a batch more costs less than computing padding.
 _MAX_PADDING = 0.08

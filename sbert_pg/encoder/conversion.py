@@ -20,6 +20,7 @@ from sbert_pg.encoder.description import Description, describe
 from sbert_pg.encoder.directory import Manifest
 from sbert_pg.encoder.hub import Found
 from sbert_pg.encoder.identity import layer_text, tokenizer_digest, weights_digest
+from sbert_pg.encoder.providers import CPU
 from sbert_pg.encoder.runner import Runner
 from sbert_pg.encoder.samples import SAMPLE_TEXTS
 from sbert_pg.encoder.saving import save
@@ -175,7 +176,8 @@ def require(agreement: dict[str, Agreement], floor: Floor, what: str) -> None:
 
 
 def _vectors(path: Path, inputs: tuple[str, ...], tokens: Sequence[Sequence[int]]) -> Vectors:
-    vectors: Vectors = Runner(path, inputs).run(tokens)
+    # On the CPU wherever it will run, so that the probes are the same from every machine.
+    vectors: Vectors = Runner(path, inputs, providers=[CPU]).run(tokens)
     if not np.isfinite(vectors).all():
         raise ConversionError(f"{path.name} gives values that are not finite; it is not usable.")
     return vectors

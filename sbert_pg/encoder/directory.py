@@ -28,7 +28,7 @@ import numpy as np
 
 from sbert_pg.encoder.description import read_json
 from sbert_pg.encoder.hub import sha256_of
-from sbert_pg.errors import DamagedEncoderError, UnsupportedEncoderError
+from sbert_pg.errors import DamagedEncoderError, DeclarationError, UnsupportedEncoderError
 from sbert_pg.probes import PROBES, Agreement
 from sbert_pg.spec import EncoderSpec, Vectors
 
@@ -66,6 +66,22 @@ class Manifest:
     exporter: str = "graph"
     agreement: Mapping[str, Agreement] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+
+    def truncated(self, dimensions: int | None) -> EncoderSpec:
+        """The spec with the dimensions that a caller asks for; ``None`` for the model's own.
+
+        Raises:
+            DeclarationError: the model does not have so many.
+        """
+        spec, full = self.spec, self.full_dimensions
+        if dimensions is None or dimensions == spec.dimensions:
+            return spec
+        if not 1 <= dimensions <= full:
+            raise DeclarationError(
+                f"Encoder {spec.name!r} gives {full} dimensions and cannot give {dimensions}."
+            )
+        normalized = dimensions == full and spec.layers[-1:] == ("Normalize",)
+        return replace(spec, dimensions=dimensions, normalized=normalized)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data with a digest of itself."""

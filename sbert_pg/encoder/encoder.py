@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import overload
 
@@ -22,8 +21,8 @@ from sbert_pg.encoder.directory import Manifest
 from sbert_pg.encoder.engine import Engine
 from sbert_pg.encoder.preparing import prepare
 from sbert_pg.encoder.prompts import DOCUMENT, QUERY, resolve_prompt
-from sbert_pg.encoder.tokenizing import Tokens, clean
-from sbert_pg.errors import DeclarationError
+from sbert_pg.encoder.providers import Provider, Providers
+from sbert_pg.encoder.tokenizing import Tokens, clean, clean_chunks
 from sbert_pg.spec import EncoderSpec, Vectors
 
 Vector = npt.NDArray[np.float32]
@@ -48,13 +47,13 @@ class Encoder:
         *,
         dimensions: int | None = None,
         threads: int | None = None,
-        providers: Sequence[str] | None = None,
+        providers: Sequence[Provider] | None = None,
     ) -> None:
         self._directory = directory
         self._manifest = manifest
         self._threads = threads
         self._providers = providers
-        self._spec = _truncated(manifest, dimensions)
+        self._spec = manifest.truncated(dimensions)
         probes = converted.read_probes(directory, manifest.full_dimensions)
         self._probes = np.ascontiguousarray(probes[:, : self._spec.dimensions])
         self._lock = threading.Lock()
@@ -70,7 +69,7 @@ class Encoder:
         dimensions: int | None = None,
         revision: str | None = None,
         threads: int | None = None,
-        providers: Sequence[str] | None = None,
+        providers: Sequence[Provider] | None = None,
         cache_dir: str | Path | None = None,
     ) -> Encoder:
         """Load an encoder, converting it at the first time.
@@ -79,14 +78,16 @@ class Encoder:
             name_or_path: a directory that this project converted, a sentence-transformers
                 directory, or a name on the hub. A name is converted once and then taken from the
                 cache of conversions without asking the hub.
-            precision: ``"int8"`` (the default), ``"int8-blocks"``, ``"fp32"``, or
-                ``"fp32-plain"`` for other execution providers than the CPU; docs/encoder.md
-                says what each costs and gives.
+            precision: ``"int8"`` (the default on the CPU), ``"int8-blocks"``, ``"fp32"``,
+                ``"fp16"`` (the default on CUDA) or ``"fp32-plain"`` (the default on other
+                execution providers); docs/encoder.md says what each costs and gives.
             dimensions: keep this many dimensions of each vector (Matryoshka models); all by
                 default.
             revision: revision of the hub repository.
             threads: threads of inference; by default as many as the process may use.
-            providers: onnxruntime execution providers in order of preference; the CPU by default.
+            providers: onnxruntime execution providers in order of preference, each a name or a
+                name with onnxruntime's options for it; those of ``$SBERT_PG_PROVIDERS`` or the CPU
+                by default.
             cache_dir: where conversions are kept; ``$SBERT_PG_CACHE`` or the user's cache directory
                 by default.
 
@@ -98,7 +99,13 @@ class Encoder:
             ProviderError: an execution provider is missing.
             DeclarationError: the model does not have so many dimensions.
         """
-        place = prepare(name_or_path, precision=precision, revision=revision, cache_dir=cache_dir)
+        place = prepare(
+            name_or_path,
+            precision=precision,
+            revision=revision,
+            cache_dir=cache_dir,
+            providers=providers,
+        )
         encoder = cls.open(place, dimensions=dimensions, threads=threads, providers=providers)
         if place != Path(name_or_path).expanduser():
             # One conversion serves every name that means the same model.
@@ -112,11 +119,24 @@ class Encoder:
         *,
         dimensions: int | None = None,
         threads: int | None = None,
-        providers: Sequence[str] | None = None,
+        providers: Sequence[Provider] | None = None,
     ) -> Encoder:
-        """Open a converted directory, verified against its digests."""
+        """Open a converted directory, verified against its digests.
+
+        Args:
+            directory: the directory.
+            dimensions: as for ``load``.
+            threads: as for ``load``.
+            providers: as for ``load``.
+
+        Raises:
+            DamagedEncoderError: files are missing or do not match their digests.
+            ProviderError: an execution provider is missing, or not made for this form.
+            DeclarationError: the model does not have so many dimensions.
+        """
         path = Path(directory)
         manifest = Manifest.read(path)
+        Providers.of(providers).require_suited(path, manifest.precision)
         with ThreadPoolExecutor(1, thread_name_prefix="sbert-pg-verify") as pool:
             # Hashing and making the session both leave the interpreter to others.
             verified = pool.submit(converted.verify_files, path, manifest)
@@ -279,7 +299,7 @@ class Encoder:
         """
         chosen = self._prompt(prompt_name, prompt)
         done = 0
-        for vectors in self._blocks(_chunks(texts, chunk_size), chosen):
+        for vectors in self._blocks(clean_chunks(texts, chunk_size), chosen):
             yield from vectors
             done += len(vectors)
             if progress is not None:
@@ -389,28 +409,6 @@ class Encoder:
         if vectors.shape[1] != self.dimensions:
             vectors = np.ascontiguousarray(vectors[:, : self.dimensions])
         return vectors
-
-
-def _truncated(manifest: Manifest, dimensions: int | None) -> EncoderSpec:
-    """The spec with the dimensions that a caller asks for."""
-    spec, full = manifest.spec, manifest.full_dimensions
-    if dimensions is None or dimensions == spec.dimensions:
-        return spec
-    if not 1 <= dimensions <= full:
-        raise DeclarationError(
-            f"Encoder {spec.name!r} gives {full} dimensions and cannot give {dimensions}."
-        )
-    normalized = dimensions == full and spec.layers[-1:] == ("Normalize",)
-    return replace(spec, dimensions=dimensions, normalized=normalized)
-
-
-def _chunks(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    """Checked texts in lists of ``size``."""
-    iterator = iter(texts)
-    begin = 0
-    while chunk := list(islice(iterator, size)):
-        yield clean(chunk, first=begin)
-        begin += len(chunk)
 
 
 def _normalized(matrix: Vectors) -> Vectors:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sbert_pg.encoder import directory as converted
 from sbert_pg.encoder.directory import Manifest
+from sbert_pg.encoder.providers import Provider
 from sbert_pg.encoder.tokenizing import TextTokenizer
 
 
@@ -18,7 +19,7 @@ class Engine:
         directory: the converted directory.
         manifest: its manifest.
         threads: threads of inference; as many as the process may use by default.
-        providers: onnxruntime execution providers; the CPU by default.
+        providers: see ``Encoder.load``.
     """
 
     def __init__(
@@ -26,7 +27,7 @@ class Engine:
         directory: Path,
         manifest: Manifest,
         threads: int | None,
-        providers: Sequence[str] | None,
+        providers: Sequence[Provider] | None,
     ) -> None:
         # onnxruntime takes a fifth of a second to import, and not every process encodes.
         from sbert_pg.encoder.runner import Runner

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from sbert_pg.encoder import directory as converted
 from sbert_pg.encoder.directory import Manifest
 from sbert_pg.encoder.hub import find, is_path, repository_of
+from sbert_pg.encoder.providers import Provider, Providers
 from sbert_pg.errors import DeclarationError, EncoderNotFoundError
-
-#: Fastest form whose effect on similarity and retrieval is within noise (docs/encoder.md).
-DEFAULT_PRECISION = "int8"
 
 
 def prepare(
@@ -19,6 +18,7 @@ def prepare(
     precision: str | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
+    providers: Sequence[Provider] | None = None,
     output: Path | None = None,
     again: bool = False,
 ) -> Path:
@@ -31,6 +31,7 @@ def prepare(
         precision: as for ``Encoder.load``.
         revision: as for ``Encoder.load``.
         cache_dir: as for ``Encoder.load``.
+        providers: as for ``Encoder.load``; they decide which precision is the default.
         output: put it here and not into the cache.
         again: convert anew even where it is there.
     """
@@ -39,7 +40,7 @@ def prepare(
     if converted.is_converted(path):
         _require_precision(path, precision)
         return path
-    wanted = precision or DEFAULT_PRECISION
+    wanted = precision or Providers.of(providers).precision
     local = is_path(name)
     if local and not path.is_dir():
         raise EncoderNotFoundError(

@@ -3,12 +3,16 @@
 One onnxruntime session whose operators run on one thread, and as many Python threads as there are
 cores that call it: onnxruntime leaves the interpreter while it computes, and a batch on one core
 loses nothing to waiting for another core, as it does where an operator is divided among cores.
+
+A GPU is the other way round: large batches, one at a time and from one thread, the next one made
+ready meanwhile.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
@@ -17,11 +21,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 
-from sbert_pg.encoder.batches import TOKEN_BUDGET, plan
-from sbert_pg.encoder.cores import lacks_vnni, usable_cores
-from sbert_pg.errors import DamagedEncoderError, EncoderError, ProviderError
+from sbert_pg.encoder.batches import GPU_TOKEN_BUDGET, TOKEN_BUDGET, plan
+from sbert_pg.encoder.cores import usable_cores
+from sbert_pg.encoder.providers import Provider, Providers
+from sbert_pg.errors import DamagedEncoderError, EncoderError
 from sbert_pg.spec import Vectors
 
 INPUT_IDS = "input_ids"
@@ -30,8 +34,6 @@ POOLING_MASK = "pooling_mask"
 _KNOWN_INPUTS = frozenset({INPUT_IDS, ATTENTION_MASK, POOLING_MASK})
 OUTPUT = "embedding"
 
-CPU = "CPUExecutionProvider"
-
 Ids = npt.NDArray[np.int64]
 
 
@@ -39,17 +41,17 @@ class Runner:
     """A converted model, ready to run. Safe to share between threads.
 
     A call whose texts fit into one batch runs in its own thread; larger ones are shared out among
-    at most ``threads`` threads. After a fork the child opens a session of its own at its first
-    call.
+    at most ``threads`` threads. A GPU is called by one thread for all. After a fork the child opens
+    a session of its own at its first call.
 
     Args:
         model_path: the ONNX file.
         inputs: names of its inputs, some of ``input_ids``, ``attention_mask``, ``pooling_mask``.
         threads: batches that run at the same time; by default as many as this process may use
-            cores (affinity and the container's limit counted).
-        providers: onnxruntime's execution providers in order of preference; the CPU by default.
+            cores (affinity and the container's limit counted). A GPU runs one.
+        providers: onnxruntime's execution providers in order of preference, see ``Providers.of``.
             onnxruntime runs on the CPU what the others do not take.
-        budget: tokens in a batch, padding included.
+        budget: tokens in a batch, padding included; what suits the provider by default.
 
     Raises:
         ProviderError: a provider is not in this onnxruntime, or does not start.
@@ -61,8 +63,8 @@ class Runner:
         model_path: str | Path,
         inputs: Sequence[str],
         threads: int | None = None,
-        providers: Sequence[str] | None = None,
-        budget: int = TOKEN_BUDGET,
+        providers: Sequence[Provider] | None = None,
+        budget: int | None = None,
     ) -> None:
         unknown = set(inputs) - _KNOWN_INPUTS
         if unknown or INPUT_IDS not in inputs:
@@ -74,9 +76,10 @@ class Runner:
             raise EncoderError(f"An encoder cannot run on {threads} threads; give 1 or more.")
         self._path = Path(model_path)
         self._inputs = tuple(inputs)
-        self._providers = tuple(providers) if providers else (CPU,)
-        self._budget = budget
-        self.threads = threads or usable_cores()
+        self._providers = Providers.of(providers)
+        on_gpu = self._providers.on_gpu
+        self._budget = budget or (GPU_TOKEN_BUDGET if on_gpu else TOKEN_BUDGET)
+        self.threads = 1 if on_gpu else threads or usable_cores()
         self._lock = threading.Lock()
         self._open()
 
@@ -98,6 +101,9 @@ class Runner:
             return np.empty((0, self.dimensions), np.float32)
         batches = plan([len(ids) for ids in token_ids], self._budget)
         result = np.empty((len(token_ids), self.dimensions), np.float32)
+        if self._providers.on_gpu:
+            self._run_in_turn(batches, token_ids, prompt_lengths, result)
+            return result
         if len(batches) == 1:
             self._run_batch(batches[0], token_ids, prompt_lengths, result)
             return result
@@ -155,7 +161,7 @@ class Runner:
 
     def _open(self) -> None:
         self._pid = os.getpid()
-        self._session = _session(self._path, self._providers)
+        self._session = self._providers.open(self._path)
         declared = {value.name for value in self._session.get_inputs()}
         outputs = {value.name: value for value in self._session.get_outputs()}
         width = outputs[OUTPUT].shape[-1] if OUTPUT in outputs else None
@@ -178,6 +184,29 @@ class Runner:
                 if self._pid != os.getpid():
                     self._open()
 
+    def _run_in_turn(
+        self,
+        batches: Sequence[Sequence[int]],
+        token_ids: Sequence[Sequence[int]],
+        prompt_lengths: Sequence[int] | None,
+        result: Vectors,
+    ) -> None:
+        """Run batches in the one thread that calls the GPU; this one makes the next ones ready."""
+        running: deque[tuple[Sequence[int], Future[list[Any]]]] = deque()
+        try:
+            for batch in batches:
+                feeds = self._feeds(batch, token_ids, prompt_lengths)
+                running.append((batch, self._pool.submit(self._session.run, [OUTPUT], feeds)))
+                if len(running) > 2:
+                    done, vectors = running.popleft()
+                    result[list(done)] = vectors.result()[0]
+            for done, vectors in running:
+                result[list(done)] = vectors.result()[0]
+        except BaseException:
+            for _, vectors in running:
+                vectors.cancel()
+            raise
+
     def _run_batch(
         self,
         batch: Sequence[int],
@@ -186,6 +215,16 @@ class Runner:
         result: Vectors,
     ) -> None:
         """Run some texts and put their vectors in their places."""
+        feeds = self._feeds(batch, token_ids, prompt_lengths)
+        result[list(batch)] = self._session.run([OUTPUT], feeds)[0]
+
+    def _feeds(
+        self,
+        batch: Sequence[int],
+        token_ids: Sequence[Sequence[int]],
+        prompt_lengths: Sequence[int] | None,
+    ) -> dict[str, Any]:
+        """The inputs of some texts, padded at the right."""
         texts = [token_ids[position] for position in batch]
         lengths = np.fromiter(map(len, texts), np.int64, len(texts))
         longest = int(lengths.max())
@@ -203,48 +242,4 @@ class Runner:
                 prompts = np.array([prompt_lengths[position] for position in batch])
                 pooled = mask * (positions >= prompts[:, None])
             feeds[POOLING_MASK] = pooled
-        result[list(batch)] = self._session.run([OUTPUT], feeds)[0]
-
-
-def _session(path: Path, providers: Sequence[str]) -> onnxruntime.InferenceSession:
-    available = onnxruntime.get_available_providers()
-    missing = [name for name in providers if name not in available]
-    if missing:
-        raise ProviderError(
-            f"This onnxruntime has no {', '.join(missing)}; it has {', '.join(available)}. "
-            "CUDAExecutionProvider comes with the package onnxruntime-gpu, "
-            "OpenVINOExecutionProvider with onnxruntime-openvino, each in place of onnxruntime."
-        )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-    if lacks_vnni():
-        # Products of uint8 and int8 overflow 16 bits there; onnxruntime has a form that does not.
-        # With VNNI it must not be asked for: it halves the speed.
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    # Errors are raised; warnings about the graph help nobody who uses it.
-    options.log_severity_level = 3
-    try:
-        session = onnxruntime.InferenceSession(
-            os.fspath(path), sess_options=options, providers=[*providers]
-        )
-    # onnxruntime's exceptions have no common base below Exception.
-    except Exception as error:
-        if set(providers) != {CPU}:
-            raise ProviderError(
-                f"{', '.join(providers)} cannot run {path}: {error}. Its driver or libraries may "
-                "be missing or of another version, or it may lack an operator of this form: "
-                "precision='fp32-plain' has only those that every provider knows."
-            ) from error
-        raise DamagedEncoderError(
-            f"onnxruntime cannot open {path}: {error}. Convert the encoder anew."
-        ) from error
-    lost = [name for name in providers if name not in session.get_providers()]
-    if lost:
-        raise ProviderError(
-            f"{', '.join(lost)} is part of this onnxruntime but does not start here; its driver "
-            "or its libraries are missing or of another version."
-        )
-    return session
+        return feeds

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,15 @@ def clean(texts: Sequence[object], *, first: int = 0) -> list[str]:
             text = _SURROGATES.sub("\ufffd", text)
         cleaned.append(text)
     return cleaned
+
+
+def clean_chunks(texts: Iterable[object], size: int) -> Iterator[list[str]]:
+    """``clean`` for any iterable, in lists of ``size``."""
+    iterator = iter(texts)
+    begin = 0
+    while chunk := list(islice(iterator, size)):
+        yield clean(chunk, first=begin)
+        begin += len(chunk)
 
 
 def tokenizer_content(description: Description) -> dict[str, Any]:

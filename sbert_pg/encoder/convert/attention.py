@@ -1,4 +1,4 @@
-"""Attention as ONNX nodes: fused for onnxruntime's CPU, plain for other execution providers."""
+"""Attention as ONNX nodes: onnxruntime's own for its CPU and for CUDA, plain for all others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Batch:
     Attributes:
         shape: int64 ``(batch, tokens, width)`` as a vector.
         mask: 1 for tokens and 0 for padding, int64 ``(batch, tokens)``.
-        bias: attention bias of MPNet, float32 ``(1, heads, tokens, tokens)``, or ``""``.
+        bias: attention bias of MPNet, ``(1, heads, tokens, tokens)``, or ``""``.
     """
 
     shape: str
@@ -29,7 +29,7 @@ class Batch:
 
 
 class Fused:
-    """onnxruntime's own operator.
+    """onnxruntime's own operator, as its CPU has it.
 
     Without padding no mask is applied; onnxruntime then has a form that never writes the scores of
     a whole text to memory.
@@ -56,6 +56,28 @@ class Fused:
             num_heads=self._heads,
         )  # fmt: skip
         return writer.branch(self._padded, then, padded, other, whole, "attention")
+
+
+class FusedByLength:
+    """onnxruntime's own operator, as CUDA has it.
+
+    Padding is said by the length of each text, which its fastest kernels take, and nothing is
+    decided by what a value is, which would have to be fetched from the GPU first.
+    """
+
+    def __init__(self, writer: Writer, batch: Batch, heads: int, width: int) -> None:
+        self._writer, self._batch, self._heads = writer, batch, heads
+        lengths = writer.node("ReduceSum", [batch.mask, writer.ints(1)], "lengths", keepdims=0)
+        self._lengths = writer.node("Cast", [lengths], "lengths_i", to=INT32)
+
+    def apply(self, qkv: Sequence[str]) -> str:
+        """Attention of all heads; all values are of one type, ``(batch * tokens, width)``."""
+        writer, batch = self._writer, self._batch
+        split = [writer.node("Reshape", [value, batch.shape], "heads") for value in qkv]
+        return writer.node(
+            "MultiHeadAttention", [*split, "", self._lengths, batch.bias], "attention",
+            domain=MICROSOFT, num_heads=self._heads,
+        )  # fmt: skip
 
 
 class Plain:
@@ -87,3 +109,6 @@ class Plain:
         weights = writer.node("Softmax", [scores], "weights", axis=-1)
         context = writer.node("MatMul", [weights, value], "context")
         return writer.node("Transpose", [context], "context", perm=[0, 2, 1, 3])
+
+
+Attention = Fused | FusedByLength | Plain

@@ -14,7 +14,7 @@ from onnx import helper
 
 from sbert_pg.encoder.batches import plan
 from sbert_pg.encoder.convert.architectures import Linear
-from sbert_pg.encoder.convert.linear import Float32
+from sbert_pg.encoder.convert.linear import Floats
 from sbert_pg.encoder.convert.quantize import Seen
 from sbert_pg.encoder.convert.writer import FLOAT, Writer
 from sbert_pg.encoder.description import Description
@@ -33,10 +33,11 @@ _LONGEST = 256
 _BUDGET = 512
 
 
-class Watched(Float32):
+class Watched(Floats):
     """The fp32 form, remembering the names of what comes into its products."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.inputs: dict[str, str] = {}
 
     def linear(

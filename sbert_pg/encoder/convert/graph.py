@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 from onnx import helper
 
 from sbert_pg.encoder.convert import architectures, transformer
 from sbert_pg.encoder.convert.architectures import ARCHITECTURES
-from sbert_pg.encoder.convert.attention import Fused, Plain
+from sbert_pg.encoder.convert.attention import Attention, Fused, FusedByLength, Plain
 from sbert_pg.encoder.convert.calibrate import Watched, observe, token_ids
-from sbert_pg.encoder.convert.linear import Blocks8, Float32, Int8
+from sbert_pg.encoder.convert.linear import Blocks8, Floats, Int8
 from sbert_pg.encoder.convert.pooling import Pooled, finish, pool
 from sbert_pg.encoder.convert.quantize import ranges, smooth
 from sbert_pg.encoder.convert.transformer import Products
@@ -21,7 +22,9 @@ from sbert_pg.errors import DeclarationError, UnsupportedEncoderError
 __all__ = ["ARCHITECTURES", "PRECISIONS", "build"]
 
 #: Numeric forms that can be built.
-PRECISIONS = ("fp32", "int8", "int8-blocks", "fp32-plain")
+PRECISIONS = ("fp32", "int8", "int8-blocks", "fp16", "fp32-plain")
+
+_ATTENTION: dict[str, type[Attention]] = {"fp16": FusedByLength, "fp32-plain": Plain}
 
 #: Names of the inputs, all int64 of shape ``(batch, tokens)``, and of the output.
 INPUT_IDS = "input_ids"
@@ -56,7 +59,7 @@ def build(description: Description, precision: str) -> onnx.ModelProto:
             f"There is no precision {precision!r}; there are {', '.join(PRECISIONS)}."
         )
     model = architectures.read(description)
-    attention = Plain if precision == "fp32-plain" else Fused
+    attention = _ATTENTION.get(precision, Fused)
     return assemble(description, model, _products(description, model, precision), attention)
 
 
@@ -65,7 +68,9 @@ def _products(
 ) -> Products:
     """How ``model`` is multiplied; for int8 it is smoothed."""
     if precision in ("fp32", "fp32-plain"):
-        return Float32()
+        return Floats()
+    if precision == "fp16":
+        return Floats(np.float16)
     if precision == "int8-blocks":
         return Blocks8()
     watched = Watched()
@@ -79,7 +84,7 @@ def assemble(
     description: Description,
     model: architectures.Transformer,
     products: Products,
-    attention: type[Fused] | type[Plain] = Fused,
+    attention: type[Attention] = Fused,
 ) -> onnx.ModelProto:
     """The graph of a transformer that was read, with one way of multiplying."""
     writer = Writer()

@@ -1,8 +1,9 @@
-"""Ways of multiplying: fp32, int8 by channel, and int8 in blocks."""
+"""Ways of multiplying: fp32 and fp16, int8 by channel, and int8 in blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,8 @@ PART = 384
 class _Plain:
     """A feed-forward part as two products that know nothing of each other."""
 
+    dtype: type[np.floating[Any]] = np.float32
+
     def linear(
         self, writer: Writer, x: str, layers: Sequence[Linear], names: Sequence[str]
     ) -> list[str]:
@@ -36,12 +39,17 @@ class _Plain:
         return narrow
 
 
-class Float32(_Plain):
-    """The weights as they are."""
+class Floats(_Plain):
+    """The weights as they are, or rounded to half precision."""
+
+    def __init__(self, dtype: type[np.floating[Any]] = np.float32) -> None:
+        self.dtype = dtype
 
     def embed(self, writer: Writer, table: Array, ids: str) -> str:
         """See ``Products``."""
-        return writer.node("Gather", [writer.tensor(table, "words"), ids], "word")
+        stored = writer.tensor(table.astype(self.dtype), "words")
+        word = writer.node("Gather", [stored, ids], "word")
+        return word if self.dtype == np.float32 else writer.node("Cast", [word], "word", to=FLOAT)
 
     def linear(
         self, writer: Writer, x: str, layers: Sequence[Linear], names: Sequence[str]
@@ -50,8 +58,8 @@ class Float32(_Plain):
         return [
             writer.node(
                 "Gemm",
-                [x, writer.tensor(layer.weight, f"{name}.weight"),
-                 writer.tensor(layer.bias, f"{name}.bias")],
+                [x, writer.tensor(layer.weight.astype(self.dtype), f"{name}.weight"),
+                 writer.tensor(layer.bias.astype(self.dtype), f"{name}.bias")],
                 name,
             )
             for layer, name in zip(layers, names, strict=True)
@@ -64,6 +72,8 @@ class Int8:
     Args:
         ranges: of each product's input.
     """
+
+    dtype: type[np.floating[Any]] = np.float32
 
     def __init__(self, ranges: Mapping[str, Range]) -> None:
         self._ranges = ranges

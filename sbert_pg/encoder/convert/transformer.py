@@ -1,20 +1,26 @@
-"""The transformer as ONNX nodes, in the form that onnxruntime runs fastest on a CPU."""
+"""The transformer as ONNX nodes, in the form that onnxruntime runs fastest."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from sbert_pg.encoder.convert.architectures import Block, Linear, Norm, Transformer
-from sbert_pg.encoder.convert.attention import Batch, Fused, Plain
+from sbert_pg.encoder.convert.attention import Attention, Batch, Fused
 from sbert_pg.encoder.convert.weights import Array
-from sbert_pg.encoder.convert.writer import INT64, Writer
+from sbert_pg.encoder.convert.writer import FLOAT, FLOAT16, INT64, Writer
 
 
 class Products(Protocol):
-    """How matrices are stored and multiplied: in fp32 or in int8."""
+    """How matrices are stored and multiplied: in fp32, fp16 or int8.
+
+    Attributes:
+        dtype: what goes from layer to layer, numpy's float32 or float16; "real" below.
+    """
+
+    dtype: type[np.floating[Any]]
 
     def embed(self, writer: Writer, table: Array, ids: str) -> str:
         """Rows of a table by ids, float32 ``(*ids, width)``."""
@@ -22,7 +28,7 @@ class Products(Protocol):
     def linear(
         self, writer: Writer, x: str, layers: Sequence[Linear], names: Sequence[str]
     ) -> list[str]:
-        """``x``, float32 ``(tokens, in)``, through each of some layers.
+        """``x``, real ``(tokens, in)``, through each of some layers.
 
         Args:
             writer: receives the nodes.
@@ -34,7 +40,7 @@ class Products(Protocol):
     def feed_forward(
         self, writer: Writer, x: str, up: Linear, down: Linear, activation: str, name: str
     ) -> str:
-        """``x``, float32 ``(tokens, width)``, through two layers with an activation between them.
+        """``x``, real ``(tokens, width)``, through two layers with an activation between them.
 
         Args:
             writer: receives the nodes.
@@ -52,7 +58,7 @@ def write(
     products: Products,
     ids: str,
     mask: str,
-    attention: type[Fused] | type[Plain] = Fused,
+    attention: type[Attention] = Fused,
 ) -> str:
     """Token vectors, float32 ``(batch, tokens, width)``.
 
@@ -70,16 +76,22 @@ def write(
         "Gather", [sizes, writer.tensor(np.array(1, np.int64), "one")], "length", axis=0
     )
     shape = writer.node("Concat", [sizes, width], "shape", axis=0)
-    batch = Batch(shape, mask, _relative(writer, model, length))
+    batch = Batch(shape, mask, _relative(writer, model, length, products.dtype))
     attend = attention(writer, batch, model.heads, model.width)
     words = products.embed(writer, model.words, ids)
     summed = writer.node("Add", [words, _positions(writer, model, ids, length)], "embedded")
     # From here on a batch is one matrix of tokens: a product with a bias is then one node.
     x = writer.node("Reshape", [_norm(writer, summed, model.norm), writer.ints(-1, model.width)])
+    half = products.dtype == np.float16
+    if half:
+        x = writer.node("Cast", [x], "half", to=FLOAT16)
     before = model.norm
     for number, block in enumerate(model.blocks):
         x = _block(writer, model, block, products, attend, x, before, f"layer{number}")
         before = block.norm
+    if half:
+        # Sums over the tokens of a text are too long for half precision.
+        x = writer.node("Cast", [x], "single", to=FLOAT)
     return writer.node("Reshape", [x, shape], "tokens")
 
 
@@ -88,7 +100,7 @@ def _block(
     model: Transformer,
     block: Block,
     products: Products,
-    attend: Fused | Plain,
+    attend: Attention,
     x: str,
     before: Norm,
     name: str,
@@ -97,13 +109,15 @@ def _block(
     qkv = products.linear(writer, x, [block.query, block.key, block.value], names)
     flat = writer.node("Reshape", [attend.apply(qkv), writer.ints(-1, model.width)], "context")
     (output,) = products.linear(writer, flat, [block.output], [f"{name}.output"])
-    x = _norm(writer, _residual(writer, output, x, before), block.attention_norm)
+    dtype = products.dtype
+    x = _norm(writer, _residual(writer, output, x, before), block.attention_norm, dtype)
     down = products.feed_forward(writer, x, block.up, block.down, model.activation, name)
-    return _norm(writer, _residual(writer, down, x, block.attention_norm), block.norm)
+    return _norm(writer, _residual(writer, down, x, block.attention_norm), block.norm, dtype)
 
 
-def _norm(writer: Writer, x: str, norm: Norm) -> str:
-    scale, bias = writer.tensor(norm.scale, "norm.scale"), writer.tensor(norm.bias, "norm.bias")
+def _norm(writer: Writer, x: str, norm: Norm, dtype: type[np.floating[Any]] = np.float32) -> str:
+    scale = writer.tensor(norm.scale.astype(dtype), "norm.scale")
+    bias = writer.tensor(norm.bias.astype(dtype), "norm.bias")
     return writer.node(
         "LayerNormalization", [x, scale, bias], "norm", axis=-1, epsilon=norm.epsilon
     )
@@ -128,7 +142,9 @@ def _positions(writer: Writer, model: Transformer, ids: str, length: str) -> str
     return writer.node("Gather", [table, writer.node("Mul", [running, counted])], "position")
 
 
-def _relative(writer: Writer, model: Transformer, length: str) -> str:
+def _relative(
+    writer: Writer, model: Transformer, length: str, dtype: type[np.floating[Any]]
+) -> str:
     """MPNet's bias for a batch: a table by distance, looked up at all pairs of positions."""
     if model.relative_bias is None:
         return ""
@@ -139,6 +155,6 @@ def _relative(writer: Writer, model: Transformer, length: str) -> str:
     column = writer.node("Unsqueeze", [positions, writer.ints(1)], "column")
     distance = writer.node("Sub", [positions, column], "distance")
     index = writer.node("Add", [distance, middle], "distance_index")
-    table = writer.tensor(model.relative_bias, "relative_bias")
+    table = writer.tensor(model.relative_bias.astype(dtype), "relative_bias")
     bias = writer.node("Gather", [table, index], "bias", axis=1)
     return writer.node("Unsqueeze", [bias, writer.ints(0)], "attention_bias")

@@ -15,6 +15,7 @@ IR_VERSION = 9
 #: Domain of the operators that only onnxruntime has.
 MICROSOFT = "com.microsoft"
 FLOAT = TensorProto.FLOAT
+FLOAT16 = TensorProto.FLOAT16
 INT32 = TensorProto.INT32
 INT64 = TensorProto.INT64
 BOOL = TensorProto.BOOL

@@ -1,0 +1,166 @@
+"""onnxruntime's execution providers: which are asked for, and what suits each.
+
+Only the CPU's has the operators of int8. CUDA's has onnxruntime's attention, and multiplies fastest
+in half precision; the others are given plain operators.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sbert_pg.encoder.cores import lacks_vnni
+from sbert_pg.errors import DamagedEncoderError, ProviderError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+logger = logging.getLogger("sbert_pg.encoder")
+
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+#: Names of providers, where none are given in code; separated by commas.
+VARIABLE = "SBERT_PG_PROVIDERS"
+
+#: A provider's name, or its name and onnxruntime's options for it (``device_id``...).
+Provider = str | tuple[str, Mapping[str, Any]]
+
+#: fp32 means fp32: by default onnxruntime multiplies with the ten bits of TF32.
+_OPTIONS: Mapping[str, Mapping[str, Any]] = {CUDA: {"use_tf32": "0"}}
+
+
+@dataclass(frozen=True, slots=True)
+class Providers:
+    """Execution providers in order of preference.
+
+    Attributes:
+        chosen: name and options of each, at least one.
+    """
+
+    chosen: tuple[tuple[str, Mapping[str, Any]], ...]
+
+    @classmethod
+    def of(cls, given: Sequence[Provider] | None) -> Providers:
+        """Those given; else those of ``$SBERT_PG_PROVIDERS``; else the CPU's."""
+        if not given:
+            listed = os.environ.get(VARIABLE, "").split(",")
+            given = [name.strip() for name in listed if name.strip()] or [CPU]
+        pairs = [(one, {}) if isinstance(one, str) else (one[0], one[1]) for one in given]
+        return cls(tuple((name, {**_OPTIONS.get(name, {}), **set_}) for name, set_ in pairs))
+
+    @property
+    def names(self) -> list[str]:
+        """Their names."""
+        return [name for name, _ in self.chosen]
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether batches are to be large and run one at a time."""
+        return self.names[0] == CUDA
+
+    @property
+    def precision(self) -> str:
+        """The form that is fastest on the first of them, its vectors within noise of fp32's."""
+        return {CPU: "int8", CUDA: "fp16"}.get(self.names[0], "fp32-plain")
+
+    def require_suited(self, path: Path, precision: str) -> None:
+        """Refuse a form that would run on the CPU after all, and slowly.
+
+        Raises:
+            ProviderError: it is int8 and the first provider is not the CPU's.
+        """
+        if precision.startswith("int8") and self.names[0] != CPU:
+            raise ProviderError(
+                f"{path} holds an encoder in {precision}, which is made of operators that only "
+                f"{CPU} has. For {self.names[0]} load the model from its own directory or name, "
+                f"with precision={self.precision!r} or none."
+            )
+
+    def open(self, path: Path) -> onnxruntime.InferenceSession:
+        """A session of a model, each of its operators on one thread.
+
+        Raises:
+            ProviderError: a provider is not in this onnxruntime, or does not start, or cannot run
+                the model.
+            DamagedEncoderError: the file cannot be read as a model.
+        """
+        # It takes a fifth of a second to import, and not every process encodes.
+        import onnxruntime
+
+        self._require_available(onnxruntime.get_available_providers())
+        if CUDA in self.names:
+            _find_cuda()
+        try:
+            session = onnxruntime.InferenceSession(
+                os.fspath(path),
+                sess_options=_options(),
+                providers=[(name, dict(options)) for name, options in self.chosen],
+            )
+        # onnxruntime's exceptions have no common base below Exception.
+        except Exception as error:
+            if set(self.names) != {CPU}:
+                raise ProviderError(
+                    f"{', '.join(self.names)} cannot run {path}: {error}. Its driver or libraries "
+                    "may be missing or of another version, or it may lack an operator of this "
+                    "form: precision='fp32-plain' has only those that every provider knows."
+                ) from error
+            raise DamagedEncoderError(
+                f"onnxruntime cannot open {path}: {error}. Convert the encoder anew."
+            ) from error
+        lost = [name for name in self.names if name not in session.get_providers()]
+        if lost:
+            raise ProviderError(
+                f"{', '.join(lost)} is part of this onnxruntime but does not start here; its "
+                "driver or its libraries are missing or of another version. Those of CUDA come "
+                "with pip install 'onnxruntime-gpu[cuda,cudnn]'."
+            )
+        return session
+
+    def _require_available(self, available: Sequence[str]) -> None:
+        missing = [name for name in self.names if name not in available]
+        if missing:
+            raise ProviderError(
+                f"This onnxruntime has no {', '.join(missing)}; it has {', '.join(available)}. "
+                f"{CUDA} comes with the package onnxruntime-gpu[cuda,cudnn], "
+                "OpenVINOExecutionProvider with onnxruntime-openvino, each in place of onnxruntime: "
+                "uninstall that one first."
+            )
+
+
+def _options() -> onnxruntime.SessionOptions:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    if lacks_vnni():
+        # Products of uint8 and int8 overflow 16 bits there; onnxruntime has a form that does not.
+        # With VNNI it must not be asked for: it halves the speed.
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    # Errors are raised; warnings about the graph help nobody who uses it.
+    options.log_severity_level = 3
+    return options
+
+
+def _find_cuda() -> None:
+    """Load CUDA's libraries from where pip put them, where the linker does not look."""
+    import onnxruntime
+
+    if hasattr(onnxruntime, "preload_dlls"):  # From 1.21 on.
+        said = io.StringIO()
+        # It prints what it does not find, which the linker may find all the same.
+        with contextlib.redirect_stdout(said):
+            onnxruntime.preload_dlls()
+        if said.getvalue():
+            logger.debug("Looking for CUDA's libraries: %s", said.getvalue().strip())
+
+
+__all__ = ["CPU", "CUDA", "VARIABLE", "Provider", "Providers"]
