@@ -39,6 +39,7 @@ import sqlalchemy as sa
 from sbert_pg import catalog
 from sbert_pg.embedded import embedded_server
 from sbert_pg.encoder import Encoder
+from sbert_pg.encoder.cores import usable_cores
 from sbert_pg.registry import use_encoder
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
@@ -159,7 +160,7 @@ def drain(url: sa.URL, workers: int, postmaster: int) -> Spent:
     context = multiprocessing.get_context("spawn")
     ready, start = context.Semaphore(0), context.Event()
     text = url.render_as_string(hide_password=False)
-    threads = None if workers == 1 else 1
+    threads = max(1, usable_cores() // workers)
     cpu = context.Queue()
     made = [
         context.Process(target=work, args=(text, ready, start, threads, cpu))
