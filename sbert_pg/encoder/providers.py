@@ -128,8 +128,8 @@ class Providers:
             raise ProviderError(
                 f"This onnxruntime has no {', '.join(missing)}; it has {', '.join(available)}. "
                 f"{CUDA} comes with the package onnxruntime-gpu[cuda,cudnn], "
-                "OpenVINOExecutionProvider with onnxruntime-openvino, each in place of onnxruntime, "
-                "which has to be uninstalled first."
+                "OpenVINOExecutionProvider with onnxruntime-openvino, each in place of "
+                "onnxruntime, which has to be uninstalled first."
             )
 
 
