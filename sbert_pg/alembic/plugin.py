@@ -13,6 +13,7 @@ from alembic.operations.ops import UpgradeOps
 from sbert_pg.alembic.compare import rewrite
 from sbert_pg.alembic.index_impl import INDEX_IMPLEMENTATIONS
 from sbert_pg.alembic.ops import OPERATIONS
+from sbert_pg.alembic.refusing import refusing
 from sbert_pg.alembic.render import RENDERERS, with_vector_types
 from sbert_pg.alembic.separate import separating
 from sbert_pg.alembic.toimpl import IMPLEMENTATIONS
@@ -72,7 +73,7 @@ def register_operations() -> None:
     for name, operation in OPERATIONS:
         Operations.register_operation(name)(operation)
     for kind, implementation in (*IMPLEMENTATIONS, *INDEX_IMPLEMENTATIONS):
-        Operations.implementation_for(kind)(implementation)
+        Operations.implementation_for(kind)(refusing(implementation))
     for kind, renderer in RENDERERS:
         renderers.dispatch_for(kind)(renderer)
 
@@ -106,4 +107,4 @@ def compare(context: AutogenContext, upgrade_ops: UpgradeOps, schemas: Any) -> N
     }
     hook = options.get("process_revision_directives")
     options["process_revision_directives"] = separating(hook)
-    rewrite(context, upgrade_ops)
+    refusing(rewrite)(context, upgrade_ops)

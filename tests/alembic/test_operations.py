@@ -133,6 +133,12 @@ def test_large_table_is_filled_before_it_is_indexed(
     with pytest.raises(BackfillIncompleteError, match=r"20 of 20 rows.*sbert-pg backfill"):
         app.upgrade()
     assert app.scalar("SELECT count(*) FROM pg_indexes WHERE indexname = 'ix_e'") == 0
+    # Alembic's command says it as it says its own errors, and not as a bug of the migration.
+    said = app.process("upgrade", "head")
+    assert said.returncode != 0
+    assert "FAILED: " in said.stdout + said.stderr
+    assert "20 of 20 rows" in said.stdout + said.stderr
+    assert "Traceback" not in said.stdout + said.stderr
     from sbert_pg.pending.backfill import backfill
     from sbert_pg.types.guard import ColumnIdentity
 
