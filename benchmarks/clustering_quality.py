@@ -26,8 +26,7 @@ import numpy as np
 from sklearn.cluster import KMeans as TheirKMeans
 from sklearn.metrics import v_measure_score
 
-from sbert_pg.clustering.algorithms import HDBSCAN, Agglomerative, Communities
-from sbert_pg.clustering.fitting import fit_in_memory
+from sbert_pg.clustering.algorithms import HDBSCAN, Agglomerative, Communities, fit_in_memory
 from sbert_pg.clustering.kmeans import fit_kmeans, normalize
 
 SEEDS = 10

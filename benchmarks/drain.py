@@ -39,12 +39,12 @@ import sqlalchemy as sa
 from sbert_pg import catalog
 from sbert_pg.embedded import embedded_server
 from sbert_pg.encoder import Encoder
-from sbert_pg.encoder.cores import usable_cores
+from sbert_pg.freshness import WorkerSettings, refresh, worker_thread
+from sbert_pg.process import usable_cores
 from sbert_pg.registry import use_encoder
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
-from sbert_pg.types.guard import ColumnIdentity
-from sbert_pg.worker import WorkerSettings, refresh, worker_thread
+from sbert_pg.types.identity import ColumnIdentity
 
 NAME = "sentence-transformers/all-MiniLM-L6-v2"
 IDENTITY = ColumnIdentity("public", "note", "embedding")
@@ -100,7 +100,7 @@ def load(engine: sa.Engine, rows: list[str]) -> None:
             for text in rows:
                 copy.write_row((text,))
         spec = EncoderSpec.of(NAME)
-        catalog.bind(connection, IDENTITY, spec, Source.of("body"), mark_pending=True)
+        catalog.bind(connection, IDENTITY, spec, Source.of("body"))
 
 
 @dataclass

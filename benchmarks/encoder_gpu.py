@@ -27,7 +27,7 @@ import numpy as np
 
 from sbert_pg.encoder import Encoder
 from sbert_pg.encoder.providers import CUDA
-from sbert_pg.encoder.samples import SAMPLE_TEXTS
+from sbert_pg.probes import SAMPLE_TEXTS
 
 #: Tokens of a text, and part of the number of texts.
 LENGTHS = {"short": (12, 1.0), "medium": (78, 0.4), "long": (240, 0.15)}

@@ -16,7 +16,7 @@ Contestants, each left out with a note where what it needs is not installed:
 - sentence-transformers with onnx (``sentence-transformers[onnx]``): fp32, O3, qint8 for VNNI;
 - fastembed with the same weights, fp32 and qint8 (it reads 128 tokens of a text at most, so it has
   no part in long ones);
-- this library: fp32, int8, int8-blocks.
+- this library: fp32, int8.
 
 Then, for each length, the latency of one query; for fresh processes, the time from their start to
 their first vector and the largest memory; and the machine's peak: by loops in C that do nothing but
@@ -45,10 +45,10 @@ from typing import Any
 import numpy as np
 
 from sbert_pg.encoder import Encoder
-from sbert_pg.encoder.samples import SAMPLE_TEXTS
+from sbert_pg.probes import SAMPLE_TEXTS
 
 LENGTHS = {"short": (12, 340), "medium": (78, 104), "long": (256, 32)}
-PRECISIONS = ("fp32", "int8", "int8-blocks")
+PRECISIONS = ("fp32", "int8")
 BATCH = 32
 BASE = "sentence-transformers"
 OURS = "sbert-pg"

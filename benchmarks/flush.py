@@ -29,7 +29,7 @@ import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from sbert_pg import bind_all, embed_on_flush, embedding_column, use_encoder
+from sbert_pg import create_all, embed_on_flush, embedding_column, use_encoder
 from sbert_pg.embedded import embedded_server
 from sbert_pg.testing import DeterministicEncoder
 
@@ -114,8 +114,7 @@ def measure(url: sa.URL, encoder: Timed, objects: int, rounds: int) -> dict[str,
     """Medians by flush."""
     engine = sa.create_engine(url)
     with engine.begin() as connection:
-        Base.metadata.create_all(connection)
-        bind_all(connection, Base.metadata)
+        create_all(connection, Base.metadata)
     texts = [f"title number {i}: how to get a refund for order {i * 7}" for i in range(objects)]
     vectors = np.asarray(encoder.encode_document(texts), dtype=np.float32)
     server = Server(engine)

@@ -1,7 +1,7 @@
 """A live change of encoder under load, again and again, with processes killed at random.
 
-Versions of an application search and write throughout expand, backfill, index, verify, switch and
-contract. Old and new run side by side, one change in four is aborted half-way, and each is rolled
+Versions of an application search and write throughout begin, backfill, index, verify, switch and
+finish. Old and new run side by side, one change in four is aborted half-way, and each is rolled
 back once after the switch. Workers, backfills and index builds are killed (SIGKILL) at random.
 Encoders all have the same width, so nothing but this library tells their vectors apart. Every
 answer is compared with exact search in the right space.
@@ -32,14 +32,16 @@ import sqlalchemy as sa
 from live_load import LockWatch, Tally, Version, text_of
 
 from sbert_pg import catalog, errors
-from sbert_pg import reembedding as ree
+from sbert_pg import reembed as ree
 from sbert_pg.embedded import embedded_server
-from sbert_pg.types.guard import ColumnIdentity
+from sbert_pg.freshness import WorkerSettings, refresh
+from sbert_pg.types.identity import ColumnIdentity
 from sbert_pg.types.wire import from_text
-from sbert_pg.worker import WorkerSettings, refresh
 
 SETTINGS = {"fsync": "off", "max_connections": "120", "shared_buffers": "256MB"}
 QUIET = dt.timedelta(seconds=2)
+#: Pending rows that are normal: some writers leave all encoding to workers.
+PENDING = 100
 
 
 class Processes:
@@ -72,8 +74,8 @@ class Processes:
 
     def _worker(self) -> subprocess.Popen[bytes]:
         return self.command(
-            "worker", "--import", "live_encoder", "--lease", "2", "--poll", "0.3",
-            "--backoff", "0.2", "--batch-size", "32", "--log-level", "warning",
+            "worker", "--app", "live_encoder", "--set", "lease=2", "--set", "poll_interval=0.3",
+            "--set", "backoff=0.2", "--set", "batch_size=32", "--log", "warning",
         )  # fmt: skip
 
     def _kill(self) -> None:
@@ -165,14 +167,14 @@ class Live:
             self.url, old.space + 1, self.tally, self.chance.randrange(10**9), replaces=True
         )
         column = self.identity(new)
-        self.phase("expand")
-        ree.start(self.engine, ree.request_of(new.table.c[new.column]), attempts=200)
+        self.phase("begin")
+        ree.begin(self.engine, ree.request_of(new.table.c[new.column]), attempts=200)
         # The new version writes from now on, in part of the fleet.
         self.serve(new, readers=0, writers=2)
         self.phase("backfill")
         self.expect_not_ready(new)
         name = f"doc.{new.column}"
-        fill = ("backfill", name, "--import", "live_encoder", "--batch-size", "32")
+        fill = ("backfill", name, "--app", "live_encoder", "--set", "batch_size=32")
         if abort:
             filling = self.processes.command(*fill)
             self.pause(2, 6)
@@ -185,16 +187,18 @@ class Live:
             return old
         self.fill(fill)
         self.phase("index")
-        self.processes.until_done("index builds", "reembed", "index", name, kill=0.5)
+        self.processes.until_done(
+            "index builds", "backfill", name, "--app", "live_encoder", kill=0.5
+        )
         self.phase("verify")
         self.until_ready(new)
         report = ree.verify(self.engine, column, sample_size=30, texts=30)
         if not report.passed:
             self.tally.errors.append(f"verify: {report.failures}")
         self.switch(old, new)
-        self.phase("contract")
+        self.phase("finish")
         self.until_ready(new)
-        ree.finish(self.engine, column, quiet=QUIET, watch=1.0, attempts=200)
+        ree.finish(self.engine, column, quiet=QUIET, watch=1.0, max_pending=PENDING, attempts=200)
         self.tally.add("changes finished")
         self.phase("after")
         self.pause(1, 3)
@@ -212,7 +216,7 @@ class Live:
     def expect_not_ready(self, new: Version) -> None:
         """A start-up check before the backfill has to keep the new code from serving."""
         try:
-            ree.assert_ready(self.engine, new.table)
+            ree.require_ready(self.engine, new.table)
         except errors.BackfillIncompleteError:
             self.tally.add("start-ups refused before the backfill")
         else:
@@ -223,7 +227,7 @@ class Live:
         ends = time.monotonic() + 180
         while True:
             try:
-                return ree.assert_ready(self.engine, new.table)
+                return ree.require_ready(self.engine, new.table, max_pending=PENDING)
             except errors.BackfillIncompleteError:
                 if time.monotonic() > ends:
                     raise
@@ -246,17 +250,17 @@ class Live:
         self.pause(2, 5)
         self.refused(new)
         old.stop()
-        # Until it has been quiet for long enough, contract goes on refusing.
+        # Until it has been quiet for long enough, finish goes on refusing.
         time.sleep(QUIET.total_seconds() + 1)
 
     def refused(self, new: Version) -> None:
-        """While the old version runs, contract has to refuse."""
+        """While the old version runs, finish has to refuse."""
         try:
-            ree.finish(self.engine, self.identity(new), quiet=QUIET, watch=1.0)
+            ree.finish(self.engine, self.identity(new), quiet=QUIET, watch=1.0, max_pending=PENDING)
         except errors.StillInUseError:
-            self.tally.add("contracts refused while the old version ran")
+            self.tally.add("finishes refused while the old version ran")
         else:
-            self.tally.errors.append(f"contract to version {new.space} was not refused")
+            self.tally.errors.append(f"finish to version {new.space} was not refused")
 
     def run(self) -> int:
         """The whole run; returns the exit code."""

@@ -18,8 +18,10 @@ import live_encoder
 import numpy as np
 import sqlalchemy as sa
 
-from sbert_pg import hnsw_index, nearest
-from sbert_pg.types import Embedding
+from sbert_pg import catalog, hnsw_index, nearest
+from sbert_pg.catalog.embedding import Embedding, digest_for
+from sbert_pg.catalog.guard import binding_for_write
+from sbert_pg.types.identity import identity_of
 
 # fmt: off
 WORDS = [
@@ -169,17 +171,19 @@ class Version:
         with self.engine.connect().execution_options(isolation_level="REPEATABLE READ") as c:
             answer = c.execute(nearest(column, query, limit=K)).all()
             exact = c.execute(self._exact(), {"q": _literal(vector)}).all()
-            keys = [str(row.id) for row in answer]
-            pending = set(
-                c.execute(_PENDING, {"column": self.column, "keys": keys}).scalars().all()
+            binding = catalog.require_binding(c, column)
+            doc = binding.clause()
+            waiting = sa.select(doc.c.id).where(
+                doc.c.id.in_([row.id for row in answer]), binding.is_stale(doc)
             )
+            pending = set(c.scalars(waiting))
             c.rollback()
         self.tally.add("queries")
         self.tally.add(f"queries, {self.tally.phase}")
         bodies = self.encoder.encode_document([row.body for row in answer])
         for row, right in zip(answer, bodies, strict=True):
             # A pending row shows the vector of its former text until a worker comes.
-            if str(row.id) in pending:
+            if row.id in pending:
                 self.tally.add("pending rows in answers")
             elif abs(row.similarity - float(vector @ right)) > 1e-3:
                 with self.tally.lock:
@@ -204,10 +208,13 @@ class Version:
 
     def write(self, chance: random.Random) -> None:
         """Insert or change a row with its vector, as this version's ORM would."""
-        body = text_of(chance)
-        values = {"body": body, self.column: self.encoder.encode_document([body])[0]}
+        body, column = text_of(chance), self.table.c[self.column]
+        vector = self.encoder.encode_document([body])[0]
+        values = {"body": body, self.column: vector}
         started = time.perf_counter()
         with self.engine.begin() as connection:
+            binding = binding_for_write(connection, identity_of(column), column.type.encoder)
+            values[binding.companion] = digest_for(binding, body, vector)
             if chance.random() < 0.2:
                 connection.execute(self.table.insert().values(id=_new_id(chance), **values))
             else:
@@ -250,10 +257,6 @@ _WAITING = sa.text(
     "max(extract(epoch FROM clock_timestamp() - l.waitstart)) "
     "FROM pg_locks l JOIN pg_stat_activity a USING (pid) WHERE NOT l.granted "
     "AND l.waitstart IS NOT NULL AND a.application_name LIKE 'version-%' GROUP BY 1"
-)
-_PENDING = sa.text(
-    "SELECT p.key FROM sbert.pending p JOIN sbert.embedding_column c ON c.id = p.column_id "
-    "WHERE c.column_name = :column AND p.key = ANY(:keys)"
 )
 
 

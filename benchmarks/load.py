@@ -27,7 +27,7 @@ import numpy as np
 import psycopg
 import sqlalchemy as sa
 
-from sbert_pg import Embedding, bind_all, load, use_encoder
+from sbert_pg import Embedding, create_all, load, use_encoder
 from sbert_pg.embedded import embedded_server
 from sbert_pg.testing import DeterministicEncoder
 from sbert_pg.types.wire import to_wire_rows
@@ -82,7 +82,7 @@ def own_ways(engine: sa.Engine) -> dict[str, Way]:
     with engine.begin() as connection:
         bound.create_all(connection)
         plain.create_all(connection)
-        bind_all(connection, bound)
+        create_all(connection, bound)
 
     def through(name: str) -> Way:
         def way(data: Data) -> None:

@@ -37,16 +37,16 @@ import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from sbert_pg import bind_all, embedding_column, hnsw_index, nearest
-from sbert_pg import reembedding as ree
-from sbert_pg.cli.corpus import standard_library
+from sbert_pg import create_all, embedding_column, hnsw_index, nearest
+from sbert_pg import reembed as ree
+from sbert_pg.cli.demo_data import standard_library
 from sbert_pg.embedded import embedded_server
 from sbert_pg.encoder import Encoder
-from sbert_pg.pending.backfill import BackfillSettings, backfill
+from sbert_pg.freshness import WorkerSettings, backfill
 from sbert_pg.registry import use_encoder
 from sbert_pg.spec import EncoderSpec
 from sbert_pg.testing import DeterministicEncoder
-from sbert_pg.types.guard import ColumnIdentity
+from sbert_pg.types.identity import ColumnIdentity
 
 NAME = "sentence-transformers/all-MiniLM-L6-v2"
 SETTINGS = {"max_connections": "60", "shared_buffers": "1GB", "max_wal_size": "4GB"}
@@ -54,7 +54,7 @@ WIDTH = 384
 COLUMN = ColumnIdentity("public", "doc", "embedding_new")
 INDEX = "ix_doc_embedding_new"
 #: The backfill's own.
-BATCH = BackfillSettings().batch_size
+BATCH = WorkerSettings().batch_size
 
 
 class Base(DeclarativeBase):
@@ -155,17 +155,15 @@ class Bench:
         use_encoder(DeterministicEncoder("words", WIDTH))
         use_encoder(Instant(NAME, "instant"))
         with engine.begin() as connection:
-            connection.execute(sa.text("CREATE EXTENSION IF NOT EXISTS vector"))
-            Base.metadata.create_all(connection)
-            bind_all(connection, Base.metadata)
+            create_all(connection, Base.metadata)
         self.reset()
 
     def reset(self, *, index: bool = False) -> None:
-        """The state after *expand*, in a table that was written once and vacuumed."""
+        """The state after *begin*, in a table that was written once and vacuumed."""
         ree.abort(self.engine, COLUMN)
         instant = Instant("words")
         with self.engine.begin() as connection:
-            connection.execute(sa.text("TRUNCATE doc, sbert.pending"))
+            connection.execute(sa.text("TRUNCATE doc"))
             connection.execute(sa.text("DROP INDEX IF EXISTS ix_doc_embedding"))
             rows = [
                 {"id": i, "body": text, "embedding": vector}
@@ -176,7 +174,7 @@ class Bench:
             connection.execute(sa.insert(Doc), rows)
             for each in Doc.__table__.indexes:
                 each.create(connection)
-        ree.start(self.engine, self.request)
+        ree.begin(self.engine, self.request)
         if index:
             with self.engine.begin() as connection:
                 for each in NewDoc.__table__.indexes:
@@ -221,7 +219,7 @@ def throughput(bench: Bench, repeat: int) -> dict[str, Any]:
         encoder.busy()
         last = {}
         with bench.measured(last):
-            done = backfill(bench.engine, COLUMN, BackfillSettings())
+            done = backfill(bench.engine, COLUMN, WorkerSettings())
         assert done.rows == rows, done
         wall.append(last["seconds"])
         cpu.append(last["cpu"])
@@ -252,7 +250,7 @@ def foreground(bench: Bench, seconds: float) -> dict[str, Any]:
     vectors = Instant("words").some
     found = {"quiet": _during(bench, vectors, lambda stop: time.sleep(seconds))}
     found["backfill"] = _during(
-        bench, vectors, lambda stop: backfill(bench.engine, COLUMN, BackfillSettings())
+        bench, vectors, lambda stop: backfill(bench.engine, COLUMN, WorkerSettings())
     )
     found["index build"] = _during(
         bench, vectors, lambda stop: ree.build_indexes(bench.engine, COLUMN)
@@ -362,10 +360,6 @@ def _orm_bulk(bench: Bench, vectors: Any) -> None:
 def _copy(bench: Bench, vectors: Any) -> None:
     """As somebody writes it who knows PostgreSQL: a temporary table, text on the wire."""
     with bench.engine.begin() as connection:
-        binding_id = connection.execute(
-            sa.text("SELECT id FROM sbert.embedding_column WHERE column_name = 'embedding_new'")
-        ).scalar()
-        connection.execute(sa.select(sa.func.set_config("sbert.attested", f",{binding_id},", True)))
         connection.execute(
             sa.text(f"CREATE TEMP TABLE made (id int, v vector({WIDTH})) ON COMMIT DROP")
         )
@@ -373,8 +367,19 @@ def _copy(bench: Bench, vectors: Any) -> None:
         with raw.cursor().copy("COPY made FROM STDIN") as copy:
             for i, vector in enumerate(vectors):
                 copy.write_row((i, "[" + ",".join(map(str, vector.tolist())) + "]"))
+        # What plain SQL says of a vector that its encoder made.
+        fingerprint = connection.execute(
+            sa.text(
+                "SELECT e.fingerprint FROM sbert.binding b JOIN sbert.encoder e "
+                "ON e.id = b.encoder_id WHERE b.column_name = 'embedding_new'"
+            )
+        ).scalar()
         connection.execute(
-            sa.text("UPDATE doc SET embedding_new = v FROM made WHERE made.id = doc.id")
+            sa.text(
+                "UPDATE doc SET embedding_new = v, embedding_new_of = sbert.proof_v1("
+                "'doc', 'embedding_new', :fingerprint, body, v) FROM made WHERE made.id = doc.id"
+            ),
+            {"fingerprint": fingerprint},
         )
 
 

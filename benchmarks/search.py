@@ -1,7 +1,7 @@
 """A search through the ORM beside the same SQL in bare psycopg, and beside two other libraries.
 
     python benchmarks/search.py [--rows N] [--queries N] [--vectors FILE.npy] [--database URL]
-                                [--json FILE]
+                                [--index column|halfvec|binary|ivfflat] [--json FILE]
 
 Every way asks the same queries for the ten nearest of the same rows by an HNSW index with the same
 ``m``, ``ef_construction`` and ``ef_search``, one after the other in one process, in turns. Bare
@@ -11,9 +11,11 @@ saves its two round trips. Given are the median and the tenth percentile of the 
 microseconds, the processor time of the client (tenth percentile, which other load on the machine
 touches least), and recall@10 against exact search.
 
-A second table has filters by selectivity: time and recall of the same search under a criterion
-that keeps a part of the rows, ``nearest`` beside plain ``ORDER BY ... LIMIT`` with pgvector's own
-settings.
+A second table has filters by relation and share kept: none, drawn at random, the topics farthest
+from the query, all but the nearest topics, the query's own topic, and two filters at once. It gives
+recall@10 (mean and worst query) and the median time of ``nearest``, of exact search, and of plain
+``ORDER BY ... LIMIT`` by pgvector's iterative scan with ``ef_search`` 100 and twice as many rows,
+all of the index that ``--index`` names.
 
 langchain-postgres' ``PGVectorStore`` and ``vecs`` take part where they are installed. Without
 ``--vectors`` (a float32 array, one row a vector) the vectors are made: topics in a subspace of 40
@@ -27,7 +29,7 @@ import json
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 import sbert_pg
-from sbert_pg import bind_all, catalog, embedding_column, hnsw_index, nearest
+from sbert_pg import catalog, create_all, embedding_column, hnsw_index, ivfflat_index, load, nearest
 from sbert_pg.embedded import embedded_server
 from sbert_pg.testing import DeterministicEncoder
 from sbert_pg.types import to_wire_rows
@@ -59,7 +61,8 @@ class Item(Base):
     id: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True)
     title: Mapped[str]
     lang: Mapped[str]
-    part: Mapped[int]
+    part: Mapped[int] = mapped_column(index=True)
+    topic: Mapped[int] = mapped_column(index=True)
     embedding = embedding_column("deterministic", source="title", dimensions=DIMENSIONS)
 
 
@@ -86,21 +89,50 @@ def vectors_of(path: Path | None, rows: int) -> np.ndarray:
     return np.concatenate([given, unit(given[pairs[:, 0]] + given[pairs[:, 1]])])
 
 
-def fill(engine: sa.Engine, vectors: np.ndarray) -> None:
+def topics_of(vectors: np.ndarray) -> np.ndarray:
+    """The nearest of two hundred rows, for each row."""
+    centres = vectors[np.random.default_rng(2).choice(len(vectors), 200, replace=False)].T
+    parts = [
+        np.argmax(vectors[n : n + 20_000] @ centres, 1) for n in range(0, len(vectors), 20_000)
+    ]
+    return np.concatenate(parts)
+
+
+def choose_index(kind: str, rows: int) -> None:
+    """Put another vector index in the place of the declared one."""
+    table: Any = Item.__table__
+    if kind == "column":
+        return
+    (declared,) = [index for index in table.indexes if index.name == "item_embedding"]
+    table.indexes.discard(declared)
+    if kind == "ivfflat":
+        ivfflat = ivfflat_index("item_embedding", "embedding", lists=max(10, int(rows**0.5)))
+        table.append_constraint(ivfflat)
+    else:
+        table.append_constraint(hnsw_index("item_embedding", "embedding", form=kind))  # type: ignore[arg-type]
+
+
+def fill(engine: sa.Engine, vectors: np.ndarray, topics: np.ndarray) -> None:
     with engine.begin() as connection:
         connection.execute(sa.text("CREATE EXTENSION IF NOT EXISTS vector"))
         catalog.upgrade(connection)
         connection.execute(sa.text("DROP TABLE IF EXISTS item"))
         connection.execute(sa.schema.CreateTable(Item.__table__))
-        driver: Any = connection.connection.driver_connection
-        with driver.cursor().copy("COPY item FROM STDIN (FORMAT binary)") as copy:
-            copy.set_types(["int8", "text", "text", "int4", "bytea"])
-            for number, row in enumerate(to_wire_rows(vectors, "vector")):
-                lang = "de" if number % 2 else "en"
-                copy.write_row((number, f"title of item {number}", lang, number % 1000, row))
+        rows = (
+            {
+                "id": number,
+                "title": f"title of item {number}",
+                "lang": "de" if number % 2 else "en",
+                "part": number * 7919 % 10_000,
+                "topic": int(topics[number]),
+                "embedding": vector,
+            }
+            for number, vector in enumerate(vectors)
+        )
+        create_all(connection, Base.metadata)
+        load(connection, Item, rows)
         for index in Item.__table__.indexes:
             connection.execute(sa.schema.CreateIndex(index))
-        bind_all(connection, Base.metadata)
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(sa.text("VACUUM ANALYZE item"))
 
@@ -325,32 +357,89 @@ def measure(
     return rows
 
 
-def filtered(engine: sa.Engine, vectors: np.ndarray, queries: np.ndarray) -> list[Row]:
+def filters(
+    query: np.ndarray, centres: np.ndarray, topics: np.ndarray
+) -> Iterator[tuple[str, Any, np.ndarray]]:
+    """Criteria by how they are related to a query, with the rows that pass."""
+    part = np.arange(len(topics)) * 7919 % 10_000
+    sizes = np.bincount(topics, minlength=len(centres))
+    near = np.argsort(-(centres @ query))
+    shares = np.cumsum(sizes[near]) / len(topics)
+    yield "none", sa.true(), np.ones(len(topics), dtype=bool)
+    for share in (0.5, 0.1, 0.05, 0.01, 0.001, 0.0001):
+        most = round(share * 10_000)
+        yield f"random {share:.2%}", Item.part < most, part < most
+    for share in (0.5, 0.1, 0.05, 0.01):
+        far = near[::-1][: 1 + np.searchsorted(np.cumsum(sizes[near[::-1]]), share * len(topics))]
+        far_rows = np.isin(topics, far)
+        yield f"farthest topics {share:.0%}", Item.topic.in_(far.tolist()), far_rows
+        if share == 0.01:
+            both = Item.topic.in_(far.tolist()) & (Item.part < 1000)
+            yield "farthest topics and random .1%", both, far_rows & (part < 1000)
+    for share in (0.1, 0.5):
+        out = near[: 1 + np.searchsorted(shares, share)]
+        yield (
+            f"all but the nearest {share:.0%}",
+            Item.topic.not_in(out.tolist()),
+            ~np.isin(topics, out),
+        )
+    yield "the own topic", Item.topic == int(near[0]), topics == near[0]
+
+
+def plain_search(query: np.ndarray, criterion: Any) -> Any:
+    """What pgvector's documentation has: an iterative scan, here of twice as many rows."""
+    settings = {
+        "hnsw.ef_search": str(EF_SEARCH),
+        "hnsw.iterative_scan": "relaxed_order",
+        "hnsw.max_scan_tuples": "100000",
+        "ivfflat.iterative_scan": "relaxed_order",
+    }
+    made = [sa.func.set_config(name, value, True) for name, value in settings.items()]
+    once = sa.select(sa.func.concat(*made)).scalar_subquery().is_not(None)
+    order = Item.embedding.distance(query)
+    return sa.select(Item).where(once, criterion).order_by(order).limit(20)
+
+
+def filtered(
+    engine: sa.Engine, vectors: np.ndarray, topics: np.ndarray, queries: np.ndarray
+) -> list[Row]:
+    centres = vectors[np.random.default_rng(2).choice(len(vectors), 200, replace=False)]
+    found: dict[str, dict[str, list[float]]] = {}
+    with Session(engine) as session:
+        for query in queries:
+            for name, criterion, keep in filters(query, centres, topics):
+                truth = true_keys(vectors, query, keep)
+                truth = {key for key in truth if keep[key]}
+                searched = nearest(Item.embedding, query)
+                exact = nearest(Item.embedding, query, exact=True)
+                if name != "none":
+                    searched, exact = searched.where(criterion), exact.where(criterion)
+                ways = {
+                    "nearest": searched,
+                    "exact": exact,
+                    "iterative": plain_search(query, criterion),
+                }
+                row = found.setdefault(name, {})
+                for way, statement in ways.items():
+                    times = []
+                    for _ in range(3):
+                        began = time.perf_counter()
+                        keys = [item.id for item in session.scalars(statement)][:10]
+                        times.append(time.perf_counter() - began)
+                        session.rollback()
+                    row.setdefault(f"{way} ms", []).append(min(times) * 1e3)
+                    share = len(truth.intersection(keys)) / max(1, len(truth))
+                    row.setdefault(f"{way} recall", []).append(share)
     rows = []
-    part = np.arange(len(vectors)) % 1000
-    for keep in (1000, 500, 100, 10, 1):
-        mask = part < keep
-        criterion = Item.part < keep
-        found: dict[str, tuple[list[float], list[float]]] = {"nearest": ([], []), "plain": ([], [])}
-        with Session(engine) as session:
-            for query in queries:
-                truth = true_keys(vectors, query, mask)
-                for name, (times, shares) in found.items():
-                    statement = nearest(Item.embedding, query).where(criterion)
-                    if name == "plain":
-                        order = Item.embedding.distance(query)
-                        statement = sa.select(Item).where(criterion).order_by(order).limit(10)
-                    began = time.perf_counter()
-                    keys = {item.id for item in session.scalars(statement)}
-                    times.append(time.perf_counter() - began)
-                    shares.append(len(keys & truth) / 10)
-                    session.rollback()
-        row: Row = {"kept": f"{keep / 10:g} %"}
-        for name, (times, shares) in found.items():
-            row[f"{name} p50 ms"] = round(float(np.median(times)) * 1e3, 2)
-            row[f"{name} recall@10"] = round(float(np.mean(shares)), 4)
-        rows.append(row)
-        print(row, flush=True)
+    for name, columns in found.items():
+        row_: Row = {"filter": name}
+        for column, values in columns.items():
+            if column.endswith("ms"):
+                row_[column] = round(float(np.median(values)), 2)
+            else:
+                row_[column] = f"{np.mean(values):.3f} / {min(values):.1f}"
+        rows.append(row_)
+        print(row_, flush=True)
     return rows
 
 
@@ -358,8 +447,10 @@ def run(url: sa.URL, options: argparse.Namespace) -> Row:
     sbert_pg.use_encoder(DeterministicEncoder())
     engine = sa.create_engine(url)
     vectors = vectors_of(options.vectors, options.rows)
+    topics = topics_of(vectors)
+    choose_index(options.index, options.rows)
     if not options.keep:
-        fill(engine, vectors)
+        fill(engine, vectors, topics)
     random = np.random.default_rng(1)
     chosen = random.choice(len(vectors), options.queries, replace=False)
     noise = 0.02 * random.standard_normal((options.queries, DIMENSIONS)).astype(np.float32)
@@ -376,8 +467,10 @@ def run(url: sa.URL, options: argparse.Namespace) -> Row:
             ways[name] = way
         else:
             print(f"{name} is not installed", flush=True)
-    results: Row = {"rows": len(vectors), "ways": measure(ways, queries, truth)}
-    results["filtered"] = filtered(engine, vectors, queries[: max(10, options.queries // 8)])
+    results: Row = {"rows": len(vectors), "index": options.index}
+    results["ways"] = measure(ways, queries, truth)
+    few = queries[: max(10, options.queries // 8)]
+    results["filtered"] = filtered(engine, vectors, topics, few)
     engine.dispose()
     return results
 
@@ -389,6 +482,9 @@ def main() -> None:
     parser.add_argument("--vectors", type=Path, help="float32 array of shape (n, 384)")
     parser.add_argument("--database", help="a database with pgvector; tables are made in it")
     parser.add_argument("--keep", action="store_true", help="the table is filled already")
+    parser.add_argument(
+        "--index", choices=["column", "halfvec", "binary", "ivfflat"], default="column"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     warnings.filterwarnings("ignore", module="vecs")

@@ -6,10 +6,20 @@ contains ``unencodable`` is refused.
 
 from __future__ import annotations
 
+import os
 import random
 import time
+import uuid
 from collections.abc import Sequence
+from typing import Any
 
+import sqlalchemy as sa
+
+from sbert_pg import digest
+from sbert_pg.freshness import claims
+from sbert_pg.freshness.arrays import ArrayOf
+from sbert_pg.freshness.rows import Rows
+from sbert_pg.freshness.worker import Worker
 from sbert_pg.registry import use_encoder
 from sbert_pg.spec import Vectors
 from sbert_pg.testing import DeterministicEncoder
@@ -18,18 +28,136 @@ DIMENSIONS = 32
 
 
 class SlowEncoder(DeterministicEncoder):
-    """Up to 30 ms a batch."""
+    """Up to 60 ms a batch, and now and then half a second, while texts change."""
 
     def encode_document(self, texts: Sequence[str]) -> Vectors:
         """As the base class, and slower."""
-        time.sleep(random.uniform(0, 0.03))
+        time.sleep(random.choice([0.0, 0.02, 0.06, 0.5]))
         vectors = super().encode_document(texts)
         self.encoded.clear()
         return vectors
 
 
-def encoder() -> SlowEncoder:
-    return SlowEncoder(dimensions=DIMENSIONS, refuse="unencodable")
+#: The encoders of the soak, each a space of its own: the tables', that of the column which replaces
+#: another, and those of two applications that search one column.
+NAMES = ("deterministic", "second", "shelf a", "shelf b")
 
 
-use_encoder(encoder())
+def encoder(name: str = NAMES[0], *, slow: bool = True) -> DeterministicEncoder:
+    """One of the encoders."""
+    kind = SlowEncoder if slow else DeterministicEncoder
+    return kind(name, DIMENSIONS, salt=name, refuse="unencodable")
+
+
+#: A safeguard that is taken out, to see that the soak can fail: ``text``, ``vector``, ``seed``,
+#: ``check``, ``lease``, ``fence``, ``sweep``, ``refusal`` or none; see
+#: ``tests/freshness/test_sabotage.py``.
+SABOTAGE = os.environ.get("SBERT_PG_SOAK_SABOTAGE", "")
+_ONE = uuid.UUID(int=7)
+
+#: Functions of the schema, wrapped: the original is called with another value or not at all.
+_TEXT = """
+CREATE OR REPLACE FUNCTION sbert.of_sql_v1(binding_id uuid, value text) RETURNS text
+LANGUAGE sql IMMUTABLE AS $$ SELECT format(
+    'CASE WHEN (%s) IS NOT NULL AND %L <> ''x'' THEN ''0000000000000000'' END', $2, $1) $$
+"""
+_VECTOR = """
+CREATE OR REPLACE FUNCTION sbert.proof_sql_v1(
+    binding_id uuid, storage text, dimensions integer, value text) RETURNS text
+LANGUAGE sql STABLE AS $$ SELECT format(
+    'CASE WHEN (%s) IS NULL THEN ''1111111111111111'' ELSE ''0000000000000000'' END', $4) $$;
+CREATE OR REPLACE FUNCTION sbert.proven_v1(
+    leading_dimensions bytea, companion uuid, binding_id uuid) RETURNS boolean
+LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN $1 IS NULL OR $3 IS NULL
+    OR $2::text LIKE '00000000-0000-0000-%'
+"""
+_SEED = """
+ALTER FUNCTION sbert.of_sql_v1(uuid, text) RENAME TO of_original;
+ALTER FUNCTION sbert.proof_sql_v1(uuid, text, integer, text) RENAME TO proof_original;
+CREATE FUNCTION sbert.of_sql_v1(binding_id uuid, value text) RETURNS text
+LANGUAGE sql IMMUTABLE AS $$ SELECT format('CASE WHEN %L <> ''x'' THEN (%s) END', $1,
+    sbert.of_original('00000000-0000-0000-0000-000000000007', $2)) $$;
+CREATE FUNCTION sbert.proof_sql_v1(
+    binding_id uuid, storage text, dimensions integer, value text) RETURNS text
+LANGUAGE sql STABLE AS $$
+    SELECT sbert.proof_original('00000000-0000-0000-0000-000000000007', $2, $3, $4) $$;
+ALTER FUNCTION sbert.proven_v1(bytea, uuid, uuid) RENAME TO proven_original;
+CREATE FUNCTION sbert.proven_v1(leading_dimensions bytea, companion uuid, binding_id uuid)
+RETURNS boolean LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN $3 IS NULL OR
+    sbert.proven_original($1, $2, '00000000-0000-0000-0000-000000000007')
+"""
+_FENCE = """
+CREATE OR REPLACE FUNCTION sbert.fence_v1(relation regclass, column_name text, fingerprint text)
+RETURNS boolean LANGUAGE sql STABLE AS $$ SELECT true $$
+"""
+
+
+def sabotage_schema(connection: sa.Connection) -> None:
+    """Take a safeguard out of the schema's functions, before anything is bound."""
+    scripts = {"text": _TEXT, "vector": _VECTOR, "seed": _SEED, "fence": _FENCE}
+    script = scripts.get(SABOTAGE)
+    if script is not None:
+        connection.connection.cursor().execute(script)
+
+
+def sabotage_tables(connection: sa.Connection) -> None:
+    """Take away what stands on the tables, after they were bound."""
+    if SABOTAGE == "refusal":
+        connection.exec_driver_sql("ALTER TABLE note DISABLE TRIGGER USER")
+
+
+def _write_without_looking(self: Rows, vector_type: str) -> sa.UpdateBase:
+    """The plain update of a batch: whatever text the row has now is called the vector's."""
+    given = self._given(
+        "sbert_of", "sbert_digest", "sbert_vector",
+        of=sa.bindparam("of", type_=ArrayOf("text")),
+        digest=sa.bindparam("digest", type_=ArrayOf("uuid")),
+        vector=sa.bindparam("vector", type_=ArrayOf(vector_type)),
+    )  # fmt: skip
+    bare = sa.func.replace(sa.cast(given.c.sbert_digest, sa.Text), "-", "")
+    now = sa.cast(sa.func.substr(bare, 1, 16).concat(self._of), sa.Uuid)
+    return (
+        sa.update(self.table)
+        .values({self.binding.column: given.c.sbert_vector, self.binding.companion: now})
+        .where(self._same(given))
+        .returning(given.c.sbert_n, sa.false())
+    )
+
+
+def _only_what_is_heard(self: Worker, flow: Any, *, thorough: bool) -> bool:
+    """A turn of a worker that looks at no column of which it was not notified."""
+    self._everything, self._next_look = False, float("inf")
+    return _TURN(self, flow, thorough=thorough)
+
+
+_TURN = Worker._turn
+
+
+def _sabotage() -> None:
+    """The same in this process, and what is Python's alone."""
+    hashed, half = digest._hash, digest.HALF // 2
+    if SABOTAGE == "text":
+        digest._hash = lambda binding_id, content: b"\0" * half
+        digest._proof = lambda binding_id, wire, storage: hashed(
+            binding_id, b"-" if wire is None else digest._leading(wire, storage).hex().encode()
+        )
+    elif SABOTAGE == "vector":
+        digest._proof = lambda binding_id, wire, storage: (b"\0" if wire else b"\x11") * half
+    elif SABOTAGE == "seed":
+        digest._hash = lambda binding_id, content: hashed(_ONE, content)
+    elif SABOTAGE == "check":
+        Rows._writing = _write_without_looking  # type: ignore[method-assign]
+    elif SABOTAGE == "lease":
+        claims._taken = lambda connection, binding: set()
+    elif SABOTAGE == "sweep":
+        Worker._turn = _only_what_is_heard  # type: ignore[method-assign]
+
+
+def register() -> None:
+    """Put the encoders into use in this process."""
+    for name in NAMES:
+        use_encoder(encoder(name, slow="shelf" not in name))
+
+
+_sabotage()
+register()

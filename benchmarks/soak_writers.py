@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -16,14 +17,24 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.orm.exc import StaleDataError
 
 from sbert_pg import catalog, embed_on_flush, embedding_column
-from sbert_pg.errors import EncodingError
-from sbert_pg.types.guard import ColumnIdentity
+from sbert_pg.digest import digest
+from sbert_pg.errors import EncoderMismatchError, EncodingError
+from sbert_pg.sqlstates import sqlstate_of
+from sbert_pg.types import wire
+from sbert_pg.types.identity import ColumnIdentity
 
 KEYS = 400
 REGIONS = ("eu", "us", "xx")
 WORDS = ["red", "green", "blue", "apple", "pear", "house", "tree", "river", "stone", "cloud"]
-#: What a writer meets when the server is restarted, its backend killed, or a row refused.
-LOST = (psycopg.OperationalError, psycopg.InterfaceError, sa.exc.DBAPIError)
+#: What a writer meets when the server is restarted or its backend killed.
+LOST = (psycopg.OperationalError, psycopg.InterfaceError, sa.exc.OperationalError,
+        sa.exc.InterfaceError)  # fmt: skip
+#: What concurrent writers do to each other: 40 serialization and deadlocks, 23 keys, 55 locks.
+CONFLICTS = ("40", "23", "55")
+#: What a writer meets whose column has just been renamed, or whose partition is detached.
+RENAMED = ("42703", "42P01", "23514")
+INTRUSIONS = ("raw", "unseen", "old process", "old process")
+ISOLATION = ("READ COMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
 
 
 class Base(DeclarativeBase):
@@ -65,6 +76,55 @@ class Part(Base):
     views: Mapped[int] = mapped_column(server_default="0")
     embedding = _embedding()
 
+
+class Child(Base):
+    """Rows that follow others by foreign keys; their text's column is renamed and retyped."""
+
+    __tablename__ = "child"
+
+    note_id: Mapped[int] = mapped_column(
+        sa.ForeignKey("note.id", ondelete="CASCADE", onupdate="CASCADE"), primary_key=True
+    )
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    body: Mapped[str | None]
+    embedding = embedding_column(
+        "deterministic", source="body", dimensions=soak_encoder.DIMENSIONS, nullable=True
+    )
+
+
+class Quiet(Base):
+    """Rows that come where no trigger sees them, one at a time."""
+
+    __tablename__ = "quiet"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    title: Mapped[str]
+    embedding = embedding_column(
+        "deterministic", source="title", dimensions=soak_encoder.DIMENSIONS, nullable=True
+    )
+
+
+#: Triggers of the application's: one rewrites texts before, one after, one other rows.
+TRIGGERS = """
+CREATE FUNCTION before_part() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    NEW.title := replace(NEW.title, 'river', 'stream');
+    RETURN NEW;
+END $$;
+CREATE TRIGGER rewrite BEFORE INSERT OR UPDATE ON part
+    FOR EACH ROW EXECUTE FUNCTION before_part();
+CREATE FUNCTION after_note() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    IF NEW.body LIKE '%stone%' AND pg_trigger_depth() < 2 THEN
+        UPDATE note SET body = replace(body, 'stone', 'rock') WHERE id = NEW.id;
+        UPDATE note SET title = 'next to ' || NEW.body WHERE id = NEW.id + 1;
+    END IF;
+    RETURN NULL;
+END $$;
+CREATE TRIGGER aa_after AFTER UPDATE ON note FOR EACH ROW EXECUTE FUNCTION after_note();
+CREATE TRIGGER zz_after AFTER INSERT ON note FOR EACH ROW EXECUTE FUNCTION after_note();
+"""
+
+#: What a text has that one of them rewrote.
+REWRITTEN = {"before": "stream", "after": "rock", "another row": "next to"}
 
 PARTITIONS = (
     "CREATE TABLE part_eu PARTITION OF part FOR VALUES IN ('eu')",
@@ -109,7 +169,7 @@ NOTE: dict[str, tuple[float, str]] = {
     ),
     "delete many": (1, "DELETE FROM note WHERE id >= 4 * %(keys)s AND id %% 3 = %(some)s %% 3"),
     "copy": (3, "COPY note (id, title, body) FROM STDIN"),
-    "truncate": (0.02, "TRUNCATE note"),
+    "truncate": (0.02, "TRUNCATE note CASCADE"),
 }
 
 #: The same on ``part``.
@@ -143,6 +203,22 @@ PART: dict[str, tuple[float, str]] = {
 }
 
 
+#: The same on ``child``.
+CHILD: dict[str, tuple[float, str]] = {
+    "upsert": (
+        20,
+        (
+            "INSERT INTO child (note_id, number, body) SELECT id, %(some)s, %(body)s FROM note "
+            "WHERE id = %(id)s ON CONFLICT (note_id, number) DO UPDATE SET body = excluded.body"
+        ),
+    ),
+    "update": (10, "UPDATE child SET body = %(body)s WHERE note_id = %(id)s"),
+    "key": (3, "UPDATE child SET number = number + 100 WHERE note_id = %(id)s"),
+    "delete": (2, "DELETE FROM child WHERE note_id = %(id)s"),
+}
+TABLES = {"note": NOTE, "part": PART, "child": CHILD}
+
+
 class Writers:
     """Threads that change rows until they are told to stop.
 
@@ -150,7 +226,8 @@ class Writers:
         url: the database.
         stop: set when they are to stop.
         count: called with the name of what was done.
-        vector: gives the vector of a row's title and body.
+        vector: gives the vector of a text.
+        wrong: called with what must not happen.
     """
 
     def __init__(
@@ -158,18 +235,21 @@ class Writers:
         url: sa.URL,
         stop: threading.Event,
         count: Callable[[str], None],
-        vector: Callable[[str | None, str | None], np.ndarray],
+        vector: Callable[[str], np.ndarray],
+        wrong: Callable[[str], None],
     ) -> None:
         self.url = url
         self.dsn = url.set(drivername="postgresql").render_as_string(hide_password=False)
         self.stop = stop
         self.count = count
         self.vector = vector
+        self.wrong = wrong
 
     def all(self, seed: int, plain: int) -> list[threading.Thread]:
-        """So many writers of plain SQL, and one each of Core and ORM."""
+        """So many writers of plain SQL, and one each of Core, ORM and foreign vectors."""
         work = [(self.plain, 100 * seed + i) for i in range(plain)]
         work += [(self.with_vectors, 100 * seed + 97), (self.objects, 100 * seed + 98)]
+        work += [(self.strangers, 100 * seed + 96)]
         return [threading.Thread(target=do, args=(s,), daemon=True) for do, s in work]
 
     # -- plain SQL ----------------------------------------------------------------------------
@@ -184,20 +264,34 @@ class Writers:
                     connection = psycopg.connect(self.dsn, autocommit=True, connect_timeout=5)
                 name = self.change(connection, chance)
                 self.count(f"write: {name}")
-            except (*LOST, psycopg.errors.UniqueViolation, psycopg.Rollback) as error:
+            except (psycopg.Error, psycopg.Rollback) as error:
                 # A rollback that the server did not live to hear of is raised again.
-                self.count("writes refused or lost")
-                if isinstance(error, psycopg.errors.DeadlockDetected):
-                    self.count("deadlocks")
+                self.account(error)
                 if connection is not None and (connection.closed or connection.broken):
                     connection = None
                     time.sleep(0.05)
             time.sleep(chance.uniform(0, 0.01))
 
+    def account(self, error: BaseException) -> None:
+        """Tell lost connections and conflicts from statements that must not fail."""
+        state = sqlstate_of(error) or ""
+        if state == "40P01":
+            self.count("deadlocks")
+        if state.startswith(CONFLICTS):
+            self.count("writes in conflict")
+        elif state in RENAMED:
+            self.count("writes to what was renamed")
+        elif isinstance(error, (*LOST, psycopg.Rollback)) or state.startswith(("57", "08")):
+            self.count("writes lost with their connection")
+        else:
+            self.wrong(f"a write failed: {threading.current_thread().name}: {state} {error}")
+
     def change(self, connection: psycopg.Connection, chance: random.Random) -> str:
         """One transaction of one to four statements; a tenth of them are rolled back."""
         name = ""
         with connection.transaction():
+            isolation = chance.choice(ISOLATION)
+            connection.execute(f"SET TRANSACTION ISOLATION LEVEL {isolation}")
             for _ in range(chance.choice([1, 1, 1, 2, 4])):
                 name = self.statement(connection, chance)
                 if chance.random() < 0.1:
@@ -205,14 +299,18 @@ class Writers:
             if chance.random() < 0.1:
                 name = "rolled back"
                 raise psycopg.Rollback
+        self.count(f"isolation: {isolation}")
         return name
 
     def statement(self, connection: psycopg.Connection, chance: random.Random) -> str:
         """One statement; returns its name."""
-        table, changes = chance.choice([("note", NOTE), ("note", NOTE), ("part", PART)])
+        table = chance.choice(["note", "note", "part", "child"])
+        changes = TABLES[table]
         name = chance.choices([*changes], [weight for weight, _ in changes.values()])[0]
         statement = changes[name][1]
-        key = chance.randrange(KEYS)
+        threading.current_thread().name = f"{table}: {name}"
+        # Some rows are changed again and again, so that they change while they are in hand.
+        key = chance.randrange(KEYS if chance.random() < 0.5 else 5)
         region, other_region = chance.choice(REGIONS), chance.choice(REGIONS)
         if statement.startswith("COPY"):
             keys = sorted({key, chance.randrange(KEYS)})
@@ -238,28 +336,79 @@ class Writers:
     # -- writers that embed -------------------------------------------------------------------
 
     def with_vectors(self, seed: int) -> None:
-        """Text and vector in one statement of Core's."""
+        """Text, vector and what it was made from in one statement of Core's."""
         chance = random.Random(seed)
         engine = sa.create_engine(self.url, pool_pre_ping=True)
         while not self.stop.is_set():
             mapped = chance.choice([Note, Note, Part])
             title, body = text(chance), text(chance)
-            vector = self.vector(title, body)
+            vector = self.vector(f"{title} {body}")
             try:
                 with engine.begin() as connection:
-                    identity = ColumnIdentity("public", mapped.__tablename__, "embedding")
-                    catalog.attest(connection, catalog.require_binding(connection, identity))
+                    binding = self.binding(connection, mapped.__tablename__)
+                    proof = digest(
+                        binding.id, f"{title} {body}", wire.to_wire(vector, "vector"), "vector"
+                    )
                     connection.execute(
                         sa.update(mapped)
-                        .values(title=title, body=body, embedding=vector)
+                        .values(title=title, body=body, embedding=vector, embedding_of=proof)
                         .where(mapped.id == chance.randrange(KEYS))
                     )
                 self.count("write: text with vector")
-            except LOST:
-                self.count("writes refused or lost")
+            except sa.exc.DBAPIError as error:
+                self.account(error)
                 time.sleep(0.05)
             time.sleep(chance.uniform(0, 0.05))
         engine.dispose()
+
+    def binding(self, connection: sa.Connection, table: str) -> catalog.Binding:
+        """The binding of a table's column."""
+        identity = ColumnIdentity("public", table, "embedding")
+        return catalog.require_binding(connection, identity)
+
+    def strangers(self, seed: int) -> None:
+        """Vectors of something else: refused, or where no trigger fires pending."""
+        chance = random.Random(seed)
+        engine = sa.create_engine(self.url, pool_pre_ping=True)
+        while not self.stop.is_set():
+            try:
+                with engine.begin() as connection:
+                    name = self.intrude(connection, chance)
+                self.count(f"write: {name}")
+            except EncoderMismatchError:
+                self.count("write: foreign vector refused")
+            except sa.exc.DBAPIError as error:
+                if sqlstate_of(error) == "SB001":
+                    self.count("write: foreign vector refused")
+                else:
+                    self.account(error)
+            time.sleep(chance.uniform(0, 0.05))
+        engine.dispose()
+
+    def intrude(self, connection: sa.Connection, chance: random.Random) -> str:
+        """One foreign vector; returns the name of how it came."""
+        binding = self.binding(connection, chance.choice(["note", "note", "part"]))
+        table = binding.clause()
+        row = chance.randrange(KEYS)
+        body = text(chance)
+        vector = self.vector(body + " of another space")
+        payload = wire.to_wire(vector, "vector")
+        array = sa.cast([float(x) for x in vector], sa.ARRAY(sa.REAL))
+        values: dict[str, Any] = {"embedding": sa.func.array_to_vector(array, -1, True)}
+        how = chance.choice(INTRUSIONS)
+        if how == "old process":
+            # It knows a binding that is no more.
+            values["embedding_of"] = digest(uuid.UUID(int=7), body, payload, "vector")
+            values["body"], values["title"] = body, None
+        if how != "raw":
+            connection.exec_driver_sql("SET LOCAL session_replication_role = replica")
+        # A row that has this very vector already, unproven, would not be changed by it.
+        same = sa.cast(table.c.embedding, sa.Text) == sa.cast(values["embedding"], sa.Text)
+        rows = sa.and_(table.c.id % 40 == row % 40, same.is_not(True))
+        done = connection.execute(sa.update(table).values(values).where(rows))
+        if how == "raw" and done.rowcount:
+            self.wrong(f"a foreign vector was accepted by {binding.table} {row}")
+        return f"foreign vector {how}" if done.rowcount else "foreign vector nowhere"
 
     def objects(self, seed: int) -> None:
         """Objects in sessions that embed in their flush."""
@@ -272,9 +421,11 @@ class Writers:
                     name = self.change_objects(session, chance)
                     session.commit()
                 self.count(f"write: {name}")
-            except (*LOST, StaleDataError, EncodingError):
+            except (StaleDataError, EncodingError):
                 # A row that somebody else deleted or made, or that holds what cannot be encoded.
-                self.count("writes refused or lost")
+                self.count("writes of objects in conflict")
+            except sa.exc.DBAPIError as error:
+                self.account(error)
             time.sleep(chance.uniform(0, 0.03))
         engine.dispose()
 

@@ -1,185 +1,152 @@
-"""What noticing and the guard cost: each statement with and without the triggers, side by side.
+"""What freshness as a state of the row costs: each statement on a table with and without a binding.
 
-    python benchmarks/triggers.py [--rows 100000] [--rounds 5]
+    python benchmarks/triggers.py [--rows 5000] [--rounds 3] [--dimensions 384] [--text 2000]
 
-Variants: no triggers; the library's own; and the other kind, that is, by row where the library has
-one trigger for an INSERT statement, and by statement where it has one for each deleted row. Runs on
-the embedded server, variants interleaved, the best of the rounds.
+Microseconds of the server's CPU time a row, since other programs may share the machine: of inserts
+of texts, inserts of texts with vectors, updates of the text, of another column (HOT where there is
+room) and of another column that is indexed; for tables without and with an HNSW index on the
+vector. Variants are interleaved, the best of the rounds counts. Runs on an embedded server of its
+own.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psycopg
 import sqlalchemy as sa
+from server_cpu import cpu_seconds
 
 from sbert_pg import catalog
-from sbert_pg.embedded import EmbeddedServer, embedded_server
+from sbert_pg.embedded import embedded_server
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
-from sbert_pg.types.guard import ColumnIdentity
+from sbert_pg.types.identity import ColumnIdentity
 
 SETTINGS = {"shared_buffers": "1GB", "max_wal_size": "8GB", "synchronous_commit": "off"}
-VARIANTS = ("none", "own", "other")
-#: The same work by the other kind of trigger.
-OTHER_KIND = """
-CREATE FUNCTION row_inserted() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp AS $$
-BEGIN
-    IF NEW.e IS NOT NULL
-        AND NOT coalesce(strpos(current_setting('sbert.attested', true), ',1,') > 0, false)
-    THEN
-        PERFORM sbert.refuse_v1(1);
-    END IF;
-    IF (NEW.e IS NULL) <> (NEW.body IS NULL) THEN
-        INSERT INTO sbert.pending AS p (column_id, key) VALUES (1, NEW.id::text)
-        ON CONFLICT (column_id, key) DO UPDATE SET version = excluded.version;
-        PERFORM pg_notify('sbert_pending', '1');
-    END IF;
-    RETURN NULL;
-END $$;
-CREATE FUNCTION statement_deleted() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp AS $$
-BEGIN
-    DELETE FROM sbert.pending p USING deleted d WHERE column_id = 1 AND key = d.id::text;
-    RETURN NULL;
-END $$;
-"""
-OTHER_TRIGGERS = [
-    """CREATE TRIGGER b AFTER DELETE ON note REFERENCING OLD TABLE AS deleted
-       FOR EACH STATEMENT EXECUTE FUNCTION statement_deleted()""",
-    """CREATE TRIGGER a AFTER INSERT ON note FOR EACH ROW
-       WHEN ((NEW.e IS NULL) <> (NEW.body IS NULL)
-             OR NOT coalesce(strpos(current_setting('sbert.attested', true), ',1,') > 0, false))
-       EXECUTE FUNCTION row_inserted()""",
-]
-TABLE = (
-    "CREATE TABLE note (id bigserial PRIMARY KEY, body text, views int NOT NULL DEFAULT 0, "
-    "e vector(384))"
+OPERATIONS = (
+    "insert texts",
+    "insert with vectors",
+    "update text",
+    "update other",
+    "update indexed",
 )
-TEXT = "'text number ' || i || repeat(' lorem ipsum', 6)"
-
-Connection = psycopg.Connection
 
 
-def prepare(server: EmbeddedServer) -> tuple[Connection, list[str]]:
-    engine = sa.create_engine(server.ensure_database("bench"))
+def text_of(length: int) -> str:
+    """SQL for a text of about so many characters that is different for each row ``i``."""
+    return f"i || ' ' || substr(repeat(md5(i::text), {length // 32 + 1}), 1, {length})"
+
+
+def prepare(engine: sa.Engine, bound: bool, hnsw: bool, dimensions: int) -> None:
+    """An empty table ``note``, alike but for the binding and the index."""
     with engine.begin() as connection:
-        catalog.upgrade(connection)
-        connection.exec_driver_sql(TABLE)
-        identity = ColumnIdentity(None, "note", "e")
-        catalog.bind(connection, identity, EncoderSpec(name="x", dimensions=384), Source.of("body"))
-        connection.exec_driver_sql(OTHER_KIND)
-    engine.dispose()
-    connection = psycopg.connect(server.dsn("bench"), autocommit=True)
-    connection.execute(
-        "CREATE TABLE vectors AS SELECT i, (SELECT array_agg(random() * 0.1)::vector(384) "
-        "AS v FROM generate_series(1, 384) AS d WHERE d + i > 0) FROM generate_series(1, 500) AS i"
+        connection.exec_driver_sql("DROP TABLE IF EXISTS note")
+        connection.exec_driver_sql("SELECT sbert.prune_v1()")
+        connection.exec_driver_sql(
+            "CREATE TABLE note (id int PRIMARY KEY, body text, views int DEFAULT 0, "
+            f"kind int DEFAULT 0, embedding vector({dimensions}), embedding_of uuid) "
+            "WITH (fillfactor = 80)"
+        )
+        connection.exec_driver_sql("CREATE INDEX ON note (kind)")
+        if bound:
+            identity = ColumnIdentity(None, "note", "embedding")
+            spec = EncoderSpec(name="bench", dimensions=dimensions)
+            catalog.bind(connection, identity, spec, Source.of("body"))
+        if hnsw:
+            connection.exec_driver_sql(
+                "CREATE INDEX ON note USING hnsw (embedding vector_cosine_ops)"
+            )
+
+
+def digest(engine: sa.Engine, bound: bool) -> str:
+    """SQL for what a writer of the library's sends beside a vector."""
+    if not bound:
+        return "NULL::uuid"
+    with engine.begin() as connection:
+        binding = catalog.require_binding(connection, ColumnIdentity(None, "note", "embedding"))
+        return binding.expressions.digest
+
+
+def measure(
+    connection: psycopg.Connection, wanted: str, rows: int, dimensions: int, length: int
+) -> dict[str, float]:
+    """Microseconds a row, by operation; the rows have proven vectors after the second one."""
+    text = text_of(length)
+    vectors = (
+        f"SELECT i AS id, {text} AS body, (SELECT array_agg(random())::vector({dimensions}) "
+        f"FROM generate_series(1, {dimensions}) AS d WHERE d + i > 0) AS embedding "
+        f"FROM generate_series(1, {rows}) AS i"
     )
-    connection.execute("SET sbert.attested = ',1,'")
-    own = connection.execute(
-        "SELECT pg_get_triggerdef(oid) FROM pg_trigger "
-        "WHERE tgrelid = 'note'::regclass AND NOT tgisinternal"
-    ).fetchall()
-    return connection, [row[0] for row in own]
-
-
-def use(connection: Connection, variant: str, own: list[str]) -> None:
-    names = connection.execute(
-        "SELECT quote_ident(tgname) FROM pg_trigger "
-        "WHERE tgrelid = 'note'::regclass AND NOT tgisinternal"
-    ).fetchall()
-    for (name,) in names:
-        connection.execute(f"DROP TRIGGER {name} ON note")
-    if variant == "own":
-        wanted = own
-    elif variant == "other":
-        wanted = [trigger for trigger in own if "AFTER UPDATE" in trigger]
-        wanted += OTHER_TRIGGERS
-    else:
-        wanted = []
-    for trigger in wanted:
-        connection.execute(trigger)
-
-
-def steps(connection: Connection, rows: int) -> list[tuple[str, int, Callable[[], object]]]:
-    """Name, rows touched, and the statement, in the order in which they are run."""
-    run = connection.execute
-    some = rows // 4
-
-    def copy() -> None:
-        with connection.cursor() as cursor, cursor.copy("COPY note (body) FROM STDIN") as stream:
-            for number in range(some):
-                stream.write_row([f"text number {number} lorem ipsum"])
-
-    def singly(statement: str) -> Callable[[], None]:
-        def work() -> None:
-            with connection.transaction():
-                for number in range(2_000):
-                    run(statement, [number], prepare=True)
-
-        return work
-
-    def statement(text: str) -> Callable[[], object]:
-        return lambda: run(text)
-
-    series = f"generate_series(1, {rows}) AS i"
-    with_vectors = (
-        f"INSERT INTO note (body, e) SELECT {TEXT.replace('|| i ||', '|| g ||')}, v "
-        f"FROM generate_series(1, {some}) AS g JOIN vectors ON vectors.i = 1 + g % 500"
-    )
-    texts = f"INSERT INTO note (body) SELECT {TEXT} FROM {series}"
-    views = "UPDATE note SET views = views + 1 WHERE e IS NOT NULL"
-    body = "UPDATE note SET body = body || 'x' WHERE e IS NOT NULL"
-    one_text = "INSERT INTO note (body) VALUES (%s::text)"
-    one_vector = "INSERT INTO note (body, e) SELECT %s::text, v FROM vectors WHERE i = 1"
-    return [
-        ("INSERT ... SELECT, texts", rows, statement(texts)),
-        ("COPY, texts", some, copy),
-        ("INSERT ... SELECT, with vectors", some, statement(with_vectors)),
-        ("UPDATE of another column", some, statement(views)),
-        ("UPDATE of the text", some, statement(body)),
-        ("DELETE, with vectors", some, statement("DELETE FROM note WHERE e IS NOT NULL")),
-        ("INSERT of one row, text", 2_000, singly(one_text)),
-        ("INSERT of one row, with vector", 2_000, singly(one_vector)),
-        ("DELETE of one row", 2_000, singly("DELETE FROM note WHERE id = %s::bigint + 1")),
-    ]
+    connection.execute(f"CREATE TEMP TABLE made ON COMMIT PRESERVE ROWS AS {vectors}")
+    statements = {
+        "insert texts": "INSERT INTO note (id, body) SELECT id, body FROM made",
+        "insert with vectors": "INSERT INTO note (id, body, embedding, embedding_of) "
+        f"SELECT id, body, embedding, {wanted} FROM made",
+        "update text": "UPDATE note SET body = body || '.' WHERE id %% 4 = 0",
+        "update other": "UPDATE note SET views = views + 1 WHERE id %% 4 = 1",
+        "update indexed": "UPDATE note SET kind = kind + 1 WHERE id %% 4 = 2",
+    }
+    spent = {}
+    backend = connection.info.backend_pid
+    for name, statement in statements.items():
+        if name == "insert with vectors":
+            connection.execute("TRUNCATE note")
+        started = cpu_seconds(backend)
+        done = connection.execute(statement.replace("%%", "%"))
+        spent[name] = 1e6 * (cpu_seconds(backend) - started) / done.rowcount
+        if name == "insert with vectors":
+            connection.execute("VACUUM ANALYZE note")
+    connection.execute("DROP TABLE made")
+    return spent
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--rounds", type=int, default=5)
-    given = parser.parse_args()
-    best: dict[tuple[str, str], float] = {}
-    counts: dict[str, int] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o755)  # the server may run as a user of its own
-        with embedded_server(Path(folder) / "data", settings=SETTINGS) as server:
-            connection, own = prepare(server)
-            for _ in range(given.rounds):
-                for variant in VARIANTS:
-                    use(connection, variant, own)
-                    connection.execute("TRUNCATE note, sbert.pending RESTART IDENTITY")
-                    for name, count, work in steps(connection, given.rows):
-                        connection.execute("CHECKPOINT")
-                        start = time.perf_counter()
-                        work()
-                        spent = time.perf_counter() - start
-                        key = name, variant
-                        best[key] = min(spent, best.get(key, spent))
-                        counts[name] = count
-            connection.close()
-    print(f"{'µs per row':32}{'none':>8}{'own':>8}{'other':>8}   own/none other/none")
-    for name, count in counts.items():
-        none, mine, other = (best[name, variant] / count * 1e6 for variant in VARIANTS)
-        print(f"{name:32}{none:8.2f}{mine:8.2f}{other:8.2f}{mine / none:11.2f}{other / none:11.2f}")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rows", type=int, default=5_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dimensions", type=int, nargs="+", default=[384, 1024])
+    parser.add_argument("--text", type=int, nargs="+", default=[400, 2_000])
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="sbert-pg-prices-") as name:
+        os.chmod(name, 0o755)
+        with embedded_server(Path(name) / "data", settings=SETTINGS) as server:
+            engine = sa.create_engine(server.ensure_database("bench"))
+            with engine.begin() as connection:
+                catalog.upgrade(connection)
+            with psycopg.connect(server.dsn("bench"), autocommit=True) as connection:
+                for case in itertools.product(options.dimensions, options.text, (False, True)):
+                    report(engine, connection, options, *case)
+            engine.dispose()
+
+
+def report(
+    engine: sa.Engine,
+    connection: psycopg.Connection,
+    options: argparse.Namespace,
+    dimensions: int,
+    length: int,
+    hnsw: bool,
+) -> None:
+    """One table of the report: without a binding, and with one."""
+    best: dict[bool, dict[str, float]] = {False: {}, True: {}}
+    for _ in range(options.rounds):
+        for bound in (False, True):
+            prepare(engine, bound, hnsw, dimensions)
+            wanted = digest(engine, bound)
+            for name, spent in measure(
+                connection, wanted, options.rows, dimensions, length
+            ).items():
+                best[bound][name] = min(spent, best[bound].get(name, spent))
+    print(f"\n{dimensions} dimensions, {length} characters, {'HNSW' if hnsw else 'no HNSW'}")
+    for name in OPERATIONS:
+        plain, bound_time = best[False][name], best[True][name]
+        ratio = bound_time / plain
+        print(f"  {name:20} {plain:9.1f} -> {bound_time:9.1f} us a row, {ratio:.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from sbert_pg import bind_all, embed_on_flush, embedding_column, hnsw_index, nearest
+from sbert_pg import create_all, embed_on_flush, embedding_column, hnsw_index, nearest
 
 
 class Base(DeclarativeBase):
@@ -43,8 +43,7 @@ embed_on_flush(sessions)
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     # A real application does this in an Alembic migration, which autogenerate writes.
     async with engine.begin() as connection:
-        await connection.run_sync(Base.metadata.create_all)
-        await connection.run_sync(bind_all, Base.metadata)
+        await connection.run_sync(create_all, Base.metadata)
     yield
     await engine.dispose()
 

@@ -11,7 +11,7 @@ from flask.typing import ResponseReturnValue
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from sbert_pg import bind_all, embed_on_flush, embedding_column, hnsw_index, nearest
+from sbert_pg import create_all, embed_on_flush, embedding_column, hnsw_index, nearest
 
 
 class Base(DeclarativeBase):
@@ -34,11 +34,9 @@ def create_app() -> Flask:
     app.config["SQLALCHEMY_DATABASE_URI"] = os.environ["DATABASE_URL"]
     db.init_app(app)
     embed_on_flush(db.session)
-    with app.app_context():
-        # A real application does this in a migration; Flask-Migrate's autogenerate writes it.
-        db.create_all()
-        with db.engine.begin() as connection:
-            bind_all(connection, db.metadata)
+    # A real application does this in a migration; Flask-Migrate's autogenerate writes it.
+    with app.app_context(), db.engine.begin() as connection:
+        create_all(connection, db.metadata)
 
     @app.post("/tickets")
     def create() -> ResponseReturnValue:

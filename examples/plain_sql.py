@@ -9,7 +9,7 @@ import os
 import psycopg
 import sqlalchemy as sa
 
-from sbert_pg import Embedding, bind_all, get_encoder, hnsw_index, load, nearest
+from sbert_pg import Embedding, create_all, get_encoder, hnsw_index, load, nearest
 
 metadata = sa.MetaData()
 city = sa.Table(
@@ -33,8 +33,7 @@ def main() -> tuple[list[str], list[str]]:
     url = sa.make_url(os.environ["DATABASE_URL"])
     engine = sa.create_engine(url)
     with engine.begin() as connection:
-        metadata.create_all(connection)
-        bind_all(connection, metadata)
+        create_all(connection, metadata)
         load(connection, city, ({"note": note} for note in NOTES))
     with engine.connect() as connection:
         core = [row.note for row in connection.execute(nearest(city.c.embedding, "bread", limit=2))]

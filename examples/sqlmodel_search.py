@@ -1,4 +1,6 @@
-"""SQLModel: the embedding column is a field like any other.
+"""SQLModel: the embedding is a column of the table and no field of the model.
+
+So it is left out where the model is serialised, and stays in the database until it is asked for.
 
 export DATABASE_URL=postgresql+psycopg://localhost/shop
 python sqlmodel_search.py
@@ -7,10 +9,9 @@ python sqlmodel_search.py
 import os
 from typing import Any
 
-import sqlalchemy as sa
 from sqlmodel import Field, Session, SQLModel, create_engine
 
-from sbert_pg import Embedding, bind_all, embed_on_flush, hnsw_index, nearest
+from sbert_pg import create_all, embed_on_flush, embedding_column, hnsw_index, nearest
 
 
 class Recipe(SQLModel, table=True):
@@ -18,17 +19,13 @@ class Recipe(SQLModel, table=True):
 
     id: int | None = Field(default=None, primary_key=True)
     title: str
-    embedding: Any = Field(
-        default=None,
-        sa_column=sa.Column(Embedding("all-MiniLM-L6-v2", source="title"), nullable=True),
-    )
+    embedding: Any = embedding_column("all-MiniLM-L6-v2", source="title", nullable=True)
 
 
 def main() -> list[str]:
     engine = create_engine(os.environ["DATABASE_URL"])
-    SQLModel.metadata.create_all(engine)
     with engine.begin() as connection:
-        bind_all(connection, SQLModel.metadata)
+        create_all(connection, SQLModel.metadata)
     with Session(engine) as session:
         embed_on_flush(session)
         session.add_all(

@@ -5,45 +5,67 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from sbert_pg import registry
-from sbert_pg.registry import get_encoder, use_encoder
+from sbert_pg.registry import encoder_of, get_encoder, use_encoder
 from sbert_pg.spec import EncoderSpec, TextEncoder
 
 if TYPE_CHECKING:
-    from sbert_pg.catalog import bind, bind_all
-    from sbert_pg.encoder import Encoder
-    from sbert_pg.filling import embed_rows
+    from sbert_pg.catalog import bind, create_all
+    from sbert_pg.catalog.embedding import Embedding
+    from sbert_pg.encoder import Encoder, Reranker
+    from sbert_pg.freshness import WorkerSettings, backfill, refresh, worker_thread
     from sbert_pg.indexes import hnsw_index, ivfflat_index
     from sbert_pg.loading import load
-    from sbert_pg.orm import embed_on_flush, embedding_column
-    from sbert_pg.pending.backfill import backfill
-    from sbert_pg.reembedding import assert_ready
-    from sbert_pg.search import nearest
+    from sbert_pg.orm import embed_on_flush, embedding_column, leave_to_workers
+    from sbert_pg.passages import add_passages, passages_of, use_chunker
+    from sbert_pg.reembed import require_ready
+    from sbert_pg.reranking import diverse, rerank, rerank_async
+    from sbert_pg.row_vectors import embed_rows
+    from sbert_pg.search import explain_search, explain_words, hybrid, matching, nearest
     from sbert_pg.source import Source
-    from sbert_pg.types import Embedding, HalfVector, Vector
-    from sbert_pg.worker import WorkerSettings, refresh, worker_thread
+    from sbert_pg.tuning import advise_index, evaluate, fit_weight, tune
+    from sbert_pg.types import HalfVector, Vector
+    from sbert_pg.types.text import TextSearch, text_column, text_index
 
 #: Exports that are imported when they are first asked for: name and module.
 _LAZY = {
-    "Embedding": "sbert_pg.types",
+    "Embedding": "sbert_pg.catalog.embedding",
     "Encoder": "sbert_pg.encoder",
     "HalfVector": "sbert_pg.types",
+    "Reranker": "sbert_pg.encoder",
     "Source": "sbert_pg.source",
     "Vector": "sbert_pg.types",
-    "WorkerSettings": "sbert_pg.worker",
-    "assert_ready": "sbert_pg.reembedding",
-    "backfill": "sbert_pg.pending.backfill",
+    "WorkerSettings": "sbert_pg.freshness",
+    "advise_index": "sbert_pg.tuning",
+    "require_ready": "sbert_pg.reembed",
+    "add_passages": "sbert_pg.passages",
+    "backfill": "sbert_pg.freshness",
     "bind": "sbert_pg.catalog",
-    "bind_all": "sbert_pg.catalog",
+    "create_all": "sbert_pg.catalog",
+    "diverse": "sbert_pg.reranking",
     "embed_on_flush": "sbert_pg.orm",
-    "embed_rows": "sbert_pg.filling",
+    "embed_rows": "sbert_pg.row_vectors",
     "embedding_column": "sbert_pg.orm",
+    "evaluate": "sbert_pg.tuning",
+    "explain_search": "sbert_pg.search",
+    "explain_words": "sbert_pg.search",
+    "fit_weight": "sbert_pg.tuning",
     "hnsw_index": "sbert_pg.indexes",
+    "hybrid": "sbert_pg.search",
     "ivfflat_index": "sbert_pg.indexes",
+    "leave_to_workers": "sbert_pg.orm",
     "load": "sbert_pg.loading",
+    "matching": "sbert_pg.search",
     "nearest": "sbert_pg.search",
-    "refresh": "sbert_pg.worker",
-    "worker_thread": "sbert_pg.worker",
+    "passages_of": "sbert_pg.passages",
+    "refresh": "sbert_pg.freshness",
+    "rerank": "sbert_pg.reranking",
+    "rerank_async": "sbert_pg.reranking",
+    "TextSearch": "sbert_pg.types.text",
+    "text_column": "sbert_pg.types.text",
+    "text_index": "sbert_pg.types.text",
+    "use_chunker": "sbert_pg.passages",
+    "tune": "sbert_pg.tuning",
+    "worker_thread": "sbert_pg.freshness",
 }
 
 __all__ = [
@@ -51,51 +73,46 @@ __all__ = [
     "Encoder",
     "EncoderSpec",
     "HalfVector",
+    "Reranker",
     "Source",
     "TextEncoder",
+    "TextSearch",
     "Vector",
     "WorkerSettings",
-    "assert_ready",
+    "add_passages",
+    "advise_index",
     "backfill",
     "bind",
-    "bind_all",
+    "create_all",
+    "diverse",
     "embed_on_flush",
     "embed_rows",
     "embedding_column",
+    "encoder_of",
+    "evaluate",
+    "explain_search",
+    "explain_words",
+    "fit_weight",
     "get_encoder",
     "hnsw_index",
+    "hybrid",
     "ivfflat_index",
+    "leave_to_workers",
     "load",
+    "matching",
     "nearest",
+    "passages_of",
     "refresh",
+    "require_ready",
+    "rerank",
+    "rerank_async",
+    "text_column",
+    "text_index",
+    "tune",
+    "use_chunker",
     "use_encoder",
     "worker_thread",
 ]
-
-
-def _load_encoder(spec: EncoderSpec) -> TextEncoder:
-    """Load the encoder that a declaration names; onnxruntime is imported here and not before."""
-    from sbert_pg.encoder.declared import load_declared
-
-    return load_declared(spec)
-
-
-def _check_column(connection: Any, identity: Any, spec: EncoderSpec) -> bool | None:
-    """Hold a declared encoder against a column's; the catalog is imported at the first use."""
-    from sbert_pg.catalog import joining
-
-    return joining.check_column(connection, identity, spec)
-
-
-def _attest_column(connection: Any, identity: Any, spec: EncoderSpec) -> int:
-    """Vouch for a declared encoder in the running transaction."""
-    from sbert_pg.catalog import joining
-
-    return joining.attest_column(connection, identity, spec)
-
-
-registry.set_loader(_load_encoder)
-registry.set_guards(_check_column, _attest_column)
 
 
 def __getattr__(name: str) -> Any:

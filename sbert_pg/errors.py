@@ -37,6 +37,9 @@ the class derives from it too, so that existing handlers keep working.
     │   └── TableBusyError           a lock could not be had
     ├── BackfillError            a column cannot be filled
     ├── ClusteringError
+    ├── TuningError              an encoder cannot be fitted to labelled questions
+    │   ├── TooFewPairsError
+    │   └── NoGainError              on questions kept back it does no better
     ├── LoadError                a row that the bulk loader cannot take
     └── ServerError              the embedded server
 """
@@ -188,6 +191,18 @@ class BackfillError(SbertPgError):
 
 class ClusteringError(SbertPgError):
     """A clustering cannot be made, read or applied."""
+
+
+class TuningError(SbertPgError):
+    """An encoder cannot be fitted to labelled questions."""
+
+
+class TooFewPairsError(TuningError):
+    """The labelled questions are too few, or share too much, to learn and to judge by."""
+
+
+class NoGainError(TuningError):
+    """On the questions kept back the fitted encoder does no better; nothing was written."""
 
 
 class LoadError(SbertPgError, ValueError):

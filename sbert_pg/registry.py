@@ -1,46 +1,42 @@
 """The encoders of this process, by name.
 
 The database side never imports the encoder wing: it asks here for the encoder that a column names,
-and an encoder is loaded at the first text that needs one. ``sbert_pg/__init__.py`` joins the two by
-setting the loader.
+and an encoder is loaded, and its wing imported, at the first text that needs one.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
+import hashlib
+import inspect
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
-from sbert_pg.errors import EncoderNotFoundError
-from sbert_pg.spec import EncoderSpec, TextEncoder
+import numpy as np
 
-Loader = Callable[[EncoderSpec], TextEncoder]
+from sbert_pg.distance import Similarity
+from sbert_pg.errors import DeclarationError, DimensionError, EncoderNotFoundError
+from sbert_pg.probes import PROBES
+from sbert_pg.process import ProcessLock
+from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors, canonical_name
 
-_lock = threading.RLock()
+#: Loads the encoder of a declaration, or of a name alone.
+Loader = Callable[["EncoderSpec | str"], TextEncoder]
+
+# A process that forks while one of its threads loads an encoder must not hand the lock down.
+_lock = ProcessLock()
 _encoders: dict[tuple[str, int], TextEncoder] = {}
-_loader: Loader | None = None
-_guards: tuple[Callable[..., Any] | None, Callable[..., Any] | None] = (None, None)
 
 
-def set_loader(loader: Loader | None) -> None:
-    """Set how an encoder that was not registered is loaded."""
-    global _loader
-    _loader = loader
+def _load_declared(encoder: EncoderSpec | str) -> TextEncoder:
+    """Load an encoder; ``load_declared`` imports onnxruntime when a session is opened."""
+    from sbert_pg.encoder import load_declared
+
+    return load_declared(encoder)
 
 
-def set_guards(check: Callable[..., Any] | None, attest: Callable[..., Any] | None) -> None:
-    """Set what ``types.guard`` starts with when it is imported; see ``guard.Check`` and ``Attest``.
-
-    It stands here because importing the guard, and SQLAlchemy with it, is not for a process that
-    only encodes.
-    """
-    global _guards
-    _guards = (check, attest)
-
-
-def guards() -> tuple[Callable[..., Any] | None, Callable[..., Any] | None]:
-    """What ``set_guards`` was given."""
-    return _guards
+#: ``None`` in tests, for a process that can load nothing.
+_loader: Loader | None = _load_declared
 
 
 def use_encoder(encoder: TextEncoder, *, name: str | None = None) -> TextEncoder:
@@ -53,8 +49,9 @@ def use_encoder(encoder: TextEncoder, *, name: str | None = None) -> TextEncoder
     Returns:
         The encoder, for chaining.
     """
+    key = canonical_name(name or encoder.spec.name), encoder.spec.dimensions
     with _lock:
-        _encoders[name or encoder.spec.name, encoder.spec.dimensions] = encoder
+        _encoders[key] = encoder
     return encoder
 
 
@@ -66,33 +63,124 @@ def forget_encoders() -> None:
 
 def find_encoder(spec: EncoderSpec) -> TextEncoder | None:
     """The encoder that a declaration names, if it is registered or loaded already."""
-    return _encoders.get((spec.name, spec.dimensions))
+    return _encoders.get((canonical_name(spec.name), spec.dimensions))
 
 
 def find_named(name: str) -> TextEncoder | None:
     """An encoder registered or loaded under a name, whatever its dimensions; the first one."""
-    return next((found for (known, _), found in _encoders.items() if known == name), None)
+    own = canonical_name(name)
+    return next((encoder for (key, _), encoder in _encoders.items() if key == own), None)
 
 
-def get_encoder(spec: EncoderSpec) -> TextEncoder:
-    """The encoder that a declaration names: registered, or loaded now and kept.
+def get_encoder(encoder: str | EncoderSpec) -> TextEncoder:
+    """The encoder of a name or declaration: registered, or loaded now and kept.
+
+    Args:
+        encoder: a name as ``Encoder.load`` takes it, or the spec of a declaration.
 
     Raises:
         EncoderNotFoundError: nothing is registered under the name and nothing can be loaded.
         EncoderError: it cannot be loaded; the message says why.
     """
-    key = (spec.name, spec.dimensions)
-    found = _encoders.get(key)
-    if found is not None:
-        return found
+    known = _find(encoder)
+    if known is not None:
+        return known
+    name = encoder if isinstance(encoder, str) else encoder.name
     with _lock:
-        found = _encoders.get(key)
-        if found is not None:
-            return found
+        known = _find(encoder)
+        if known is not None:
+            return known
         if _loader is None:
             raise EncoderNotFoundError(
-                f"No encoder {spec.name!r} is registered in this process. Register one with "
+                f"No encoder {name!r} is registered in this process. Register one with "
                 "sbert_pg.use_encoder(encoder)."
             )
-        encoder = _encoders[key] = _loader(spec)
-        return encoder
+        loaded = _loader(encoder)
+        _encoders[canonical_name(name), loaded.spec.dimensions] = loaded
+        return loaded
+
+
+def _find(encoder: str | EncoderSpec) -> TextEncoder | None:
+    return find_named(encoder) if isinstance(encoder, str) else find_encoder(encoder)
+
+
+class _FunctionEncoder:
+    """What ``encoder_of`` returns."""
+
+    def __init__(
+        self, spec: EncoderSpec, document: Callable[..., Any], query: Callable[..., Any]
+    ) -> None:
+        self.spec = spec
+        self._document, self._query = document, query
+
+    @cached_property
+    def probe_vectors(self) -> Vectors:
+        return self.encode_document(PROBES)
+
+    def encode_query(self, texts: Sequence[str]) -> Vectors:
+        return self._vectors(self._query, texts)
+
+    def encode_document(self, texts: Sequence[str]) -> Vectors:
+        return self._vectors(self._document, texts)
+
+    def _vectors(self, function: Callable[..., Any], texts: Sequence[str]) -> Vectors:
+        shape = len(texts), self.spec.dimensions
+        if not texts:
+            return np.empty(shape, dtype=np.float32)
+        # Services refuse a text that is empty.
+        vectors = np.asarray(function([text or " " for text in texts]), dtype=np.float32)
+        if vectors.shape != shape:
+            raise DimensionError(
+                f"The function of encoder {self.spec.name!r} gave vectors of shape {vectors.shape} "
+                f"for {shape[0]} texts, where {shape} is expected. Correct its dimensions=, or "
+                "have it return one vector for each text."
+            )
+        return vectors
+
+
+def encoder_of(
+    function: Callable[[list[str]], Any],
+    *,
+    name: str,
+    dimensions: int,
+    query: Callable[[list[str]], Any] | None = None,
+    similarity: Similarity = "cosine",
+    version: str = "",
+) -> TextEncoder:
+    """An encoder from any function, such as a client of a service; for ``use_encoder``.
+
+    Columns that name it are bound to what the function computes: another function under the same
+    name is refused where its vectors differ.
+
+    Args:
+        function: takes a list of texts and returns their vectors, an array of shape
+            ``(len(texts), dimensions)`` or lists; safe to call from several threads. It never gets
+            an empty text, but a blank in its place. What it raises is passed on.
+        name: the name under which columns declare it.
+        dimensions: width of its vectors.
+        query: the same for search queries, where they are encoded in another way.
+        similarity: the similarity function that its vectors are made for.
+        version: what else decides the vectors, such as the version of the service's model.
+
+    Raises:
+        DeclarationError: the function is a coroutine function, or a declaration makes no sense.
+    """
+    for given in (function, query):
+        if given is not None and (not callable(given) or inspect.iscoroutinefunction(given)):
+            raise DeclarationError(
+                f"encoder_of() takes a function that returns vectors, and {given!r} is none. Give "
+                "one that is not asynchronous: it is called in a thread where the application is."
+            )
+
+    def digest(part: str) -> str:
+        return hashlib.sha256(f"{part}\0{name}\0{version}".encode()).hexdigest()
+
+    spec = EncoderSpec(
+        name=name,
+        dimensions=dimensions,
+        similarity=similarity,
+        precision="function",
+        weights_digest=digest("weights"),
+        tokenizer_digest=digest("tokenizer"),
+    )
+    return _FunctionEncoder(spec, function, query or function)

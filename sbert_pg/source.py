@@ -1,21 +1,35 @@
 """The source of an embedding column: which columns its text is made of, and how they are joined.
 
-One rule, evaluated by Python everywhere (flush, bulk loader, worker, audit) and available as an SQL
-expression to readers. Triggers need only the columns' names: they notice that one has changed.
+One rule, evaluated by Python where a writer encodes what it is about to write, and by the server
+for everything that is in a row already (``sbert.expressions_v1`` has the same rule in SQL).
 """
 
 from __future__ import annotations
 
+import json
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import sqlalchemy as sa
 
 from sbert_pg.errors import SourceError
 
-SourceArgument = "str | Sequence[str] | Source"
+
+class NotKnown:
+    """Type of ``NOT_KNOWN``."""
+
+    def __repr__(self) -> str:
+        return "NOT_KNOWN"
+
+
+#: Columns of a passage that say, with its key, where its text stands.
+PLACE = ("heading", "start", "stop")
+#: Stands for a source value that was not given, and for a text that hangs on one.
+NOT_KNOWN: Final = NotKnown()
+#: A text, none because all is ``NULL``, or none that this process could know.
+Text = str | NotKnown | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +44,17 @@ class Source:
         columns: names of text columns, in order, as the database has them.
         separator: what stands between two values, a blank line by default.
         pattern: the template, or ``None``.
+        passages: how the text is cut into passages and where they are kept, as JSON, where it is;
+            see ``sbert_pg.passages``.
+        document: of a passage's text, where in its document it stands, as JSON. The columns are
+            then a digest of the text and not the text itself, which only the database knows.
     """
 
     columns: tuple[str, ...]
     separator: str = "\n\n"
     pattern: str | None = None
+    passages: str | None = None
+    document: str | None = None
 
     def __post_init__(self) -> None:
         if not self.columns:
@@ -104,6 +124,30 @@ class Source:
 
         return fill
 
+    def text_maker(self, *, null_text: bool) -> Callable[[Sequence[Any]], Text]:
+        """A function from the values of a row that is about to be written to its text.
+
+        It takes them in the order of ``columns``, with ``NOT_KNOWN`` for one that was not given. It
+        returns the text; ``None`` where every value is ``NULL``; ``NOT_KNOWN`` where a value is an
+        SQL expression or was not given, and for passages, whose text is in another row.
+
+        Args:
+            null_text: whether a row whose values are all ``NULL`` has no text; else it has an empty
+                one, as where its vector has to be there.
+        """
+        join = self.joiner()
+        if self.document is not None:
+            return lambda values: NOT_KNOWN
+
+        def make(values: Sequence[Any]) -> Text:
+            if any(value is NOT_KNOWN or isinstance(value, sa.ClauseElement) for value in values):
+                return NOT_KNOWN
+            if null_text and all(value is None for value in values):
+                return None
+            return join(values)
+
+        return make
+
     def resolve(self, table: sa.FromClause) -> tuple[sa.Column[Any], ...]:
         """The source's columns on a table.
 
@@ -111,7 +155,7 @@ class Source:
             SourceError: a column does not exist or does not hold text.
         """
         by_name: dict[str, Any] = {column.name: column for column in table.c}
-        found = []
+        columns = []
         for name in self.columns:
             column = by_name.get(name, table.c.get(name))
             if column is None:
@@ -125,8 +169,8 @@ class Source:
                     f"Column {_table_name(table)}.{name} has type {column.type!r}; a source is "
                     "made of text columns, since other types read differently in Python and in SQL."
                 )
-            found.append(column)
-        return tuple(found)
+            columns.append(column)
+        return tuple(columns)
 
     def expression(self, table: sa.FromClause) -> sa.ColumnElement[str]:
         """The text of a row as an SQL expression."""
@@ -142,23 +186,43 @@ class Source:
                 parts.append(columns[name])
         return sa.func.concat(*parts, type_=sa.Text())
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether columns and separator say all."""
+        return self.pattern is self.passages is self.document is None
+
+    @property
+    def place(self) -> tuple[str, ...]:
+        """Columns beside the source's own by which the text of a passage is found."""
+        return () if self.document is None else (*PLACE, *json.loads(self.document)["key"])
+
     def to_json(self) -> dict[str, Any]:
         """Plain data for a ``jsonb`` column; ``from_json`` reads it back."""
-        return {
+        data: dict[str, Any] = {
             "columns": list(self.columns),
             "separator": self.separator,
             "pattern": self.pattern,
         }
+        for name in ("passages", "document"):
+            settings = getattr(self, name)
+            if settings is not None:
+                data[name] = json.loads(settings)
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Source:
         """The inverse of ``to_json``."""
-        return cls(tuple(data["columns"]), data["separator"], data.get("pattern"))
+        settings = [
+            None if data.get(name) is None else json.dumps(data[name], sort_keys=True)
+            for name in ("passages", "document")
+        ]
+        return cls(tuple(data["columns"]), data["separator"], data.get("pattern"), *settings)
 
     def __str__(self) -> str:
         if self.pattern is not None:
             return repr(self.pattern)
-        return " + ".join(self.columns)
+        columns = " + ".join(self.columns)
+        return columns if self.passages is None else f"{columns}, cut as {self.passages}"
 
 
 def _parse(pattern: str) -> list[tuple[str, str | None, str | None, str | None]]:

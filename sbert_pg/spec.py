@@ -1,4 +1,8 @@
-"""What decides a vector space: the encoder spec, its fingerprint, and the encoder protocol."""
+"""What decides a vector space: the encoder spec, its fingerprint, names, the encoder protocol.
+
+The facts of well-known encoders are those of the models' own cards and configuration files; with
+them a class can be mapped with nothing but a name.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -13,12 +18,123 @@ import numpy.typing as npt
 
 from sbert_pg.distance import MAX_DIMENSIONS, Similarity, metric_of
 from sbert_pg.errors import DeclarationError
-from sbert_pg.known import known_encoder
 
 Vectors = npt.NDArray[np.float32]
 
 #: Fields that say where an encoder came from and not what it computes.
 _NOT_IN_FINGERPRINT = frozenset({"name", "revision"})
+#: Of the others, those that have no part in the vectors of documents; of the prompts, only the
+#: documents' own has one.
+_QUERY_SIDE = frozenset({"prompts", "default_prompt_name", "query_layers"})
+
+#: Names of the prompts of search queries and of texts to be found, as in sentence-transformers.
+QUERY = "query"
+DOCUMENT = "document"
+
+
+@dataclass(frozen=True, slots=True)
+class KnownEncoder:
+    """Published facts of one model.
+
+    Attributes:
+        name: hub name.
+        dimensions: width of its vectors.
+        max_seq_length: tokens it reads.
+        similarity: similarity function it was trained for.
+        normalized: whether its vectors have length one.
+        parameters: size in millions of parameters.
+        languages: ``"en"``, or how many.
+        good_for: one line for a reader who is choosing.
+        matryoshka: whether vectors may be truncated.
+    """
+
+    name: str
+    dimensions: int
+    max_seq_length: int
+    similarity: str
+    normalized: bool
+    parameters: int
+    languages: str
+    good_for: str
+    matryoshka: bool = False
+
+
+KNOWN_ENCODERS: tuple[KnownEncoder, ...] = (
+    KnownEncoder(
+        "sentence-transformers/all-MiniLM-L6-v2",
+        384, 256, "cosine", True, 23, "en",
+        "general English at the best ratio of quality to speed",
+    ),
+    KnownEncoder(
+        "sentence-transformers/all-MiniLM-L12-v2",
+        384, 128, "cosine", True, 33, "en",
+        "general English, a little better and half as fast as L6",
+    ),
+    KnownEncoder(
+        "sentence-transformers/all-mpnet-base-v2",
+        768, 384, "cosine", True, 109, "en",
+        "general English where quality matters more than speed",
+    ),
+    KnownEncoder(
+        "sentence-transformers/multi-qa-MiniLM-L6-cos-v1",
+        384, 512, "cosine", True, 23, "en",
+        "questions against passages, small",
+    ),
+    KnownEncoder(
+        "sentence-transformers/multi-qa-mpnet-base-dot-v1",
+        768, 512, "dot", False, 109, "en",
+        "questions against passages",
+    ),
+    KnownEncoder(
+        "sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2",
+        384, 128, "cosine", False, 118, "50+",
+        "short texts in many languages",
+    ),
+    KnownEncoder(
+        "sentence-transformers/paraphrase-multilingual-mpnet-base-v2",
+        768, 128, "cosine", False, 278, "50+",
+        "short texts in many languages, better and slower",
+    ),
+    KnownEncoder(
+        "sentence-transformers/distiluse-base-multilingual-cased-v2",
+        512, 128, "cosine", False, 135, "50+",
+        "short texts in many languages, DistilBERT with a Dense layer",
+    ),
+)  # fmt: skip
+
+_BY_NAME = {e.name.lower(): e for e in KNOWN_ENCODERS} | {
+    e.name.rpartition("/")[2].lower(): e for e in KNOWN_ENCODERS
+}
+
+
+def known_encoder(name: str) -> KnownEncoder | None:
+    """The published facts of a hub name, with or without its organisation; else ``None``."""
+    return _BY_NAME.get(name.lower())
+
+
+@cache
+def canonical_name(name: str) -> str:
+    """One spelling for all the names that certainly mean one encoder.
+
+    The hub name of a well-known encoder, however it is spelled. Any other name is compared whole:
+    of a path only doubled and closing separators and ``.`` parts are dropped, since everything else
+    (``..``, links, letter case, the last part alone) may lead to another directory.
+    """
+    known = known_encoder(name)
+    if known is not None:
+        return known.name
+    first, *others = name.split("/")
+    return "/".join([first, *(part for part in others if part not in ("", "."))])
+
+
+def same_encoder_name(a: str, b: str) -> bool:
+    """Whether two names mean one encoder: the one rule for declarations, catalog and migrations.
+
+    ``all-MiniLM-L6-v2`` and ``sentence-transformers/all-MiniLM-L6-v2`` do, since both are known;
+    ``/models/v1/encoder`` and ``/models/v2/encoder`` do not, nor do ``acme/base`` and
+    ``other/base``.
+    """
+    return canonical_name(a) == canonical_name(b)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,12 +153,15 @@ class EncoderSpec:
         max_seq_length: tokens that are read of a text, special tokens included.
         pooling: pooling mode or modes, in the order of concatenation (``"mean"``, ``"cls+max"``).
         layers: the modules after pooling, in order, each as text with a digest of its weights.
+        query_layers: modules that only queries go through, after ``layers``; in the same form.
         prompts: ``(name, text)`` pairs, sorted by name.
         default_prompt_name: prompt put before texts when none is asked for.
         include_prompt: whether pooling sees the tokens of the prompt.
         precision: numeric form of the weights (``"fp32"``, ``"int8"``...).
         weights_digest: digest of the source weights, independent of file layout and precision.
-        tokenizer_digest: digest of the tokenizer, casing included.
+        tokenizer_digest: digest of the tokenizer, casing and truncation side included.
+        config_digest: digest of the configuration files in canonical form, entries that conversion
+            ignores included.
         revision: revision of the hub repository.
     """
 
@@ -53,12 +172,14 @@ class EncoderSpec:
     max_seq_length: int | None = None
     pooling: str | None = None
     layers: tuple[str, ...] = ()
+    query_layers: tuple[str, ...] = ()
     prompts: tuple[tuple[str, str], ...] = ()
     default_prompt_name: str | None = None
     include_prompt: bool = True
     precision: str | None = None
     weights_digest: str | None = None
     tokenizer_digest: str | None = None
+    config_digest: str | None = None
     revision: str | None = None
 
     def __post_init__(self) -> None:
@@ -81,7 +202,7 @@ class EncoderSpec:
     ) -> EncoderSpec:
         """The spec of a name, path or spec, without touching the disk.
 
-        The names in ``sbert_pg.known`` bring their dimensions with them. For a known Matryoshka
+        The names in ``KNOWN_ENCODERS`` bring their dimensions with them. For a known Matryoshka
         model a smaller ``dimensions`` means truncated vectors.
 
         Raises:
@@ -124,27 +245,41 @@ class EncoderSpec:
         )
 
     @property
-    def short_name(self) -> str:
-        """The name without its organisation or directory, in lower case."""
-        return self.name.replace("\\", "/").rstrip("/").rpartition("/")[2].lower()
-
-    @property
     def fingerprint(self) -> str | None:
         """Digest of all that decides the vectors, or ``None`` while the digests are unknown.
 
         It covers every field but ``name`` and ``revision``: one model under two names has one
         fingerprint, its int8 and fp32 forms have two (and are compatible by their probes).
         """
+        return self._digest(_NOT_IN_FINGERPRINT)
+
+    @property
+    def document_fingerprint(self) -> str | None:
+        """Digest of what decides the vectors of documents, or ``None`` as for ``fingerprint``.
+
+        Encoders for which it is equal share a column's vectors, also where they encode queries
+        differently (another query prompt, layers for queries alone).
+        """
+        return self._digest(_NOT_IN_FINGERPRINT | _QUERY_SIDE, document=self.document_prompt)
+
+    @property
+    def document_prompt(self) -> str:
+        """The text that ``encode_document`` puts before a text, empty for none."""
+        return dict(self.prompts).get(DOCUMENT, "")
+
+    def _digest(self, without: frozenset[str], **more: str) -> str | None:
         if self.weights_digest is None or self.tokenizer_digest is None:
             return None
-        content = {k: v for k, v in self.to_json().items() if k not in _NOT_IN_FINGERPRINT}
-        text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        content = {k: v for k, v in self.to_json().items() if k not in without} | more
+        # An encoder without them has the fingerprint that it had before there were any.
+        if not self.query_layers:
+            content.pop("query_layers", None)
+        return json_digest(content)[:32]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for a JSON file or a ``jsonb`` column; ``from_json`` reads it back."""
         data = asdict(self)
-        data["layers"] = list(self.layers)
+        data["layers"], data["query_layers"] = list(self.layers), list(self.query_layers)
         data["prompts"] = dict(self.prompts)
         return data
 
@@ -153,9 +288,16 @@ class EncoderSpec:
         """The inverse of ``to_json``; unknown keys are ignored, so older code reads newer data."""
         names = {field.name for field in fields(cls)}
         values = {key: value for key, value in data.items() if key in names}
-        values["layers"] = tuple(values.get("layers") or ())
+        for name in ("layers", "query_layers"):
+            values[name] = tuple(values.get(name) or ())
         values["prompts"] = tuple(sorted((values.get("prompts") or {}).items()))
         return cls(**values)
+
+
+def json_digest(data: Any) -> str:
+    """SHA-256 of plain data in canonical form, 64 hexadecimal digits."""
+    text = json.dumps(data, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @runtime_checkable
@@ -172,7 +314,7 @@ class TextEncoder(Protocol):
 
     @property
     def probe_vectors(self) -> Vectors:
-        """Vectors of ``sbert_pg.probes.PROBES``, shape ``(len(PROBES), dimensions)``."""
+        """What ``encode_document`` gives for ``sbert_pg.probes.PROBES``, a row for each."""
         ...
 
     def encode_query(self, texts: Sequence[str]) -> Vectors:

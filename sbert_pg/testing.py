@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
+from typing import ClassVar
 
 import numpy as np
 
@@ -29,6 +30,13 @@ class DeterministicEncoder:
         salt: another salt is another vector space.
         refuse: a text that contains this is refused with ``EncodingError``, for tests of failures.
     """
+
+    #: Its probe vectors are computed and not passed on, see ``sbert_pg.probes.measured``; so tests
+    #: find in ``encoded`` what they had encoded and no probes.
+    measures_its_probes: ClassVar[bool] = True
+
+    def __init_subclass__(cls) -> None:
+        cls.measures_its_probes = True
 
     def __init__(
         self,
@@ -72,7 +80,7 @@ class DeterministicEncoder:
         """Vectors of texts, float32 of shape ``(len(texts), dimensions)``.
 
         Raises:
-            EncodingError: a text contains what this encoder was told to refuse.
+            EncodingError: a text contains what this encoder refuses.
         """
         for position, text in enumerate(texts):
             if self._refuse is not None and self._refuse in text:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 import pytest
 import sqlalchemy as sa
+from hypothesis import settings
 from psycopg import sql
 
 from sbert_pg import registry
@@ -33,6 +34,13 @@ TEST_SETTINGS = {
     "max_wal_size": "2GB",
     "track_functions": "all",
 }
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The same examples in every run of what decides; others each time in ``make slow``."""
+    settings.register_profile("the same each time", derandomize=True, database=None)
+    if config.getoption("markexpr") != "slow":
+        settings.load_profile("the same each time")
 
 
 class Databases:

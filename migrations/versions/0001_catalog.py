@@ -1,4 +1,6 @@
-"""The catalog: encoders, bindings, marks, and the functions that triggers and migrations call."""
+"""The catalog: encoders, bindings, leases, failures, and the functions that migrations call."""
+
+from typing import Any
 
 import sqlalchemy as sa
 from alembic.operations import Operations
@@ -13,101 +15,164 @@ depends_on = None
 
 SCHEMA = "sbert"
 
-#: In the order of their use of one another; each with its signature.
-FUNCTIONS = {
-    "key_expression_v1": "regclass, text[], text",
-    "key_columns_v1": "regclass",
-    "refuse_v1": "integer",
-    "remove_triggers_v1": "integer",
-    "install_triggers_v1": "integer",
-    "mark_pending_v1": "integer, boolean",
-    "mark_all_pending_v1": "integer",
-    "forget_v1": "integer",
-    "prune_v1": "",
-    "require_bindable_v1": "regclass, text, jsonb, text[]",
-    "bind_v1": "regclass, text, jsonb, jsonb, text, boolean",
-    "unbind_v1": "regclass, text",
-    "rename_v1": "regclass, text, text",
-    "seal_v1": "integer, text, jsonb, bytea",
-    "add_compatible_v1": "integer, text, jsonb, jsonb",
-    "attest_v1": "regclass, text, text",
-    "keep_binding_v1": "",
-    "keep_encoder_v1": "",
-    "grant_v1": "text, text",
+#: In the order of their use of one another.
+FUNCTIONS = (
+    "base_type_v1",
+    "companion_v1",
+    "caller_v1",
+    "name_v1",
+    "require_owner_v1",
+    "require_writer_v1",
+    "key_columns_v1",
+    "text_sql_v1",
+    "proof_sql_v1",
+    "of_sql_v1",
+    "passage_sql_v1",
+    "expressions_v1",
+    "queue_name_v1",
+    "queue_ddl_v1",
+    "queue_columns_v1",
+    "refuse_v1",
+    "disown_v1",
+    "wake_v1",
+    "triggers_v1",
+    "set_companion_v1",
+    "set_triggers_v1",
+    "require_bindable_v1",
+    "require_same_v1",
+    "require_free_name_v1",
+    "renamed_source_v1",
+    "rename_v1",
+    "follow_rename_v1",
+    "prune_v1",
+    "forget_v1",
+    "record_v1",
+    "bind_v1",
+    "unbind_v1",
+    "binding_id_v1",
+    "require_unswapped_v1",
+    "fence_v1",
+    "fence_unbound_v1",
+    "proof_v1",
+    "proven_v1",
+    "seal_v1",
+    "add_compatible_v1",
+    "note_v1",
+    "set_state_v1",
+    "end_replacement_v1",
+    "resume_v1",
+    "require_filled_v1",
+    "saw_v1",
+    "is_another_v1",
+    "trigger_problems_v1",
+    "health_v1",
+    "keep_binding_v1",
+    "keep_trace_v1",
+    "last_read_v1",
+    "keep_encoder_v1",
+    "bm25_v1",
+    "asked_v1",
+    "known_v1",
+    "ask_v1",
+    "embed",
+    "grant_v1",
+)
+TABLES = (
+    "vector_cache",
+    "question",
+    "reader",
+    "failure",
+    "claim",
+    "compatible_encoder",
+    "binding",
+    "encoder",
+)
+#: Which rows of a table a role sees and, where it may write the table at all, writes: those of
+#: bindings of tables that it may read, and write. The owner of the schema sees all.
+READABLE = "binding_id IN (SELECT id FROM sbert.binding)"
+ALLOWED = (
+    "binding_id IN (SELECT id FROM sbert.binding WHERE has_any_column_privilege(relation, '{}'))"
+)
+POLICIES = {
+    "binding": ("SELECT", "has_any_column_privilege(relation, 'SELECT, INSERT, UPDATE')"),
+    "compatible_encoder": ("SELECT", READABLE),
+    "reader": ("SELECT", READABLE),
+    "claim": ("SELECT", READABLE, "ALL", ALLOWED.format("UPDATE")),
+    "failure": ("SELECT", ALLOWED.format("SELECT"), "ALL", ALLOWED.format("UPDATE")),
+    "vector_cache": ("ALL", "role = CURRENT_USER"),
+    "question": ("ALL", ALLOWED.format("UPDATE")),
 }
 
 
 def upgrade(op: Operations) -> None:
-    create_tables(op)
-    create_pending(op)
-    for name, signature in FUNCTIONS.items():
+    create_bindings(op)
+    create_upkeep(op)
+    for name in FUNCTIONS:
         op.execute(statement(load(name)))
-        op.execute(f"REVOKE ALL ON FUNCTION {SCHEMA}.{name}({signature}) FROM PUBLIC")
+    for table, function in (("binding", "keep_binding_v1"), ("encoder", "keep_encoder_v1")):
+        op.execute(
+            f"CREATE TRIGGER keep BEFORE UPDATE ON {SCHEMA}.{table} "
+            f"FOR EACH ROW EXECUTE FUNCTION {SCHEMA}.{function}()"
+        )
     op.execute(
-        "CREATE TRIGGER keep BEFORE UPDATE OR DELETE ON sbert.embedding_column "
-        "FOR EACH ROW EXECUTE FUNCTION sbert.keep_binding_v1()"
-    )
-    op.execute(
-        "CREATE TRIGGER keep BEFORE UPDATE ON sbert.encoder "
-        "FOR EACH ROW EXECUTE FUNCTION sbert.keep_encoder_v1()"
+        f"CREATE TRIGGER trace AFTER INSERT OR DELETE ON {SCHEMA}.binding "
+        f"FOR EACH ROW EXECUTE FUNCTION {SCHEMA}.keep_trace_v1()"
     )
     op.execute(statement(load("status")))
+    op.execute(f"REVOKE ALL ON ALL ROUTINES IN SCHEMA {SCHEMA} FROM PUBLIC")
+    for table, policies in POLICIES.items():
+        op.execute(f"ALTER TABLE {SCHEMA}.{table} ENABLE ROW LEVEL SECURITY")
+        for command, condition in zip(policies[::2], policies[1::2], strict=True):
+            op.execute(
+                f"CREATE POLICY own_{command.lower()} ON {SCHEMA}.{table} "
+                f"FOR {command} USING ({condition})"
+            )
 
 
 def downgrade(op: Operations) -> None:
-    # The triggers on the application's tables go first; the columns and their vectors stay.
+    # The triggers and indexes on the application's tables go first; columns and vectors stay.
     op.execute(
-        "DO $body$ DECLARE v_id integer; BEGIN "
-        "FOR v_id IN SELECT id FROM sbert.embedding_column LOOP "
-        "PERFORM sbert.forget_v1(v_id); END LOOP; END $body$"
+        "DO $body$ DECLARE v record; BEGIN "
+        "FOR v IN SELECT b.relation, b.column_name FROM sbert.binding b "
+        "JOIN pg_class k ON k.oid = b.relation LOOP "
+        "PERFORM sbert.unbind_v1(v.relation, v.column_name); END LOOP; END $body$"
     )
-    op.execute("DROP VIEW sbert.status")
-    op.execute("DROP TRIGGER keep ON sbert.encoder")
-    op.execute("DROP TRIGGER keep ON sbert.embedding_column")
-    for name, signature in reversed(FUNCTIONS.items()):
-        op.execute(f"DROP FUNCTION {SCHEMA}.{name}({signature})")
-    for table in (
-        "vector_cache",
-        "backfill",
-        "pending",
-        "compatible_encoder",
-        "embedding_column",
-        "encoder",
-    ):
+    op.execute(f"DROP VIEW {SCHEMA}.status")
+    for table in ("binding", "encoder"):
+        op.execute(f"DROP TRIGGER keep ON {SCHEMA}.{table}")
+    op.execute("DELETE FROM sbert.binding")  # of tables that were dropped, with their traces
+    op.execute(f"DROP TRIGGER trace ON {SCHEMA}.binding")
+    for name in reversed(FUNCTIONS):
+        op.execute(f"DROP ROUTINE {SCHEMA}.{name}")
+    for table in TABLES:
         op.drop_table(table, schema=SCHEMA)
-    op.execute("DROP SEQUENCE sbert.pending_version")
 
 
-def statement(sql: str) -> sa.TextClause:
-    """A statement in which a colon is a colon."""
-    return sa.text(sql.strip().replace(":", r"\:"))
-
-
-def now() -> sa.TextClause:
-    return sa.text("now()")
-
-
-def create_tables(op: Operations) -> None:
+def create_bindings(op: Operations) -> None:
     op.create_table(
         "encoder",
         sa.Column("id", sa.Integer, sa.Identity(always=True), nullable=False),
         sa.Column("name", sa.Text, nullable=False),
         sa.Column("revision", sa.Text),
         sa.Column("fingerprint", sa.Text, nullable=False),
+        sa.Column("document_fingerprint", sa.Text),
         sa.Column("dimensions", sa.Integer, nullable=False),
         sa.Column("similarity", sa.Text, nullable=False),
         sa.Column("spec", pg.JSONB, nullable=False),
         sa.Column("probes", sa.LargeBinary, nullable=False),
-        sa.Column("created_at", sa.DateTime(timezone=True), nullable=False, server_default=now()),
+        sa.Column("probes_digest", sa.LargeBinary, sa.Computed("sha256(probes)", persisted=True)),
+        now("created_at"),
         sa.PrimaryKeyConstraint("id", name="encoder_pkey"),
-        sa.UniqueConstraint("fingerprint", name="encoder_fingerprint_key"),
+        sa.UniqueConstraint("fingerprint", "probes_digest", name="encoder_fingerprint_key"),
         schema=SCHEMA,
     )
     op.create_table(
-        "embedding_column",
-        sa.Column("id", sa.Integer, sa.Identity(always=True), nullable=False),
+        "binding",
+        sa.Column("id", sa.Uuid, nullable=False, server_default=sa.text("gen_random_uuid()")),
         sa.Column("relation", pg.REGCLASS, nullable=False),
+        sa.Column("bound_name", sa.Text, nullable=False),
         sa.Column("column_name", sa.Text, nullable=False),
+        sa.Column("companion", sa.Text, nullable=False),
         sa.Column("encoder_name", sa.Text, nullable=False),
         sa.Column("dimensions", sa.Integer, nullable=False),
         sa.Column("declared", pg.JSONB, nullable=False),
@@ -115,123 +180,131 @@ def create_tables(op: Operations) -> None:
         sa.Column("source", pg.JSONB, nullable=False),
         sa.Column("source_columns", pg.ARRAY(sa.Text), nullable=False),
         sa.Column("key_columns", pg.ARRAY(sa.Text), nullable=False),
+        sa.Column("null_text", sa.Boolean, nullable=False),
         sa.Column("storage", sa.Text, nullable=False),
-        sa.Column("replaces_id", sa.Integer),
+        sa.Column("replaces_id", sa.Uuid),
         sa.Column("state", sa.Text, nullable=False),
-        sa.Column("created_at", sa.DateTime(timezone=True), nullable=False, server_default=now()),
-        sa.Column("sealed_at", sa.DateTime(timezone=True)),
+        sa.Column("caught_up_at", sa.DateTime(timezone=True)),
         sa.Column("last_audit", pg.JSONB),
-        sa.PrimaryKeyConstraint("id", name="embedding_column_pkey"),
-        sa.UniqueConstraint(
-            "relation", "column_name", name="embedding_column_relation_column_name_key"
+        now("created_at"),
+        sa.Column("sealed_at", sa.DateTime(timezone=True)),
+        sa.PrimaryKeyConstraint("id", name="binding_pkey"),
+        sa.UniqueConstraint("relation", "column_name", name="binding_relation_key"),
+        sa.ForeignKeyConstraint(
+            ["encoder_id"], ["sbert.encoder.id"], name="binding_encoder_id_fkey"
         ),
         sa.ForeignKeyConstraint(
-            ["encoder_id"], ["sbert.encoder.id"], name="embedding_column_encoder_id_fkey"
+            ["replaces_id"], ["sbert.binding.id"], name="binding_replaces_id_fkey"
         ),
-        sa.ForeignKeyConstraint(
-            ["replaces_id"], ["sbert.embedding_column.id"], name="embedding_column_replaces_id_fkey"
-        ),
+        sa.CheckConstraint("storage IN ('vector', 'halfvec')", name="binding_storage_check"),
         sa.CheckConstraint(
-            "storage IN ('vector', 'halfvec')", name="embedding_column_storage_check"
-        ),
-        sa.CheckConstraint(
-            "state IN ('filling', 'active', 'replaced')", name="embedding_column_state_check"
+            "state IN ('filling', 'active', 'replaced')", name="binding_state_check"
         ),
         schema=SCHEMA,
     )
-    op.create_table(
+    of_binding(
+        op,
         "compatible_encoder",
-        sa.Column("column_id", sa.Integer, nullable=False),
         sa.Column("fingerprint", sa.Text, nullable=False),
         sa.Column("spec", pg.JSONB, nullable=False),
         sa.Column("agreement", pg.JSONB, nullable=False),
-        sa.Column("created_at", sa.DateTime(timezone=True), nullable=False, server_default=now()),
-        sa.PrimaryKeyConstraint("column_id", "fingerprint", name="compatible_encoder_pkey"),
-        sa.ForeignKeyConstraint(
-            ["column_id"],
-            ["sbert.embedding_column.id"],
-            name="compatible_encoder_column_id_fkey",
-            ondelete="CASCADE",
-        ),
-        schema=SCHEMA,
+        now("created_at"),
+        key=("fingerprint",),
     )
+
+
+def create_upkeep(op: Operations) -> None:
+    of_binding(
+        op,
+        "claim",
+        sa.Column("worker", sa.Text, nullable=False),
+        sa.Column("keys", pg.ARRAY(sa.Text), nullable=False),
+        sa.Column("until", sa.DateTime(timezone=True), nullable=False),
+        key=("worker",),
+    )
+    of_binding(
+        op,
+        "failure",
+        sa.Column("key", sa.Text, nullable=False),
+        sa.Column("attempts", sa.Integer, nullable=False, server_default=sa.text("0")),
+        now("next_attempt_at"),
+        sa.Column("error", sa.Text),
+        sa.Column("failed", sa.Boolean, nullable=False, server_default=sa.text("false")),
+        sa.Column("skipped", sa.Boolean, nullable=False, server_default=sa.text("false")),
+        sa.Column("of_text", sa.Text),
+        now("at"),
+        key=("key",),
+    )
+    op.create_index(
+        "failure_next_attempt_at_idx", "failure", ["binding_id", "next_attempt_at"], schema=SCHEMA
+    )
+    of_binding(
+        op,
+        "reader",
+        sa.Column("pid", sa.Integer, nullable=False),
+        sa.Column("wrote", sa.Boolean, nullable=False),
+        sa.Column("role", sa.Text, nullable=False),
+        sa.Column("application", sa.Text, nullable=False),
+        now("seen_at"),
+        key=("pid", "wrote"),
+    )
+    of_binding(
+        op,
+        "question",
+        sa.Column("role", sa.Text, nullable=False),
+        sa.Column("digest", sa.LargeBinary, nullable=False),
+        sa.Column("question", sa.Text, nullable=False),
+        sa.Column("vector", sa.Text),
+        sa.Column("error", sa.Text),
+        now("asked_at"),
+        key=("role", "digest"),
+        # Asking again costs less than a flush of the log, for each question and each answer.
+        prefixes=("UNLOGGED",),
+    )
+    op.create_index("question_asked_at_idx", "question", ["asked_at"], schema=SCHEMA)
     op.create_table(
         "vector_cache",
+        sa.Column("role", sa.Text, nullable=False, server_default=sa.text("CURRENT_USER")),
         sa.Column("fingerprint", sa.Text, nullable=False),
         sa.Column("digest", sa.LargeBinary, nullable=False),
         sa.Column("vector", sa.LargeBinary, nullable=False),
-        sa.Column("used_at", sa.DateTime(timezone=True), nullable=False, server_default=now()),
-        sa.PrimaryKeyConstraint("fingerprint", "digest", name="vector_cache_pkey"),
+        now("used_at"),
+        sa.PrimaryKeyConstraint("role", "fingerprint", "digest", name="vector_cache_pkey"),
         schema=SCHEMA,
     )
     op.create_index("vector_cache_used_at_idx", "vector_cache", ["used_at"], schema=SCHEMA)
 
 
-def create_pending(op: Operations) -> None:
-    op.execute("CREATE SEQUENCE sbert.pending_version AS bigint")
+def of_binding(
+    op: Operations,
+    name: str,
+    *columns: sa.Column[Any],
+    key: tuple[str, ...],
+    prefixes: tuple[str, ...] = (),
+) -> None:
+    """A table whose rows belong to a binding and go with it."""
     op.create_table(
-        "pending",
-        sa.Column("column_id", sa.Integer, nullable=False),
-        sa.Column("key", sa.Text, nullable=False),
-        sa.Column(
-            "version",
-            sa.BigInteger,
-            nullable=False,
-            server_default=statement("nextval('sbert.pending_version'::regclass)"),
-        ),
-        sa.Column("marked_at", sa.DateTime(timezone=True), nullable=False, server_default=now()),
-        sa.Column("lease_until", sa.DateTime(timezone=True)),
-        sa.Column("claimed_by", sa.Text),
-        sa.Column("attempts", sa.Integer, nullable=False, server_default=sa.text("0")),
-        sa.Column("next_attempt_at", sa.DateTime(timezone=True)),
-        sa.Column("failed", sa.Boolean, nullable=False, server_default=sa.text("false")),
-        sa.Column("skipped", sa.Boolean, nullable=False, server_default=sa.text("false")),
-        sa.Column("error", sa.Text),
-        sa.PrimaryKeyConstraint("column_id", "key", name="pending_pkey"),
-        schema=SCHEMA,
-    )
-    # A queue: rows come, are leased in place and go. Room on the page for the lease, and frequent
-    # vacuuming, keep its scans short.
-    op.execute(
-        "ALTER TABLE sbert.pending SET (fillfactor = 85, autovacuum_vacuum_scale_factor = 0.02, "
-        "autovacuum_vacuum_threshold = 1000)"
-    )
-    op.create_index(
-        "pending_order_idx",
-        "pending",
-        ["column_id", "marked_at"],
-        schema=SCHEMA,
-        postgresql_where=sa.text("NOT failed"),
-    )
-    op.create_index(
-        "pending_failed_idx",
-        "pending",
-        ["column_id", "key"],
-        schema=SCHEMA,
-        postgresql_where=sa.text("failed"),
-    )
-    op.create_table(
-        "backfill",
-        sa.Column("id", sa.BigInteger, sa.Identity(always=True), nullable=False),
-        sa.Column("column_id", sa.Integer, nullable=False),
-        sa.Column("lower", sa.Text),
-        sa.Column("upper", sa.Text),
-        sa.Column("position", sa.Text),
-        sa.Column("state", sa.Text, nullable=False, server_default=sa.text("'open'")),
-        sa.Column("lease_until", sa.DateTime(timezone=True)),
-        sa.Column("claimed_by", sa.Text),
-        sa.Column("rows", sa.BigInteger, nullable=False, server_default=sa.text("0")),
-        sa.Column("created_at", sa.DateTime(timezone=True), nullable=False, server_default=now()),
-        sa.Column("started_at", sa.DateTime(timezone=True)),
-        sa.Column("finished_at", sa.DateTime(timezone=True)),
-        sa.PrimaryKeyConstraint("id", name="backfill_pkey"),
+        name,
+        sa.Column("binding_id", sa.Uuid, nullable=False),
+        *columns,
+        sa.PrimaryKeyConstraint("binding_id", *key, name=f"{name}_pkey"),
         sa.ForeignKeyConstraint(
-            ["column_id"],
-            ["sbert.embedding_column.id"],
-            name="backfill_column_id_fkey",
+            ["binding_id"],
+            ["sbert.binding.id"],
+            name=f"{name}_binding_id_fkey",
             ondelete="CASCADE",
         ),
-        sa.CheckConstraint("state IN ('open', 'done')", name="backfill_state_check"),
         schema=SCHEMA,
+        prefixes=prefixes,
     )
-    op.create_index("backfill_column_id_idx", "backfill", ["column_id"], schema=SCHEMA)
+
+
+def now(name: str) -> sa.Column[Any]:
+    return sa.Column(
+        name, sa.DateTime(timezone=True), nullable=False, server_default=sa.text("now()")
+    )
+
+
+def statement(text: str) -> sa.TextClause:
+    """A statement as it stands: a colon in it begins no parameter."""
+    return sa.text(text.strip().rstrip(";").replace(":", r"\:"))

@@ -1,47 +1,54 @@
-"""The statements behind the operations; they compile online and for ``--sql`` alike."""
+"""The statements behind the operations, online and for ``--sql`` alike, and how they are run.
+
+Beside live traffic they run outside the migration's transaction, and wait for locks in moments.
+"""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import sqlalchemy as sa
+from alembic.operations import Operations
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import JSONB, REGCLASS
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.schema import DDLElement
-from sqlalchemy.sql.elements import ColumnElement
+from sqlalchemy.schema import ExecutableDDLElement
+from sqlalchemy.sql.compiler import SQLCompiler
 
-from sbert_pg.alembic.declaration import Declaration, IndexDefinition
-from sbert_pg.errors import DeclarationError
-from sbert_pg.types.guard import ColumnIdentity
+from sbert_pg import system
+from sbert_pg.catalog.embedding import Embedding
+from sbert_pg.errors import ReembeddingError
+from sbert_pg.locks import ATTEMPTS, LOCK_TIMEOUT, busy_message, milliseconds, retried, settings
+from sbert_pg.sqlstates import translated
+from sbert_pg.types.identity import ColumnIdentity
 from sbert_pg.types.vector import VectorType
 
-_OPCLASS = re.compile(r"[A-Za-z_][A-Za-z0-9_$.]*\Z")
-_OPTION = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
-_VALUE = re.compile(r"[A-Za-z0-9_.+-]+\Z")
 
+class _Json(sa.ColumnElement[Any]):
+    """JSON as a constant.
 
-class Json(ColumnElement[Any]):
-    """A ``jsonb`` constant.
-
-    Not a parameter, which SQLAlchemy 2.0 would render for ``--sql`` with its backslashes doubled.
+    Not a parameter, which SQLAlchemy 2.0 renders for ``--sql`` with its backslashes doubled.
     """
 
     inherit_cache = False
     type = JSONB()
 
-    def __init__(self, data: Mapping[str, Any]) -> None:
-        self.data = data
+    def __init__(self, value: Mapping[str, Any]) -> None:
+        self.text = json.dumps(value, ensure_ascii=False)
 
 
-@compiles(Json)
-def _json(element: Json, compiler: Any, **_: Any) -> str:
-    text = json.dumps(element.data, ensure_ascii=False).replace("'", "''")
-    if compiler.preparer._double_percents:
-        text = text.replace("%", "%%")
-    return f"'{text}'::jsonb"
+@compiles(_Json)
+def _write_json(element: _Json, compiler: SQLCompiler, **_: Any) -> str:
+    text = "'" + element.text.replace("'", "''") + "'"
+    # The driver reads a percent sign as the start of a parameter.
+    return text.replace("%", "%%") if "format" in compiler.dialect.paramstyle else text
+
+
+def _json(value: Mapping[str, Any]) -> sa.ColumnElement[Any]:
+    return sa.cast(_Json(value), JSONB)
 
 
 def relation(table: str, schema: str | None) -> str:
@@ -50,266 +57,245 @@ def relation(table: str, schema: str | None) -> str:
     return ".".join('"' + part.replace('"', '""') + '"' for part in parts)
 
 
-def as_regclass(table: str, schema: str | None) -> ColumnElement[Any]:
-    """A table as ``regclass``."""
-    return sa.cast(sa.literal(relation(table, schema), sa.Text()), REGCLASS)
+def _regclass(identity: ColumnIdentity) -> sa.ColumnElement[Any]:
+    return sa.cast(sa.literal(relation(identity.table, identity.schema), sa.Text()), REGCLASS)
 
 
-def bind(identity: ColumnIdentity, declaration: Declaration) -> sa.Select[Any]:
-    """``SELECT sbert.bind_v1(...)``."""
-    replaces: Any = declaration.replaces if declaration.replaces is not None else sa.null()
+def call(function: str, identity: ColumnIdentity, *arguments: Any) -> sa.Select[Any]:
+    """``SELECT sbert.<function>(table, column, ...)``, of the catalog's functions for columns."""
+    named = getattr(sa.func.sbert, function)
+    return sa.select(named(_regclass(identity), identity.column, *arguments))
+
+
+def bind(identity: ColumnIdentity, declared: Embedding, *, build: bool) -> sa.Select[Any]:
+    """``SELECT sbert.bind_v1(...)``; without ``build`` its indexes are made by the caller."""
+    return call(
+        "bind_v1",
+        identity,
+        _json(declared.encoder.to_json()),
+        _json(declared.source.to_json()),
+        sa.null() if declared.replaces is None else declared.replaces,
+        sa.false() if build else sa.true(),
+    )
+
+
+def require_valid(index: str, schema: str | None) -> sa.Select[Any]:
+    """A query that fails, with what to do as its error, where an index is not valid."""
+    stored = system.INDEX.c
+    said = sa.literal(
+        "an earlier build was interrupted; drop this index and run the script again: ", sa.Text()
+    )
+    # Nothing else fails with words of ours and without a function that has to be there. The name
+    # comes from the row, so that the server cannot work it out, and fail, beforehand.
+    name = sa.cast(sa.cast(stored.indexrelid, REGCLASS), sa.Text())
     return sa.select(
-        sa.func.sbert.bind_v1(
-            as_regclass(identity.table, identity.schema),
-            identity.column,
-            Json(declaration.encoder.to_json()),
-            Json(declaration.source.to_json()),
-            replaces,
-            sa.false(),
-        )
-    )
+        sa.case((stored.indisvalid, 0), else_=sa.cast(said.concat(name), sa.Integer))
+    ).where(stored.indexrelid == system.oid_of(relation(index, schema)))
 
 
-def mark_pending(identity: ColumnIdentity) -> sa.Select[Any]:
-    """Mark the rows that have a text and no vector."""
-    column = sa.table(
-        "embedding_column",
-        sa.column("id"),
-        sa.column("relation"),
-        sa.column("column_name"),
-        schema="sbert",
-    )
-    return sa.select(sa.func.sbert.mark_pending_v1(column.c.id, sa.false())).where(
-        column.c.relation == as_regclass(identity.table, identity.schema),
-        column.c.column_name == identity.column,
-    )
+class AlterColumn(ExecutableDDLElement):
+    """``ALTER TABLE ... ADD | DROP | RENAME COLUMN``; adding and dropping may be done before.
 
-
-def unbind(identity: ColumnIdentity) -> sa.Select[Any]:
-    """``SELECT sbert.unbind_v1(...)``; does nothing where the column is not bound."""
-    return sa.select(
-        sa.func.sbert.unbind_v1(as_regclass(identity.table, identity.schema), identity.column)
-    )
-
-
-def follow_rename(identity: ColumnIdentity, new_name: str) -> sa.Select[Any]:
-    """``SELECT sbert.rename_v1(...)``."""
-    table = as_regclass(identity.table, identity.schema)
-    return sa.select(sa.func.sbert.rename_v1(table, identity.column, new_name))
-
-
-class AddColumn(DDLElement):
-    """``ALTER TABLE ... ADD COLUMN IF NOT EXISTS`` of a column that takes ``NULL``."""
-
-    def __init__(self, identity: ColumnIdentity, type_: VectorType) -> None:
-        self.identity = identity
-        self.type_ = type_
-
-
-@compiles(AddColumn)
-def _add_column(element: AddColumn, compiler: Any, **_: Any) -> str:
-    identity, quote = element.identity, compiler.preparer.quote
-    return (
-        f"ALTER TABLE {_quoted(compiler, identity.schema, identity.table)} "
-        f"ADD COLUMN IF NOT EXISTS {quote(identity.column)} {element.type_.get_col_spec()}"
-    )
-
-
-class DropColumn(DDLElement):
-    """``ALTER TABLE ... DROP COLUMN IF EXISTS``."""
-
-    def __init__(self, identity: ColumnIdentity) -> None:
-        self.identity = identity
-
-
-@compiles(DropColumn)
-def _drop_column(element: DropColumn, compiler: Any, **_: Any) -> str:
-    identity, quote = element.identity, compiler.preparer.quote
-    return (
-        f"ALTER TABLE {_quoted(compiler, identity.schema, identity.table)} "
-        f"DROP COLUMN IF EXISTS {quote(identity.column)}"
-    )
-
-
-class CreateIndex(DDLElement):
-    """``CREATE INDEX`` of a definition, under its own name or another, on its table or another."""
+    Args:
+        identity: the column.
+        action: what is done to it.
+        type_: of a column that is added; it takes ``NULL``.
+        new_name: of a column that is renamed.
+    """
 
     def __init__(
         self,
-        definition: IndexDefinition,
+        identity: ColumnIdentity,
+        action: Literal["add", "drop", "rename"],
         *,
-        concurrently: bool,
-        if_not_exists: bool = False,
-        name: str | None = None,
-        table: tuple[str | None, str] | None = None,
+        type_: VectorType | None = None,
+        new_name: str = "",
     ) -> None:
-        self.definition = definition
-        self.concurrently = concurrently
-        self.if_not_exists = if_not_exists
-        self.name = name or definition.name
-        self.table = table or (definition.schema, definition.table)
-
-
-@compiles(CreateIndex)
-def _create_index(element: CreateIndex, compiler: Any, **_: Any) -> str:
-    definition, quote = element.definition, compiler.preparer.quote
-    text = "CREATE INDEX " + ("CONCURRENTLY " if element.concurrently else "")
-    text += "IF NOT EXISTS " if element.if_not_exists else ""
-    text += f"{quote(element.name)} ON {_quoted(compiler, *element.table)} USING {definition.using}"
-    if definition.expression is None:
-        indexed = quote(definition.column)
-    else:
-        indexed = f"({definition.expression})"
-    if definition.opclass is not None:
-        _require(_OPCLASS, definition.opclass, "operator class", definition)
-        indexed += f" {definition.opclass}"
-    text += f" ({indexed})"
-    if definition.options:
-        for key, value in definition.options.items():
-            _require(_OPTION, key, "option", definition)
-            _require(_VALUE, value, "value", definition)
-        options = ", ".join(f"{key} = {value}" for key, value in definition.options.items())
-        text += f" WITH ({options})"
-    if definition.tablespace is not None:
-        text += f" TABLESPACE {quote(definition.tablespace)}"
-    if definition.where is not None:
-        text += f" WHERE {definition.where}"
-    # Expressions are SQL as it is; the driver reads a percent sign as the start of a parameter.
-    return text.replace("%", "%%") if compiler.preparer._double_percents else text
-
-
-def _require(pattern: re.Pattern[str], value: str, what: str, definition: IndexDefinition) -> None:
-    if not pattern.match(value):
-        raise DeclarationError(f"Index {definition.name!r}: {value!r} is no {what}.")
-
-
-class DropIndex(DDLElement):
-    """``DROP INDEX IF EXISTS``."""
-
-    def __init__(self, name: str, schema: str | None, *, concurrently: bool) -> None:
-        self.name = name
-        self.schema = schema
-        self.concurrently = concurrently
-
-
-@compiles(DropIndex)
-def _drop_index(element: DropIndex, compiler: Any, **_: Any) -> str:
-    text = "DROP INDEX " + ("CONCURRENTLY " if element.concurrently else "")
-    return f"{text}IF EXISTS {_quoted(compiler, element.schema, element.name)}"
-
-
-class RenameIndex(DDLElement):
-    """``ALTER INDEX ... RENAME TO``."""
-
-    def __init__(self, name: str, schema: str | None, new_name: str) -> None:
-        self.name = name
-        self.schema = schema
+        self.identity = identity
+        self.action = action
+        self.type_ = "" if type_ is None else type_.get_col_spec()
         self.new_name = new_name
 
 
-@compiles(RenameIndex)
-def _rename_index(element: RenameIndex, compiler: Any, **_: Any) -> str:
-    old = _quoted(compiler, element.schema, element.name)
-    return f"ALTER INDEX {old} RENAME TO {compiler.preparer.quote(element.new_name)}"
+@compiles(AlterColumn)
+def _alter_column(element: AlterColumn, compiler: Any, **_: Any) -> str:
+    identity, quote = element.identity, compiler.preparer.quote
+    table = system.ddl_name(compiler, identity.schema, identity.table)
+    column = quote(identity.column)
+    if element.action == "rename":
+        done = f"RENAME COLUMN {column} TO {quote(element.new_name)}"
+    elif element.action == "drop":
+        done = f"DROP COLUMN IF EXISTS {column}"
+    else:
+        done = f"ADD COLUMN IF NOT EXISTS {column} {element.type_}"
+    return f"ALTER TABLE {table} {done}"
 
 
-class RequireRows(DDLElement):
-    """A block that fails while more rows than allowed have a text and no vector; for ``--sql``."""
+def write(operations: Operations, statement: Any) -> None:
+    """Write a statement into a script, whatever ``env.py`` says of parameters and their style."""
+    # A style of parameters that leaves percent signs alone.
+    dialect = postgresql.dialect(paramstyle="named")  # type: ignore[no-untyped-call]
+    compiled = statement.compile(dialect=dialect, compile_kwargs={"literal_binds": True})
+    write_text(operations, f"{str(compiled).strip()};")
+
+
+def write_text(operations: Operations, text: str) -> None:
+    """Write what is text already into a script."""
+    operations.migration_context.impl.static_output(text.strip())
+
+
+class Online:
+    """Statements of one operation.
+
+    Attributes:
+        operations: Alembic's, of the running migration.
+        relation: the table, as text for ``regclass``.
+        enclosed: whether everything happens in a transaction that the application began itself, and
+            which cannot be left.
+        lock_timeout: seconds that a statement waits for a lock at an attempt.
+    """
 
     def __init__(
-        self, identity: ColumnIdentity, sources: tuple[str, ...] | None, max_missing: int
+        self,
+        operations: Operations,
+        relation: str,
+        *,
+        enclosed: bool,
+        lock_timeout: float = LOCK_TIMEOUT,
     ) -> None:
-        self.identity = identity
-        self.sources = sources
-        self.max_missing = max_missing
+        self.operations = operations
+        self.relation = relation
+        self.enclosed = enclosed
+        self.lock_timeout = lock_timeout
+
+    @property
+    def as_sql(self) -> bool:
+        """Whether statements are written instead of executed."""
+        return bool(self.operations.migration_context.as_sql)
+
+    @property
+    def connection(self) -> sa.Connection:
+        """The migration's connection."""
+        return self.operations.get_bind()
+
+    def execute(self, statement: Any, *, attempts: int = ATTEMPTS) -> None:
+        """Execute a statement, again where its lock cannot be had.
+
+        Raises:
+            TableBusyError: the lock was not to be had; the message says who holds it.
+        """
+        if self.as_sql:
+            write(self.operations, statement)
+            return
+
+        def busy() -> str:
+            return busy_message(self.connection, self.relation, attempts, self.lock_timeout)
+
+        with translated():
+            retried(lambda: self._once(statement), busy=busy, attempts=attempts)
+
+    def _once(self, statement: Any) -> None:
+        if not self.enclosed:
+            self.connection.execute(statement)
+            return
+        # The transaction is the application's, so only the statement is taken back.
+        with self.connection.begin_nested():
+            self.connection.execute(statement)
 
 
-@compiles(RequireRows)
-def _require_rows(element: RequireRows, compiler: Any, **_: Any) -> str:
-    identity = element.identity
-    name = relation(identity.table, identity.schema).replace("'", "''")
-    column = identity.column.replace("'", "''")
-    return _REQUIRE_ROWS % {"relation": name, "column": column, "allowed": element.max_missing}
+@contextmanager
+def online(
+    operations: Operations, relation: str, *, lock_timeout: float = LOCK_TIMEOUT
+) -> Iterator[Online]:
+    """Leave the migration's transaction, after committing it, for statements of their own.
+
+    Where ``env.py`` was given a connection in a transaction that Alembic did not begin, that one is
+    not left: each statement is protected by a savepoint instead. The session's
+    ``statement_timeout`` is set aside meanwhile.
+
+    Args:
+        operations: of the running migration.
+        relation: the table, as text for ``regclass``.
+        lock_timeout: seconds that a statement waits for a lock at an attempt.
+    """
+    values = {"lock_timeout": milliseconds(lock_timeout), "statement_timeout": "0"}
+    enclosed = is_enclosed(operations)
+    runner = Online(operations, relation, enclosed=enclosed, lock_timeout=lock_timeout)
+    if enclosed:
+        with setting(runner, values):
+            yield runner
+        return
+    with operations.get_context().autocommit_block(), setting(runner, values):
+        yield runner
 
 
-#: The sources are read from the catalog, so the block needs to know the column alone.
-_REQUIRE_ROWS = """\
-DO $sbert$ DECLARE
-    v_no_text text;
-    v_count bigint;
-BEGIN
-    SELECT string_agg(format('r.%%I IS NULL', s.name), ' AND ') INTO v_no_text
-      FROM sbert.embedding_column c CROSS JOIN unnest(c.source_columns) AS s (name)
-     WHERE c.relation = '%(relation)s'::regclass AND c.column_name = '%(column)s';
-    EXECUTE format('SELECT count(*) FROM %%s AS r WHERE r.%%I IS NULL AND NOT (%%s)',
-                   '%(relation)s'::regclass, '%(column)s', v_no_text) INTO v_count;
-    IF v_count > %(allowed)d THEN
-        RAISE EXCEPTION '%% rows of %(relation)s have no vector in %(column)s', v_count
-            USING HINT = 'Run ''sbert-pg backfill'', or a worker, and run this script again.';
-    END IF;
-END $sbert$"""
+@contextmanager
+def within(operations: Operations, relation: str) -> Iterator[Online]:
+    """Stay in the migration's transaction, and yet wait for a lock no longer than a moment.
+
+    Each attempt is taken back to a savepoint, so whoever queues behind it has its turn.
+
+    Args:
+        operations: of the running migration.
+        relation: the table, as text for ``regclass``.
+    """
+    runner = Online(operations, relation, enclosed=True)
+    if runner.as_sql:
+        yield runner
+        return
+    values = {"lock_timeout": milliseconds(LOCK_TIMEOUT), "statement_timeout": "0"}
+    with setting(runner, values):
+        yield runner
 
 
-class Resume(DDLElement):
-    """A block that makes one bound column the replacement of another again."""
+def is_enclosed(operations: Operations) -> bool:
+    """Whether the connection was in a transaction before Alembic was given it.
 
-    def __init__(self, identity: ColumnIdentity, replaces: str) -> None:
-        self.identity = identity
-        self.replaces = replaces
-
-
-@compiles(Resume)
-def _resume(element: Resume, compiler: Any, **_: Any) -> str:
-    identity = element.identity
-    parts = (relation(identity.table, identity.schema), identity.column, element.replaces)
-    name, new, old = (part.replace("'", "''") for part in parts)
-    text = _RESUME % {"relation": name, "new": new, "old": old}
-    return text.replace("%", "%%") if compiler.preparer._double_percents else text
-
-
-_RESUME = """\
-DO $sbert$ DECLARE
-    v_new integer;
-    v_old integer;
-BEGIN
-    SELECT c.id INTO v_new FROM sbert.embedding_column c
-     WHERE c.relation = '%(relation)s'::regclass AND c.column_name = '%(new)s';
-    SELECT c.id INTO v_old FROM sbert.embedding_column c
-     WHERE c.relation = '%(relation)s'::regclass AND c.column_name = '%(old)s';
-    IF v_new IS NULL OR v_old IS NULL THEN
-        RAISE EXCEPTION USING ERRCODE = 'SB004',
-            MESSAGE = 'a column of %(relation)s is not bound: %(new)s, or %(old)s that it replaces',
-            HINT = 'Bind both before the change goes on.';
-    END IF;
-    PERFORM set_config('sbert.maintenance', 'on', true);
-    UPDATE sbert.embedding_column SET replaces_id = v_old
-     WHERE id = v_new AND replaces_id IS DISTINCT FROM v_old;
-    PERFORM set_config('sbert.maintenance', 'off', true);
-END $sbert$"""
+    Raises:
+        ReembeddingError: this release of Alembic does not say so.
+    """
+    context = operations.migration_context
+    if context.as_sql:
+        return False
+    try:
+        # Alembic does not say whether the transaction is its own: begin_transaction() answers alike
+        # with a transaction per migration, and autocommit_block() fails in an assertion.
+        return bool(context._in_external_transaction)
+    except AttributeError:
+        raise ReembeddingError(
+            "This release of Alembic does not say whether it began the transaction itself, so "
+            "nothing is committed here. Use another release, and report this one."
+        ) from None
 
 
-class RequireValidIndex(DDLElement):
-    """A block that fails where an index is invalid; for ``--sql``."""
+def require_left(operations: Operations, what: str) -> None:
+    """Refuse what cannot happen inside a transaction.
 
-    def __init__(self, name: str, schema: str | None) -> None:
-        self.name = name
-        self.schema = schema
-
-
-@compiles(RequireValidIndex)
-def _require_valid_index(element: RequireValidIndex, compiler: Any, **_: Any) -> str:
-    return _REQUIRE_VALID % {"index": relation(element.name, element.schema).replace("'", "''")}
-
-
-_REQUIRE_VALID = """\
-DO $sbert$ BEGIN
-    IF NOT (SELECT indisvalid FROM pg_index WHERE indexrelid = '%(index)s'::regclass) THEN
-        RAISE EXCEPTION 'index %(index)s is invalid'
-            USING HINT = 'An earlier build was interrupted. Drop the index and run this again.';
-    END IF;
-END $sbert$"""
+    Raises:
+        ReembeddingError: the application's own transaction encloses the migration.
+    """
+    if is_enclosed(operations):
+        raise ReembeddingError(
+            f"{what} happens outside of transactions, and the connection that env.py gives to "
+            "context.configure() is in one that Alembic did not begin. Give it a fresh connection, "
+            "as with engine.connect(), instead of engine.begin()."
+        )
 
 
-def _quoted(compiler: Any, schema: str | None, name: str) -> str:
-    quote = compiler.preparer.quote
-    return quote(name) if schema is None else f"{quote(schema)}.{quote(name)}"
+@contextmanager
+def setting(runner: Online, values: Mapping[str, str]) -> Iterator[None]:
+    """Server settings for a while, in a script as well; the session has its own again afterwards.
+
+    Args:
+        runner: of the operation.
+        values: settings by name; the names are constants of this package.
+    """
+    if not runner.as_sql:
+        with settings(runner.connection, values):
+            yield
+        return
+    for name, value in values.items():
+        write(runner.operations, sa.select(sa.func.set_config(name, value, sa.false())))
+    yield
+    for name in values:
+        write(runner.operations, sa.text("RESET " + name))

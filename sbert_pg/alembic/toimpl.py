@@ -1,51 +1,78 @@
-"""How the operations on the schema ``sbert`` and on embedding columns are carried out."""
+"""How the operations are carried out, and written for ``--sql``.
+
+What is refused is refused before the migration's transaction is committed: then all that the
+migration did is taken back, and it can be run again as a whole.
+"""
 
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import sqlalchemy as sa
 from alembic.operations import Operations
 from alembic.script import ScriptDirectory
+from alembic.script.revision import RevisionError
 from alembic.util import CommandError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
-from sbert_pg import catalog, reembedding
+from sbert_pg import catalog, reembed, system
 from sbert_pg.alembic import ops, statements
-from sbert_pg.alembic.filling import fill_column
-from sbert_pg.alembic.online import online, require_left, within, write
-from sbert_pg.catalog import system
-from sbert_pg.errors import (
-    BackfillIncompleteError,
-    EncoderMismatchError,
-    NotProvenError,
+from sbert_pg.alembic.statements import (
+    AlterColumn,
+    Online,
+    call,
+    online,
+    require_left,
+    within,
+    write,
+    write_text,
 )
-from sbert_pg.reembedding.coverage import coverage_of
-from sbert_pg.reembedding.pair import pair_of
-from sbert_pg.reembedding.rebind import rebind
+from sbert_pg.catalog import Binding, guard
+from sbert_pg.catalog.embedding import Embedding
+from sbert_pg.digest import companion_name
+from sbert_pg.errors import BackfillIncompleteError, EncoderMismatchError, NotProvenError
+from sbert_pg.freshness import Progress, backfill, counts
+from sbert_pg.locks import settings
+from sbert_pg.reembed.finish import require_finishable
+from sbert_pg.reembed.status import change_of
 from sbert_pg.registry import get_encoder
-from sbert_pg.types import guard
-from sbert_pg.types.guard import ColumnIdentity
+from sbert_pg.spec import EncoderSpec
+from sbert_pg.types.identity import ColumnIdentity
+from sbert_pg.types.vector import plain_type
 
 log = logging.getLogger("sbert_pg.alembic")
 
+#: How many rows too many are counted for the message.
+SAID = 100_000
 
-def upgrade_schema(operations: Operations, operation: ops.UpgradeSchemaOp) -> None:
-    """Create the schema, or bring it up."""
+
+@functools.singledispatch
+def carry_out(operation: ops.SbertOperation, operations: Operations) -> None:
+    """Carry an operation out, or write it into a script."""
+    raise NotImplementedError(type(operation).__name__)
+
+
+@carry_out.register
+def _nothing(operation: ops.NothingOp, operations: Operations) -> None:
+    """Nothing."""
+
+
+@carry_out.register
+def _upgrade_schema(operation: ops.UpgradeSchemaOp, operations: Operations) -> None:
     if operations.migration_context.as_sql:
         write(operations, sa.text("CREATE EXTENSION IF NOT EXISTS vector"))
-        _write(operations, catalog.upgrade_sql(operation.revision, start=operation.previous))
+        text = catalog.upgrade_sql(operation.revision, start=operation.previous)
+        write_text(operations, text)
         return
     connection = operations.get_bind()
     current = catalog.current(connection)
     if current is not None and operation.revision in reached(current):
         return
-    name = system.EXTENSION.c.extname
-    there = sa.select(name).where(name == "vector")
-    if connection.execute(there).first() is None:
-        connection.execute(sa.text("CREATE EXTENSION vector"))
     catalog.upgrade(connection, operation.revision)
 
 
@@ -54,17 +81,18 @@ def reached(current: str) -> set[str]:
     script = ScriptDirectory(str(catalog.script_location()))
     try:
         return {step.revision for step in script.iterate_revisions(current, "base")}
-    except CommandError:
+    except (CommandError, RevisionError):
         return set()
 
 
-def downgrade_schema(operations: Operations, operation: ops.DowngradeSchemaOp) -> None:
-    """Take the schema back."""
+@carry_out.register
+def _downgrade_schema(operation: ops.DowngradeSchemaOp, operations: Operations) -> None:
     if operations.migration_context.as_sql:
         if operation.revision == "base":
             write(operations, _DROP_SCHEMA_IF_UNUSED)
         else:
-            _write(operations, f"-- the schema sbert stays where it is; it is at {catalog.head()}")
+            text = f"-- the schema sbert stays where it is; it is at {catalog.head()}"
+            write_text(operations, text)
         return
     connection = operations.get_bind()
     bound = catalog.all_bindings(connection)
@@ -80,14 +108,9 @@ def downgrade_schema(operations: Operations, operation: ops.DowngradeSchemaOp) -
 
 _DROP_SCHEMA_IF_UNUSED = sa.text(
     "DO $sbert$ BEGIN "
-    "IF NOT EXISTS (SELECT FROM sbert.embedding_column) THEN "
+    "IF NOT EXISTS (SELECT FROM sbert.binding) THEN "
     "DROP SCHEMA sbert CASCADE; END IF; END $sbert$"
 )
-
-
-def _write(operations: Operations, script: str) -> None:
-    """Write statements that are text already."""
-    operations.migration_context.impl.static_output(script.strip())
 
 
 def identity_of(operation: ops.ColumnOperation) -> ColumnIdentity:
@@ -99,201 +122,248 @@ def _relation(operation: ops.ColumnOperation) -> str:
     return statements.relation(operation.table_name, operation.schema)
 
 
-def add_embedding_column(operations: Operations, operation: ops.AddEmbeddingColumnOp) -> None:
-    """Column, binding and triggers, marks: each in a transaction of its own.
-
-    Marks need no lock on the table: a row that was written before the triggers were there has been
-    committed when they are, and every later one is noticed.
-    """
-    identity, declaration = identity_of(operation), operation.declaration
+@carry_out.register
+def _add_embedding_column(operation: ops.AddEmbeddingColumnOp, operations: Operations) -> None:
+    """Column, binding with its companion and triggers, queue: each in a transaction of its own."""
+    identity, declared = identity_of(operation), operation.declared
+    type_ = plain_type(declared.storage, declared.dimensions)
     with online(operations, _relation(operation)) as runner:
-        runner.execute(statements.AddColumn(identity, declaration.type_()))
-        runner.execute(statements.bind(identity, declaration))
-        if operation.mark_pending:
-            runner.execute(statements.mark_pending(identity))
+        runner.execute(AlterColumn(identity, "add", type_=type_))
+        _bind(runner, identity, declared)
     _forget(operations)
 
 
-def drop_embedding_column(operations: Operations, operation: ops.DropEmbeddingColumnOp) -> None:
-    """Triggers and binding, then the column."""
-    identity = identity_of(operation)
-    with online(operations, _relation(operation)) as runner:
-        runner.execute(statements.unbind(identity))
-        runner.execute(statements.DropColumn(identity))
-    _forget(operations)
-
-
-def finish_replacement(operations: Operations, operation: ops.FinishReplacementOp) -> None:
-    """Contract, by the rules of re-embedding."""
-    if operations.migration_context.as_sql:
-        _write(
-            operations,
-            "-- Before this, 'sbert-pg reembed status' has to say that the new column is complete "
-            "and the old one unused.",
-        )
-        drop_embedding_column(operations, operation)
+def _bind(runner: Online, identity: ColumnIdentity, declared: Embedding) -> None:
+    """Bind, and build the two indexes of the binding beside live traffic where that is possible."""
+    plainly = runner.as_sql or runner.enclosed or _is_partitioned(runner.connection, identity)
+    runner.execute(statements.bind(identity, declared, build=plainly))
+    if plainly:
         return
+    connection = runner.connection
+    binding = catalog.require_binding(connection, identity)
+    catalog.build_queue(connection, binding, lock_timeout=runner.lock_timeout)
+
+
+def _is_partitioned(connection: sa.Connection, identity: ColumnIdentity) -> bool:
+    """Whether no index of the table can be built concurrently."""
+    klass = system.CLASS.c
+    relation = statements.relation(identity.table, identity.schema)
+    kind = sa.select(klass.relkind).where(klass.oid == system.oid_of(relation))
+    return bool(connection.execute(kind).scalar() == "p")
+
+
+@carry_out.register
+def _drop_embedding_column(operation: ops.DropEmbeddingColumnOp, operations: Operations) -> None:
+    """Triggers, queue and binding, then the column and its companion."""
+    identity, companion = identity_of(operation), _companion_of(operation, operations)
+    with online(operations, _relation(operation)) as runner:
+        runner.execute(call("unbind_v1", identity))
+        runner.execute(AlterColumn(companion, "drop"))
+        runner.execute(AlterColumn(identity, "drop"))
+    _forget(operations)
+
+
+def _companion_of(operation: ops.ColumnOperation, operations: Operations) -> ColumnIdentity:
+    """The companion of an embedding column, by the catalog where that can be asked."""
     identity = identity_of(operation)
-    with online(operations, _relation(operation)) as runner:
-        require_left(runner, "finish_replacement")
-        if catalog.binding_of(runner.connection, identity) is None:
-            # A first attempt has unbound it.
-            runner.execute(statements.DropColumn(identity))
-            return
-        _require_no_row_missing(runner.connection, identity)
-        reembedding.finish(
-            runner.connection.engine,
-            identity,
-            force=operation.force,
-            quiet=dt.timedelta(seconds=operation.quiet),
+    name = companion_name(identity.column)
+    if not operations.migration_context.as_sql:
+        binding = catalog.binding_of(operations.get_bind(), identity)
+        name = name if binding is None else binding.companion
+    return ColumnIdentity(identity.schema, identity.table, name)
+
+
+@carry_out.register
+def _finish_reembedding(operation: ops.FinishReembeddingOp, operations: Operations) -> None:
+    if operations.migration_context.as_sql:
+        text = (
+            "-- Before this, 'sbert-pg reembed status' has to say that the new column is complete "
+            "and the old one unused."
         )
+        write_text(operations, text)
+        _drop_embedding_column(operation, operations)
+        return
+    identity, connection = identity_of(operation), operations.get_bind()
+    require_left(operations, "finish_reembedding")
+    if catalog.binding_of(connection, identity) is None:
+        # A first attempt has unbound it.
+        _drop_embedding_column(operation, operations)
+        return
+    quiet = dt.timedelta(seconds=operation.quiet)
+    with settings(connection, {"statement_timeout": "0"}):
+        new, old = change_of(connection, identity)
+        require_finishable(connection, new, old, force=operation.force, quiet=quiet)
+    with online(operations, _relation(operation)) as runner:
+        reembed.finish(runner.connection.engine, identity, force=operation.force, quiet=quiet)
     _forget(operations)
 
 
-def resume_replacement(operations: Operations, operation: ops.ResumeReplacementOp) -> None:
-    """Have the catalog say which column is replaced; its own trigger watches the writers then."""
+@carry_out.register
+def _resume_reembedding(operation: ops.ResumeReembeddingOp, operations: Operations) -> None:
+    """Have the catalog say which column is replaced."""
     with online(operations, _relation(operation)) as runner:
-        runner.execute(statements.Resume(identity_of(operation), operation.replaces))
+        runner.execute(call("resume_v1", identity_of(operation), operation.replaces))
     _forget(operations)
 
 
-def _require_no_row_missing(connection: sa.Connection, old: ColumnIdentity) -> None:
-    """Also rows that became pending a moment ago: a migration can be run again."""
-    pair = pair_of(connection, old)
-    found = coverage_of(connection, pair.new.binding)
-    if found.missing > found.failed:
-        raise BackfillIncompleteError(
-            f"{found.missing:,} of {found.with_text:,} rows of {pair.new.binding} have no vector "
-            f"yet, so {old.column!r} is not dropped. Run 'sbert-pg backfill {pair.new.binding}', "
-            "then this migration again."
-        )
-
-
-def bind_embedding_column(operations: Operations, operation: ops.BindEmbeddingColumnOp) -> None:
+@carry_out.register
+def _bind_embedding_column(operation: ops.BindEmbeddingColumnOp, operations: Operations) -> None:
     """Bind, in the migration's transaction or in a short one of its own."""
     identity = identity_of(operation)
-    if not operations.migration_context.as_sql and not operation.trust_vectors:
+    if not operations.migration_context.as_sql and not operation.discard_vectors:
         _refuse_foreign_vectors(operations.get_bind(), identity)
-    _run(operations, operation, statements.bind(identity, operation.declaration))
-    if operation.mark_pending:
-        _run(operations, operation, statements.mark_pending(identity))
-    _forget(operations)
-
-
-def _run(
-    operations: Operations,
-    operation: ops.BindEmbeddingColumnOp | ops.UnbindEmbeddingColumnOp,
-    statement: Any,
-) -> None:
     around = online if operation.concurrently else within
     with around(operations, _relation(operation)) as runner:
-        runner.execute(statement)
+        _bind(runner, identity, operation.declared)
+    _forget(operations)
 
 
 def _refuse_foreign_vectors(connection: sa.Connection, identity: ColumnIdentity) -> None:
     if catalog.binding_of(connection, identity) is not None:
         return
-    column: sa.ColumnClause[Any] = sa.column(identity.column)
-    table = sa.table(identity.table, column, schema=identity.schema)
-    filled = sa.select(sa.literal(1)).select_from(table).where(column.is_not(None)).limit(1)
-    if connection.execute(filled).first() is not None:
+    if holds_vectors(connection, identity):
         raise NotProvenError(
             f"{identity} holds vectors, and nothing shows which encoder and source made them. "
             "'sbert-pg adopt' proves it on a sample and binds the column; or say "
-            "trust_vectors=True in the migration if you are certain."
+            "discard_vectors=True in the migration to have each made again."
         )
 
 
-def unbind_embedding_column(operations: Operations, operation: ops.UnbindEmbeddingColumnOp) -> None:
-    """Unbind, in the migration's transaction or in a short one of its own."""
-    _run(operations, operation, statements.unbind(identity_of(operation)))
+def holds_vectors(connection: sa.Connection, identity: ColumnIdentity) -> bool:
+    """Whether a column has a value in any row."""
+    column: sa.ColumnClause[Any] = sa.column(identity.column)
+    table = sa.table(identity.table, column, schema=identity.schema)
+    filled = sa.select(sa.literal(1)).select_from(table).where(column.is_not(None)).limit(1)
+    return connection.execute(filled).first() is not None
+
+
+@carry_out.register
+def _unbind_embedding_column(
+    operation: ops.UnbindEmbeddingColumnOp, operations: Operations
+) -> None:
+    """Unbind, in the migration's transaction or in short ones of its own."""
+    companion = _companion_of(operation, operations)
+    around = online if operation.concurrently else within
+    with around(operations, _relation(operation)) as runner:
+        runner.execute(call("unbind_v1", identity_of(operation)))
+        runner.execute(AlterColumn(companion, "drop"))
     _forget(operations)
 
 
-def follow_rename(operations: Operations, operation: ops.FollowRenameOp) -> None:
-    """Rewrite the bindings that name the column."""
+@carry_out.register
+def _rename_bound_column(operation: ops.RenameBoundColumnOp, operations: Operations) -> None:
+    """Rename the column, and its companion where it has one; bindings follow."""
+    identity = identity_of(operation)
+    names = [(operation.column_name, operation.new_name)]
+    if not operations.migration_context.as_sql:
+        connection = operations.get_bind()
+        binding = catalog.binding_of(connection, identity)
+        if binding is not None:
+            names.append((binding.companion, companion_name(operation.new_name)))
+        attribute = system.ATTRIBUTE.c
+        columns = sa.select(attribute.attname).where(
+            attribute.attrelid == system.oid_of(_relation(operation)),
+            sa.not_(attribute.attisdropped),
+        )
+        there = set(connection.execute(columns).scalars())
+        names = [(old, new) for old, new in names if old in there]
     with within(operations, _relation(operation)) as runner:
-        runner.execute(statements.follow_rename(identity_of(operation), operation.new_name))
+        for old, new in names:
+            column = ColumnIdentity(identity.schema, identity.table, old)
+            runner.execute(AlterColumn(column, "rename", new_name=new))
+            runner.execute(call("rename_v1", column, new))
     _forget(operations)
 
 
-def rebind_embedding_column(operations: Operations, operation: ops.RebindEmbeddingColumnOp) -> None:
+@carry_out.register
+def _rebind_embedding_column(
+    operation: ops.RebindEmbeddingColumnOp, operations: Operations
+) -> None:
     """Prove that another encoder shares the space, and write the agreement down."""
     if operations.migration_context.as_sql:
         raise CommandError(
             "rebind_embedding_column compares an encoder with the database and cannot be written "
             "as a script; run this migration against the database."
         )
+    require_left(operations, "rebind_embedding_column")
     identity = identity_of(operation)
+    binding = catalog.require_binding(operations.get_bind(), identity)
+    if binding.fingerprint is None:
+        raise EncoderMismatchError(
+            f"{binding} has not met its encoder {binding.declared.name!r} yet, so nothing can be "
+            "compared with it. Start a worker once, or write a row through sbert-pg, with that "
+            "encoder; then run this migration again."
+        )
+    encoder = get_encoder(EncoderSpec.of(operation.encoder))
     with online(operations, _relation(operation)) as runner:
-        require_left(runner, "rebind_embedding_column")
-        binding = catalog.require_binding(runner.connection, identity)
-        if binding.fingerprint is None:
-            raise EncoderMismatchError(
-                f"{binding} has not met its encoder {binding.declared.name!r} yet, so nothing can "
-                "be compared with it. Start a worker once, or write a row through sbert-pg, with "
-                "that encoder; then run this migration again."
-            )
-        encoder = get_encoder(operation.encoder)
-        log.info("%s", rebind(runner.connection.engine, identity, encoder))
+        log.info("%s", reembed.rebind(runner.connection.engine, identity, encoder))
     _forget(operations)
 
 
-def require_backfill(operations: Operations, operation: ops.RequireBackfillOp) -> None:
+@carry_out.register
+def _require_backfill(operation: ops.RequireBackfillOp, operations: Operations) -> None:
     """Count the rows without a vector, and fail where they are too many."""
     identity = identity_of(operation)
-    with online(operations, _relation(operation)) as runner:
-        if runner.as_sql:
-            runner.execute(statements.RequireRows(identity, None, operation.max_missing))
-            return
-        binding = catalog.require_binding(runner.connection, identity)
-        found = coverage_of(runner.connection, binding)
-        if found.missing <= operation.max_missing:
-            return
-        allowed = f", and {operation.max_missing:,} are allowed" if operation.max_missing else ""
-        failed = f" {found.failed:,} rows have failed: see 'sbert-pg retry' and 'sbert-pg skip'."
-        raise BackfillIncompleteError(
-            f"{found.missing:,} of {found.with_text:,} rows of {binding} have no vector yet"
-            f"{allowed}. The column is there and is kept fresh. Run 'sbert-pg backfill {binding}' "
-            "(or let workers finish), then run the same 'alembic upgrade' again."
-            + (failed if found.failed else "")
-        )
+    if operations.migration_context.as_sql:
+        with online(operations, _relation(operation)) as runner:
+            runner.execute(call("require_filled_v1", identity, operation.max_missing))
+        return
+    connection = operations.get_bind()
+    with settings(connection, {"statement_timeout": "0"}):
+        binding = catalog.require_binding(connection, identity)
+        counted = counts(connection, binding, operation.max_missing + SAID)
+    missing = counted.pending + counted.backfill
+    if missing <= operation.max_missing:
+        return
+    number = f"{'more than ' if counted.capped else ''}{missing:,}"
+    allowed = f", and {operation.max_missing:,} are allowed" if operation.max_missing else ""
+    failed = f" {counted.failed:,} rows have failed: see 'sbert-pg failed'."
+    raise BackfillIncompleteError(
+        f"{number} rows of {binding} have no vector yet{allowed}. The column is there and is kept "
+        f"fresh. Run 'sbert-pg backfill {binding}' (or let workers finish), then run the same "
+        "'alembic upgrade' again." + (failed if counted.failed else "")
+    )
 
 
-def backfill_embeddings(operations: Operations, operation: ops.BackfillEmbeddingsOp) -> None:
+@carry_out.register
+def _backfill_embeddings(operation: ops.BackfillEmbeddingsOp, operations: Operations) -> None:
     """Fill the column in place."""
     if operations.migration_context.as_sql:
-        _write(
-            operations,
-            f"-- Run: sbert-pg backfill {identity_of(operation)}",
-        )
+        write_text(operations, f"-- Run: sbert-pg backfill {identity_of(operation)}")
         return
+    require_left(operations, "backfill_embeddings")
     with online(operations, _relation(operation)) as runner:
-        require_left(runner, "backfill_embeddings")
         binding = catalog.require_binding(runner.connection, identity_of(operation))
-        fill_column(runner.connection.engine, binding)
+        _fill_column(runner.connection.engine, binding)
+
+
+def _fill_column(engine: sa.Engine, binding: Binding) -> None:
+    """Fill a column, together with whoever else is doing it, with a progress bar on a terminal."""
+    console = Console(stderr=True)
+    with Bar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    ) as bar:
+        task = bar.add_task(f"embedding {binding}", total=None)
+
+        def show(progress: Progress) -> None:
+            bar.update(task, completed=progress.rows, total=progress.total)
+
+        filled = backfill(engine, binding, on_progress=show)
+    log.info("%s rows of %s embedded in %.0f s", filled.rows, binding, filled.seconds)
+    if not filled.complete:
+        raise BackfillIncompleteError(
+            f"The backfill of {binding} is not complete: some rows could not be written and are "
+            "pending or failed. See 'sbert-pg status', then run the same migration again."
+        )
 
 
 def _forget(operations: Operations) -> None:
-    """Have this process look at the bindings anew."""
+    """Have this process look at the bindings afresh."""
     if not operations.migration_context.as_sql:
         guard.forget(operations.get_bind().dialect)
-
-
-#: Operation and how it is carried out.
-IMPLEMENTATIONS: tuple[tuple[type[ops.SbertOperation], Callable[..., Any]], ...] = (
-    (ops.NothingOp, lambda operations, operation: None),
-    (ops.UpgradeSchemaOp, upgrade_schema),
-    (ops.DowngradeSchemaOp, downgrade_schema),
-    (ops.AddEmbeddingColumnOp, add_embedding_column),
-    (ops.BeginReplacementOp, add_embedding_column),
-    (ops.DropEmbeddingColumnOp, drop_embedding_column),
-    (ops.FinishReplacementOp, finish_replacement),
-    (ops.ResumeReplacementOp, resume_replacement),
-    (ops.BindEmbeddingColumnOp, bind_embedding_column),
-    (ops.UnbindEmbeddingColumnOp, unbind_embedding_column),
-    (ops.RebindEmbeddingColumnOp, rebind_embedding_column),
-    (ops.FollowRenameOp, follow_rename),
-    (ops.RequireBackfillOp, require_backfill),
-    (ops.BackfillEmbeddingsOp, backfill_embeddings),
-)

@@ -1,20 +1,19 @@
 """The library's own schema ``sbert``: its history, its tables, and the bindings in them."""
 
 from sbert_pg.catalog.binding import (
-    Binding,
+    QueueIndex,
     all_bindings,
-    attest,
     bind,
-    bind_all,
     binding_by_id,
     binding_of,
-    check,
-    hold,
-    rebind,
+    build_queue,
+    create_all,
+    health,
+    queue_indexes,
     require_binding,
-    seal,
     unbind,
 )
+from sbert_pg.catalog.holding import Held, hold, hold_encoder, rebind, seal
 from sbert_pg.catalog.migrate import (
     current,
     downgrade,
@@ -24,23 +23,29 @@ from sbert_pg.catalog.migrate import (
     upgrade,
     upgrade_sql,
 )
+from sbert_pg.catalog.record import Binding, Expressions
 from sbert_pg.catalog.tables import PENDING_CHANNEL, SCHEMA
 
 __all__ = [
     "PENDING_CHANNEL",
     "SCHEMA",
     "Binding",
+    "Expressions",
+    "Held",
+    "QueueIndex",
     "all_bindings",
-    "attest",
     "bind",
-    "bind_all",
     "binding_by_id",
     "binding_of",
-    "check",
+    "build_queue",
+    "create_all",
     "current",
     "downgrade",
     "head",
+    "health",
     "hold",
+    "hold_encoder",
+    "queue_indexes",
     "rebind",
     "require_binding",
     "require_current",

@@ -1,8 +1,9 @@
-"""Hold the code's encoder against a column's, seal the binding at first use, vouch for vectors."""
+"""Compare the code's encoder with a column's, and seal the binding at its first use."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -12,53 +13,40 @@ from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.engine import Connection
 
 from sbert_pg.catalog import tables
-from sbert_pg.catalog.reading import binding_of
-from sbert_pg.catalog.record import Binding
-from sbert_pg.catalog.sqlstates import translated
-from sbert_pg.catalog.tables import ATTESTED, VERIFIED
+from sbert_pg.catalog.binding import binding_of, installed
+from sbert_pg.catalog.record import Binding, relation_of
 from sbert_pg.errors import EncoderMismatchError, EncoderNotFoundError
-from sbert_pg.known import known_encoder
-from sbert_pg.probes import Compatibility, compatible_specs
+from sbert_pg.probes import Compatibility, compatible_specs, measured
 from sbert_pg.registry import find_encoder, get_encoder
-from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors
-from sbert_pg.types.guard import ColumnIdentity
+from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors, same_encoder_name
+from sbert_pg.sqlstates import translated
+from sbert_pg.types.identity import ColumnIdentity
 
 #: Stored order of the bytes of probe vectors.
 _STORED = np.dtype("<f4")
 
 
 class Held(NamedTuple):
-    """The answer of ``hold``: which binding a writer may vouch for.
+    """The answer of ``hold``: the binding that a reader or writer has been compared with.
 
     Attributes:
-        binding_id: number of the binding.
+        binding: the binding.
+        fingerprint: of the process's own encoder; ``None`` where it cannot be loaded here.
         final: whether it holds for the life of the process. It does not where this transaction,
             which may still be rolled back, has just sealed the binding, or nothing is sealed yet.
     """
 
-    binding_id: int
+    binding: Binding
+    fingerprint: str | None
     final: bool
 
 
-def check(connection: Connection, identity: ColumnIdentity, spec: EncoderSpec) -> bool:
-    """Hold the encoder that a declaration names against the column's; see ``hold``.
-
-    Returns:
-        Whether the answer is final, so that it need not be asked again in this process.
-
-    Raises:
-        EncoderMismatchError: they are different spaces.
-    """
-    held = hold(connection, identity, spec)
-    return held is not None and held.final
-
-
 def hold(connection: Connection, identity: ColumnIdentity, spec: EncoderSpec) -> Held | None:
-    """Hold the encoder that a declaration names against the column's, sealing it at first use.
+    """Compare the encoder that a declaration names with the column's, sealing it at first use.
 
-    The same fingerprint, a fingerprint known to be compatible, or probe vectors that agree are
-    accepted. Where this process cannot load the encoder, as where vectors come ready-made from
-    elsewhere, only the declared names can be compared.
+    Probe vectors are compared always, also where fingerprints are equal. Where this process cannot
+    load the encoder, as where vectors come ready-made from elsewhere, only the declared names can
+    be compared.
 
     Args:
         connection: a connection; the seal is part of its transaction.
@@ -69,20 +57,23 @@ def hold(connection: Connection, identity: ColumnIdentity, spec: EncoderSpec) ->
         ``None`` where the column is not bound.
 
     Raises:
-        EncoderMismatchError: they are different spaces; the message names both.
+        EncoderMismatchError: they are different spaces, or the table is not the bound one; the
+            message names both.
         EncoderError: the encoder is there and cannot be loaded.
         CatalogError: this role may not use the catalog.
     """
     binding = binding_of(connection, identity)
     if binding is None:
+        _require_unswapped(connection, identity)
         return None
     try:
         encoder = get_encoder(spec)
     except EncoderNotFoundError:
         _require_same_declaration(binding, spec)
-        return Held(binding.id, binding.sealed is not None and not binding.sealed_here)
+        final = binding.sealed is not None and not binding.sealed_here
+        return Held(binding, None, final)
     final = hold_encoder(connection, binding, encoder)
-    return Held(binding.id, final)
+    return Held(binding, fingerprint_of(encoder), final)
 
 
 def hold_encoder(connection: Connection, binding: Binding, encoder: TextEncoder) -> bool:
@@ -98,20 +89,19 @@ def hold_encoder(connection: Connection, binding: Binding, encoder: TextEncoder)
             _require_same_declaration(binding, encoder.spec)
         if _read_only(connection):
             return False
-        sealed = _seal(connection, binding, encoder)
-        if sealed == fingerprint:
-            return False
-        # Another process was faster, with another encoder: that one counts.
+        _seal(connection, binding, encoder)
         final = False
     else:
-        sealed, final = binding.fingerprint, not binding.sealed_here
-    if sealed == fingerprint or _is_recorded(connection, binding, fingerprint):
-        return final
-    verdict = compatibility(connection, sealed, encoder)
+        final = not binding.sealed_here
+    # Of several processes that seal at once the first wins, and its encoder is the one that counts.
+    sealed, verdict = _compared(connection, binding, encoder)
     if not verdict:
         raise _mismatch(binding, sealed, encoder, verdict)
-    if not _read_only(connection):
+    if sealed != fingerprint and not _is_recorded(connection, binding, fingerprint):
+        if _read_only(connection):
+            return False
         _record(connection, binding, encoder, verdict)
+        final = False
     return final
 
 
@@ -124,63 +114,68 @@ def seal(connection: Connection, binding: Binding, encoder: TextEncoder) -> None
     hold_encoder(connection, binding, encoder)
 
 
-def rebind(connection: Connection, binding: Binding, encoder: TextEncoder) -> Compatibility:
+def rebind(
+    connection: Connection,
+    binding: Binding,
+    encoder: TextEncoder,
+    stored: Mapping[str, Any] | None = None,
+) -> Compatibility:
     """Accept a further encoder for a column, as int8 beside fp32, if its space is the same.
 
     Happens by itself at the first use; this is for doing it beforehand and seeing the figures.
+
+    Args:
+        connection: a connection; what is recorded is part of its transaction.
+        binding: the binding.
+        encoder: the further encoder.
+        stored: what was measured on stored vectors, to be recorded beside the probes' agreement.
 
     Raises:
         EncoderMismatchError: the spaces differ; such a change is a new column.
     """
     if binding.fingerprint is None:
         hold_encoder(connection, binding, encoder)
-        return Compatibility(True, "the column had no encoder yet")
-    verdict = compatibility(connection, binding.fingerprint, encoder)
+    sealed, verdict = _compared(connection, binding, encoder)
     if not verdict:
-        raise _mismatch(binding, binding.fingerprint, encoder, verdict)
-    if fingerprint_of(encoder) != binding.fingerprint:
-        _record(connection, binding, encoder, verdict)
+        raise _mismatch(binding, sealed, encoder, verdict)
+    if sealed != fingerprint_of(encoder):
+        _record(connection, binding, encoder, verdict, stored)
     return verdict
 
 
-def compatibility(connection: Connection, fingerprint: str, encoder: TextEncoder) -> Compatibility:
-    """Compare an encoder with a recorded one, by spec and probe vectors."""
-    spec, probes = recorded_encoder(connection, fingerprint)
-    return compatible_specs(spec, probes, encoder.spec, encoder.probe_vectors)
-
-
-def recorded_encoder(connection: Connection, fingerprint: str) -> tuple[EncoderSpec, Vectors]:
-    """Spec and probe vectors of a recorded encoder, the latter of shape ``(probes, dimensions)``.
+def compatibility(connection: Connection, binding: Binding, encoder: TextEncoder) -> Compatibility:
+    """Compare an encoder with the one that a column is sealed with, by spec and probe vectors.
 
     Raises:
-        sqlalchemy.exc.NoResultFound: none is recorded under this fingerprint.
+        EncoderMismatchError: the column is not sealed, or not bound any more.
     """
-    c = tables.encoder.c
-    row = connection.execute(sa.select(c.spec, c.probes).where(c.fingerprint == fingerprint)).one()
+    return _compared(connection, binding, encoder)[1]
+
+
+def recorded_encoder(connection: Connection, binding: Binding) -> tuple[EncoderSpec, Vectors]:
+    """Spec and probe vectors of a column's encoder, the latter ``(probes, dimensions)``.
+
+    Raises:
+        EncoderMismatchError: the column is not sealed, or not bound any more.
+    """
+    return _recorded(connection, binding)[1:]
+
+
+def _recorded(connection: Connection, binding: Binding) -> tuple[str, EncoderSpec, Vectors]:
+    encoder, c = tables.encoder.c, tables.binding.c
+    row = connection.execute(
+        sa.select(encoder.fingerprint, encoder.spec, encoder.probes)
+        .join_from(tables.binding, tables.encoder, encoder.id == c.encoder_id)
+        .where(c.id == binding.id)
+    ).first()
+    if row is None:
+        raise EncoderMismatchError(
+            f"Column {binding} has no encoder: nobody has used it yet, or it was unbound or bound "
+            "again just before this process could compare itself with it. Try once more."
+        )
     spec = EncoderSpec.from_json(row.spec)
     probes = np.frombuffer(row.probes, dtype=_STORED).reshape(-1, spec.dimensions)
-    return spec, probes.astype(np.float32)
-
-
-def attest(
-    connection: Connection, binding: Binding | int, *, verified: bool = False, local: bool = True
-) -> None:
-    """Vouch for the vectors that are about to be written, which the triggers refuse otherwise.
-
-    To be called only after ``hold``, or for vectors known to be the column's own.
-
-    Args:
-        connection: the connection that will write.
-        binding: the binding, or its number.
-        verified: vouch as well that each row is held locked while its vector is written, and that
-            the vector belongs to the text the row has. The triggers then make no mark.
-        local: until the end of the transaction; else until the end of the session, which is for
-            connections in autocommit mode.
-    """
-    number = binding if isinstance(binding, int) else binding.id
-    settings = (ATTESTED, VERIFIED) if verified else (ATTESTED,)
-    text = sa.literal(str(number), sa.Text)
-    connection.execute(sa.select(*(including(name, text, local) for name in settings)))
+    return row.fingerprint, spec, probes.astype(np.float32)
 
 
 def fingerprint_of(encoder: TextEncoder) -> str:
@@ -195,20 +190,16 @@ def fingerprint_of(encoder: TextEncoder) -> str:
     return "probes-" + hashlib.sha256(_probe_bytes(encoder)).hexdigest()[:32]
 
 
+def _compared(
+    connection: Connection, binding: Binding, encoder: TextEncoder
+) -> tuple[str, Compatibility]:
+    """Fingerprint of a column's encoder, and the verdict on another one."""
+    fingerprint, spec, probes = _recorded(connection, binding)
+    return fingerprint, compatible_specs(spec, probes, encoder.spec, measured(encoder))
+
+
 def _probe_bytes(encoder: TextEncoder) -> bytes:
-    return np.ascontiguousarray(encoder.probe_vectors, dtype=_STORED).tobytes()
-
-
-def including(
-    setting: str, number: sa.ColumnElement[str], local: bool = True
-) -> sa.ColumnElement[Any]:
-    """An expression that adds a number to a setting that lists numbers, as in ``,3,17,``."""
-    now = sa.func.coalesce(
-        sa.func.nullif(sa.func.current_setting(setting, True), ""), ",", type_=sa.Text
-    )
-    there = sa.func.strpos(now, sa.literal(",").concat(number).concat(",")) > 0
-    value = sa.case((there, now), else_=now.concat(number).concat(","))
-    return sa.func.set_config(setting, value, local)
+    return np.ascontiguousarray(measured(encoder), dtype=_STORED).tobytes()
 
 
 def _read_only(connection: Connection) -> bool:
@@ -216,29 +207,45 @@ def _read_only(connection: Connection) -> bool:
     return bool(connection.execute(sa.select(setting)).scalar_one() == "on")
 
 
-def _seal(connection: Connection, binding: Binding, encoder: TextEncoder) -> str:
+def _require_unswapped(connection: Connection, identity: ColumnIdentity) -> None:
+    """Refuse a table that stands in the place of the bound one."""
+    if not installed(connection):
+        return
+    relation = relation_of(connection, identity)
+    with translated():
+        connection.execute(sa.select(sa.func.sbert.require_unswapped_v1(relation, identity.column)))
+
+
+def _seal(connection: Connection, binding: Binding, encoder: TextEncoder) -> None:
     statement = sa.select(
         sa.func.sbert.seal_v1(
             binding.id,
             fingerprint_of(encoder),
+            sa.cast(encoder.spec.document_fingerprint, sa.Text),
             sa.cast(encoder.spec.to_json(), pg.JSONB),
             sa.cast(_probe_bytes(encoder), sa.LargeBinary),
         )
     )
     with translated():
-        return str(connection.execute(statement).scalar_one())
+        connection.execute(statement)
 
 
 def _is_recorded(connection: Connection, binding: Binding, fingerprint: str) -> bool:
     c = tables.compatible_encoder.c
-    wanted = sa.select(c.fingerprint).where(c.column_id == binding.id, c.fingerprint == fingerprint)
-    return connection.execute(wanted).first() is not None
+    row = sa.select(c.fingerprint).where(c.binding_id == binding.id, c.fingerprint == fingerprint)
+    return connection.execute(row).first() is not None
 
 
 def _record(
-    connection: Connection, binding: Binding, encoder: TextEncoder, verdict: Compatibility
+    connection: Connection,
+    binding: Binding,
+    encoder: TextEncoder,
+    verdict: Compatibility,
+    stored: Mapping[str, Any] | None = None,
 ) -> None:
-    agreement = {"reason": verdict.reason}
+    agreement: dict[str, Any] = {"reason": verdict.reason}
+    if stored is not None:
+        agreement["stored"] = dict(stored)
     if verdict.agreement is not None:
         agreement |= asdict(verdict.agreement)
     statement = sa.select(
@@ -257,13 +264,13 @@ def _require_same_declaration(binding: Binding, spec: EncoderSpec) -> None:
     """Compare what was declared, where nothing else can be compared yet."""
     declared = binding.declared
     different = []
-    if not _same_name(declared.name, spec.name):
+    if not same_encoder_name(declared.name, spec.name):
         different.append(f"the names {declared.name!r} and {spec.name!r}")
     if declared.dimensions != spec.dimensions:
         different.append(f"{declared.dimensions} dimensions against {spec.dimensions}")
-    for field in ("weights_digest", "tokenizer_digest", "pooling", "precision"):
+    for field in ("weights_digest", "tokenizer_digest", "pooling"):
         left, right = getattr(declared, field), getattr(spec, field)
-        if left is not None and right is not None and left != right and field != "precision":
+        if left is not None and right is not None and left != right:
             different.append(f"another {field.replace('_', ' ')}")
     if different:
         raise EncoderMismatchError(
@@ -272,17 +279,6 @@ def _require_same_declaration(binding: Binding, spec: EncoderSpec) -> None:
             "to, or add a column for the other one (replaces=...) and let Alembic write its "
             "migration."
         )
-
-
-def _same_name(a: str, b: str) -> bool:
-    """Whether two names mean one encoder: organisation, letter case and folder apart."""
-    known_a, known_b = known_encoder(a), known_encoder(b)
-    if known_a is not None and known_b is not None:
-        return known_a == known_b
-    return (
-        a == b
-        or a.rstrip("/").rpartition("/")[2].lower() == b.rstrip("/").rpartition("/")[2].lower()
-    )
 
 
 def _mismatch(
@@ -299,8 +295,6 @@ def _mismatch(
 
 __all__ = [
     "Held",
-    "attest",
-    "check",
     "compatibility",
     "fingerprint_of",
     "hold",

@@ -9,19 +9,20 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import sqlalchemy as sa
-from alembic.migration import MigrationContext
-from alembic.operations import Operations
-from alembic.script import ScriptDirectory
-from alembic.util import CommandError
 from sqlalchemy.engine import Connection
 
-from sbert_pg.catalog import system
+from sbert_pg import system
 from sbert_pg.catalog.tables import SCHEMA
 from sbert_pg.errors import CatalogMissingError, CatalogVersionError
 
+if TYPE_CHECKING:
+    from alembic.migration import MigrationContext
+    from alembic.script import ScriptDirectory
+
+# Alembic is imported where it is used: declaring a column needs none of it.
 VERSION_TABLE = "alembic_version"
 
 #: Held while migrating, so that two processes that start together do not both. "sbert_pg" in ASCII.
@@ -40,8 +41,8 @@ def script_location() -> Path:
 def upgrade(connection: Connection, revision: str = "head") -> None:
     """Bring the schema ``sbert`` to a revision; nothing happens where it is there already.
 
-    Runs in the connection's transaction and does not commit. Two processes that do it at once take
-    turns.
+    The extension ``vector`` is created where it is missing. Runs in the connection's transaction
+    and does not commit. Two processes that do it at once take turns.
 
     Args:
         connection: a connection of a role that may create the schema, or owns it.
@@ -49,11 +50,12 @@ def upgrade(connection: Connection, revision: str = "head") -> None:
 
     Raises:
         CatalogVersionError: the database is newer than this code, or there is no such revision.
-        CatalogMissingError: the extension ``vector`` is not installed in the database.
+        CatalogMissingError: the extension ``vector`` is missing, and cannot be created.
     """
+    _require_postgresql(connection)
     _lock(connection)
     _refuse_unknown(connection)
-    _require_vector(connection)
+    _create_vector(connection)
     if not _schema_exists(connection):
         connection.execute(sa.schema.CreateSchema(SCHEMA))
     _run(connection, "upgrade", revision)
@@ -134,6 +136,8 @@ def require_current(connection: Connection) -> None:
 
 
 def _script() -> ScriptDirectory:
+    from alembic.script import ScriptDirectory
+
     return ScriptDirectory(str(script_location()))
 
 
@@ -153,14 +157,27 @@ def _schema_exists(connection: Connection) -> bool:
     return bool(connection.execute(found).scalar_one())
 
 
-def _require_vector(connection: Connection) -> None:
-    name = system.EXTENSION.c.extname
-    found = sa.select(name).where(name == "vector")
-    if connection.execute(found).first() is None:
+def _require_postgresql(connection: Connection) -> None:
+    if connection.dialect.name != "postgresql":
         raise CatalogMissingError(
-            f"The extension 'vector' is not installed in database {_database(connection)!r}. Run "
-            "CREATE EXTENSION vector there; managed services allow it to the database's owner."
+            "Columns are bound, and their rows kept fresh, in PostgreSQL with pgvector; this "
+            f"engine is of {connection.dialect.name!r}, where vectors can only be stored and read."
         )
+
+
+def _create_vector(connection: Connection) -> None:
+    name = system.EXTENSION.c.extname
+    if connection.execute(sa.select(name).where(name == "vector")).first() is not None:
+        return
+    try:
+        with connection.begin_nested():
+            connection.execute(sa.text("CREATE EXTENSION vector"))
+    except sa.exc.DBAPIError as error:
+        raise CatalogMissingError(
+            f"The extension 'vector' is missing in database {_database(connection)!r} and cannot "
+            f"be created: {str(error.orig).strip()}. Install pgvector on the server, and run "
+            "CREATE EXTENSION vector there; managed services allow it to the database's owner."
+        ) from error
 
 
 def _lock(connection: Connection) -> None:
@@ -186,12 +203,21 @@ def _run(
     buffer: io.StringIO | None = None,
     start: str | None = None,
 ) -> None:
+    from alembic.migration import MigrationContext
+    from alembic.operations import Operations
+    from alembic.runtime.migration import MigrationStep
+    from alembic.script.revision import RevisionError
+    from alembic.util import CommandError
+
     script = _script()
 
     def steps(heads: Any, context: MigrationContext) -> Iterable[Any]:
+        history = script.revision_map
         if direction == "upgrade":
-            return script._upgrade_revs(revision, heads)
-        return script._downgrade_revs(revision, heads)
+            up = script.iterate_revisions(revision, heads, implicit_base=True)
+            return [MigrationStep.upgrade_from_script(history, step) for step in reversed([*up])]
+        down = script.iterate_revisions(heads, revision, select_for_downgrade=True)
+        return [MigrationStep.downgrade_from_script(history, step) for step in down]
 
     options: dict[str, Any] = {
         "fn": steps,
@@ -209,7 +235,7 @@ def _run(
     try:
         with context.begin_transaction():
             context.run_migrations(op=Operations(context))
-    except CommandError as error:
+    except (CommandError, RevisionError) as error:
         raise CatalogVersionError(
             f"The catalog cannot {direction} to {revision!r}: {error}. The revisions are "
             f"{', '.join(sorted(s.revision for s in script.walk_revisions()))}."

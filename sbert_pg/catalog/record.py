@@ -1,34 +1,176 @@
-"""A binding as Python sees it, and how it is read."""
+"""A binding as Python sees it, with what its rows say, as SQL that the server has written.
+
+``sbert.expressions_v1`` is the one place where the text of a row, its digest and what follows from
+them are spelt in SQL. Python asks for them once for each binding and puts them into statements as
+they are, over bare column names or over the columns of a table or alias.
+"""
 
 from __future__ import annotations
 
+import re
+import secrets
+import uuid
 from dataclasses import dataclass
-from typing import Any, cast
+from datetime import datetime
+from typing import Any, Literal
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
+from sqlalchemy.engine import Connection
+from sqlalchemy.sql.expression import ClauseList, Grouping
+from sqlalchemy.types import UserDefinedType
 
-from sbert_pg.catalog import keys, system, tables
 from sbert_pg.distance import Storage
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
-from sbert_pg.types.guard import ColumnIdentity
+from sbert_pg.types.identity import ColumnIdentity
+
+Name = Literal["text", "proof", "of", "digest", "stale", "proven", "requeue", "failed"]
+
+#: What stands between the parts of an expression.
+_NOTHING: Any = None
+#: What stands before every column name in what the server is asked for; nobody can guess it, so no
+#: separator, template or name holds it.
+_QUALIFIER = f"q{secrets.token_hex(12)}."
+_COLUMN = re.compile(re.escape(_QUALIFIER) + r'("(?:[^"]|"")+"|[a-z_][a-z0-9_]*)')
+_TYPES: dict[str, sa.types.TypeEngine[Any]] = {
+    "text": sa.Text(),
+    "proof": sa.Text(),
+    "of": sa.Text(),
+    "digest": sa.Uuid(),
+    "stale": sa.Boolean(),
+    "proven": sa.Boolean(),
+    "requeue": sa.Uuid(),
+    "failed": sa.Boolean(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Expressions:
+    """SQL over the columns of a bound table.
+
+    The attributes are texts over bare column names, for statements that name the table alone;
+    ``on`` gives expressions over the columns of a table, alias or subquery.
+    """
+
+    _texts: tuple[tuple[str, str], ...]
+
+    @property
+    def text(self) -> str:
+        """The text of the row; ``NULL`` where it has none."""
+        return self._bare("text")
+
+    @property
+    def proof(self) -> str:
+        """The half of the digest that proves the row's vector: 16 hexadecimal digits."""
+        return self._bare("proof")
+
+    @property
+    def of(self) -> str:
+        """The half of the digest that names the row's text: 16 hexadecimal digits, or ``NULL``."""
+        return self._bare("of")
+
+    @property
+    def digest(self) -> str:
+        """What the companion of a fresh row holds, a ``uuid``."""
+        return self._bare("digest")
+
+    @property
+    def stale(self) -> str:
+        """Whether the row is pending; the predicate of the queue's index, to the letter."""
+        return self._bare("stale")
+
+    @property
+    def proven(self) -> str:
+        """Whether the row's vector is proven by its companion, or missing."""
+        return self._bare("proven")
+
+    @property
+    def requeue(self) -> str:
+        """A value for the companion that makes the row pending and leaves its vector proven."""
+        return self._bare("requeue")
+
+    @property
+    def failed(self) -> str:
+        """Whether the row has failed for its text; the predicate of the other index."""
+        return self._bare("failed")
+
+    def on(self, table: sa.FromClause, name: Name) -> sa.ColumnElement[Any]:
+        """One of the expressions over the columns of a table, alias or subquery.
+
+        Args:
+            table: has the columns of the bound table, under their names.
+            name: which expression.
+
+        Raises:
+            KeyError: the table lacks a column.
+        """
+        columns = {column.name: column for column in table.c}
+        parts: list[sa.ColumnElement[Any]] = []
+        for i, part in enumerate(_COLUMN.split(dict(self._texts)[name])):
+            if i % 2:
+                parts.append(columns[_unquoted(part)])
+            elif part:
+                parts.append(sa.literal_column(part))
+        return sa.type_coerce(
+            Grouping(ClauseList(*parts, operator=_NOTHING, group=False)), _TYPES[name]
+        )
+
+    def _bare(self, name: Name) -> str:
+        return dict(self._texts)[name].replace(_QUALIFIER, "")
+
+
+def expressions_of(binding_id: sa.ColumnElement[Any]) -> sa.ScalarSelect[Any]:
+    """A subquery with the expressions of a binding, to be read by ``read``."""
+    names = [sa.column("of_text" if name == "of" else name, sa.Text) for name in _TYPES]
+    row = sa.func.sbert.expressions_v1(
+        binding_id, sa.literal(_QUALIFIER, sa.Text), type_=sa.Text()
+    ).table_valued(*names, name="written")
+    return sa.select(pg.array([row.c[column.name] for column in names])).scalar_subquery()
+
+
+def read_expressions(texts: list[str]) -> Expressions:
+    """What ``expressions_of`` has selected."""
+    return Expressions(tuple(zip(_TYPES, texts, strict=True)))
+
+
+def _unquoted(name: str) -> str:
+    return name[1:-1].replace('""', '"') if name.startswith('"') else name
+
+
+class Named(UserDefinedType[object]):
+    """A column type by the name that ``format_type`` gives it.
+
+    Args:
+        name: SQL name of the type, quoted where it has to be, as the server spelt it.
+    """
+
+    cache_ok = True
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def get_col_spec(self, **_: object) -> str:
+        """The type as DDL spells it."""
+        return self.name
 
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """One row of ``sbert.embedding_column``, with its encoder where it has one.
+    """One row of ``sbert.binding``, with its encoder where it has one.
 
     Attributes:
-        id: number of the binding, used nowhere else and never again.
+        id: identity of the binding, never used again.
         relation: OID of the table.
         schema: schema of the table, as it is named now.
         table: name of the table, as it is named now.
         column: name of the vector column.
+        companion: name of the column beside it, which says what the vector was made from.
         declared: the encoder as the migration declared it.
         source: what the text of a row is made of.
         key_columns: the columns that name a row.
         key_types: their types as SQL spells them, domains resolved.
+        null_text: whether a row whose source columns are all ``NULL`` has no text; else ``''``.
         storage: ``"vector"`` or ``"halfvec"``.
         state: ``"filling"``, ``"active"`` or ``"replaced"``.
         replaces: name of the column that this one is to replace.
@@ -37,24 +179,32 @@ class Binding:
         fingerprint: fingerprint of that encoder.
         sealed_here: whether it was given that encoder in the transaction that read it, which may
             still be rolled back.
+        utf8: whether the server's encoding is UTF8, so that ``sbert_pg.digest`` agrees with it.
+        caught_up_at: every text committed before this moment has its vector, or has failed.
+        expressions: what its rows say, as SQL.
     """
 
-    id: int
+    id: uuid.UUID
     relation: int
     schema: str
     table: str
     column: str
+    companion: str
     declared: EncoderSpec
     source: Source
     key_columns: tuple[str, ...]
     key_types: tuple[str, ...]
+    null_text: bool
     storage: Storage
     state: str
     replaces: str | None
     partitioned: bool
     sealed: EncoderSpec | None
     fingerprint: str | None
-    sealed_here: bool = False
+    sealed_here: bool
+    utf8: bool
+    caught_up_at: datetime | None
+    expressions: Expressions
 
     @property
     def identity(self) -> ColumnIdentity:
@@ -69,111 +219,69 @@ class Binding:
     def __str__(self) -> str:
         return f"{self.schema}.{self.table}.{self.column}"
 
-    def clause(self, name: str | None = None) -> sa.TableClause:
-        """The table with its key columns, source columns and the vector column, for statements.
+    def clause(self, *others: str) -> sa.TableClause:
+        """The table with its key, source and vector columns and the companion, for statements.
 
-        Source columns have the type ``Text``, key columns their own; the vector column has no type.
+        Source columns have the type ``Text``, key columns their own, others that are named none.
         """
         columns: dict[str, sa.ColumnClause[Any]] = {}
         for key, type_ in zip(self.key_columns, self.key_types, strict=True):
-            columns[key] = sa.column(key, keys.Named(type_))
+            columns[key] = sa.column(key, Named(type_))
         for source in self.source.columns:
             columns[source] = sa.column(source, sa.Text)
+        for name in (*self.source.place, *others):
+            columns.setdefault(name, sa.column(name))
         columns[self.column] = sa.column(self.column)
+        columns[self.companion] = sa.column(self.companion, sa.Uuid)
         return sa.table(self.table, *columns.values(), schema=self.schema)
 
-    def key_text(self, table: sa.FromClause) -> sa.ColumnElement[str]:
-        """The key of a row of the table as ``sbert.pending`` has it."""
-        return keys.key_text([table.c[name] for name in self.key_columns], self.key_types)
+    def is_stale(self, table: sa.FromClause) -> sa.ColumnElement[bool]:
+        """Whether a row of a table, alias or subquery is pending."""
+        return self.expressions.on(table, "stale")
 
-    def unpacked(self, wanted: list[str] | sa.ColumnElement[str]) -> sa.Subquery:
-        """Keys as rows: ``key``, and ``k0``, ``k1``... typed as the key columns are."""
-        return keys.unpacked(wanted, self.key_columns, self.key_types)
+    def is_fresh(self, table: sa.FromClause) -> sa.ColumnElement[bool]:
+        """Whether a row has the vector of its text, has none, or has failed for its text."""
+        return sa.not_(self.is_stale(table))
 
-    def matches(self, table: sa.FromClause, wanted: sa.Subquery) -> sa.ColumnElement[bool]:
-        """Whether a row of the table is the one that a row of ``unpacked`` names."""
-        return sa.and_(
-            *(table.c[name] == wanted.c[f"k{i}"] for i, name in enumerate(self.key_columns))
-        )
+    def is_proven(self, table: sa.FromClause) -> sa.ColumnElement[bool]:
+        """Whether a row has a vector, and its companion proves it."""
+        proven = self.expressions.on(table, "proven")
+        return sa.and_(table.c[self.column].is_not(None), proven)
+
+    def class_of(self, table: sa.FromClause) -> sa.ColumnElement[int]:
+        """0 for new and changed rows, 1 for a backfill's: the first column of the queue's index."""
+        return sa.cast(table.c[self.companion].is_(None), sa.Integer)
 
 
-def select_bindings() -> sa.Select[Any]:
-    """Bindings whose table exists; rows are read by ``from_row``."""
-    column, encoder = tables.embedding_column, tables.encoder
-    replaced = column.alias("replaced")
-    return (
-        sa.select(
-            column.c.id,
-            sa.cast(sa.cast(column.c.relation, pg.OID), sa.BigInteger).label("relation"),
-            sa.cast(system.NAMESPACE.c.nspname, sa.Text).label("schema"),
-            sa.cast(system.CLASS.c.relname, sa.Text).label("table"),
-            column.c.column_name,
-            column.c.declared,
-            column.c.source,
-            column.c.key_columns,
-            _key_types(column).label("key_types"),
-            column.c.storage,
-            column.c.state,
-            replaced.c.column_name.label("replaces"),
-            (system.CLASS.c.relkind == "p").label("partitioned"),
-            encoder.c.spec,
-            encoder.c.fingerprint,
-            # now() is the start of the transaction: a seal of its own can still be rolled back.
-            sa.func.coalesce(column.c.sealed_at == sa.func.now(), sa.false()).label("sealed_here"),
-        )
-        .select_from(column)
-        .join(system.CLASS, system.CLASS.c.oid == column.c.relation)
-        .join(system.NAMESPACE, system.NAMESPACE.c.oid == system.CLASS.c.relnamespace)
-        .outerjoin(encoder, encoder.c.id == column.c.encoder_id)
-        .outerjoin(replaced, replaced.c.id == column.c.replaces_id)
+def relation_of(connection: Connection, identity: ColumnIdentity) -> sa.ColumnElement[Any]:
+    """The table as ``regclass``, of a partition its parent; NULL where it is not there."""
+    relation = sa.func.to_regclass(qualified(connection, identity))
+    return sa.func.coalesce(sa.func.pg_partition_root(relation), relation)
+
+
+def qualified(connection: Connection, identity: ColumnIdentity) -> str:
+    """The table's name as ``regclass`` reads it, every part quoted."""
+    schema, table, _ = translated(connection, identity)
+    return ".".join(
+        '"' + part.replace('"', '""') + '"' for part in (schema, table) if part is not None
     )
 
 
-def _key_types(column: sa.FromClause) -> sa.ScalarSelect[Any]:
-    """Types of the key columns, in order, domains resolved to what they are made of."""
-    name = (
-        sa.func.unnest(column.c.key_columns)
-        .table_valued(sa.column("name", sa.Text), with_ordinality="position", name="key_column")
-        .render_derived()
-    )  # fmt: skip
-    base = sa.case(
-        (system.TYPE.c.typtype == "d", system.TYPE.c.typbasetype), else_=system.TYPE.c.oid
-    )
-    # -1 and not NULL, which would spell char(n) as a type of one character.
-    spelt = sa.func.format_type(base, -1)
-    return (
-        sa.select(sa.func.array_agg(pg.aggregate_order_by(spelt, name.c.position)))
-        .select_from(name)
-        .join(
-            system.ATTRIBUTE,
-            sa.and_(
-                system.ATTRIBUTE.c.attrelid == column.c.relation,
-                system.ATTRIBUTE.c.attname == name.c.name,
-            ),
-        )
-        .join(system.TYPE, system.TYPE.c.oid == system.ATTRIBUTE.c.atttypid)
-        .correlate(column)
-        .scalar_subquery()
-    )
+def translated(connection: Connection, identity: ColumnIdentity) -> ColumnIdentity:
+    """The column that a connection's ``schema_translate_map`` makes of one."""
+    translations = connection.get_execution_options().get("schema_translate_map")
+    if translations and identity.schema in translations:
+        return identity._replace(schema=translations[identity.schema])
+    return identity
 
 
-def from_row(row: sa.Row[Any]) -> Binding:
-    """A row of ``select_bindings`` as a binding."""
-    return Binding(
-        id=row.id,
-        relation=row.relation,
-        schema=row.schema,
-        table=row.table,
-        column=row.column_name,
-        declared=EncoderSpec.from_json(row.declared),
-        source=Source.from_json(row.source),
-        key_columns=tuple(row.key_columns),
-        key_types=tuple(row.key_types or ()),
-        storage=cast(Storage, row.storage),
-        state=row.state,
-        replaces=row.replaces,
-        partitioned=row.partitioned,
-        sealed=None if row.spec is None else EncoderSpec.from_json(row.spec),
-        fingerprint=row.fingerprint,
-        sealed_here=row.sealed_here,
-    )
+__all__ = [
+    "Binding",
+    "Expressions",
+    "Named",
+    "expressions_of",
+    "qualified",
+    "read_expressions",
+    "relation_of",
+    "translated",
+]

@@ -2,29 +2,52 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
+from collections.abc import Callable
 
 import sqlalchemy as sa
 import typer
 from rich.markup import escape
 
-from sbert_pg.cli import common
-from sbert_pg.errors import SbertPgError
-
-#: Modules that bring commands, in the order of ``--help``.
-COMMAND_MODULES = (
-    "sbert_pg.cli.demo",
-    "sbert_pg.cli.schema",
-    "sbert_pg.cli.data",
-    "sbert_pg.cli.encoder",
-    "sbert_pg.cli.worker",
-    "sbert_pg.cli.upkeep",
-    "sbert_pg.cli.reembed",
-    "sbert_pg.cli.adopt",
-    "sbert_pg.cli.cluster",
-    "sbert_pg.cli.duplicates",
+from sbert_pg.cli import (
+    cluster,
+    common,
+    data,
+    demo,
+    doctor,
+    encoder,
+    freshness,
+    passages,
+    reembed,
+    schema,
+    serve,
+    tuning,
 )
+from sbert_pg.errors import SbertPgError, StepStoppedError
+
+#: Commands in the order of ``--help``, and those of the groups.
+COMMANDS: tuple[Callable[..., None], ...] = (
+    demo.demo, schema.init, schema.migrate, schema.status, doctor.doctor,
+    data.load, data.search, data.duplicates, tuning.evaluate, tuning.fit_weight, tuning.tune,
+    freshness.worker, freshness.backfill, freshness.failed, freshness.audit, reembed.adopt,
+    serve.serve, serve.mcp,
+)  # fmt: skip
+GROUPS: dict[str, tuple[str, tuple[Callable[..., None], ...]]] = {
+    "index": ("Vector indexes, measured.", (tuning.advise,)),
+    "encoder": (
+        "Convert, look at and compare encoders.",
+        (encoder.convert, encoder.show, encoder.compare, tuning.limits),
+    ),
+    "reembed": (
+        "A change of encoder: begin, backfill, verify, switch, finish.",
+        (reembed.begin, reembed.status, reembed.verify, reembed.finish, reembed.abort),
+    ),
+    "passages": ("Passages of long documents.", (passages.show,)),
+    "cluster": (
+        "Topics of a table: runs, clusters and assignments as rows of tables.",
+        (cluster.run, cluster.show, cluster.label, cluster.assign, cluster.map_),
+    ),
+}
 
 EPILOG = (
     "Without --database (or SBERT_PG_DATABASE_URL), commands start the embedded server in your "
@@ -34,7 +57,7 @@ EPILOG = (
 
 
 def build_app() -> typer.Typer:
-    """The application with the commands of every module."""
+    """The application with all commands."""
     app = typer.Typer(
         name="sbert-pg",
         help="Embeddings in Postgres as naturally as any other column.",
@@ -55,14 +78,26 @@ def build_app() -> typer.Typer:
             typer.echo(f"sbert-pg {installed('sbert-pg')}")
             raise typer.Exit
 
-    for name in COMMAND_MODULES:
-        importlib.import_module(name).register(app)
+    for command in COMMANDS:
+        app.command()(command)
+    for name, (text, commands) in GROUPS.items():
+        group = typer.Typer(help=text, no_args_is_help=True)
+        for command in commands:
+            group.command(command.__name__.rstrip("_"))(command)
+        app.add_typer(group, name=name)
     return app
 
 
 def main() -> None:
     """Entry point of the console script."""
     sys.exit(run())
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether this came of an interrupt: in the middle of a COPY even the rollback fails then."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -73,10 +108,16 @@ def run(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         common.note("Interrupted.")
         return common.EXIT_INTERRUPTED
+    except StepStoppedError as error:
+        common.note(str(error))
+        return common.EXIT_INTERRUPTED
     except SbertPgError as error:
         common.err.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}")
         return common.EXIT_FAILED
     except sa.exc.OperationalError as error:
+        if _interrupted(error):
+            common.note("Interrupted.")
+            return common.EXIT_INTERRUPTED
         common.err.print(f"[bold red]Database error[/]: {escape(str(error.orig).strip())}")
         return common.EXIT_UNREACHABLE
     except sa.exc.DBAPIError as error:

@@ -1,11 +1,14 @@
-"""What commands share: options, the database, output, exit codes."""
+"""What commands share: options, application, database, output, interruption, exit codes."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import logging
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import Annotated, Any
 import sqlalchemy as sa
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -50,14 +54,56 @@ DatabaseOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+CheckOption = Annotated[
+    bool, typer.Option("--check", help="Exit with 1 unless all is well; the command says what.")
+]
+TargetArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="TARGET",
+        help="Table, or table.column where it has several embedding columns; "
+        "a schema may stand in front.",
+    ),
+]
 AppOption = Annotated[
     str | None,
     typer.Option(
         "--app",
-        help="Where the mapped classes are: 'package.module:Base' or 'package.module:metadata'.",
+        help="Your application: 'package.module', which is imported first and may register "
+        "encoders, or 'package.module:Base' where its mapped classes are asked for too.",
+        metavar="MODULE[:BASE]",
         show_default=False,
     ),
 ]
+WhereOption = Annotated[
+    str | None,
+    typer.Option(
+        "--where", help="Rows that count, in SQL, as in \"lang = 'en'\".", show_default=False
+    ),
+]
+LimitOption = Annotated[int, typer.Option("--limit", "-n", min=1, help="Lines to show, at most.")]
+LogOption = Annotated[
+    str,
+    typer.Option(
+        "--log",
+        help="What to log, and as what: debug, info, warning or error, with :json one JSON object "
+        "a line.",
+        envvar="SBERT_PG_LOG",
+        metavar="LEVEL[:json]",
+    ),
+]
+
+#: What a process needs that lives for months. Keepalives find a peer that is gone without a word.
+#: Statements are not prepared on the server, which poolers in transaction mode do not bear, and
+#: which would gain nothing here.
+LASTING: dict[str, Any] = {
+    "prepare_threshold": None,
+    "connect_timeout": 10,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "application_name": "sbert-pg",
+}
 
 #: Results go here.
 out = Console()
@@ -87,14 +133,22 @@ def normalized_url(url: str) -> sa.URL:
 
 
 @contextmanager
-def database(url: str | None, data_dir: Path | None = None) -> Iterator[sa.Engine]:
+def database(
+    url: str | None, data_dir: Path | None = None, *, lasting: bool = False
+) -> Iterator[sa.Engine]:
     """An engine on the given database, or on the embedded server while the block runs.
 
     The embedded database is the user's own and gets the schema ``sbert`` at once; a given one is
     only changed by commands that say so.
+
+    Args:
+        url: the database, ``None`` for the embedded one.
+        data_dir: directory of the embedded server.
+        lasting: whether the command may run for months; see ``LASTING``.
     """
     if url is not None:
-        engine = sa.create_engine(normalized_url(url))
+        options = {"pool_pre_ping": True, "connect_args": LASTING} if lasting else {}
+        engine = sa.create_engine(normalized_url(url), **options)
         try:
             yield engine
         finally:
@@ -113,29 +167,79 @@ def database(url: str | None, data_dir: Path | None = None) -> Iterator[sa.Engin
             engine.dispose()
 
 
-def load_metadata(target: str) -> sa.MetaData:
-    """The metadata of ``module:attribute``, where the attribute is one or has one.
+def prepare(app: str | None, log: str = "warning") -> sa.MetaData | None:
+    """Set logging up and import the application.
+
+    Args:
+        app: ``module``, or ``module:attribute`` where the attribute is metadata or has it.
+        log: a level, with ``:json`` for one object a line.
+
+    Returns:
+        The metadata, ``None`` where no attribute is named.
 
     Raises:
-        DeclarationError: the module or the attribute cannot be found, or holds no metadata.
+        DeclarationError: there is no such level, module or attribute, or it holds no metadata.
     """
-    module_name, colon, attribute = target.partition(":")
-    if not colon or not attribute:
-        raise DeclarationError(f"--app {target!r} has to be of the form package.module:Base.")
+    from sbert_pg.freshness import logs
+
+    name, _, form = log.partition(":")
+    level = logging.getLevelName(name.upper())
+    if not isinstance(level, int) or form not in ("", "json"):
+        raise DeclarationError(
+            f"--log {log!r} is none of debug, info, warning, error, or info:json."
+        )
+    logs.configure(as_json=form == "json", level=level)
+    return None if app is None else _application(app)
+
+
+def _application(app: str) -> sa.MetaData | None:
+    module_name, _, path = app.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        found: Any = importlib.import_module(module_name)
+        declared: Any = importlib.import_module(module_name)
     except ImportError as error:
-        raise DeclarationError(f"--app {target!r}: cannot import {module_name}: {error}") from error
-    for name in attribute.split("."):
-        if not hasattr(found, name):
-            raise DeclarationError(f"--app {target!r}: {module_name} has no {attribute!r}.")
-        found = getattr(found, name)
-    metadata = found if isinstance(found, sa.MetaData) else getattr(found, "metadata", None)
+        raise DeclarationError(f"--app {app!r}: cannot import {module_name}: {error}") from error
+    if not path:
+        return None
+    for name in path.split("."):
+        if not hasattr(declared, name):
+            raise DeclarationError(f"--app {app!r}: {module_name} has no {path!r}.")
+        declared = getattr(declared, name)
+    metadata = declared if isinstance(declared, sa.MetaData) else declared.metadata
     if not isinstance(metadata, sa.MetaData):
-        raise DeclarationError(f"--app {target!r} is neither metadata nor a declarative base.")
+        raise DeclarationError(f"--app {app!r} is neither metadata nor a declarative base.")
     return metadata
+
+
+def load_metadata(app: str) -> sa.MetaData:
+    """The metadata of an application, where a command needs it; see ``prepare``.
+
+    Raises:
+        DeclarationError: it cannot be found, or only a module is named.
+    """
+    metadata = prepare(app)
+    if metadata is None:
+        raise DeclarationError(f"--app {app!r} has to be of the form package.module:Base.")
+    return metadata
+
+
+def criterion(where: str | None) -> Any:
+    """A criterion given as SQL, in which a colon is SQL's and no parameter's."""
+    return None if where is None else sa.text("(" + where.replace(":", "\\:") + ")")
+
+
+def criteria(where: str | None) -> list[Any]:
+    """The same as a list, empty where nothing is given."""
+    return [] if where is None else [criterion(where)]
+
+
+def show(report: Any, data: Any, json: bool) -> None:
+    """Print a report for people, or its plain data."""
+    if json:
+        print_json(data)
+    elif str(report):
+        out.print(str(report), highlight=False, markup=False, soft_wrap=True)
 
 
 def print_json(data: Any) -> None:
@@ -156,6 +260,38 @@ def print_table(
     out.print(table)
 
 
+def print_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print rows of any table: as a table where each column has room, else one block a row."""
+    cells = [[_on_one_line(value) for value in row] for row in rows]
+    # Three characters a column for its borders; below twelve a column of text is not readable.
+    room = out.width // max(len(columns), 1) - 3
+    widest = max((len(str(cell)) for row in cells for cell in row), default=0)
+    if room >= min(widest, 12):
+        print_table(columns, [[_shortened(cell, 100) for cell in row] for row in cells])
+        return
+    for row in cells:
+        _print_block(columns, row)
+
+
+def _print_block(columns: Sequence[str], row: Sequence[Any]) -> None:
+    """Print what a row holds, a line for each of its columns."""
+    label = max(len(column) for column in columns)
+    for column, cell in zip(columns, row, strict=True):
+        if cell is not None and cell != "":
+            text = escape(str(_shortened(cell, max(out.width - label - 2, 20))))
+            out.print(f"[bold]{escape(column.rjust(label))}[/]  {text}", highlight=False)
+    out.print()
+
+
+def _on_one_line(value: Any) -> Any:
+    return " ".join(value.split()) if isinstance(value, str) else value
+
+
+def _shortened(value: Any, width: int) -> Any:
+    text = value if isinstance(value, str) else None
+    return value if text is None or len(text) <= width else text[: width - 1] + "…"
+
+
 def _is_number(value: Any) -> bool:
     """Whether a cell is a number, be it written for readers: ``~1,234`` or ``100,000+``."""
     if isinstance(value, str):
@@ -163,9 +299,14 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float))
 
 
-def progress_bar() -> Progress:
-    """A progress bar on standard error, and nothing where that is no terminal."""
-    return Progress(
+@contextmanager
+def progress(*, notes: bool = True) -> Iterator[Callable[..., None]]:
+    """A bar on standard error; where that is no terminal, one line a step, or nothing.
+
+    It is called with a step, what is done, and of how many where that is known.
+    """
+    shown, began = "", 0.0
+    with Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
@@ -175,15 +316,48 @@ def progress_bar() -> Progress:
         console=err,
         disable=not err.is_terminal,
         transient=True,
-    )
+    ) as bar:
+        task = bar.add_task("", total=None, rate="")
+
+        def advance(step: str, done: int = 0, total: int | None = None) -> None:
+            nonlocal shown, began
+            if step != shown:
+                shown, began = step, time.perf_counter()
+                if bar.disable and notes:
+                    note(step)
+            speed = done / max(time.perf_counter() - began, 1e-6)
+            rate = f"{speed:,.0f}/s" if done else ""
+            bar.update(task, description=step, completed=done, total=total, rate=rate)
+
+        yield advance
 
 
 @contextmanager
-def on_stop(handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Call the handler on SIGTERM and Ctrl-C while the block runs, in place of what did before."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+def stoppable(
+    stop: Callable[[], None] | None = None, say: Callable[[str], None] | None = None
+) -> Iterator[threading.Event]:
+    """An event that the first SIGTERM or Ctrl-C sets; the second does not wait.
+
+    Args:
+        stop: called as well by the first one.
+        say: says that it was heard, given the signal's name; a note by default.
+    """
+    event = threading.Event()
+
+    def interrupt(number: int, frame: object) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+        if say is None:
+            note("Stopping: finishing what is in hand (again to leave at once).")
+        else:
+            say(signal.Signals(number).name)
+        if stop is not None:
+            stop()
+
+    before = {n: signal.signal(n, interrupt) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield event
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)

@@ -1,36 +1,38 @@
-"""``load`` and ``search``: rows in, answers out."""
+"""``load``, ``search`` and ``duplicates``: rows in, answers out."""
 
 from __future__ import annotations
 
 import csv
+import itertools
 import json as json_module
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
 import typer
 
+from sbert_pg import clustering as lib
+from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.cli import common
-from sbert_pg.cli.tables import embedding_of, table_of
-from sbert_pg.errors import DeclarationError, LoadError
+from sbert_pg.cli.target import resolve, table_named, text_column_of
+from sbert_pg.clustering.duplicates import DuplicateMethod, Grouping
+from sbert_pg.errors import ClusteringError, DeclarationError, LoadError
 from sbert_pg.indexes import hnsw_index
-from sbert_pg.search import nearest
+from sbert_pg.reembed.change import Side
+from sbert_pg.search import explain_search, explain_words, hybrid, matching, nearest
 from sbert_pg.source import Source
-from sbert_pg.types import Embedding
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 EMBEDDING = "embedding"
+#: Columns of a search that say how well a row fits.
+_SCORES = ("score", "similarity", "meaning_rank", "words_score", "words_rank")
 
 Row = dict[str, Any]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands."""
-    app.command()(load)
-    app.command()(search)
 
 
 def load(
@@ -68,21 +70,17 @@ def load(
     """
     from sbert_pg.loading import load as load_rows
 
-    read, columns = _reader(file)
+    rows_read = _rows_of(file)
+    first = list(itertools.islice(rows_read, 1))
     with common.database(database) as engine, engine.begin() as connection:
         started = time.perf_counter()
         if create:
-            target = _create(connection, table, columns(), source, encoder, dimensions)
+            target = _create(connection, table, list(*first), source, encoder, dimensions)
         else:
-            target = table_of(connection, table)
-        with common.progress_bar() as bar:
-            task = bar.add_task("encoding and writing", total=None, rate="")
-
-            def advance(rows: int) -> None:
-                speed = rows / (time.perf_counter() - started)
-                bar.update(task, completed=rows, rate=f"{speed:,.0f}/s")
-
-            rows = load_rows(connection, target, read(), progress=advance)
+            target = table_named(connection, table)
+        with common.progress() as advance:
+            show = partial(advance, "encoding and writing")
+            rows = load_rows(connection, target, itertools.chain(first, rows_read), progress=show)
         if create:
             for index in target.indexes:
                 connection.execute(sa.schema.CreateIndex(index))
@@ -94,55 +92,168 @@ def load(
 
 
 def search(
-    table: Annotated[str, typer.Argument(help="Table, or schema.table.")],
+    target: common.TargetArgument,
     query: Annotated[str, typer.Argument(help="What to look for, in words.")],
     database: common.DatabaseOption = None,
-    column: Annotated[
-        str | None,
-        typer.Option(help="Embedding column, where there are several.", show_default=False),
-    ] = None,
-    limit: Annotated[
-        int, typer.Option("--limit", "-n", min=1, max=1000, help="Rows to find.")
-    ] = 10,
-    where: Annotated[
-        str | None,
-        typer.Option(help="Criterion in SQL, as in \"lang = 'en'\".", show_default=False),
-    ] = None,
+    limit: common.LimitOption = 10,
+    where: common.WhereOption = None,
     min_similarity: Annotated[
         float | None, typer.Option(help="Leave out what is less similar.", show_default=False)
     ] = None,
+    by: Annotated[
+        Literal["meaning", "words", "both"],
+        typer.Option(help="What to compare: meaning, words (BM25), or both (hybrid)."),
+    ] = "meaning",
+    words: Annotated[
+        str | None,
+        typer.Option(help="The text column, where there are several.", show_default=False),
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say how the rows were found, and how surely.")
+    ] = False,
     json: common.JsonOption = False,
 ) -> None:
-    """Find the rows nearest in meaning to a text.
+    """Find the rows nearest in meaning to a text, or those with its words.
 
     [b]sbert-pg search article "how do I get my money back"[/]
+    [b]sbert-pg search article "XJ-4711 manual" --by both --explain[/]
     [b]sbert-pg search article "refunds" --where "lang = 'en'" --json[/]
     """
     with common.database(database) as engine, engine.connect() as connection:
-        target = table_of(connection, table)
-        embedding = embedding_of(target, column)
-        criteria: list[Any] = [] if where is None else [sa.text(f"({where})")]
-        statement = nearest(
-            embedding, query, limit=limit, where=criteria, min_similarity=min_similarity
-        )
+        embedding = resolve(connection, target).column
+        criteria = common.criteria(where)
+        options: dict[str, Any] = {"limit": limit, "where": criteria}
+        if by != "meaning":
+            if min_similarity is not None:
+                raise DeclarationError("--min-similarity belongs to a search by meaning alone.")
+            text = text_column_of(embedding.table, words)
+        if by == "meaning":
+            statement: Any = nearest(embedding, query, min_similarity=min_similarity, **options)
+        elif by == "words":
+            statement = matching(text, query, **options)
+        else:
+            statement = hybrid(embedding, text, query, **options)
         rows = [dict(row) for row in connection.execute(statement).mappings()]
+        explained: Any = explain_search if by == "meaning" else explain_words
+        explanation = explained(connection, statement) if explain else None
+    if explanation is None:
+        data: Any = rows
+    else:
+        data = {"rows": rows, "explanation": asdict(explanation)}
+        if not json:
+            common.note(str(explanation))
     if json:
-        common.print_json(rows)
-        return
+        common.print_json(data)
+    else:
+        _print_answers(rows)
+
+
+def _print_answers(rows: list[Row]) -> None:
     if not rows:
         common.note("Nothing found.")
         return
+    scores = [name for name in _SCORES if name in rows[0]]
     for row in rows:
-        row["similarity"] = round(row["similarity"], 3)
-    names = ["similarity", *(name for name in rows[0] if name != "similarity")]
-    common.print_table(names, [[_shortened(row[name]) for name in names] for row in rows])
+        row.update((n, round(row[n], 3)) for n in scores if isinstance(row[n], float))
+    names = [*scores, *(name for name in rows[0] if name not in scores)]
+    common.print_rows(names, [[row[name] for name in names] for row in rows])
 
 
-def _shortened(value: Any, width: int = 100) -> Any:
-    if not isinstance(value, str):
-        return value
-    line = " ".join(value.split())
-    return line if len(line) <= width else line[: width - 1] + "…"
+def duplicates(
+    target: common.TargetArgument,
+    database: common.DatabaseOption = None,
+    threshold: Annotated[float, typer.Option(min=-1, max=1, help="Least similarity.")] = 0.9,
+    where: common.WhereOption = None,
+    method: Annotated[
+        DuplicateMethod,
+        typer.Option(help="Compare all rows with all, or ask the vector index, which misses some."),
+    ] = "exact",
+    groups: Annotated[
+        Grouping | None,
+        typer.Option(
+            help="Show groups instead of pairs: of rows that hang together (chained), or of a row "
+            "and those like it (centred).",
+            show_default=False,
+        ),
+    ] = None,
+    limit: common.LimitOption = 20,
+    json: common.JsonOption = False,
+) -> None:
+    """Find rows that are nearly the same.
+
+    [b]sbert-pg duplicates article --threshold 0.95[/]
+    [b]sbert-pg duplicates article --method index[/]
+    [b]sbert-pg duplicates article --groups chained --json[/]
+    """
+    chosen: dict[str, Any] = {"threshold": threshold, "where": common.criterion(where)}
+    with common.database(database) as engine, engine.connect() as connection:
+        column = resolve(connection, target)
+        if method == "index":
+            _require_index(column)
+        pairs = list(lib.duplicate_pairs(connection, column.column, method=method, **chosen))
+        if method == "index":
+            common.note(_recall_note(lib.index_recall(connection, column.column, **chosen)))
+        if groups is not None:
+            grouped = lib.groups_of(pairs, groups)
+            shown = [{"rows": len(group), "keys": group} for group in grouped]
+        else:
+            pairs.sort(key=lambda pair: -pair.similarity)
+            shown = _pairs(connection, column, pairs if json else pairs[:limit], texts=not json)
+    if json:
+        common.print_json(shown)
+        return
+    common.note(f"{len(pairs):,} pairs above {threshold}.")
+    if shown:
+        common.print_table(list(shown[0]), [list(row.values()) for row in shown[:limit]])
+
+
+def _require_index(target: Side) -> None:
+    """Leave the table the indexes that find duplicates, of those that the column has.
+
+    Raises:
+        ClusteringError: none serves every row by the encoder's metric.
+    """
+    similarity = target.spec.similarity
+    names = {
+        index.name
+        for index in target.indexes
+        if index.valid and not index.partial and index.similarity == similarity
+    }
+    for index in [index for index in target.table.indexes if index.name not in names]:
+        target.table.indexes.discard(index)
+    if not names:
+        raise ClusteringError(
+            f"Column {target.binding} has no valid HNSW or IVFFlat index over all rows that ranks "
+            f"by {similarity}. Create one, or use --method exact."
+        )
+
+
+def _recall_note(recall: float | None) -> str:
+    if recall is None:
+        return "Recall of the index is not known: no row of the sample is in a pair."
+    return f"Recall of the index, on a sample of rows: {recall:.1%}."
+
+
+def _pairs(
+    connection: sa.Connection, target: Side, pairs: list[lib.Pair], *, texts: bool
+) -> list[dict[str, Any]]:
+    """Pairs as plain data; with the beginning of both texts, if asked."""
+    rows: list[dict[str, Any]] = [
+        {"similarity": round(pair.similarity, 4), "a": pair.a, "b": pair.b} for pair in pairs
+    ]
+    if not (texts and pairs):
+        return rows
+    keys = list(target.table.primary_key)
+    left = keys[0] if len(keys) == 1 else sa.tuple_(*keys)
+    text = sa.func.left(target.binding.source.expression(target.table), 80)
+    among = left.in_(list({key for pair in pairs for key in (pair.a, pair.b)}))
+    text_of = {
+        key[0] if len(keys) == 1 else tuple(key): " ".join((shown or "").split())
+        for *key, shown in connection.execute(sa.select(*keys, text).where(among))
+    }
+    for row in rows:
+        row["texts"] = f"{text_of.get(row['a'], '')}\n{text_of.get(row['b'], '')}"
+    return rows
 
 
 def _create(
@@ -156,6 +267,8 @@ def _create(
     """A table of text columns with an embedding column, bound; its index is left to the caller."""
     from sbert_pg import catalog
 
+    if not columns:
+        raise LoadError("--create: there are no rows, so the columns are not known.")
     if not source:
         raise DeclarationError(
             f"--create needs --source: which of {', '.join(columns)} is to be embedded?"
@@ -179,47 +292,28 @@ def _create(
     return table
 
 
-def _reader(file: str) -> tuple[Callable[[], Iterator[Row]], Callable[[], list[str]]]:
-    """How to read the rows of a file, and how to learn its columns without reading it whole."""
+def _rows_of(file: str) -> Iterator[Row]:
+    """The rows of a file, by its ending; of standard input for ``-``."""
     path = Path(file)
-    if file != "-" and not path.is_file():
+    if file == "-":
+        return _json_rows(None)
+    if not path.is_file():
         raise LoadError(f"There is no file {file!r}.")
-    if path.suffix.lower() in (".csv", ".tsv"):
-        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-        return lambda: _csv_rows(path, delimiter), lambda: _csv_header(path, delimiter)
-    if file != "-" and path.suffix.lower() not in (".jsonl", ".ndjson", ".json"):
-        raise LoadError(
-            f"{file!r}: the format is told from the ending, which has to be .csv, .tsv, .jsonl or "
-            ".ndjson."
-        )
-    rows = _json_rows(path if file != "-" else None)
-    first: list[Row] = []
-
-    def columns() -> list[str]:
-        if not first:
-            first.extend(row for row in (next(rows, None),) if row is not None)
-        if not first:
-            raise LoadError(f"{file!r} holds no rows, so its columns are not known.")
-        return list(first[0])
-
-    def read() -> Iterator[Row]:
-        yield from first
-        yield from rows
-
-    return read, columns
-
-
-def _csv_header(path: Path, delimiter: str) -> list[str]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        header = next(csv.reader(file, delimiter=delimiter), None)
-    if not header:
-        raise LoadError(f"{path} is empty; the first line has to name the columns.")
-    return header
+    ending = path.suffix.lower()
+    if ending in (".csv", ".tsv"):
+        return _csv_rows(path, "\t" if ending == ".tsv" else ",")
+    if ending in (".jsonl", ".ndjson", ".json"):
+        return _json_rows(path)
+    raise LoadError(
+        f"{file!r}: the ending says the format; it has to be .csv, .tsv, .jsonl or .ndjson."
+    )
 
 
 def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+        if not reader.fieldnames:
+            raise LoadError(f"{path} is empty; the first line has to name the columns.")
         try:
             for row in reader:
                 if None in row or None in row.values():

@@ -1,13 +1,13 @@
-"""``encoder``: convert, show, encode, compare, bench, list."""
+"""``encoder``: convert, show, compare."""
 
 from __future__ import annotations
 
 import csv
 import json as json_module
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,50 +15,33 @@ import typer
 
 from sbert_pg.cli import common
 from sbert_pg.errors import DeclarationError
-from sbert_pg.known import KNOWN_ENCODERS
+from sbert_pg.spec import KNOWN_ENCODERS
 
 if TYPE_CHECKING:
     from sbert_pg.encoder import Encoder
+    from sbert_pg.spec import EncoderSpec
 
 NameArgument = Annotated[
     str,
     typer.Argument(
-        help="A directory or a hub name; ':fp32' after it asks for a precision.",
+        help="A directory or a hub name; ':fp32' after it asks for a precision "
+        "(int8, fp32, fp16, fp32-plain).",
         show_default=False,
     ),
 ]
-PrecisionOption = Annotated[
-    str | None,
-    typer.Option(
-        help="int8 (the default), int8-blocks, fp32, fp16 or fp32-plain.", show_default=False
-    ),
-]
-ThreadsOption = Annotated[
-    int | None, typer.Option(help="Threads of inference; all that the process may use by default.")
-]
-_WITH_PRECISION = re.compile(r"^(?P<name>.+):(?P<precision>(?:fp32|fp16|int8)[a-z0-9_-]*)$")
+#: Rows of texts that a comparison uses.
+MOST_ROWS = 5_000
+_WITH_PRECISION = re.compile(r"(?P<name>.+):(?P<precision>(?:fp32|fp16|int8)[a-z0-9_-]*)")
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands."""
-    group = typer.Typer(help="Convert, look at and compare encoders.", no_args_is_help=True)
-    for command in (convert, show, encode, compare, bench):
-        group.command()(command)
-    group.command("list")(list_known)
-    app.add_typer(group, name="encoder")
-
-
-def split_name(name: str, precision: str | None = None) -> tuple[str, str | None]:
+def split_name(name: str) -> tuple[str, str | None]:
     """Name and precision of ``name`` or ``name:precision``."""
-    found = _WITH_PRECISION.match(name)
-    if found is None:
-        return name, precision
-    return found["name"], precision or found["precision"]
+    match = _WITH_PRECISION.fullmatch(name)
+    return (name, None) if match is None else (match["name"], match["precision"])
 
 
 def convert(
     name: NameArgument,
-    precision: PrecisionOption = None,
     revision: Annotated[
         str | None, typer.Option(help="Revision of the hub repository.", show_default=False)
     ] = None,
@@ -76,123 +59,78 @@ def convert(
     """
     from sbert_pg.encoder import Encoder, prepare
 
-    wanted, precision = split_name(name, precision)
+    model, precision = split_name(name)
     if output is not None and output.exists() and not again:
         raise DeclarationError(f"{output} is there already; remove it, or pass --again.")
-    place = prepare(wanted, precision=precision, revision=revision, output=output, again=again)
+    place = prepare(model, precision=precision, revision=revision, output=output, again=again)
     _print_facts(_facts(Encoder.open(place)), json)
 
 
 def show(
-    name: NameArgument,
-    precision: PrecisionOption = None,
-    verify: Annotated[
-        bool,
-        typer.Option(
-            "--verify", help="Compute the probes anew on this machine; exit 1 where they disagree."
-        ),
-    ] = False,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="As for convert; without it, well-known encoders are listed."),
+    ] = None,
+    check: common.CheckOption = False,
     json: common.JsonOption = False,
 ) -> None:
     """What an encoder is: dimensions, limits, prompts, fingerprint, agreement with fp32.
 
-    [b]sbert-pg encoder show all-MiniLM-L6-v2[/]
+    With --check its probes are computed on this machine, and have to agree with the stored ones.
+
+    [b]sbert-pg encoder show[/]                    well-known encoders, and what each is good for
+    [b]sbert-pg encoder show all-MiniLM-L6-v2 --check[/]
     """
-    encoder = _load(name, precision)
+    if name is None:
+        _list_known(json)
+        return
+    encoder = _load(name)
     facts = _facts(encoder)
-    if verify:
+    if check:
         from sbert_pg.probes import PRECISION_MIN_COSINE, agreement_of
 
         agreement = agreement_of(encoder.recomputed_probes(), encoder.probe_vectors)
         facts["here"] = asdict(agreement)
     _print_facts(facts, json)
-    if verify and agreement.min_cosine < PRECISION_MIN_COSINE:
+    if check and agreement.min_cosine < PRECISION_MIN_COSINE:
         common.note("This machine computes other vectors than the one that converted the encoder.")
         raise typer.Exit(common.EXIT_FAILED)
 
 
-def encode(
-    name: NameArgument,
-    texts: Annotated[
-        list[str] | None,
-        typer.Argument(help="Texts; one a line of standard input where none is given."),
-    ] = None,
-    precision: PrecisionOption = None,
-    prompt_name: Annotated[
-        str | None, typer.Option(help="Prompt to use: 'query', 'document', or the model's own.")
-    ] = None,
-    dimensions: Annotated[
-        int | None, typer.Option(help="Keep the first dimensions of a Matryoshka model.")
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Write one float32 array to this .npy file."),
-    ] = None,
-) -> None:
-    """Print the vectors of texts, one JSON list a line.
-
-    [b]sbert-pg encoder encode all-MiniLM-L6-v2 "a text" "another"[/]
-    [b]sbert-pg encoder encode all-MiniLM-L6-v2 -o titles.npy < titles.txt[/]
-    """
-    import numpy as np
-
-    encoder = _load(name, precision, dimensions=dimensions)
-    given = texts or (line.rstrip("\n") for line in sys.stdin)
-    vectors = encoder.encode_stream(given, prompt_name=prompt_name)
-    if output is not None:
-        rows = list(vectors)
-        np.save(output, np.stack(rows) if rows else np.empty((0, encoder.dimensions), np.float32))
-        common.note(f"{len(rows)} vectors of {encoder.dimensions} dimensions in {output}.")
-    else:
-        for vector in vectors:
-            sys.stdout.write(json_module.dumps([round(float(x), 7) for x in vector]) + "\n")
-    if encoder.statistics.truncated:
-        common.note(
-            f"{encoder.statistics.truncated} texts were longer than {encoder.max_seq_length} "
-            "tokens and were cut."
-        )
-
-
 def compare(
     names: Annotated[list[str], typer.Argument(help="Two or more encoders, as NAME or NAME:fp32.")],
-    pairs: Annotated[
+    csv_file: Annotated[
         Path | None,
-        typer.Option(help="CSV: two texts and a score, larger for more alike.", show_default=False),
-    ] = None,
-    questions: Annotated[
-        Path | None,
-        typer.Option(help="CSV: a question and the text that answers it.", show_default=False),
-    ] = None,
-    query: Annotated[
-        str | None,
         typer.Option(
-            help="SQL that gives two texts (question, answer), or three columns with a score.",
+            "--csv",
+            help="A header and rows of two texts (question, answer), or of two texts and a score, "
+            "larger for more alike.",
             show_default=False,
         ),
     ] = None,
+    query: Annotated[
+        str | None, typer.Option(help="SQL that gives such columns.", show_default=False)
+    ] = None,
     database: common.DatabaseOption = None,
-    limit: Annotated[int, typer.Option(help="Rows to use at most.")] = 5000,
     json: common.JsonOption = False,
 ) -> None:
     """Which encoder should I use? Quality and speed on your own texts, side by side.
 
-    [b]sbert-pg encoder compare all-MiniLM-L6-v2 all-MiniLM-L6-v2:fp32 --pairs pairs.csv[/]
-    [b]sbert-pg encoder compare all-MiniLM-L6-v2 ./mine --questions faq.csv[/]
+    At most 5,000 rows are used.
+
+    [b]sbert-pg encoder compare all-MiniLM-L6-v2 all-MiniLM-L6-v2:fp32 --csv pairs.csv[/]
     [b]sbert-pg encoder compare a b --query "SELECT question, answer FROM faq"[/]
     """
-    if sum(given is not None for given in (pairs, questions, query)) != 1:
-        raise DeclarationError("Give the texts by exactly one of --pairs, --questions and --query.")
-    rows = _rows(pairs or questions, query, database, limit)
-    scored = pairs is not None or (query is not None and len(rows[0]) == 3)
-    if pairs is not None and len(rows[0]) != 3:
-        raise DeclarationError(f"{pairs} has to have three columns: two texts and a score.")
-    from sbert_pg.encoder.comparing import compare_on_pairs, compare_on_questions
+    if (csv_file is None) == (query is None):
+        raise DeclarationError("Give the texts by one of --csv and --query.")
+    rows = _rows_of(csv_file) if csv_file is not None else _rows(query or "", database)
+    from sbert_pg.encoder.quality import compare_on_pairs, compare_on_questions
 
     results = []
     for name in names:
         common.note(f"{name}: loading and encoding")
-        encoder = _load(name, None)
-        if scored:
+        encoder = _load(name)
+        if len(rows[0]) == 3:
             results.append(compare_on_pairs(name, encoder, _scored(rows)))
         else:
             results.append(compare_on_questions(name, encoder, [(r[0], r[1]) for r in rows]))
@@ -207,45 +145,7 @@ def compare(
     )
 
 
-def bench(
-    name: NameArgument,
-    precision: PrecisionOption = None,
-    threads: ThreadsOption = None,
-    seconds: Annotated[float, typer.Option(help="Time for each measurement.")] = 2.0,
-    json: common.JsonOption = False,
-) -> None:
-    """How fast an encoder is on this machine: throughput by length of text, latency of a query.
-
-    [b]sbert-pg encoder bench all-MiniLM-L6-v2 --threads 1[/]
-    """
-    from sbert_pg.encoder.comparing import measure_speed
-
-    encoder = _load(name, precision, threads=threads)
-    results = measure_speed(encoder, seconds)
-    if json:
-        common.print_json(results)
-        return
-    common.print_table(
-        ["texts", "tokens a text", "texts/s", "tokens/s"],
-        [
-            [row["texts"], _shown(row["tokens_per_text"]), _shown(row["texts_per_s"]),
-             _shown(row["tokens_per_s"])]
-            for row in results["throughput"]
-        ],
-        title=f"{name} in {encoder.manifest.precision}",
-    )  # fmt: skip
-    common.out.print(
-        f"one query: p50 {results['query_ms']['p50']:.2f} ms, p95 {results['query_ms']['p95']:.2f} "
-        "ms",
-        highlight=False,
-    )
-
-
-def list_known(json: common.JsonOption = False) -> None:
-    """Well-known encoders, with their sizes and limits and what each is good for.
-
-    [b]sbert-pg encoder list[/]
-    """
+def _list_known(json: bool) -> None:
     if json:
         common.print_json([asdict(known) for known in KNOWN_ENCODERS])
         return
@@ -259,17 +159,11 @@ def list_known(json: common.JsonOption = False) -> None:
     )  # fmt: skip
 
 
-def _load(
-    name: str,
-    precision: str | None,
-    *,
-    dimensions: int | None = None,
-    threads: int | None = None,
-) -> Encoder:
+def _load(name: str) -> Encoder:
     from sbert_pg.encoder import Encoder
 
-    wanted, precision = split_name(name, precision)
-    return Encoder.load(wanted, precision=precision, dimensions=dimensions, threads=threads)
+    model, precision = split_name(name)
+    return Encoder.load(model, precision=precision)
 
 
 def _facts(encoder: Encoder) -> dict[str, Any]:
@@ -285,6 +179,7 @@ def _facts(encoder: Encoder) -> dict[str, Any]:
         "pooling": spec.pooling,
         "layers": list(spec.layers),
         "prompts": dict(spec.prompts),
+        "prompt_of_documents": spec.document_prompt or _no_prompt(spec),
         "default_prompt_name": spec.default_prompt_name,
         "precision": manifest.precision,
         "exporter": manifest.exporter,
@@ -293,6 +188,12 @@ def _facts(encoder: Encoder) -> dict[str, Any]:
         "megabytes": round(sum(file.stat().st_size for file in files) / 1e6, 1),
         "agreement": {name: asdict(value) for name, value in manifest.agreement.items()},
     }
+
+
+def _no_prompt(spec: EncoderSpec) -> str:
+    """Documents get the prompt ``document`` and no other, as in sentence-transformers."""
+    others = sorted({name for name, _ in spec.prompts} & {"passage", "corpus"})
+    return f"none: {', '.join(others)} only where it is asked for by name" if others else "none"
 
 
 def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
@@ -317,29 +218,30 @@ def _agreement(value: dict[str, float]) -> str:
     return f"cosine mean {value['mean_cosine']:.5f}, min {value['min_cosine']:.5f}"
 
 
-def _rows(
-    path: Path | None, query: str | None, database: str | None, limit: int
-) -> list[tuple[Any, ...]]:
-    rows: list[tuple[Any, ...]]
-    if path is not None:
-        try:
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                reader = csv.reader(file)
-                header = next(reader, None)
-                rows = [tuple(row) for _, row in zip(range(limit), reader, strict=False) if row]
-        except OSError as error:
-            raise DeclarationError(f"{path} cannot be read: {error}.") from error
-        where, width = str(path), len(header or [])
-    else:
-        import sqlalchemy as sa
+def _rows_of(path: Path) -> list[tuple[Any, ...]]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            header = next(reader, [])
+            rows = [tuple(row) for row in islice(reader, MOST_ROWS) if row]
+    except (OSError, ValueError, csv.Error) as error:
+        raise DeclarationError(f"{path} cannot be read: {error}.") from error
+    return _checked(rows, len(header), str(path))
 
-        with common.database(database) as engine, engine.connect() as connection:
-            result = connection.execute(sa.text(query or ""))
-            rows = [tuple(row) for row in result.fetchmany(limit)]
-            where, width = "The query", len(result.keys())
+
+def _rows(query: str, database: str | None) -> list[tuple[Any, ...]]:
+    import sqlalchemy as sa
+
+    with common.database(database) as engine, engine.connect() as connection:
+        result = connection.execute(sa.text(query))
+        rows = [tuple(row) for row in result.fetchmany(MOST_ROWS)]
+        return _checked(rows, len(result.keys()), "The query")
+
+
+def _checked(rows: list[tuple[Any, ...]], width: int, where: str) -> list[tuple[Any, ...]]:
     if width not in (2, 3) or not rows or any(len(row) != width for row in rows):
         raise DeclarationError(
-            f"{where} gives {len(rows)} rows of {width} columns; wanted are a header and rows of "
+            f"{where} gives {len(rows)} rows of {width} columns; expected are a header and rows of "
             "two texts, or of two texts and a score."
         )
     return [tuple("" if value is None else value for value in row) for row in rows]

@@ -1,408 +1,352 @@
-"""``reembed``: a change of encoder, step by step or in one go."""
+"""``reembed``: a change of encoder, step by step; and ``adopt``, which binds what was there."""
 
 from __future__ import annotations
 
 import datetime as dt
+import json as json_module
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
+import sqlalchemy as sa
 import typer
 
-from sbert_pg import reembedding as lib
-from sbert_pg.cli import changing, common, reembed_whole
-from sbert_pg.cli.changing import (
-    SEPARATOR,
-    AppOption,
-    ColumnArgument,
-    DimensionsOption,
-    EncoderOption,
-    SeparatorOption,
-    SourceOption,
-    StorageOption,
-    TemplateOption,
-    ToOption,
-)
-from sbert_pg.cli.upkeep import find
-from sbert_pg.cli.worker import ImportOption, long_lived_database, prepare
+from sbert_pg import reembed as lib
+from sbert_pg import registry
+from sbert_pg.alembic.changes import declaration_line
+from sbert_pg.catalog.embedding import Embedding
+from sbert_pg.cli import common
+from sbert_pg.cli.encoder import split_name
+from sbert_pg.cli.target import change_or_column, changes, declared_change, unbound
+from sbert_pg.errors import DeclarationError, NotProvenError, ReembeddingError
+from sbert_pg.reembed.backfill import need_of
+from sbert_pg.registry import get_encoder
+from sbert_pg.source import Source
+from sbert_pg.spec import EncoderSpec
+from sbert_pg.tuning.files import read_lines
 
-WatchOption = Annotated[
-    float, typer.Option(help="Seconds to watch the use of the old column.", min=0)
-]
-WhereOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="A usual filter of the application, in SQL: recall is measured under it too. May be "
-        "repeated.",
-        show_default=False,
-    ),
-]
-QueriesOption = Annotated[
-    Path | None,
-    typer.Option(
-        help='Labelled queries, a JSON object a line: {"query": "...", "relevant": ["17"]}.',
-        exists=True,
-        dir_okay=False,
-        show_default=False,
-    ),
-]
-MinRecallOption = Annotated[float, typer.Option(help="Least recall@10 of the index.", min=0, max=1)]
-MemoryOption = Annotated[
+EncoderOption = Annotated[
     str | None,
     typer.Option(
-        "--memory",
-        help="maintenance_work_mem for the build; a graph that fits builds several times faster.",
+        "--encoder",
+        "-e",
+        help="The new encoder; ':fp32' after it asks for a precision.",
         show_default=False,
-        metavar="SIZE",
     ),
 ]
-ForceOption = Annotated[
-    bool, typer.Option("--force", help="Drop the old column although it is still in use.")
+SourceOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--source",
+        "-s",
+        help="A column that the text is made of; the old column's by default. May be repeated.",
+        show_default=False,
+    ),
 ]
-QuietOption = Annotated[
-    float, typer.Option(help="Seconds that the old column must not have been used for.", min=0)
+TemplateOption = Annotated[
+    str | None,
+    typer.Option(help="The text as a template, as in 'Title: {title}'.", show_default=False),
 ]
-LockOption = Annotated[
-    float, typer.Option("--lock-timeout", help="Seconds to wait for a lock at a time.", min=0.01)
-]
-AttemptsOption = Annotated[int, typer.Option(help="How often to try for a lock.", min=1)]
-
-_QUIET = lib.QUIET.total_seconds()
-
-commands = typer.Typer(
-    name="reembed",
-    help="A change of encoder: expand, backfill, verify, switch, contract.",
-    no_args_is_help=True,
-)
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands."""
-    for command in (plan, start, status, index, verify, ready, finish, abort):
-        commands.command()(command)
-    reembed_whole.register(commands)
-    app.add_typer(commands)
-
-
-def plan(
-    column: ColumnArgument,
+def begin(
+    target: common.TargetArgument,
     database: common.DatabaseOption = None,
-    to: ToOption = None,
+    to: Annotated[
+        str | None, typer.Option("--to", help="Name of the new column.", show_default=False)
+    ] = None,
     encoder: EncoderOption = None,
-    dimensions: DimensionsOption = None,
+    dimensions: Annotated[
+        int | None,
+        typer.Option(help="Dimensions, where fewer are wanted than the encoder has.", min=1),
+    ] = None,
     source: SourceOption = None,
-    separator: SeparatorOption = SEPARATOR,
     template: TemplateOption = None,
-    storage: StorageOption = None,
-    app: AppOption = None,
-    texts: Annotated[
-        int, typer.Option(help="Rows to encode for an estimate of the time; 0 for none.", min=0)
-    ] = 200,
-    modules: ImportOption = None,
+    storage: Annotated[
+        Literal["vector", "halfvec"] | None,
+        typer.Option(help="Type of the new column; the old one's by default.", show_default=False),
+    ] = None,
+    app: common.AppOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what it will do, lock and cost; change nothing.")
+    ] = False,
     json: common.JsonOption = False,
 ) -> None:
-    """Show what a change will do, lock and cost. Changes nothing.
+    """Add the new column beside the old one. Both are kept fresh from now on.
 
-    [b]sbert-pg reembed plan article.embedding --to embedding_mpnet -e all-mpnet-base-v2[/]
-    [b]sbert-pg reembed plan article.embedding_mpnet --app shop.models:Base[/]
+    An application with an Alembic history does this in a migration, which autogenerate writes.
+    Without --to the column that is there accepts the encoder, if it is of the same space: fp32
+    beside int8.
+
+    [b]sbert-pg reembed begin article --to embedding_mpnet -e all-mpnet-base-v2 --dry-run[/]
+    [b]sbert-pg reembed begin article --to embedding_half --storage halfvec[/]
+    [b]sbert-pg reembed begin article.embedding_mpnet --app shop.models:Base[/]
+    [b]sbert-pg reembed begin article -e all-MiniLM-L6-v2:fp32[/]
     """
-    prepare(modules, log_json=False, log_level="warning")
-    text = changing.source_of(source, separator, template)
+    metadata = common.prepare(app)
+    text = _source_of(source, template)
     with common.database(database) as engine:
-        wanted = changing.asked(
-            engine, column, to=to, encoder=encoder, dimensions=dimensions, source=text,
-            storage=storage, app=app, same_encoder=storage is not None or text is not None,
-        )  # fmt: skip
-        found = lib.plan(engine, wanted.request, texts=texts)
-    _print(found.to_json() if json else str(found))
-
-
-def start(
-    column: ColumnArgument,
-    database: common.DatabaseOption = None,
-    to: ToOption = None,
-    encoder: EncoderOption = None,
-    dimensions: DimensionsOption = None,
-    source: SourceOption = None,
-    separator: SeparatorOption = SEPARATOR,
-    template: TemplateOption = None,
-    storage: StorageOption = None,
-    app: AppOption = None,
-    modules: ImportOption = None,
-    lock_timeout: LockOption = 1.0,
-    attempts: AttemptsOption = 40,
-    json: common.JsonOption = False,
-) -> None:
-    """Expand: add the new column beside the old one. Both are kept fresh from now on.
-
-    An application with an Alembic history does this in a migration instead, which autogenerate
-    writes.
-
-    [b]sbert-pg reembed start article.embedding --to embedding_mpnet -e all-mpnet-base-v2[/]
-    [b]sbert-pg reembed start article.embedding_mpnet --app shop.models:Base[/]
-    """
-    prepare(modules, log_json=False, log_level="warning")
-    text = changing.source_of(source, separator, template)
-    with common.database(database) as engine:
-        wanted = changing.asked(
-            engine, column, to=to, encoder=encoder, dimensions=dimensions, source=text,
-            storage=storage, app=app, same_encoder=storage is not None or text is not None,
-        )  # fmt: skip
-        made = lib.start(engine, wanted.request, lock_timeout=lock_timeout, attempts=attempts)
-    if json:
-        common.print_json({"column": str(made), "replaces": made.replaces})
-        return
-    common.note(
-        f"{made} is there beside {made.replaces}, and both are kept fresh. Fill it: sbert-pg "
-        f"backfill {made}"
+        if app is not None and metadata is not None:
+            request = declared_change(app, metadata, target)[0]
+        else:
+            old = change_or_column(engine, target)
+            spec = old.declared if encoder is None else _spec_of(encoder)
+            if dimensions is not None:
+                spec = replace(spec, dimensions=dimensions)
+            if to is None:
+                if encoder is None or (text, storage, dimensions) != (None, None, None):
+                    raise DeclarationError(
+                        f"Say what is to replace {old}: --to NEW_COLUMN with --encoder, --source, "
+                        "--storage or --dimensions, or --app MODULE:BASE that declares it."
+                    )
+                accepted = lib.rebind(engine, old.identity, get_encoder(spec))
+                common.show(accepted, accepted.to_json(), json)
+                return
+            request = lib.Request(
+                old=old.identity, new=to, encoder=spec, source=text, storage=storage
+            )
+        if dry_run:
+            plan = lib.plan(engine, request)
+            common.show(plan, plan.to_json(), json)
+            return
+        _require_needed(engine, request)
+        binding = lib.begin(engine, request)
+    common.show(
+        f"{binding} is there beside {binding.replaces}, and both are kept fresh. Fill it: sbert-pg "
+        f"backfill {binding}",
+        {"column": str(binding), "replaces": binding.replaces},
+        json,
     )
 
 
+def _require_needed(engine: sa.Engine, request: lib.Request) -> None:
+    """Refuse a change that would encode everything to the same vectors."""
+    way = need_of(engine, request)
+    if way.need == "rebind":
+        raise ReembeddingError(
+            f"{request.old} needs no new vectors for encoder {request.encoder.name!r}: "
+            f"{way.reason}. Leave --to out, and the column accepts it."
+        )
+
+
 def status(
-    column: Annotated[
+    target: Annotated[
         str | None,
-        typer.Argument(help="The old column or the new one; all changes by default."),
+        typer.Argument(metavar="TARGET", help="The change's table or column; all by default."),
     ] = None,
     database: common.DatabaseOption = None,
-    watch: WatchOption = 0.0,
-    check: Annotated[
-        bool, typer.Option("--check", help="Exit with 1 unless each new column is ready.")
-    ] = False,
+    app: common.AppOption = None,
+    check: common.CheckOption = False,
     json: common.JsonOption = False,
 ) -> None:
     """Show where changes stand, who still uses the old column, and what to do next.
 
+    With --check it exits with 1 unless each change is ready. With --app MODULE:BASE it checks all
+    that the code declares, which is what goes before the switch, that is, your deployment.
+
     [b]sbert-pg reembed status[/]
-    [b]sbert-pg reembed status article.embedding_mpnet --check[/]
+    [b]sbert-pg reembed status --app shop.models:Base --check && exec gunicorn shop:app[/]
     """
+    metadata = None if app is None else common.load_metadata(app)
     with common.database(database) as engine:
-        if column is not None:
-            columns = [find(engine, column).identity]
-        else:
-            columns = [binding.identity for binding in changing.changes(engine)]
-        found = [lib.status(engine, each, watch=watch) for each in columns]
-    if json:
-        common.print_json([each.to_json() for each in found])
-    elif not found:
+        if metadata is not None and check:
+            lib.require_ready(engine, metadata)
+            common.note("Ready.")
+            return
+        columns = changes(engine) if target is None else [change_or_column(engine, target)]
+        reports = [lib.status(engine, column.identity) for column in columns]
+    if not reports:
         common.note("No change is under way.")
-    for each in [] if json else found:
-        common.out.print(str(each), highlight=False, markup=False)
-    if check and any(each.state != "ready" for each in found):
+    text = "\n".join(str(each) for each in reports)
+    common.show(text, [each.to_json() for each in reports], json)
+    if check and any(each.state != "ready" for each in reports):
         raise typer.Exit(common.EXIT_FAILED)
 
 
-def index(
-    column: ColumnArgument,
-    database: common.DatabaseOption = None,
-    app: AppOption = None,
-    memory: MemoryOption = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(help="max_parallel_maintenance_workers for the build.", min=0),
-    ] = None,
-    json: common.JsonOption = False,
-) -> None:
-    """Build the new column's index while readers and writers go on: one like the old column's.
-
-    [b]sbert-pg reembed index article.embedding_mpnet --memory 2GB[/]
-    """
-    interrupts = changing.Interrupts()
-    with long_lived_database(database) as engine, interrupts.caught(), changing.telling() as tell:
-        identity = find(engine, column).identity
-        declared = None if app is None else changing.asked(
-            engine, column, to=None, encoder=None, app=app
-        ).indexes  # fmt: skip
-        names = reembed_whole.stoppable(
-            lambda: lib.build_indexes(
-                engine,
-                identity,
-                indexes=declared,
-                maintenance_work_mem=memory,
-                parallel_workers=workers,
-                wait=float("inf"),
-                on_progress=lambda phase, done, total: tell(
-                    lib.Told("index", phase, done, total or None)
-                ),
-                stop=interrupts.stop,
-            )
-        )
-    _print({"column": column, "indexes": names} if json else f"{column}: {', '.join(names)}")
-
-
 def verify(
-    column: ColumnArgument,
+    target: common.TargetArgument,
     database: common.DatabaseOption = None,
-    where: WhereOption = None,
-    queries: QueriesOption = None,
-    sample: Annotated[int, typer.Option(help="Rows to search for.", min=1)] = 200,
-    texts: Annotated[int, typer.Option(help="Rows whose text is encoded again.", min=0)] = 64,
-    k: Annotated[int, typer.Option("-k", help="Neighbours compared.", min=1)] = 10,
-    ef_search: Annotated[
-        int | None,
-        typer.Option(help="hnsw.ef_search, as the application has it.", show_default=False),
-    ] = None,
-    min_coverage: Annotated[
-        float, typer.Option(help="Least share of rows with a vector.", min=0, max=1)
-    ] = 1.0,
-    min_recall: MinRecallOption = 0.95,
-    min_filtered_recall: Annotated[
-        float, typer.Option(help="Least recall@10 under each filter.", min=0, max=1)
-    ] = 0.9,
-    min_agreement: Annotated[
-        float, typer.Option(help="Least cosine of a stored vector with its text.")
-    ] = 0.97,
-    min_overlap: Annotated[
-        float | None,
+    app: common.AppOption = None,
+    where: Annotated[
+        list[str] | None,
         typer.Option(
-            help="Least share of neighbours that old and new have in common.", show_default=False
+            help="A usual filter of the application, in SQL: recall is measured under it too. May "
+            "be repeated.",
+            show_default=False,
         ),
     ] = None,
-    min_ndcg: Annotated[
-        float | None,
-        typer.Option(help="Least nDCG@10 on the labelled queries.", show_default=False),
+    queries: Annotated[
+        Path | None,
+        typer.Option(
+            help='Labelled queries, a JSON object a line: {"query": "...", "relevant": ["17"]}.',
+            exists=True,
+            dir_okay=False,
+            show_default=False,
+        ),
     ] = None,
-    max_quality_loss: Annotated[
-        float, typer.Option(help="How far nDCG@10 may be below the old column's.")
-    ] = 0.02,
-    max_pending: Annotated[
-        int | None, typer.Option(help="Most pending rows.", show_default=False)
+    thresholds: Annotated[
+        Path | None,
+        typer.Option(
+            help='What has to be reached, a JSON object: {"recall": 0.97, "max_pending": 20}.',
+            exists=True,
+            dir_okay=False,
+            show_default=False,
+        ),
     ] = None,
-    max_failed: Annotated[int, typer.Option(help="Most failed or skipped rows.", min=0)] = 0,
-    no_index: Annotated[
-        bool, typer.Option("--no-index", help="Pass although the new column has no index.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Another seed samples other rows.")] = 0,
-    modules: ImportOption = None,
     json: common.JsonOption = False,
 ) -> None:
     """Measure the new column: coverage, recall of its index, overlap with the old one, quality.
 
     Exits with 1 if a threshold is missed.
 
-    [b]sbert-pg reembed verify article.embedding_mpnet --where "lang = 'de'"[/]
-    [b]sbert-pg reembed verify article.embedding_mpnet --queries labelled.jsonl --json[/]
-    """  # fmt: skip
-    prepare(modules, log_json=False, log_level="warning")
-    thresholds = lib.Thresholds(
-        coverage=min_coverage,
-        max_pending=max_pending,
-        max_failed=max_failed,
-        recall=min_recall,
-        filtered_recall=min_filtered_recall,
-        agreement=min_agreement,
-        overlap=min_overlap,
-        quality_loss=max_quality_loss,
-        ndcg=min_ndcg,
-        need_index=not no_index,
-    )
+    [b]sbert-pg reembed verify article --where "lang = 'de'"[/]
+    [b]sbert-pg reembed verify article --queries labelled.jsonl --thresholds ours.json --json[/]
+    """
+    common.prepare(app)
     with common.database(database) as engine:
-        found = lib.verify(
+        report = lib.verify(
             engine,
-            find(engine, column).identity,
-            filters=changing.filters_of(where),
-            queries=changing.labelled(queries),
-            thresholds=thresholds,
-            k=k,
-            sample_size=sample,
-            texts=texts,
-            ef_search=ef_search,
-            seed=seed,
+            change_or_column(engine, target).identity,
+            filters={each: common.criterion(each) for each in where or ()},
+            queries=[] if queries is None else read_lines(queries),
+            thresholds=_thresholds_of(thresholds),
         )
-    _print(found.to_json() if json else str(found))
-    if not found.passed:
+    common.show(report, report.to_json(), json)
+    if not report.passed:
         raise typer.Exit(common.EXIT_FAILED)
 
 
-def ready(
-    app: Annotated[
-        str, typer.Option("--app", help="The code's declarations: 'package.module:Base'.")
-    ],
-    database: common.DatabaseOption = None,
-    max_failed: Annotated[
-        int | None, typer.Option(help="Most failed rows; any by default.", show_default=False)
-    ] = None,
-    max_pending: Annotated[
-        int | None, typer.Option(help="Most pending rows; any by default.", show_default=False)
-    ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Look at marks and indexes, not at the tables.")
-    ] = False,
-    modules: ImportOption = None,
-) -> None:
-    """Switch: exit with 0 if code may serve the columns that it declares, else with 1 and why not.
-
-    For the entry point of a container, or before a deployment; in Python it is assert_ready().
-
-    [b]sbert-pg reembed ready --app shop.models:Base && exec gunicorn shop:app[/]
-    """
-    prepare(modules, log_json=False, log_level="warning")
-    metadata = common.load_metadata(app)
-    with common.database(database) as engine:
-        lib.assert_ready(
-            engine, metadata, max_failed=max_failed, max_pending=max_pending, count=not quick
-        )
-    common.note("Ready.")
-
-
 def finish(
-    column: ColumnArgument,
+    target: common.TargetArgument,
     database: common.DatabaseOption = None,
-    force: ForceOption = False,
-    quiet: QuietOption = _QUIET,
-    watch: WatchOption = 0.0,
-    max_failed: Annotated[int, typer.Option(help="Most failed rows.", min=0)] = 0,
-    lock_timeout: LockOption = 1.0,
-    attempts: AttemptsOption = 40,
-    json: common.JsonOption = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Drop the old column although it is still in use.")
+    ] = False,
+    quiet: Annotated[
+        float, typer.Option(help="Seconds that the old column must not have been used for.", min=0)
+    ] = lib.QUIET.total_seconds(),
 ) -> None:
-    """Contract: drop the old column and its index.
+    """Drop the old column and its index.
 
-    Refused while the new column is not complete, while the old index is being scanned, or while an
-    older version of the application writes; --force overrides the last two.
+    Refused while the new column is not complete, and while the old one is searched or written;
+    --force overrides the second. 'sbert-pg reembed status' says what kinds of use cannot be seen.
 
-    [b]sbert-pg reembed finish article.embedding_mpnet[/]
+    [b]sbert-pg reembed finish article[/]
     """
     with common.database(database) as engine:
-        done = lib.finish(
-            engine,
-            find(engine, column).identity,
-            force=force,
-            quiet=dt.timedelta(seconds=quiet),
-            watch=watch,
-            max_failed=max_failed,
-            lock_timeout=lock_timeout,
-            attempts=attempts,
-        )
-    _done(column, done, json, "The old column is gone.", "It was finished before.")
+        column = change_or_column(engine, target).identity
+        done = lib.finish(engine, column, force=force, quiet=dt.timedelta(seconds=quiet))
+    common.note("The old column is gone." if done else "It was finished before.")
 
 
-def abort(
-    column: ColumnArgument,
-    database: common.DatabaseOption = None,
-    lock_timeout: LockOption = 1.0,
-    attempts: AttemptsOption = 40,
-    json: common.JsonOption = False,
-) -> None:
+def abort(target: common.TargetArgument, database: common.DatabaseOption = None) -> None:
     """Give a change up: remove the new column without a trace. The old one was fresh throughout.
 
-    [b]sbert-pg reembed abort article.embedding_mpnet[/]
+    [b]sbert-pg reembed abort article[/]
     """
     with common.database(database) as engine:
-        done = lib.abort(
-            engine, changing.unbound(column), lock_timeout=lock_timeout, attempts=attempts
+        column = unbound(target) or change_or_column(engine, target).identity
+        done = lib.abort(engine, column)
+    common.note("The new column is gone." if done else "There was nothing to give up.")
+
+
+def adopt(
+    column: Annotated[
+        str, typer.Argument(help="The vector column, as table.column or schema.table.column.")
+    ],
+    encoder: Annotated[
+        list[str],
+        typer.Option(
+            "--encoder",
+            "-e",
+            help="An encoder that may have made the vectors; ':fp32' after it asks for a "
+            "precision. May be repeated.",
+        ),
+    ],
+    database: common.DatabaseOption = None,
+    source: SourceOption = None,
+    template: TemplateOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Prove only; change nothing.")] = False,
+    app: common.AppOption = None,
+    json: common.JsonOption = False,
+) -> None:
+    """Bind existing vectors to the encoder and source that are proven to have made them.
+
+    Without --source or --template the usual ways to make a text are tried. Nothing is encoded but a
+    sample. Rows of it that do not agree are listed, and become pending; sbert-pg audit looks at all
+    rows. Exits with 1, and binds nothing, without proof.
+
+    [b]sbert-pg adopt article.embedding -e all-MiniLM-L6-v2[/]
+    [b]sbert-pg adopt article.embedding -e all-MiniLM-L6-v2 -s title -s body --dry-run[/]
+    """
+    common.prepare(app)
+    identity = unbound(column)
+    if identity is None:
+        raise DeclarationError(f"{column!r} has to be table.column or schema.table.column.")
+    one = _source_of(source, template)
+    sources = None if one is None else [one]
+    encoders = [get_encoder(_spec_of(name)) for name in encoder]
+    with common.database(database) as engine:
+        done = None if dry_run else lib.adopt(engine, identity, encoders, sources)
+        proof = lib.examine(engine, identity, encoders, sources) if done is None else done.proof
+    pending = 0 if done is None else done.pending
+    common.show(proof, {**proof.to_json(), "adopted": done is not None, "pending": pending}, json)
+    if not proof.proven:
+        raise NotProvenError("The column is not adopted, and nothing was changed.")
+    if done is not None and not json:
+        bound = done.binding
+        declared = Embedding(bound.declared, bound.source, storage=bound.storage)
+        common.note(f"{done.adopted:,} rows adopted; {pending:,} are pending. Declare it as:")
+        common.show(f"    {bound.column} = {declaration_line(declared)}", None, False)
+
+
+def _source_of(columns: Sequence[str] | None, template: str | None) -> Source | None:
+    """The source that options give, ``None`` where they give none.
+
+    Raises:
+        DeclarationError: columns and a template are given.
+    """
+    if template is not None:
+        if columns:
+            raise DeclarationError("Give --source or --template, not both.")
+        return Source.template(template)
+    return Source.of(list(columns)) if columns else None
+
+
+def _spec_of(name: str) -> EncoderSpec:
+    """What a class would declare for an encoder given by name; it is loaded where need be.
+
+    Raises:
+        EncoderError: it is no known name, not registered, and cannot be loaded.
+    """
+    name, precision = split_name(name)
+    try:
+        spec = EncoderSpec.of(name)
+    except DeclarationError:
+        encoder = registry.find_named(name)
+        if encoder is None:
+            from sbert_pg.encoder import Encoder
+
+            encoder = registry.use_encoder(Encoder.load(name, precision=precision), name=name)
+        spec = EncoderSpec(
+            name=name, dimensions=encoder.spec.dimensions, similarity=encoder.spec.similarity
         )
-    _done(column, done, json, "The new column is gone.", "There was nothing to give up.")
+    return replace(spec, precision=precision) if precision else spec
 
 
-def _done(column: str, done: bool, json: bool, yes: str, no: str) -> None:
-    if json:
-        common.print_json({"column": column, "done": done})
-    else:
-        common.note(yes if done else no)
+def _thresholds_of(path: Path | None) -> lib.Thresholds:
+    """Thresholds from a JSON object in a file; those that it does not name are the defaults.
 
-
-def _print(found: Any) -> None:
-    """A report as it is, or plain data as JSON."""
-    if isinstance(found, str):
-        common.out.print(found, highlight=False, markup=False, soft_wrap=True)
-    else:
-        common.print_json(found)
+    Raises:
+        DeclarationError: it is no such object.
+    """
+    if path is None:
+        return lib.Thresholds()
+    try:
+        return lib.Thresholds(**json_module.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise DeclarationError(
+            f"{path}: expected a JSON object of thresholds, such as "
+            f'{{"recall": 0.97, "max_pending": 20}}: {error}'
+        ) from error

@@ -1,20 +1,22 @@
 """Clusters as tables of the application, and near-duplicates."""
 
 from sbert_pg.clustering.algorithms import HDBSCAN, Agglomerative, Communities, KMeans
-from sbert_pg.clustering.assigning import Assigned, Drift, assign, drift
-from sbert_pg.clustering.declaration import Clustering, clusters_of
-from sbert_pg.clustering.duplicate_table import (
+from sbert_pg.clustering.assigning import Assigned, ClusterKeeper, Drift, assign, drift
+from sbert_pg.clustering.declaration import Clustering, clusters_of, declared_clusterings
+from sbert_pg.clustering.duplicates import (
     Duplicate,
     DuplicateReport,
     DuplicateTable,
+    Pair,
+    duplicate_pairs,
     duplicates_of,
     find_duplicates,
+    groups_of,
+    index_recall,
 )
-from sbert_pg.clustering.duplicates import Pair, duplicate_pairs, groups_of, index_recall
-from sbert_pg.clustering.labels import find_keywords, name_cluster
 from sbert_pg.clustering.mapping import ClusterMap, cluster_map
-from sbert_pg.clustering.run import cluster
-from sbert_pg.clustering.states import fail_lost_runs, make_current, prune
+from sbert_pg.clustering.runs import cluster, fail_lost_runs, make_current, prune
+from sbert_pg.clustering.summary import find_keywords, name_cluster
 from sbert_pg.clustering.tables import Assignment, Cluster, ClusterRun
 from sbert_pg.clustering.views import ClusterViews, create_views, drop_views
 
@@ -24,6 +26,7 @@ __all__ = [
     "Assigned",
     "Assignment",
     "Cluster",
+    "ClusterKeeper",
     "ClusterMap",
     "ClusterRun",
     "ClusterViews",
@@ -40,6 +43,7 @@ __all__ = [
     "cluster_map",
     "clusters_of",
     "create_views",
+    "declared_clusterings",
     "drift",
     "drop_views",
     "duplicate_pairs",

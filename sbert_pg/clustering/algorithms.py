@@ -1,14 +1,29 @@
-"""The algorithms and their parameters; a run records them as they stand here."""
+"""The algorithms: their parameters, as a run records them, and what they make of rows in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
-from sbert_pg.errors import DeclarationError
+import numpy as np
+import numpy.typing as npt
 
-Method = Literal["auto", "memory", "database", "mini-batch"]
+from sbert_pg.clustering.kmeans import (
+    Fit,
+    Labels,
+    Progress,
+    fit_kmeans,
+    in_metric,
+    nearest_centroids,
+    need,
+    normalize,
+    squared_distances,
+)
+from sbert_pg.errors import ClusteringError, DeclarationError
+from sbert_pg.spec import Vectors
+
+Method = Literal["auto", "memory", "database", "blocks"]
 Criterion = Literal["silhouette", "calinski_harabasz"]
 Linkage = Literal["average", "complete", "single"]
 
@@ -16,6 +31,12 @@ Linkage = Literal["average", "complete", "single"]
 _STEP = 1.5
 #: Most clusters that are tried when none is given.
 _MOST = 200
+#: Rows by which the silhouette is measured.
+CRITERION_ROWS = 5_000
+#: Elements of one block's matrix of similarities.
+_BLOCK_ELEMENTS = 1 << 25
+#: Bytes that agglomerative clustering takes for each pair of rows.
+_BYTES_PER_PAIR = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +44,14 @@ class KMeans:
     """k-means, spherical under cosine.
 
     Attributes:
-        n_clusters: clusters wanted; or several numbers, or ``"auto"``, among which the criterion
+        n_clusters: how many; or several numbers, or ``"auto"``, among which the criterion
             chooses. ``"auto"`` tries 2, 3, 5, 8, 12... up to 200 and to a tenth of the rows.
         method: where it is computed. ``"memory"`` reads the vectors into this process;
-            ``"database"`` leaves them in the server; ``"mini-batch"`` reads them in blocks, again
-            and again. ``"auto"`` is memory where the vectors fit into ``max_memory`` of the run,
-            else mini-batch.
+            ``"database"`` leaves them in the server; ``"blocks"`` clusters a sample and reads them
+            all, in blocks, a few times. ``"auto"`` is memory where the vectors fit into
+            ``max_memory`` of the run, else blocks.
         n_init: starts, of which the one with the least inertia wins.
-        max_iter: iterations of a start at most; passes over the table for mini-batch.
+        max_iter: iterations of a start at most; passes over the table for blocks.
         tol: a start ends when the centroids' squared shift falls below this share of the variance.
         criterion: ``"silhouette"`` (mean of a sample of 5,000 rows) or ``"calinski_harabasz"``.
     """
@@ -62,7 +83,7 @@ class KMeans:
                 f"KMeans: n_clusters is {self.n_clusters!r}; give a number from 1, several, or "
                 "'auto'."
             )
-        if self.method in ("database", "mini-batch") and not isinstance(self.n_clusters, int):
+        if self.method in ("database", "blocks") and not isinstance(self.n_clusters, int):
             raise DeclarationError(
                 f"KMeans: the method {self.method!r} needs one number of clusters, and n_clusters "
                 f"is {self.n_clusters!r}. Choose it in memory first, on a part of the rows."
@@ -74,11 +95,11 @@ class KMeans:
             return (self.n_clusters,)
         if self.n_clusters != "auto":
             return tuple(sorted(set(self.n_clusters)))
-        found, number = [], 2.0
+        numbers, number = [], 2.0
         while round(number) <= max(2, min(_MOST, rows // 10)):
-            found.append(round(number))
+            numbers.append(round(number))
             number *= _STEP
-        return tuple(found)
+        return tuple(numbers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +110,7 @@ class HDBSCAN:
         min_cluster_size: rows that make a cluster, at least.
         min_samples: neighbours that make a row dense; ``min_cluster_size`` by default.
         components: principal components that the vectors are reduced to first, or ``None``. In
-            hundreds of dimensions distances differ too little for densities to be told apart.
+            hundreds of dimensions distances differ too little for densities to be distinguished.
         selection: ``"eom"`` prefers few large clusters, ``"leaf"`` many small ones.
     """
 
@@ -152,14 +173,6 @@ class Agglomerative:
 
 
 Algorithm = KMeans | HDBSCAN | Communities | Agglomerative
-ALGORITHMS: dict[str, type[Any]] = {
-    cls.name: cls for cls in (KMeans, HDBSCAN, Communities, Agglomerative)
-}
-
-
-def parameters_of(algorithm: Algorithm) -> dict[str, Any]:
-    """The parameters as a run records them."""
-    return asdict(algorithm)
 
 
 def _one_of(algorithm: Any, name: str, allowed: Sequence[str]) -> None:
@@ -176,3 +189,218 @@ def _at_least(algorithm: Any, name: str, least: float) -> None:
         raise DeclarationError(
             f"{type(algorithm).__name__}: {name} is {value}; it starts at {least}."
         )
+
+
+def fit_in_memory(
+    vectors: Vectors,
+    algorithm: Algorithm,
+    *,
+    seed: int,
+    spherical: bool,
+    max_memory: int,
+    progress: Progress | None = None,
+) -> Fit:
+    """Cluster vectors with any of the algorithms.
+
+    Args:
+        vectors: float32 array of shape ``(n, dimensions)``; normalised in place where spherical.
+        algorithm: the algorithm.
+        seed: seed of its draws.
+        spherical: whether vectors count by their direction.
+        max_memory: bytes that may be taken beside the vectors.
+        progress: called with what is done, how much of it, and of how much.
+
+    Raises:
+        ClusteringError: the algorithm needs more memory than it may take.
+        MissingExtraError: scikit-learn is needed and not installed.
+    """
+    if spherical:
+        normalize(vectors)
+    if isinstance(algorithm, KMeans):
+        return _kmeans(vectors, algorithm, seed, spherical, progress)
+    if isinstance(algorithm, HDBSCAN):
+        labels = _hdbscan(vectors, algorithm, seed)
+    elif isinstance(algorithm, Communities):
+        unit = vectors if spherical else normalize(vectors.copy())
+        labels = find_communities(unit, algorithm.threshold, algorithm.min_size)
+    else:
+        labels = _agglomerative(vectors, algorithm, spherical, max_memory)
+    return _from_labels(vectors, labels, spherical)
+
+
+def _kmeans(
+    vectors: Vectors,
+    algorithm: KMeans,
+    seed: int,
+    spherical: bool,
+    progress: Progress | None,
+) -> Fit:
+    candidates = algorithm.candidates(len(vectors))
+    best: Fit | None = None
+    curve: list[dict[str, Any]] = []
+    for number, n_clusters in enumerate(candidates):
+        fit = fit_kmeans(
+            vectors,
+            n_clusters,
+            seed=seed,
+            n_init=algorithm.n_init,
+            max_iter=algorithm.max_iter,
+            tol=algorithm.tol,
+            spherical=spherical,
+            progress=progress if len(candidates) == 1 else None,
+        )
+        if len(candidates) == 1:
+            return fit
+        score = _score(vectors, fit.labels, algorithm, seed, spherical)
+        curve.append({"n_clusters": n_clusters, "score": score, "inertia": fit.inertia})
+        if progress is not None:
+            progress("numbers of clusters", number + 1, len(candidates))
+        if best is None or best.score is None or score > best.score:
+            best = replace(fit, score=score)
+    assert best is not None
+    return replace(best, curve=curve)
+
+
+def _score(
+    vectors: Vectors, labels: Labels, algorithm: KMeans, seed: int, spherical: bool
+) -> float:
+    metrics = need("sklearn.metrics", "choose the number of clusters")
+    if algorithm.criterion == "calinski_harabasz":
+        if not 1 < len(np.unique(labels)) < len(vectors):
+            return 0.0
+        return float(metrics.calinski_harabasz_score(vectors, labels))
+    if len(vectors) > CRITERION_ROWS:
+        chosen = np.random.default_rng(seed).choice(len(vectors), CRITERION_ROWS, replace=False)
+        vectors, labels = vectors[chosen], labels[chosen]
+    if not 1 < len(np.unique(labels)) < len(vectors):
+        return -1.0
+    metric = "cosine" if spherical else "euclidean"
+    return float(metrics.silhouette_score(vectors, labels, metric=metric))
+
+
+def _hdbscan(vectors: Vectors, algorithm: HDBSCAN, seed: int) -> Labels:
+    cluster = need("sklearn.cluster", "run HDBSCAN")
+    if len(vectors) < max(algorithm.min_cluster_size, algorithm.min_samples or 2):
+        return np.full(len(vectors), -1, dtype=np.int32)
+    reduced = vectors
+    if algorithm.components is not None and algorithm.components < min(vectors.shape):
+        decomposition = need("sklearn.decomposition", "run HDBSCAN")
+        reduced = decomposition.PCA(algorithm.components, random_state=seed).fit_transform(vectors)
+    model = cluster.HDBSCAN(
+        min_cluster_size=algorithm.min_cluster_size,
+        min_samples=algorithm.min_samples,
+        cluster_selection_method=algorithm.selection,
+        copy=False,
+    ).fit(reduced)
+    labels = np.where(model.labels_ < 0, -1, model.labels_).astype(np.int32)
+    return _same_for_equal_rows(vectors, labels)
+
+
+def _same_for_equal_rows(vectors: Vectors, labels: Labels) -> Labels:
+    """Give equal rows the label that most of them have: distances of zero make densities infinite,
+    and scikit-learn cuts many equal rows into several clusters.
+    """
+    _, group = np.unique(vectors, axis=0, return_inverse=True)
+    pairs = np.stack([group.ravel(), labels], axis=1)
+    votes, counts = np.unique(pairs, axis=0, return_counts=True)
+    votes = votes[np.lexsort((-counts, votes[:, 0]))]
+    _, first = np.unique(votes[:, 0], return_index=True)
+    chosen: Labels = votes[first, 1].astype(np.int32)
+    return chosen[group.ravel()]
+
+
+def find_communities(vectors: Vectors, threshold: float, min_size: int) -> Labels:
+    """Number the communities of unit vectors, from the largest, by blocks of matrix products.
+
+    The same as sentence-transformers' ``util.community_detection``: rows with at least ``min_size``
+    rows above the threshold are centres, larger communities come first, a row goes to the first
+    that has it, and a centre that is taken does not make a community. Takes memory for the
+    pairs above the threshold: 4 bytes each, both ways.
+
+    Args:
+        vectors: float32 array of shape ``(n, dimensions)``, rows of length one.
+        threshold: least cosine similarity to the central row.
+        min_size: rows that make a community, at least.
+
+    Returns:
+        The community of each row, or -1.
+    """
+    n = len(vectors)
+    communities: list[tuple[int, npt.NDArray[np.int32]]] = []
+    step = max(1, _BLOCK_ELEMENTS // max(n, 1))
+    for start in range(0, n, step):
+        similar = vectors[start : start + step] @ vectors.T >= threshold
+        counts = similar.sum(axis=1)
+        for offset in np.flatnonzero(counts >= min_size):
+            members = np.flatnonzero(similar[offset]).astype(np.int32)
+            communities.append((start + int(offset), members))
+    communities.sort(key=lambda community: (-len(community[1]), community[0]))
+    return _without_overlap(communities, n, min_size)
+
+
+def _without_overlap(
+    communities: list[tuple[int, npt.NDArray[np.int32]]], n: int, min_size: int
+) -> Labels:
+    labels: Labels = np.full(n, -1, dtype=np.int32)
+    kept: list[npt.NDArray[np.int32]] = []
+    for center, members in communities:
+        if labels[center] >= 0:
+            continue
+        free = members[labels[members] < 0]
+        if len(free) >= min_size:
+            labels[free] = len(kept)
+            kept.append(free)
+    # Taking rows away can make a later community larger than an earlier one.
+    rank = np.empty(len(kept) + 1, dtype=np.int32)
+    rank[np.argsort([-len(rows) for rows in kept], kind="stable")] = np.arange(len(kept))
+    rank[-1] = -1
+    return rank[labels] if len(kept) else labels
+
+
+def _agglomerative(
+    vectors: Vectors, algorithm: Agglomerative, spherical: bool, max_memory: int
+) -> Labels:
+    cluster = need("sklearn.cluster", "run agglomerative clustering")
+    needed = len(vectors) ** 2 * _BYTES_PER_PAIR
+    if needed > max_memory:
+        raise ClusteringError(
+            f"Agglomerative clustering of {len(vectors):,} rows takes about {needed / 1e9:.1f} GB, "
+            f"and max_memory is {max_memory / 1e9:.1f} GB. Filter the rows, raise max_memory, or "
+            "use Communities(), which takes no distance matrix."
+        )
+    if len(vectors) < 2:
+        return np.zeros(len(vectors), dtype=np.int32)
+    model = cluster.AgglomerativeClustering(
+        n_clusters=None,
+        distance_threshold=algorithm.distance_threshold,
+        linkage=algorithm.linkage,
+        metric="cosine" if spherical else "euclidean",
+    ).fit(vectors)
+    return np.asarray(model.labels_, dtype=np.int32)
+
+
+def _from_labels(vectors: Vectors, labels: Labels, spherical: bool) -> Fit:
+    """Centroids, as means, and distances to them; clusters are numbered from the largest."""
+    counts = np.bincount(labels[labels >= 0])
+    order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+    rank = np.full(len(counts) + 1, -1, dtype=np.int32)
+    rank[order] = np.arange(len(order))
+    labels = rank[labels]
+    details = {"method": "memory"}
+    distances = np.ones(len(vectors), dtype=np.float32)
+    if len(order) == 0:
+        nothing = np.empty((0, vectors.shape[1]), dtype=np.float32)
+        return Fit(labels, nothing, distances, 0.0, details=details)
+    centroids = np.stack(
+        [vectors[labels == number].mean(axis=0) for number in range(len(order))]
+    ).astype(np.float32)
+    if spherical:
+        normalize(centroids)
+    members = labels >= 0
+    squared = squared_distances(vectors[members], centroids, labels[members])
+    distances[members] = in_metric(squared, spherical)
+    if not members.all():
+        outside = np.ascontiguousarray(vectors[~members])
+        distances[~members] = nearest_centroids(outside, centroids, spherical=spherical)[1]
+    inertia = float(squared.sum(dtype=np.float64))
+    return Fit(labels, centroids, distances, inertia, details=details)

@@ -1,25 +1,41 @@
-"""Keep a clustering current: assign new and changed rows by SQL, and measure drift."""
+"""Keep a clustering current: assign new and changed rows by SQL, measure drift, go on doing so."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import OID
 
-from sbert_pg.catalog import binding
+from sbert_pg import catalog, system
 from sbert_pg.catalog.tables import compatible_encoder
-from sbert_pg.clustering.declaration import Clustering, Criteria
-from sbert_pg.clustering.rowset import RowSet
-from sbert_pg.clustering.storing import assign_statement, centroids_of, insert_or_retry
-from sbert_pg.errors import ClusteringError, EncoderMismatchError
+from sbert_pg.clustering.declaration import Clustering
+from sbert_pg.clustering.placing import assign_statement, centroids_of, insert_or_retry
+from sbert_pg.clustering.rows import Criteria, RowSet
+from sbert_pg.clustering.runs import fail_lost_runs
+from sbert_pg.errors import ClusteringError, EncoderMismatchError, SbertPgError
+from sbert_pg.sqlstates import words_of
 
-#: Distances that differ by less were computed from the same vector.
+logger = logging.getLogger("sbert_pg.clustering")
+
+#: Distances that differ by less, or by less than this share, were computed from the same vector.
 _SAME = 1e-4
 #: A clustering is stale when so many rows lie beyond the distance that 1 in 100 exceeded at first,
 FAR_SHARE = 0.05
 #: or when the mean distance has grown by this share.
 MEAN_GROWTH = 0.05
+#: Seconds between the looks of a keeper.
+INTERVAL = 10.0
+#: Its passes take at most this share of the time.
+_MOST_TIME = 0.05
+
+#: What is known of a table when it was last looked at: the current run, and rows written so far.
+_Seen = tuple[int, int | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +103,7 @@ def assign(
         ClusteringError: there is no current run, or it was made with another filter.
         EncoderMismatchError: the column belongs to another encoder than when the run was made.
     """
-    run = _current(connection, clustering)
+    run = clustering.require_current(connection)
     _check_encoder(connection, clustering, run)
     if clustering.filter_text(where) != run.filter:
         raise ClusteringError(
@@ -96,12 +112,12 @@ def assign(
             "where=, or run again."
         )
     # The lock of the run's row makes concurrent calls take turns.
-    table = clustering.run_table
-    connection.execute(sa.select(table.c.id).where(table.c.id == run.id).with_for_update())
-    criteria = clustering.criteria(where)
-    removed = _remove(connection, clustering, run.id, criteria)
+    number = clustering.run_table.c.id
+    connection.execute(sa.select(number).where(number == run.id).with_for_update())
+    rows = clustering.row_set(where)
+    removed = _remove(connection, clustering, run.id, rows)
     changed = _forget_changed(connection, clustering, run.id)
-    placed = _place(connection, clustering, run, criteria)
+    placed = _place(connection, clustering, run, rows)
     _count_sizes(connection, clustering, run.id)
     return Assigned(added=placed - changed, changed=changed, removed=removed)
 
@@ -122,7 +138,7 @@ def drift(
     Raises:
         ClusteringError: there is no current run.
     """
-    run = _current(connection, clustering)
+    run = clustering.require_current(connection)
     assignment = clustering.assignment_table
     distance = sa.cast(assignment.c.distance, sa.Double)
     inside = assignment.c.cluster_id.is_not(None)
@@ -135,7 +151,7 @@ def drift(
             sa.func.avg(distance).filter(inside),
         ).where(assignment.c.run_id == run.id)
     ).one()
-    rows = RowSet(clustering, clustering.criteria(where)).count(connection)
+    rows = clustering.row_set(where).count(connection)
     share = beyond / placed if placed else 0.0
     # Outliers of a density method were beyond at the time of the run already.
     expected = FAR_SHARE + (run.outliers or 0) / max(run.rows or 0, 1)
@@ -160,22 +176,9 @@ def drift(
     )
 
 
-def _current(connection: sa.Connection, clustering: Clustering) -> Any:
-    run = clustering.run_table
-    found = connection.execute(
-        sa.select(run).where(run.c.is_current, run.c.column_name == clustering.column.name)
-    ).first()
-    if found is None:
-        raise ClusteringError(
-            f"{clustering.column} has no current clustering. Make one with cluster(engine, ...) "
-            "or 'sbert-pg cluster run'."
-        )
-    return found
-
-
 def _check_encoder(connection: sa.Connection, clustering: Clustering, run: Any) -> None:
     """Refuse to hold new vectors against the centroids of another encoder."""
-    bound = binding.binding_of(connection, clustering.column)
+    bound = catalog.binding_of(connection, clustering.column)
     now: str | None = bound.fingerprint if bound is not None else None
     then: str | None = run.fingerprint
     if now is None or then is None:
@@ -184,11 +187,8 @@ def _check_encoder(connection: sa.Connection, clustering: Clustering, run: Any) 
         then = run.encoder
     elif now != then and bound is not None:
         proven = compatible_encoder.c
-        accepted = connection.scalar(
-            sa.select(sa.func.count()).where(
-                proven.column_id == bound.id, proven.fingerprint == then
-            )
-        )
+        same = sa.and_(proven.binding_id == bound.id, proven.fingerprint == then)
+        accepted = connection.scalar(sa.select(sa.func.count()).where(same))
         now = then if accepted else now
     if now == then:
         return
@@ -199,16 +199,13 @@ def _check_encoder(connection: sa.Connection, clustering: Clustering, run: Any) 
     )
 
 
-def _remove(
-    connection: sa.Connection,
-    clustering: Clustering,
-    run_id: int,
-    criteria: list[sa.ColumnElement[bool]],
-) -> int:
+def _remove(connection: sa.Connection, clustering: Clustering, run_id: int, rows: RowSet) -> int:
     assignment = clustering.assignment_table
-    takes_part = sa.exists().where(clustering.row_is_assigned(), *criteria).correlate(assignment)
+    takes_part = sa.exists().where(clustering.row_is_assigned(), *rows.criteria)
     deleted = connection.execute(
-        sa.delete(assignment).where(assignment.c.run_id == run_id, sa.not_(takes_part))
+        sa.delete(assignment).where(
+            assignment.c.run_id == run_id, sa.not_(takes_part.correlate(assignment))
+        )
     )
     return int(deleted.rowcount)
 
@@ -216,63 +213,49 @@ def _remove(
 def _forget_changed(connection: sa.Connection, clustering: Clustering, run_id: int) -> int:
     """Delete assignments whose row is at another distance from its centroid than recorded."""
     assignment = clustering.assignment_table
-    rows = RowSet(clustering, [sa.true()])
-    centroids = centroids_of(clustering, run_id)
-    vectors = rows.vectors
+    mine = assignment.c.run_id == run_id
+    rows = clustering.row_set()
+    vectors, centroids = rows.vectors, centroids_of(clustering, run_id)
     same_row = sa.and_(
         *(
             left == vectors.c[key.name]
             for left, key in zip(clustering.row_keys, clustering.keys, strict=True)
         )
     )
-    now = rows.distance(rows.rank(centroids.c.centroid))
+
+    def has_moved(rank: sa.ColumnElement[float]) -> sa.ColumnElement[bool]:
+        shift = sa.func.abs(rows.distance(rank) - assignment.c.distance)
+        return shift > _SAME * sa.func.greatest(1, assignment.c.distance)
+
     moved = connection.execute(
         sa.delete(assignment).where(
-            assignment.c.run_id == run_id,
+            mine,
             assignment.c.cluster_id == centroids.c.id,
             same_row,
-            sa.func.abs(now - assignment.c.distance) > _SAME,
+            has_moved(rows.rank(centroids.c.centroid)),
         )
     )
-    changed = int(moved.rowcount)
     # An outlier's nearest centroid is not recorded, so all are compared, for these rows only.
+    is_outlier = assignment.c.cluster_id.is_(None)
     nearest = rows.nearest(centroids, centroids.c.id)
     outside = (
         sa.select(*(vectors.c[key.name] for key in clustering.keys))
-        .select_from(
-            sa.join(
-                sa.join(vectors, assignment, same_row),
-                nearest,
-                sa.true(),
-            )
-        )
-        .where(
-            assignment.c.run_id == run_id,
-            assignment.c.cluster_id.is_(None),
-            sa.func.abs(rows.distance(nearest.c.rank) - assignment.c.distance) > _SAME,
-        )
+        .select_from(sa.join(sa.join(vectors, assignment, same_row), nearest, sa.true()))
+        .where(mine, is_outlier, has_moved(nearest.c.rank))
     )
-    again = connection.execute(
-        sa.delete(assignment).where(
-            assignment.c.run_id == run_id,
-            assignment.c.cluster_id.is_(None),
-            sa.tuple_(*clustering.row_keys).in_(outside),
-        )
+    moved_outside = connection.execute(
+        sa.delete(assignment).where(mine, is_outlier, sa.tuple_(*clustering.row_keys).in_(outside))
     )
-    return changed + int(again.rowcount)
+    return int(moved.rowcount) + int(moved_outside.rowcount)
 
 
-def _place(
-    connection: sa.Connection,
-    clustering: Clustering,
-    run: Any,
-    criteria: list[sa.ColumnElement[bool]],
-) -> int:
+def _place(connection: sa.Connection, clustering: Clustering, run: Any, rows: RowSet) -> int:
     """Assign the rows that have no place."""
     assignment, cluster = clustering.assignment_table, clustering.cluster_table
     placed = sa.exists().where(clustering.row_is_assigned(), assignment.c.run_id == run.id)
-    rows = RowSet(clustering, [*criteria, sa.not_(placed.correlate(clustering.rows))])
-    inserted = insert_or_retry(connection, assign_statement(rows, run.id, is_fitted=False))
+    unplaced = rows.only(sa.not_(placed.correlate(clustering.rows)))
+    statement = assign_statement(clustering, unplaced, run.id, is_fitted=False)
+    inserted = insert_or_retry(connection, statement)
     if run.algorithm != "kmeans":
         connection.execute(
             sa.update(assignment)
@@ -302,4 +285,135 @@ def _count_sizes(connection: sa.Connection, clustering: Clustering, run_id: int)
     )
 
 
-__all__ = ["Assigned", "Drift", "assign", "drift"]
+class ClusterKeeper:
+    """Keeps clusterings current, and marks runs as failed whose process is gone.
+
+    It looks from time to time, and does nothing where nothing was written to the table since. A
+    pass compares every row with its centroid, so passes over large tables are spaced out. Several
+    processes may each have one: they take turns by the row of the run. A worker takes one along
+    (``companions``), and it also runs by itself.
+
+    Args:
+        engine: an engine with the driver psycopg 3.
+        clusterings: what is kept current, from ``clusters_of``.
+        interval: seconds between looks.
+
+    Attributes:
+        interval: seconds between looks.
+        assigned: rows that were given a place.
+    """
+
+    def __init__(
+        self, engine: sa.Engine, clusterings: Sequence[Clustering], interval: float = INTERVAL
+    ) -> None:
+        # A row that was waited for is seen as it is then, whatever the engine's own level.
+        self._engine = engine.execution_options(isolation_level="READ COMMITTED")
+        self._clusterings = tuple(clusterings)
+        self.interval = interval
+        self._seen: dict[Clustering, _Seen] = {}
+        self._due: dict[Clustering, float] = {}
+        #: Runs about which something was said already.
+        self._refused: set[int] = set()
+        self._stale: set[int] = set()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.assigned = 0
+
+    def start(self) -> None:
+        """Begin."""
+        self._stop.clear()
+        if self._clusterings:
+            self._thread = threading.Thread(target=self._run, name="sbert-pg-clusters", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End, and wait for the pass that is under way."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def look(self) -> list[Assigned]:
+        """One look at each clustering, now; what was done where something was."""
+        looks = [self._look_at(clustering) for clustering in self._clusterings]
+        return [assigned for assigned in looks if assigned is not None]
+
+    def _run(self) -> None:
+        while not self._stop.wait(self.interval):
+            for clustering in self._clusterings:
+                if not self._stop.is_set() and time.monotonic() >= self._due.get(clustering, 0):
+                    self._look_at(clustering)
+
+    def _look_at(self, clustering: Clustering) -> Assigned | None:
+        began = time.monotonic()
+        try:
+            return self._pass(clustering)
+        except (sa.exc.SQLAlchemyError, SbertPgError) as error:
+            fields = {"column": str(clustering.column), "error": words_of(error)}
+            _log(logging.WARNING, "Cannot place rows in clusters", fields)
+            return None
+        finally:
+            now = time.monotonic()
+            self._due[clustering] = now + (now - began) / _MOST_TIME
+
+    def _pass(self, clustering: Clustering) -> Assigned | None:
+        fail_lost_runs(self._engine, clustering)
+        with self._engine.begin() as connection:
+            # None where another process is assigning rows to it.
+            current = sa.select(clustering.run_table.c.id).where(clustering.is_current())
+            run_id = connection.scalar(current.with_for_update(skip_locked=True))
+            if run_id is None or run_id in self._refused:
+                return None
+            # Read before the pass: what is counted later was written later, or is looked at again.
+            seen = (run_id, written(connection, clustering.rows))
+            if seen[1] is not None and self._seen.get(clustering) == seen:
+                return None
+            try:
+                assigned = assign(connection, clustering)
+            except (ClusteringError, EncoderMismatchError):
+                # Nothing changes that but another run.
+                self._refused.add(run_id)
+                raise
+            reasons = drift(connection, clustering).reasons
+        self._seen[clustering] = seen
+        self.assigned += assigned.added + assigned.changed
+        self._report(clustering, run_id, assigned, reasons)
+        return assigned
+
+    def _report(
+        self, clustering: Clustering, run_id: int, assigned: Assigned, reasons: Sequence[str]
+    ) -> None:
+        fields: dict[str, Any] = {"column": str(clustering.column), "run": run_id}
+        if assigned != Assigned(0, 0, 0):
+            _log(logging.INFO, "Placed rows in clusters", fields | asdict(assigned))
+        if reasons and run_id not in self._stale:
+            self._stale.add(run_id)
+            fields |= {"reasons": "; ".join(reasons)}
+            _log(logging.WARNING, "It is time to cluster again", fields)
+
+
+def _log(level: int, message: str, fields: Mapping[str, Any]) -> None:
+    logger.log(level, message, extra={"fields": dict(fields)})
+
+
+def written(connection: sa.Connection, table: sa.Table) -> int | None:
+    """Rows of a table, or of its partitions, that were ever written, as statistics have it.
+
+    Statistics follow a commit within seconds, so a write is never missed, only seen late. ``None``
+    where the server keeps none.
+    """
+    if connection.scalar(sa.select(sa.func.current_setting("track_counts"))) == "off":
+        return None
+    relation = system.oid_of(system.relation_name(table, connection))
+    tree = sa.func.pg_partition_tree(relation).table_valued(sa.column("relid", OID))
+    # Of a table that has nothing to do with partitions there is no tree.
+    part = sa.union(
+        sa.select(relation.label("relid")), sa.select(sa.cast(tree.c.relid, OID))
+    ).subquery()
+    counts = (
+        sa.func.pg_stat_get_tuples_inserted,
+        sa.func.pg_stat_get_tuples_updated,
+        sa.func.pg_stat_get_tuples_deleted,
+    )
+    total = sum((sa.func.sum(count(part.c.relid)) for count in counts), sa.literal(0))
+    return int(connection.scalar(sa.select(total)) or 0)

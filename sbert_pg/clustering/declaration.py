@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, cast
@@ -13,8 +12,9 @@ from sqlalchemy.orm import Mapper
 
 from sbert_pg import distance as d
 from sbert_pg.clustering import tables
+from sbert_pg.clustering.rows import Criteria, RowSet, criteria_list, vector_column
 from sbert_pg.clustering.tables import Assignment, Cluster, ClusterRun
-from sbert_pg.errors import DeclarationError
+from sbert_pg.errors import ClusteringError, DeclarationError
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
 from sbert_pg.types import Vector
@@ -22,7 +22,6 @@ from sbert_pg.types.comparator import metric_for, operand
 from sbert_pg.types.vector import VectorType
 
 ClusterMetric = Literal["cosine", "euclidean"]
-Criteria = sa.ColumnElement[bool] | Sequence[sa.ColumnElement[bool]]
 
 #: k-means averages vectors, which fits these two; where direction carries the meaning it is cosine.
 _METRIC_FOR: dict[d.Similarity, ClusterMetric] = {
@@ -70,29 +69,23 @@ class Clustering:
         numbers and names of the clusters of the old column. Each column has its own current run.
 
         Args:
-            column: the attribute, as in ``topics.on(Article.embedding_v2)``.
+            column: the attribute, as in ``topics.on(Article.embedding_v2)``, or the column's name.
 
         Raises:
-            DeclarationError: it is no vector column of the same table.
+            DeclarationError: it is not a vector column of the same table.
         """
+        if isinstance(column, str):
+            if column not in self.rows.c:
+                raise DeclarationError(f"There is no column {column!r} in {self.rows.fullname}.")
+            mapper = sa.inspect(self.entity)
+            key = mapper.get_property_by_column(self.rows.c[column]).key
+            column = getattr(self.entity, key)
         base = _base_column(column)
         if base.table is not self.rows:
             raise DeclarationError(
                 f"Column {base} is not in {self.rows.fullname}, whose rows are clustered here."
             )
         return replace(self, column=base)
-
-    def on_column(self, name: str) -> Clustering:
-        """As ``on``, by the column's name.
-
-        Raises:
-            DeclarationError: there is no such vector column in the table.
-        """
-        mapper = sa.inspect(self.entity)
-        if name not in self.rows.c:
-            raise DeclarationError(f"There is no column {name!r} in {self.rows.fullname}.")
-        key = mapper.get_property_by_column(self.rows.c[name]).key
-        return self.on(getattr(self.entity, key))
 
     @cached_property
     def rows(self) -> sa.Table:
@@ -102,17 +95,17 @@ class Clustering:
     @cached_property
     def run_table(self) -> sa.Table:
         """The table of runs."""
-        return cast("sa.Table", sa.inspect(self.Run).local_table)
+        return tables.table_of(self.Run)
 
     @cached_property
     def cluster_table(self) -> sa.Table:
         """The table of clusters."""
-        return cast("sa.Table", sa.inspect(self.Cluster).local_table)
+        return tables.table_of(self.Cluster)
 
     @cached_property
     def assignment_table(self) -> sa.Table:
         """The table of assignments."""
-        return cast("sa.Table", sa.inspect(self.Assignment).local_table)
+        return tables.table_of(self.Assignment)
 
     @property
     def keys(self) -> tuple[sa.Column[Any], ...]:
@@ -126,16 +119,6 @@ class Clustering:
         return tuple(table.c[tables.ROW_PREFIX + key.name] for key in self.keys)
 
     @property
-    def dimensions(self) -> int:
-        """Width of the vectors."""
-        return cast("int", self.column.type.dimensions)  # type: ignore[attr-defined]
-
-    @property
-    def storage(self) -> d.Storage:
-        """How the column stores them."""
-        return cast("VectorType", self.column.type).storage
-
-    @property
     def spec(self) -> EncoderSpec | None:
         """The encoder that the column declares; ``None`` for a plain vector column."""
         return getattr(self.column.type, "encoder", None)
@@ -145,50 +128,27 @@ class Clustering:
         """What the embedded texts are made of; ``None`` for a plain vector column."""
         return getattr(self.column.type, "source", None)
 
-    @property
-    def is_unit(self) -> bool:
-        """Whether stored vectors are known to have length one, so that none is normalised again."""
-        return self.spec is not None and bool(self.spec.normalized) and self.storage == "vector"
-
-    def vector(self) -> sa.ColumnElement[Any]:
-        """The column as ``vector``, whatever its storage."""
-        if self.storage == "vector":
-            return self.column
-        return sa.cast(self.column, Vector(self.dimensions))
-
     def row_is_assigned(self) -> sa.ColumnElement[bool]:
         """The join of an assignment with its row."""
         return sa.and_(
             *(left == right for left, right in zip(self.row_keys, self.keys, strict=True))
         )
 
-    def criteria(self, where: Criteria | None = None) -> list[sa.ColumnElement[bool]]:
-        """What a row has to meet to take part: a vector, the declared filter, and ``where``."""
-        found: list[sa.ColumnElement[bool]] = [self.column.is_not(None)]
-        if self.metric == "cosine" and self.spec is None:
-            # A vector of zeros has no direction; an embedding column does not take any.
-            found.append(sa.func.vector_norm(self.vector()) > 0)
-        return found + self.filters(where)
+    def row_set(self, where: Criteria | None = None) -> RowSet:
+        """The rows that take part: those of the declared filter and of ``where``."""
+        return RowSet(self.column, self._filters(where), self.metric == "cosine")
 
-    def filters(self, where: Criteria | None = None) -> list[sa.ColumnElement[bool]]:
-        """The declared filter, and ``where``."""
-        found = [] if self.criterion is None else [self.criterion]
-        if isinstance(where, sa.ClauseElement):
-            found.append(where)
-        elif where is not None:
-            found += list(where)
-        return found
+    def _filters(self, where: Criteria | None) -> list[sa.ColumnElement[bool]]:
+        declared = [] if self.criterion is None else [self.criterion]
+        return declared + criteria_list(where)
 
     def filter_text(self, where: Criteria | None = None) -> str | None:
         """The filter as SQL, as a run records it; ``None`` where every row takes part."""
-        criteria = self.filters(where)
-        if not criteria:
+        filters = self._filters(where)
+        if not filters:
             return None
-        compiled = sa.and_(*criteria).compile(
-            dialect=_NAMED,
-            compile_kwargs={"literal_binds": True},
-        )
-        return str(compiled)
+        literal = {"literal_binds": True}
+        return str(sa.and_(*filters).compile(dialect=_NAMED, compile_kwargs=literal))
 
     def is_current(self) -> sa.ColumnElement[bool]:
         """Whether a run is the one that readers of this column see."""
@@ -197,6 +157,20 @@ class Clustering:
     def current_run(self) -> sa.Select[Any]:
         """The current run, or nothing before the first one is done."""
         return sa.select(self.Run).where(self.is_current())
+
+    def require_current(self, connection: sa.Connection) -> sa.Row[Any]:
+        """The current run, as a row of its table.
+
+        Raises:
+            ClusteringError: there is none.
+        """
+        run = connection.execute(sa.select(self.run_table).where(self.is_current())).first()
+        if run is None:
+            raise ClusteringError(
+                f"{self.column} has no current clustering. Make one with cluster(engine, ...) or "
+                "'sbert-pg cluster run'."
+            )
+        return run
 
     def clusters(self) -> sa.Select[Any]:
         """The current clusters, largest first."""
@@ -244,8 +218,9 @@ class Clustering:
             limit: clusters to return.
         """
         right = operand(self.column, query)
-        if self.storage != "vector":
-            right = sa.cast(right, Vector(self.dimensions))
+        rows = self.row_set()
+        if rows.storage != "vector":
+            right = sa.cast(right, Vector(rows.dimensions))
         centroid = cast("Any", self.cluster_table.c.centroid)
         value = centroid.op(OPERATORS[self.metric], precedence=5, return_type=sa.Float(53))(right)
         return (
@@ -283,28 +258,23 @@ def clusters_of(
             of cosine and dot similarity, else euclidean.
 
     Raises:
-        DeclarationError: the column is no vector column of a mapped class with a known width, or a
-            name is taken or too long.
+        DeclarationError: the column is not a vector column of a mapped class with a known width, or
+            a name is taken or too long.
     """
     base, mapper = _base_column(column), column.parent
     rows = base.table
-    start = prefix or f"{rows.name}_cluster"
-    metadata, schema = rows.metadata, rows.schema
-    run = tables.run_table(start, metadata, schema)
-    cluster = tables.cluster_table(start, metadata, schema, run, rows)
-    assignment = tables.assignment_table(start, metadata, schema, run, cluster, rows)
-    classes = tables.map_classes(mapper, rows, run, cluster, assignment)
+    classes = tables.map_classes(mapper, rows, prefix or f"{rows.name}_cluster")
     tables.extend_entity(mapper, attribute, base.name, classes, rows)
-    criteria = [where] if isinstance(where, sa.ClauseElement) else list(where or ())
-    made = Clustering(
+    criteria = criteria_list(where)
+    clustering = Clustering(
         mapper.class_,
         base,
         *classes,
         metric=metric or _METRIC_FOR[metric_for(base).similarity],
         criterion=sa.and_(*criteria) if criteria else None,
     )
-    metadata.info.setdefault(_DECLARED, []).append(made)
-    return made
+    rows.metadata.info.setdefault(_DECLARED, []).append(clustering)
+    return clustering
 
 
 def declared_clusterings(metadata: sa.MetaData) -> list[Clustering]:
@@ -313,19 +283,18 @@ def declared_clusterings(metadata: sa.MetaData) -> list[Clustering]:
 
 
 def _base_column(column: Any) -> sa.Column[Any]:
-    clause = column.__clause_element__() if hasattr(column, "__clause_element__") else None
-    mapped = isinstance(getattr(column, "parent", None), Mapper)
-    if not mapped or clause is None or not isinstance(clause.type, VectorType):
+    if not isinstance(getattr(column, "parent", None), Mapper):
         raise DeclarationError(
             f"A clustering was declared on {column}; it takes the vector attribute of a mapped "
             "class, as in clusters_of(Article.embedding)."
         )
-    if clause.type.dimensions is None:
+    base = vector_column(column)
+    if cast("VectorType", base.type).dimensions is None:
         raise DeclarationError(
-            f"A clustering was declared on {clause}, a vector column of no fixed width; declare "
+            f"A clustering was declared on {base}, a vector column of no fixed width; declare "
             "one, as in Vector(384)."
         )
-    return next(c for c in clause.base_columns if isinstance(c, sa.Column))
+    return base
 
 
 __all__ = ["ClusterMetric", "Clustering", "clusters_of"]

@@ -1,31 +1,42 @@
-"""Near-duplicates: all pairs of rows above a similarity, as a generator."""
+"""Near-duplicates: all pairs of rows above a similarity, the groups that they form, and both as a
+table of the application.
+
+A long module, since the exact comparison, the one through the index and the table share one form
+of keys.
+"""
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
-import numpy.typing as npt
 import sqlalchemy as sa
-from sqlalchemy.sql.selectable import NamedFromClause
+from sqlalchemy.orm import Mapped, Mapper, mapped_column
 
 from sbert_pg import distance as d
-from sbert_pg.clustering.declaration import Criteria
-from sbert_pg.clustering.extras import need
-from sbert_pg.clustering.kmeans import cores, normalize
-from sbert_pg.clustering.transfer import read_rows
+from sbert_pg.clustering.kmeans import Positions, normalize, worker_threads
+from sbert_pg.clustering.placing import insert_referring
+from sbert_pg.clustering.rows import (
+    Criteria,
+    RowSet,
+    criteria_list,
+    is_integer,
+    read_rows,
+    vector_column,
+    wire_key,
+)
+from sbert_pg.clustering.tables import identifier, map_beside, table_of
 from sbert_pg.errors import ClusteringError, DeclarationError
+from sbert_pg.spec import Vectors
 from sbert_pg.types.comparator import apply_operator, served_distance
 from sbert_pg.types.indexed import index_on
-from sbert_pg.types.vector import VectorType
 
-Vectors = npt.NDArray[np.float32]
 Key = Any
 DuplicateMethod = Literal["exact", "index"]
+Grouping = Literal["chained", "centred"]
 
 #: Elements of one block's matrix of similarities.
 _BLOCK_ELEMENTS = 1 << 23
@@ -35,7 +46,10 @@ NEIGHBOURS = 20
 _EF_SEARCH = 200
 #: Rows whose pairs are compared with an exact search, to measure the index's recall.
 RECALL_ROWS = 200
-_BUCKETS = 1_000_000
+#: Pairs that are compared for that, at most: of equal rows there are squares of them.
+_RECALL_PAIRS = 20_000
+#: Pairs that are stored, at most.
+MAX_PAIRS = 5_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +65,62 @@ class Pair:
     similarity: float
     a: Key
     b: Key
+
+
+class Duplicate:
+    """A pair of rows that are nearly the same. Subclasses are mapped by ``duplicates_of``.
+
+    Attributes:
+        similarity: cosine similarity.
+        group_number: number of the group that both rows belong to, numbered from the largest;
+            ``None`` where they are in different ones, which ``"chained"`` groups never are.
+        a: the one row.
+        b: the other row.
+    """
+
+    similarity: Mapped[float] = mapped_column(sa.REAL)
+    group_number: Mapped[int | None] = mapped_column(sa.Integer)
+    if TYPE_CHECKING:
+        a: Mapped[Any]
+        b: Mapped[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class DuplicateTable:
+    """The near-duplicates of one column; made by ``duplicates_of``.
+
+    Attributes:
+        column: the vector attribute.
+        Duplicate: mapped class of the pairs.
+    """
+
+    column: Any
+    Duplicate: type[Duplicate]
+
+    @property
+    def table(self) -> sa.Table:
+        """The table of pairs."""
+        return table_of(self.Duplicate)
+
+
+@dataclass(frozen=True, slots=True)
+class DuplicateReport:
+    """What ``find_duplicates`` found.
+
+    Attributes:
+        pairs: pairs that were stored.
+        groups: groups that they form.
+        rows: rows in a group.
+        recall: share of all pairs that were found; 1 for ``exact``, measured on a sample of rows
+            for ``index``, ``None`` where the sample is in no pair.
+        seconds: time taken.
+    """
+
+    pairs: int
+    groups: int
+    rows: int
+    recall: float | None
+    seconds: float
 
 
 def duplicate_pairs(
@@ -82,37 +152,160 @@ def duplicate_pairs(
         Each pair once, in no particular order.
 
     Raises:
-        DeclarationError: the threshold is no cosine, or the column is no vector column.
+        DeclarationError: the threshold is not a cosine, or the column is not a vector column.
         ClusteringError: ``"index"`` was asked for and no suitable index is declared.
         MissingExtraError: the extra ``clustering`` is not installed.
     """
-    target = Target.of(column, threshold, where)
-    if method == "exact":
-        return _exact(connection, target)
+    rows = rows_of(column, threshold, where)
+    pairs = pairs_of(connection, rows, threshold, method, neighbours)
+    return _with_application_keys(connection, rows, pairs)
+
+
+def duplicates_of(column: Any, *, name: str | None = None) -> DuplicateTable:
+    """Declare a table for the near-duplicates of a vector column, beside its class.
+
+    Args:
+        column: the attribute of a mapped class, as in ``duplicates_of(Article.embedding)``.
+        name: name of the table; the table's name and ``_duplicate`` by default.
+
+    Raises:
+        DeclarationError: the column is not an attribute of a mapped class, or the name is too long.
+    """
+    mapper = getattr(column, "parent", None)
+    if not isinstance(mapper, Mapper):
+        raise DeclarationError(
+            f"duplicates_of() was given {column!r}; it takes the vector attribute of a mapped "
+            "class, as in duplicates_of(Article.embedding)."
+        )
+    rows = vector_column(column).table
+    name = name or f"{rows.name}_duplicate"
+    a, b = ([f"{end}_{key.name}" for key in rows.primary_key] for end in "ab")
+    mapped = map_beside(
+        Duplicate,
+        mapper,
+        rows,
+        name,
+        sa.PrimaryKeyConstraint(*a, *b),
+        sa.Index(identifier(f"ix_{name}_b"), *b),
+        references={"a": "CASCADE", "b": "CASCADE"},
+    )
+    return DuplicateTable(column, mapped)
+
+
+def find_duplicates(
+    connection: sa.Connection,
+    duplicates: DuplicateTable,
+    *,
+    threshold: float = 0.9,
+    where: Criteria | None = None,
+    method: DuplicateMethod = "exact",
+    neighbours: int = NEIGHBOURS,
+    grouping: Grouping = "chained",
+) -> DuplicateReport:
+    """Find near-duplicates and store them in place of those that were stored before.
+
+    Readers see the old pairs until the caller commits. Arguments are those of ``duplicate_pairs``
+    and ``groups_of``.
+
+    Raises:
+        DeclarationError: the threshold is not a cosine.
+        ClusteringError: there are more than five million pairs; or ``"index"`` was asked for and no
+            suitable index is declared.
+        MissingExtraError: the extra ``clustering`` is not installed.
+    """
+    began = time.perf_counter()
+    rows = rows_of(duplicates.column, threshold, where)
+    pairs: list[Pair] = []
+    for pair in pairs_of(connection, rows, threshold, method, neighbours):
+        pairs.append(pair)
+        if len(pairs) > MAX_PAIRS:
+            raise ClusteringError(
+                f"There are more than {MAX_PAIRS:,} pairs above {threshold}, as many equal rows "
+                "make. Raise the threshold, or leave equal rows out with where=."
+            )
+    recall: float | None = 1.0
     if method == "index":
-        return _through_index(connection, target, neighbours)
-    raise DeclarationError(f"duplicate_pairs: method is {method!r}; use 'exact' or 'index'.")
+        recall = recall_of(connection, rows, threshold, neighbours, RECALL_ROWS)
+    groups = groups_of(pairs, grouping)
+    number = {key: number for number, group in enumerate(groups, 1) for key in group}
+    connection.execute(sa.delete(duplicates.table))
+    stored = _store(connection, duplicates.table, rows, pairs, number) if pairs else 0
+    seconds = time.perf_counter() - began
+    return DuplicateReport(stored, len(groups), len(number), recall, seconds)
 
 
-def groups_of(pairs: Iterable[Pair]) -> list[list[Key]]:
-    """Rows that hang together by pairs, as sorted lists of keys, largest group first."""
-    parent: dict[Hashable, Hashable] = {}
+def _store(
+    connection: sa.Connection,
+    table: sa.Table,
+    rows: RowSet,
+    pairs: list[Pair],
+    number: dict[Key, int],
+) -> int:
+    """Store pairs, each with the number of the group that both rows are in."""
+    ends = [[table.c[f"{end}_{key.name}"] for key in rows.keys] for end in "ab"]
+    parts = zip(*(key_parts(pair.a) + key_parts(pair.b) for pair in pairs), strict=True)
+    both = ((number.get(pair.a), number.get(pair.b)) for pair in pairs)
+    return insert_referring(
+        connection,
+        rows,
+        ends,
+        [
+            np.array(part, dtype=np.int64 if is_integer(column) else object)
+            for column, part in zip([*ends[0], *ends[1]], parts, strict=True)
+        ],
+        [table.c.similarity, table.c.group_number],
+        [[pair.similarity for pair in pairs], [a if a == b else None for a, b in both]],
+    )
 
-    def root(key: Hashable) -> Hashable:
-        while parent[key] != key:
-            parent[key] = parent[parent[key]]
-            key = parent[key]
-        return key
 
+def groups_of(pairs: Iterable[Pair], grouping: Grouping = "chained") -> list[list[Key]]:
+    """Groups of rows that are nearly the same, as sorted lists of keys, largest group first.
+
+    Args:
+        pairs: the pairs.
+        grouping: ``"chained"`` puts rows together that hang together by pairs, so that the ends of
+            a chain can be unlike. ``"centred"`` forms a group of a row and those that it makes a
+            pair with, beginning with the row that has the most; a row goes to the first that has
+            it, and one whose partners are all taken is in no group.
+    """
+    partners: dict[Hashable, list[Hashable]] = {}
     for pair in pairs:
-        parent.setdefault(pair.a, pair.a)
-        parent.setdefault(pair.b, pair.b)
-        parent[root(pair.b)] = root(pair.a)
-    groups: dict[Hashable, list[Key]] = {}
-    for key in parent:
-        groups.setdefault(root(key), []).append(key)
-    found = [sorted(group) for group in groups.values()]
-    return sorted(found, key=lambda group: (-len(group), group[0]))
+        partners.setdefault(pair.a, []).append(pair.b)
+        partners.setdefault(pair.b, []).append(pair.a)
+    if grouping == "chained":
+        groups = _chains(partners)
+    elif grouping == "centred":
+        groups = _stars(partners)
+    else:
+        raise DeclarationError(f"The grouping is {grouping!r}; use 'chained' or 'centred'.")
+    ordered: list[list[Key]] = [sorted(group) for group in groups]
+    return sorted(ordered, key=lambda group: (-len(group), group[0]))
+
+
+def _chains(partners: dict[Any, list[Any]]) -> Iterator[list[Any]]:
+    seen = set()
+    for start in partners:
+        if start in seen:
+            continue
+        seen.add(start)
+        group = [start]
+        for key in group:
+            fresh = [partner for partner in partners[key] if partner not in seen]
+            # A row can be among them twice where a pair was given twice.
+            seen.update(fresh)
+            group += dict.fromkeys(fresh)
+        yield group
+
+
+def _stars(partners: dict[Any, list[Any]]) -> Iterator[list[Any]]:
+    taken = set()
+    for centre in sorted(partners, key=lambda key: (-len(partners[key]), key)):
+        if centre in taken:
+            continue
+        free = [partner for partner in dict.fromkeys(partners[centre]) if partner not in taken]
+        if free:
+            taken.update([centre, *free])
+            yield [centre, *free]
 
 
 def index_recall(
@@ -132,159 +325,32 @@ def index_recall(
     Returns:
         Recall between 0 and 1, or ``None`` where the sample is in no pair.
     """
-    target = Target.of(column, threshold, where)
-    sampled = target.sample(connection, rows)
-    exact = set(_keys(target, connection.execute(target.exact_pairs(sampled))))
+    return recall_of(connection, rows_of(column, threshold, where), threshold, neighbours, rows)
+
+
+def recall_of(
+    connection: sa.Connection, rows: RowSet, threshold: float, neighbours: int, size: int
+) -> float | None:
+    """As ``index_recall``, for rows that were looked at before; ``size`` of them are compared."""
+    sampled = rows.sample(size, rows.count(connection))
+    exact = {
+        pair[:2] for pair in _read_pairs(connection, _exact_statement(rows, sampled, threshold))
+    }
     if not exact:
         return None
-    target.set_up_index(connection, neighbours)
-    forward = target.index_pairs(neighbours, sampled)
-    found = set(_keys(target, connection.execute(forward)))
-    # The other way round: from the rows that the exact search found to be in a pair.
-    partners = [key for pair in exact for key in pair]
-    backward = target.index_pairs(neighbours, target.is_among(partners))
-    found |= set(_keys(target, connection.execute(backward)))
-    return len(exact & found) / len(exact)
-
-
-@dataclass(frozen=True)
-class Target:
-    """The column whose rows are compared."""
-
-    table: sa.Table
-    column: sa.Column[Any]
-    threshold: float
-    criteria: Sequence[sa.ColumnElement[bool]]
-
-    @classmethod
-    def of(cls, column: Any, threshold: float, where: Criteria | None) -> Target:
-        """Take an attribute or a column apart."""
-        clause = column.__clause_element__() if hasattr(column, "__clause_element__") else column
-        if not isinstance(getattr(clause, "type", None), VectorType):
-            raise DeclarationError(
-                f"Duplicates were asked of {column!r}, which is no vector column. Give an "
-                "attribute made with embedding_column(), or a column of type Vector or HalfVector."
-            )
-        if not -1 <= threshold <= 1:
-            raise DeclarationError(
-                f"The threshold is {threshold}; a cosine similarity lies between -1 and 1."
-            )
-        base = next(c for c in clause.base_columns if isinstance(c, sa.Column))
-        criteria: list[sa.ColumnElement[bool]] = [base.is_not(None)]
-        if isinstance(where, sa.ClauseElement):
-            criteria.append(where)
-        elif where is not None:
-            criteria += list(where)
-        return cls(base.table, base, threshold, criteria)
-
-    @property
-    def keys(self) -> tuple[sa.Column[Any], ...]:
-        """Key columns of the rows."""
-        return tuple(self.table.primary_key)
-
-    def key(self, values: Sequence[Any]) -> Key:
-        """A key as a pair has it."""
-        converted = [
-            _converter(column)(value) for column, value in zip(self.keys, values, strict=True)
-        ]
-        return converted[0] if len(converted) == 1 else tuple(converted)
-
-    def sample(self, connection: sa.Connection, rows: int) -> sa.ColumnElement[bool]:
-        """A criterion that some rows meet, spread over the table by a hash of their keys."""
-        total = connection.scalar(
-            sa.select(sa.func.count()).select_from(self.table).where(*self.criteria)
-        )
-        share = min(1.0, rows / max(total or 0, 1))
-        bucket = sa.func.hashtextextended(sa.func.concat_ws(" ", *self.keys), 0) % _BUCKETS
-        return sa.func.abs(bucket) < int(share * _BUCKETS)
-
-    def is_among(self, keys: Sequence[Key]) -> sa.ColumnElement[bool]:
-        """Whether a row is one of these."""
-        if len(self.keys) == 1:
-            return self.keys[0].in_(set(keys))
-        return sa.tuple_(*self.keys).in_(list(set(keys)))
-
-    def exact_pairs(self, sampled: sa.ColumnElement[bool]) -> sa.Select[Any]:
-        """Keys and similarity of pairs with a row of the sample, compared with every row."""
-        other = self.table.alias("other")
-        distance = apply_operator(other.c[self.column.name], d.COSINE, self.column)
-        return (
-            sa.select(*self.keys, *self._keys_of(other), (1 - distance).label("similarity"))
-            .join_from(self.table, other, self._differs(other))
-            .where(*self.criteria, *self._criteria_of(other), sampled)
-            # Adding zero keeps an index away, and the comparison exact.
-            .where(distance + 0 <= 1 - self.threshold)
-        )
-
-    def index_pairs(
-        self, neighbours: int, among: sa.ColumnElement[bool] | None = None
-    ) -> sa.Select[Any]:
-        """Keys and similarity of pairs that the index finds, from either side."""
-        other = self.table.alias("other")
-        vector = other.c[self.column.name]
-        order = served_distance(vector, self.column)
-        near = (
-            sa.select(*self._keys_of(other), vector)
-            .where(*self._criteria_of(other))
-            .order_by(order)
-            # The row itself is the nearest of all.
-            .limit(neighbours + 1)
-            .correlate(self.table)
-            .lateral("near")
-        )
-        distance = apply_operator(near.c[vector.name], d.COSINE, self.column)
-        statement = (
-            sa.select(*self.keys, *(near.c[key.name] for key in self.keys), (1 - distance))
-            .select_from(sa.join(self.table, near, sa.true()))
-            .where(*self.criteria, self._differs(near), distance <= 1 - self.threshold)
-        )
-        return statement if among is None else statement.where(among)
-
-    def set_up_index(self, connection: sa.Connection, neighbours: int) -> None:
-        """Set what the index scan needs, for the transaction.
-
-        Raises:
-            ClusteringError: no index that can rank by itself is declared.
-        """
-        index = index_on(self.column)
-        if index is None or index.quantized:
-            raise ClusteringError(
-                f"Column {self.column} has no declared index that ranks by the vectors themselves. "
-                "Declare one with hnsw_index(), or use method='exact'."
-            )
-        values = {
-            "hnsw.ef_search": str(min(1000, max(_EF_SEARCH, 2 * neighbours))),
-            "hnsw.iterative_scan": "strict_order",
-            "ivfflat.probes": str(max(1, int((index.lists or 1) ** 0.5))),
-            "jit": "off",
-        }
-        for name, value in values.items():
-            connection.execute(sa.select(sa.func.set_config(name, value, True)))
-
-    def _keys_of(self, other: NamedFromClause) -> list[sa.ColumnElement[Any]]:
-        return [other.c[key.name] for key in self.keys]
-
-    def _differs(self, other: sa.FromClause) -> sa.ColumnElement[bool]:
-        return sa.not_(sa.and_(*(key == other.c[key.name] for key in self.keys)))
-
-    def _criteria_of(self, other: sa.FromClause) -> list[sa.ColumnElement[bool]]:
-        adapter = sa.sql.util.ClauseAdapter(other)
-        return [adapter.traverse(criterion) for criterion in self.criteria]
-
-
-def _exact(connection: sa.Connection, target: Target) -> Iterator[Pair]:
-    found = read_rows(connection, target.keys, target.column, target.criteria)
-    vectors = normalize(found.vectors)
-    for rows, others, similarities in similar_pairs(vectors, target.threshold):
-        for row, other, similarity in zip(
-            rows.tolist(), others.tolist(), similarities.tolist(), strict=True
-        ):
-            yield Pair(similarity, target.key(found.keys.at(row)), target.key(found.keys.at(other)))
+    _set_up_index(connection, rows, neighbours)
+    through_index = {
+        pair[:2]
+        # The other way round too: from the rows that the exact search found to be in a pair.
+        for some in (sampled, rows.only(_is_among(rows, {key for pair in exact for key in pair})))
+        for pair in _read_pairs(connection, _index_statement(rows, some, threshold, neighbours))
+    }
+    return len(exact & through_index) / len(exact)
 
 
 def similar_pairs(
     vectors: Vectors, threshold: float
-) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Vectors]]:
+) -> Iterator[tuple[Positions, Positions, Vectors]]:
     """Positions of unit vectors whose product is at least a threshold, block by block.
 
     Yields:
@@ -292,9 +358,8 @@ def similar_pairs(
     """
     n = len(vectors)
     step = max(16, min(1024, _BLOCK_ELEMENTS // max(n, 1)))
-    limits = need("threadpoolctl", "compare rows").threadpool_limits
 
-    def work(start: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Vectors]:
+    def work(start: int) -> tuple[Positions, Positions, Vectors]:
         block = vectors[start : start + step]
         products = block @ vectors[start:].T
         # A product of equal unit vectors can round to just below one.
@@ -304,33 +369,163 @@ def similar_pairs(
         rows, others = rows[upper], others[upper]
         return rows + start, others + start, products[rows, others]
 
-    with limits(1, "blas"), ThreadPoolExecutor(cores()) as pool:
+    with worker_threads("compare rows") as pool:
         yield from pool.map(work, range(0, n, step))
 
 
-def _through_index(connection: sa.Connection, target: Target, neighbours: int) -> Iterator[Pair]:
+def rows_of(column: Any, threshold: float = 1.0, where: Criteria | None = None) -> RowSet:
+    """The rows of an attribute or a column, after a look at the arguments."""
+    if not -1 <= threshold <= 1:
+        raise DeclarationError(
+            f"The threshold is {threshold}; a cosine similarity lies between -1 and 1."
+        )
+    return RowSet(vector_column(column), criteria_list(where))
+
+
+def pairs_of(
+    connection: sa.Connection,
+    rows: RowSet,
+    threshold: float,
+    method: DuplicateMethod,
+    neighbours: int,
+) -> Iterator[Pair]:
+    """Pairs of keys as they travel: integers and texts."""
+    if method == "exact":
+        return _exact(connection, rows, threshold)
+    if method != "index":
+        raise DeclarationError(f"duplicate_pairs: method is {method!r}; use 'exact' or 'index'.")
     if neighbours < 1:
         raise DeclarationError(f"duplicate_pairs: neighbours is {neighbours}; it starts at 1.")
-    target.set_up_index(connection, neighbours)
-    statement = target.index_pairs(neighbours).execution_options(yield_per=5_000)
-    width = len(target.keys)
+    return _through_index(connection, rows, threshold, neighbours)
+
+
+def _exact(connection: sa.Connection, rows: RowSet, threshold: float) -> Iterator[Pair]:
+    read, vectors = read_rows(connection, rows)
+    keys = [_key(key) for key in read.tuples()]
+    for ones, others, similarities in similar_pairs(normalize(vectors), threshold):
+        for one, other, similarity in zip(
+            ones.tolist(), others.tolist(), similarities.tolist(), strict=True
+        ):
+            yield Pair(similarity, keys[one], keys[other])
+
+
+def _through_index(
+    connection: sa.Connection, rows: RowSet, threshold: float, neighbours: int
+) -> Iterator[Pair]:
+    _set_up_index(connection, rows, neighbours)
+    statement = _index_statement(rows, rows, threshold, neighbours)
     seen: set[tuple[Key, Key]] = set()
-    for row in connection.execute(statement):
-        a, b = sorted([target.key(row[:width]), target.key(row[width : 2 * width])])
+    for a, b, similarity in _read_pairs(connection, statement):
         if (a, b) not in seen:
             seen.add((a, b))
-            yield Pair(float(row[2 * width]), a, b)
+            yield Pair(similarity, a, b)
 
 
-def _keys(target: Target, rows: Iterable[Any]) -> Iterator[tuple[Key, Key]]:
-    width = len(target.keys)
-    for row in rows:
-        a, b = sorted([target.key(row[:width]), target.key(row[width : 2 * width])])
-        yield a, b
+def _read_pairs(
+    connection: sa.Connection, statement: sa.Select[Any]
+) -> Iterator[tuple[Key, Key, float]]:
+    for *parts, similarity in connection.execute(statement.execution_options(yield_per=5_000)):
+        width = len(parts) // 2
+        a, b = sorted([_key(parts[:width]), _key(parts[width:])])
+        yield a, b, float(similarity)
 
 
-def _converter(column: sa.Column[Any]) -> Callable[[Any], Any]:
-    """What turns a key's text into the type that the application knows."""
-    if isinstance(column.type, sa.Uuid) and column.type.as_uuid:
-        return lambda value: value if isinstance(value, uuid.UUID) else uuid.UUID(value)
-    return lambda value: value
+def _key(parts: Iterable[Any]) -> Key:
+    """A key as a pair has it: one value, or a tuple."""
+    values = tuple(parts)
+    return values[0] if len(values) == 1 else values
+
+
+def key_parts(key: Key) -> tuple[Any, ...]:
+    """The values of a key, one for each key column."""
+    return key if isinstance(key, tuple) else (key,)
+
+
+def _with_application_keys(
+    connection: sa.Connection, rows: RowSet, pairs: Iterator[Pair]
+) -> Iterator[Pair]:
+    """Pairs with keys as the application knows them, from keys as they travel."""
+    if all(
+        isinstance(key.type, (sa.Integer, sa.String)) and not isinstance(key.type, sa.Enum)
+        for key in rows.keys
+    ):
+        return pairs
+    # What such a text means is the type's affair: the server is asked for both forms.
+    pairs = iter(list(pairs))
+    width = len(rows.keys)
+    result = connection.execute(sa.select(*rows.wire_keys, *rows.keys).where(*rows.criteria))
+    known = {_key(row[:width]): _key(row[width:]) for row in result}
+    return (
+        Pair(pair.similarity, known[pair.a], known[pair.b])
+        for pair in pairs
+        if pair.a in known and pair.b in known
+    )
+
+
+def _exact_statement(rows: RowSet, sampled: RowSet, threshold: float) -> sa.Select[Any]:
+    """Keys and similarity of pairs with a row of the sample, compared with every row."""
+    one, other = _vectors(sampled).subquery("one"), _vectors(rows).subquery("other")
+    statement, distance = _pairs_between(rows, one, other)
+    # Adding zero keeps an index away, and the comparison exact.
+    return statement.where(distance + 0 <= 1 - threshold).limit(_RECALL_PAIRS)
+
+
+def _index_statement(
+    rows: RowSet, some: RowSet, threshold: float, neighbours: int
+) -> sa.Select[Any]:
+    """Keys and similarity of pairs that the index finds from some of the rows."""
+    one = _vectors(some).subquery("one")
+    order = served_distance(rows.column, one.corresponding_column(rows.column))
+    # The row itself is the nearest of all.
+    near = _vectors(rows).order_by(order).limit(neighbours + 1).correlate(one).lateral("near")
+    statement, distance = _pairs_between(rows, one, near)
+    return statement.where(distance <= 1 - threshold)
+
+
+def _vectors(rows: RowSet) -> sa.Select[Any]:
+    """Keys and vectors; criteria stay inside, where a name written in SQL means one thing."""
+    return sa.select(*rows.keys, rows.column).where(*rows.criteria)
+
+
+def _pairs_between(
+    rows: RowSet, one: sa.FromClause, other: sa.FromClause
+) -> tuple[sa.Select[Any], sa.ColumnElement[float]]:
+    """Keys and similarity of every two different rows; and their distance."""
+
+    def of(part: sa.FromClause, column: sa.Column[Any]) -> sa.ColumnElement[Any]:
+        return cast("sa.ColumnElement[Any]", part.corresponding_column(column))
+
+    distance = apply_operator(of(other, rows.column), d.COSINE, of(one, rows.column))
+    keys = [wire_key(of(part, key)) for part in (one, other) for key in rows.keys]
+    is_same = sa.and_(*(of(one, key) == of(other, key) for key in rows.keys))
+    statement = sa.select(*keys, 1 - distance).select_from(sa.join(one, other, sa.true()))
+    return statement.where(sa.not_(is_same)), distance
+
+
+def _is_among(rows: RowSet, keys: Iterable[Key]) -> sa.ColumnElement[bool]:
+    """Whether a row is one of these."""
+    if len(rows.keys) == 1:
+        return rows.wire_keys[0].in_(list(keys))
+    return sa.tuple_(*rows.wire_keys).in_(list(keys))
+
+
+def _set_up_index(connection: sa.Connection, rows: RowSet, neighbours: int) -> None:
+    """Set what the index scan needs, for the transaction.
+
+    Raises:
+        ClusteringError: no index that can rank by itself is declared.
+    """
+    index = index_on(rows.column)
+    if index is None or index.quantized:
+        raise ClusteringError(
+            f"Column {rows.column} has no declared index that ranks by the vectors themselves. "
+            "Declare one with hnsw_index(), or use method='exact'."
+        )
+    values = {
+        "hnsw.ef_search": str(min(1000, max(_EF_SEARCH, 2 * neighbours))),
+        "hnsw.iterative_scan": "strict_order",
+        "ivfflat.probes": str(max(1, int((index.lists or 1) ** 0.5))),
+        "jit": "off",
+    }
+    for name, value in values.items():
+        connection.execute(sa.select(sa.func.set_config(name, value, True)))

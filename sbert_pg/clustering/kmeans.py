@@ -1,63 +1,93 @@
-"""k-means on vectors in memory.
+"""k-means on vectors in memory, and the seeds that every form of it starts from.
 
 Lloyd's algorithm, spherical under cosine, by blocks of matrix products on as many threads as the
 process may use. Two things keep it fast: rows whose nearest centroid cannot have changed are passed
 over (Hamerly 2010, "Making k-means even faster"), and sums are updated by the rows that moved. It
 is written here and not taken from scikit-learn since scikit-learn's has no spherical form and seeds
-on all rows; the rules (tolerance, empty clusters) are scikit-learn's, and ``kmeans_sql`` follows
+on all rows; the rules (tolerance, empty clusters) are scikit-learn's, and ``out_of_core`` follows
 them too.
+
+Seeds are drawn by greedy k-means++ (Arthur and Vassilvitskii 2007, with the several trials a step
+of scikit-learn) on a sample. It needs the distances of one candidate to all rows, k times over; on
+all rows of a large table that costs more than the iterations that follow. A sample of at least ten
+rows for each cluster gives seeds that are as good; benchmarks/clustering.py shows both.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+import importlib
+import math
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from sbert_pg.clustering.extras import need
-from sbert_pg.clustering.seeding import choose_seeds, distances_in, generator, sample_positions
+from sbert_pg.errors import MissingExtraError
+from sbert_pg.process import usable_cores
+from sbert_pg.spec import Vectors
 
-Vectors = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int32]
+Positions = npt.NDArray[np.int64]
+#: Called with the stage of the work, how much of it is done, and of how much, where that is known.
 Progress = Callable[[str, int, int | None], None]
+#: Squared distances of some rows of the sample to every row of it, shape ``(len(rows), sample)``,
+#: in an array that may be written to.
+Distances = Callable[[Positions], npt.NDArray[np.floating]]
 
+#: Rows of the sample that seeds are drawn from, at least: this many for each cluster, and in all.
+SAMPLE_PER_CLUSTER = 10
+SAMPLE_ROWS = 4_096
+#: Squared distances below this share of their mean are rounding, not distance.
+_SAME = 1e-6
 #: Elements of one block's matrix of similarities; it stays in a core's cache.
 _BLOCK_ELEMENTS = 1 << 18
 #: Rows whose sums are added at a time in single precision.
 _SUM_ROWS = 8192
-#: Distances nearer than this are not told apart by single precision.
+#: Distances nearer than this are not distinguished by single precision.
 _SLACK = 1e-5
+#: Packages of modules that are not called as their package is.
+_PACKAGES = {"sklearn": "scikit-learn", "umap": "umap-learn"}
 
 
 @dataclass(frozen=True, slots=True)
-class KMeansFit:
-    """The result of k-means.
+class Fit:
+    """Clusters of rows.
 
     Attributes:
+        labels: cluster of each row, or -1.
         centroids: float32 array of shape ``(k, dimensions)``, of length one where spherical.
-        labels: cluster of each row.
-        distances: distance of each row to its centroid: cosine where spherical, else euclidean.
-        inertia: sum of squared euclidean distances to the centroids.
-        iterations: iterations that were made.
+        distances: distance of each row to its centroid, of outliers to the nearest: cosine where
+            spherical, else euclidean.
+        inertia: sum of squared euclidean distances to the centroids, outliers left out.
+        score: value of the criterion, where the number of clusters was chosen by it.
+        curve: the numbers that were tried.
+        details: what a run records beside the parameters.
     """
 
-    centroids: Vectors
     labels: Labels
+    centroids: Vectors
     distances: npt.NDArray[np.float32]
     inertia: float
-    iterations: int
+    score: float | None = None
+    curve: list[dict[str, Any]] | None = None
+    details: dict[str, Any] = field(default_factory=dict)
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def need(module: str, purpose: str, extra: str = "clustering") -> Any:
+    """Import a module of an optional dependency, at its first use.
+
+    Raises:
+        MissingExtraError: it is not installed; the message names the extra that brings it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        root = module.partition(".")[0]
+        raise MissingExtraError(_PACKAGES.get(root, root), extra, purpose) from error
 
 
 def normalize(vectors: Vectors) -> Vectors:
@@ -65,8 +95,84 @@ def normalize(vectors: Vectors) -> Vectors:
     for start in range(0, len(vectors), _SUM_ROWS):
         block = vectors[start : start + _SUM_ROWS]
         norms = np.sqrt(np.einsum("ij,ij->i", block, block))
+        # Squares of very small and very large values leave the range of single precision.
+        rough = np.flatnonzero(~((norms > 1e-15) & (norms < 1e15)))
+        if len(rough):
+            scale = np.abs(block[rough]).max(axis=1, keepdims=True)
+            block[rough] /= np.where(scale > 0, scale, 1.0)
+            norms[rough] = np.linalg.norm(block[rough], axis=1)
         block /= np.where(norms > 0, norms, 1.0)[:, None]
     return vectors
+
+
+@contextmanager
+def worker_threads(purpose: str) -> Iterator[ThreadPoolExecutor]:
+    """One thread for each usable core, each with its own BLAS, while the block runs."""
+    limits = need("threadpoolctl", purpose).threadpool_limits
+    with limits(1, "blas"), ThreadPoolExecutor(usable_cores()) as pool:
+        yield pool
+
+
+def generator(seed: int, start: int) -> np.random.Generator:
+    """Random numbers of one start of a run."""
+    return np.random.default_rng([seed, start])
+
+
+def sample_positions(random: np.random.Generator, rows: int, n_clusters: int) -> Positions:
+    """Which rows to seed from, as sorted positions in the order of the keys."""
+    size = max(SAMPLE_PER_CLUSTER * n_clusters, SAMPLE_ROWS)
+    if rows <= size:
+        return np.arange(rows, dtype=np.int64)
+    return np.sort(random.choice(rows, size, replace=False)).astype(np.int64)
+
+
+def choose_seeds(
+    random: np.random.Generator, sample: int, n_clusters: int, distances: Distances
+) -> Positions:
+    """Rows of the sample that the clusters start from.
+
+    Args:
+        random: where every draw comes from.
+        sample: rows in the sample.
+        n_clusters: how many seeds.
+        distances: gives squared distances.
+
+    Returns:
+        Positions in the sample; fewer than asked where the sample has no more different rows.
+    """
+    trials = 2 + int(math.log(n_clusters))
+    first = int(random.integers(sample))
+    chosen = [first]
+    nearest = distances(np.array([first]))[0]
+    floor = _SAME * float(nearest.mean(dtype=np.float64))
+    nearest[nearest <= floor] = 0.0
+    while len(chosen) < n_clusters:
+        cumulated = np.cumsum(nearest, dtype=np.float64)
+        if not cumulated[-1] > 0:
+            break
+        draws = random.random(trials) * cumulated[-1]
+        candidates = np.minimum(np.searchsorted(cumulated, draws, side="right"), sample - 1)
+        reach = distances(candidates)
+        np.minimum(reach, nearest, out=reach)
+        reach[reach <= floor] = 0.0
+        best = int(reach.sum(axis=1, dtype=np.float64).argmin())
+        nearest = reach[best]
+        chosen.append(int(candidates[best]))
+    return np.array(chosen, dtype=np.int64)
+
+
+def distances_in(sample: npt.NDArray[np.float32]) -> Distances:
+    """Squared distances among the rows of a matrix."""
+    squares = np.einsum("ij,ij->i", sample, sample)
+
+    def distances(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
+        squared: npt.NDArray[np.float32] = (-2 * sample[rows]) @ sample.T
+        squared += squares
+        squared += squares[rows][:, None]
+        np.maximum(squared, 0, out=squared)
+        return squared
+
+    return distances
 
 
 def fit_kmeans(
@@ -79,13 +185,13 @@ def fit_kmeans(
     tol: float = 1e-4,
     spherical: bool = True,
     progress: Progress | None = None,
-) -> KMeansFit:
+) -> Fit:
     """Cluster vectors; the best of several starts.
 
     Args:
         vectors: float32 array of shape ``(n, dimensions)``, rows of length one where spherical. The
             result depends on their order, so it should be that of their keys.
-        n_clusters: clusters wanted; fewer are found where there are fewer different rows.
+        n_clusters: how many; fewer are found where there are fewer different rows.
         seed: seed of the draws.
         n_init: starts; the one with the least inertia wins.
         max_iter: iterations of a start at most.
@@ -94,7 +200,7 @@ def fit_kmeans(
         spherical: whether centroids are kept at length one.
         progress: called with what is done, how much of it, and of how much.
     """
-    best: KMeansFit | None = None
+    best: Fit | None = None
     for start in range(n_init):
         random = generator(seed, start)
         positions = sample_positions(random, len(vectors), n_clusters)
@@ -115,9 +221,28 @@ def nearest_centroids(
     euclidean.
     """
     state = _Lloyd(vectors, centroids, spherical)
-    with state.threads():
-        state.assign()
-    return state.labels, state.distances()
+    with worker_threads("compute clusters") as pool:
+        state.assign(pool)
+    squared = squared_distances(vectors, state.centroids, state.labels)
+    return state.labels, in_metric(squared, spherical)
+
+
+def squared_distances(
+    vectors: Vectors, centroids: Vectors, labels: Labels
+) -> npt.NDArray[np.float32]:
+    """Squared euclidean distance of each row to the centroid of its label."""
+    squared = np.empty(len(vectors), dtype=np.float32)
+    for start in range(0, len(squared), _SUM_ROWS):
+        stop = start + _SUM_ROWS
+        difference = vectors[start:stop] - centroids[labels[start:stop]]
+        squared[start:stop] = np.einsum("ij,ij->i", difference, difference)
+    return squared
+
+
+def in_metric(squared: npt.NDArray[np.float32], spherical: bool) -> npt.NDArray[np.float32]:
+    """Distances of squared euclidean ones: cosine where spherical, else euclidean."""
+    # Of unit vectors, the squared euclidean distance is twice the cosine distance.
+    return (squared / 2 if spherical else np.sqrt(squared)).astype(np.float32, copy=False)
 
 
 class _Lloyd:
@@ -136,27 +261,21 @@ class _Lloyd:
         self.sums = np.zeros((k, vectors.shape[1]))
         self.block = min(4096, max(128, _BLOCK_ELEMENTS // k))
         self._sparse = need("scipy.sparse", "compute clusters")
-        self._limits = need("threadpoolctl", "compute clusters").threadpool_limits
-        self._pool: ThreadPoolExecutor | None = None
 
-    def threads(self) -> Any:
-        """One thread a core, each with a BLAS of its own, while the block runs."""
-        return _Threads(self)
-
-    def run(self, max_iter: int, tol: float, progress: Progress | None) -> KMeansFit:
+    def run(self, max_iter: int, tol: float, progress: Progress | None) -> Fit:
         """Iterate until the centroids rest."""
         variance = self._variance()
         iterations = 0
-        with self.threads():
+        with worker_threads("compute clusters") as pool:
             for iterations in range(1, max_iter + 1):
-                moved, old = self.assign()
+                moved, old = self.assign(pool)
                 self._add(moved, old)
                 shift = self._update()
                 if progress is not None:
                     progress("iterations", iterations, max_iter)
                 if shift <= tol * variance:
                     break
-            self.assign()
+            self.assign(pool)
         return self._result(iterations)
 
     def _variance(self) -> float:
@@ -168,25 +287,22 @@ class _Lloyd:
         squares = float(self.squares.sum(dtype=np.float64)) / len(self.vectors)
         return max(0.0, squares - float(mean @ mean)) / len(mean)
 
-    def assign(self) -> tuple[npt.NDArray[np.int64], Labels]:
+    def assign(self, pool: ThreadPoolExecutor) -> tuple[Positions, Labels]:
         """Give every row its nearest centroid; return the rows that moved, and from where."""
         half = 0.5 * np.einsum("ij,ij->i", self.centroids, self.centroids)
         transposed = np.ascontiguousarray(self.centroids.T)
 
-        def work(start: int) -> tuple[npt.NDArray[np.int64], Labels]:
+        def work(start: int) -> tuple[Positions, Labels]:
             return self._assign_block(start, half, transposed)
 
-        starts = range(0, len(self.vectors), self.block)
-        found = list(self._pool.map(work, starts)) if self._pool else list(map(work, starts))
-        if not found:
-            return np.empty(0, np.int64), np.empty(0, np.int32)
-        return np.concatenate([rows for rows, _ in found]), np.concatenate(
-            [old for _, old in found]
-        )
+        nothing = np.empty(0, np.int64), np.empty(0, np.int32)
+        moved = [nothing, *pool.map(work, range(0, len(self.vectors), self.block))]
+        rows, old = zip(*moved, strict=True)
+        return np.concatenate(rows), np.concatenate(old)
 
     def _assign_block(
         self, start: int, half: Vectors, transposed: Vectors
-    ) -> tuple[npt.NDArray[np.int64], Labels]:
+    ) -> tuple[Positions, Labels]:
         stop = start + self.block
         upper, lower = self.upper[start:stop], self.lower[start:stop]
         active = np.flatnonzero(upper + _SLACK >= lower)
@@ -213,7 +329,7 @@ class _Lloyd:
         self.labels[rows] = nearest
         return rows[changed], old[changed]
 
-    def _add(self, rows: npt.NDArray[np.int64], old: Labels) -> None:
+    def _add(self, rows: Positions, old: Labels) -> None:
         """Move rows from the sums of their old clusters to those of their new ones."""
         k = len(self.centroids)
         for start in range(0, len(rows), _SUM_ROWS):
@@ -248,51 +364,18 @@ class _Lloyd:
         self.lower -= shifts.max()
         return float((shifts**2).sum())
 
-    def _furthest(self, number: int) -> npt.NDArray[np.int64]:
+    def _furthest(self, number: int) -> Positions:
         """Rows furthest from their centroids, in which empty clusters start again."""
-        return np.argsort(-self._squared_distances(), kind="stable")[:number]
+        squared = squared_distances(self.vectors, self.centroids, self.labels)
+        return np.argsort(-squared, kind="stable")[:number]
 
-    def _squared_distances(self) -> npt.NDArray[np.float32]:
-        found = np.empty(len(self.vectors), dtype=np.float32)
-        for start in range(0, len(found), _SUM_ROWS):
-            stop = start + _SUM_ROWS
-            difference = self.vectors[start:stop] - self.centroids[self.labels[start:stop]]
-            found[start:stop] = np.einsum("ij,ij->i", difference, difference)
-        return found
-
-    def distances(self) -> npt.NDArray[np.float32]:
-        """Distance of each row to its centroid."""
-        return self._in_metric(self._squared_distances())
-
-    def _in_metric(self, squared: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        # Of unit vectors, the squared euclidean distance is twice the cosine distance.
-        found = squared / 2 if self.spherical else np.sqrt(squared)
-        return found.astype(np.float32, copy=False)
-
-    def _result(self, iterations: int) -> KMeansFit:
-        squared = self._squared_distances()
+    def _result(self, iterations: int) -> Fit:
+        squared = squared_distances(self.vectors, self.centroids, self.labels)
         present, labels = np.unique(self.labels, return_inverse=True)
-        return KMeansFit(
-            centroids=self.centroids[present],
-            labels=labels.astype(np.int32),
-            distances=self._in_metric(squared),
+        return Fit(
+            labels.astype(np.int32),
+            self.centroids[present],
+            in_metric(squared, self.spherical),
             inertia=float(squared.sum(dtype=np.float64)),
-            iterations=iterations,
+            details={"method": "memory", "iterations": iterations},
         )
-
-
-class _Threads:
-    """The threads of one computation."""
-
-    def __init__(self, state: _Lloyd) -> None:
-        self.state = state
-
-    def __enter__(self) -> None:
-        self.limits = self.state._limits(1, "blas")
-        self.limits.__enter__()
-        self.pool = self.state._pool = ThreadPoolExecutor(cores())
-
-    def __exit__(self, *error: object) -> None:
-        self.state._pool = None
-        self.pool.shutdown()
-        self.limits.__exit__(None, None, None)

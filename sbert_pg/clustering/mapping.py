@@ -16,9 +16,8 @@ import numpy.typing as npt
 import sqlalchemy as sa
 
 from sbert_pg.clustering.declaration import Clustering
-from sbert_pg.clustering.extras import need
-from sbert_pg.clustering.kmeans import normalize
-from sbert_pg.clustering.transfer import read_rows, wire_key
+from sbert_pg.clustering.kmeans import need, normalize
+from sbert_pg.clustering.rows import RowSet, read_rows
 from sbert_pg.errors import ClusteringError, DeclarationError
 
 Projection = Literal["auto", "tsne", "umap", "pca"]
@@ -29,7 +28,6 @@ SAMPLE_ROWS = 5_000
 TEXT_LENGTH = 240
 #: Principal components that t-SNE and UMAP begin with.
 _COMPONENTS = 50
-_BUCKETS = 1_000_000
 #: Angle between two colours: the golden angle keeps many of them apart.
 _HUE_STEP = 0.381966
 
@@ -155,33 +153,30 @@ def cluster_map(
         DeclarationError: a projection of another name.
         MissingExtraError: scikit-learn or umap-learn is needed and not installed.
     """
-    run = clustering.run_table
-    found = connection.execute(
-        sa.select(run.c.id, run.c.rows).where(
-            run.c.is_current, run.c.column_name == clustering.column.name
-        )
-    ).first()
-    if found is None:
-        raise ClusteringError(
-            f"{clustering.column} has no current clustering to show. Make one with "
-            "cluster(engine, ...) or 'sbert-pg cluster run'."
-        )
-    sampled = _sample(clustering, found.id, found.rows, rows)
-    read = read_rows(connection, clustering.keys, clustering.column, sampled)
-    if len(read.keys) == 0:
+    run = clustering.require_current(connection)
+    assignment = clustering.assignment_table
+    placed = sa.exists().where(clustering.row_is_assigned(), assignment.c.run_id == run.id)
+    shown = RowSet(
+        clustering.column,
+        [placed.correlate(clustering.rows)],
+        spherical=clustering.metric == "cosine",
+    ).sample(rows, run.rows)
+    keys, vectors = read_rows(connection, shown)
+    if len(keys) == 0:
         raise ClusteringError(f"The current run of {clustering.column} has no rows left to show.")
-    vectors = normalize(read.vectors) if clustering.metric == "cosine" else read.vectors
+    if shown.spherical:
+        normalize(vectors)
     points, name = project(vectors, projection, seed)
-    shown = _texts(connection, clustering, found.id, sampled, text)
-    keys = list(read.keys.tuples())
+    place = _places(connection, clustering, run.id, shown, text)
+    places = [place.get(key, (None, "")) for key in keys.tuples()]
     return ClusterMap(
         title=title or f"{clustering.rows.name} by {clustering.column.name}",
         points=points,
-        numbers=[shown[key][0] if key in shown else None for key in keys],
-        texts=[shown[key][1] if key in shown else "" for key in keys],
+        numbers=[number for number, _ in places],
+        texts=[text for _, text in places],
         clusters=_clusters(connection, clustering),
         projection=name,
-        rows=found.rows,
+        rows=run.rows,
     )
 
 
@@ -200,11 +195,15 @@ def project(
         )
     if projection == "auto":
         projection = "umap" if importlib.util.find_spec("umap") is not None else "tsne"
+    # Equal rows are one point: neighbour embeddings fail on them, scikit-learn's t-SNE by a crash.
+    vectors, positions = np.unique(vectors, axis=0, return_inverse=True)
     if len(vectors) < 4:
         projection = "pca"
     decomposition = need("sklearn.decomposition", "project rows onto a map", "map")
     components = min(2 if projection == "pca" else _COMPONENTS, *vectors.shape)
-    reduced = decomposition.PCA(components, random_state=seed).fit_transform(vectors)
+    reduced = np.zeros((1, 2))
+    if len(vectors) > 1:
+        reduced = decomposition.PCA(components, random_state=seed).fit_transform(vectors)
     if projection == "umap":
         umap = need("umap", "project rows onto a map by UMAP", "map")
         reduced = umap.UMAP(metric="euclidean", random_state=seed).fit_transform(reduced)
@@ -218,43 +217,30 @@ def project(
     plane[:, : reduced.shape[1]] = reduced[:, :2]
     low, high = plane.min(axis=0), plane.max(axis=0)
     names = {"umap": "UMAP", "tsne": "t-SNE", "pca": "principal components"}
-    return (plane - low) / np.maximum(high - low, 1e-12).max(), names[projection]
+    points = (plane - low) / np.maximum(high - low, 1e-12).max()
+    return points[positions.ravel()], names[projection]
 
 
-def _sample(
-    clustering: Clustering, run_id: int, total: int, rows: int
-) -> list[sa.ColumnElement[bool]]:
-    assignment = clustering.assignment_table
-    placed = sa.exists().where(clustering.row_is_assigned(), assignment.c.run_id == run_id)
-    criteria = [clustering.column.is_not(None), placed.correlate(clustering.rows)]
-    if total > rows:
-        hashed = sa.func.hashtextextended(sa.func.concat_ws(" ", *clustering.keys), 0)
-        criteria.append(sa.func.abs(hashed % _BUCKETS) < int(_BUCKETS * rows / total))
-    return criteria
-
-
-def _texts(
+def _places(
     connection: sa.Connection,
     clustering: Clustering,
     run_id: int,
-    sampled: list[sa.ColumnElement[bool]],
+    rows: RowSet,
     text: sa.ColumnElement[str] | None,
 ) -> dict[tuple[Any, ...], tuple[int | None, str]]:
+    """Number of the cluster and beginning of the text of each row, by key as it travels."""
     assignment, cluster = clustering.assignment_table, clustering.cluster_table
-    keys = [wire_key(key) for key in clustering.keys]
     if text is None and clustering.source is not None:
         text = clustering.source.expression(clustering.rows)
-    shown: Any = sa.func.concat_ws(", ", *clustering.keys) if text is None else text
+    shown: Any = sa.func.concat_ws(", ", *rows.keys) if text is None else text
     statement = (
-        sa.select(*keys, cluster.c.number, sa.func.left(shown, TEXT_LENGTH))
+        sa.select(*rows.wire_keys, cluster.c.number, sa.func.left(shown, TEXT_LENGTH))
         .join_from(clustering.rows, assignment, clustering.row_is_assigned())
         .outerjoin(cluster, cluster.c.id == assignment.c.cluster_id)
-        .where(assignment.c.run_id == run_id, *sampled)
+        .where(assignment.c.run_id == run_id, *rows.criteria)
     )
-    width = len(keys)
     return {
-        tuple(row[:width]): (row[width], row[width + 1] or "")
-        for row in connection.execute(statement)
+        tuple(key): (number, text or "") for *key, number, text in connection.execute(statement)
     }
 
 
@@ -269,13 +255,10 @@ def _clusters(connection: sa.Connection, clustering: Clustering) -> list[tuple[i
 
 
 def _colours(number: int) -> list[str]:
-    found = []
+    colours = []
     for rank in range(number):
         red, green, blue = colorsys.hls_to_rgb(
             (0.58 + rank * _HUE_STEP) % 1.0, (0.45, 0.58, 0.36)[rank % 3], 0.62
         )
-        found.append(f"#{int(255 * red):02x}{int(255 * green):02x}{int(255 * blue):02x}")
-    return found
-
-
-__all__ = ["ClusterMap", "Projection", "cluster_map", "project"]
+        colours.append(f"#{int(255 * red):02x}{int(255 * green):02x}{int(255 * blue):02x}")
+    return colours

@@ -8,24 +8,27 @@ by real foreign keys.
 from __future__ import annotations
 
 import datetime
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import numpy as np
+import numpy.typing as npt
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
-from sqlalchemy.orm import Mapped, Mapper, foreign, relationship
+from sqlalchemy.orm import Mapped, Mapper, foreign, mapped_column, relationship
 
 from sbert_pg.errors import DeclarationError
 from sbert_pg.types import Vector
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
 
 #: Longest identifier that PostgreSQL keeps.
 MAX_IDENTIFIER = 63
 #: What the references to rows are called: this, then the name of the key column.
 ROW_PREFIX = "row_"
 EXEMPLAR_PREFIX = "exemplar_"
+#: Classes and columns of a clustering: those of its runs, its clusters and its assignments.
+T = TypeVar("T")
+Classes = tuple["type[ClusterRun]", "type[Cluster]", "type[Assignment]"]
 
 
 class ClusterRun:
@@ -36,7 +39,7 @@ class ClusterRun:
         column_name: name of the vector column that was clustered.
         encoder: name of the column's encoder, or ``None`` for a plain vector column.
         fingerprint: fingerprint of the encoder, where the column was bound to one.
-        algorithm: ``kmeans``, ``mini-batch``, ``hdbscan``, ``communities`` or ``agglomerative``.
+        algorithm: ``kmeans``, ``hdbscan``, ``communities`` or ``agglomerative``.
         parameters: its parameters, and ``method``: how it was computed.
         seed: seed of everything random in it.
         filter: the criterion that rows had to meet, as SQL, or ``None``.
@@ -47,6 +50,8 @@ class ClusterRun:
         n_clusters: clusters that were found.
         outliers: rows without a cluster.
         inertia: sum of squared euclidean distances to the centroids; of unit vectors under cosine.
+        pending: rows among them whose vector was not that of their text at the time.
+        warnings: what speaks against the result, in sentences; mostly nothing.
         score: value of the criterion by which the number of clusters was chosen, if it was.
         curve: what was tried for that: a list of ``{"n_clusters", "score", "inertia"}``.
         mean_distance: mean distance of the clustered rows to their centroids.
@@ -57,29 +62,34 @@ class ClusterRun:
         clusters: its clusters, by number.
     """
 
-    id: Mapped[int]
-    column_name: Mapped[str]
-    encoder: Mapped[str | None]
-    fingerprint: Mapped[str | None]
-    algorithm: Mapped[str]
-    parameters: Mapped[dict[str, Any]]
-    seed: Mapped[int]
-    filter: Mapped[str | None]
-    metric: Mapped[str]
-    state: Mapped[str]
-    is_current: Mapped[bool]
-    rows: Mapped[int | None]
-    n_clusters: Mapped[int | None]
-    outliers: Mapped[int | None]
-    inertia: Mapped[float | None]
-    score: Mapped[float | None]
-    curve: Mapped[list[dict[str, Any]] | None]
-    mean_distance: Mapped[float | None]
-    far_distance: Mapped[float | None]
-    error: Mapped[str | None]
-    started_at: Mapped[datetime.datetime]
-    finished_at: Mapped[datetime.datetime | None]
-    clusters: Mapped[list[Cluster]]
+    id: Mapped[int] = mapped_column(sa.BigInteger, sa.Identity(), primary_key=True)
+    column_name: Mapped[str] = mapped_column(sa.Text)
+    encoder: Mapped[str | None] = mapped_column(sa.Text)
+    fingerprint: Mapped[str | None] = mapped_column(sa.Text)
+    algorithm: Mapped[str] = mapped_column(sa.Text)
+    parameters: Mapped[dict[str, Any]] = mapped_column(JSONB)
+    seed: Mapped[int] = mapped_column(sa.BigInteger)
+    filter: Mapped[str | None] = mapped_column(sa.Text)
+    metric: Mapped[str] = mapped_column(sa.Text)
+    state: Mapped[str] = mapped_column(sa.Text)
+    is_current: Mapped[bool] = mapped_column(sa.Boolean, server_default=sa.false())
+    rows: Mapped[int | None] = mapped_column(sa.BigInteger)
+    n_clusters: Mapped[int | None] = mapped_column(sa.Integer)
+    outliers: Mapped[int | None] = mapped_column(sa.BigInteger)
+    inertia: Mapped[float | None] = mapped_column(sa.Double)
+    pending: Mapped[int | None] = mapped_column(sa.BigInteger)
+    warnings: Mapped[list[str]] = mapped_column(ARRAY(sa.Text), server_default=sa.text("'{}'"))
+    score: Mapped[float | None] = mapped_column(sa.Double)
+    curve: Mapped[list[dict[str, Any]] | None] = mapped_column(JSONB(none_as_null=True))
+    mean_distance: Mapped[float | None] = mapped_column(sa.Double)
+    far_distance: Mapped[float | None] = mapped_column(sa.Double)
+    error: Mapped[str | None] = mapped_column(sa.Text)
+    started_at: Mapped[datetime.datetime] = mapped_column(
+        sa.DateTime(timezone=True), server_default=sa.func.clock_timestamp()
+    )
+    finished_at: Mapped[datetime.datetime | None] = mapped_column(sa.DateTime(timezone=True))
+    if TYPE_CHECKING:
+        clusters: Mapped[list[Cluster]]
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id} {self.algorithm} {self.state}>"
@@ -106,20 +116,22 @@ class Cluster:
         exemplar: the row nearest to the centroid.
     """
 
-    id: Mapped[int]
-    run_id: Mapped[int]
-    number: Mapped[int]
-    centroid: Mapped[npt.NDArray[np.float32]]
-    size: Mapped[int]
-    label: Mapped[str | None]
-    is_named: Mapped[bool]
-    keywords: Mapped[list[str]]
-    cohesion: Mapped[float | None]
-    radius: Mapped[float | None]
-    run: Mapped[Any]
-    assignments: Mapped[list[Assignment]]
-    rows: Mapped[list[Any]]
-    exemplar: Mapped[Any]
+    id: Mapped[int] = mapped_column(sa.BigInteger, sa.Identity(), primary_key=True, sort_order=-1)
+    number: Mapped[int] = mapped_column(sa.Integer)
+    # No width: runs over an old and a new encoder's column share the table.
+    centroid: Mapped[npt.NDArray[np.float32]] = mapped_column(Vector())
+    size: Mapped[int] = mapped_column(sa.Integer)
+    label: Mapped[str | None] = mapped_column(sa.Text)
+    is_named: Mapped[bool] = mapped_column(sa.Boolean, server_default=sa.false())
+    keywords: Mapped[list[str]] = mapped_column(ARRAY(sa.Text), server_default=sa.text("'{}'"))
+    cohesion: Mapped[float | None] = mapped_column(sa.Double)
+    radius: Mapped[float | None] = mapped_column(sa.Double)
+    if TYPE_CHECKING:
+        run_id: Mapped[int]
+        run: Mapped[Any]
+        assignments: Mapped[list[Assignment]]
+        rows: Mapped[list[Any]]
+        exemplar: Mapped[Any]
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.number} {self.label!r} of {self.size} rows>"
@@ -138,127 +150,162 @@ class Assignment:
         row: the row.
     """
 
-    run_id: Mapped[int]
-    cluster_id: Mapped[int | None]
-    distance: Mapped[float]
-    is_fitted: Mapped[bool]
-    run: Mapped[Any]
-    cluster: Mapped[Any]
-    row: Mapped[Any]
+    distance: Mapped[float] = mapped_column(sa.REAL)
+    is_fitted: Mapped[bool] = mapped_column(sa.Boolean)
+    if TYPE_CHECKING:
+        run_id: Mapped[int]
+        cluster_id: Mapped[int | None]
+        run: Mapped[Any]
+        cluster: Mapped[Any]
+        row: Mapped[Any]
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} run {self.run_id} cluster {self.cluster_id}>"
 
 
-def run_table(prefix: str, metadata: sa.MetaData, schema: str | None) -> sa.Table:
-    """The table of runs."""
-    table = sa.Table(
-        identifier(f"{prefix}_run"),
-        metadata,
-        sa.Column("id", sa.BigInteger, sa.Identity(), primary_key=True),
-        sa.Column("column_name", sa.Text, nullable=False),
-        sa.Column("encoder", sa.Text),
-        sa.Column("fingerprint", sa.Text),
-        sa.Column("algorithm", sa.Text, nullable=False),
-        sa.Column("parameters", JSONB, nullable=False),
-        sa.Column("seed", sa.BigInteger, nullable=False),
-        sa.Column("filter", sa.Text),
-        sa.Column("metric", sa.Text, nullable=False),
-        sa.Column("state", sa.Text, nullable=False),
-        sa.Column("is_current", sa.Boolean, nullable=False, server_default=sa.false()),
-        sa.Column("rows", sa.BigInteger),
-        sa.Column("n_clusters", sa.Integer),
-        sa.Column("outliers", sa.BigInteger),
-        sa.Column("inertia", sa.Double),
-        sa.Column("score", sa.Double),
-        sa.Column("curve", JSONB(none_as_null=True)),
-        sa.Column("mean_distance", sa.Double),
-        sa.Column("far_distance", sa.Double),
-        sa.Column("error", sa.Text),
-        sa.Column(
-            "started_at",
-            sa.DateTime(timezone=True),
-            nullable=False,
-            server_default=sa.func.clock_timestamp(),
-        ),
-        sa.Column("finished_at", sa.DateTime(timezone=True)),
-        schema=schema,
-    )
+def map_classes(mapper: Mapper[Any], rows: sa.Table, prefix: str) -> Classes:
+    """Map the three classes of a clustering, with relationships among them and to the rows.
+
+    Args:
+        mapper: mapper of the rows' class.
+        rows: their table.
+        prefix: what the tables' names begin with.
+
+    Raises:
+        DeclarationError: a name is longer than PostgreSQL keeps.
+    """
+    run = map_beside(ClusterRun, mapper, rows, f"{prefix}_run")
+    runs = table_of(run)
     # What makes the switch atomic: there is no moment with two current runs.
     sa.Index(
-        identifier(f"uq_{table.name}_current"),
-        table.c.column_name,
+        identifier(f"uq_{runs.name}_current"),
+        runs.c.column_name,
         unique=True,
-        postgresql_where=table.c.is_current,
+        postgresql_where=runs.c.is_current,
     )
-    return table
-
-
-def cluster_table(
-    prefix: str, metadata: sa.MetaData, schema: str | None, run: sa.Table, rows: sa.Table
-) -> sa.Table:
-    """The table of clusters."""
-    name = identifier(prefix)
-    exemplar = references(rows, EXEMPLAR_PREFIX, nullable=True)
-    return sa.Table(
-        name,
-        metadata,
-        sa.Column("id", sa.BigInteger, sa.Identity(), primary_key=True),
-        sa.Column("run_id", sa.ForeignKey(run.c.id, ondelete="CASCADE"), nullable=False),
-        sa.Column("number", sa.Integer, nullable=False),
-        # No width: runs over an old and a new encoder's column share the table.
-        sa.Column("centroid", Vector(), nullable=False),
-        sa.Column("size", sa.Integer, nullable=False),
-        sa.Column("label", sa.Text),
-        sa.Column("is_named", sa.Boolean, nullable=False, server_default=sa.false()),
-        sa.Column("keywords", ARRAY(sa.Text), nullable=False, server_default=sa.text("'{}'")),
-        sa.Column("cohesion", sa.Double),
-        sa.Column("radius", sa.Double),
-        *exemplar,
-        sa.ForeignKeyConstraint(
-            [column.name for column in exemplar], list(rows.primary_key), ondelete="SET NULL"
-        ),
-        sa.UniqueConstraint("run_id", "number", name=identifier(f"uq_{name}_number")),
-        schema=schema,
+    cluster = map_beside(
+        Cluster,
+        mapper,
+        rows,
+        prefix,
+        sa.UniqueConstraint("run_id", "number", name=identifier(f"uq_{prefix}_number")),
+        references={"exemplar": "SET NULL"},
+        run_id=sa.Column(sa.ForeignKey(runs.c.id, ondelete="CASCADE"), nullable=False),
+        run=relationship(run, back_populates="clusters"),
     )
-
-
-def assignment_table(
-    prefix: str,
-    metadata: sa.MetaData,
-    schema: str | None,
-    run: sa.Table,
-    cluster: sa.Table,
-    rows: sa.Table,
-) -> sa.Table:
-    """The table of assignments."""
-    name = identifier(f"{prefix}_assignment")
-    row = references(rows, ROW_PREFIX, nullable=False)
-    return sa.Table(
+    clusters, name = table_of(cluster), f"{prefix}_assignment"
+    assignment = map_beside(
+        Assignment,
+        mapper,
+        rows,
         name,
-        metadata,
-        *row,
-        sa.Column("run_id", sa.ForeignKey(run.c.id, ondelete="CASCADE"), nullable=False),
-        sa.Column("cluster_id", sa.ForeignKey(cluster.c.id, ondelete="CASCADE")),
-        sa.Column("distance", sa.REAL, nullable=False),
-        sa.Column("is_fitted", sa.Boolean, nullable=False),
         # The row's key comes first: this index also serves deletes of rows.
-        sa.PrimaryKeyConstraint(*(column.name for column in row), "run_id"),
-        sa.ForeignKeyConstraint(
-            [column.name for column in row], list(rows.primary_key), ondelete="CASCADE"
-        ),
+        sa.PrimaryKeyConstraint(*(ROW_PREFIX + key.name for key in rows.primary_key), "run_id"),
         # Members of a cluster, nearest first.
         sa.Index(identifier(f"ix_{name}_cluster"), "cluster_id", "distance"),
-        schema=schema,
+        references={"row": "CASCADE"},
+        run_id=sa.Column(sa.ForeignKey(runs.c.id, ondelete="CASCADE"), nullable=False),
+        cluster_id=sa.Column(sa.ForeignKey(clusters.c.id, ondelete="CASCADE")),
+        run=relationship(run, viewonly=True),
+        cluster=relationship(cluster, back_populates="assignments"),
+    )
+    _relate(mapper, rows, run, cluster, assignment)
+    return run, cluster, assignment
+
+
+def _relate(
+    mapper: Mapper[Any],
+    rows: sa.Table,
+    run: type[ClusterRun],
+    cluster: type[Cluster],
+    assignment: type[Assignment],
+) -> None:
+    """Add the relationships whose other end was mapped later."""
+    clusters, assignments = table_of(cluster), table_of(assignment)
+    _add(
+        run,
+        "clusters",
+        cluster,
+        back_populates="run",
+        order_by=clusters.c.number,
+        passive_deletes="all",
+    )
+    _add(
+        cluster,
+        "assignments",
+        assignment,
+        back_populates="cluster",
+        order_by=assignments.c.distance,
+        passive_deletes="all",
+    )
+    _add(
+        cluster,
+        "rows",
+        mapper,
+        secondary=assignments,
+        primaryjoin=assignments.c.cluster_id == clusters.c.id,
+        secondaryjoin=is_row(assignments, rows),
+        order_by=assignments.c.distance,
+        viewonly=True,
     )
 
 
-def references(rows: sa.Table, prefix: str, *, nullable: bool) -> list[sa.Column[Any]]:
-    """Columns that refer to a row's key."""
-    return [
-        sa.Column(identifier(prefix + key.name), key.type, nullable=nullable)
-        for key in rows.primary_key
-    ]
+def map_beside(
+    base: type[T],
+    mapper: Mapper[Any],
+    rows: sa.Table,
+    name: str,
+    *arguments: Any,
+    references: Mapping[str, str] = MappingProxyType({}),
+    **members: Any,
+) -> type[T]:
+    """Map a subclass of a class above, in the metadata and the schema of the rows' table.
+
+    Args:
+        base: the class.
+        mapper: mapper of the rows' class.
+        rows: their table.
+        name: name of the new table.
+        arguments: its constraints and indexes.
+        references: relationships to a row, by name, and what becomes of each when the row is
+            deleted. Their columns are called after the row's key: ``exemplar_id``.
+        members: more columns and relationships.
+    """
+    constraints = list(arguments)
+    for reference, ondelete in references.items():
+        columns = [
+            sa.Column(
+                identifier(f"{reference}_{key.name}"), key.type, nullable=ondelete != "CASCADE"
+            )
+            for key in rows.primary_key
+        ]
+        members |= {column.name: column for column in columns}
+        keys = list(rows.primary_key)
+        constraints.append(
+            sa.ForeignKeyConstraint([c.name for c in columns], keys, ondelete=ondelete)
+        )
+        joined = (foreign(c) == key for c, key in zip(columns, keys, strict=True))
+        members[reference] = relationship(mapper, primaryjoin=sa.and_(*joined), viewonly=True)
+    # ``article_cluster`` is the table of ``ArticleCluster``.
+    class_name = "".join(part[:1].upper() + part[1:] for part in name.split("_"))
+    members |= {
+        "__module__": mapper.class_.__module__,
+        "__doc__": base.__doc__,
+        "__tablename__": identifier(name),
+        "__table_args__": (*constraints, {"schema": rows.schema}),
+        "metadata": rows.metadata,
+    }
+    return mapper.registry.map_declaratively(type(class_name, (base,), members)).class_
+
+
+def table_of(cls: type[Any]) -> sa.Table:
+    """The table of a mapped class."""
+    return cast("sa.Table", sa.inspect(cls).local_table)
+
+
+def is_row(table: sa.Table, rows: sa.Table) -> sa.ColumnElement[bool]:
+    """The join of an assignment with its row."""
+    return sa.and_(*(foreign(table.c[ROW_PREFIX + key.name]) == key for key in rows.primary_key))
 
 
 def identifier(name: str) -> str:
@@ -275,107 +322,42 @@ def identifier(name: str) -> str:
     return name
 
 
-def map_classes(
-    entity: Mapper[Any], rows: sa.Table, run: sa.Table, cluster: sa.Table, assignment: sa.Table
-) -> tuple[type[ClusterRun], type[Cluster], type[Assignment]]:
-    """Map the three classes to their tables, with relationships among them and to the rows."""
-    registry = entity.registry
-    run_class = _subclass(ClusterRun, entity, run)
-    cluster_class = _subclass(Cluster, entity, cluster)
-    assignment_class = _subclass(Assignment, entity, assignment)
-    row_join = _references_row(assignment, rows, ROW_PREFIX)
-    registry.map_imperatively(
-        run_class,
-        run,
-        properties={
-            "clusters": relationship(
-                cluster_class,
-                back_populates="run",
-                order_by=cluster.c.number,
-                passive_deletes="all",
-            )
-        },
-    )
-    registry.map_imperatively(
-        cluster_class,
-        cluster,
-        properties={
-            "run": relationship(run_class, back_populates="clusters"),
-            "assignments": relationship(
-                assignment_class,
-                back_populates="cluster",
-                order_by=assignment.c.distance,
-                passive_deletes="all",
-            ),
-            "rows": relationship(
-                entity,
-                secondary=assignment,
-                primaryjoin=assignment.c.cluster_id == cluster.c.id,
-                secondaryjoin=row_join,
-                order_by=assignment.c.distance,
-                viewonly=True,
-            ),
-            "exemplar": relationship(
-                entity,
-                primaryjoin=_references_row(cluster, rows, EXEMPLAR_PREFIX),
-                viewonly=True,
-            ),
-        },
-    )
-    registry.map_imperatively(
-        assignment_class,
-        assignment,
-        properties={
-            "run": relationship(run_class, viewonly=True),
-            "cluster": relationship(cluster_class, back_populates="assignments"),
-            "row": relationship(entity, primaryjoin=row_join, viewonly=True),
-        },
-    )
-    return run_class, cluster_class, assignment_class
-
-
 def extend_entity(
-    entity: Mapper[Any],
-    attribute: str,
-    column_name: str,
-    classes: tuple[type[ClusterRun], type[Cluster], type[Assignment]],
-    rows: sa.Table,
+    mapper: Mapper[Any], attribute: str, column_name: str, classes: Classes, rows: sa.Table
 ) -> None:
     """Give the row's class its current clusters, and its assignments in every run.
 
     Raises:
         DeclarationError: the class has such an attribute already.
     """
-    run, cluster, assignment = (sa.inspect(cls).local_table for cls in classes)
+    run, cluster, assignment = map(table_of, classes)
     all_runs = f"{attribute.removesuffix('s')}_assignments"
     for name in (attribute, all_runs):
-        if entity.has_property(name) or hasattr(entity.class_, name):
+        if mapper.has_property(name) or hasattr(mapper.class_, name):
             raise DeclarationError(
-                f"{entity.class_.__name__} has an attribute {name!r} already; give clusters_of() "
+                f"{mapper.class_.__name__} has an attribute {name!r} already; give clusters_of() "
                 "another one with attribute=."
             )
-    through = sa.join(assignment, run, assignment.c.run_id == run.c.id)
-    row_join = _references_row(assignment, rows, ROW_PREFIX)
-    entity.add_property(
+    joined = is_row(assignment, rows)
+    _add(
+        mapper,
         attribute,
-        relationship(
-            classes[1],
-            secondary=through,
-            primaryjoin=sa.and_(row_join, run.c.is_current, run.c.column_name == column_name),
-            secondaryjoin=foreign(assignment.c.cluster_id) == cluster.c.id,
-            viewonly=True,
-        ),
+        classes[1],
+        secondary=sa.join(assignment, run, assignment.c.run_id == run.c.id),
+        primaryjoin=sa.and_(joined, run.c.is_current, run.c.column_name == column_name),
+        secondaryjoin=foreign(assignment.c.cluster_id) == cluster.c.id,
+        viewonly=True,
     )
-    entity.add_property(
+    _add(
+        mapper,
         all_runs,
-        relationship(classes[2], primaryjoin=row_join, order_by=assignment.c.run_id, viewonly=True),
+        classes[2],
+        primaryjoin=joined,
+        order_by=assignment.c.run_id,
+        viewonly=True,
     )
 
 
-def _references_row(table: sa.Table, rows: sa.Table, prefix: str) -> sa.ColumnElement[bool]:
-    return sa.and_(*(foreign(table.c[prefix + key.name]) == key for key in rows.primary_key))
-
-
-def _subclass(base: type[Any], entity: Mapper[Any], table: sa.Table) -> type[Any]:
-    name = "".join(part[:1].upper() + part[1:] for part in table.name.split("_"))
-    return type(name, (base,), {"__module__": entity.class_.__module__, "__doc__": base.__doc__})
+def _add(mapped: Any, name: str, other: Any, **arguments: Any) -> None:
+    """Add a relationship to a class that is mapped already."""
+    sa.inspect(mapped).add_property(name, relationship(other, **arguments))

@@ -6,7 +6,7 @@ migration, by names that stay what they were when it was written, or by an expli
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,8 +38,7 @@ class ClusterViews:
 
     - view ``article_cluster_current``: the current clusters;
     - view ``article_cluster_member``: the rows of the current run, each with the number and label
-    of
-      its cluster (``NULL`` for an outlier) and its distance;
+      of its cluster (``NULL`` for an outlier) and its distance;
     - function ``article_cluster_nearest(query vector, n integer DEFAULT 5)``: the current clusters
       nearest to a vector;
     - function ``article_cluster_nearest_of(key..., n integer DEFAULT 5)``: those nearest to a row.
@@ -74,20 +73,17 @@ class ClusterViews:
 
     def create(self) -> Iterator[sa.schema.ExecutableDDLElement]:
         """Statements that create or replace them."""
-        yield _CreateView(self._name("current"), self.schema, self._current())
-        yield _CreateView(self._name("member"), self.schema, self._members())
+        yield self._view("current", self._current())
+        yield self._view("member", self._members())
         query = sa.literal_column("$1", Vector())
-        yield _CreateFunction(
-            self._name("nearest"), self.schema, {"query": "vector"}, self._nearest(query, "$2")
-        )
+        yield self._function("nearest", {"query": "vector"}, self._nearest(query, "$2"))
         row = sa.table(self.table, *map(sa.column, (*self.keys, self.column)), schema=self.schema)
         is_row = [
             row.c[key] == sa.literal_column(f"${number}") for number, key in enumerate(self.keys, 1)
         ]
         vector = sa.select(sa.cast(row.c[self.column], Vector())).where(*is_row).scalar_subquery()
-        yield _CreateFunction(
-            self._name("nearest_of"),
-            self.schema,
+        yield self._function(
+            "nearest_of",
             {f"row_{key}": type_ for key, type_ in self.keys.items()},
             # A row without a vector is near to nothing.
             self._nearest(vector, f"${len(self.keys) + 1}").where(vector.is_not(None)),
@@ -95,13 +91,31 @@ class ClusterViews:
 
     def drop(self) -> Iterator[sa.schema.ExecutableDDLElement]:
         """Statements that drop them where they exist."""
-        yield _DropFunction(self._name("nearest_of"), self.schema, tuple(self.keys.values()))
-        yield _DropFunction(self._name("nearest"), self.schema, ("vector",))
-        yield _DropView(self._name("member"), self.schema)
-        yield _DropView(self._name("current"), self.schema)
+        for name, types in (("nearest_of", (*self.keys.values(),)), ("nearest", ("vector",))):
+            arguments = [(None, type_) for type_ in (*types, "integer")]
+            yield self._statement("DROP FUNCTION IF EXISTS", name, arguments=arguments)
+        yield self._statement("DROP VIEW IF EXISTS", "member")
+        yield self._statement("DROP VIEW IF EXISTS", "current")
 
-    def _name(self, suffix: str) -> str:
-        return identifier(f"{self._prefix}_{suffix}")
+    def _view(self, suffix: str, query: sa.Select[Any]) -> _Statement:
+        return self._statement("CREATE OR REPLACE VIEW", suffix, head="AS", query=query)
+
+    def _function(
+        self, suffix: str, arguments: Mapping[str, str], query: sa.Select[Any]
+    ) -> _Statement:
+        return self._statement(
+            "CREATE OR REPLACE FUNCTION",
+            suffix,
+            arguments=[*arguments.items(), ("n", "integer DEFAULT 5")],
+            head="RETURNS TABLE (number integer, label text, distance double precision) "
+            "LANGUAGE sql STABLE AS $sbert_pg$",
+            query=query,
+            tail="$sbert_pg$",
+        )
+
+    def _statement(self, verb: str, suffix: str, **parts: Any) -> _Statement:
+        name = identifier(f"{self._prefix}_{suffix}")
+        return _Statement(verb, name, self.schema, **parts)
 
     @property
     def _prefix(self) -> str:
@@ -182,67 +196,44 @@ def drop_views(connection: sa.Connection, clustering: Clustering) -> None:
         connection.execute(statement)
 
 
-class _Named(sa.schema.ExecutableDDLElement):
-    """A statement about one view or function."""
+class _Statement(sa.schema.ExecutableDDLElement):
+    """A statement about one view or function.
 
-    def __init__(self, name: str, schema: str | None) -> None:
-        self.name, self.schema = name, schema
+    Attributes:
+        verb: what it does, up to the name.
+        name: name of the view or function.
+        schema: its schema, or ``None``.
+        arguments: names and types of a function's arguments; types alone where it is dropped.
+        head: what stands between the name and the query.
+        query: the query, or ``None``.
+        tail: what follows the query.
+    """
 
-    def quoted(self, compiler: Any) -> str:
-        """Its name, qualified."""
-        quote = compiler.preparer.quote
-        return ".".join(quote(part) for part in (self.schema, self.name) if part is not None)
-
-
-class _CreateView(_Named):
-    def __init__(self, name: str, schema: str | None, query: sa.Select[Any]) -> None:
-        super().__init__(name, schema)
-        self.query = query
-
-
-class _DropView(_Named):
-    pass
-
-
-class _CreateFunction(_Named):
     def __init__(
-        self, name: str, schema: str | None, arguments: Mapping[str, str], query: sa.Select[Any]
+        self,
+        verb: str,
+        name: str,
+        schema: str | None,
+        *,
+        arguments: Sequence[tuple[str | None, str]] | None = None,
+        head: str = "",
+        query: sa.Select[Any] | None = None,
+        tail: str = "",
     ) -> None:
-        super().__init__(name, schema)
-        self.arguments, self.query = arguments, query
+        self.verb, self.name, self.schema, self.arguments = verb, name, schema, arguments
+        self.head, self.query, self.tail = head, query, tail
 
 
-class _DropFunction(_Named):
-    def __init__(self, name: str, schema: str | None, types: tuple[str, ...]) -> None:
-        super().__init__(name, schema)
-        self.types = types
-
-
-@compiles(_CreateView)
-def _create_view(element: _CreateView, compiler: Any, **_: Any) -> str:
-    query = compiler.sql_compiler.process(element.query, literal_binds=True)
-    return f"CREATE OR REPLACE VIEW {element.quoted(compiler)} AS {query}"
-
-
-@compiles(_DropView)
-def _drop_view(element: _DropView, compiler: Any, **_: Any) -> str:
-    return f"DROP VIEW IF EXISTS {element.quoted(compiler)}"
-
-
-@compiles(_CreateFunction)
-def _create_function(element: _CreateFunction, compiler: Any, **_: Any) -> str:
+@compiles(_Statement)
+def _compile_statement(element: _Statement, compiler: Any, **_: Any) -> str:
     quote = compiler.preparer.quote
-    arguments = [f"{quote(name)} {type_}" for name, type_ in element.arguments.items()]
-    query = compiler.sql_compiler.process(element.query, literal_binds=True)
-    return (
-        f"CREATE OR REPLACE FUNCTION {element.quoted(compiler)}"
-        f"({', '.join(arguments)}, n integer DEFAULT 5) "
-        "RETURNS TABLE (number integer, label text, distance double precision) "
-        f"LANGUAGE sql STABLE AS $sbert_pg$ {query} $sbert_pg$"
-    )
-
-
-@compiles(_DropFunction)
-def _drop_function(element: _DropFunction, compiler: Any, **_: Any) -> str:
-    types = ", ".join((*element.types, "integer"))
-    return f"DROP FUNCTION IF EXISTS {element.quoted(compiler)}({types})"
+    words = [element.verb, ".".join(map(quote, filter(None, (element.schema, element.name))))]
+    if element.arguments is not None:
+        arguments = (
+            type_ if name is None else f"{quote(name)} {type_}" for name, type_ in element.arguments
+        )
+        words[-1] += f"({', '.join(arguments)})"
+    if element.query is not None:
+        body = compiler.sql_compiler.process(element.query, literal_binds=True)
+        words += [element.head, body, element.tail]
+    return " ".join(filter(None, words))

@@ -1,8 +1,9 @@
 """Texts to vectors with onnxruntime: sentence-transformers models without torch."""
 
-from sbert_pg.encoder.counting import Statistics
+from sbert_pg.encoder.conversion import prepare
 from sbert_pg.encoder.directory import Manifest
-from sbert_pg.encoder.encoder import Encoder
-from sbert_pg.encoder.preparing import prepare
+from sbert_pg.encoder.encoder import Encoder, load_declared
+from sbert_pg.encoder.engine import Statistics
+from sbert_pg.encoder.reranker import Reranker
 
-__all__ = ["Encoder", "Manifest", "Statistics", "prepare"]
+__all__ = ["Encoder", "Manifest", "Reranker", "Statistics", "load_declared", "prepare"]

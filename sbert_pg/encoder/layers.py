@@ -1,25 +1,60 @@
-"""Layers after pooling, and the files of one module.
+"""Pooling, and the layers after it.
 
-Sources: ``Dense`` and ``Normalize`` in sentence-transformers ``base/modules``.
+Sources: sentence-transformers ``base/modules`` and ``sentence_transformer/modules/pooling.py``.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from sbert_pg.encoder.files import (
+    Settings,
+    Weights,
+    find_weights,
+    inside,
+    read_if_there,
+    read_json,
+)
 from sbert_pg.errors import DamagedEncoderError, UnsupportedEncoderError
 
-#: Activations of a Dense layer, by the name of torch's class.
-ACTIVATIONS = (
-    "Identity", "Tanh", "ReLU", "GELU", "Sigmoid", "SiLU", "Mish", "Softplus", "ELU", "LeakyReLU",
-)  # fmt: skip
+PoolingMode = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
+
+#: Older keys of a pooling configuration, in the order in which their vectors are concatenated.
+_POOLING_KEYS: dict[str, PoolingMode] = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+POOLING_MODES: tuple[PoolingMode, ...] = tuple(_POOLING_KEYS.values())
+
+#: Domain of the operators that only onnxruntime has.
+MICROSOFT = "com.microsoft"
+
+#: An ONNX operator, its domain, and its attributes.
+Activation = tuple[str, str, Mapping[str, Any]]
+#: Activations of a Dense layer by the name of torch's class, with its default arguments.
+ACTIVATIONS: dict[str, Activation] = {
+    "Identity": ("Identity", "", {}),
+    "Tanh": ("Tanh", "", {}),
+    "ReLU": ("Relu", "", {}),
+    "GELU": ("Gelu", MICROSOFT, {}),
+    "Sigmoid": ("Sigmoid", "", {}),
+    "SiLU": ("QuickGelu", MICROSOFT, {"alpha": 1.0}),
+    "Mish": ("Mish", "", {}),
+    "Softplus": ("Softplus", "", {}),
+    "ELU": ("Elu", "", {"alpha": 1.0}),
+    "LeakyReLU": ("LeakyRelu", "", {"alpha": 0.01}),
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,61 +84,35 @@ class Normalize:
 Layer = Dense | Normalize
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+def read_pooling(settings: Settings, width: int | None) -> tuple[PoolingMode, ...]:
+    """Pooling modes, in the order in which their vectors are concatenated.
+
+    Args:
+        settings: the module's configuration.
+        width: of the token vectors, which the configuration may name; ``None`` leaves that out.
 
     Raises:
-        DamagedEncoderError: the file is missing or holds no JSON object.
+        DamagedEncoderError: it names another width.
+        UnsupportedEncoderError: it names no mode, or one that is not implemented.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DamagedEncoderError(f"{path} is missing; the directory is incomplete.") from error
-    except (OSError, ValueError) as error:
-        raise DamagedEncoderError(f"{path} cannot be read as JSON: {error}.") from error
-    if not isinstance(data, dict):
-        raise DamagedEncoderError(f"{path} holds no JSON object.")
-    return data
-
-
-def find_weights(directory: Path) -> tuple[Path, ...]:
-    """The safetensors files of a module, one or a sharded set.
-
-    Raises:
-        UnsupportedEncoderError: the weights are there as pickle only.
-        DamagedEncoderError: there are none, or a shard is missing.
-    """
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        files = tuple(inside(directory, name) for name in names)
-    else:
-        files = (directory / "model.safetensors",)
-    missing = [file.name for file in files if not file.is_file()]
-    if not missing and files:
-        return files
-    pickled = directory / "pytorch_model.bin"
-    if not index.is_file() and pickled.is_file():
+    modes = settings.get("pooling_mode")
+    if modes is None:
+        modes = [mode for key, mode in _POOLING_KEYS.items() if settings.flag(key, False)]
+        modes = modes or ["mean"]
+    modes = modes if isinstance(modes, list) else [modes]
+    known = [mode for mode in modes if mode in POOLING_MODES]
+    if not modes or known != modes or len(modes) > len(POOLING_MODES):
         raise UnsupportedEncoderError(
-            f"{directory} holds its weights as {pickled.name}, a pickle file, which can run code "
-            "when it is read. Take a revision of the model that has model.safetensors, or save it "
-            "anew with SentenceTransformer(...).save_pretrained(...) where you trust it."
+            f"{settings.path}: 'pooling_mode' is {str(modes)[:80]}; supported are one or "
+            f"several of {', '.join(POOLING_MODES)}."
         )
-    raise DamagedEncoderError(
-        f"{directory} lacks {', '.join(missing) or 'its weights'}; the directory is incomplete."
-    )
-
-
-def inside(root: Path, name: str) -> Path:
-    """A path below ``root``; a model must not point elsewhere.
-
-    Raises:
-        UnsupportedEncoderError: it does.
-    """
-    relative = Path(name)
-    if relative.is_absolute() or ".." in relative.parts:
-        raise UnsupportedEncoderError(f"{root} names the path {name!r}, which lies outside it.")
-    return root / relative
+    for key in ("embedding_dimension", "word_embedding_dimension"):
+        if width is not None and settings.integer(key, width) != width:
+            raise DamagedEncoderError(
+                f"{settings.path} pools vectors of width {settings[key]} ({key!r}); the "
+                f"transformer gives {width}."
+            )
+    return tuple(modes)
 
 
 def read_layers(root: Path, modules: Sequence[tuple[str, str]], width: int) -> tuple[Layer, ...]:
@@ -126,8 +135,7 @@ def read_layers(root: Path, modules: Sequence[tuple[str, str]], width: int) -> t
             layers.append(dense)
             width = dense.out_features
         elif name == "Normalize":
-            data = read_json(where / "config.json") if (where / "config.json").is_file() else {}
-            _sentence_level(where, data)
+            _sentence_level(read_if_there(where / "config.json"))
             layers.append(Normalize())
         else:
             raise UnsupportedEncoderError(
@@ -137,40 +145,38 @@ def read_layers(root: Path, modules: Sequence[tuple[str, str]], width: int) -> t
     return tuple(layers)
 
 
-def _sentence_level(where: Path, data: Mapping[str, Any]) -> None:
+def layer_text(layer: Layer) -> str:
+    """A layer as text, with a digest of its weights."""
+    if not isinstance(layer, Dense):
+        return "Normalize"
+    digest = hashlib.sha256(np.ascontiguousarray(layer.weight, dtype="<f4").tobytes())
+    if layer.bias is not None:
+        digest.update(np.ascontiguousarray(layer.bias, dtype="<f4").tobytes())
+    size = f"{layer.in_features}->{layer.out_features}"
+    return f"Dense({size}, {layer.activation}, {digest.hexdigest()[:16]})"
+
+
+def _sentence_level(settings: Settings) -> None:
     for key in ("module_input_name", "module_output_name"):
-        if data.get(key) not in (None, "sentence_embedding"):
-            raise UnsupportedEncoderError(
-                f"{where} works on {data[key]!r}; supported are layers on the pooled vector."
-            )
+        settings.only(key, ["sentence_embedding"], "sentence_embedding")
 
 
 def _dense(where: Path, width: int) -> Dense:
-    from safetensors.numpy import load_file
-
-    data = read_json(where / "config.json")
-    _sentence_level(where, data)
-    if data.get("use_residual"):
-        raise UnsupportedEncoderError(f"{where} is a Dense layer with a residual connection.")
+    settings = read_json(where / "config.json")
+    _sentence_level(settings)
+    settings.only("use_residual", [False], False)
     # sentence-transformers falls back to Tanh where the configuration names no activation.
-    activation = str(data.get("activation_function", "torch.nn.modules.activation.Tanh"))
+    activation = settings.text("activation_function", "torch.nn.modules.activation.Tanh")
     package, _, name = activation.rpartition(".")
     if not package.startswith("torch.") or name not in ACTIVATIONS:
-        raise UnsupportedEncoderError(
-            f"{where} has the activation {activation!r}; supported are torch's "
-            f"{', '.join(ACTIVATIONS)}."
-        )
-    tensors = {
-        key: np.asarray(value, dtype=np.float32)
-        for file in find_weights(where)
-        for key, value in load_file(file).items()
-    }
-    weight, bias = tensors.get("linear.weight"), tensors.get("linear.bias")
-    shape = (int(data["out_features"]), int(data["in_features"]))
-    if weight is None or weight.shape != shape or shape[1] != width:
-        raise DamagedEncoderError(
-            f"{where} should hold a weight of shape {shape} for vectors of width {width}."
-        )
-    if bool(data.get("bias", True)) != (bias is not None):
+        settings.only("activation_function", [f"torch.nn.{known}" for known in ACTIVATIONS])
+    inputs, outputs = settings.integer("in_features"), settings.integer("out_features")
+    if inputs != width:
+        settings.refuse("in_features", f"{width}, the width of what comes before")
+    weights = Weights(find_weights(where))
+    has_bias = settings.flag("bias", True)
+    if has_bias != ("linear.bias" in weights):
         raise DamagedEncoderError(f"{where} and its weights disagree on whether there is a bias.")
-    return Dense(shape[1], shape[0], name, weight, bias)
+    weight = weights.get("linear.weight", (outputs, inputs))
+    bias = weights.get("linear.bias", (outputs,)) if has_bias else None
+    return Dense(inputs, outputs, name, weight, bias)

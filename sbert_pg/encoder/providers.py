@@ -1,4 +1,4 @@
-"""onnxruntime's execution providers: which are asked for, and what suits each.
+"""onnxruntime: its execution providers, which are asked for, and what suits each.
 
 Only the CPU's has the operators of int8. CUDA's has onnxruntime's attention, and multiplies fastest
 in half precision; the others are given plain operators.
@@ -10,12 +10,12 @@ import contextlib
 import io
 import logging
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sbert_pg.encoder.cores import lacks_vnni
 from sbert_pg.errors import DamagedEncoderError, ProviderError
 
 if TYPE_CHECKING:
@@ -46,12 +46,12 @@ class Providers:
     chosen: tuple[tuple[str, Mapping[str, Any]], ...]
 
     @classmethod
-    def of(cls, given: Sequence[Provider] | None) -> Providers:
-        """Those given; else those of ``$SBERT_PG_PROVIDERS``; else the CPU's."""
-        if not given:
+    def of(cls, providers: Sequence[Provider] | None) -> Providers:
+        """Those that are passed; else those of ``$SBERT_PG_PROVIDERS``; else the CPU's."""
+        if not providers:
             listed = os.environ.get(VARIABLE, "").split(",")
-            given = [name.strip() for name in listed if name.strip()] or [CPU]
-        pairs = [(one, {}) if isinstance(one, str) else (one[0], one[1]) for one in given]
+            providers = [name.strip() for name in listed if name.strip()] or [CPU]
+        pairs = [(one, {}) if isinstance(one, str) else (one[0], one[1]) for one in providers]
         return cls(tuple((name, {**_OPTIONS.get(name, {}), **set_}) for name, set_ in pairs))
 
     @property
@@ -90,9 +90,7 @@ class Providers:
                 the model.
             DamagedEncoderError: the file cannot be read as a model.
         """
-        # It takes a fifth of a second to import, and not every process encodes.
-        import onnxruntime
-
+        onnxruntime = load_onnxruntime()
         self._require_available(onnxruntime.get_available_providers())
         if CUDA in self.names:
             _find_cuda()
@@ -111,7 +109,7 @@ class Providers:
                     "form: precision='fp32-plain' has only those that every provider knows."
                 ) from error
             raise DamagedEncoderError(
-                f"onnxruntime cannot open {path}: {error}. Convert the encoder anew."
+                f"onnxruntime cannot open {path}: {error}. Convert the encoder again."
             ) from error
         lost = [name for name in self.names if name not in session.get_providers()]
         if lost:
@@ -133,10 +131,33 @@ class Providers:
             )
 
 
-def _options() -> onnxruntime.SessionOptions:
+def load_onnxruntime() -> Any:
+    """onnxruntime, with its telemetry off; every session of this library is opened through here.
+
+    It takes a fifth of a second to import, and not every process encodes.
+    """
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
+    onnxruntime.disable_telemetry_events()
+    return onnxruntime
+
+
+def lacks_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this is an x86 processor without exact 8-bit products (VNNI).
+
+    Where the flags cannot be read (not on Linux), x86 is taken to lack them: right and slower.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    try:
+        flags = cpuinfo.read_text()
+    except OSError:
+        return True
+    return not ("avx512_vnni" in flags or "avx_vnni" in flags)
+
+
+def _options() -> onnxruntime.SessionOptions:
+    options = load_onnxruntime().SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -145,7 +166,7 @@ def _options() -> onnxruntime.SessionOptions:
         # Products of uint8 and int8 overflow 16 bits there; onnxruntime has a form that does not.
         # With VNNI it must not be asked for: it halves the speed.
         options.add_session_config_entry("session.x64quantprecision", "1")
-    # Errors are raised; warnings about the graph help nobody who uses it.
+    # Errors are raised; warnings about the graph do not help a user.
     options.log_severity_level = 3
     return options
 

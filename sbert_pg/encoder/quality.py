@@ -1,4 +1,6 @@
-"""How well an encoder does on texts whose answers are known: the measures of MTEB.
+"""How well and how fast an encoder does on given texts: ``sbert-pg encoder compare`` and ``bench``.
+
+The measures are those of MTEB.
 
 Spearman's correlation for pairs with scores; nDCG@10, recall and reciprocal rank for questions with
 answers (Järvelin and Kekäläinen 2002, in the binary form that MTEB's retrieval tasks use). numpy
@@ -7,16 +9,24 @@ alone.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from sbert_pg.distance import similarity_matrix
+from sbert_pg.encoder.encoder import Encoder
+from sbert_pg.probes import SAMPLE_TEXTS
 from sbert_pg.spec import TextEncoder, Vectors
 
 Floats = npt.NDArray[np.float64]
+
+#: Queries whose latency is measured, after some to warm up.
+QUERIES = 200
+WARM_UP = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +52,9 @@ def ranks(values: Floats) -> Floats:
     ordered = values[order]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
     lengths = np.diff(np.r_[starts, len(values)])
-    found = np.empty(len(values))
-    found[order] = np.repeat(starts + (lengths + 1) / 2, lengths)
-    return found
+    result = np.empty(len(values))
+    result[order] = np.repeat(starts + (lengths + 1) / 2, lengths)
+    return result
 
 
 def spearman(a: Sequence[float] | Floats, b: Sequence[float] | Floats) -> float:
@@ -55,21 +65,17 @@ def spearman(a: Sequence[float] | Floats, b: Sequence[float] | Floats) -> float:
     return float((x * y).sum() / length) if length else float("nan")
 
 
-def pair_similarities(
-    encoder: TextEncoder, left: Sequence[str], right: Sequence[str]
-) -> npt.NDArray[np.float32]:
-    """Similarity of each pair, by the encoder's own similarity function."""
-    a, b = encoder.encode_document(left), encoder.encode_document(right)
-    kind = encoder.spec.similarity
-    values = [similarity_matrix(a[i : i + 1], b[i : i + 1], kind)[0, 0] for i in range(len(a))]
-    return np.asarray(values, dtype=np.float32)
-
-
 def score_pairs(
     encoder: TextEncoder, left: Sequence[str], right: Sequence[str], scores: Sequence[float]
 ) -> float:
-    """Spearman's correlation of similarities and given scores."""
-    return spearman(pair_similarities(encoder, left, right).astype(np.float64), scores)
+    """Spearman's correlation of given scores and the encoder's own similarity of each pair."""
+    a, b = encoder.encode_document(left), encoder.encode_document(right)
+    kind = encoder.spec.similarity
+    similarities = [
+        float(similarity_matrix(one[None], other[None], kind)[0, 0])
+        for one, other in zip(a, b, strict=True)
+    ]
+    return spearman(similarities, scores)
 
 
 def score_retrieval(
@@ -113,12 +119,117 @@ def retrieval(encoder: TextEncoder, questions: Sequence[str], answers: Sequence[
     positions: dict[str, int] = {}
     for answer in answers:
         positions.setdefault(answer, len(positions))
-    wanted: dict[str, set[int]] = {}
+    relevant: dict[str, set[int]] = {}
     for question, answer in zip(questions, answers, strict=True):
-        wanted.setdefault(question, set()).add(positions[answer])
+        relevant.setdefault(question, set()).add(positions[answer])
     return score_retrieval(
-        encoder.encode_query(list(wanted)),
+        encoder.encode_query(list(relevant)),
         encoder.encode_document(list(positions)),
-        list(wanted.values()),
+        list(relevant.values()),
         encoder.spec.similarity,
     )
+
+
+def compare_on_pairs(
+    name: str, encoder: Encoder, rows: Sequence[tuple[str, str, float]]
+) -> dict[str, Any]:
+    """Spearman's correlation with given scores, and speed.
+
+    Args:
+        name: how the encoder was asked for.
+        encoder: the encoder.
+        rows: two texts and their score.
+    """
+    left, right, scores = zip(*rows, strict=True)
+    started = time.perf_counter()
+    quality = {"spearman": score_pairs(encoder, left, right, scores)}
+    return _row(name, encoder, quality, 2 * len(rows) / (time.perf_counter() - started))
+
+
+def compare_on_questions(
+    name: str, encoder: Encoder, rows: Sequence[tuple[str, str]]
+) -> dict[str, Any]:
+    """How well each question finds its answer among all answers, and speed.
+
+    Args:
+        name: how the encoder was asked for.
+        encoder: the encoder.
+        rows: question and answer.
+    """
+    questions, answers = zip(*rows, strict=True)
+    started, before = time.perf_counter(), encoder.statistics.texts
+    measures = retrieval(encoder, questions, answers)
+    texts = encoder.statistics.texts - before
+    quality = {
+        "ndcg@10": measures.ndcg_at_10,
+        "recall@1": measures.recall_at_1,
+        "recall@10": measures.recall_at_10,
+        "mrr": measures.reciprocal_rank,
+    }
+    return _row(name, encoder, quality, texts / (time.perf_counter() - started))
+
+
+def _row(name: str, encoder: Encoder, quality: dict[str, float], speed: float) -> dict[str, Any]:
+    files = [encoder.directory / file for file in encoder.manifest.files]
+    return {
+        "encoder": name,
+        "precision": encoder.manifest.precision,
+        "dimensions": encoder.dimensions,
+        **quality,
+        "texts/s": speed,
+        "truncated": encoder.statistics.truncated,
+        "MB": round(sum(file.stat().st_size for file in files) / 1e6, 1),
+    }
+
+
+def measure_speed(encoder: Encoder, seconds: float) -> dict[str, Any]:
+    """Throughput on short, medium and long texts, and the latency of one query.
+
+    Args:
+        encoder: the encoder.
+        seconds: least time for each length.
+    """
+    words = " ".join(SAMPLE_TEXTS).split()
+    throughput = [
+        _throughput(encoder, words, label, length, seconds)
+        for label, length in (("short", 9), ("medium", 55), ("long", 180))
+    ]
+    milliseconds = []
+    for number in range(QUERIES + WARM_UP):
+        text = _passage(words, number, 8)
+        started = time.perf_counter()
+        encoder.encode_query([text])
+        milliseconds.append(1000 * (time.perf_counter() - started))
+    p50, p95 = np.percentile(milliseconds[WARM_UP:], [50, 95])
+    return {
+        "precision": encoder.manifest.precision,
+        "throughput": throughput,
+        "query_ms": {"p50": float(p50), "p95": float(p95)},
+    }
+
+
+def _passage(words: Sequence[str], number: int, length: int) -> str:
+    """Words from somewhere, with a number that makes the text one of its kind."""
+    begin = number * 7 % max(1, len(words) - length)
+    return f"{number} {' '.join(words[begin : begin + length])}"
+
+
+def _throughput(
+    encoder: Encoder, words: Sequence[str], label: str, length: int, seconds: float
+) -> dict[str, Any]:
+    size = max(64, 12_000 // length)
+    encoder.encode_document([_passage(words, i, length) for i in range(32)])
+    before, texts, elapsed = encoder.statistics, 0, 0.0
+    while elapsed < seconds:
+        batch = [_passage(words, texts + i, length) for i in range(size)]
+        started = time.perf_counter()
+        encoder.encode_document(batch)
+        elapsed += time.perf_counter() - started
+        texts += size
+    tokens = encoder.statistics.tokens - before.tokens
+    return {
+        "texts": label,
+        "tokens_per_text": tokens / texts,
+        "texts_per_s": texts / elapsed,
+        "tokens_per_s": tokens / elapsed,
+    }

@@ -1,32 +1,16 @@
-"""Texts to token ids, truncated as the model asks, with truncation seen.
-
-``tokenizer.json`` as the model's repository has it is not yet the tokenizer that transformers uses:
-``tokenizer_config.json`` overrides its casing, and sentence-transformers may put lower-casing in
-front. ``tokenizer_content`` settles that once, at conversion.
-"""
+"""Texts to token ids, truncated as the model asks, with truncation seen."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-from sbert_pg.encoder.description import Description, read_json
-from sbert_pg.errors import DamagedEncoderError, EncodingError, MissingExtraError
-
-#: Classes of transformers that rebuild BERT's normaliser from ``tokenizer_config.json`` with these
-#: defaults (transformers ``models/bert/tokenization_bert.py``, and the same in DistilBERT, MPNet).
-_BERT_LIKE = ("BertTokenizer", "DistilBertTokenizer", "MPNetTokenizer", "ElectraTokenizer")
-_BERT_DEFAULTS = {"do_lower_case": True, "tokenize_chinese_chars": True, "strip_accents": None}
-_BERT_KEYS = {
-    "do_lower_case": "lowercase",
-    "tokenize_chinese_chars": "handle_chinese_chars",
-    "strip_accents": "strip_accents",
-}
+from sbert_pg.errors import DamagedEncoderError, EncoderError, EncodingError
 
 #: Pre-tokenizers for which the tokens of a word do not depend on words further on.
 _LOCAL = frozenset({"BertPreTokenizer", "WhitespaceSplit", "Metaspace", "ByteLevel", "Whitespace"})
@@ -37,6 +21,16 @@ _SEAM = re.compile(r"[A-Za-z0-9] (?=[A-Za-z0-9])")
 #: that must lie beyond the limit for the cut to have had no influence.
 _CHARACTERS_PER_TOKEN = 12
 _SPARE_TOKENS = 8
+#: Characters that are read at most, per token that can be kept and in all. A megabyte without a
+#: blank can be a single token; what follows it is then not read.
+_MOST_PER_TOKEN = 1000
+_MOST_CHARACTERS = 1_000_000
+#: Characters that are tokenized at a time where all tokens are counted.
+_PART = 100_000
+#: Such texts, or parts of them, that are counted by one call.
+_COUNTED = 64
+#: How much longer the replacements of a normaliser may make a text.
+_MOST_GROWTH = 100
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
@@ -47,11 +41,22 @@ class Tokens:
 
     Attributes:
         ids: token ids of each text, special tokens included.
-        truncated: positions of the texts that were longer than the limit.
+        truncated: positions of the texts that were not read to their end.
     """
 
     ids: list[list[int]]
     truncated: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs(Tokens):
+    """Token ids of pairs of texts, as of one text each.
+
+    Attributes:
+        second: where the second text of each pair begins.
+    """
+
+    second: list[int]
 
 
 class TextTokenizer:
@@ -61,28 +66,34 @@ class TextTokenizer:
         content: content of a ``tokenizer.json``.
         max_seq_length: tokens kept of a text, special tokens included; ``None`` for all.
         side: end of the text that is cut, ``"right"`` or ``"left"``.
+
+    Raises:
+        DamagedEncoderError: the content cannot be read, makes texts many times longer, or leaves
+            no room for a text within the limit.
     """
 
     def __init__(self, content: str, max_seq_length: int | None, side: str = "right") -> None:
         from tokenizers import Tokenizer
 
-        try:
+        with own_errors(DamagedEncoderError, "tokenizer.json cannot be read"):
             self._tokenizer = Tokenizer.from_str(content)
-        # The binding raises bare exceptions for content that it does not understand.
-        except Exception as error:
-            raise DamagedEncoderError(f"The tokenizer cannot be read: {error}.") from error
+            parts = json.loads(content)
+        require_bounded(parts)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._limit = max_seq_length
-        self._local = side == "right" and _is_local(json.loads(content).get("pre_tokenizer"))
+        self._from_right = side == "left"
+        self._local = side == "right" and _is_local(parts.get("pre_tokenizer"))
         self._added = self._tokenizer.num_special_tokens_to_add(False)
         if max_seq_length is not None:
+            if max_seq_length <= self._added:
+                raise DamagedEncoderError(_no_room(max_seq_length, self._added))
             self._tokenizer.enable_truncation(max_seq_length, direction=side)
 
     def encode(self, texts: Sequence[str]) -> Tokens:
         """Token ids of texts that ``clean`` has seen."""
         heads = [self._head(text) for text in texts]
-        encodings = self._tokenizer.encode_batch_fast(heads)
+        encodings = self._batch(heads)
         ids, truncated = [], []
         limit = self._limit
         for position, encoding in enumerate(encodings):
@@ -91,39 +102,120 @@ class TextTokenizer:
             if limit is not None and (not whole or len(tokens) >= limit):
                 beyond = sum(len(part) for part in encoding.overflowing)
                 if not whole and len(tokens) + beyond < limit + _SPARE_TOKENS:
-                    encoding = self._tokenizer.encode_batch_fast([texts[position]])[0]
+                    longer = self._longest(texts[position])
+                    if len(longer) > len(heads[position]):
+                        encoding = self._batch([longer])[0]
                     tokens, beyond = encoding.ids, len(encoding.overflowing)
-                if beyond:
+                    whole = len(longer) == len(texts[position])
+                if beyond or not whole:
                     truncated.append(position)
             ids.append(tokens)
         return Tokens(ids, truncated)
 
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> Pairs:
+        """Token ids of pairs that ``clean`` has seen; of the longer text more is cut.
+
+        Raises:
+            DamagedEncoderError: the limit leaves no room for a pair.
+            EncodingError: a pair has no tokens.
+        """
+        added = self._tokenizer.num_special_tokens_to_add(True)
+        if self._limit is not None and self._limit <= added:
+            raise DamagedEncoderError(_no_room(self._limit, added))
+        heads = [(self._head(first), self._head(second)) for first, second in pairs]
+        encodings = self._batch(heads)
+        ids, truncated, begins = [], [], []
+        for position, encoding in enumerate(encodings):
+            whole = heads[position] == tuple(pairs[position])
+            if not whole and not encoding.overflowing:
+                first, second = pairs[position]
+                (encoding,) = self._batch([(self._longest(first), self._longest(second))])
+            if not encoding.ids:
+                raise EncodingError(f"Pair {position} has no tokens.", index=position)
+            if encoding.overflowing or not whole:
+                truncated.append(position)
+            ids.append(encoding.ids)
+            types = encoding.type_ids
+            begins.append(types.index(1) if 1 in types else len(types))
+        return Pairs(ids, truncated, begins)
+
     def count(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text if nothing were cut, special tokens included."""
-        counts = []
-        for encoding in self._tokenizer.encode_batch_fast(list(texts)):
-            beyond = sum(len(part) - self._added for part in encoding.overflowing)
-            counts.append(len(encoding) + beyond)
+        """Tokens of each text if nothing were cut, special tokens included.
+
+        A text of more than 100,000 characters is counted in parts, cut at a blank where there is
+        one; without any, a token may be counted as two at each cut.
+        """
+        counts = [self._added] * len(texts)
+        parts = ((number, part) for number, text in enumerate(texts) for part in _parts(text))
+        while some := list(islice(parts, _COUNTED)):
+            encodings = self._batch([part for _, part in some])
+            for (number, _), encoding in zip(some, encodings, strict=True):
+                beyond = sum(len(piece) - self._added for piece in encoding.overflowing)
+                counts[number] += len(encoding) - self._added + beyond
         return counts
 
     def prompt_length(self, prompt: str) -> int:
         """Tokens of a prompt in front of a text, special tokens before it included."""
-        encoding = self._tokenizer.encode_batch_fast([prompt])[0]
+        encoding = self._batch([prompt])[0]
         last_is_special = bool(encoding.ids) and bool(encoding.special_tokens_mask[-1])
         return len(encoding.ids) - last_is_special
 
+    def _batch(self, texts: Sequence[str | tuple[str, str]]) -> Any:
+        with own_errors(EncodingError, "The tokenizer fails on a text"):
+            return self._tokenizer.encode_batch_fast(list(texts))
+
     def _head(self, text: str) -> str:
-        """The beginning of a text that holds more tokens than are kept, where that can be told.
+        """The beginning of a text that holds more tokens than are kept, where that can be known.
 
         A megabyte takes a second to tokenize; the tokens that are kept depend on its beginning.
         """
-        if self._limit is None or not self._local:
+        if self._limit is None:
             return text
         enough = self._limit * _CHARACTERS_PER_TOKEN
         if len(text) <= 2 * enough:
             return text
-        seam = _SEAM.search(text, enough, 2 * enough)
-        return text if seam is None else text[: seam.end() - 1]
+        seam = _SEAM.search(text, enough, 2 * enough) if self._local else None
+        return self._longest(text) if seam is None else text[: seam.end() - 1]
+
+    def _longest(self, text: str) -> str:
+        """As much of a text as is tokenized at most."""
+        if self._limit is None:
+            return text
+        most = max(min(self._limit * _MOST_PER_TOKEN, _MOST_CHARACTERS),
+                   2 * self._limit * _CHARACTERS_PER_TOKEN)  # fmt: skip
+        return text[-most:] if self._from_right else text[:most]
+
+
+def _no_room(limit: int, added: int) -> str:
+    return (
+        f"'max_seq_length' is {limit}, and the tokenizer adds {added} special tokens, so that "
+        "nothing of a text would be read."
+    )
+
+
+@contextmanager
+def own_errors(kind: type[EncoderError], what: str) -> Iterator[None]:
+    """The binding's errors as one of ours.
+
+    It raises bare exceptions for content that it does not understand, and its panics derive from
+    ``BaseException`` alone.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, EncoderError):
+        raise
+    except BaseException as error:
+        raise kind(f"{what}: {error}.") from error
+
+
+def _parts(text: str) -> Iterator[str]:
+    begin = 0
+    while len(text) - begin > _PART:
+        seam = _SEAM.search(text, begin + _PART // 2, begin + _PART)
+        end = begin + _PART if seam is None else seam.end() - 1
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
 
 
 def clean(texts: Sequence[object], *, first: int = 0) -> list[str]:
@@ -137,7 +229,7 @@ def clean(texts: Sequence[object], *, first: int = 0) -> list[str]:
     texts, white space and NUL are the tokenizer's to judge.
 
     Raises:
-        EncodingError: something is no text; ``index`` is its position.
+        EncodingError: something is not a text; ``index`` is its position.
     """
     cleaned = []
     for position, text in enumerate(texts, first):
@@ -163,78 +255,39 @@ def clean_chunks(texts: Iterable[object], size: int) -> Iterator[list[str]]:
         begin += len(chunk)
 
 
-def tokenizer_content(description: Description) -> dict[str, Any]:
-    """The tokenizer that transformers would use, as the content of a ``tokenizer.json``.
-
-    Raises:
-        MissingExtraError: there is no ``tokenizer.json``, and making one needs transformers.
-        DamagedEncoderError: there are no tokenizer files that can be read.
-    """
-    directory = description.transformer_path
-    config = {}
-    if (directory / "tokenizer_config.json").is_file():
-        config = read_json(directory / "tokenizer_config.json")
-    if (directory / "tokenizer.json").is_file():
-        content = _as_configured(read_json(directory / "tokenizer.json"), config)
-    else:
-        content = _converted_by_transformers(directory)
-    content["truncation"] = content["padding"] = None
-    if description.do_lower_case:
-        content["normalizer"] = _with_lower_case(content.get("normalizer"))
-    return content
-
-
-def truncation_side(description: Description) -> str:
-    """Which end of a long text is cut off."""
-    path = description.transformer_path / "tokenizer_config.json"
-    side = read_json(path).get("truncation_side", "right") if path.is_file() else "right"
-    return str(side)
-
-
-def _as_configured(content: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    normalizer = content.get("normalizer") or {}
-    name = str(config.get("tokenizer_class", "")).removesuffix("Fast")
-    if normalizer.get("type") == "BertNormalizer" and name in _BERT_LIKE:
-        changes = {
-            key: config.get(setting, _BERT_DEFAULTS[setting]) for setting, key in _BERT_KEYS.items()
-        }
-        content["normalizer"] = {**normalizer, **changes}
-    return content
-
-
-def _with_lower_case(normalizer: Mapping[str, Any] | None) -> dict[str, Any]:
-    """As sentence-transformers does it: before everything else, unless it is there already."""
-    if normalizer is None:
-        return {"type": "Sequence", "normalizers": [{"type": "Lowercase"}]}
-    if normalizer.get("type") == "Lowercase":
-        return dict(normalizer)
-    parts = list(normalizer["normalizers"]) if normalizer["type"] == "Sequence" else [normalizer]
-    if any(part.get("type") == "Lowercase" for part in parts):
-        return dict(normalizer)
-    return {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, *parts]}
-
-
-def _converted_by_transformers(directory: Path) -> dict[str, Any]:
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise MissingExtraError(
-            "transformers", "export", f"make {directory / 'tokenizer.json'} from older files"
-        ) from error
-    try:
-        backend = AutoTokenizer.from_pretrained(str(directory)).backend_tokenizer
-        content: dict[str, Any] = json.loads(backend.to_str())
-    # transformers raises whatever its many tokenizers raise.
-    except Exception as error:
-        raise DamagedEncoderError(
-            f"{directory} holds no tokenizer.json, and none can be made: {error}."
-        ) from error
-    return content
-
-
 def _is_local(pre_tokenizer: Mapping[str, Any] | None) -> bool:
     if pre_tokenizer is None:
         return False
     if pre_tokenizer.get("type") == "Sequence":
         return all(_is_local(part) for part in pre_tokenizer["pretokenizers"])
     return pre_tokenizer.get("type") in _LOCAL
+
+
+def require_bounded(content: Mapping[str, Any]) -> None:
+    """Refuse a tokenizer whose replacements make a text many times as long.
+
+    Raises:
+        DamagedEncoderError: they do.
+    """
+    growth = _growth(content.get("normalizer"))
+    if growth > _MOST_GROWTH:
+        raise DamagedEncoderError(
+            f"tokenizer.json: 'normalizer' can make a text {growth:.3g} times as long; no more "
+            f"than {_MOST_GROWTH} times is accepted."
+        )
+
+
+def _growth(normalizer: Mapping[str, Any] | None) -> float:
+    """How many times as long the replacements of a normaliser can make a text."""
+    if not normalizer:
+        return 1.0
+    if normalizer.get("type") == "Sequence":
+        growth = 1.0
+        for part in normalizer["normalizers"]:
+            growth *= _growth(part)
+        return growth
+    if normalizer.get("type") != "Replace":
+        return 1.0
+    content = len(normalizer["content"])
+    pattern = normalizer["pattern"].get("String")
+    return max(1.0, content / len(pattern)) if pattern else 1.0 + content

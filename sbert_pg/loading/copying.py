@@ -13,10 +13,10 @@ from psycopg.adapt import Dumper
 from psycopg.pq import Format
 from sqlalchemy.engine import Connection
 
-from sbert_pg.catalog import system
-from sbert_pg.catalog.reading import qualified
+from sbert_pg import system
+from sbert_pg.catalog.record import qualified
 from sbert_pg.errors import LoadError
-from sbert_pg.types.guard import ColumnIdentity
+from sbert_pg.types.identity import ColumnIdentity
 from sbert_pg.types.wire import WireVector
 
 #: What a COPY says of where it was: "COPY article, line 3, column title".
@@ -161,14 +161,14 @@ class Writer:
                 sa.not_(system.ATTRIBUTE.c.attisdropped),
             )
         )
-        found = {row.attname: row for row in self._connection.execute(of_attribute)}
+        attributes = {row.attname: row for row in self._connection.execute(of_attribute)}
         oids = []
-        if not found:
+        if not attributes:
             raise LoadError(f"There is no table {name} in this database; create it first.")
         for column in self._columns:
-            if column.name not in found:
+            if column.name not in attributes:
                 raise LoadError(f"Table {self._table.fullname!r} has no column {column.name!r}.")
-            oid = self._sendable(found[column.name])
+            oid = self._sendable(attributes[column.name])
             if oid is None:
                 return None
             oids.append(oid)

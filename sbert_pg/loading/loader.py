@@ -15,14 +15,16 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
+from sbert_pg.catalog.embedding import digest_for
+from sbert_pg.catalog.record import Binding
 from sbert_pg.errors import DeclarationError, LoadError, VectorError
-from sbert_pg.filling import Filling, encode_documents
 from sbert_pg.loading.copying import Writer
-from sbert_pg.loading.rows import Plan, columns_by_name
+from sbert_pg.loading.rows import Plan
+from sbert_pg.row_vectors import EmbeddingColumn, encode_documents, target_of
+from sbert_pg.source import Text
 from sbert_pg.spec import Vectors
-from sbert_pg.types import guard, wire
-from sbert_pg.types.embedding import Embedding
-from sbert_pg.types.offload import wait_for
+from sbert_pg.types import wire
+from sbert_pg.types.encoding import wait_for
 
 #: Rows encoded and written together. Enough to sort texts by length and to make the cost of a
 #: statement small; few enough that two blocks of vectors are a few megabytes.
@@ -43,11 +45,16 @@ class _Block:
 
     first: int
     columns: list[list[Any]]
-    #: For each embedding column, what each row brings: a vector, a text to encode, or nothing.
+    #: For each embedding column the vector that each row brings, and the text of the row.
     given: list[list[Any]]
-    texts: list[list[str | None]]
+    texts: list[list[Text]]
     rows: int = 0
     characters: int = 0
+
+    def extend(self, parts: list[list[Any]]) -> None:
+        """Append further rows, given by column as the block has them."""
+        for whole, part in zip([*self.columns, *self.given, *self.texts], parts, strict=True):
+            whole.extend(part)
 
 
 def load(
@@ -62,9 +69,9 @@ def load(
     """Load rows of any number with their embeddings, in bounded memory.
 
     The texts of the next rows are encoded while the vectors of the last ones are written through
-    binary COPY. A vector that a row brings is stored as it is. A row whose source is ``NULL``
-    altogether gets no vector. Where a ``BEFORE INSERT`` row trigger may change a text on its way,
-    nothing is encoded and the rows are pending, for a worker to follow.
+    binary COPY, where the driver is psycopg 3. A vector that a row brings is stored as it is, as
+    that of the row's text. A row whose source is ``NULL`` altogether gets no vector. A row whose
+    text a ``BEFORE INSERT`` trigger changes on its way is pending, for a worker to follow.
 
     All rows or none: after an error the transaction is as it was before the call, and can go on.
     With ``commit_every`` the rows are committed as they come; ``LoadError.committed``, or the last
@@ -79,7 +86,7 @@ def load(
             in a column of numbers, dates or the like is converted, for the sake of CSV files.
         columns: names of the values, where rows are tuples instead of mappings.
         commit_every: rows after which the transaction is committed; never by default. Needs a
-            connection that this call may commit, as from ``engine.connect()``.
+            connection that is in no transaction yet, as from ``engine.connect()``.
         progress: is called with the number of rows written so far, after each block.
 
     Returns:
@@ -91,7 +98,7 @@ def load(
         EncoderMismatchError: the column belongs to another encoder.
         DeclarationError: ``table`` is none, or ``commit_every`` cannot be had here.
     """
-    target, names = _target(table)
+    target, names = target_of(table)
     if commit_every is not None:
         _require_committable(connection, commit_every)
     if isinstance(connection, Session):
@@ -105,10 +112,11 @@ def load(
 def _require_committable(connection: Connection | Session, commit_every: int) -> None:
     if commit_every < 1:
         raise DeclarationError(f"load: commit_every is {commit_every}; it starts at 1.")
-    if isinstance(connection, Session) or getattr(connection, "_trans_context_manager", None):
+    if isinstance(connection, Session) or connection.in_transaction():
         raise DeclarationError(
-            "load: commit_every commits again and again, and this transaction is a session's or a "
-            "'with' block's to commit. Give a connection of its own, as from engine.connect()."
+            "load: commit_every commits again and again, and the transaction that is open here is "
+            "the caller's to commit. Give a connection that is in none, as from "
+            "engine.connect()."
         )
 
 
@@ -154,7 +162,8 @@ class _Loading:
         if self.commit_every is not None:
             return self._rolled_back()
         driver: Any = self.connection.connection.dbapi_connection
-        if getattr(driver, "autocommit", False):
+        # Not merely true: sqlite3 has -1 there for its own way, from Python 3.12 on.
+        if getattr(driver, "autocommit", False) is True:
             return _own_transaction(self.connection)
         return self.connection.begin_nested()
 
@@ -176,35 +185,43 @@ class _Loading:
         if first is None:
             return
         plan = Plan(self.table, self.names, first)
-        writer = Writer(self.connection, self.table, plan.columns, inserts=plan.inserts)
+        bindings = self._bindings(plan)
+        columns = [
+            *plan.columns,
+            *(embedded.column for embedded in plan.embedded),
+            *(
+                embedded.companion
+                for embedded, binding in zip(plan.embedded, bindings, strict=True)
+                if binding is not None and embedded.companion is not None
+            ),
+        ]
+        writer = Writer(self.connection, self.table, columns, inserts=plan.inserts)
         plan.convert_for(self.connection.dialect, writer.copies)
-        self._vouch(plan)
+        encoding = _Encoding(plan, bindings, writer.copies)
         waiting: deque[tuple[_Block, Future[list[list[Any]]]]] = deque()
         executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sbert-pg-load")
         try:
-            for block in _blocks(plan, itertools.chain([first], iterator)):
-                waiting.append((block, _begun(executor, plan, block, writer.copies)))
+            for block in _blocks(plan, bindings, itertools.chain([first], iterator)):
+                waiting.append((block, encoding.begin(executor, block)))
                 if len(waiting) > AHEAD:
-                    self._write(plan, writer, *waiting.popleft())
+                    self._write(encoding, writer, *waiting.popleft())
             while waiting:
-                self._write(plan, writer, *waiting.popleft())
+                self._write(encoding, writer, *waiting.popleft())
             if self.commit_every is not None:
                 self._commit()
         finally:
             executor.shutdown(wait=True, cancel_futures=True)
 
     def _write(
-        self, plan: Plan, writer: Writer, block: _Block, future: Future[list[list[Any]]]
+        self, encoding: _Encoding, writer: Writer, block: _Block, future: Future[list[list[Any]]]
     ) -> None:
         vectors = wait_for(future)
-        self._vouch(plan)
-        for position in plan.left:
-            # Blocks that were encoded before a trigger was made, between two commits.
-            texts = block.texts[position]
-            vectors[position] = [
-                vector if text is None else None
-                for vector, text in zip(vectors[position], texts, strict=True)
-            ]
+        if _ids(self._bindings(encoding.plan)) != _ids(encoding.bindings):
+            raise LoadError(
+                f"A column of {self.table.fullname!r} was bound, or bound again, while rows were "
+                f"loaded; {self.committed} rows are committed. Load the others with a new call.",
+                row=block.first,
+            )
         rows = list(zip(*block.columns, *vectors, strict=True))
         writer.write(rows, block.first)
         self.written += len(rows)
@@ -213,31 +230,17 @@ class _Loading:
         if self.progress is not None:
             self.progress(self.written)
 
-    def _vouch(self, plan: Plan) -> None:
-        """Vouch for the encoders, and see which columns have to be left to a worker.
-
-        A ``BEFORE`` trigger may give a row another text than was encoded, and COPY does not tell
-        what became of a row. So rows are written without vectors there, and are pending.
-        """
-        for position, filling in enumerate(plan.fillings):
-            identity = guard.identity_of(filling.column)
-            if identity is None:
-                continue
-            guard.ensure_writable(self.connection, identity, filling.spec)
-            if not guard.may_rewrite(self.connection, self.table, guard.INSERTING):
-                continue
-            if not filling.column.nullable:
-                raise DeclarationError(
-                    f"load: a BEFORE trigger of {self.table.fullname!r} may change the source of "
-                    f"{filling.column.name!r}, so its rows would have to wait for their vectors, "
-                    "and the column takes no NULL. Use session.add_all(), or disable the trigger "
-                    "while loading."
-                )
-            plan.left.add(position)
+    def _bindings(self, plan: Plan) -> list[Binding | None]:
+        """The bindings of the embedding columns; asked for once in each transaction."""
+        return [embedded.binding(self.connection) for embedded in plan.embedded]
 
     def _commit(self) -> None:
         self.connection.commit()
         self.committed = self.written
+
+
+def _ids(bindings: list[Binding | None]) -> list[Any]:
+    return [None if binding is None else binding.id for binding in bindings]
 
 
 @contextmanager
@@ -253,47 +256,26 @@ def _own_transaction(connection: Connection) -> Iterator[None]:
     cursor.execute("COMMIT")
 
 
-def _target(table: Any) -> tuple[sa.Table, dict[str, sa.Column[Any]]]:
-    """The table, and its columns by the names that rows use."""
-    if isinstance(table, sa.Table):
-        return table, columns_by_name(table)
-    mapper = sa.inspect(table, raiseerr=False)
-    local = getattr(mapper, "local_table", None)
-    if mapper is None or not isinstance(local, sa.Table):
-        raise DeclarationError(f"load: {table!r} is no table and no mapped class.")
-    if mapper.inherits is not None and mapper.local_table is not mapper.inherits.local_table:
-        raise DeclarationError(
-            f"load: {mapper.class_.__name__} is stored in several tables. Load the rows of each "
-            "table, the parent's first, or use session.execute(insert(...), rows)."
-        )
-    names = {}
-    for attribute in mapper.column_attrs:
-        column = attribute.columns[0]
-        if isinstance(column, sa.Column) and column.table is local:
-            names[attribute.key] = column
-    return local, names
-
-
-def _blocks(plan: Plan, rows: Iterator[Row]) -> Iterator[_Block]:
+def _blocks(plan: Plan, bindings: list[Binding | None], rows: Iterator[Row]) -> Iterator[_Block]:
     number = 0
     block: _Block | None = None
     while some := list(itertools.islice(rows, READ_ROWS)):
-        columns, given = plan.columns_of(some, number)
+        columns, brought = plan.columns_of(some, number)
         # From the values as they are given, before they are converted for the driver.
-        texts = [plan.texts(i, columns, vectors, number) for i, vectors in enumerate(given)]
+        texts = [
+            _texts(plan, i, columns, vectors, bindings[i], number)
+            for i, vectors in enumerate(brought)
+        ]
         columns = plan.converted(columns, number)
         if block is None:
-            block = _Block(number, columns, given, texts)
+            block = _Block(number, columns, brought, texts)
         else:
-            for whole, part in zip(
-                [*block.columns, *block.given, *block.texts],
-                [*columns, *given, *texts],
-                strict=True,
-            ):
-                whole.extend(part)
+            block.extend([*columns, *brought, *texts])
         number += len(some)
         block.rows += len(some)
-        block.characters += sum(len(text) for column in texts for text in column if text)
+        block.characters += sum(
+            len(text) for column in texts for text in column if isinstance(text, str)
+        )
         if block.rows >= BLOCK_ROWS or block.characters >= BLOCK_CHARACTERS:
             yield block
             block = None
@@ -301,62 +283,96 @@ def _blocks(plan: Plan, rows: Iterator[Row]) -> Iterator[_Block]:
         yield block
 
 
-def _begun(
-    executor: ThreadPoolExecutor, plan: Plan, block: _Block, copies: bool
-) -> Future[list[list[Any]]]:
-    """The vectors of a block, encoded in a thread, or at once where nothing is to be encoded.
+def _texts(
+    plan: Plan,
+    position: int,
+    columns: list[list[Any]],
+    vectors: list[Any],
+    binding: Binding | None,
+    first: int,
+) -> list[Text]:
+    """The texts of some rows for one embedding column."""
+    # Without a binding nothing asks for the text of a vector that comes along.
+    if binding is None and all(vector is not None for vector in vectors):
+        return [None] * len(vectors)
+    return plan.texts(position, columns, len(vectors), first)
 
-    An encoder leaves the interpreter to others while it computes. Turning arrays into bytes does
-    not, and a second thread would only take turns with the one that writes.
+
+class _Encoding:
+    """From blocks to vectors, and to what is written beside them, as the writer takes them.
+
+    Args:
+        plan: which columns are written.
+        bindings: those of the plan's embedding columns.
+        copies: whether rows go through COPY.
     """
-    if any(text is not None for texts in block.texts for text in texts):
-        return executor.submit(_vectors, plan, block, copies)
-    ready: Future[list[list[Any]]] = Future()
-    ready.set_result(_vectors(plan, block, copies))
-    return ready
+
+    def __init__(self, plan: Plan, bindings: list[Binding | None], copies: bool) -> None:
+        self.plan = plan
+        self.bindings = bindings
+        self.copies = copies
+
+    def begin(self, executor: ThreadPoolExecutor, block: _Block) -> Future[list[list[Any]]]:
+        """Encode a block in a thread, or at once where nothing is to be encoded.
+
+        An encoder leaves the interpreter to others while it computes. Turning arrays into bytes
+        does not, and a second thread would only take turns with the one that writes.
+        """
+        if any(
+            isinstance(text, str) and vector is None
+            for texts, given in zip(block.texts, block.given, strict=True)
+            for text, vector in zip(texts, given, strict=True)
+        ):
+            return executor.submit(self._columns, block)
+        ready: Future[list[list[Any]]] = Future()
+        ready.set_result(self._columns(block))
+        return ready
+
+    def _columns(self, block: _Block) -> list[list[Any]]:
+        """The vectors of a block by embedding column, then the companions of the bound ones."""
+        columns, companions = [], []
+        for position, binding in enumerate(self.bindings):
+            vectors = self._vectors(position, block)
+            columns.append(vectors)
+            if binding is not None:
+                pairs = zip(block.texts[position], vectors, strict=True)
+                companions.append([digest_for(binding, text, vector) for text, vector in pairs])
+        return [*columns, *companions]
+
+    def _vectors(self, position: int, block: _Block) -> list[Any]:
+        """The vectors of a block for one embedding column; ``None`` where a row has none."""
+        embedded, vectors = self.plan.embedded[position], block.given[position]
+        brought = [i for i, vector in enumerate(vectors) if vector is not None]
+        rows: list[Any] = [None] * block.rows
+        for start in range(0, len(brought), READ_ROWS):
+            part = brought[start : start + READ_ROWS]
+            self._put(rows, embedded, [vectors[i] for i in part], block.first, part)
+        texts = block.texts[position]
+        missing = [
+            i for i, text in enumerate(texts) if isinstance(text, str) and vectors[i] is None
+        ]
+        if missing:
+            encoded = encode_documents(
+                embedded.spec,
+                [str(texts[i]) for i in missing],
+                lambda i: self.plan.label(position, block.first + missing[i]),
+            )
+            self._put(rows, embedded, encoded, block.first, missing)
+        return rows
+
+    def _put(
+        self, rows: list[Any], embedded: EmbeddingColumn, vectors: Any, first: int, at: list[int]
+    ) -> None:
+        """Check vectors, and put them into their rows as the writer takes them."""
+        matrix = _checked(embedded, vectors, first, at)
+        sent = wire.to_wire_rows(matrix, embedded.type.storage) if self.copies else matrix
+        for i, vector in zip(at, sent, strict=True):
+            rows[i] = vector
 
 
-def _vectors(plan: Plan, block: _Block, copies: bool) -> list[list[Any]]:
-    """For each embedding column the vectors of a block, as the writer takes them; in a thread."""
-    return [
-        _column_vectors(plan, position, block, copies) for position in range(len(plan.fillings))
-    ]
-
-
-def _column_vectors(plan: Plan, position: int, block: _Block, copies: bool) -> list[Any]:
-    filling = plan.fillings[position]
-    given, texts = block.given[position], block.texts[position]
-    made: list[Any] = [None] * block.rows
-    ready = [i for i, vector in enumerate(given) if vector is not None]
-    wanted = [i for i, text in enumerate(texts) if text is not None]
-
-    def label(number: int) -> str:
-        return plan.label(position, block.first + number)
-
-    if len(ready) == len(given):
-        made.clear()
-        for start in range(0, len(given), READ_ROWS):
-            part = given[start : start + READ_ROWS]
-            numbers = range(block.first + start, block.first + start + len(part))
-            made.extend(_sendable(filling, _checked(filling, part, numbers), copies))
-        return made
-    if ready:
-        matrix = _checked(filling, [given[i] for i in ready], [block.first + i for i in ready])
-        for i, vector in zip(ready, _sendable(filling, matrix, copies), strict=True):
-            made[i] = vector
-    if wanted:
-        matrix = encode_documents(
-            filling.spec, [str(texts[i]) for i in wanted], lambda i: label(wanted[i])
-        )
-        matrix = _checked(filling, matrix, [block.first + i for i in wanted])
-        for i, vector in zip(wanted, _sendable(filling, matrix, copies), strict=True):
-            made[i] = vector
-    return made
-
-
-def _checked(filling: Filling, vectors: Any, numbers: Sequence[int]) -> Vectors:
+def _checked(embedded: EmbeddingColumn, vectors: Any, first: int, numbers: list[int]) -> Vectors:
     """Vectors as one matrix; checked at once, and one by one only to say which is wrong."""
-    type_: Embedding = filling.column.type  # type: ignore[assignment]
+    type_ = embedded.type
     try:
         matrix = np.asarray(vectors, dtype=np.float32)
     except (ValueError, TypeError):
@@ -368,15 +384,11 @@ def _checked(filling: Filling, vectors: Any, numbers: Sequence[int]) -> Vectors:
         good = bool(matrix.any(axis=1).all())
     if good:
         return matrix
+    checked = []
     for number, vector in zip(numbers, vectors, strict=True):
         try:
-            type_.checked(vector)
+            checked.append(type_.checked(vector))
         except VectorError as error:
-            raise LoadError(f"Row {number}: {error}", row=number) from error
-    raise AssertionError("a matrix was refused and each of its rows accepted")
-
-
-def _sendable(filling: Filling, matrix: Vectors, copies: bool) -> Iterable[Any]:
-    """The rows of a matrix as the writer takes them."""
-    type_: Embedding = filling.column.type  # type: ignore[assignment]
-    return wire.to_wire_rows(matrix, type_.storage) if copies else matrix
+            row = first + number
+            raise LoadError(f"Row {row}: {error}", row=row) from error
+    return np.stack(checked)

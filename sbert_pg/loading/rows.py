@@ -6,16 +6,20 @@ import datetime
 import decimal
 import inspect
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Dialect
 
+from sbert_pg.catalog.embedding import default_of
 from sbert_pg.errors import LoadError
-from sbert_pg.filling import fillings_of
+from sbert_pg.row_vectors import embedding_columns
+from sbert_pg.source import NOT_KNOWN, Text
 
+#: Types of plain values of a source.
+_TEXTS = frozenset({str, type(None)})
 _TRUTH = {"true": True, "t": True, "1": True, "yes": True, "on": True} | {
     "false": False, "f": False, "0": False, "no": False, "off": False,
 }  # fmt: skip
@@ -42,8 +46,8 @@ class Plan:
         first: the first row.
 
     Attributes:
-        columns: the columns that are written, embedding columns last.
-        fillings: the embedding columns.
+        columns: the columns that are written, but the embedding columns and their companions.
+        embedded: the embedding columns.
     """
 
     def __init__(
@@ -53,47 +57,40 @@ class Plan:
         first: Mapping[str, Any],
     ) -> None:
         _require_mapping(first, 0)
-        self.fillings = fillings_of(table)
-        #: Positions of those that a worker is to fill.
-        self.left: set[int] = set()
-        self._names = names
-        embedding = {filling.column for filling in self.fillings}
-        self._key_of = {column: key for key, column in names.items()}
-        unknown = [key for key in first if key not in names]
-        if unknown:
-            raise LoadError(
-                f"Row 0 holds {', '.join(map(repr, unknown))}, which table {table.fullname!r} does "
-                f"not have; its columns are {', '.join(names)}.",
-                row=0,
-            )
-        plain = [
-            column
-            for key, column in names.items()
-            if column not in embedding and (key in first or _has_default(column))
-        ]
-        self.columns = (*plain, *(filling.column for filling in self.fillings))
-        #: Whether rows have to go through INSERT, since SQLAlchemy computes a default of theirs.
-        self.inserts = any(
-            _is_computed(column) and key not in first
-            for key, column in names.items()
-            if column not in embedding
+        mapped = set(names.values())
+        self.embedded = tuple(
+            embedded
+            for embedded in embedding_columns(table)
+            if not embedded.is_cut
+            and mapped.issuperset((embedded.column, *embedded.source_columns))
         )
-        self._plain = plain
-        self._keys = tuple(self._key_of[column] for column in plain)
-        self._allowed = frozenset(self._keys) | {self._key_of[column] for column in embedding}
-        self._vector_keys = tuple(self._key_of[filling.column] for filling in self.fillings)
+        vectors = [embedded.column for embedded in self.embedded]
+        companions = {embedded.companion for embedded in self.embedded}
+        _refuse_keys(table, names, companions, first)
+        plain = _without(names, companions.union(vectors))
+        written = {
+            key: column for key, column in plain.items() if key in first or _has_default(column)
+        }
+        self.columns = tuple(written.values())
+        #: Whether rows have to go through INSERT, since SQLAlchemy computes a default of theirs.
+        self.inserts = any(_is_computed(plain[key]) for key in plain.keys() - first.keys())
+        self._keys = tuple(written)
+        self._vector_keys = _keys_of(names, vectors)
+        self._allowed = frozenset((*self._keys, *self._vector_keys))
         self._width = len(first)
-        self._getters = [itemgetter(key) if key in first else None for key in self._keys]
-        self._vector_getters = [itemgetter(k) if k in first else None for k in self._vector_keys]
+        self._getters = _getters(self._keys, first)
+        self._vector_getters = _getters(self._vector_keys, first)
         self._convert: list[_Conversion] = []
-        position = {column: i for i, column in enumerate(plain)}
-        self._source_positions = [
-            [position.get(column) for column in filling.source_columns] for filling in self.fillings
+        position = {column: i for i, column in enumerate(self.columns)}
+        #: For each embedding column where its source stands, or what an absent column holds.
+        self._sources: list[list[tuple[int | None, Any]]] = [
+            [(position.get(column), default_of(column)) for column in embedded.source_columns]
+            for embedded in self.embedded
         ]
 
     def convert_for(self, dialect: Dialect, copies: bool) -> None:
         """Decide how values are converted; what goes through INSERT is converted there."""
-        self._convert = [_conversion(column, dialect, copies) for column in self._plain]
+        self._convert = [_conversion(column, dialect, copies) for column in self.columns]
 
     def columns_of(
         self, rows: Sequence[Mapping[str, Any]], first: int
@@ -141,7 +138,7 @@ class Plan:
         return plain, vectors
 
     def _defaults(self, i: int, number: int) -> list[Any]:
-        default: Any = self._plain[i].default
+        default: Any = self.columns[i].default
         if default.is_scalar:
             return [default.arg] * number
         return [default.arg(None) for _ in range(number)]
@@ -159,61 +156,63 @@ class Plan:
 
     def _converted(self, i: int, values: Sequence[Any], first: int) -> list[Any]:
         convert = self._convert[i].convert
-        made = []
+        converted = []
         for number, value in enumerate(values, first):
             try:
-                made.append(None if value is None else convert(value))
+                converted.append(None if value is None else convert(value))
             except (ValueError, TypeError, KeyError, LookupError, ArithmeticError) as error:
                 raise LoadError(
                     f"Row {number} holds {value!r} in column {self._keys[i]!r} of type "
-                    f"{self._plain[i].type!r}: {error}",
+                    f"{self.columns[i].type!r}: {error}",
                     row=number,
                 ) from error
-        return made
+        return converted
 
     def texts(
-        self, position: int, columns: Sequence[Sequence[Any]], given: Sequence[Any], first: int
-    ) -> list[str | None]:
-        """The texts of some rows for one embedding column; ``None`` for none, or none wanted.
+        self, position: int, columns: Sequence[Sequence[Any]], rows: int, first: int
+    ) -> list[Text]:
+        """The texts of some rows for one embedding column.
+
+        Returns:
+            Text, ``None`` for none, or ``NOT_KNOWN`` where a part of it is the server's default.
 
         Raises:
-            LoadError: a value is an SQL expression.
+            LoadError: a value is an SQL expression, or no text.
         """
-        if position in self.left:
-            return [None] * len(given)
-        places = self._source_positions[position]
+        values = [
+            columns[place] if place is not None else [absent] * rows
+            for place, absent in self._sources[position]
+        ]
+        text_of = self.embedded[position].text_of
+        if all(_TEXTS.issuperset(map(type, column)) for column in values):
+            return [text_of(row) for row in zip(*values, strict=True)]
         return [
-            None
-            if vector is not None
-            else self._text(
-                position, [None if p is None else columns[p][i] for p in places], i + first
-            )
-            for i, vector in enumerate(given)
+            self._text(position, row, number)
+            for number, row in enumerate(zip(*values, strict=True), first)
         ]
 
-    def _text(self, position: int, values: Sequence[Any], number: int) -> str | None:
+    def _text(self, position: int, values: Sequence[Any], number: int) -> Text:
         for value in values:
-            if value is not None and not isinstance(value, (str, sa.ClauseElement)):
+            if isinstance(value, sa.ClauseElement):
+                raise LoadError(
+                    f"Row {number} holds an SQL expression in the source of "
+                    f"{self._vector_keys[position]!r}; the loader takes plain values.",
+                    row=number,
+                )
+            if value is not None and value is not NOT_KNOWN and not isinstance(value, str):
                 raise LoadError(
                     f"Row {number} holds {value!r} in the source of "
                     f"{self._vector_keys[position]!r}, which is made of texts.",
                     row=number,
                 )
-        text = self.fillings[position].text_of(values)
-        if text is None or isinstance(text, str):
-            return text
-        raise LoadError(
-            f"Row {number} holds an SQL expression in the source of "
-            f"{self._vector_keys[position]!r}; the loader takes plain values.",
-            row=number,
-        )
+        return self.embedded[position].text_of(values)
 
     def label(self, position: int, number: int) -> str:
         """What an error calls one vector."""
         return f"{self._vector_keys[position]} of row {number}"
 
     def _given(self, row: Mapping[str, Any], i: int, number: int) -> Any:
-        column, key = self._plain[i], self._keys[i]
+        column, key = self.columns[i], self._keys[i]
         if key in row:
             return row[key]
         default: Any = column.default
@@ -239,9 +238,47 @@ def _require_mapping(row: Any, number: int) -> None:
         )
 
 
-def columns_by_name(table: sa.Table) -> dict[str, sa.Column[Any]]:
-    """The columns of a table under the names that rows use."""
-    return dict(table.columns.items())
+def _without(
+    names: Mapping[str, sa.Column[Any]], apart: Set[sa.Column[Any] | None]
+) -> dict[str, sa.Column[Any]]:
+    return {key: column for key, column in names.items() if column not in apart}
+
+
+def _keys_of(
+    names: Mapping[str, sa.Column[Any]], columns: Sequence[sa.Column[Any]]
+) -> tuple[str, ...]:
+    key_of = {column: key for key, column in names.items()}
+    return tuple(key_of[column] for column in columns)
+
+
+def _getters(
+    keys: Sequence[str], first: Mapping[str, Any]
+) -> list[Callable[[Mapping[str, Any]], Any] | None]:
+    """What reads each key of a row, ``None`` for those that rows do not have."""
+    return [itemgetter(key) if key in first else None for key in keys]
+
+
+def _refuse_keys(
+    table: sa.Table,
+    names: Mapping[str, sa.Column[Any]],
+    companions: Set[sa.Column[Any] | None],
+    first: Mapping[str, Any],
+) -> None:
+    """Refuse keys of the first row that are no columns, or the loader's."""
+    unknown = [key for key in first if key not in names]
+    if unknown:
+        raise LoadError(
+            f"Row 0 holds {', '.join(map(repr, unknown))}, which table {table.fullname!r} does not "
+            f"have; its columns are {', '.join(names)}.",
+            row=0,
+        )
+    own = [key for key in first if names[key] in companions]
+    if own:
+        raise LoadError(
+            f"Row 0 holds {own[0]!r}, which is written by the loader itself: it says what each "
+            "vector was made from. Leave it out.",
+            row=0,
+        )
 
 
 def _has_default(column: sa.Column[Any]) -> bool:

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
-from collections.abc import Callable, Iterable
+import uuid
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
-import numpy as np
-import numpy.typing as npt
 import sqlalchemy as sa
 from sqlalchemy import event
-from sqlalchemy.orm import InstanceState, Session, scoped_session, sessionmaker
+from sqlalchemy.orm import (
+    InstanceState,
+    ORMExecuteState,
+    Session,
+    scoped_session,
+    sessionmaker,
+)
+from sqlalchemy.orm.attributes import set_attribute
 from sqlalchemy.orm.base import PassiveFlag
 
+from sbert_pg.catalog.embedding import digest_for
+from sbert_pg.digest import HALF
 from sbert_pg.errors import DeclarationError
-from sbert_pg.filling import NOT_KNOWN, Text, TextJob, encode_jobs
-from sbert_pg.orm.attributes import EmbeddingAttribute, attributes_of
-from sbert_pg.orm.rechecking import note_made, recheck, remember, was_made
-from sbert_pg.orm.rereading import Key, locked_sources
+from sbert_pg.orm.declaring import EmbeddingAttribute, Key, attributes_of
+from sbert_pg.orm.passages import cut_before_flush
 from sbert_pg.orm.statements import embed_statement
+from sbert_pg.row_vectors import TextJob, encode_jobs
+from sbert_pg.source import NOT_KNOWN, Text
+from sbert_pg.spec import Vectors
+from sbert_pg.types.wire import as_value
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker
@@ -34,126 +46,240 @@ if TYPE_CHECKING:
         | async_scoped_session[Any]
     )
 
-#: Says of a session or session class that it has the listeners.
-_MARK = "_sbert_pg_embeds_on_flush"
+#: Says of a session or session class that it has the listeners, and which of them are at work.
+_LISTENS = "_sbert_pg_listens"
+_EMBEDS = "_sbert_pg_embeds_on_flush"
+_CUTS = "_sbert_pg_cuts_on_flush"
+#: Where an object's state remembers which of its vectors the flush made, and from which text.
+_MADE = "sbert_pg.made"
 
 
-def embed_on_flush(target: SessionTarget) -> None:
+def embed_on_flush(target: SessionTarget, *, passages: bool = False) -> None:
     """Encode in the flush: new objects, and objects whose source changed, in one batch.
 
     Also covers bulk statements with parameters, as in ``session.execute(insert(Article), [...])``
     and ``session.execute(update(Article), [...])``. Without this call rows are written at once and
     become pending, for a worker to follow. So do rows whose text this process cannot know: values
     that are SQL expressions, defaults that the server computes, ``insert().values()`` and
-    ``insert().from_select()``.
+    ``insert().from_select()``. And so does a row that gets another text on its way than the one
+    that was encoded, by a listener or trigger of the application's or by another writer: what is
+    written beside the vector says which text it was made from.
+
+    Documents that are cut into passages are left to workers, unless ``passages`` says that their
+    flush is to wait for it.
 
     Args:
         target: a session, session class, ``sessionmaker`` or ``scoped_session``, or the
             asynchronous form of one. Calling it again changes nothing.
+        passages: whether new and changed documents are cut and embedded in the flush too.
 
     Raises:
         DeclarationError: for anything else.
     """
     listened = _listened(target)
     # Not event.contains(): it goes by id(), which another factory may have had before.
-    if not getattr(listened, _MARK, False):
-        setattr(listened, _MARK, True)
+    if not getattr(listened, _LISTENS, False):
+        setattr(listened, _LISTENS, True)
         event.listen(listened, "before_flush", _before_flush)
-        event.listen(listened, "after_flush", recheck)
-        event.listen(listened, "do_orm_execute", embed_statement)
+        event.listen(listened, "do_orm_execute", _before_statement)
+    setattr(listened, _EMBEDS, True)
+    if passages:
+        setattr(listened, _CUTS, True)
+
+
+def leave_to_workers(target: SessionTarget) -> None:
+    """The opposite of ``embed_on_flush``: rows are written at once, and become pending.
+
+    Args:
+        target: as ``embed_on_flush`` takes it; also one session of a factory that encodes, such as
+            that of an import.
+
+    Raises:
+        DeclarationError: for anything else.
+    """
+    listened = _listened(target)
+    setattr(listened, _EMBEDS, False)
+    setattr(listened, _CUTS, False)
+
+
+def _before_statement(state: ORMExecuteState) -> Any:
+    return embed_statement(state) if getattr(state.session, _EMBEDS, False) else None
 
 
 def _listened(target: Any) -> Any:
     """The session or session class that the listeners are put on."""
     if isinstance(target, scoped_session):
         return _listened(target.session_factory)
-    # Importing this needs greenlet. Where nobody has, the target is nothing of it.
-    asynchronous: Any = sys.modules.get("sqlalchemy.ext.asyncio")
-    if asynchronous is not None and isinstance(target, asynchronous.async_scoped_session):
-        return _listened(target.session_factory)
-    if asynchronous is not None and isinstance(target, asynchronous.async_sessionmaker):
-        base: Any = target.kw.get("sync_session_class") or target.class_.sync_session_class
-        if not isinstance(base, type) or getattr(base, _MARK, False):
-            return _listened(base)
-        # A class of its own, so that other factories' sessions stay as they are.
-        own = type("EmbeddingSession", (base,), {})
-        target.configure(sync_session_class=own)
-        return own
-    if asynchronous is not None and isinstance(target, asynchronous.AsyncSession):
-        return target.sync_session
     if isinstance(target, sessionmaker):
         return target.class_  # which the factory has to itself
     if isinstance(target, Session) or (isinstance(target, type) and issubclass(target, Session)):
         return target
-    raise DeclarationError(
-        f"embed_on_flush was given {target!r}; it takes a session, a session class or a session "
-        "factory."
-    )
+    # Importing this needs greenlet. Where it is not imported, the target is not of its kind.
+    asynchronous = sys.modules.get("sqlalchemy.ext.asyncio")
+    listened = None if asynchronous is None else _listened_async(target, asynchronous)
+    if listened is None:
+        raise DeclarationError(
+            f"embed_on_flush was given {target!r}; it takes a session, a session class or a "
+            "session factory."
+        )
+    return listened
 
 
-@dataclass(frozen=True, slots=True)
-class _Partial:
-    """An object whose row has to be read before its text is known.
+def _listened_async(target: Any, asynchronous: Any) -> Any:
+    """As ``_listened``, for the asynchronous forms; ``None`` for anything else."""
+    if isinstance(target, asynchronous.async_scoped_session):
+        return _listened(target.session_factory)
+    if isinstance(target, asynchronous.AsyncSession):
+        return target.sync_session
+    if not isinstance(target, asynchronous.async_sessionmaker):
+        return None
+    base: Any = target.kw.get("sync_session_class") or target.class_.sync_session_class
+    if not isinstance(base, type) or getattr(base, _LISTENS, False):
+        return _listened(base)
+    # A separate class, so that other factories' sessions stay as they are.
+    own = type("EmbeddingSession", (base,), {})
+    target.configure(sync_session_class=own)
+    return own
+
+
+@dataclass(slots=True)
+class _Write:
+    """One embedding column of an object that is about to be written.
 
     Attributes:
         state: the object.
         attribute: the embedding column.
-        changed: names of the source's attributes that have been assigned.
-        same: whether the vector stays if the text turns out to be what it was.
+        vector: the vector that the caller assigned, ``None`` where it is to be made.
+        text: the text that the row will have, as far as this process knows.
+        look: whether the row has to be read, since the object does not hold the whole source, or
+            did not hold what it was before.
+        unchanged: whether the row turned out to have that text already.
     """
 
     state: InstanceState[Any]
     attribute: EmbeddingAttribute
-    changed: frozenset[str]
-    same: bool
+    vector: Any
+    text: Text = NOT_KNOWN
+    look: bool = False
+    unchanged: bool = False
 
 
 def _before_flush(session: Session, context: Any, instances: Any) -> None:
-    texts: list[tuple[InstanceState[Any], EmbeddingAttribute, Text]] = []
-    partials: list[_Partial] = []
-    for state, attribute in _embedded(session.new):
-        if not _is_given(state, attribute, state.dict.get(attribute.key)):
-            texts.append((state, attribute, _text_of_new(state, attribute)))
-    for state, attribute in _embedded(session.dirty):
-        partial = _change(state, attribute)
-        if partial is None:
-            continue
-        if len(partial.changed) < len(attribute.source_keys) or partial.same:
-            partials.append(partial)
-        else:
-            texts.append((state, attribute, _text_of(state, attribute, {})))
-    texts.extend(_reread(session, partials))
-    jobs: list[TextJob] = []
-    for state, attribute, text in texts:
-        _add(jobs, state, attribute, text)
-    encode_jobs(jobs)
-    remember(context, (entry for entry in texts if entry[2] is not NOT_KNOWN))
+    if getattr(session, _EMBEDS, False):
+        _embed(session)
+    if getattr(session, _CUTS, False):
+        cut_before_flush(session)
 
 
-def _change(state: InstanceState[Any], attribute: EmbeddingAttribute) -> _Partial | None:
-    """What has been assigned that asks for another vector, or ``None``."""
-    changed = set()
-    unknown = False
-    for key in attribute.source_keys:
-        history = _history(state, key)
-        if history.added:
-            changed.add(key)
-            # Assigned without having been loaded, so perhaps to what it was.
-            unknown = unknown or not history.deleted
-    vector = _history(state, attribute.key).added
-    removed = bool(vector) and vector[0] is None
-    if not (changed or removed) or (vector and _is_given(state, attribute, vector[0])):
-        return None
-    return _Partial(state, attribute, frozenset(changed), unknown and not removed)
+def _embed(session: Session) -> None:
+    writes = [*_new(session.new), *_changed(session.dirty)]
+    if not writes:
+        return
+    _read_rows(session, [write for write in writes if write.look])
+    digests = _Digests(session)
+    jobs = [_resolve(write, digests) for write in writes if not write.unchanged]
+    encode_jobs([job for job in jobs if job is not None])
+
+
+def _resolve(write: _Write, digests: _Digests) -> TextJob | None:
+    """Write what is known of a vector and its digest; a job where the vector is to be made."""
+    current = write.state.dict.get(write.attribute.key)
+    if write.vector is not None:
+        digests.set(write, write.vector)
+    elif isinstance(write.text, str):
+        if current is None or not _was_made(write, current, write.text):
+            digests.binding(write)  # which refuses another encoder's column before the work
+            return _job(write, digests)
+        digests.set(write, current)
+    elif write.text is None:
+        if write.state.key is not None or current is not None:
+            set_attribute(write.state.obj(), write.attribute.key, None)
+        digests.set(write, None)
+    return None
+
+
+class _Digests:
+    """What a flush writes beside the vectors: from which text each was made.
+
+    Args:
+        session: the session that is flushed.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._bindings: dict[tuple[Any, EmbeddingAttribute], Any] = {}
+
+    def binding(self, write: _Write) -> Any:
+        """The column's binding, asked for once in a flush."""
+        key = (write.state.mapper, write.attribute)
+        if key not in self._bindings:
+            self._bindings[key] = write.attribute.binding(self._session, key[0])
+        return self._bindings[key]
+
+    def set(self, write: _Write, vector: Any) -> None:
+        """Put the digest into the object, unless the column is not bound."""
+        binding, key = self.binding(write), write.attribute.companion_key
+        if binding is None:
+            return
+        digest = digest_for(binding, write.text, vector)
+        if write.text is NOT_KNOWN and digest is not None:
+            # A vector that came together with its companion, as when an object is merged.
+            brought = write.state.dict.get(key)
+            if isinstance(brought, uuid.UUID) and brought.hex[:HALF] == digest.hex[:HALF]:
+                return
+        set_attribute(write.state.obj(), key, digest)
+
+
+def _new(objects: Iterable[object]) -> Iterator[_Write]:
+    for state, attribute in _embedded(objects):
+        vector = state.dict.get(attribute.key)
+        write = _Write(state, attribute, vector if _is_assigned(state, attribute, vector) else None)
+        write.text = attribute.column.text_of_new(_values(write))
+        yield write
+
+
+def _values(write: _Write) -> list[Any]:
+    """The values of the source that the object holds, in order."""
+    return [write.state.dict.get(key, NOT_KNOWN) for key in write.attribute.source_keys]
+
+
+def _changed(objects: Iterable[object]) -> Iterator[_Write]:
+    """What has been assigned that asks for another vector, or brings one."""
+    for state, attribute in _embedded(objects):
+        histories = [_history(state, key) for key in attribute.source_keys]
+        changes = [history for history in histories if history.added]
+        assigned = _history(state, attribute.key).added
+        if changes or assigned:
+            yield _change(state, attribute, changes, assigned)
+
+
+def _change(
+    state: InstanceState[Any], attribute: EmbeddingAttribute, changes: list[Any], assigned: Any
+) -> _Write:
+    vector = assigned[0] if assigned else None
+    write = _Write(state, attribute, vector if _is_assigned(state, attribute, vector) else None)
+    # A vector that is assigned alone was made from which text? Its row is pending.
+    if changes or write.vector is None:
+        values = _values(write)
+        write.text = attribute.column.text_of(values)
+        # What was assigned without having been loaded is perhaps what it was.
+        perhaps_same = not assigned and not all(history.deleted for history in changes)
+        write.look = perhaps_same or any(value is NOT_KNOWN for value in values)
+    return write
 
 
 def _embedded(
     objects: Iterable[object],
-) -> Iterable[tuple[InstanceState[Any], EmbeddingAttribute]]:
+) -> Iterator[tuple[InstanceState[Any], EmbeddingAttribute]]:
+    """Each object with each of its embedding columns; one look for each class without any."""
+    by_class: dict[type, tuple[EmbeddingAttribute, ...]] = {}
     for instance in objects:
-        state: InstanceState[Any] = sa.inspect(instance)
-        for attribute in attributes_of(state.mapper):
-            yield state, attribute
+        class_ = type(instance)
+        attributes = by_class.get(class_)
+        if attributes is None:
+            attributes = by_class[class_] = attributes_of(sa.inspect(instance).mapper)
+        for attribute in attributes:
+            yield sa.inspect(instance), attribute
 
 
 def _history(state: InstanceState[Any], key: str) -> Any:
@@ -161,95 +287,79 @@ def _history(state: InstanceState[Any], key: str) -> Any:
     return state.get_history(key, PassiveFlag.PASSIVE_NO_INITIALIZE)
 
 
-def _is_given(state: InstanceState[Any], attribute: EmbeddingAttribute, vector: Any) -> bool:
+def _is_assigned(state: InstanceState[Any], attribute: EmbeddingAttribute, vector: Any) -> bool:
     """Whether the caller assigned a vector, and not an earlier flush.
 
     ``None`` is no vector, as a dataclass's ``__init__`` assigns it. A flush that failed leaves its
     vectors in objects that the rollback made new again.
     """
-    return vector is not None and not was_made(state, attribute, vector)
+    if vector is None:
+        return False
+    earlier = state.info.get((_MADE, attribute.key))
+    return earlier is None or earlier[0]() is not vector
 
 
-def _text_of_new(state: InstanceState[Any], attribute: EmbeddingAttribute) -> Text:
-    return attribute.filling.text_of_new(
-        [state.dict.get(key, NOT_KNOWN) for key in attribute.source_keys]
-    )
+def _was_made(write: _Write, vector: Any, text: str) -> bool:
+    """Whether an earlier flush made a vector of an object, and of this text."""
+    earlier = write.state.info.get((_MADE, write.attribute.key))
+    return earlier is not None and earlier[0]() is vector and earlier[1] == _named(text)
 
 
-def _text_of(
-    state: InstanceState[Any], attribute: EmbeddingAttribute, reread: dict[str, Any]
-) -> Text:
-    instance = state.obj()
-    return attribute.filling.text_of(
-        [reread[key] if key in reread else getattr(instance, key) for key in attribute.source_keys]
-    )
+def _named(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def _add(
-    jobs: list[TextJob], state: InstanceState[Any], attribute: EmbeddingAttribute, text: Text
-) -> None:
-    """Have a text encoded; a text that is ``NULL`` takes its vector along at once."""
-    if isinstance(text, str):
-        current = state.dict.get(attribute.key)
-        if current is not None and was_made(state, attribute, current, text):
-            return
-        jobs.append(_job(state, attribute, text))
-    elif text is None and (state.key is not None or state.dict.get(attribute.key) is not None):
-        setattr(state.obj(), attribute.key, None)
+def _job(write: _Write, digests: _Digests) -> TextJob:
+    state, attribute, text = write.state, write.attribute, str(write.text)
 
+    def store(vector: Vectors) -> None:
+        vector = as_value(vector)
+        set_attribute(state.obj(), attribute.key, vector)
+        state.info[_MADE, attribute.key] = (ref(vector), _named(text))
+        digests.set(write, vector)
 
-def _job(state: InstanceState[Any], attribute: EmbeddingAttribute, text: str) -> TextJob:
-    instance = state.obj()
-
-    def store(vector: npt.NDArray[np.float32]) -> None:
-        setattr(instance, attribute.key, vector)
-        note_made(state, attribute, vector, text)
-
-    return TextJob(attribute.filling, text, store, lambda: f"{attribute.key} of {_label(state)}")
+    return TextJob(attribute.column, text, store, lambda: f"{attribute.key} of {_label(state)}")
 
 
 def _label(state: InstanceState[Any]) -> str:
     if state.identity is not None:
         return f"{state.class_.__name__}({', '.join(map(repr, state.identity))})"
-    return f"a new {state.class_.__name__} ({_shown(state)})"
-
-
-def _shown(state: InstanceState[Any]) -> str:
-    """A new object has no key to be named by, so it is shown by what it holds."""
+    # A new object has no key to be named by, so it is shown by what it holds.
     short = [
         f"{key}={value!r}" if len(repr(value)) <= 40 else f"{key}={repr(value)[:37]}..."
         for key, value in state.dict.items()
         if isinstance(value, (str, int)) and not key.startswith("_")
     ]
-    return ", ".join(short[:3])
+    return f"a new {state.class_.__name__} ({', '.join(short[:3])})"
 
 
-def _reread(
-    session: Session, partials: list[_Partial]
-) -> Iterable[tuple[InstanceState[Any], EmbeddingAttribute, Text]]:
-    """The text of each object, with what it does not bring as the row has it now."""
-    groups: dict[EmbeddingAttribute, list[tuple[_Partial, Key]]] = {}
-    for partial in partials:
-        key = tuple(_loaded(partial.state, name) for name in partial.attribute.row_keys)
-        groups.setdefault(partial.attribute, []).append((partial, key))
-    for attribute, members in groups.items():
-        mapper = members[0][0].state.mapper
-        found = locked_sources(session, mapper, attribute, [key for _, key in members])
-        for partial, key in members:
-            row = found.get(key, {})
-            rest = {k: v for k, v in row.items() if k not in partial.changed}
-            text = _text_of(partial.state, attribute, rest)
-            if partial.same and row and text == attribute.filling.text_of(list(row.values())):
-                continue
-            yield partial.state, attribute, text
+def _read_rows(session: Session, writes: list[_Write]) -> None:
+    """Complete texts by what objects do not hold, as the rows have it."""
+    groups: dict[tuple[Any, EmbeddingAttribute], list[tuple[Key, _Write]]] = {}
+    for write in writes:
+        group = groups.setdefault((write.state.mapper, write.attribute), [])
+        group.append((_row_key(write), write))
+    for (mapper, attribute), members in groups.items():
+        rows = attribute.stored_sources(session, mapper, [key for key, _ in members])
+        for key, write in members:
+            row = rows.get(key, {})
+            values = {**row, **write.state.dict}
+            write.text = attribute.column.text_of(
+                [values.get(name, NOT_KNOWN) for name in attribute.source_keys]
+            )
+            same = bool(row) and write.text == attribute.column.text_of(list(row.values()))
+            write.unchanged = same and not _history(write.state, attribute.key).added
 
 
-def _loaded(state: InstanceState[Any], key: str) -> Any:
-    """The value that the row has, where a flush is about to change it."""
-    if key in state.committed_state:
-        return state.committed_state[key]
-    getter: Callable[[Any, str], Any] = getattr
-    return getter(state.obj(), key)
+def _row_key(write: _Write) -> Key:
+    """The key that the row has, where the flush may be about to change it."""
+    mapper, identity = write.state.mapper, write.state.identity or ()
+    names = [mapper.get_property_by_column(column).key for column in mapper.primary_key]
+    known = dict(zip(names, identity, strict=False))
+    instance = write.state.obj()
+    return tuple(
+        known[key] if key in known else getattr(instance, key) for key in write.attribute.row_keys
+    )
 
 
-__all__ = ["SessionTarget", "embed_on_flush"]
+__all__ = ["SessionTarget", "embed_on_flush", "leave_to_workers"]

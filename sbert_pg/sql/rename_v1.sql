@@ -1,41 +1,32 @@
--- Follow a renamed column: to be called in the transaction of ALTER TABLE ... RENAME COLUMN, after
--- it. Every binding of the table that names the column, as vector, source or key, is rewritten.
+-- Follow a renamed column: to be called after ALTER TABLE ... RENAME COLUMN, best in its transaction.
+-- Every binding of the table that names the column, as vector, companion, source or key, is rewritten.
+-- Returns how many. What a row says does not change: only names do.
 CREATE FUNCTION sbert.rename_v1(relation regclass, old_name text, new_name text)
 RETURNS integer
-LANGUAGE plpgsql
+LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $body$
 #variable_conflict use_column
 DECLARE
-    v sbert.embedding_column;
-    v_source jsonb;
-    v_count integer := 0;
+    v_count integer;
 BEGIN
-    FOR v IN SELECT c.* FROM sbert.embedding_column c
-              WHERE c.relation = rename_v1.relation
-                AND old_name = ANY (c.column_name || c.source_columns || c.key_columns)
-                FOR UPDATE
-    LOOP
-        v_source := jsonb_set(v.source, '{columns}',
-            to_jsonb(array_replace(v.source_columns, old_name, new_name)));
-        IF v.source ->> 'pattern' IS NOT NULL THEN
-            -- A doubled brace stands for itself.
-            v_source := jsonb_set(v_source, '{pattern}', to_jsonb(regexp_replace(
-                v.source ->> 'pattern', '(?<!\{)((?:\{\{)*)\{' || old_name || '\}',
-                '\1{' || new_name || '}', 'g')));
-        END IF;
-        PERFORM set_config('sbert.maintenance', 'on', true);
-        UPDATE sbert.embedding_column AS c
-           SET column_name = CASE WHEN c.column_name = old_name THEN new_name
-                                  ELSE c.column_name END,
-               source = v_source,
-               source_columns = array_replace(c.source_columns, old_name, new_name),
-               key_columns = array_replace(c.key_columns, old_name, new_name)
-         WHERE c.id = v.id;
-        PERFORM set_config('sbert.maintenance', 'off', true);
-        PERFORM sbert.install_triggers_v1(v.id);
-        v_count := v_count + 1;
-    END LOOP;
+    PERFORM sbert.require_owner_v1(rename_v1.relation);
+    IF NOT EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = rename_v1.relation
+                      AND a.attname = new_name AND NOT a.attisdropped)
+    THEN
+        RAISE EXCEPTION USING ERRCODE = 'SB003',
+            MESSAGE = format('table %s has no column %I', rename_v1.relation::text, new_name),
+            HINT = 'Rename the column first.';
+    END IF;
+    UPDATE sbert.binding AS b
+       SET column_name = CASE WHEN b.column_name = old_name THEN new_name ELSE b.column_name END,
+           companion = CASE WHEN b.companion = old_name THEN new_name ELSE b.companion END,
+           source = sbert.renamed_source_v1(b.source, old_name, new_name),
+           source_columns = array_replace(b.source_columns, old_name, new_name),
+           key_columns = array_replace(b.key_columns, old_name, new_name)
+     WHERE b.relation = rename_v1.relation
+       AND old_name = ANY (ARRAY[b.column_name, b.companion] || b.source_columns || b.key_columns);
+    GET DIAGNOSTICS v_count = ROW_COUNT;
     RETURN v_count;
 END
 $body$;

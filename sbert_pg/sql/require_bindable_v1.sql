@@ -1,6 +1,6 @@
 -- Say whether a column can be bound, with a reason where it cannot; returns its storage type.
 CREATE FUNCTION sbert.require_bindable_v1(
-    p_relation regclass, p_column text, p_declared jsonb, p_sources text[]
+    p_relation regclass, p_column text, p_declared jsonb, p_source jsonb
 )
 RETURNS text
 LANGUAGE plpgsql STABLE
@@ -22,13 +22,13 @@ BEGIN
     IF v_class.relispartition THEN
         RAISE EXCEPTION USING ERRCODE = 'SB003',
             MESSAGE = format('%s is a partition', p_relation::text),
-            HINT = format('Bind the partitioned table, %s; its triggers reach every partition.',
+            HINT = format('Bind the partitioned table, %s; its indexes reach every partition.',
                           pg_partition_root(p_relation)::text);
     END IF;
     IF v_class.relkind = 'r' AND EXISTS (SELECT FROM pg_inherits WHERE inhparent = p_relation) THEN
         RAISE EXCEPTION USING ERRCODE = 'SB003',
             MESSAGE = format('table %s has child tables by inheritance', p_relation::text),
-            HINT = 'Triggers of a parent do not see rows of its children. Bind the children instead, '
+            HINT = 'Indexes of a parent do not hold rows of its children. Bind the children instead, '
                    'or use declarative partitioning.';
     END IF;
 
@@ -42,10 +42,13 @@ BEGIN
                           ELSE format('The column has type %s.', v_type) END,
             HINT = 'Add a column of pgvector''s type vector or halfvec first.';
     END IF;
-    IF coalesce(p_declared ->> 'name', '') = '' OR (p_declared ->> 'dimensions') IS NULL THEN
+    IF (p_declared @? 'strict $.name ? (@.type() == "string" && @ != "")'
+        AND p_declared @? 'strict $.dimensions ? (@.type() == "number" && @ >= 1 && @ <= 16000
+                                           && @ == @.floor())') IS NOT TRUE
+    THEN
         RAISE EXCEPTION USING ERRCODE = 'SB003',
             MESSAGE = format('the encoder of %s.%I is declared as %s, without name or dimensions',
-                             p_relation::text, p_column, p_declared),
+                             p_relation::text, p_column, left(p_declared::text, 200)),
             HINT = 'Pass the declaration as EncoderSpec.to_json() writes it.';
     END IF;
     IF v_width <> -1 AND v_width <> (p_declared ->> 'dimensions')::integer THEN
@@ -55,18 +58,23 @@ BEGIN
                 p_declared ->> 'dimensions'),
             HINT = 'Declare the encoder''s dimensions, or change the type of the column.';
     END IF;
-    IF coalesce(cardinality(p_sources), 0) = 0 THEN
+    IF (jsonb_typeof(p_source -> 'columns') = 'array' AND p_source @? 'strict $.columns[*]'
+        AND NOT p_source @? 'strict $.columns[*] ? (@.type() != "string")'
+        AND NOT p_source @? 'strict $.keyvalue() ? (@.key == "passages" || @.key == "document").value
+                             ? (@.type() != "object")'
+        AND NOT p_source @? 'strict $.keyvalue()
+                             ? (@.key != "columns" && @.key != "passages" && @.key != "document").value
+                             ? (@.type() != "string" && @.type() != "null")') IS NOT TRUE
+    THEN
         RAISE EXCEPTION USING ERRCODE = 'SB003',
-            MESSAGE = format('the source of %s.%I names no column', p_relation::text, p_column),
-            HINT = 'Pass the source as Source.to_json() writes it.';
+            MESSAGE = format('the source of %s.%I names no columns: %s', p_relation::text, p_column,
+                             left(coalesce(p_source::text, 'NULL'), 200)),
+            HINT = 'Pass the source as Source.to_json() writes it: columns, separator and pattern.';
     END IF;
-    FOREACH v_name IN ARRAY p_sources LOOP
-        SELECT base.typcategory, a.attgenerated, format_type(a.atttypid, a.atttypmod) AS type
+    FOR v_name IN SELECT jsonb_array_elements_text(p_source -> 'columns') LOOP
+        SELECT t.typcategory, a.attgenerated, format_type(a.atttypid, a.atttypmod) AS type
           INTO v_attribute
-          FROM pg_attribute a
-          JOIN pg_type t ON t.oid = a.atttypid
-          JOIN pg_type base
-            ON base.oid = CASE WHEN t.typtype = 'd' THEN t.typbasetype ELSE t.oid END
+          FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
          WHERE a.attrelid = p_relation AND a.attname = v_name AND NOT a.attisdropped
            AND a.attnum > 0;
         IF NOT FOUND THEN
@@ -83,8 +91,8 @@ BEGIN
             RAISE EXCEPTION USING ERRCODE = 'SB003',
                 MESSAGE = format('column %I, a source of %s.%I, is a virtual generated column',
                                  v_name, p_relation::text, p_column),
-                HINT = 'Triggers cannot read virtual columns. Make it STORED, or name the columns '
-                       'that it is computed from.';
+                HINT = 'No index can hold a virtual column. Make it STORED, or name the columns that '
+                       'it is computed from.';
         END IF;
     END LOOP;
     RETURN v_type;

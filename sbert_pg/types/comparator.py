@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import sqlalchemy as sa
 from sqlalchemy.sql.operators import custom_op
-from sqlalchemy.types import UserDefinedType
+from sqlalchemy.types import NullType, UserDefinedType
 
 from sbert_pg import distance as d
 from sbert_pg.errors import DeclarationError, EncoderMismatchError
+from sbert_pg.spec import same_encoder_name
 from sbert_pg.types import wire
-from sbert_pg.types.indexed import index_on
+from sbert_pg.types.indexed import index_on, signs
 
-if TYPE_CHECKING:
-    from sbert_pg.types.vector import VectorType
+#: pgvector's operators of two vectors.
+_OPERATORS = frozenset({d.L2, d.COSINE, d.INNER_PRODUCT, d.L1})
 
 
 class VectorComparator(UserDefinedType.Comparator[Any]):
@@ -28,19 +29,27 @@ class VectorComparator(UserDefinedType.Comparator[Any]):
 
     def l2_distance(self, other: Any) -> sa.ColumnElement[float]:
         """Euclidean distance, ``<->``."""
-        return self._operate(d.L2, other)
+        return apply_operator(self.expr, d.L2, other)
 
     def cosine_distance(self, other: Any) -> sa.ColumnElement[float]:
         """Cosine distance, ``<=>``: one minus the cosine."""
-        return self._operate(d.COSINE, other)
+        return apply_operator(self.expr, d.COSINE, other)
 
     def max_inner_product(self, other: Any) -> sa.ColumnElement[float]:
         """Negative inner product, ``<#>``."""
-        return self._operate(d.INNER_PRODUCT, other)
+        return apply_operator(self.expr, d.INNER_PRODUCT, other)
 
     def l1_distance(self, other: Any) -> sa.ColumnElement[float]:
         """Manhattan distance, ``<+>``."""
-        return self._operate(d.L1, other)
+        return apply_operator(self.expr, d.L1, other)
+
+    def hamming_distance(self, other: Any) -> sa.ColumnElement[float]:
+        """Hamming distance of the signs, ``<~>``: dimensions in which one is positive alone."""
+        return self._of_signs("<~>", other)
+
+    def jaccard_distance(self, other: Any) -> sa.ColumnElement[float]:
+        """Jaccard distance of the sets of positive dimensions, ``<%>``."""
+        return self._of_signs("<%>", other)
 
     def distance(self, other: Any) -> sa.ColumnElement[float]:
         """Distance under the encoder's similarity function, in the form that the index serves.
@@ -56,12 +65,26 @@ class VectorComparator(UserDefinedType.Comparator[Any]):
         and manhattan distance.
         """
         metric = metric_for(self.expr)
-        value = self._operate(metric.operator, other)
+        value = apply_operator(self.expr, metric.operator, other)
         # Not "-value", which SQLAlchemy 2.0 gives the type of its left-hand column.
         return sa.literal(metric.offset, sa.Float()) - value
 
-    def _operate(self, operator: str, other: Any) -> sa.ColumnElement[float]:
-        return apply_operator(self.expr, operator, other)
+    def operate(self, op: Any, *other: Any, **options: Any) -> Any:
+        """``column.op("<=>")(vector)`` as the method of that operator: checked, typed, fenced."""
+        if isinstance(op, custom_op) and op.opstring in _OPERATORS and len(other) == 1:
+            return apply_operator(self.expr, op.opstring, other[0])
+        return super().operate(op, *other, **options)
+
+    def _of_signs(self, operator: str, other: Any) -> sa.ColumnElement[float]:
+        width: int | None = self.expr.type.dimensions  # type: ignore[attr-defined]
+        if width is None:
+            raise DeclarationError(
+                f"Column {self.expr} is declared without dimensions, and its signs cannot be "
+                "compared without. Give them, as in Vector(384)."
+            )
+        made = _operator(operator)
+        right = signs(operand(self.expr, other), width)
+        return sa.BinaryExpression(signs(self.expr, width), right, made, type_=made.return_type)
 
 
 class _DistanceOperator(custom_op[float]):
@@ -74,10 +97,20 @@ class _DistanceOperator(custom_op[float]):
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
-        return type(other) is _DistanceOperator and self._hash_key() == other._hash_key()
+        return type(other) is _DistanceOperator and self.opstring == other.opstring
 
     def __hash__(self) -> int:
         return hash(self.opstring)
+
+
+def clause_of(column: Any) -> Any:
+    """The column that a mapped attribute stands for; what is none is given back as it is."""
+    return column.__clause_element__() if hasattr(column, "__clause_element__") else column
+
+
+def base_of(column: sa.ColumnElement[Any]) -> sa.Column[Any] | None:
+    """The table's own column behind one of an alias or a mapped class, where there is one."""
+    return next((base for base in column.base_columns if isinstance(base, sa.Column)), None)
 
 
 @cache
@@ -103,9 +136,8 @@ def operand(left: sa.ColumnElement[Any], other: Any) -> sa.ColumnElement[Any]:
         EncoderMismatchError: it is a column of another encoder.
         VectorError: it is no vector that ``left`` can be compared with.
     """
-    if hasattr(other, "__clause_element__"):
-        other = other.__clause_element__()
-    if isinstance(other, sa.BindParameter) and other.type._isnull:
+    other = clause_of(other)
+    if isinstance(other, sa.BindParameter) and isinstance(other.type, NullType):
         return sa.type_coerce(other, query_type(left))
     if isinstance(other, sa.ClauseElement):
         if isinstance(other, (sa.Select, sa.CompoundSelect)):
@@ -118,9 +150,12 @@ def operand(left: sa.ColumnElement[Any], other: Any) -> sa.ColumnElement[Any]:
             "a row without a vector is found with column.is_(None)."
         )
     type_ = query_type(left)
+    if isinstance(other, str):
+        vector = wire.vector_in(other, type_.dimensions or 0)
+        other = other if vector is None else vector
     if not isinstance(other, str):
         # Checked where the mistake is made; the bind processor takes the finished form as it is.
-        other = wire.wire_vector(type_.checked(other), type_.storage)
+        other = wire.WireVector(type_.checked(other), type_.storage)
     elif type_ is left.type:
         raise DeclarationError(
             f"Column {left} was compared with the text {other[:40]!r} and has no encoder. Declare "
@@ -135,7 +170,7 @@ def _check_same_space(left: sa.ColumnElement[Any], right: Any) -> None:
     theirs = getattr(getattr(right, "type", None), "encoder", None)
     if ours is None or theirs is None:
         return
-    if (ours.short_name, ours.dimensions) != (theirs.short_name, theirs.dimensions):
+    if ours.dimensions != theirs.dimensions or not same_encoder_name(ours.name, theirs.name):
         raise EncoderMismatchError(
             f"{left} belongs to encoder {ours.name!r} ({ours.dimensions} dimensions) and {right} "
             f"to {theirs.name!r} ({theirs.dimensions}); distances between two vector spaces mean "
@@ -143,11 +178,10 @@ def _check_same_space(left: sa.ColumnElement[Any], right: Any) -> None:
         )
 
 
-def query_type(left: sa.ColumnElement[Any]) -> VectorType:
-    """The type of a parameter that is compared with ``left``."""
-    type_ = cast("VectorType", left.type)
-    for_query = getattr(type_, "query_type", None)
-    return type_ if for_query is None else cast("VectorType", for_query(left))
+def query_type(left: sa.ColumnElement[Any]) -> Any:
+    """The type of a parameter that is compared with ``left``, one of the vector types."""
+    for_query = getattr(left.type, "query_type", None)
+    return left.type if for_query is None else for_query(left)
 
 
 def metric_for(column: sa.ColumnElement[Any]) -> d.Metric:

@@ -1,92 +1,273 @@
-"""What a vector index says about itself, for those who build queries that it is to serve.
+"""The one description of a vector index: as declared, as a migration says it, as a server has it.
 
-Everything is read off the ``Index`` object (access method, expression, operator class), so an index
-written by hand or copied with ``to_metadata`` is understood as well as one from
-``sbert_pg.indexes``.
+Of a declared index everything is read off the ``Index`` object (access method, expression, operator
+class), so one that was written by hand or copied with ``to_metadata`` is understood as well as one
+of ``hnsw_index``. It stands beside the types, since ``distance()`` of a column asks which index
+serves it; reading indexes off a server and building them is the affair of ``sbert_pg.indexes``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import BIT
+from sqlalchemy.sql import operators
 from sqlalchemy.sql.functions import FunctionElement
 
-from sbert_pg.distance import INDEX_METHODS, METRICS, IndexMethod, Metric
+from sbert_pg.distance import INDEX_METHODS, METRICS, IndexMethod, Metric, Similarity
+from sbert_pg.errors import DeclarationError
 
-Form = Literal["column", "halfvec", "binary"]
-_PREFERENCE: tuple[Form, ...] = ("column", "halfvec", "binary")
+Form = Literal["column", "halfvec", "subvector", "binary"]
+_PREFERENCE: tuple[Form, ...] = ("column", "halfvec", "subvector", "binary")
+#: A vector in an expression, and the width of a subvector that starts at its first element.
+_VECTOR = re.compile(r"'(\[[-+0-9.,eE\s]+\])'")
+_WIDTH = re.compile(r"subvector\(.*,\s*1,\s*(\d+)\)", re.DOTALL)
+
+#: pgvector's defaults, which an index has that was created without the option.
+DEFAULT_OPTIONS: Mapping[str, Mapping[str, int]] = {
+    "hnsw": {"m": 16, "ef_construction": 64},
+    "ivfflat": {"lists": 100},
+}
+_OPCLASS = re.compile(r"[A-Za-z_][A-Za-z0-9_$.]*\Z")
+_OPTION = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+_VALUE = re.compile(r"[A-Za-z0-9_.+-]+\Z")
 
 
-@dataclass(frozen=True, slots=True)
-class IndexDescription:
-    """How a vector index was made.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VectorIndex:
+    """How a vector index is made.
 
     Attributes:
-        column: name of the vector column.
+        name: its name.
+        table: name of its table.
+        schema: schema of both, ``None`` for the search path's.
+        column: name of the vector column, which is indexed itself or within an expression.
         method: access method.
-        form: what is indexed: the column, its cast to ``halfvec``, or its signs.
-        metric: metric of the operator class; for ``binary`` that of the exact rerank.
-        dimensions: width of the column.
-        cast_to: type that the column is cast to, for the form ``halfvec``.
-        lists: inverted lists of an IVFFlat index.
-        partial: whether it holds a part of the rows, and serves queries of that part alone.
+        form: what is indexed: the column, its cast to ``halfvec``, its first dimensions, or its
+            signs.
+        opclass: operator class, ``None`` for the type's default.
+        options: storage parameters that were spelled out.
+        element: the indexed expression, as SQL or as SQLAlchemy has it; ``None`` for the column.
+        predicate: predicate of a partial index, likewise.
+        tablespace: tablespace, where it is not the default one.
+        dimensions: width of the column, 0 where unknown.
+        cast_to: type of a declared index's cast, for the forms ``halfvec`` and ``subvector``.
+        centre: what is taken from vectors before their signs are, as a declared index has it.
+        exact: similarity function of the exact rerank, for the form ``binary``.
     """
 
+    name: str
+    table: str
+    schema: str | None = None
     column: str
-    method: IndexMethod
-    form: Form
-    metric: Metric
-    dimensions: int
+    method: IndexMethod = "hnsw"
+    form: Form = "column"
+    opclass: str | None = None
+    options: Mapping[str, int | str] = field(default_factory=dict)
+    element: Any = None
+    predicate: Any = None
+    tablespace: str | None = None
+    dimensions: int = 0
     cast_to: sa.types.TypeEngine[Any] | None = None
-    lists: int | None = None
-    partial: bool = False
+    centre: sa.ColumnElement[Any] | None = None
+    exact: Similarity = "cosine"
+
+    @property
+    def expression(self) -> str | None:
+        """The indexed expression as SQL, ``None`` where the column itself is indexed."""
+        return None if self.element is None else sql_of(self.element)
+
+    @property
+    def where(self) -> str | None:
+        """The predicate as SQL."""
+        return None if self.predicate is None else sql_of(self.predicate)
+
+    @property
+    def effective_options(self) -> dict[str, int | str]:
+        """Storage parameters, with pgvector's defaults for those that were not spelled out."""
+        return {**DEFAULT_OPTIONS.get(self.method, {}), **self.options}
+
+    @property
+    def lists(self) -> int | None:
+        """Inverted lists of an IVFFlat index."""
+        lists = self.effective_options.get("lists")
+        return None if lists is None else int(lists)
+
+    @property
+    def partial(self) -> bool:
+        """Whether it holds a part of the rows, and serves queries of that part alone."""
+        return self.predicate is not None
 
     @property
     def quantized(self) -> bool:
         """Whether distances by the index are too coarse to rank by."""
-        return self.form == "binary"
+        return self.form in ("subvector", "binary")
+
+    @property
+    def mean(self) -> list[float] | None:
+        """The vector that is taken from all before their signs are, where there is one."""
+        match = _VECTOR.search(self.expression or "") if self.form == "binary" else None
+        return None if match is None else [float(x) for x in match[1].strip("[]").split(",")]
+
+    @property
+    def width(self) -> int | None:
+        """Dimensions of the form ``subvector``."""
+        match = _WIDTH.search(self.expression or "") if self.form == "subvector" else None
+        return None if match is None else int(match[1])
+
+    @property
+    def similarity(self) -> Similarity | None:
+        """Similarity function that it orders by, ``None`` for an index over bits."""
+        if self.form == "binary":
+            return None
+        opclass = self.opclass or "vector_l2_ops"
+        for name, metric in METRICS.items():
+            if opclass.endswith(metric.opclass_suffix):
+                return name
+        return None
+
+    @property
+    def metric(self) -> Metric:
+        """Metric of the operator class; over bits, that of the exact rerank."""
+        return METRICS[self.similarity or self.exact]
 
     def indexed(self, column: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
-        """The expression that the index is on, for one column expression."""
-        if self.cast_to is not None:
-            return sa.cast(column, self.cast_to)
+        """The expression that a declared index is on, of its column or of another vector."""
         if self.form == "binary":
-            return signs(column, self.dimensions)
-        return column
+            return signs(column, self.dimensions, self.centre)
+        if self.form == "subvector":
+            return subvector(column, self.cast_to)
+        return column if self.cast_to is None else sa.cast(column, self.cast_to)
+
+    def to_index(
+        self,
+        *,
+        name: str | None = None,
+        table: tuple[str | None, str] | None = None,
+        concurrently: bool = False,
+    ) -> sa.Index:
+        """An ``Index`` for ``CREATE INDEX``, on a table that has no other column.
+
+        Args:
+            name: another name.
+            table: schema and name of another table.
+            concurrently: whether it is built beside reads and writes.
+
+        Raises:
+            DeclarationError: an operator class or an option is no name.
+        """
+        self._check()
+        schema, table_name = table or (self.schema, self.table)
+        column = sa.Column(self.column or "embedding", sa.types.NullType())
+        # Literal, since an expression is SQL as it is: colons do not begin parameters in it.
+        expression = self.expression
+        element: Any = (
+            column
+            if expression is None
+            else sa.literal_column(f"({expression})").label("expression")
+        )
+        where = self.where
+        index = sa.Index(
+            name or self.name,
+            element,
+            postgresql_using=self.method,
+            postgresql_ops={} if self.opclass is None else {element.key: self.opclass},
+            postgresql_with=dict(self.options),
+            postgresql_where=None if where is None else sa.literal_column(where),
+            postgresql_tablespace=self.tablespace,
+            postgresql_concurrently=concurrently,
+        )
+        sa.Table(table_name, sa.MetaData(), column, index, schema=schema)
+        return index
+
+    def _check(self) -> None:
+        checks = [(_OPCLASS, self.opclass or "vector_l2_ops", "operator class")]
+        for key, value in self.options.items():
+            checks += [(_OPTION, key, "option"), (_VALUE, str(value), "value")]
+        for pattern, value, what in checks:
+            if not pattern.match(value):
+                raise DeclarationError(f"Index {self.name!r}: {value!r} is no {what}.")
 
 
-def signs(column: sa.ColumnElement[Any], dimensions: int) -> sa.ColumnElement[Any]:
-    """One bit a dimension, set where the element is positive."""
+def signs(
+    column: sa.ColumnElement[Any], dimensions: int, centre: sa.ColumnElement[Any] | None = None
+) -> sa.ColumnElement[Any]:
+    """One bit a dimension, set where the element is positive, or above that of a centre."""
+    if centre is not None:
+        column = sa.BinaryExpression(column, centre, operators.sub, type_=column.type)
     return sa.cast(sa.func.binary_quantize(column), BIT(dimensions))
 
 
-def description_of(index: sa.Index) -> IndexDescription | None:
-    """The description of an index, where it is an HNSW or IVFFlat index on one vector column."""
+def subvector(column: sa.ColumnElement[Any], type_: Any) -> sa.ColumnElement[Any]:
+    """The first dimensions of a vector, as many as a type has."""
+    width = sa.literal_column(str(int(type_.dimensions)), sa.Integer())
+    return sa.cast(sa.func.subvector(column, sa.literal_column("1"), width), type_)
+
+
+def method_of(index: sa.Index) -> IndexMethod | None:
+    """``hnsw`` or ``ivfflat`` for a vector index, else ``None``."""
+    using = index.dialect_options["postgresql"]["using"]
+    return cast("IndexMethod", using) if using in INDEX_METHODS else None
+
+
+def description_of(index: sa.Index) -> VectorIndex | None:
+    """The description of an index, where it is an HNSW or IVFFlat index on one expression."""
+    method, table = method_of(index), index.table
+    if method is None or table is None or len(index.expressions) != 1:
+        return None
     options = index.dialect_options["postgresql"]
-    method = options["using"]
-    if method not in INDEX_METHODS or len(index.expressions) != 1:
-        return None
-    expression: Any = index.expressions[0]
-    opclass = next(iter((options["ops"] or {}).values()), "vector_l2_ops")
-    column, form, cast_to = _parts(expression)
-    if column is None or getattr(column.type, "dimensions", None) is None:
-        return None
-    return IndexDescription(
-        column=column.name,
-        method=cast("IndexMethod", method),
-        form=form,
-        metric=_metric_of(opclass, column),
-        dimensions=column.type.dimensions,  # type: ignore[attr-defined]
+    element: Any = index.expressions[0]
+    operators = options["ops"] or {}
+    opclass = operators.get(getattr(element, "key", None)) or next(iter(operators.values()), None)
+    while isinstance(element, sa.Label):
+        element = element.element
+    column, form, cast_to, centre = _parts(element)
+    if column is None:
+        # Something that no query of ours is served by; a migration knows its text.
+        element, opclass = _with_opclass(sql_of(element), opclass)
+    type_ = getattr(column, "type", None)
+    spec = getattr(type_, "encoder", None)
+    return VectorIndex(
+        name=str(index.name),
+        table=table.name,
+        schema=table.schema,
+        column=_vector_column(index) if column is None else column.name,
+        method=method,
+        form=form_of(element) if column is None else form,
+        opclass=opclass,
+        options={str(key): as_number(value) for key, value in (options["with"] or {}).items()},
+        element=None if element is column else element,
+        predicate=options["where"],
+        tablespace=options["tablespace"],
+        dimensions=getattr(type_, "dimensions", None) or 0,
         cast_to=cast_to,
-        lists=(options["with"] or {}).get("lists"),
-        partial=options["where"] is not None,
+        centre=centre,
+        exact="cosine" if spec is None else spec.similarity,
     )
 
 
-def index_on(column: sa.ColumnElement[Any]) -> IndexDescription | None:
+def declared_index(index: sa.Index, name: str, schema: str | None) -> VectorIndex:
+    """What a declared index is, by its name after naming conventions.
+
+    Raises:
+        DeclarationError: it has more than one expression, which vector indexes cannot have.
+    """
+    description = description_of(index)
+    if description is None:
+        assert index.table is not None
+        raise DeclarationError(
+            f"Index {name!r} on {index.table.fullname} has {len(index.expressions)} expressions; "
+            f"an index with {method_of(index)} has one."
+        )
+    return replace(description, name=name, schema=schema)
+
+
+def index_on(column: sa.ColumnElement[Any]) -> VectorIndex | None:
     """The description of the index that serves a column best.
 
     That is one of the encoder's own metric before another's, one of all rows before a partial one,
@@ -96,18 +277,19 @@ def index_on(column: sa.ColumnElement[Any]) -> IndexDescription | None:
         table = getattr(base, "table", None)
         if not isinstance(table, sa.Table):
             continue
-        found = [
+        descriptions = [
             description
             for index in sorted(table.indexes, key=lambda index: str(index.name))
             if (description := description_of(index)) is not None
+            and description.dimensions
             and description.column == getattr(base, "name", None)
         ]
-        if found:
-            return min(found, key=lambda description: _rank(description, base))
+        if descriptions:
+            return min(descriptions, key=lambda description: _rank(description, base))
     return None
 
 
-def _rank(index: IndexDescription, column: Any) -> tuple[Any, ...]:
+def _rank(index: VectorIndex, column: Any) -> tuple[Any, ...]:
     spec = getattr(column.type, "encoder", None)
     foreign = spec is not None and index.metric.similarity != spec.similarity
     return foreign, index.partial, _PREFERENCE.index(index.form), index.method != "hnsw"
@@ -115,31 +297,71 @@ def _rank(index: IndexDescription, column: Any) -> tuple[Any, ...]:
 
 def _parts(
     expression: Any,
-) -> tuple[sa.Column[Any] | None, Form, sa.types.TypeEngine[Any] | None]:
-    """The column under an index expression, the form it is indexed in, and the cast's type."""
-    while isinstance(expression, (sa.Label, sa.sql.elements.Grouping)):
-        expression = expression.element
+) -> tuple[
+    sa.Column[Any] | None,
+    Form,
+    sa.types.TypeEngine[Any] | None,
+    sa.ColumnElement[Any] | None,
+]:
+    """The column under an index expression, its form, the cast's type, and the centre of signs."""
+    expression = _ungrouped(expression)
     if isinstance(expression, sa.Column):
-        return expression, "column", None
+        return expression, "column", None, None
     if not isinstance(expression, sa.Cast):
-        return None, "column", None
-    inner: Any = expression.clause
-    to = expression.type
-    while isinstance(inner, sa.sql.elements.Grouping):
-        inner = inner.element
+        return None, "column", None, None
+    inner, to = _ungrouped(expression.clause), expression.type
     if isinstance(inner, sa.Column) and getattr(to, "storage", None) == "halfvec":
-        return inner, "halfvec", to
-    if isinstance(to, BIT) and isinstance(inner, FunctionElement):
-        arguments = list(inner.clauses)
-        if len(arguments) == 1 and isinstance(arguments[0], sa.Column):
-            return arguments[0], "binary", None
-    return None, "column", None
+        return inner, "halfvec", to, None
+    arguments = [_ungrouped(each) for each in getattr(inner, "clauses", ())]
+    if not isinstance(inner, FunctionElement) or not arguments:
+        return None, "column", None, None
+    first, centre = arguments[0], None
+    if isinstance(to, BIT) and isinstance(first, sa.BinaryExpression):
+        first, centre = _ungrouped(first.left), first.right
+    if isinstance(first, sa.Column) and isinstance(to, BIT) and len(arguments) == 1:
+        return first, "binary", None, centre
+    if isinstance(first, sa.Column) and getattr(inner, "name", "") == "subvector":
+        return first, "subvector", to, None
+    return None, "column", None, None
 
 
-def _metric_of(opclass: str, column: sa.Column[Any]) -> Metric:
-    for metric in METRICS.values():
-        if opclass.endswith(metric.opclass_suffix):
-            return metric
-    # An index over bits ranks by Hamming distance; what it reranks by is the encoder's affair.
-    spec = getattr(column.type, "encoder", None)
-    return METRICS[spec.similarity] if spec is not None else METRICS["cosine"]
+def _ungrouped(expression: Any) -> Any:
+    while isinstance(expression, sa.sql.elements.Grouping):
+        expression = expression.element
+    return expression
+
+
+def form_of(expression: str) -> Form:
+    """The form of an index whose expression is known as SQL."""
+    for name, form in (("binary_quantize", "binary"), ("subvector", "subvector")):
+        if name in expression:
+            return cast("Form", form)
+    return "halfvec" if "halfvec" in expression.lower() else "column"
+
+
+def as_number(value: Any) -> int | str:
+    """A storage parameter, as a number where it is one."""
+    return int(value) if str(value).isdigit() else str(value)
+
+
+def _with_opclass(expression: str, opclass: str | None) -> tuple[str, str | None]:
+    """An expression given as text may have the operator class behind it."""
+    match = re.fullmatch(r"(.*\S)\s+(\w+_ops)", expression, flags=re.DOTALL)
+    return (expression, opclass) if match is None or opclass else (match[1], match[2])
+
+
+def _vector_column(index: sa.Index) -> str:
+    names = [c.name for c in index.columns if hasattr(c.type, "dimensions")]
+    return names[0] if names else next((c.name for c in index.columns), "")
+
+
+def sql_of(expression: Any) -> str:
+    """An expression of an index as SQL, without the table's name and without parameters."""
+    if isinstance(expression, str):
+        return expression
+    # A parameter style that leaves percent signs alone.
+    dialect = postgresql.dialect(paramstyle="named")  # type: ignore[no-untyped-call]
+    compiled = expression.compile(
+        dialect=dialect, compile_kwargs={"literal_binds": True, "include_table": False}
+    )
+    return str(compiled)

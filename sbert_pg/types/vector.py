@@ -1,35 +1,40 @@
-"""``VECTOR`` and ``HALFVEC`` columns: float32 arrays in Python, binary both ways on the wire."""
+"""``VECTOR`` and ``HALFVEC`` columns: float32 arrays in Python, binary on the wire where it can be.
+
+Arrays of vectors are here as well.
+"""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
-import numpy.typing as npt
 import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql.base import ischema_names
 from sqlalchemy.engine import Dialect
-from sqlalchemy.types import UserDefinedType
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.base import SchemaEventTarget
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.types import TypeDecorator, UserDefinedType
 
 from sbert_pg.distance import MAX_DIMENSIONS, Storage
-from sbert_pg.errors import DeclarationError
-from sbert_pg.types import guard, wire
+from sbert_pg.errors import DeclarationError, SbertPgError
+from sbert_pg.types import drivers, wire
 from sbert_pg.types.comparator import VectorComparator
-from sbert_pg.types.unwrapped import unwrapped
-
-Array = npt.NDArray[np.float32]
+from sbert_pg.types.wire import Array, as_value, reader
 
 
-class VectorType(UserDefinedType[Array]):
+class VectorType(SchemaEventTarget, UserDefinedType[Array]):
     """What ``Vector``, ``HalfVector`` and ``Embedding`` share.
 
-    Values go out as psycopg parameters in pgvector's binary format. They come back as
-    ``vector_send(column)``, since a cursor that SQLAlchemy opens returns text, and formatting and
-    parsing hundreds of decimals is most of what a search through an ORM costs otherwise.
+    Values come back as ``vector_send(column)``, since a cursor that SQLAlchemy opens returns text,
+    and formatting and parsing hundreds of decimals is most of what a search through an ORM costs
+    otherwise. How they go out is ``drivers``'s.
     """
 
+    # SQLAlchemy asks each class itself, not its bases.
     cache_ok = True
     render_bind_cast = True
     #: Arrays have no hash, so rows that hold them are told apart by identity.
@@ -38,22 +43,21 @@ class VectorType(UserDefinedType[Array]):
     dimensions: int | None
     comparator_factory = VectorComparator
 
-    @property
-    def _static_cache_key(self) -> tuple[Any, ...]:
-        # What the generic form collects from the constructor's arguments, computed once: a
-        # statement is looked up in the compiled cache by the keys of all its types.
-        key: tuple[Any, ...] | None = self.__dict__.get("_cache_key")
-        if key is None:
-            key = self.__dict__["_cache_key"] = (type(self), repr(self._identity()))
-        return key
+    def copy(self, **_: object) -> VectorType:
+        """A copy for the copy of a column, as mixins and ``Table.to_metadata`` make it."""
+        return self.adapt(type(self))
 
-    def _identity(self) -> tuple[Any, ...]:
-        """What two types of one class must share to compile alike and check alike."""
-        return (self.storage, self.dimensions)
+    def __getstate__(self) -> dict[str, Any]:
+        # Listeners are put on again, as SQLAlchemy does with those of its own types.
+        return {key: value for key, value in vars(self).items() if key != "dispatch"}
 
-    def adapt(self, cls: type[Any], **kw: Any) -> Any:
-        """A copy for a dialect; SQLAlchemy's own form loses arguments that are keyword-only."""
-        return copy.copy(self) if isinstance(self, cls) else super().adapt(cls, **kw)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._listen()
+
+    def _listen(self) -> None:
+        """Notice the column that the type is given to."""
+        event.listen(self, "after_parent_attach", _hold_in_arrays)
 
     def __repr__(self) -> str:
         width = "" if self.dimensions is None else str(self.dimensions)
@@ -80,17 +84,8 @@ class VectorType(UserDefinedType[Array]):
         return array
 
     def bind_processor(self, dialect: Dialect) -> Callable[[Any], Any]:
-        """Check a value and turn it into its wire form; see also ``guard``."""
-        guard.watch(dialect)
-        _register_with(dialect)
-        storage, checked, passed = self.storage, self.checked, wire.passing(dialect.driver)
-
-        def process(value: Any) -> Any:
-            if value is None or isinstance(value, wire.WireVector):
-                return None if value is None else passed(value)
-            return passed(wire.wire_vector(checked(value), storage))
-
-        return unwrapped(process)
+        """Check a value, and turn it into what the driver takes."""
+        return drivers.parameter(dialect, self.storage, self.checked)
 
     def literal_processor(self, dialect: Dialect) -> Callable[[Any], str]:
         """Render a value as a cast literal."""
@@ -102,12 +97,11 @@ class VectorType(UserDefinedType[Array]):
 
     def column_expression(self, colexpr: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
         """Read the column in binary."""
-        send = sa.func.vector_send if self.storage == "vector" else sa.func.halfvec_send
-        return send(colexpr, type_=self)
+        return _Sent(colexpr, self)
 
     def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any]:
-        """Turn what the cursor returns into a float32 array of shape ``(dimensions,)``."""
-        return wire.reader(self.storage)
+        """Turn what the cursor returns into a ``VectorValue`` of shape ``(dimensions,)``."""
+        return reader(self.storage)
 
     def compare_values(self, x: Any, y: Any) -> bool:
         """Whether two values are equal, for the ORM's change detection."""
@@ -123,7 +117,6 @@ class Vector(VectorType):
         dimensions: width, or ``None`` for any.
     """
 
-    # SQLAlchemy asks each class itself, not its bases.
     cache_ok = True
     # Where users find it, and what Alembic writes before the type's ``repr``.
     __module__ = "sbert_pg"
@@ -131,7 +124,7 @@ class Vector(VectorType):
 
     def __init__(self, dimensions: int | None = None) -> None:
         self.dimensions = _checked_dimensions(dimensions)
-        wire.register()
+        self._listen()
 
 
 class HalfVector(VectorType):
@@ -148,7 +141,7 @@ class HalfVector(VectorType):
 
     def __init__(self, dimensions: int | None = None) -> None:
         self.dimensions = _checked_dimensions(dimensions)
-        wire.register()
+        self._listen()
 
 
 def plain_type(storage: Storage, dimensions: int | None) -> VectorType:
@@ -159,8 +152,8 @@ def plain_type(storage: Storage, dimensions: int | None) -> VectorType:
 def register_reflection() -> None:
     """Let SQLAlchemy reflect ``vector`` and ``halfvec`` columns as the types of this module.
 
-    Reflection looks types up in one table per dialect class, so this is process-wide and therefore
-    an explicit call. The first ``Embedding`` that is declared makes it as well.
+    Reflection looks types up in one table per dialect class, so this is process-wide, and nothing
+    but this call does it.
     """
     ischema_names["vector"] = Vector
     ischema_names["halfvec"] = HalfVector
@@ -177,7 +170,84 @@ def _checked_dimensions(dimensions: int | None) -> int | None:
     return value
 
 
-def _register_with(dialect: Dialect) -> None:
-    """Reach the connections of an engine that was created before any vector type was."""
-    adapters = getattr(dialect, "_psycopg_adapters_map", None)
-    wire.register(adapters)
+@compiles(VectorType, "sqlite")
+def _stored_in_sqlite(type_: VectorType, compiler: Any, **_: Any) -> str:
+    return "BLOB"
+
+
+class _Sent(FunctionElement[Any]):
+    """A vector in pgvector's binary form; on other databases the column, which holds it so."""
+
+    inherit_cache = True
+    name = "vector_send"
+
+    def __init__(self, column: sa.ColumnElement[Any], type_: VectorType) -> None:
+        self.type = type_
+        self.name = "vector_send" if type_.storage == "vector" else "halfvec_send"
+        super().__init__(column)
+
+
+@compiles(_Sent)
+def _as_it_is(element: _Sent, compiler: Any, **options: Any) -> str:
+    return str(compiler.process(element.clauses.clauses[0], **options))
+
+
+@compiles(_Sent, "postgresql")
+def _sent(element: _Sent, compiler: Any, **options: Any) -> str:
+    return f"{element.name}({_as_it_is(element, compiler, **options)})"
+
+
+class VectorArray(postgresql.ARRAY[Array]):
+    """An array of vectors: ``VECTOR(3)[]``, as ``sa.ARRAY(Vector(3))`` becomes on a column.
+
+    Drivers know no arrays of a type that they do not know, so values travel as arrays of text.
+    """
+
+    def adapt(self, cls: Any, **options: Any) -> Any:
+        """A copy; SQLAlchemy would make one of its own class for the driver, which sends lists."""
+        return super().adapt(VectorArray, **options)
+
+    def _travelling(self) -> postgresql.ARRAY[Any]:
+        item = _AsText(cast("VectorType", self.item_type))
+        return postgresql.ARRAY(item, dimensions=self.dimensions, as_tuple=self.as_tuple)
+
+    def bind_expression(self, bindvalue: sa.BindParameter[Any]) -> sa.ColumnElement[Any]:
+        """Send an array of texts, and cast it."""
+        return sa.cast(sa.type_coerce(bindvalue, self._travelling()), self)
+
+    def column_expression(self, colexpr: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
+        """Read an array of texts."""
+        return sa.cast(colexpr, self._travelling())
+
+
+class _AsText(TypeDecorator[Array]):
+    """A vector that travels as pgvector's text."""
+
+    impl = sa.Text
+    cache_ok = True
+
+    def __init__(self, vector: VectorType) -> None:
+        super().__init__()
+        self.vector = vector
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
+        try:
+            return None if value is None else wire.to_text(self.vector.checked(value))
+        except SbertPgError as error:
+            drivers.unwrapped(error)
+            raise
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> Array | None:
+        return None if value is None else as_value(wire.from_text(value))
+
+
+def _hold_in_arrays(type_: VectorType, column: Any) -> None:
+    """Give a column the array type that can read and write vectors, where it holds an array."""
+    declared = getattr(column, "type", None)
+    if isinstance(declared, sa.ARRAY) and not isinstance(declared, VectorArray):
+        column.type = VectorArray(
+            type_,
+            as_tuple=declared.as_tuple,
+            dimensions=declared.dimensions,
+            zero_indexes=declared.zero_indexes,
+        )

@@ -1,26 +1,24 @@
-"""pgvector's binary wire format, and how psycopg is taught to send it.
+"""pgvector's binary and text forms of a vector, what is refused before it leaves, what is read.
 
-Format (pgvector ``vector_send``/``halfvec_send``): two big-endian 16-bit integers, dimensions and
-an unused zero, then the elements as big-endian 4-byte or 2-byte IEEE floats.
+Binary form (pgvector's ``vector_send`` and ``halfvec_send``): two big-endian 16-bit integers,
+dimensions and an unused zero, then the elements as big-endian 4-byte or 2-byte IEEE floats.
 """
 
 from __future__ import annotations
 
 import struct
-import threading
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import psycopg
-from psycopg.adapt import Dumper
-from psycopg.pq import Format
 
 from sbert_pg.distance import Storage
 from sbert_pg.errors import DimensionError, NonFiniteError, VectorError
 
-Vector1 = npt.NDArray[np.float32]
+#: float32, of shape ``(dimensions,)``.
+Array = npt.NDArray[np.float32]
 
 _HEADER = struct.Struct(">HH")
 HEADER_BYTES = _HEADER.size
@@ -33,80 +31,14 @@ _TOGETHER = 64
 #: Largest finite value of the IEEE half-precision format.
 HALF_MAX = 65_504.0
 
-_registration = threading.Lock()
-_registered = False
 
-
-class WireVector(list[float]):
-    """One vector on its way to the server.
-
-    psycopg looks dumpers up by class and then by its bases. On a connection that knows this class
-    the prepared bytes are sent as they are; on one that does not, because it was opened before the
-    dumper was registered, the value is a list of floats, which the server casts. Both give the same
-    vector; the first is faster. The floats are made when somebody asks for them: a thousand vectors
-    of a flush as lists are half a million references, which the garbage collector walks through.
-    """
-
-    __slots__ = ("_array", "payload")
-
-    def __init__(self, payload: bytes, array: Vector1) -> None:
-        super().__init__()
-        self.payload = payload
-        self._array: Vector1 | None = array
-
-    def filled(self) -> WireVector:
-        """The same, with its floats, for a driver that reads lists without asking."""
-        if self._array is not None:
-            self.extend(self._array.tolist())
-            self._array = None
-        return self
-
-    def __iter__(self) -> Iterator[float]:
-        self.filled()
-        return super().__iter__()
-
-    def __len__(self) -> int:
-        self.filled()
-        return super().__len__()
-
-    def __repr__(self) -> str:
-        self.filled()
-        return super().__repr__()
-
-    def __reduce__(self) -> Any:
-        array = np.array(list(self), dtype=np.float32)
-        return type(self), (self.payload, array)
-
-
-class WireVectorDumper(Dumper):
-    """Send ``WireVector`` in binary, with no type of its own: the cast around it names the type."""
-
-    format = Format.BINARY
-    oid = 0
-
-    def dump(self, obj: Any) -> bytes:
-        """Return the bytes prepared by ``wire_vector``."""
-        payload: bytes = obj.payload
-        return payload
-
-
-def register(adapters: psycopg.adapt.AdaptersMap | None = None) -> None:
-    """Teach psycopg to send ``WireVector``: every later connection, or one adapters map.
-
-    Types call it when they are first constructed or first used with an engine. It adds a dumper for
-    a class of this module and changes nothing for any other.
-    """
-    global _registered
-    if adapters is not None:
-        adapters.register_dumper(WireVector, WireVectorDumper)
-    if not _registered:
-        with _registration:
-            psycopg.adapters.register_dumper(WireVector, WireVectorDumper)
-            _registered = True
-
-
-def as_float32(value: Any, *, what: str = "a vector") -> Vector1:
+def as_float32(value: Any, *, what: str = "a vector") -> Array:
     """Take anything that is a sequence of numbers as a contiguous float32 array of one axis.
+
+    Args:
+        value: an array, a sequence of numbers, or an object with a method ``to_numpy``, as
+            ``pgvector.Vector`` and ``pgvector.HalfVector`` are.
+        what: what an error calls it.
 
     Raises:
         VectorError: it is text or bytes, or not a flat sequence of numbers.
@@ -116,7 +48,11 @@ def as_float32(value: Any, *, what: str = "a vector") -> Vector1:
             f"{what} was given as {type(value).__name__} {value[:40]!r}. Text is encoded where it "
             "is a query or a source; a vector is a sequence of numbers, such as a numpy array."
         )
+    if not isinstance(value, np.ndarray) and hasattr(value, "to_numpy"):
+        value = value.to_numpy()
     try:
+        if np.iscomplexobj(value):
+            raise TypeError("its numbers are complex")
         array = np.asarray(value, dtype=np.float32)
     except (TypeError, ValueError) as error:
         raise VectorError(f"{what} is not a sequence of numbers: {error}") from error
@@ -125,7 +61,7 @@ def as_float32(value: Any, *, what: str = "a vector") -> Vector1:
     return np.ascontiguousarray(array)
 
 
-def check_vector(array: Vector1, dimensions: int | None, storage: Storage, what: str) -> None:
+def check_vector(array: Array, dimensions: int | None, storage: Storage, what: str) -> None:
     """Refuse a vector that the server would refuse, or that would silently rank wrongly.
 
     Raises:
@@ -148,7 +84,7 @@ def check_vector(array: Vector1, dimensions: int | None, storage: Storage, what:
         )
 
 
-def to_wire(array: Vector1, storage: Storage) -> bytes:
+def to_wire(array: Array, storage: Storage) -> bytes:
     """Bytes of one float32 array in pgvector's binary format."""
     return _HEADER.pack(array.shape[0], 0) + array.astype(ELEMENT[storage]).tobytes()
 
@@ -165,46 +101,191 @@ def to_wire_rows(matrix: npt.NDArray[np.float32], storage: Storage) -> list[byte
     return rows
 
 
-def wire_vector(array: Vector1, storage: Storage) -> WireVector:
-    """One checked float32 array, ready to be a statement's parameter."""
-    return WireVector(to_wire(array, storage), array)
-
-
-def passing(driver: str) -> Callable[[WireVector], WireVector]:
-    """What a vector goes through on its way to a driver: nothing with psycopg 3."""
-    return WireVector.filled if driver == "psycopg2" else lambda vector: vector
-
-
-def from_wire(payload: bytes | memoryview, storage: Storage) -> Vector1:
+def from_wire(payload: bytes | memoryview, storage: Storage) -> Array:
     """float32 array of one vector in pgvector's binary format."""
     return np.frombuffer(payload, dtype=ELEMENT[storage], offset=HEADER_BYTES).astype(np.float32)
 
 
-def from_wire_block(payload: bytes | memoryview, dimensions: int, storage: Storage) -> Vector1:
+def from_wire_block(payload: bytes | memoryview, dimensions: int, storage: Storage) -> Array:
     """float32 array of shape ``(n, dimensions)`` of ``n`` vectors, one directly after the other."""
     element = ELEMENT[storage]
     row = np.dtype([("header", ">u2", (2,)), ("vector", element, (dimensions,))])
     return np.ascontiguousarray(np.frombuffer(payload, dtype=row)["vector"], dtype=np.float32)
 
 
-def from_text(text: str) -> Vector1:
+def from_text(text: str) -> Array:
     """float32 array of pgvector's text form, ``[1,2,3]``."""
     return np.array(text.strip("[] ").split(","), dtype=np.float32)
 
 
-def to_text(array: Vector1) -> str:
-    """Text form of a vector, for literals; every float32 survives the round trip."""
-    return "[" + ",".join(np.format_float_positional(x, unique=True, trim="0") for x in array) + "]"
+def to_text(array: Array) -> str:
+    """Text form of a vector; every float32 survives the round trip."""
+    # The shortest decimals of the equal doubles: longer than those of the floats, and six times
+    # faster to write.
+    return str(array.tolist())
 
 
-def reader(storage: Storage) -> Callable[[Any], Vector1 | None]:
-    """A function from what a cursor returns, bytes or text or NULL, to a float32 array."""
+def vector_in(text: str, dimensions: int) -> Array | None:
+    """The vector that a text spells, where it is pgvector's text form of that many numbers.
 
-    def read(value: Any) -> Vector1 | None:
-        if value is None or isinstance(value, np.ndarray):
-            return value
-        if isinstance(value, str):
-            return from_text(value)
-        return from_wire(value, storage)
+    SQL gives a vector as such a text where nobody has told the driver of its type, as with
+    ``func.avg()`` or in textual SQL.
+
+    Returns:
+        float32 array of shape ``(dimensions,)``; ``None`` for any other text.
+    """
+    stripped = text.strip()
+    if not (stripped.startswith("[") and stripped.endswith("]")):
+        return None
+    parts = stripped[1:-1].split(",")
+    if len(parts) != dimensions or dimensions == 1:
+        return None
+    try:
+        return np.array([float(part) for part in parts], dtype=np.float32)
+    except ValueError:
+        return None
+
+
+class WireVector(list[float]):
+    """One checked vector on its way to the server.
+
+    psycopg looks dumpers up by class and then by its bases. On a connection that knows this class
+    the prepared bytes are sent as they are; on one that does not, such as an asynchronous one at
+    its first statement, the value is a list of floats, which the server casts. Both give the same
+    vector; the first is faster. The floats are made when somebody asks for them: a thousand vectors
+    of a flush as lists are half a million references, which the garbage collector walks through.
+    """
+
+    __slots__ = ("array", "payload")
+
+    def __init__(self, array: Array, storage: Storage) -> None:
+        super().__init__()
+        self.array = array
+        #: The vector in pgvector's binary format.
+        self.payload = to_wire(array, storage)
+
+    def _filled(self) -> WireVector:
+        if not super().__len__():
+            self.extend(self.array.tolist())
+        return self
+
+    def __iter__(self) -> Iterator[float]:
+        self._filled()
+        return super().__iter__()
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __repr__(self) -> str:
+        return to_text(self.array)
+
+    def __reduce__(self) -> Any:
+        return _restored_vector, (self.array, self.payload)
+
+
+def _restored_vector(array: Array, payload: bytes) -> WireVector:
+    vector = WireVector.__new__(WireVector)
+    vector.array, vector.payload = array, payload
+    return vector
+
+
+class VectorValue(np.ndarray[Any, np.dtype[np.float32]]):
+    """A float32 array of shape ``(dimensions,)``, as columns are read.
+
+    It is an ``numpy.ndarray`` in all respects but those in which frameworks stumble over one. It is
+    true, as any object is, so that ``if article.embedding:`` asks whether there is a vector; numpy
+    raises. Pydantic serialises it as a list of numbers,
+    and takes it as the annotation of a field, which accepts any sequence of numbers. What is
+    computed from it is a plain array, and it is pickled as one.
+
+    Args:
+        value: any flat sequence of numbers.
+
+    Raises:
+        VectorError: it is none.
+    """
+
+    # Without it each value would have a dictionary, which encoders of JSON take for its content.
+    __slots__ = ()
+    __module__ = "sbert_pg.types"
+
+    def __new__(cls, value: Any) -> VectorValue:  # noqa: D102 - documented by the class
+        array: VectorValue = as_float32(value).view(cls)
+        return array
+
+    def __bool__(self) -> bool:
+        return (self.ndim == 1 and self.dtype.kind == "f") or super().__bool__()
+
+    def __array_wrap__(self, array: Any, context: Any = None, return_scalar: bool = False) -> Any:
+        plain = np.asarray(array)
+        return plain if plain.ndim else plain[()]
+
+    def __reduce__(self) -> Any:
+        return self.view(np.ndarray).__reduce__()
+
+    @property
+    def __pydantic_serializer__(self) -> Any:
+        """What pydantic serialises a value by where the field says nothing of its type."""
+        return _serializer()
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        """A field of this type: any sequence of numbers comes in, a list of numbers goes out."""
+        from pydantic_core import core_schema
+
+        floats = core_schema.list_schema(core_schema.float_schema())
+        return core_schema.no_info_plain_validator_function(
+            _validated,
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                np.ndarray.tolist, return_schema=floats
+            ),
+            json_schema_input_schema=floats,
+        )
+
+
+def _validated(value: Any) -> VectorValue:
+    try:
+        return VectorValue(value)
+    except VectorError as error:
+        raise ValueError(str(error)) from error
+
+
+@cache
+def _serializer() -> Any:
+    from pydantic_core import SchemaSerializer, core_schema
+
+    schema = core_schema.any_schema(
+        serialization=core_schema.plain_serializer_function_ser_schema(np.ndarray.tolist)
+    )
+    return SchemaSerializer(schema)
+
+
+def as_value(array: npt.NDArray[np.float32]) -> VectorValue:
+    """The same array, without a copy."""
+    value: VectorValue = array.view(VectorValue)
+    return value
+
+
+def reader(storage: Storage) -> Callable[[Any], VectorValue | None]:
+    """A function from what a cursor returns to a ``VectorValue``, ``NULL`` to ``None``.
+
+    A cursor returns bytes for a column that is read in binary, text in a textual statement, and
+    whatever an adapter makes of it that somebody else registered with the driver.
+    """
+
+    def read(value: Any) -> VectorValue | None:
+        if isinstance(value, (bytes, memoryview)):
+            return as_value(from_wire(value, storage))
+        if value is None:
+            return None
+        if not isinstance(value, str):
+            return VectorValue(value)
+        if not value.startswith("["):
+            raise VectorError(
+                f"A vector was read as {value[:20]!r}. This driver does not take arrays of vectors "
+                "apart; give the function its type, as in func.array_agg(column, "
+                "type_=sbert_pg.types.VectorArray(column.type, dimensions=1))."
+            )
+        return as_value(from_text(value))
 
     return read

@@ -39,23 +39,9 @@ def fill(fake_encoder: DeterministicEncoder) -> Callable[..., None]:
     """Give every row of a column its vector, as a worker would."""
 
     def fill(app: Application, column: str = "embedding", table: str = "article") -> None:
-        import numpy as np
+        from sbert_pg.freshness import backfill
+        from sbert_pg.types.identity import ColumnIdentity
 
-        from sbert_pg import catalog
-        from sbert_pg.types.guard import ColumnIdentity
-
-        with app.engine.begin() as connection:
-            identity = ColumnIdentity(None, table, column)
-            binding = catalog.require_binding(connection, identity)
-            catalog.seal(connection, binding, fake_encoder)
-            catalog.attest(connection, binding)
-            rows = connection.execute(sa.text(f"SELECT id, title FROM {table}")).all()
-            vectors = fake_encoder.encode_document([row.title for row in rows])
-            for row, vector in zip(rows, vectors, strict=True):
-                text = "[" + ",".join(map(str, np.asarray(vector).tolist())) + "]"
-                connection.execute(
-                    sa.text(f"UPDATE {table} SET {column} = CAST(:v AS vector) WHERE id = :i"),
-                    {"v": text, "i": row.id},
-                )
+        backfill(app.engine, ColumnIdentity(None, table, column))
 
     return fill

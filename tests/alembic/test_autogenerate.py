@@ -99,7 +99,7 @@ def test_new_and_removed(app) -> None:
     text = app.step()
     upgrade = text[: text.index("def downgrade")]
     assert upgrade.index("drop_vector_index") < upgrade.index("drop_embedding_column")
-    assert app.scalar("SELECT count(*) FROM sbert.embedding_column") == 0
+    assert app.scalar("SELECT count(*) FROM sbert.binding") == 0
     app.undo()
     app.models(model())
     assert app.check() == ""
@@ -113,7 +113,7 @@ def test_the_line_to_write_works(app) -> None:
     said = app.check()
     line = next(line for line in said.splitlines() if "embedding_v2 = " in line).strip()
     app.models(model(more=line))
-    assert "op.begin_replacement(" in app.step()
+    assert "op.begin_reembedding(" in app.step()
 
 
 @pytest.mark.slow
@@ -154,7 +154,7 @@ def test_dropped_table_leaves_nothing(app) -> None:
     app.step()
     app.models("")
     app.step()
-    assert app.scalar("SELECT count(*) FROM sbert.embedding_column") == 0
+    assert app.scalar("SELECT count(*) FROM sbert.binding") == 0
     assert (
         app.scalar(
             "SELECT count(*) FROM pg_proc WHERE pronamespace = 'sbert'::regnamespace "

@@ -12,9 +12,9 @@ from alembic_application import Application
 
 from sbert_pg import registry
 from sbert_pg.errors import EncoderMismatchError
-from sbert_pg.pending.backfill import backfill
+from sbert_pg.freshness import backfill
 from sbert_pg.testing import DeterministicEncoder
-from sbert_pg.types.guard import ColumnIdentity
+from sbert_pg.types.identity import ColumnIdentity
 
 MODEL = """
 def spec(**given):
@@ -100,7 +100,7 @@ def changed(name: str, old: str, new: str) -> dict[str, str]:
 INDEX_CHANGES: dict[str, tuple[dict[str, str | None], str]] = {
     "method": (
         {"hnsw": INDEXES["ivf"].replace('"ivf"', '"hnsw"')},
-        "using: hnsw to ivfflat",
+        "method: hnsw to ivfflat",
     ),
     "opclass": (
         changed("hnsw", "m=16", 'similarity="dot", m=16'),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -17,7 +18,7 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 
-from sbert_pg.cli.init_alembic import init_alembic
+from sbert_pg.cli.schema import init_alembic
 
 MODELS = """
 class Article(Base):
@@ -30,6 +31,20 @@ class Article(Base):
 EMBEDDING = 'embedding = embedding_column(ENCODER, source="title", nullable=True)'
 
 
+#: A next revision of the library's own history.
+NEWER = """
+revision, down_revision = "0002", "0001"
+
+
+def upgrade(op):
+    op.execute("COMMENT ON SCHEMA sbert IS 'newer'")
+
+
+def downgrade(op):
+    op.execute("COMMENT ON SCHEMA sbert IS NULL")
+"""
+
+
 def models(
     *,
     indexes: str = 'hnsw_index("ix_e", "embedding"),',
@@ -39,14 +54,18 @@ def models(
     return MODELS.format(indexes=indexes, columns=columns, schema=schema)
 
 
-def test_newer_version_of_the_schema(app: Any) -> None:
+def test_newer_version_of_the_schema(
+    app: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The library's own schema falls behind where the library is updated, and is brought up."""
     from sbert_pg import catalog
 
     app.models(models())
     app.step("embedding")
-    with app.engine.begin() as connection:
-        catalog.downgrade(connection, "0001")
+    shutil.copytree(catalog.script_location(), tmp_path / "history")
+    (tmp_path / "history" / "versions" / "0002_newer.py").write_text(NEWER)
+    for module in (catalog, catalog.migrate):
+        monkeypatch.setattr(module, "script_location", lambda: tmp_path / "history")
     assert "upgrade_sbert_schema" in app.check()
     text = app.step("newer")
     assert f"op.upgrade_sbert_schema('{catalog.head()}')" in text
@@ -303,7 +322,7 @@ def test_without_the_plugin_nothing_is_different(
     written = {}
     for kind, first in {
         "without": "",
-        "imported": "import sbert_pg, sbert_pg.alembic, sbert_pg.alembic.plugin",
+        "imported": "import sbert_pg, sbert_pg.alembic, sbert_pg.alembic.compare",
         "registered elsewhere": "import sbert_pg.alembic; sbert_pg.alembic.register()",
     }.items():
         app = make_app(bare_database_url, kind.replace(" ", "_"), plugin=False)
@@ -316,6 +335,7 @@ def test_without_the_plugin_nothing_is_different(
     assert "sbert" not in written["without"]
 
 
+@pytest.mark.filterwarnings("ignore:Did not recognize type")
 def test_embedding_columns_without_the_plugin(
     make_app: Callable[..., Any], bare_database_url: sa.URL
 ) -> None:
@@ -328,6 +348,13 @@ def test_embedding_columns_without_the_plugin(
     # The same database, looked at by an environment without the plugin: nothing to complain of.
     without.empty_revision("nothing", "pass")
     without.execute("UPDATE alembic_version SET version_num = :v", v=_head(without))
+    without.options("include_schemas=True,")
+    # Left to itself it would drop what it does not know.
+    said = without.check()
+    assert "sbert_queue" in said
+    assert "binding" in said
+    without.env.write_text("from sbert_pg.alembic import include_name\n" + without.env.read_text())
+    without.options("include_name=include_name,")
     assert without.check() == ""
     # And one that begins without it has migrations that run, given the import that Alembic leaves
     # to the author for every type that is not SQLAlchemy's.

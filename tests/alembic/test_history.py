@@ -10,9 +10,9 @@ import sqlalchemy as sa
 
 from sbert_pg import registry
 from sbert_pg.errors import BackfillIncompleteError
-from sbert_pg.pending.backfill import backfill
+from sbert_pg.freshness import backfill
 from sbert_pg.testing import DeterministicEncoder
-from sbert_pg.types.guard import ColumnIdentity
+from sbert_pg.types.identity import ColumnIdentity
 
 OLD = 'embedding = embedding_column(ENCODER, source=["title", "body"], nullable=True)'
 NEW = (
@@ -29,19 +29,20 @@ CHANGED = press_history.models(OLD_INDEX + " " + NEW_INDEX, f"{OLD}\n    {REPLAC
 CONTRACTED = press_history.models(NEW_INDEX, REPLACING)
 
 
-#: Bindings are numbered anew when they are made again, and so are the names of their triggers. A
-#: column that comes back comes last.
+#: A binding that is made again has another identity, which is in the names of its triggers and in
+#: its indexes. A column that comes back comes last.
 SHAPE = r"""
 SELECT DISTINCT line FROM (
     SELECT concat_ws(' ', table_schema, table_name, column_name, udt_name, is_nullable,
                      column_default) AS line
       FROM information_schema.columns WHERE table_schema IN ('public', 'content', 'crm', 'audit')
     UNION ALL
-    SELECT indexdef FROM pg_indexes WHERE schemaname IN ('public', 'content', 'crm', 'audit')
+    SELECT regexp_replace(indexdef, '[0-9a-f]{8}-[-0-9a-f]{27}|_[0-9a-f]{8}\M', '', 'g')
+      FROM pg_indexes WHERE schemaname IN ('public', 'content', 'crm', 'audit')
     UNION ALL
     SELECT conrelid::regclass || pg_get_constraintdef(oid) FROM pg_constraint WHERE conrelid <> 0
     UNION ALL
-    SELECT concat_ws(' ', tgrelid::regclass, regexp_replace(tgname, '_[0-9]+', ''), tgtype)
+    SELECT concat_ws(' ', tgrelid::regclass, regexp_replace(tgname, '_[0-9a-f]{8}$', ''), tgtype)
       FROM pg_trigger
      WHERE NOT tgisinternal
 ) AS s WHERE line NOT LIKE 'sbert.%' ORDER BY line
@@ -71,12 +72,10 @@ class Press:
     def fill(self, column: str) -> None:
         backfill(self.app.engine, ColumnIdentity("content", "article", column))
 
-    def pending(self) -> list[str]:
-        found: list[str] = self.app.execute(
-            "SELECT c.column_name FROM sbert.pending p JOIN sbert.embedding_column c "
-            "ON c.id = p.column_id"
-        )
-        return found
+    def pending(self, *columns: str) -> list[str]:
+        """Of some columns, those with rows that wait for their vector."""
+        table = "content.article"
+        return [column for column in columns if self.app.pending(column, table)]
 
     def missing(self, column: str) -> int:
         return int(self.app.scalar(f"SELECT count(*) FROM content.article WHERE {column} IS NULL"))
@@ -141,30 +140,29 @@ def test_whole_life_by_autogenerate_alone(press: Press) -> None:
     assert "embedding_v2 = embedding_column('other', dimensions=64" in app.check()
 
     text = press.step(CHANGED, "another encoder")
-    assert "op.begin_replacement(" in text
+    assert "op.begin_reembedding(" in text
     assert "op.f('ix_content_article_embedding_v2')" in text
     assert press.missing("embedding_v2") == 60
     press.fill("embedding_v2")
     app.execute("UPDATE content.article SET body = 'meanwhile' WHERE title = 'Article 1'")
-    assert set(press.pending()) == {"embedding", "embedding_v2"}
+    assert press.pending("embedding", "embedding_v2") == ["embedding", "embedding_v2"]
     # Rolling back leaves the old column as fresh as it was.
     press.back_and_forth(with_one, one)
     assert press.missing("embedding") == 0
-    assert press.pending().count("embedding") == 1
+    assert app.pending("embedding", "content.article") == 1
     press.fill("embedding")
     press.fill("embedding_v2")
     with_both, both = press.head(), press.shape()
 
     text = press.step(CONTRACTED, "the old one goes")
-    assert "op.finish_replacement('article', 'embedding', schema='content')" in text
+    assert "op.finish_reembedding('article', 'embedding', schema='content')" in text
     assert press.missing("embedding_v2") == 0
     press.back_and_forth(with_both, both)
     with_new, new = press.head(), press.shape()
 
     text = press.step(BEFORE, "no embeddings any more")
     assert "op.drop_embedding_column(" in text
-    assert app.scalar("SELECT count(*) FROM sbert.embedding_column") == 0
-    assert press.pending() == []
+    assert app.scalar("SELECT count(*) FROM sbert.binding") == 0
     press.back_and_forth(with_new, new)
 
 

@@ -14,7 +14,7 @@ from alembic import command
 from alembic.config import Config
 
 from sbert_pg.cli.app import run
-from sbert_pg.cli.init_alembic import ARGUMENT, IMPORT, edited
+from sbert_pg.cli.schema import ARGUMENT, IMPORT, edited
 from sbert_pg.errors import DeclarationError
 
 TEMPLATES = Config().get_template_directory()

@@ -18,20 +18,21 @@ from alembic.operations import Operations
 from sbert_pg import alembic as plugin
 from sbert_pg import catalog, registry
 from sbert_pg.alembic import statements
-from sbert_pg.alembic.declaration import Declaration, IndexDefinition
-from sbert_pg.alembic.online import LOCK_TIMEOUT
+from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.errors import TableBusyError
-from sbert_pg.pending.backfill import backfill
+from sbert_pg.freshness import backfill
+from sbert_pg.locks import LOCK_TIMEOUT
 from sbert_pg.testing import DeterministicEncoder
 from sbert_pg.types import Vector
-from sbert_pg.types.guard import ColumnIdentity
+from sbert_pg.types.identity import ColumnIdentity
+from sbert_pg.types.indexed import VectorIndex
 
 PAGE = Path(__file__).parents[2] / "docs" / "migrations.md"
 OLD, NEW = ColumnIdentity(None, "article", "old"), ColumnIdentity(None, "article", "new")
 GIVEN: dict[str, Any] = {"encoder": "deterministic", "dimensions": 384, "source": "title"}
 OTHER: dict[str, Any] = {"encoder": "other", "dimensions": 64, "source": "title"}
-DECLARED = Declaration.of("deterministic", "title", dimensions=384)
-INDEX = IndexDefinition("ix_old", "article", None, "old", opclass="vector_cosine_ops")
+DECLARED = Embedding("deterministic", "title", dimensions=384)
+INDEX = VectorIndex(name="ix_old", table="article", column="old", opclass="vector_cosine_ops")
 
 Body = Callable[[Any], Any]
 
@@ -79,6 +80,13 @@ def bound(engine: sa.Engine) -> None:
     migrate(engine, lambda op: op.add_embedding_column("article", "old", **GIVEN))
 
 
+def unqueued(engine: sa.Engine) -> None:
+    """Bound, and without the two indexes of the binding."""
+    column(engine)
+    with engine.begin() as connection:
+        connection.execute(statements.bind(OLD, DECLARED, build=False))
+
+
 def filled(engine: sa.Engine) -> None:
     bound(engine)
     backfill(engine, OLD)
@@ -91,13 +99,13 @@ def indexed(engine: sa.Engine) -> None:
 
 def replaced(engine: sa.Engine) -> None:
     filled(engine)
-    migrate(engine, lambda op: op.begin_replacement("article", "new", replaces="old", **OTHER))
+    migrate(engine, lambda op: op.begin_reembedding("article", "new", replaces="old", **OTHER))
     backfill(engine, NEW)
 
 
 def contracted(engine: sa.Engine) -> None:
     replaced(engine)
-    migrate(engine, lambda op: op.finish_replacement("article", "old", force=True))
+    migrate(engine, lambda op: op.finish_reembedding("article", "old", force=True))
     bound(engine)
 
 
@@ -107,7 +115,7 @@ COSINE = "vector_cosine_ops"
 OPERATIONS: dict[str, tuple[Callable[[sa.Engine], None], Body, str | None]] = {
     "add_embedding_column": (
         nothing,
-        lambda op: op.add_embedding_column("article", "old", mark_pending=True, **GIVEN),
+        lambda op: op.add_embedding_column("article", "old", **GIVEN),
         "lock",
     ),
     "drop_embedding_column": (
@@ -115,32 +123,30 @@ OPERATIONS: dict[str, tuple[Callable[[sa.Engine], None], Body, str | None]] = {
         lambda op: op.drop_embedding_column("article", "old"),
         "lock",
     ),
-    "begin_replacement": (
+    "begin_reembedding": (
         filled,
-        lambda op: op.begin_replacement(
-            "article", "new", replaces="old", mark_pending=True, **OTHER
-        ),
+        lambda op: op.begin_reembedding("article", "new", replaces="old", **OTHER),
         "lock",
     ),
-    "finish_replacement": (
+    "finish_reembedding": (
         replaced,
-        lambda op: op.finish_replacement("article", "old"),
+        lambda op: op.finish_reembedding("article", "old"),
         "lock",
     ),
-    "resume_replacement": (
+    "resume_reembedding": (
         contracted,
-        lambda op: op.resume_replacement("article", "new", replaces="old"),
+        lambda op: op.resume_reembedding("article", "new", replaces="old"),
         None,
     ),
     "bind_embedding_column": (
         column,
         lambda op: op.bind_embedding_column("article", "old", concurrently=True, **GIVEN),
-        None,
+        "lock",
     ),
     "bind_embedding_column in the transaction": (
         column,
-        lambda op: op.bind_embedding_column("article", "old", mark_pending=True, **GIVEN),
-        None,
+        lambda op: op.bind_embedding_column("article", "old", **GIVEN),
+        "lock",
     ),
     "unbind_embedding_column": (
         bound,
@@ -157,9 +163,9 @@ OPERATIONS: dict[str, tuple[Callable[[sa.Engine], None], Body, str | None]] = {
         lambda op: op.rebind_embedding_column("article", "old", encoder="alike", dimensions=384),
         None,
     ),
-    "follow_rename": (
+    "rename_bound_column": (
         bound,
-        lambda op: op.follow_rename("article", "title", "title"),
+        lambda op: op.rename_bound_column("article", "title", "headline"),
         "lock",
     ),
     "require_backfill": (filled, lambda op: op.require_backfill("article", "old"), None),
@@ -231,11 +237,11 @@ def watching(engine: sa.Engine) -> Iterator[Watcher]:
 
 #: Those whose way of waiting another operation has as well.
 ALIKE = {
-    "begin_replacement",
+    "begin_reembedding",
     "unbind_embedding_column",
     "bind_embedding_column in the transaction",
     "drop_vector_index in the transaction",
-    "follow_rename",
+    "rename_bound_column",
 }
 
 
@@ -280,7 +286,9 @@ def test_nobody_queues_behind_a_migration_for_long(table: sa.Engine, name: str) 
 
 def test_writer_that_never_ends(table: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Given up after its attempts, with who holds the lock; done again it works."""
-    monkeypatch.setattr("sbert_pg.alembic.online.Online.execute.__kwdefaults__", {"attempts": 2})
+    monkeypatch.setattr(
+        "sbert_pg.alembic.statements.Online.execute.__kwdefaults__", {"attempts": 2}
+    )
     _, body, _ = OPERATIONS["add_embedding_column"]
     with table.begin() as writer:
         pid = writer.execute(sa.text("SELECT pg_backend_pid()")).scalar_one()
@@ -342,37 +350,43 @@ def stated() -> dict[tuple[str, str], str]:
     return dict(list(rows.items())[2:])
 
 
-def _bind(identity: ColumnIdentity = OLD, declared: Declaration = DECLARED) -> Any:
-    return statements.bind(identity, declared)
+def _bind(identity: ColumnIdentity = OLD, declared: Embedding = DECLARED) -> Any:
+    return statements.bind(identity, declared, build=False)
 
 
-REPLACEMENT = Declaration.of("other", "title", dimensions=64, replaces="old")
+REPLACEMENT = Embedding("other", "title", dimensions=64, replaces="old")
 #: For each row of the page: what is there before, and the very statement of the operation, or the
 #: operation where it is more than a statement.
 STATEMENTS: dict[tuple[str, str], tuple[Callable[[sa.Engine], None], Any]] = {
-    ("add_embedding_column, begin_replacement", "ALTER TABLE ADD COLUMN"): (
+    ("add_embedding_column, begin_reembedding", "ALTER TABLE ADD COLUMN"): (
         nothing,
-        statements.AddColumn(OLD, Vector(384)),
+        statements.AlterColumn(OLD, "add", type_=Vector(384)),
     ),
-    ("add_embedding_column, begin_replacement", "sbert.bind_v1 (triggers)"): (column, _bind()),
-    ("add_embedding_column, begin_replacement", "marking rows pending"): (
-        bound,
-        statements.mark_pending(OLD),
+    ("add_embedding_column, begin_reembedding", "sbert.bind_v1 (companion, triggers)"): (
+        column,
+        _bind(),
     ),
-    ("resume_replacement", "an update of the catalog (triggers)"): (
+    ("add_embedding_column, begin_reembedding", "CREATE INDEX CONCURRENTLY, twice"): (
+        unqueued,
+        OPERATIONS["bind_embedding_column"][1],
+    ),
+    ("resume_reembedding", "an update of the catalog"): (
         contracted,
-        statements.Resume(NEW, "old"),
+        statements.call("resume_v1", NEW, "old"),
     ),
     ("bind_embedding_column", "sbert.bind_v1"): (
         column,
         OPERATIONS["bind_embedding_column in the transaction"][1],
     ),
-    ("unbind_embedding_column", "DROP TRIGGER"): (bound, statements.unbind(OLD)),
-    ("drop_embedding_column", "DROP TRIGGER"): (bound, statements.unbind(OLD)),
-    ("drop_embedding_column", "ALTER TABLE DROP COLUMN"): (column, statements.DropColumn(OLD)),
-    ("finish_replacement", "LOCK TABLE, the same two, in one transaction"): (
+    ("unbind_embedding_column", "DROP TRIGGER"): (bound, statements.call("unbind_v1", OLD)),
+    ("drop_embedding_column", "DROP TRIGGER"): (bound, statements.call("unbind_v1", OLD)),
+    ("drop_embedding_column", "ALTER TABLE DROP COLUMN"): (
+        column,
+        statements.AlterColumn(OLD, "drop"),
+    ),
+    ("finish_reembedding", "LOCK TABLE, the same two, in one transaction"): (
         replaced,
-        OPERATIONS["finish_replacement"][1],
+        OPERATIONS["finish_reembedding"][1],
     ),
     ("create_vector_index", "CREATE INDEX CONCURRENTLY"): (
         filled,
@@ -394,12 +408,9 @@ STATEMENTS: dict[tuple[str, str], tuple[Callable[[sa.Engine], None], Any]] = {
         indexed,
         OPERATIONS["drop_vector_index in the transaction"][1],
     ),
-    ("follow_rename", "an update of the catalog (triggers)"): (
+    ("rename_bound_column", "ALTER TABLE RENAME COLUMN"): (
         bound,
-        lambda op: (
-            op.execute("ALTER TABLE article RENAME title TO headline"),
-            op.follow_rename("article", "title", "headline"),
-        ),
+        OPERATIONS["rename_bound_column"][1],
     ),
     ("rebind_embedding_column", "reading a sample of rows"): (
         filled,
@@ -455,7 +466,7 @@ def level(mode: str) -> str:
 
 
 def strongest(modes: set[str]) -> str:
-    return max((level(mode) for mode in modes), key=LEVELS.index)
+    return max((level(mode) for mode in modes), key=LEVELS.index, default="none")
 
 
 @pytest.mark.parametrize("row", STATEMENTS, ids=lambda row: ": ".join(row))

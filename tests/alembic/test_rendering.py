@@ -18,16 +18,18 @@ from sqlalchemy.sql.elements import conv
 
 from sbert_pg import alembic as plugin
 from sbert_pg.alembic import ops
-from sbert_pg.alembic.declaration import Declaration, IndexDefinition
+from sbert_pg.alembic.indexes import CreateVectorIndexOp, DropVectorIndexOp
+from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.errors import DeclarationError
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
+from sbert_pg.types.indexed import VectorIndex
 
 plugin.register()
 
-PLAIN = Declaration.of("deterministic", ["title", "body"], dimensions=64, separator=" - ")
-KNOWN = Declaration.of("all-MiniLM-L6-v2", "title")
-FULL = Declaration.of(
+PLAIN = Embedding("deterministic", ["title", "body"], dimensions=64, separator=" - ")
+KNOWN = Embedding("all-MiniLM-L6-v2", "title")
+FULL = Embedding(
     EncoderSpec(
         name='it\'s "special"',
         dimensions=64,
@@ -39,55 +41,59 @@ FULL = Declaration.of(
     storage="halfvec",
     replaces="old",
 )
-INDEX = IndexDefinition(
-    "ix_e",
-    "article",
-    "shop",
-    "e",
+INDEX = VectorIndex(
+    name="ix_e",
+    table="article",
+    schema="shop",
+    column="e",
     opclass="vector_cosine_ops",
-    options={"m": "8", "ef_construction": "32"},
-    where="lang LIKE 'e%'",
+    options={"m": 8, "ef_construction": 32},
+    predicate="lang LIKE 'e%'",
 )
-EXPRESSION = IndexDefinition(
-    "ix_e", "article", None, "", expression="(e::halfvec(64))", opclass="halfvec_cosine_ops"
+EXPRESSION = VectorIndex(
+    name="ix_e",
+    table="article",
+    column="",
+    element="(e::halfvec(64))",
+    form="halfvec",
+    opclass="halfvec_cosine_ops",
 )
-IVF = IndexDefinition("ix_e", "article", None, "e", using="ivfflat", options={"lists": "10"})
-ADDED = ops.AddEmbeddingColumnOp("article", "e", PLAIN, schema="shop", mark_pending=True)
+IVF = VectorIndex(name="ix_e", table="article", column="e", method="ivfflat", options={"lists": 10})
+ADDED = ops.AddEmbeddingColumnOp.of("article", "e", PLAIN, schema="shop")
 
 OPERATIONS: dict[str, Any] = {
-    "upgrade schema": ops.UpgradeSchemaOp("0002", previous="0001"),
-    "downgrade schema": ops.DowngradeSchemaOp("base", following="0002"),
+    "upgrade schema": ops.UpgradeSchemaOp("0001"),
+    "downgrade schema": ops.DowngradeSchemaOp("base", following="0001"),
     "add": ADDED,
-    "add known": ops.AddEmbeddingColumnOp("article", "e", KNOWN),
-    "add in full": ops.BeginReplacementOp("Article", "E e", FULL),
+    "add known": ops.AddEmbeddingColumnOp.of("article", "e", KNOWN),
+    "add in full": ops.BeginReembeddingOp.of("Article", "E e", FULL),
+    "abort": ops.AbortReembeddingOp("article", "e", schema="shop"),
     "drop": ops.DropEmbeddingColumnOp("article", "e", schema="shop", added=ADDED),
-    "finish": ops.FinishReplacementOp(
+    "finish": ops.FinishReembeddingOp(
         "article", "e", force=True, quiet=5.0, added=ADDED, replacement="f"
     ),
-    "resume": ops.ResumeReplacementOp("article", "f", "e", schema="shop"),
-    "bind": ops.BindEmbeddingColumnOp(
-        "article", "e", PLAIN, schema="shop", mark_pending=True, concurrently=True
-    ),
-    "bind trusting": ops.BindEmbeddingColumnOp("article", "e", KNOWN, trust_vectors=True),
+    "resume": ops.ResumeReembeddingOp("article", "f", replaces="e", schema="shop"),
+    "bind": ops.BindEmbeddingColumnOp.of("article", "e", PLAIN, schema="shop", concurrently=True),
+    "bind discarding": ops.BindEmbeddingColumnOp.of("article", "e", KNOWN, discard_vectors=True),
     "unbind": ops.UnbindEmbeddingColumnOp(
-        "article", "e", bound=ops.BindEmbeddingColumnOp("article", "e", PLAIN), concurrently=True
+        "article", "e", bound=ops.BindEmbeddingColumnOp.of("article", "e", PLAIN), concurrently=True
     ),
     "rebind": ops.RebindEmbeddingColumnOp(
-        "article", "e", EncoderSpec(name="alike", dimensions=64), schema="shop"
+        "article", "e", encoder=EncoderSpec(name="alike", dimensions=64), schema="shop"
     ),
-    "rename": ops.FollowRenameOp("article", "title", "head line", schema="shop"),
+    "rename": ops.RenameBoundColumnOp("article", "title", "head line", schema="shop"),
     "require": ops.RequireBackfillOp("article", "e", max_missing=10, schema="shop"),
     "backfill": ops.BackfillEmbeddingsOp("article", "e", schema="shop"),
-    "create index": ops.CreateVectorIndexOp(INDEX, name=conv("ix_e"), lock_timeout=5.0),
-    "create expression": ops.CreateVectorIndexOp(EXPRESSION, concurrently=False),
-    "replace index": ops.CreateVectorIndexOp(IVF, existing=EXPRESSION, maintenance_work_mem="1GB"),
-    "drop index": ops.DropVectorIndexOp(INDEX, concurrently=False),
+    "create index": CreateVectorIndexOp.of(INDEX, name=conv("ix_e"), lock_timeout=5.0),
+    "create expression": CreateVectorIndexOp.of(EXPRESSION, concurrently=False),
+    "replace index": CreateVectorIndexOp.of(IVF, existing=EXPRESSION, maintenance_work_mem="1GB"),
+    "drop index": DropVectorIndexOp.of(INDEX, concurrently=False),
 }
 
 
 def test_there_is_one_of_every_kind() -> None:
     kinds = {type(operation) for operation in OPERATIONS.values()}
-    assert kinds == {kind for _, kind in ops.OPERATIONS}
+    assert kinds == set(ops.OPERATIONS.values())
 
 
 def autogen() -> AutogenContext:
@@ -117,12 +123,12 @@ def written_and_read(operation: MigrateOperation) -> list[Any]:
 
 def facts(operation: Any) -> dict[str, Any]:
     """What an operation does, without what only its inverse needs."""
-    memory = {"added", "bound", "existing", "previous", "following", "indexes", "replacement"}
-    found = {key: value for key, value in vars(operation).items() if key not in memory}
-    definition = found.get("definition")
-    if isinstance(operation, ops.DropVectorIndexOp):
-        found["definition"] = (definition.name, definition.table, definition.schema)
-    return found
+    arguments = ops.arguments_of(type(operation))
+    said = {key: value for key, value in vars(operation).items() if key in arguments}
+    if isinstance(operation, CreateVectorIndexOp):
+        # Expressions are equal by what they say.
+        said["element"] = operation.definition
+    return said
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -139,16 +145,16 @@ INVERSES: dict[str, type[MigrateOperation]] = {
     "downgrade schema": ops.UpgradeSchemaOp,
     "add": ops.DropEmbeddingColumnOp,
     "add known": ops.DropEmbeddingColumnOp,
-    "add in full": ops.DropEmbeddingColumnOp,
+    "add in full": ops.AbortReembeddingOp,
     "drop": ops.AddEmbeddingColumnOp,
     "bind": ops.UnbindEmbeddingColumnOp,
-    "bind trusting": ops.UnbindEmbeddingColumnOp,
+    "bind discarding": ops.UnbindEmbeddingColumnOp,
     "unbind": ops.BindEmbeddingColumnOp,
-    "rename": ops.FollowRenameOp,
-    "create index": ops.DropVectorIndexOp,
-    "create expression": ops.DropVectorIndexOp,
-    "replace index": ops.CreateVectorIndexOp,
-    "drop index": ops.CreateVectorIndexOp,
+    "rename": ops.RenameBoundColumnOp,
+    "create index": DropVectorIndexOp,
+    "create expression": DropVectorIndexOp,
+    "replace index": CreateVectorIndexOp,
+    "drop index": CreateVectorIndexOp,
 }
 
 
@@ -167,14 +173,14 @@ def test_inverse(name: str) -> None:
 def test_inverse_of_a_replaced_index_is_the_one_before() -> None:
     inverse = OPERATIONS["replace index"].reverse()
     assert inverse.definition == EXPRESSION
-    assert inverse.replace_existing
+    assert inverse.replace
 
 
 def test_inverse_of_contract_goes_on_with_the_change() -> None:
     inverse = OPERATIONS["finish"].reverse()
     assert [type(op) for op in written_and_read(inverse)] == [
         ops.AddEmbeddingColumnOp,
-        ops.ResumeReplacementOp,
+        ops.ResumeReembeddingOp,
     ]
 
 
@@ -189,9 +195,10 @@ def test_nothing_to_invert(name: str) -> None:
 @pytest.mark.parametrize(
     "operation",
     [
+        ops.AbortReembeddingOp("article", "e"),
         ops.DropEmbeddingColumnOp("article", "e"),
         ops.UnbindEmbeddingColumnOp("article", "e"),
-        ops.DropVectorIndexOp(IndexDefinition("ix_e", "article", None, "")),
+        DropVectorIndexOp("ix_e", "article"),
     ],
     ids=lambda operation: type(operation).__name__,
 )
@@ -204,7 +211,7 @@ def test_what_was_forgotten_cannot_be_brought_back(operation: Any) -> None:
 def test_difference_names_the_operation_and_its_place(name: str) -> None:
     difference = OPERATIONS[name].to_diff_tuple()
     assert isinstance(difference, tuple)
-    known = {method for method, _ in ops.OPERATIONS} | {"replace_vector_index"}
+    known = set(ops.OPERATIONS) | {"replace_vector_index"}
     assert difference[0] in known
     assert hash(difference) is not None
     if "schema" not in name:
@@ -260,11 +267,19 @@ def test_rebinding_needs_the_database() -> None:
         script(OPERATIONS["rebind"])
 
 
+def test_wrong_arguments_are_refused_by_name() -> None:
+    operations: Any = Operations(MigrationContext.configure(dialect_name="postgresql"))
+    with pytest.raises(DeclarationError, match=r"op.bind_embedding_column\(\).*'trust_vectors'"):
+        operations.bind_embedding_column(
+            "article", "e", encoder="m", source="title", dimensions=3, trust_vectors=True
+        )
+
+
 def test_batch_is_left_alone() -> None:
-    assert not [name for name, _ in ops.OPERATIONS if hasattr(BatchOperations, name)]
+    assert not [name for name in ops.OPERATIONS if hasattr(BatchOperations, name)]
 
 
 def test_page_names_every_operation() -> None:
     page = (Path(__file__).parents[2] / "docs" / "migrations.md").read_text()
     section = page.split("## The operations")[1].split("\n## ")[0]
-    assert [name for name, _ in ops.OPERATIONS if name not in section] == []
+    assert [name for name in ops.OPERATIONS if name not in section] == []

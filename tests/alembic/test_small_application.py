@@ -80,7 +80,7 @@ def test_upgrade_does_all_of_it(
     assert "40/40" in shown
     assert app.check() == ""
     assert app.scalar("SELECT count(*) FROM article WHERE embedding IS NULL") == 0
-    assert app.scalar("SELECT count(*) FROM sbert.pending") == 0
+    assert app.pending() == 0
     assert nearest(app, minilm, "refund") == "How to get your money back"
     assert nearest(app, minilm, "jobs") == "We are hiring engineers"
     # Down and up again, as on the next machine.
@@ -138,3 +138,31 @@ def test_encoder_that_cannot_be_loaded(app: Any, make_app: Callable[..., Any]) -
     registry.use_encoder(DeterministicEncoder("/nowhere/at-all"))
     app.upgrade()
     assert app.check() == ""
+
+
+@pytest.mark.filterwarnings("ignore:Computed default")
+def test_text_columns_are_written_compared_and_made_again(app: Any) -> None:
+    declared = """
+from sbert_pg import text_column, text_index
+class Article(Base):
+    __tablename__ = "article"
+    __table_args__ = (text_index("article_search", "search"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    title: Mapped[str] = mapped_column(sa.String(80))
+    body: Mapped[str]
+    search = text_column({})
+"""
+    app.models(declared.format("'title'"))
+    app.step("words")
+    with app.engine.begin() as connection:
+        connection.execute(
+            sa.text("INSERT INTO article (title, body) VALUES ('The houses', 'A garden')")
+        )
+    app.models(declared.format("'title', 'body', language='simple', weights={'title': 2}"))
+    app.step("more words")
+    assert "garden" in app.scalar("SELECT search::text FROM article")
+    assert app.scalar("SELECT search_length FROM article") == 4
+    app.downgrade("-1")
+    assert app.scalar("SELECT search::text FROM article") == "'hous':2"
+    assert app.scalar("SELECT search_length FROM article") == 1
+    assert app.scalar("SELECT count(*) FROM pg_indexes WHERE indexname = 'article_search'") == 1

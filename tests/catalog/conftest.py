@@ -6,48 +6,64 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from sbert_pg import catalog
+from sbert_pg.digest import digest
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
-from sbert_pg.types.guard import ColumnIdentity
+from sbert_pg.types.identity import ColumnIdentity
+from sbert_pg.types.wire import to_wire
 
 SPEC = EncoderSpec(name="deterministic", dimensions=3)
+VECTOR = (1, 0, 0)
 
 
 @dataclass
 class Table:
-    """A bound table, and what happened to it."""
+    """A bound table, and what its rows say."""
 
     connection: Connection
     name: str
-    binding: catalog.Binding
+    id: uuid.UUID
+
+    @property
+    def binding(self) -> catalog.Binding:
+        """As it is now."""
+        binding = catalog.binding_by_id(self.connection, self.id)
+        assert binding is not None
+        return binding
 
     def run(self, statement: str, **parameters: object) -> sa.CursorResult:
         return self.connection.execute(sa.text(statement), parameters)
 
-    def attest(self, *, verified: bool = False) -> None:
-        catalog.attest(self.connection, self.binding, verified=verified)
+    def digest(
+        self, text: str | None, vector: tuple[float, ...] | None = VECTOR
+    ) -> uuid.UUID | None:
+        """What proves a vector of a text, as a writer with the right encoder writes it."""
+        binding = self.binding
+        wire = None if vector is None else to_wire(np.array(vector, np.float32), binding.storage)
+        return digest(self.id, text, wire, binding.storage)
 
     def pending(self) -> list[str]:
-        """Keys of the marks of this column."""
-        rows = self.run(
-            "SELECT key FROM sbert.pending WHERE column_id = :id ORDER BY key", id=self.binding.id
-        )
-        return [row.key for row in rows]
-
-    def clear(self) -> None:
-        """Remove the marks, as after a worker's round."""
-        self.run("DELETE FROM sbert.pending WHERE column_id = :id", id=self.binding.id)
+        """Keys of the rows that are pending, as text."""
+        binding = self.binding
+        t = binding.clause()
+        keys = [t.c[name] for name in binding.key_columns]
+        rows = self.connection.execute(sa.select(*keys).where(binding.is_stale(t)).order_by(*keys))
+        return [" ".join(str(part) for part in row) for row in rows]
 
     def fill(self, *titles: str) -> None:
-        """Insert rows that have their vectors."""
-        self.attest()
+        """Insert rows that have their vectors, for bindings whose source begins with ``title``."""
         for title in titles:
-            self.run(f"INSERT INTO {self.name} (title, e) VALUES (:t, '[1,0,0]')", t=title)
+            self.run(
+                f"INSERT INTO {self.name} (title, e, e_of) VALUES (:t, '[1,0,0]', :d)",
+                t=title,
+                d=self.digest(title),
+            )
         self.connection.commit()
 
 
@@ -80,7 +96,7 @@ def make(connection: Connection) -> Make:
         identity = ColumnIdentity(schema, plain, column)
         binding = catalog.bind(connection, identity, SPEC, Source.of(source))
         connection.commit()
-        return Table(connection, name, binding)
+        return Table(connection, name, binding.id)
 
     return make
 

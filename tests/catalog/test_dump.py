@@ -1,4 +1,4 @@
-"""Dumps and restores with the server's own programs: bindings, marks and triggers come along."""
+"""Dumps and restores with the server's own programs: what rows say of themselves comes along."""
 
 from __future__ import annotations
 
@@ -17,14 +17,11 @@ import sqlalchemy as sa
 from sbert_pg import catalog, registry
 from sbert_pg.catalog.holding import hold_encoder
 from sbert_pg.errors import EncoderMismatchError
-from sbert_pg.pending import marks
-from sbert_pg.pending.audit import audit
-from sbert_pg.pending.status import status
+from sbert_pg.freshness import WorkerSettings, audit, counts, refresh
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
 from sbert_pg.testing import DeterministicEncoder
-from sbert_pg.types.guard import ColumnIdentity
-from sbert_pg.worker import refresh
+from sbert_pg.types.identity import ColumnIdentity
 
 NOTE = ColumnIdentity("public", "note", "embedding")
 PART = ColumnIdentity("public", "part", "embedding")
@@ -90,15 +87,26 @@ def filled(engine: sa.Engine, encoder: DeterministicEncoder) -> sa.Engine:
         for identity in (NOTE, PART):
             catalog.bind(connection, identity, spec, Source.of("body"))
         connection.exec_driver_sql(
-            "INSERT INTO note SELECT i, 'n' || i FROM generate_series(1, 50) AS i"
+            "INSERT INTO note (id, body) SELECT i, 'n' || i FROM generate_series(1, 50) AS i"
         )
-        connection.exec_driver_sql("INSERT INTO part VALUES ('eu', 1, 'one')")
-    refresh(engine)
+        connection.exec_driver_sql("UPDATE note SET body = 'poison' WHERE id = 8")
+        connection.exec_driver_sql("INSERT INTO part (region, id, body) VALUES ('eu', 1, 'one')")
+    refresh(engine, WorkerSettings(max_attempts=1))
     with engine.begin() as connection:
         connection.exec_driver_sql("UPDATE note SET body = 'changed' WHERE id = 7")
-        connection.exec_driver_sql("UPDATE note SET body = 'poison' WHERE id = 8")
-        connection.exec_driver_sql("UPDATE sbert.pending SET failed = true WHERE key = '8'")
+    assert states(engine) == ["7"]
     return engine
+
+
+def states(engine: sa.Engine) -> list[str]:
+    """Keys of the rows of both tables that are pending."""
+    pending = []
+    with engine.connect() as connection:
+        for identity in (NOTE, PART):
+            binding = catalog.require_binding(connection, identity)
+            t = binding.clause()
+            pending += connection.scalars(sa.select(t.c.id).where(binding.is_stale(t))).all()
+    return sorted(str(key) for key in pending)
 
 
 @pytest.fixture
@@ -116,11 +124,11 @@ def contents(engine: sa.Engine) -> dict[str, list[Any]]:
         return {
             name: [tuple(row) for row in connection.exec_driver_sql(statement)]
             for name, statement in {
-                "note": "SELECT id, body, embedding::text FROM note ORDER BY id",
-                "part": "SELECT region, id, body, embedding::text FROM part",
-                "marks": "SELECT column_id, key, version, failed FROM sbert.pending ORDER BY key",
+                "note": "SELECT id, body, embedding::text, embedding_of FROM note ORDER BY id",
+                "part": "SELECT region, id, body, embedding::text, embedding_of FROM part",
+                "failures": "SELECT binding_id, key FROM sbert.failure ORDER BY key",
                 "bindings": "SELECT id, relation::text, column_name, source::text, encoder_id "
-                "FROM sbert.embedding_column ORDER BY id",
+                "FROM sbert.binding ORDER BY id",
                 "encoders": "SELECT id, fingerprint, probes FROM sbert.encoder",
                 "version": "SELECT version_num FROM sbert.alembic_version",
             }.items()
@@ -147,15 +155,13 @@ def test_a_dump_of_the_database_restores_as_it_is(
     assert contents(target) == contents(filled)
     with target.begin() as connection:
         catalog.require_current(connection)
-        assert all(column.noticing for column in status(connection))
         binding = catalog.require_binding(connection, NOTE)
-        # A new mark is another mark than any that was dumped.
+        for bound in catalog.all_bindings(connection):
+            assert catalog.health(connection, bound) == []
         connection.exec_driver_sql("UPDATE note SET body = 'after the restore' WHERE id = 9")
-        versions = connection.exec_driver_sql("SELECT key, version FROM sbert.pending").all()
-        assert max(versions, key=lambda row: row.version).key == "9"
-        marks.retry(connection, binding)
-    done = refresh(target)
-    assert (done.embedded, done.errors) == (2, 1)
+    assert states(target) == ["7", "9"]
+    assert refresh(target).embedded == 2
+    assert states(target) == []
     assert audit(target, binding, encoder, sample=None).wrong == 0
     with pytest.raises(sa.exc.DBAPIError) as refused, target.begin() as connection:
         connection.exec_driver_sql(f"UPDATE note SET embedding = '{[1.0] * 16}' WHERE id = 1")
@@ -176,44 +182,47 @@ def test_a_restore_in_parallel(
     assert contents(target) == contents(filled)
 
 
-def test_data_alone_has_to_be_vouched_for(filled: sa.Engine, run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [(), ("--disable-triggers",)], ids=["plain", "no triggers"])
+def test_data_alone_is_as_it_was(
+    filled: sa.Engine, run: Run, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    """Each row brings the proof of its vector, so nobody has to vouch for it."""
     file = str(tmp_path / "data.sql")
-    dumped = run("pg_dump", filled.url, "--data-only", "-t", "note", "-f", file)
+    dumped = run("pg_dump", filled.url, "--data-only", *options, "-t", "note", "-f", file)
     assert dumped.returncode == 0, dumped.stderr
     before = contents(filled)
     with filled.begin() as connection:
-        number = catalog.require_binding(connection, NOTE).id
         connection.exec_driver_sql("DELETE FROM note")
-    refused = run("psql", filled.url, "-v", "ON_ERROR_STOP=1", "-f", file)
-    assert refused.returncode != 0
-    assert "encoder" in refused.stderr
-    vouched = f"-c sbert.attested=,{number},"
-    again = run("psql", filled.url, "-v", "ON_ERROR_STOP=1", "-f", file, PGOPTIONS=vouched)
-    assert again.returncode == 0, again.stderr
-    assert contents(filled)["note"] == before["note"]
-
-
-def test_a_superuser_may_leave_the_triggers_out(
-    filled: sa.Engine, encoder: DeterministicEncoder, run: Run, tmp_path: Path
-) -> None:
-    """What was embedded comes back; what was stale is not marked, and the audit finds it."""
-    file = str(tmp_path / "data")
-    options = ("--data-only", "--disable-triggers", "-t", "note", "-F", "custom", "-f", file)
-    dumped = run("pg_dump", filled.url, *options)
-    assert dumped.returncode == 0, dumped.stderr
-    with filled.begin() as connection:
-        binding = catalog.require_binding(connection, NOTE)
-        connection.exec_driver_sql("TRUNCATE note")
-    restored = run("pg_restore", filled.url, "--exit-on-error", "--disable-triggers",
-                   "--data-only", file)  # fmt: skip
+    restored = run("psql", filled.url, "-v", "ON_ERROR_STOP=1", "-f", file)
     assert restored.returncode == 0, restored.stderr
-    with filled.begin() as connection:
-        assert all(column.noticing for column in status(connection))
-    found = audit(filled, binding, encoder, sample=None, mark=True)
-    assert (found.stale, found.unencodable, found.marked) == (1, 1, 2)
+    assert contents(filled)["note"] == before["note"]
+    assert states(filled) == ["7"]
 
 
-def test_marks_of_a_copy_of_the_binary_files_are_the_same(filled: sa.Engine) -> None:
+def test_data_of_another_database_is_pending(
+    filled: sa.Engine, target: sa.Engine, encoder: DeterministicEncoder, run: Run, tmp_path: Path
+) -> None:
+    """A table alone, into a database whose catalog knows nothing of it."""
+    file = str(tmp_path / "table.sql")
+    assert run("pg_dump", filled.url, "-t", "note", "-f", file).returncode == 0
+    with target.begin() as connection:
+        catalog.upgrade(connection)
+    restored = run("psql", target.url, "-v", "ON_ERROR_STOP=1", "-f", file)
+    assert restored.returncode == 0, restored.stderr
+    with target.begin() as connection:
+        assert catalog.binding_of(connection, NOTE) is None
+        connection.exec_driver_sql("UPDATE note SET body = 'changed' WHERE id = 1")
+        spec = EncoderSpec(name="deterministic", dimensions=16)
+        binding = catalog.bind(connection, NOTE, spec, Source.of("body"))
+        assert catalog.health(connection, binding) == []
+        assert counts(connection, binding).pending + counts(connection, binding).backfill == 50
+        t = binding.clause()
+        assert connection.scalars(sa.select(t.c.id).where(binding.is_proven(t))).all() == []
+    refresh(target)
+    assert audit(target, binding, encoder, sample=None).wrong == 0
+
+
+def test_a_copy_of_the_binary_files_is_the_same(filled: sa.Engine) -> None:
     """A clone by ``CREATE DATABASE ... TEMPLATE`` is bound like its original."""
     name = f"{filled.url.database}_copy"
     before = contents(filled)

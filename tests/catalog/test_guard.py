@@ -1,13 +1,18 @@
-"""From a statement of the application to the catalog: held once, attested in each transaction."""
+"""From a statement of the application to the catalog: every read is fenced, every write proven."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import sqlalchemy as sa
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy import event
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, aliased, mapped_column
 
 from sbert_pg import catalog
-from sbert_pg.catalog import tables
+from sbert_pg.catalog import guard
+from sbert_pg.catalog.embedding import Embedding, companion_of
 from sbert_pg.errors import EncoderMismatchError
 from sbert_pg.orm import embed_on_flush, embedding_column
 from sbert_pg.registry import forget_encoders, use_encoder
@@ -25,12 +30,27 @@ class Note(Base):
     embedding = embedding_column("deterministic", source="body", dimensions=384)
 
 
+COLUMN = Note.__table__.c.embedding
+
+
 @pytest.fixture
 def bound(engine: sa.Engine, fake_encoder: DeterministicEncoder) -> sa.Engine:
     Base.metadata.create_all(engine)
     with engine.begin() as connection:
-        catalog.bind(connection, Note.__table__.c.embedding)
+        catalog.bind(connection, COLUMN)
     return engine
+
+
+@pytest.fixture
+def statements(bound: sa.Engine) -> list[str]:
+    """What the engine sends from now on."""
+    sent: list[str] = []
+
+    @event.listens_for(bound, "before_cursor_execute")
+    def note(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
+        sent.append(statement)
+
+    return sent
 
 
 def note_session(engine: sa.Engine) -> Session:
@@ -39,16 +59,43 @@ def note_session(engine: sa.Engine) -> Session:
     return session
 
 
-def test_the_first_write_seals_and_later_ones_attest(bound: sa.Engine) -> None:
-    with note_session(bound) as session:
-        session.add(Note(body="a"))
+def write(engine: sa.Engine, *bodies: str) -> None:
+    with note_session(engine) as session:
+        session.add_all(Note(body=body) for body in bodies)
         session.commit()
-        session.add(Note(body="b"))
-        session.commit()
+
+
+def stale(engine: sa.Engine) -> list[int]:
+    with engine.connect() as connection:
+        binding = catalog.require_binding(connection, COLUMN)
+        t = binding.clause()
+        return list(connection.scalars(sa.select(t.c.id).where(binding.is_stale(t))))
+
+
+def rebind(engine: sa.Engine, encoder: DeterministicEncoder | None = None) -> None:
+    """In another process: unbind, bind, and seal."""
+    other = sa.create_engine(engine.url)
+    with other.begin() as connection:
+        catalog.unbind(connection, COLUMN)
+        binding = catalog.bind(connection, COLUMN)
+        if encoder is not None:
+            catalog.seal(connection, binding, encoder)
+    other.dispose()
+
+
+def read(engine: sa.Engine, statement: Any = None) -> list[Any]:
+    if statement is None:
+        statement = sa.select(Note.id).order_by(Note.embedding.cosine_distance("apple"))
+    with Session(engine) as session:
+        return list(session.execute(statement))
+
+
+def test_the_first_write_seals_and_what_is_written_is_fresh(bound: sa.Engine) -> None:
+    write(bound, "a")
+    write(bound, "b")
     with bound.connect() as connection:
-        binding = catalog.require_binding(connection, Note.__table__.c.embedding)
-        assert binding.fingerprint is not None
-        assert connection.scalar(sa.select(sa.func.count()).select_from(tables.pending)) == 0
+        assert catalog.require_binding(connection, COLUMN).fingerprint is not None
+    assert stale(bound) == []
 
 
 def test_a_seal_that_is_rolled_back_is_made_again(bound: sa.Engine) -> None:
@@ -61,36 +108,282 @@ def test_a_seal_that_is_rolled_back_is_made_again(bound: sa.Engine) -> None:
         session.add(Note(body="b"))
         session.commit()
     with bound.connect() as connection:
-        binding = catalog.require_binding(connection, Note.__table__.c.embedding)
-        assert binding.fingerprint is not None
+        assert catalog.require_binding(connection, COLUMN).fingerprint is not None
+    assert stale(bound) == []
 
 
 def test_another_process_with_another_encoder_is_refused(bound: sa.Engine) -> None:
-    with note_session(bound) as session:
-        session.add(Note(body="a"))
-        session.commit()
+    write(bound, "a")
     forget_encoders()
     use_encoder(DeterministicEncoder(salt="another"))
     other = sa.create_engine(bound.url)
-    with note_session(other) as session:
-        session.add(Note(body="b"))
-        with pytest.raises(
-            EncoderMismatchError, match=r"note\.embedding belongs to encoder .deterministic."
-        ):
-            session.commit()
+    with pytest.raises(
+        EncoderMismatchError, match=r"note\.embedding belongs to encoder .deterministic."
+    ):
+        write(other, "b")
+    with pytest.raises(EncoderMismatchError):
+        read(other)
     other.dispose()
 
 
-def test_a_column_that_was_bound_anew_is_held_anew(bound: sa.Engine) -> None:
-    column = Note.__table__.c.embedding
-    with note_session(bound) as session:
-        session.add(Note(body="a"))
-        session.commit()
-    with bound.begin() as connection:
-        catalog.unbind(connection, column)
-        binding = catalog.bind(connection, column)
-        catalog.seal(connection, binding, DeterministicEncoder(salt="another"))
+def test_a_writer_notices_that_the_column_changed_hands(bound: sa.Engine) -> None:
+    write(bound, "a")
+    rebind(bound, DeterministicEncoder(salt="another"))
+    with pytest.raises(EncoderMismatchError):
+        write(bound, "b")
+
+
+def test_a_writer_goes_on_where_the_column_was_bound_again_to_its_encoder(bound: sa.Engine) -> None:
+    write(bound, "a")
+    rebind(bound)
+    write(bound, "b")
+    assert stale(bound) == [1]
+
+
+def test_a_writer_in_the_middle_of_a_transaction(bound: sa.Engine) -> None:
+    """It knows the old binding; the database does not take it, and the next attempt succeeds."""
+    write(bound, "a")
     with note_session(bound) as session:
         session.add(Note(body="b"))
+        session.flush()
+        session.commit()
+    rows = [{"body": "c", "embedding": np.ones(384, np.float32)}]
+    connection = bound.connect().execution_options(isolation_level="AUTOCOMMIT")
+    connection.execute(sa.insert(Note), rows)
+    rebind(bound)
+    with pytest.raises(EncoderMismatchError, match="tries once more"):
+        connection.execute(sa.insert(Note), rows)
+    connection.close()
+    write(bound, "d")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        sa.select(Note.id).order_by(Note.embedding.cosine_distance("apple")),
+        sa.select(Note.id).order_by(Note.embedding.l2_distance(np.ones(384, np.float32))),
+        sa.select(Note.id).where(Note.embedding.distance("apple") < 2),
+        sa.select(Note.embedding.similarity("apple")),
+        sa.select(Note.id).order_by(Note.embedding.op("<=>")(np.ones(384, np.float32))),
+        sa.select(sa.func.l2_distance(COLUMN, sa.literal(np.ones(384, np.float32), COLUMN.type))),
+        sa.select(aliased(Note).embedding.max_inner_product("apple")),
+        sa.update(Note).values(body="x").where(Note.embedding.distance("apple") > 5),
+        sa.delete(Note).where(Note.embedding.distance("apple") > 5),
+        sa.select(Note.id).union_all(sa.select(Note.id).where(Note.embedding.distance("q") < 2)),
+    ],
+    ids=["order", "vector", "where", "select", "op", "func", "alias", "update", "delete", "union"],
+)
+def test_a_reader_notices_that_the_column_changed_hands(bound: sa.Engine, statement: Any) -> None:
+    write(bound, "a")
+    for _ in range(2):
+        with bound.begin() as connection:
+            connection.execute(statement)
+    rebind(bound, DeterministicEncoder(salt="another"))
+    for _ in range(2):  # by the fence, then since it has forgotten
+        with pytest.raises(EncoderMismatchError), bound.begin() as connection:
+            connection.execute(statement)
+
+
+def test_a_reader_that_compiled_before_there_was_a_catalog(
+    bare_database_url: sa.URL, fake_encoder: DeterministicEncoder
+) -> None:
+    engine = sa.create_engine(bare_database_url)
+    Base.metadata.create_all(engine)
+    assert read(engine) == []
+    with engine.begin() as connection:
+        catalog.upgrade(connection)
+        binding = catalog.bind(connection, COLUMN)
+        catalog.seal(connection, binding, DeterministicEncoder(salt="another"))
+    guard.forget(engine.dialect)  # as half a minute later
+    with pytest.raises(EncoderMismatchError):
+        read(engine)
+    engine.dispose()
+
+
+def test_a_reader_with_a_cache_of_its_own(bound: sa.Engine) -> None:
+    cache: dict[Any, Any] = {}
+    engine = bound.execution_options(compiled_cache=cache)
+    write(bound, "a")
+    guard.forget(bound.dialect)
+    assert len(read(engine)) == 1
+    rebind(bound, DeterministicEncoder(salt="another"))
+    with pytest.raises(EncoderMismatchError):
+        read(engine)
+
+
+def test_a_table_in_another_ones_place(bound: sa.Engine) -> None:
+    write(bound, "a")
+    read(bound)
+    other = sa.create_engine(bound.url)
+    with other.begin() as connection:
+        connection.exec_driver_sql(
+            "CREATE TABLE note_new (LIKE note INCLUDING ALL); INSERT INTO note_new TABLE note; "
+            "ALTER TABLE note RENAME TO note_old; "
+            "ALTER TABLE note_new RENAME TO note"
+        )
+    other.dispose()
+    with pytest.raises(EncoderMismatchError, match="is not the one that was bound"):
+        read(bound)
+    with pytest.raises(EncoderMismatchError, match="is not the one that was bound"):
+        write(bound, "b")
+
+
+def test_a_fence_costs_no_statement_of_its_own(bound: sa.Engine, statements: list[str]) -> None:
+    write(bound, "a")
+    read(bound)
+    read(bound)
+    del statements[:]
+    read(bound)
+    assert len(statements) == 1
+    assert "sbert.fence_v1(" in statements[0]
+
+
+def test_a_writing_transaction_costs_one_statement(bound: sa.Engine, statements: list[str]) -> None:
+    write(bound, "a")
+    write(bound, "a")
+    del statements[:]
+    with note_session(bound) as session:
+        for body in ("b", "c"):
+            session.add(Note(body=body))
+            session.flush()
+        session.commit()
+    assert len([s for s in statements if "INSERT" not in s]) == 1
+
+
+def test_schemas_that_are_translated(bound: sa.Engine) -> None:
+    odd = "te\"na'nt %s $1"
+    write(bound, "a")
+    metadata = sa.MetaData()
+    tenant = Note.__table__.to_metadata(metadata, schema=odd)
+    with bound.begin() as connection:
+        connection.execute(sa.schema.CreateSchema(odd))
+        metadata.create_all(connection)
+        binding = catalog.bind(connection, tenant.c.embedding)
+        catalog.seal(connection, binding, DeterministicEncoder(salt="another"))
+    mapped = bound.execution_options(schema_translate_map={None: odd})
+    for _ in range(3):
+        assert len(read(bound)) == 1
         with pytest.raises(EncoderMismatchError):
+            read(mapped)
+        with pytest.raises(EncoderMismatchError):
+            write(mapped, "b")
+
+
+def test_a_search_path_that_means_another_table(bound: sa.Engine) -> None:
+    write(bound, "a")
+    with bound.begin() as connection:
+        connection.exec_driver_sql("CREATE SCHEMA tenant")
+        connection.exec_driver_sql("CREATE TABLE tenant.note (LIKE note INCLUDING DEFAULTS)")
+        connection.exec_driver_sql("ALTER TABLE tenant.note ADD PRIMARY KEY (id)")
+        connection.exec_driver_sql("SET LOCAL search_path = tenant, public")
+        catalog.bind(connection, COLUMN)
+    for body in ("b", "c"):
+        with note_session(bound) as session:
+            session.execute(sa.text("SET LOCAL search_path = tenant, public"))
+            session.add(Note(body=body))
             session.commit()
+        write(bound, body)
+    assert stale(bound) == []
+    with bound.begin() as connection:
+        connection.exec_driver_sql("SET LOCAL search_path = tenant, public")
+        binding = catalog.require_binding(connection, COLUMN)
+        t = binding.clause()
+        rows = sa.select(sa.func.count()).where(binding.is_proven(t), binding.is_fresh(t))
+        assert connection.scalar(rows) == 2
+
+
+@pytest.fixture
+def foreign(bound: sa.Engine) -> sa.Engine:
+    """A proven row, a foreign vector that no trigger saw, and a row without a vector."""
+    write(bound, "a")
+    with bound.begin() as connection:
+        connection.exec_driver_sql("SET LOCAL session_replication_role = replica")
+        connection.exec_driver_sql(
+            "INSERT INTO note (id, body, embedding) VALUES (2, 'x', %s), (3, 'y', NULL)",
+            (str([1.0] * 384),),
+        )
+    return bound
+
+
+def test_what_is_not_proven_can_be_left_out(foreign: sa.Engine) -> None:
+    read(foreign)
+    companion = companion_of(COLUMN)
+    assert companion is not None
+    proven = sa.select(Note.id).where(guard.proven(COLUMN, companion)).order_by(Note.id)
+    assert [row.id for row in read(foreign, proven)] == [1, 3]
+    note = Note.__table__.alias()
+    over_alias = sa.select(note.c.id).where(
+        guard.proven(note.c.embedding, note.c.embedding_of), note.c.embedding.is_not(None)
+    )
+    for _ in range(2):
+        assert [row.id for row in read(foreign, over_alias)] == [1]
+
+
+def test_without_a_catalog_everything_is_proven(bare_database_url: sa.URL) -> None:
+    engine = sa.create_engine(bare_database_url)
+    Base.metadata.create_all(engine)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO note (id, body, embedding) VALUES (1, 'x', %s)", (str([1.0] * 384),)
+        )
+    companion = companion_of(COLUMN)
+    assert companion is not None
+    assert len(read(engine, sa.select(Note.id).where(guard.proven(COLUMN, companion)))) == 1
+    engine.dispose()
+
+
+def traces(engine: sa.Engine) -> list[tuple[str, bool]]:
+    with engine.connect() as connection:
+        rows = connection.exec_driver_sql(
+            "SELECT b.column_name, r.wrote FROM sbert.reader r JOIN sbert.binding b "
+            "ON b.id = r.binding_id ORDER BY 1, 2"
+        )
+        return [tuple(row) for row in rows]
+
+
+def test_who_uses_a_column_that_is_being_replaced_leaves_word(bound: sa.Engine) -> None:
+    write(bound, "a")
+    read(bound)
+    read(bound)
+    assert traces(bound) == [], "only while there is something to be known"
+    with bound.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE note ADD COLUMN e2 vector(384)")
+        binding = catalog.require_binding(connection, COLUMN)
+        catalog.bind(
+            connection,
+            binding.identity._replace(column="e2"),
+            binding.declared,
+            binding.source,
+            replaces="embedding",
+        )
+    other = sa.create_engine(bound.url)
+    last = sa.select(sa.func.sbert.last_read_v1(binding.id))
+    with bound.connect() as connection:
+        assert connection.scalar(last) is None
+        now = connection.scalar(sa.select(sa.func.now()))
+        read(other)
+        read(other)  # a session that is closed without a commit
+        assert connection.scalar(last) >= now.replace(microsecond=0)
+    assert traces(bound) == []
+    write(other, "b")
+    assert traces(bound) == [("embedding", True)]
+    with other.connect() as connection:
+        connection.exec_driver_sql("SET TRANSACTION READ ONLY")
+        connection.execute(sa.select(Note.id).order_by(Note.embedding.distance("a")))
+    other.dispose()
+
+
+def test_a_plain_table_is_fenced_too(bound: sa.Engine) -> None:
+    table = sa.Table(
+        "note",
+        sa.MetaData(),
+        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("body", sa.Text),
+        sa.Column("embedding", Embedding("deterministic", source="body", dimensions=384)),
+    )
+    write(bound, "a")
+    statement = sa.select(table.c.id).order_by(table.c.embedding.distance("apple"))
+    assert len(read(bound, statement)) == 1
+    rebind(bound, DeterministicEncoder(salt="another"))
+    with pytest.raises(EncoderMismatchError):
+        read(bound, statement)

@@ -23,7 +23,7 @@ from sbert_pg.errors import CatalogMissingError, CatalogVersionError
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
 from sbert_pg.sql import load
-from sbert_pg.types.guard import ColumnIdentity
+from sbert_pg.types.identity import ColumnIdentity
 
 ALEMBIC = tuple(int(part) for part in alembic.__version__.split(".")[:2])
 
@@ -158,8 +158,14 @@ def test_a_database_without_pgvector(server_url: sa.URL, databases: object) -> N
         connection.exec_driver_sql(f"CREATE DATABASE {name} TEMPLATE template0")
     engine = sa.create_engine(server_url.set(database=name), poolclass=sa.NullPool)
     try:
-        with engine.connect() as connection, pytest.raises(CatalogMissingError, match="CREATE EXT"):
+        with engine.connect() as connection:
+            connection.exec_driver_sql("SET ROLE pg_read_all_data")
+            with pytest.raises(CatalogMissingError, match="CREATE EXT"):
+                catalog.upgrade(connection)
+        with engine.begin() as connection:
             catalog.upgrade(connection)
+            vector = "SELECT count(*) FROM pg_extension WHERE extname = 'vector'"
+            assert connection.exec_driver_sql(vector).scalar() == 1
     finally:
         with admin.connect() as connection:
             connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
@@ -259,5 +265,11 @@ def test_every_sql_file_is_used_and_says_what_it_is_for() -> None:
         assert f'"{name}"' in history, f"sql/{name}.sql is not in the history"
         assert load(name).startswith("-- "), f"sql/{name}.sql does not say what it is for"
         if name != "status":
-            assert f"FUNCTION sbert.{name}(" in load(name)
-            assert "SET search_path = pg_catalog, pg_temp" in load(name)
+            kind = "PROCEDURE" if name == "embed" else "FUNCTION"
+            assert f"{kind} sbert.{name}(" in load(name)
+            # bm25_v1 runs SQL of its caller's, by the caller's rights and path; proven_v1 is parsed
+            # when it is made, and no part of a caller's plan if it had a path of its own; a
+            # procedure that sets its path cannot commit.
+            owns_path = "SET search_path = pg_catalog, pg_temp" in load(name)
+            assert owns_path == (name not in ("bm25_v1", "proven_v1", "embed"))
+            assert owns_path or "SECURITY DEFINER" not in load(name)

@@ -1,7 +1,8 @@
-"""Roles that own little: an owner without superuser, writers without rights, row-level security."""
+"""Roles that own little: what a capability may do, and that it ends at the caller's tables."""
 
 from __future__ import annotations
 
+import uuid
 from typing import Any
 
 import pytest
@@ -9,16 +10,31 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from sbert_pg import catalog
-from sbert_pg.catalog.sqlstates import translated
 from sbert_pg.errors import CatalogError
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
+from sbert_pg.sqlstates import translated
 from sbert_pg.testing import DeterministicEncoder
-from sbert_pg.types.guard import ColumnIdentity
+from sbert_pg.types.identity import ColumnIdentity
 
 
 def act_as(connection: Connection, role: str | None) -> None:
     connection.execute(sa.text(f"SET ROLE {role}" if role else "RESET ROLE"))
+
+
+def grant(note: Any, role: str, capability: str, *privileges: str) -> None:
+    """Give a role a capability, and privileges on the table; then act as it."""
+    note.run("SELECT sbert.grant_v1(:r, :c)", r=role, c=capability)
+    if privileges:
+        note.run(f"GRANT {', '.join(privileges)} ON note TO {role}")
+        note.run(f"GRANT USAGE ON SEQUENCE note_id_seq TO {role}")
+    note.connection.commit()
+    act_as(note.connection, role)
+
+
+def denied(note: Any, statement: str, **parameters: Any) -> None:
+    with pytest.raises(CatalogError), note.connection.begin_nested(), translated():
+        note.run(statement, **parameters)
 
 
 def test_a_writer_of_texts_needs_no_right_on_the_catalog(note: Any, role: str) -> None:
@@ -34,108 +50,238 @@ def test_a_writer_of_texts_needs_no_right_on_the_catalog(note: Any, role: str) -
         pytest.raises(sa.exc.ProgrammingError, match="permission denied for schema sbert"),
         note.connection.begin_nested(),
     ):
-        note.run("SELECT * FROM sbert.pending")
+        note.run("SELECT * FROM sbert.failure")
     act_as(note.connection, None)
     assert note.pending() == ["1", "30"]
-    act_as(note.connection, role)
-    note.run("TRUNCATE note")
-    act_as(note.connection, None)
-    assert note.pending() == []
 
 
 def test_a_writer_without_rights_is_told_whom_to_ask(note: Any, role: str) -> None:
+    identity = note.binding.identity
     act_as(note.connection, role)
     with pytest.raises(CatalogError, match=rf"SELECT sbert\.grant_v1\('{role}', 'writer'\)"):
-        catalog.binding_of(note.connection, note.binding.identity)
+        catalog.binding_of(note.connection, identity)
 
 
-def test_a_writer_seals_and_attests(note: Any, role: str) -> None:
-    note.run("SELECT sbert.grant_v1(:r, 'writer')", r=role)
-    note.run(f"GRANT SELECT, INSERT ON note TO {role}")
-    note.run(f"GRANT USAGE ON SEQUENCE note_id_seq TO {role}")
-    note.connection.commit()
-    act_as(note.connection, role)
+def test_a_writer_seals_and_proves(note: Any, role: str) -> None:
+    grant(note, role, "writer", "SELECT", "INSERT")
     encoder = DeterministicEncoder(dimensions=3)
     catalog.seal(note.connection, note.binding, encoder)
-    binding = catalog.require_binding(note.connection, note.binding.identity)
-    assert binding.fingerprint == encoder.spec.fingerprint
-    note.run("SELECT sbert.attest_v1('note', 'e', :f)", f=binding.fingerprint)
-    note.run("INSERT INTO note (title, e) VALUES ('a', '[1,0,0]')")
-    for statement in (
-        "DELETE FROM sbert.pending",
-        "UPDATE sbert.embedding_column SET state = 'replaced'",
-        "INSERT INTO sbert.compatible_encoder VALUES (1, 'x', '{}', '{}')",
-        "SELECT sbert.unbind_v1('note', 'e')",
-        "SELECT sbert.forget_v1(1)",
-    ):
-        with (
-            pytest.raises(CatalogError, match="may not do that"),
-            note.connection.begin_nested(),
-            translated(),
-        ):
-            note.run(statement)
-
-
-def test_a_reader_only_reads(note: Any, role: str) -> None:
-    note.run("SELECT sbert.grant_v1(:r, 'reader')", r=role)
+    assert note.binding.fingerprint == encoder.spec.fingerprint
+    note.fill("a")
     act_as(note.connection, role)
-    assert catalog.require_binding(note.connection, note.binding.identity) == note.binding
-    assert note.run("SELECT table_name FROM sbert.status").scalar_one() == "note"
+    assert note.pending() == []
+    for statement in (
+        "DELETE FROM sbert.failure",
+        "INSERT INTO sbert.claim VALUES (:id, 'w', '{}', now())",
+        "INSERT INTO sbert.vector_cache (fingerprint, digest, vector) VALUES ('f', '', '')",
+        "UPDATE sbert.binding SET state = 'replaced'",
+        "INSERT INTO sbert.compatible_encoder VALUES (:id, 'x', '{}', '{}')",
+        "DELETE FROM sbert.encoder",
+        "SELECT sbert.unbind_v1('note', 'e')",
+        "SELECT sbert.forget_v1(:id)",
+        "SELECT sbert.set_state_v1(:id, 'active', 'replaced')",
+        "SELECT sbert.rename_v1('note', 'title', 'body')",
+    ):
+        denied(note, statement, **({"id": note.id} if ":id" in statement else {}))
+
+
+def test_a_writer_of_one_table_is_nobody_on_another(note: Any, make: Any, role: str) -> None:
+    other = make("other (id bigserial PRIMARY KEY, title text, e vector(3))", ("title",))
+    grant(note, role, "writer", "SELECT", "INSERT", "UPDATE")
+    assert [b.table for b in catalog.all_bindings(note.connection)] == ["note"]
+    seal = (
+        "SELECT sbert.seal_v1(:id, 'f', NULL, jsonb_build_object('name', 'x', "
+        "'dimensions', 3, 'similarity', 'cosine'), decode(repeat('00', 12), 'hex'))"
+    )
+    compatible = (
+        "SELECT sbert.add_compatible_v1(:id, 'x', CAST('{}' AS jsonb), CAST('{}' AS jsonb))"
+    )
+    for statement in (seal, compatible):
+        denied(note, statement, id=other.id)
+    note.run(seal, id=note.id)
+    note.run(compatible, id=note.id)
+
+
+def test_a_reader_only_reads_what_is_its_own(note: Any, make: Any, role: str) -> None:
+    make("other (id bigserial PRIMARY KEY, title text, e vector(3))", ("title",))
+    for table in ("note", "other"):
+        note.run(
+            "INSERT INTO sbert.failure (binding_id, key, error) SELECT id, '[secret]', 'secret' "
+            "FROM sbert.binding WHERE relation = CAST(:t AS regclass)", t=table,
+        )  # fmt: skip
+    note.run("INSERT INTO sbert.vector_cache (fingerprint, digest, vector) VALUES ('f', '', '')")
+    grant(note, role, "reader", "SELECT")
+    assert note.run("SELECT table_name FROM sbert.status").scalars().all() == ["note"]
+    assert note.run("SELECT binding_id FROM sbert.failure").scalars().all() == [note.id]
+    denied(note, "SELECT * FROM sbert.vector_cache")
     with pytest.raises(CatalogError, match="may not do that"):
         catalog.seal(note.connection, note.binding, DeterministicEncoder(dimensions=3))
 
 
-def test_a_worker_works_off_marks(note: Any, role: str) -> None:
+def test_a_reader_without_any_table_sees_nothing(note: Any, role: str) -> None:
+    note.run("INSERT INTO sbert.failure (binding_id, key) VALUES (:id, '[1]')", id=note.id)
+    grant(note, role, "reader")
+    for table in ("binding", "status", "failure", "claim", "reader", "compatible_encoder"):
+        assert note.run(f"SELECT count(*) FROM sbert.{table}").scalar_one() == 0, table
+
+
+def test_a_worker_works_on_what_it_may_write(note: Any, make: Any, role: str) -> None:
+    other = make("other (id bigserial PRIMARY KEY, title text, e vector(3))", ("title",))
     note.run("INSERT INTO note (title) VALUES ('a')")
-    note.run("SELECT sbert.grant_v1(:r, 'worker')", r=role)
-    note.run(f"GRANT SELECT, UPDATE ON note TO {role}")
-    act_as(note.connection, role)
-    note.run("UPDATE sbert.pending SET lease_until = now(), claimed_by = 'w'")
-    note.attest(verified=True)
-    note.run("UPDATE note SET e = '[1,0,0]'")
-    note.run("DELETE FROM sbert.pending")
-    note.run("INSERT INTO sbert.backfill (column_id) VALUES (1)")
-    note.run("UPDATE sbert.embedding_column SET state = 'filling'")
-
-
-def test_a_binder_binds_its_own_tables_only(note: Any, role: str) -> None:
-    note.run("SELECT sbert.grant_v1(:r, 'binder')", r=role)
-    note.run(f"GRANT CREATE ON SCHEMA public TO {role}")
-    note.connection.commit()
-    act_as(note.connection, role)
-    declared, source = note.binding.declared, Source.of("title")
-    note.run("CREATE TABLE mine (id int PRIMARY KEY, title text, e vector(3))")
-    mine = catalog.bind(note.connection, ColumnIdentity(None, "mine", "e"), declared, source)
-    note.run("INSERT INTO mine VALUES (1, 'a', NULL)")
+    note.run("INSERT INTO sbert.failure (binding_id, key) VALUES (:id, '[1]')", id=other.id)
+    note.run("INSERT INTO sbert.vector_cache (fingerprint, digest, vector) VALUES ('f', '', '')")
+    grant(note, role, "worker", "SELECT", "UPDATE")
+    note.run("INSERT INTO sbert.claim VALUES (:id, 'w', '{}', now())", id=note.id)
+    note.run("INSERT INTO sbert.failure (binding_id, key) VALUES (:id, '[1]')", id=note.id)
+    note.run("UPDATE sbert.failure SET attempts = 3")
+    note.run("SELECT sbert.note_v1(:id, now(), CAST('{}' AS jsonb))", id=note.id)
+    note.run("SELECT sbert.set_state_v1(:id, 'active', 'filling')", id=note.id)
+    assert note.binding.caught_up_at is not None
+    assert note.run("DELETE FROM sbert.failure RETURNING binding_id").scalars().all() == [note.id]
+    # Its cached vectors are its own: nobody is given a vector that another role put there.
+    assert note.run("SELECT count(*) FROM sbert.vector_cache").scalar_one() == 0
+    note.run("INSERT INTO sbert.vector_cache (fingerprint, digest, vector) VALUES ('f', '', 'x')")
+    for statement in (
+        "INSERT INTO sbert.claim VALUES (:id, 'w', '{}', now())",
+        "INSERT INTO sbert.failure (binding_id, key) VALUES (:id, '[2]')",
+        "SELECT sbert.note_v1(:id, now())",
+        "SELECT sbert.set_state_v1(:id, 'active', 'filling')",
+    ):
+        denied(note, statement, id=other.id)
+    denied(
+        note,
+        "INSERT INTO sbert.vector_cache (role, fingerprint, digest, vector) "
+        "VALUES ('postgres', 'g', '', '')",
+    )
     act_as(note.connection, None)
-    owner = note.run(
-        "SELECT pg_get_userbyid(proowner) FROM pg_proc WHERE proname = :n",
-        n=f"updated_{mine.id}",
-    ).scalar_one()
-    assert owner == role, "the triggers have no more rights than who bound the column"
-    note.run("CREATE TABLE theirs (id int PRIMARY KEY, title text, e vector(3))")
-    act_as(note.connection, role)
-    with pytest.raises(CatalogError, match="has to own its table"), note.connection.begin_nested():
-        catalog.bind(note.connection, ColumnIdentity(None, "theirs", "e"), declared, source)
-    catalog.unbind(note.connection, ColumnIdentity(None, "mine", "e"))
+    assert note.run("SELECT attempts FROM sbert.failure").scalars().all() == [0]
 
 
-def test_a_trigger_function_cannot_be_borrowed(note: Any, role: str) -> None:
-    note.run("SELECT sbert.grant_v1(:r, 'binder')", r=role)
+@pytest.fixture
+def binder(note: Any, role: str) -> str:
+    """A role that binds its own tables, while the other tables are somebody else's."""
     note.run(f"GRANT CREATE ON SCHEMA public TO {role}")
-    act_as(note.connection, role)
-    note.run("CREATE TABLE trap (id int, title text, body text, e vector(3))")
-    with pytest.raises(sa.exc.ProgrammingError, match=r"permission denied for function sbert\.upd"):
+    grant(note, role, "binder")
+    return role
+
+
+def test_a_binder_binds_its_own_tables(note: Any, binder: str) -> None:
+    note.run("CREATE TABLE mine (id int PRIMARY KEY, title text, e vector(3))")
+    identity = ColumnIdentity(None, "mine", "e")
+    declared, source = EncoderSpec(name="deterministic", dimensions=3), Source.of("title")
+    mine = catalog.bind(note.connection, identity, declared, source)
+    assert catalog.bind(note.connection, identity, declared, source).id == mine.id
+    note.run("INSERT INTO mine (id, title) VALUES (1, 'a')")
+    assert type(note)(note.connection, "mine", mine.id).pending() == ["1"]
+    catalog.seal(note.connection, mine, DeterministicEncoder(dimensions=3))
+    note.run("ALTER TABLE mine RENAME title TO heading")
+    assert note.run("SELECT sbert.rename_v1('mine', 'title', 'heading')").scalar_one() == 1
+    assert catalog.health(note.connection, mine) == []
+    catalog.unbind(note.connection, identity)
+
+
+BIND = (
+    "SELECT sbert.{}({}'note', '{}', jsonb_build_object('name', 'd', 'dimensions', 3), "
+    "jsonb_build_object('columns', ARRAY['title']), NULL)"
+)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "UPDATE sbert.binding SET encoder_name = 'mine'",
+        "UPDATE sbert.binding SET state = 'replaced'",
+        "DELETE FROM sbert.binding",
+        "DELETE FROM sbert.encoder",
+        "INSERT INTO sbert.compatible_encoder VALUES (:id, 'x', '{}', '{}')",
+        "INSERT INTO sbert.failure (binding_id, key) VALUES (:id, '[1]')",
+        "SELECT sbert.unbind_v1('note', 'e')",
+        BIND.format("bind_v1", "", "e"),
+        BIND.format("record_v1", "", "e"),
+        "SELECT sbert.forget_v1(:id)",
+        "SELECT sbert.set_triggers_v1(:id)",
+        "SELECT sbert.set_companion_v1(:id)",
+        "SELECT sbert.rename_v1('note', 'title', 'body')",
+        "SELECT sbert.end_replacement_v1(:id)",
+        "SELECT sbert.resume_v1('note', 'e', 'e')",
+        "SELECT sbert.set_state_v1(:id, 'active', 'replaced')",
+        "SELECT sbert.note_v1(:id, now())",
+        "SELECT sbert.add_compatible_v1(:id, 'x', CAST('{}' AS jsonb), CAST('{}' AS jsonb))",
+        "SELECT sbert.require_same_v1(:id, NULL, NULL, NULL)",
+        "SELECT sbert.grant_v1('public', 'binder')",
+        "CREATE FUNCTION sbert.extra_v1() RETURNS int LANGUAGE sql AS 'SELECT 1'",
+        "CREATE FUNCTION sbert.fence_v1(text) RETURNS bool LANGUAGE sql AS 'SELECT true'",
+        "CREATE TABLE sbert.extra (x int)",
+        "CREATE TRIGGER t BEFORE UPDATE ON sbert.binding EXECUTE FUNCTION sbert.wake_v1()",
+        "ALTER TABLE sbert.binding DISABLE ROW LEVEL SECURITY",
+    ],
+)
+@pytest.mark.parametrize("setting", ["", "sbert.maintenance", "sbert.attested", "row_security"])
+def test_a_binder_reaches_nobody_elses_binding(
+    note: Any, binder: str, attack: str, setting: str
+) -> None:
+    """Whatever it sets: no setting is a right."""
+    identifier = note.id
+    act_as(note.connection, None)
+    before = note.run("SELECT * FROM sbert.binding").all()
+    note.connection.commit()
+    act_as(note.connection, binder)
+    if setting:
+        note.run("SELECT set_config(:s, 'on', true)", s=setting)
+    try:
+        with note.connection.begin_nested():
+            note.run(attack, **({"id": identifier} if ":id" in attack else {}))
+    except sa.exc.DBAPIError:
+        pass
+    act_as(note.connection, None)
+    assert note.run("SELECT * FROM sbert.binding").all() == before
+    for table in ("compatible_encoder", "encoder", "failure"):
+        assert note.run(f"SELECT count(*) FROM sbert.{table}").scalar_one() == 0
+    extra = "SELECT count(*) FROM pg_proc WHERE proname IN ('extra_v1', 'fence_v1')"
+    assert note.run(extra).scalar_one() == 1
+    assert catalog.health(note.connection, note.binding) == []
+
+
+def test_borrowed_triggers_do_no_harm(note: Any, binder: str) -> None:
+    """Anybody may put the two on a table of theirs: one wakes, the other refuses."""
+    note.run("CREATE TABLE trap (id int, title text, e vector(3))")
+    note.run(
+        "CREATE TRIGGER t AFTER INSERT ON trap FOR EACH ROW "
+        f"EXECUTE FUNCTION sbert.refuse_v1('{note.id}')"
+    )
+    with pytest.raises(sa.exc.DBAPIError), note.connection.begin_nested():
+        note.run("INSERT INTO trap VALUES (1)")
+    note.run("DROP TRIGGER t ON trap")
+    for argument in (str(uuid.uuid4()), "no id"):
         note.run(
-            "CREATE TRIGGER t AFTER UPDATE ON trap FOR EACH ROW "
-            f"EXECUTE FUNCTION sbert.updated_{note.binding.id}()"
+            "CREATE TRIGGER t AFTER INSERT ON trap FOR EACH ROW "
+            f"EXECUTE FUNCTION sbert.wake_v1('{argument}')"
         )
+        note.run("INSERT INTO trap VALUES (1)")
+        note.run("DROP TRIGGER t ON trap")
+
+
+def test_unbinding_anothers_column_is_refused_and_not_done_nothing(note: Any, binder: str) -> None:
+    """Its binding is hidden from the role, which must not read as a column that is not bound."""
+    for column in ("e", "title"):
+        denied(note, f"SELECT sbert.unbind_v1('note', '{column}')")
+
+
+def test_a_function_that_runs_as_its_owner_asks_for_the_callers_rights(
+    note: Any, binder: str, connection: Connection
+) -> None:
+    """Also through a function of the application's own, and by whoever is logged in."""
+    note.run(
+        "CREATE FUNCTION public.helper(id uuid) RETURNS void LANGUAGE sql SECURITY DEFINER AS "
+        "'SELECT sbert.forget_v1(id)'"
+    )
+    denied(note, "SELECT public.helper(:id)", id=note.id)
 
 
 def test_a_search_path_of_the_writer_does_not_matter(note: Any, role: str) -> None:
     """A schema before pg_catalog, with functions and operators that lie."""
     note.run("CREATE SCHEMA evil")
-    note.run("CREATE FUNCTION evil.strpos(text, text) RETURNS int LANGUAGE sql AS 'SELECT 1'")
+    note.run("CREATE FUNCTION evil.substr(text, int, int) RETURNS text LANGUAGE sql AS 'SELECT $1'")
     note.run("CREATE FUNCTION evil.lies(text, text) RETURNS bool LANGUAGE sql AS 'SELECT true'")
     note.run("CREATE OPERATOR evil.= (leftarg = text, rightarg = text, function = evil.lies)")
     note.run(f"GRANT USAGE ON SCHEMA evil TO {role}")
@@ -146,15 +292,16 @@ def test_a_search_path_of_the_writer_does_not_matter(note: Any, role: str) -> No
     note.run("INSERT INTO note (title) VALUES ('a')")
     note.run("UPDATE note SET title = 'b'")
     with (
-        pytest.raises(sa.exc.DBAPIError, match="has not been held against it"),
+        pytest.raises(sa.exc.DBAPIError, match="nothing proves that"),
         note.connection.begin_nested(),
     ):
         note.run("UPDATE note SET e = '[1,0,0]'")
     act_as(note.connection, None)
+    note.run("SET LOCAL search_path = public")
     assert note.pending() == ["1"]
 
 
-def test_row_level_security_hides_nothing_from_the_triggers(note: Any, role: str) -> None:
+def test_row_level_security_hides_nothing_from_the_rows_themselves(note: Any, role: str) -> None:
     note.run("ALTER TABLE note ENABLE ROW LEVEL SECURITY")
     note.run(f"CREATE POLICY own ON note TO {role} USING (title = 'mine') WITH CHECK (true)")
     note.run(f"GRANT SELECT, INSERT, UPDATE, DELETE ON note TO {role}")
@@ -182,12 +329,12 @@ def test_an_owner_without_superuser_installs_and_uses_everything(
         connection.execute(sa.text("CREATE TABLE n (id int PRIMARY KEY, t text, e vector(3))"))
         identity = ColumnIdentity(None, "n", "e")
         spec = EncoderSpec(name="deterministic", dimensions=3)
-        binding = catalog.bind(connection, identity, spec, Source.of("t"), mark_pending=True)
+        binding = catalog.bind(connection, identity, spec, Source.of("t"))
         catalog.seal(connection, binding, DeterministicEncoder(dimensions=3))
-        connection.execute(sa.text("INSERT INTO n VALUES (1, 'a', NULL)"))
-        catalog.attest(connection, binding)
-        connection.execute(sa.text("UPDATE n SET t = 'b', e = '[1,0,0]'"))
-        assert connection.execute(sa.text("SELECT count(*) FROM sbert.pending")).scalar_one() == 0
+        connection.execute(sa.text("INSERT INTO n (id, t) VALUES (1, 'a')"))
+        n = binding.clause()
+        assert connection.scalars(sa.select(n.c.id).where(binding.is_stale(n))).all() == [1]
+        assert catalog.health(connection, binding) == []
         catalog.unbind(connection, identity)
         catalog.downgrade(connection, "base")
         assert catalog.current(connection) is None

@@ -5,39 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from command_line import process, sbert_pg
+
+from sbert_pg import Embedding, bind, load
+from sbert_pg.cli import app
 
 ROOT = Path(__file__).parents[2]
-
-
-def sbert_pg(
-    *arguments: str, url: sa.URL | None = None, stdin: str | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end."""
-    return subprocess.run(
-        [sys.executable, "-m", "sbert_pg.cli.app", *arguments],
-        env=environment(url),
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
-def environment(url: sa.URL | None) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if key != "DATABASE_URL"}
-    kept["COLUMNS"] = "200"
-    if url is not None:
-        kept["SBERT_PG_DATABASE_URL"] = url.render_as_string(hide_password=False)
-    return kept
 
 
 @pytest.fixture
@@ -52,12 +31,19 @@ def articles(tmp_path: Path) -> Path:
     return path
 
 
+def as_process(*arguments: str, url: sa.URL | None = None) -> tuple[int, str, str]:
+    """Exit code, output and errors of a process."""
+    running = process(*arguments, url=url)
+    stdout, stderr = running.communicate(timeout=120)
+    return running.returncode, stdout, stderr
+
+
 def test_help_teaches() -> None:
-    result = sbert_pg("--help")
-    assert result.returncode == 0
+    code, stdout, _ = as_process("--help")
+    assert code == 0
     for command in ("demo", "init", "migrate", "load", "search", "status", "encoder"):
-        assert command in result.stdout
-    assert "Exit codes" in result.stdout
+        assert command in stdout
+    assert "Exit codes" in stdout
 
 
 def commands(*prefix: str) -> list[tuple[str, ...]]:
@@ -79,6 +65,23 @@ def commands(*prefix: str) -> list[tuple[str, ...]]:
 
     visit(root, prefix)
     return found
+
+
+def test_the_command_line_stays_small() -> None:
+    """A command or an option more is a decision: it costs every reader of the help."""
+    import typer
+
+    from sbert_pg.cli.app import build_app
+
+    root: Any = typer.main.get_command(build_app())
+    options = 0
+    for path in commands():
+        command = root
+        for name in path:
+            command = command.commands[name]
+        options += sum(p.param_type_name == "option" for p in command.params)
+    assert len(commands()) <= 34
+    assert options <= 179
 
 
 @pytest.mark.parametrize("path", commands(), ids=" ".join)
@@ -130,6 +133,66 @@ def test_load_and_search(database_url: sa.URL, articles: Path, minilm: Any) -> N
     assert line.split("│")[3].strip() == "4", "rows are counted"
 
 
+def test_a_column_is_named_the_same_way_everywhere(database_url: sa.URL, minilm: Any) -> None:
+    """By its table while that is enough; with its schema or column where it is not."""
+    from sbert_pg.cli.target import resolve
+    from sbert_pg.errors import DeclarationError
+
+    engine = sa.create_engine(database_url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE SCHEMA other")
+        for schema, columns in (("public", ("a",)), ("other", ("a", "b.c"))):
+            metadata = sa.MetaData()
+            table = sa.Table(
+                "note",
+                metadata,
+                sa.Column("id", sa.Integer, primary_key=True),
+                sa.Column("title", sa.Text),
+                *(sa.Column(name, Embedding("all-MiniLM-L6-v2", "title")) for name in columns),
+                schema=None if schema == "public" else schema,
+            )
+            metadata.create_all(connection)
+            for name in columns:
+                bind(connection, table.c[name])
+        for name, column in {
+            "note": "public.note.a",
+            "note.a": "public.note.a",
+            "public.note": "public.note.a",
+            "other.note.a": "other.note.a",
+            "other.note.b.c": "other.note.b.c",
+            "note.b.c": "other.note.b.c",
+        }.items():
+            target = resolve(connection, name)
+            assert str(target.binding) == column, name
+            assert isinstance(target.column.type, Embedding)
+        with pytest.raises(DeclarationError, match=r"several.*other.note.a, other.note.b.c"):
+            resolve(connection, "other.note")
+        with pytest.raises(DeclarationError, match=r"no embedding column.*public.note.a"):
+            resolve(connection, "NOTE")
+    engine.dispose()
+
+
+def test_wide_tables_are_readable(database_url: sa.URL, minilm: Any) -> None:
+    engine = sa.create_engine(database_url)
+    metadata = sa.MetaData()
+    table = sa.Table(
+        "wide",
+        metadata,
+        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("title", sa.Text),
+        *(sa.Column(f"detail_{n}", sa.Text, default=f"value {n} of this row") for n in range(24)),
+        sa.Column("embedding", Embedding("all-MiniLM-L6-v2", "title")),
+    )
+    with engine.begin() as connection:
+        metadata.create_all(connection)
+        bind(connection, table.c.embedding)
+        load(connection, table, [{"id": 1, "title": "Refunds [and] returns"}])
+    shown = sbert_pg("search", "wide", "money back", url=database_url).stdout
+    assert "value 17 of this row" in shown
+    assert "Refunds [and] returns" in shown
+    engine.dispose()
+
+
 def test_a_bad_row_leaves_nothing(database_url: sa.URL, tmp_path: Path, minilm: Any) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text('{"title": "fine"}\nnot json\n')
@@ -144,7 +207,7 @@ def test_a_bad_row_leaves_nothing(database_url: sa.URL, tmp_path: Path, minilm: 
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["search", "nowhere", "x"], 1, "no table"),
+        (["search", "nowhere", "x"], 1, "is no embedding column"),
         (["load", "missing.csv", "-t", "a"], 1, "missing.csv"),
         (["search"], 2, "Missing argument"),
         (["no-such-command"], 2, "No such command"),
@@ -161,9 +224,9 @@ def test_exit_codes(database_url: sa.URL, arguments: list[str], code: int, words
 
 def test_unreachable_database() -> None:
     url = sa.make_url("postgresql+psycopg://nobody@127.0.0.1:9/none?connect_timeout=2")
-    result = sbert_pg("status", url=url)
-    assert result.returncode == 3
-    assert "Traceback" not in result.stderr
+    code, _, stderr = as_process("status", url=url)
+    assert code == 3
+    assert "Traceback" not in stderr
 
 
 def test_not_postgres() -> None:
@@ -187,21 +250,11 @@ def test_interrupt_leaves_nothing_half_done(
 ) -> None:
     path = tmp_path / "many.jsonl"
     with path.open("w") as file:
-        for number in range(50_000):
+        for number in range(20_000):
             file.write(json.dumps({"title": f"article number {number} about things"}) + "\n")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sbert_pg.cli.app", "load", str(path), "-t", "many", "--create",
-         "-s", "title"],
-        env=environment(database_url),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell's background jobs ignore SIGINT, and their children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    running = process("load", str(path), "-t", "many", "--create", "-s", "title", url=database_url)
     engine = sa.create_engine(database_url)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
+    while running.poll() is None:
         with engine.connect() as connection:
             busy = connection.execute(
                 sa.text("SELECT count(*) FROM pg_stat_progress_copy")
@@ -210,10 +263,10 @@ def test_interrupt_leaves_nothing_half_done(
             break
         time.sleep(0.02)
     else:
-        pytest.fail("the load never began to write")
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
+        pytest.fail("the load ended before it was seen to write")
+    running.send_signal(signal.SIGINT)
+    _, stderr = running.communicate(timeout=300)
+    assert running.returncode == 130, stderr
     assert "Traceback" not in stderr
     assert not sa.inspect(engine).has_table("many")
     engine.dispose()
@@ -228,9 +281,24 @@ def test_demo_twice(tmp_path: Path, minilm: Any) -> None:
     assert first.returncode == 0, first.stderr
     names = [row["function"] for row in json.loads(first.stdout)[0]["answers"]]
     assert any(name.startswith("difflib.") or name.startswith("filecmp.") for name in names)
-    started = time.monotonic()
     second = sbert_pg(*arguments, "--json")
     assert second.returncode == 0, second.stderr
     assert json.loads(second.stdout)[0]["answers"] == json.loads(first.stdout)[0]["answers"]
     assert "Embedding" not in second.stderr
-    assert time.monotonic() - started < 60
+
+
+def test_an_interrupt_in_a_copy_is_no_error_of_the_database(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The connection cannot even be rolled back then, and that is what comes out at last."""
+
+    def interrupted(**_: Any) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            words = "another command is already in progress"
+            raise sa.exc.OperationalError("ROLLBACK", {}, Exception(words))  # noqa: B904
+
+    monkeypatch.setattr(app, "build_app", lambda: interrupted)
+    assert app.run([]) == 130
+    assert "Interrupted" in capsys.readouterr().err

@@ -1,10 +1,9 @@
-"""``sbert-pg reembed`` and ``adopt`` as processes: reports, exit codes, interruption, resuming."""
+"""``sbert-pg reembed``, ``backfill`` and ``adopt``: reports, exit codes, interruption, resuming."""
 
 from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,21 +14,21 @@ import numpy as np
 import psycopg
 import pytest
 import sqlalchemy as sa
+from command_line import process, sbert_pg
 
 from sbert_pg import catalog
+from sbert_pg.digest import digest
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
 from sbert_pg.testing import DeterministicEncoder
-from sbert_pg.types.guard import ColumnIdentity
-from sbert_pg.types.wire import from_text
-
-from .test_commands import environment
+from sbert_pg.types.identity import ColumnIdentity
+from sbert_pg.types.wire import from_text, to_text, to_wire
 
 OLD = DeterministicEncoder("old", 32)
 NEW = DeterministicEncoder("new", 32, salt="new")
 ROWS = 400
 #: Every command that may encode has to know the encoders.
-KNOWN = ("--import", "child_spaces")
+KNOWN = ("--app", "child_spaces")
 CHANGE = ("--to", "embedding_new", "--encoder", "new")
 
 
@@ -43,28 +42,22 @@ HOW = pytest.mark.parametrize(
 )
 
 
-def start_command(*arguments: str, url: sa.URL, delay: float = 0.0) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "sbert_pg.cli.app", *arguments],
-        env={
-            **environment(url),
-            "PYTHONPATH": str(Path(__file__).parent),
-            "SBERT_PG_TEST_DELAY": str(delay),
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@pytest.fixture(autouse=True)
+def application(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The application's modules can be imported, as from its own directory, and are not yet."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    yield
+    for name in ("child_spaces", "shop_models"):
+        sys.modules.pop(name, None)
 
 
 def command(*arguments: str, url: sa.URL, rc: int = 0) -> str:
     """Run a command to its end; its output."""
-    process = start_command(*arguments, url=url)
-    stdout, stderr = process.communicate(timeout=180)
-    assert process.returncode == rc, stderr
-    assert "Traceback" not in stderr
-    assert "\x1b" not in stdout + stderr, "bars and colours are for terminals"
-    return stdout if rc == 0 else stdout + stderr
+    sys.modules.pop("child_spaces", None)
+    result = sbert_pg(*arguments, url=url)
+    assert result.returncode == rc, result.stderr
+    assert "\x1b" not in result.stdout + result.stderr, "bars and colours are for terminals"
+    return result.stdout if rc == 0 else result.stdout + result.stderr
 
 
 @pytest.fixture
@@ -88,15 +81,17 @@ def note(engine: sa.Engine, plain: psycopg.Connection) -> str:
     with plain.cursor() as cursor:
         bodies = [f"stone {i % 17} river {i}" for i in range(ROWS)]
         vectors = OLD.encode_document(bodies)
-        plain.execute("SET session_replication_role = replica")
         cursor.executemany(
-            "INSERT INTO note VALUES (%s, %s, %s, %s::text::vector)",
+            "INSERT INTO note (id, lang, body, embedding, embedding_of) "
+            "VALUES (%s, %s, %s, %s::text::vector, %s)",
             [
-                (i, "de" if i % 4 else "en", body, str([float(x) for x in vector]))
+                (
+                    i, "de" if i % 4 else "en", body, to_text(vector),
+                    digest(binding.id, body, to_wire(vector, "vector"), "vector"),
+                )
                 for i, (body, vector) in enumerate(zip(bodies, vectors, strict=True))
             ],
-        )
-        plain.execute("SET session_replication_role = origin")
+        )  # fmt: skip
     plain.execute("CREATE INDEX ix_note_embedding ON note USING hnsw (embedding vector_cosine_ops)")
     return "note"
 
@@ -139,17 +134,19 @@ def index_state(plain: psycopg.Connection) -> Any:
 def test_step_by_step(note, plain, database_url, tmp_path):
     url = database_url
     planned = json.loads(
-        command("reembed", "plan", "note.embedding", *CHANGE, *KNOWN, "--json", url=url)
+        command("reembed", "begin", "note", *CHANGE, *KNOWN, "--dry-run", "--json", url=url)
     )
     assert (planned["need"], planned["rows"]) == ("re-embedding", ROWS)
     assert not exists(plain, "embedding_new")
-    command("reembed", "start", "note.embedding", *CHANGE, *KNOWN, url=url)
+    command("reembed", "begin", "note", *CHANGE, *KNOWN, url=url)
     assert exists(plain, "embedding_new")
     said = command("reembed", "status", "--check", url=url, rc=1)
-    assert f"{ROWS} rows to go" in said
-    assert "400 of 400" in command("reembed", "finish", "note.embedding_new", url=url, rc=1)
-    command("backfill", "note.embedding_new", *KNOWN, url=url)
-    command("reembed", "index", "note.embedding_new", url=url)
+    assert f"{ROWS} of {ROWS} rows to go" in said
+    assert "400 rows have no vector yet" in command("reembed", "finish", "note", url=url, rc=1)
+    first = json.loads(command("backfill", "note.embedding_new", *KNOWN, "--json", url=url))
+    assert (first["rows"], first["complete"]) == (ROWS, True)
+    again = json.loads(command("backfill", "note", *KNOWN, "--json", url=url))
+    assert (again["rows"], again["indexes"]) == (0, ["ix_note_embedding_new"])
     queries = tmp_path / "labelled.jsonl"
     queries.write_text(
         json.dumps({"query": "stone 7 river 24", "relevant": ["24"]})
@@ -159,21 +156,23 @@ def test_step_by_step(note, plain, database_url, tmp_path):
     measured = json.loads(
         command(
             "reembed", "verify", "note.embedding_new", *KNOWN, "--where", "lang = 'en'",
-            "--queries", str(queries), "--sample", "40", "--json", url=url,
+            "--queries", str(queries), "--json", url=url,
         )
     )  # fmt: skip
     assert measured["passed"] is True
     assert [r["filter"] for r in measured["recalls"]] == [None, "lang = 'en'"]
     assert measured["recalls"][1]["selectivity"] == 0.25
     assert [q["queries"] for q in measured["quality"]] == [2, 2]
+    thresholds = tmp_path / "thresholds.json"
+    thresholds.write_text(json.dumps({"overlap": 1}))
     missed = command(
-        "reembed", "verify", "note.embedding", *KNOWN, "--min-overlap", "1", "--sample", "20",
+        "reembed", "verify", "note.embedding", *KNOWN, "--thresholds", str(thresholds),
         url=url, rc=1,
     )  # fmt: skip
     assert "FAILED     overlap@10" in missed
     (state,) = json.loads(command("reembed", "status", "--json", "--check", url=url))
     assert state["state"] == "ready"
-    assert state["facts"]["coverage"]["share"] == 1
+    assert state["coverage"]["share"] == 1
     command("reembed", "finish", "note.embedding_new", "--quiet", "0", url=url)
     assert not exists(plain, "embedding")
     assert_right(plain)
@@ -181,15 +180,14 @@ def test_step_by_step(note, plain, database_url, tmp_path):
 
 @pytest.mark.slow
 def test_abort(note, plain, database_url):
-    command("reembed", "start", "note.embedding", *CHANGE, *KNOWN, url=database_url)
+    command("reembed", "begin", "note.embedding", *CHANGE, *KNOWN, url=database_url)
     command("reembed", "abort", "note.embedding_new", url=database_url)
     assert not exists(plain, "embedding_new")
-    again = command("reembed", "abort", "note.embedding_new", "--json", url=database_url)
-    assert json.loads(again)["done"] is False
+    command("reembed", "abort", "note.embedding_new", url=database_url)
 
 
 def test_what_is_wrong_is_said(note, plain, database_url, tmp_path):
-    said = command("reembed", "start", "note.embedding", url=database_url, rc=1)
+    said = command("reembed", "begin", "note.embedding", url=database_url, rc=1)
     assert "--to NEW_COLUMN" in said
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"query": "x"}\n')
@@ -200,42 +198,46 @@ def test_what_is_wrong_is_said(note, plain, database_url, tmp_path):
     command("reembed", "verify", "note.embedding", "--queries", "nowhere", url=database_url, rc=2)
 
 
-class TestRun:
-    """All in one command."""
+class TestBackfill:
+    """Vectors and index in one command, and again."""
 
-    RUN = ("reembed", "run", "note.embedding", *CHANGE, *KNOWN, "--lease", "1")
+    FILL = ("backfill", "note", *KNOWN)
+
+    @pytest.fixture(autouse=True)
+    def begun(self, note, database_url):
+        command("reembed", "begin", "note", *CHANGE, *KNOWN, url=database_url)
 
     def test_once_and_again(self, note, plain, database_url):
         plain.execute("UPDATE note SET body = 'written as psql does' WHERE id = 5")
-        first = json.loads(command(*self.RUN, "--json", url=database_url))
-        assert (first["way"], first["rows"], first["finished"]) == ("encoded", ROWS, False)
+        first = json.loads(command(*self.FILL, "--json", url=database_url))
+        assert (first["rows"], first["computed"], first["complete"]) == (ROWS, 0, True)
         assert first["indexes"] == ["ix_note_embedding_new"]
-        assert first["verification"]["passed"] is True
+        command("reembed", "verify", "note", *KNOWN, url=database_url)
         assert exists(plain, "embedding")
-        again = json.loads(
-            command(
-                "reembed", "run", "note.embedding_new", *KNOWN, "--finish", "--quiet", "0",
-                "--json", url=database_url,
-            )
-        )  # fmt: skip
-        assert (again["rows"], again["finished"]) == (0, True)
+        again = json.loads(command(*self.FILL, "--json", url=database_url))
+        assert again["rows"] == 0
+        command("reembed", "finish", "note", "--quiet", "0", url=database_url)
         assert not exists(plain, "embedding")
         assert_right(plain)
-        over = json.loads(command(*self.RUN, "--finish", "--json", url=database_url))
-        assert (over["rows"], over["finished"]) == (0, True)
+        # The old column's row, and nothing else, was pending all along; the new one is as alone.
+        over = json.loads(command(*self.FILL, "--json", url=database_url))
+        assert (over["rows"], over["complete"]) == (0, True)
+        command("reembed", "finish", "note", url=database_url)
 
     @HOW
     def test_ended_while_it_encodes(self, note, plain, database_url, how):
-        process = start_command(*self.RUN, "--batch-size", "16", url=database_url, delay=0.005)
+        running = process(
+            *self.FILL, "--set", "batch_size=16", url=database_url, SBERT_PG_TEST_DELAY="0.005"
+        )
         wait_for(lambda: exists(plain, "embedding_new") and filled(plain) > 0)
-        process.send_signal(how)
-        _, stderr = process.communicate(timeout=60)
+        running.send_signal(how)
+        _, stderr = running.communicate(timeout=60)
         if how is signal.SIGINT:
-            assert process.returncode == 130, stderr
+            assert running.returncode == 130, stderr
             assert "run the same command again" in " ".join(stderr.split())
             assert "Traceback" not in stderr
         assert 0 < filled(plain) < ROWS
-        assert json.loads(command(*self.RUN, "--json", url=database_url))["verification"]["passed"]
+        assert json.loads(command(*self.FILL, "--json", url=database_url))["complete"]
         assert_right(plain)
 
     @HOW
@@ -245,39 +247,40 @@ class TestRun:
         with psycopg.connect(dsn) as other:
             other.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
             other.execute("SELECT count(*) FROM pg_class")
-            process = start_command(*self.RUN, url=database_url)
+            running = process(*self.FILL, url=database_url)
             wait_for(lambda: index_state(plain) is not None)
-            process.send_signal(how)
-            _, stderr = process.communicate(timeout=60)
-            assert process.returncode == (130 if how is signal.SIGINT else -signal.SIGKILL), stderr
+            running.send_signal(how)
+            _, stderr = running.communicate(timeout=60)
+            assert running.returncode == (130 if how is signal.SIGINT else -signal.SIGKILL), stderr
             assert "Traceback" not in stderr
             assert filled(plain) == ROWS
             # Nothing is left of a build that was called off; one whose client was killed goes on.
             assert (index_state(plain) is None) == (how is signal.SIGINT)
             other.rollback()
-        done = json.loads(command(*self.RUN, "--json", url=database_url))
+        done = json.loads(command(*self.FILL, "--json", url=database_url))
         assert done["indexes"] == ["ix_note_embedding_new"]
         assert index_state(plain) == (True,)
 
-    def test_the_same_space_is_refused_with_the_way_out(self, note, plain, database_url):
-        asked = ("reembed", "run", "note.embedding", "--to", "other", "-e", "old-twin", *KNOWN)
-        assert "sbert-pg reembed rebind" in command(*asked, url=database_url, rc=1)
-        assert not exists(plain, "other")
-        said = command(
-            "reembed", "rebind", "note.embedding", "-e", "old-twin", *KNOWN, "--json",
-            url=database_url,
-        )  # fmt: skip
-        assert json.loads(said)["mean"] > 0.99
-        assert plain.execute("SELECT count(*) FROM sbert.compatible_encoder").fetchone() == (1,)
 
-    @pytest.mark.slow
-    def test_halfvec_is_computed(self, note, plain, database_url):
-        asked = ("note.embedding", "--to", "half", "--storage", "halfvec", *KNOWN, "--json")
-        copied = json.loads(command("reembed", "retype", *asked, url=database_url))
-        assert (copied["copied"], copied["left"]) == (ROWS, 0)
-        done = json.loads(command("reembed", "run", *asked, url=database_url))
-        assert (done["way"], done["rows"]) == ("computed", 0)
-        assert done["verification"]["passed"] is True
+def test_the_same_space_is_refused_with_the_way_out(note, plain, database_url):
+    asked = ("reembed", "begin", "note", "--to", "other", "-e", "old-twin", *KNOWN)
+    assert "Leave --to out" in command(*asked, url=database_url, rc=1)
+    assert not exists(plain, "other")
+    said = command("reembed", "begin", "note", "-e", "old-twin", *KNOWN, "--json", url=database_url)
+    assert json.loads(said)["mean_cosine"] > 0.99
+    assert plain.execute("SELECT count(*) FROM sbert.compatible_encoder").fetchone() == (1,)
+    refused = command("reembed", "begin", "note", "-e", "new", *KNOWN, url=database_url, rc=1)
+    assert "EncoderMismatchError" in refused
+
+
+@pytest.mark.slow
+def test_halfvec_is_computed(note, plain, database_url):
+    command(
+        "reembed", "begin", "note", "--to", "half", "--storage", "halfvec", *KNOWN, url=database_url
+    )
+    done = json.loads(command("backfill", "note", *KNOWN, "--json", url=database_url))
+    assert (done["computed"], done["rows"]) == (ROWS, 0)
+    command("reembed", "verify", "note", *KNOWN, url=database_url)
 
 
 def test_adopt(note, plain, engine, database_url):
@@ -286,20 +289,24 @@ def test_adopt(note, plain, engine, database_url):
     wrong = command("adopt", "note.embedding", "-e", "new", *KNOWN, url=database_url, rc=1)
     assert "not proven" in wrong
     plain.execute("UPDATE note SET body = 'changed behind its back' WHERE id = 3")
-    asked = ("adopt", "note.embedding", "-e", "new", "-e", "old", *KNOWN, "--sample", str(ROWS))
-    proof = json.loads(command(*asked, "--check", "--json", url=database_url))
+    asked = ("adopt", "note.embedding", "-e", "new", "-e", "old", *KNOWN)
+    proof = json.loads(command(*asked, "--dry-run", "--json", url=database_url))
     assert (proof["proven"], proof["adopted"]) == (True, False)
-    assert proof["best"]["doubtful"] == ["3"]
+    assert proof["best"]["doubtful"] in ([], ["3"])
     said = command(*asked, url=database_url)
-    assert "embedding = embedding_column('old', source='body', nullable=True)" in said
-    assert plain.execute("SELECT key FROM sbert.pending").fetchall() == [("3",)]
+    assert (
+        "embedding = embedding_column('old', dimensions=32, source='body', nullable=True)" in said
+    )
+    status = json.loads(command("status", "--json", url=database_url))
+    assert "note" in json.dumps(status)
     assert "already" in command(*asked, url=database_url, rc=1)
 
 
-def test_ready(note, plain, engine, database_url, tmp_path, monkeypatch):
+def test_the_check_before_the_switch(note, plain, engine, database_url, tmp_path, monkeypatch):
     """The start-up check, as the entry point of a container would make it."""
     module = tmp_path / "shop_models.py"
     module.write_text(
+        "import child_spaces\n"
         "from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column\n"
         "from sbert_pg import embedding_column, hnsw_index\n"
         "class Base(DeclarativeBase):\n    pass\n"
@@ -312,10 +319,11 @@ def test_ready(note, plain, engine, database_url, tmp_path, monkeypatch):
         "    embedding_new = embedding_column('new', dimensions=32, source='body',\n"
         "                                     nullable=True, replaces='embedding')\n"
     )
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
     app = ("--app", "shop_models:Base")
-    assert "not bound" in command("reembed", "ready", *app, url=database_url, rc=1)
-    command("reembed", "start", "note.embedding_new", *app, url=database_url)
-    assert "lacks the vectors of 400" in command("reembed", "ready", *app, url=database_url, rc=1)
-    command("reembed", "run", "note.embedding_new", *app, *KNOWN, url=database_url)
-    command("reembed", "ready", *app, url=database_url)
+    check = ("reembed", "status", *app, "--check")
+    assert "not bound" in command(*check, url=database_url, rc=1)
+    command("reembed", "begin", "note.embedding_new", *app, url=database_url)
+    assert "400 rows have no vector yet" in command(*check, url=database_url, rc=1)
+    command("backfill", "note.embedding_new", *app, url=database_url)
+    command(*check, url=database_url)

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from sbert_pg import clustering as cl
-from sbert_pg.clustering.communities import find_communities
+from sbert_pg.clustering.algorithms import find_communities
 from sbert_pg.clustering.kmeans import normalize
 from sbert_pg.errors import ClusteringError, DeclarationError
 from sbert_pg.search import nearest
@@ -129,7 +129,7 @@ def test_what_is_refused(engine: sa.Engine, app: Any) -> None:
             list(cl.duplicate_pairs(connection, app.row.embedding, method="index"))
         with pytest.raises(DeclarationError, match="between -1 and 1"):
             cl.duplicate_pairs(connection, app.row.embedding, threshold=90)
-        with pytest.raises(DeclarationError, match="no vector column"):
+        with pytest.raises(DeclarationError, match="not a vector column"):
             cl.duplicate_pairs(connection, app.row.title)
         with pytest.raises(DeclarationError, match="'exact' or 'index'"):
             cl.duplicate_pairs(connection, app.row.embedding, method="magic")  # type: ignore[arg-type]
@@ -152,13 +152,13 @@ def test_communities_are_those_of_sentence_transformers() -> None:
 
 
 def test_the_index_is_used(engine: sa.Engine, app: Any) -> None:
-    from sbert_pg.clustering.duplicates import Target
+    from sbert_pg.clustering.duplicates import _index_statement, rows_of
 
     app.fill(engine, rows_with_duplicates())
     with engine.begin() as connection:
         connection.execute(sa.text("SET LOCAL enable_seqscan = off"))
-        target = Target.of(app.row.embedding, 0.9, None)
-        statement = target.index_pairs(5).compile(
+        rows = rows_of(app.row.embedding)
+        statement = _index_statement(rows, rows, 0.9, 5).compile(
             dialect=connection.dialect, compile_kwargs={"literal_binds": True}
         )
         plan = connection.exec_driver_sql(f"EXPLAIN {statement}".replace("%%", "%"))

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sbert_pg.clustering.algorithms import HDBSCAN, Communities, KMeans
-from sbert_pg.clustering.fitting import fit_in_memory
+from sbert_pg.clustering.algorithms import HDBSCAN, Communities, KMeans, fit_in_memory
 from sbert_pg.clustering.kmeans import fit_kmeans, normalize
 
 cluster = pytest.importorskip("sklearn.cluster")

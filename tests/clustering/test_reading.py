@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import sqlalchemy as sa
+from command_line import Result, sbert_pg
 
 from sbert_pg import catalog, registry
 from sbert_pg import clustering as cl
+from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.clustering.mapping import project
 from sbert_pg.errors import ClusteringError, DeclarationError
 from sbert_pg.indexes import hnsw_index
-from sbert_pg.types import Embedding
 
 helpers = sys.modules["clustering_app"]
 blobs, numbers_of = helpers.blobs, helpers.numbers_of
@@ -104,16 +104,8 @@ def test_projections_that_do_not_exist() -> None:
     assert (points.tolist(), name) == ([[0.0, 0.0]], "principal components")
 
 
-def command(engine: sa.Engine, *arguments: str) -> subprocess.CompletedProcess[str]:
-    url = engine.url.render_as_string(hide_password=False)
-    name, *rest = arguments
-    split = [name] if name == "duplicates" else [name, rest.pop(0)]
-    return subprocess.run(
-        [sys.executable, "-m", "sbert_pg.cli.app", *split, *rest, "--database", url],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def command(engine: sa.Engine, *arguments: str) -> Result:
+    return sbert_pg(*arguments, url=engine.url)
 
 
 def test_the_commands(engine: sa.Engine, tmp_path: Path, fake_encoder: Any) -> None:
@@ -158,7 +150,10 @@ def test_the_commands(engine: sa.Engine, tmp_path: Path, fake_encoder: Any) -> N
     drawn = command(engine, "cluster", "map", "note", str(page), "--projection", "pca")
     assert drawn.returncode == 0, drawn.stderr
     assert "rain storm clouds" in page.read_text()
-    assert "CREATE OR REPLACE VIEW" in command(engine, "cluster", "views", "note").stdout
+    again = command(engine, "cluster", "run", "note.embedding", "-k", "3", "--keep", "0", "--json")
+    assert again.returncode == 0, again.stderr
+    (only,) = json.loads(command(engine, "cluster", "show", "note", "--runs", "--json").stdout)
+    assert only["id"] == json.loads(again.stdout)["run"]["id"]
     pairs = json.loads(
         command(engine, "duplicates", "note", "--threshold", "0.999", "--json").stdout
     )
@@ -177,9 +172,9 @@ def test_the_commands(engine: sa.Engine, tmp_path: Path, fake_encoder: Any) -> N
         (p["a"], p["b"]) for p in pairs
     )
     assert "Recall of the index, on a sample of rows: 100.0%" in found.stderr
-    # Rows come in twenties that share all words but one: three neighbours do not reach them.
-    few = command(engine, *by_index[:2], "--method", "index", "--neighbours", "3",
-                  "--threshold", "0.1", "--groups")  # fmt: skip
+    # Every two rows are a pair now: twenty neighbours do not reach the other 59.
+    few = command(engine, *by_index[:2], "--method", "index", "--threshold", "-1",
+                  "--groups", "chained")  # fmt: skip
     recall = re.search(r"Recall of the index, on a sample of rows: ([\d.]+)%", few.stderr)
     assert recall is not None, few.stderr
     assert float(recall[1]) < 60

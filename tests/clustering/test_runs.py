@@ -28,7 +28,7 @@ same_partition = helpers.same_partition
 EVERY = [
     cl.KMeans(5),
     cl.KMeans(5, method="database"),
-    cl.KMeans(5, method="mini-batch"),
+    cl.KMeans(5, method="blocks"),
     cl.HDBSCAN(min_cluster_size=10, components=None),
     cl.Communities(threshold=0.7, min_size=10),
     cl.Agglomerative(distance_threshold=0.5),
@@ -158,7 +158,7 @@ def test_k_means_in_the_database_gives_what_it_gives_on_the_client(
     ],
     ids=["uuid", "text", "smallint"],
 )
-@pytest.mark.parametrize("method", ["memory", "database", "mini-batch"])
+@pytest.mark.parametrize("method", ["memory", "database", "blocks"])
 def test_keys_of_any_type(engine: sa.Engine, key: Any, make: Any, method: Any) -> None:
     app = make_app(key=key)
     vectors, truth = blobs(100)
@@ -225,13 +225,13 @@ def test_rows_without_a_vector_and_zero_vectors_take_no_part(engine: sa.Engine, 
     rows[3] = None
     rows[4] = np.zeros(helpers.DIMENSIONS)
     app.fill(engine, rows)
-    for method in ("memory", "database", "mini-batch"):
+    for method in ("memory", "database", "blocks"):
         run = cl.cluster(engine, app.topics, cl.KMeans(5, method=method))
         assert run.rows == 58
         assert not {4, 5} & set(numbers_of(engine, app.topics))
 
 
-@pytest.mark.parametrize("method", ["memory", "database", "mini-batch"])
+@pytest.mark.parametrize("method", ["memory", "database", "blocks"])
 def test_fewer_rows_than_clusters_and_identical_rows(
     engine: sa.Engine, app: Any, method: Any
 ) -> None:
@@ -294,7 +294,7 @@ def test_a_failed_run_leaves_only_its_record(
     with pytest.raises(KeyboardInterrupt):
         cl.cluster(engine, app.topics, cl.KMeans(3), progress=interrupted)
     # Late failure: everything is written already.
-    from sbert_pg.clustering import run as run_module
+    from sbert_pg.clustering import runs as run_module
 
     def broken(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("the last step failed")
@@ -494,7 +494,7 @@ def test_more_than_fits_into_memory(engine: sa.Engine, app: Any) -> None:
     vectors, truth = blobs(3000)
     app.fill(engine, vectors)
     run = cl.cluster(engine, app.topics, cl.KMeans(5), max_memory=100_000)
-    assert run.parameters["method"] == "mini-batch"
+    assert run.parameters["method"] == "blocks"
     found = numbers_of(engine, app.topics)
     assert same_partition([found[n] for n in range(1, 3001)], list(truth))
     for algorithm in (cl.KMeans("auto"), cl.HDBSCAN()):
@@ -529,7 +529,7 @@ def test_progress_is_told(engine: sa.Engine, app: Any, algorithm: Any) -> None:
     expected = {
         "auto": ["reading", "iterations", "writing"],
         "database": ["iterations"],
-        "mini-batch": ["pass 1", "pass 2"],
+        "blocks": ["iterations", "pass 1", "pass 2"],
     }[algorithm.method]
     assert stages[: len(expected)] == expected
     assert stages[-1] == "summing up"

@@ -12,7 +12,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from sbert_pg import catalog, registry
 from sbert_pg import clustering as cl
-from sbert_pg.clustering.labels import class_tfidf, count_words
+from sbert_pg.clustering.summary import class_tfidf, count_words
 from sbert_pg.errors import ClusteringError, DeclarationError, EncoderMismatchError
 from sbert_pg.orm import embed_on_flush, embedding_column
 from sbert_pg.testing import DeterministicEncoder
@@ -262,10 +262,10 @@ def test_after_the_change_of_encoder_the_tables_go_on(engine: sa.Engine) -> None
     before = numbers_of(engine, topics)
     with engine.begin() as connection:
         cl.name_cluster(connection, topics, before[1], "the first")
-    cl.cluster(engine, topics.on_column("embedding_v2"), cl.KMeans(3), seed=9)
+    cl.cluster(engine, topics.on("embedding_v2"), cl.KMeans(3), seed=9)
     for name in ("body", "nothing"):
         with pytest.raises(DeclarationError, match=r"vector attribute|no column"):
-            topics.on_column(name)
+            topics.on(name)
 
     class Next(DeclarativeBase):
         pass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -14,15 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import sqlalchemy as sa
+from command_line import Result, sbert_pg
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from sbert_pg import catalog, registry
 from sbert_pg import clustering as cl
+from sbert_pg.clustering import ClusterKeeper
+from sbert_pg.clustering.assigning import written
+from sbert_pg.freshness import refresh, worker_thread
 from sbert_pg.orm import embed_on_flush, embedding_column
-from sbert_pg.pending.database import Database
 from sbert_pg.testing import DeterministicEncoder
-from sbert_pg.worker import refresh, worker_thread
-from sbert_pg.worker.clusters import ClusterKeeper, written
 
 helpers = sys.modules["clustering_app"]
 blobs, numbers_of = helpers.blobs, helpers.numbers_of
@@ -75,10 +75,10 @@ def test_a_worker_embeds_and_places_rows(
     engine: sa.Engine, notes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # On a busy machine a pass takes long, and the pause after it twenty times as long.
-    monkeypatch.setattr("sbert_pg.worker.clusters._MOST_TIME", 1.0)
+    monkeypatch.setattr("sbert_pg.clustering.assigning._MOST_TIME", 1.0)
     before = numbers_of(engine, notes)
-    with worker_thread(engine, clusterings=[notes]) as worker:
-        worker.clusters.interval = 0.05
+    keeper = ClusterKeeper(engine, [notes], interval=0.05)
+    with worker_thread(engine, companions=[keeper]):
         write(engine, 60, 30)
         wait_for(lambda: len(numbers_of(engine, notes)) == 90)
         with engine.begin() as connection:
@@ -88,13 +88,14 @@ def test_a_worker_embeds_and_places_rows(
         wait_for(lambda: numbers_of(engine, notes).get(0) == before[1])
     after = numbers_of(engine, notes)
     assert all(after[n] == before[n % 3] for n in range(60, 90))
-    assert worker.clusters.assigned >= 31
+    assert keeper.assigned >= 31
 
 
 def test_refresh_places_rows_and_returns(engine: sa.Engine, notes: Any) -> None:
     write(engine, 60, 6)
-    done = refresh(engine, clusterings=[notes])
-    assert (done.embedded, done.assigned) == (6, 6)
+    keeper = ClusterKeeper(engine, [notes])
+    done = refresh(engine, companions=[keeper])
+    assert (done.embedded, keeper.assigned) == (6, 6)
     assert len(numbers_of(engine, notes)) == 66
 
 
@@ -128,19 +129,16 @@ topics = clusters_of(Note.embedding)
 """
 
 
-def test_the_command_places_rows(engine: sa.Engine, notes: Any, tmp_path: Path) -> None:
+def test_the_command_places_rows(
+    engine: sa.Engine, notes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "app_models.py").write_text(MODULE)
     write(engine, 60, 6)
 
-    def command(target: str) -> subprocess.CompletedProcess[str]:
-        url = engine.url.render_as_string(hide_password=False)
-        arguments = ["refresh", "--json", "--clusters", target, "--database", url]
-        return subprocess.run(
-            [sys.executable, "-m", "sbert_pg.cli.app", *arguments],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-        )
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def command(target: str) -> Result:
+        return sbert_pg("worker", "--once", "--json", "--app", target, url=engine.url)
 
     done = command("app_models:Base")
     assert done.returncode == 0, done.stderr
@@ -152,7 +150,7 @@ def test_the_command_places_rows(engine: sa.Engine, notes: Any, tmp_path: Path) 
 
 
 def test_nothing_is_done_where_nothing_was_written(engine: sa.Engine, app: Any) -> None:
-    keeper = ClusterKeeper(Database(engine), [app.topics])
+    keeper = ClusterKeeper(engine, [app.topics])
     vectors, _ = blobs(60)
     app.fill(engine, vectors)
     assert keeper.look() == [], "there is no clustering yet"
@@ -170,7 +168,7 @@ def test_nothing_is_done_where_nothing_was_written(engine: sa.Engine, app: Any) 
     with engine.connect() as busy, busy.begin():
         run = app.topics.run_table
         busy.execute(sa.select(run.c.id).where(run.c.is_current).with_for_update())
-        connection_free = ClusterKeeper(Database(engine), [app.topics])
+        connection_free = ClusterKeeper(engine, [app.topics])
         assert connection_free.look() == [], "somebody else is at it"
 
 
@@ -182,7 +180,7 @@ def test_where_statistics_are_off_it_looks_each_time(engine: sa.Engine, app: Any
         name = connection.dialect.identifier_preparer.quote(str(engine.url.database))
         connection.exec_driver_sql(f"ALTER DATABASE {name} SET track_counts = off")
     engine.dispose()
-    keeper = ClusterKeeper(Database(engine), [app.topics])
+    keeper = ClusterKeeper(engine, [app.topics])
     assert [keeper.look() for _ in range(3)] == [[cl.Assigned(0, 0, 0)]] * 3
 
 
@@ -191,9 +189,9 @@ def test_what_is_refused_and_stale_is_said_once(
 ) -> None:
     vectors, _ = blobs(100)
     app.fill(engine, vectors)
-    keeper = ClusterKeeper(Database(engine), [app.topics])
+    keeper = ClusterKeeper(engine, [app.topics])
     cl.cluster(engine, app.topics, cl.KMeans(5), where=app.row.id <= 90)
-    with caplog.at_level(logging.INFO, "sbert_pg.worker"):
+    with caplog.at_level(logging.INFO, "sbert_pg.clustering"):
         assert keeper.look() == keeper.look() == []
     (refused,) = caplog.records
     assert "made with the filter" in refused.fields["error"]  # type: ignore[attr-defined]
@@ -206,7 +204,7 @@ def test_what_is_refused_and_stale_is_said_once(
             sa.insert(app.row),
             [{"id": 101 + n, "title": "far", "embedding": v} for n, v in enumerate(far)],
         )
-    with caplog.at_level(logging.INFO, "sbert_pg.worker"):
+    with caplog.at_level(logging.INFO, "sbert_pg.clustering"):
         assert keeper.look() == [cl.Assigned(40, 0, 0)]
         with engine.begin() as connection:
             connection.execute(sa.delete(app.row).where(app.row.id == 1))
@@ -252,7 +250,7 @@ def test_a_run_without_a_process_is_failed(engine: sa.Engine, app: Any) -> None:
                 metric="cosine", state="running",
             )
         )  # fmt: skip
-    ClusterKeeper(Database(engine), [app.topics]).look()
+    ClusterKeeper(engine, [app.topics]).look()
     with engine.connect() as connection:
         assert list(connection.scalars(sa.select(run.c.state).order_by(run.c.id))) == [
             "done",

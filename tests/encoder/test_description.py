@@ -134,3 +134,51 @@ def test_a_limit_beyond_the_positions_is_lowered(model: Path) -> None:
     assert describe(model).max_seq_length == 512
     edit(model / "config.json", model_type="mpnet", max_position_embeddings=514, pad_token_id=1)
     assert describe(model).max_seq_length == 512
+
+
+@pytest.mark.parametrize(
+    ("values", "limit"),
+    [
+        ({"rope_theta": 10_000.0}, 2048),
+        ({"rope_parameters": {"rope_type": "default"}}, 2048),
+        ({"global_rope_theta": 160_000.0, "local_rope_theta": 10_000.0}, 2048),
+        ({"rotary_emb_fraction": 1.0}, 2048),
+        ({"position_embedding_type": "alibi"}, 2048),
+        ({"max_position_embeddings": -1}, 2048),
+        ({"rope_theta": None}, 32),
+        ({"position_embedding_type": "absolute"}, 32),
+        ({}, 32),
+    ],
+)
+def test_only_a_table_of_positions_is_a_limit(
+    model: Path, values: dict[str, Any], limit: int
+) -> None:
+    edit(model / "sentence_bert_config.json", max_seq_length=2048)
+    edit(model / "config.json", model_type="other", max_position_embeddings=32)
+    edit(model / "config.json", **values)
+    assert describe(model).max_seq_length == limit
+
+
+@pytest.mark.parametrize(
+    "kind", ["BertForSequenceClassification", "XLMRobertaForTokenClassification",
+             "DebertaV2ForQuestionAnswering"],
+)  # fmt: skip
+def test_a_cross_encoder_without_a_list_of_modules_is_refused(model: Path, kind: str) -> None:
+    edit(model / "config.json", architectures=[kind])
+    assert describe(model).pooling == ("mean",), "with one it is a body under a head"
+    (model / "modules.json").unlink()
+    with pytest.raises(UnsupportedEncoderError, match=kind):
+        describe(model)
+
+
+def test_a_plain_transformer_is_read_with_a_warning(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (model / "modules.json").unlink()
+    assert describe(model).pooling == ("mean",)
+    assert "modules.json" in caplog.text
+
+
+def test_prompts_that_are_empty_keep_their_names(model: Path) -> None:
+    edit(model / "config_sentence_transformers.json", prompts={"passage": "", "query": None})
+    assert describe(model).prompts == {"passage": "", "query": ""}

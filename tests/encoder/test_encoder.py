@@ -18,15 +18,15 @@ import numpy as np
 import pytest
 
 from sbert_pg import registry
-from sbert_pg.encoder import Encoder, counting
+from sbert_pg.encoder import Encoder
 from sbert_pg.encoder import encoder as encoder_module
-from sbert_pg.encoder.samples import SAMPLE_TEXTS
 from sbert_pg.errors import (
     DeclarationError,
     EncoderNotFoundError,
     EncodingError,
     ProviderError,
 )
+from sbert_pg.probes import SAMPLE_TEXTS
 from sbert_pg.spec import EncoderSpec, TextEncoder
 
 #: How far a text's vector may move with its neighbours in fp32: nothing but rounding.
@@ -114,8 +114,8 @@ def test_unknown_prompts_are_refused(encoder: Encoder) -> None:
 def test_long_texts_are_counted_and_reported(
     encoder: Encoder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoder._counter, "_warned_at", None)
-    monkeypatch.setattr(encoder._counter, "_unreported", 0)
+    monkeypatch.setattr(encoder._engine.get().counter, "_warned_at", None)
+    monkeypatch.setattr(encoder._engine.get().counter, "_unreported", 0)
     before = encoder.statistics.truncated
     with caplog.at_level(logging.WARNING, "sbert_pg.encoder"):
         encoder.encode(["word " * 300, "short", "word " * 400])
@@ -124,7 +124,7 @@ def test_long_texts_are_counted_and_reported(
     (record,) = caplog.records
     assert "2 texts" in record.getMessage()
     assert "256" in record.getMessage()
-    monkeypatch.setattr(counting, "WARN_EVERY", 0.0)
+    monkeypatch.setattr("sbert_pg.encoder.engine.WARN_EVERY", 0.0)
     with caplog.at_level(logging.WARNING, "sbert_pg.encoder"):
         encoder.encode(["fits"])
     assert "1 text" in caplog.records[-1].getMessage()

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from encoder_models import SMALL, TEXTS, Make, Wish, worst
+from tiny_model import edit, write_tiny
 
 from sbert_pg.encoder import Encoder
-from sbert_pg.errors import UnsupportedEncoderError
+from sbert_pg.errors import EncoderError, UnsupportedEncoderError
 
 #: Not all the same road through transformers: shared layers, factorised embeddings, no LayerNorm.
 WISHES = {
@@ -54,3 +55,29 @@ def test_prompts_left_out_of_pooling_through_torch(
     cosine, difference = worst(ours.encode_query(TEXTS), reference(path).encode_query(TEXTS))
     assert cosine >= 0.99999
     assert difference <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"model_type": "no-such-architecture"}, "no-such-architecture.*never run"),
+        ({"model_type": "electra", "num_hidden_layers": 100_000}, "'num_hidden_layers'"),
+        ({"model_type": "electra", "intermediate_size": 10**8}, "'intermediate_size'"),
+        ({"model_type": "electra", "embedding_size": 2_000_000}, "parameters"),
+        ({"model_type": "electra", "num_hidden_layers": 400}, "parameters"),
+        ({"model_type": "electra", "num_attention_heads": 0}, "electra"),
+        ({"model_type": "electra", "num_attention_heads": "x"}, "electra"),
+        ({"model_type": "electra", "vocab_size": -5}, "'vocab_size'"),
+    ],
+)
+def test_a_configuration_that_the_weights_do_not_fill_is_refused(
+    tmp_path: Path, values: dict[str, Any], named: str
+) -> None:
+    """Before transformers makes up what is missing, whatever its size."""
+    for package in ("torch", "transformers", "sentence_transformers", "onnxscript"):
+        pytest.importorskip(package)
+    model = write_tiny(tmp_path / "model")
+    edit(model / "config.json", **values)
+    with pytest.raises(EncoderError, match=named) as caught:
+        Encoder.load(model, precision="fp32", cache_dir=tmp_path / "cache")
+    assert str(model / "config.json") in str(caught.value)

@@ -1,4 +1,4 @@
-"""The int8 forms against fp32."""
+"""The int8 form against fp32."""
 
 from __future__ import annotations
 
@@ -8,26 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sbert_pg.encoder.convert import graph
-from sbert_pg.encoder.convert.quantize import Range, Seen, best_range, integers
-from sbert_pg.encoder.convert.weights import Weights
-from sbert_pg.encoder.description import describe
 from sbert_pg.encoder.encoder import Encoder
+from sbert_pg.encoder.files import Weights
+from sbert_pg.encoder.products import Range, Seen, best_range, integers
 from sbert_pg.errors import DamagedEncoderError, DeclarationError
 
 
-@pytest.mark.parametrize(("precision", "mean"), [("int8", 0.997), ("int8-blocks", 0.9995)])
-def test_agreement_of_the_real_minilm(
-    minilm_path: Path, encoder_cache: Path, fp32: Encoder, precision: str, mean: float
-) -> None:
-    if precision == "int8-blocks":
-        pytest.importorskip("onnx")
+def test_agreement_of_the_real_minilm(fp32: Encoder, int8: Encoder) -> None:
     texts = [f"Package number {n} draws {word} on a map" for n in range(20) for word in
              ("rivers", "Straßen", "clouds and rain", "1,204 mountains")]  # fmt: skip
-    quantised = Encoder.load(minilm_path, precision=precision, cache_dir=encoder_cache)
-    cosine = (fp32.encode(texts) * quantised.encode(texts)).sum(1)
-    assert cosine.mean() >= mean
-    assert quantised.directory.joinpath("model.onnx").stat().st_size < 26e6
+    cosine = (fp32.encode(texts) * int8.encode(texts)).sum(1)
+    assert cosine.mean() >= 0.997
+    assert int8.directory.joinpath("model.onnx").stat().st_size < 26e6
 
 
 def test_integers_are_within_half_a_step() -> None:
@@ -45,9 +37,9 @@ def test_a_range_is_cut_where_one_token_alone_is_huge() -> None:
     assert found.scale < whole.scale / 2
 
 
-def test_an_unknown_precision_is_named(minilm_path: Path) -> None:
-    with pytest.raises(DeclarationError, match="int7"):
-        graph.build(describe(minilm_path), "int7")
+def test_an_unknown_precision_is_named(minilm_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(DeclarationError, match=r"int7.*fp32-plain"):
+        Encoder.load(minilm_path, precision="int7", cache_dir=tmp_path)
 
 
 def test_weights_come_in_half_precision_too(tmp_path: Path) -> None:

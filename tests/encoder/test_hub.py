@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 from sbert_pg.encoder import Encoder, hub
 from sbert_pg.encoder.hub import MINILM, find, installed_minilm, is_path, repository_of
-from sbert_pg.errors import DamagedEncoderError, EncoderNotFoundError
+from sbert_pg.errors import DamagedEncoderError, EncoderNotFoundError, UnsupportedEncoderError
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -98,6 +105,118 @@ def test_a_half_snapshot_is_not_taken(hub_cache: Path, minilm_path: Path) -> Non
     (snapshot / "model.safetensors").unlink()
     with pytest.raises(EncoderNotFoundError):
         find("org/half")
+
+
+def test_weights_that_are_pickle_only_are_called_that_without_a_connection(
+    hub_cache: Path, minilm_path: Path
+) -> None:
+    """Another program has fetched them."""
+    snapshot = cached(hub_cache, "org/pickled", minilm_path)
+    (snapshot / "model.safetensors").rename(snapshot / "pytorch_model.bin")
+    with pytest.raises(UnsupportedEncoderError, match=r"org/pickled.*pickle"):
+        find("org/pickled")
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """A hub with one repository, which has its weights as a pickle."""
+
+    config = b'{"model_type": "bert"}'
+
+    def do_GET(self) -> None:
+        files = ["config.json", "pytorch_model.bin"]
+        path = self.path.partition("?")[0]
+        if path.startswith("/api/models/org/pickled/tree/"):
+            self._answer(json.dumps([{"type": "file", "path": name, "size": 22, "oid": name}
+                                     for name in files]).encode())  # fmt: skip
+        elif path.startswith("/api/models/org/pickled"):
+            siblings = [{"rfilename": name} for name in files]
+            about = {"id": "org/pickled", "sha": REVISION, "siblings": siblings}
+            self._answer(json.dumps(about).encode())
+        elif path.endswith("/config.json"):
+            self._answer(self.config)
+        else:
+            self.send_error(404)
+
+    do_HEAD = do_GET
+
+    def _answer(self, content: bytes) -> None:
+        self.send_response(200)
+        self.send_header("ETag", '"0"')
+        self.send_header("X-Repo-Commit", REVISION)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub_url() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_weights_that_are_pickle_only_are_called_that(hub_url: str, tmp_path: Path) -> None:
+    """The hub is there and so is the repository: neither the name nor the connection is wrong."""
+    environment = {**os.environ, "HF_ENDPOINT": hub_url, "HF_HOME": str(tmp_path)}
+    environment.pop("HF_HUB_OFFLINE", None)
+    code = "import sys; from sbert_pg.encoder.hub import find; find(sys.argv[1])"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, "org/pickled"], env=environment, capture_output=True, text=True
+    )
+    last = ended.stderr.strip().splitlines()[-1]
+    assert "UnsupportedEncoderError" in last
+    assert "pickle" in last
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        ["modules.json"],
+        ["config_sentence_transformers.json"],
+        ["sentence_bert_config.json", "tokenizer_config.json"],
+        ["1_Pooling/config.json"],
+        ["modules.json", "1_Pooling/config.json", "config_sentence_transformers.json"],
+        ["tokenizer.json"],
+    ],
+)
+@pytest.mark.parametrize("by_path", [False, True])
+def test_a_snapshot_that_lacks_what_decides_is_not_taken(
+    hub_cache: Path, minilm_path: Path, missing: list[str], by_path: bool
+) -> None:
+    snapshot = cached(hub_cache, "org/part", minilm_path)
+    for name in missing:
+        (snapshot / name).unlink()
+        if "/" in name:
+            (snapshot / name).parent.rmdir()
+    with pytest.raises(EncoderNotFoundError, match=missing[0]):
+        find(str(snapshot) if by_path else "org/part")
+
+
+@pytest.mark.parametrize("by_path", [False, True])
+def test_a_file_that_the_repository_is_known_to_lack_is_not_missed(
+    hub_cache: Path, minilm_path: Path, by_path: bool
+) -> None:
+    snapshot = cached(hub_cache, "org/plain", minilm_path)
+    absent = snapshot.parents[1] / ".no_exist" / REVISION
+    absent.mkdir(parents=True)
+    for name in ("config_sentence_transformers.json", "sentence_bert_config.json"):
+        (snapshot / name).unlink()
+        (absent / name).touch()
+    assert find(str(snapshot) if by_path else "org/plain").path == snapshot
+
+
+def test_a_snapshot_outside_of_the_cache_is_a_directory_like_any_other(
+    minilm_path: Path, tmp_path: Path
+) -> None:
+    plain = tmp_path / "snapshots" / "x"
+    shutil.copytree(minilm_path, plain)
+    (plain / "modules.json").unlink()
+    assert find(str(plain)).path == plain
 
 
 def test_pickles_and_code_are_never_asked_for() -> None:

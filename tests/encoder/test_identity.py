@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,17 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from sbert_pg.encoder import Encoder, conversion
+from sbert_pg.errors import ConversionError, EncoderMismatchError
 from sbert_pg.probes import (
     EXPORT_MIN_COSINE,
     PRECISION_MEAN_COSINE,
     PRECISION_MIN_COSINE,
+    PROBES,
     agreement_of,
     compatible,
     compatible_specs,
 )
-from sbert_pg.spec import EncoderSpec
+from sbert_pg.spec import EncoderSpec, same_encoder_name
 
 Change = Callable[[Path], None]
 
@@ -76,7 +78,7 @@ def test_another_exporter(
 ) -> None:
     for package in ("torch", "sentence_transformers", "onnxscript"):
         pytest.importorskip(package, reason="the other exporter is torch's")
-    from sbert_pg.encoder.convert import graph
+    from sbert_pg.encoder import graph
 
     monkeypatch.setattr(graph, "ARCHITECTURES", ())
     other = Encoder.load(minilm_path, precision="fp32", cache_dir=tmp_path)
@@ -92,8 +94,6 @@ def test_another_exporter(
 
 
 def test_another_batch_shape_and_thread_count(base: Encoder) -> None:
-    from sbert_pg.probes import PROBES
-
     other = Encoder.open(base.directory, threads=2)
     alone = np.stack([other.encode(text, prompt="") for text in PROBES])
     agreement = agreement_of(alone, base.probe_vectors)
@@ -113,8 +113,28 @@ def no_normalisation(path: Path) -> None:
     (path / "modules.json").write_text(json.dumps(modules[:-1]))
 
 
-def prompt(path: Path) -> None:
-    edit(path / "config_sentence_transformers.json", prompts={"query": "query: "})
+def document_prompt(path: Path) -> None:
+    edit(path / "config_sentence_transformers.json", prompts={"document": "passage: "})
+
+
+def fewer_layers(path: Path) -> None:
+    edit(path / "config.json", num_hidden_layers=3)
+
+
+def another_activation(path: Path) -> None:
+    edit(path / "config.json", hidden_act="relu")
+
+
+def other_heads(path: Path) -> None:
+    edit(path / "config.json", num_attention_heads=6)
+
+
+def another_epsilon(path: Path) -> None:
+    edit(path / "config.json", layer_norm_eps=0.5)
+
+
+def truncated_at_the_left(path: Path) -> None:
+    edit(path / "tokenizer_config.json", truncation_side="left")
 
 
 def shorter(path: Path) -> None:
@@ -142,11 +162,17 @@ def fine_tuned(path: Path) -> None:
     save_file(tensors, file)
 
 
-#: The change, what the message says, and whether the probes alone see it.
+#: The change, what the message says, and whether the probes alone see it. The weights of the
+#: changed configurations are equal to the byte.
 CASES: list[tuple[Change, str, bool]] = [
     (pooling, "pooling", True),
     (no_normalisation, "normalisation", True),
-    (prompt, "prompts", False),
+    (document_prompt, "prompts for documents", True),
+    (fewer_layers, "not known to be the same", True),
+    (another_activation, "not known to be the same", True),
+    (other_heads, "not known to be the same", True),
+    (another_epsilon, "not known to be the same", True),
+    (truncated_at_the_left, "another tokenizer", True),
     (shorter, "max_seq_length", True),
     (cased, "another tokenizer", True),
     (similarity, "similarity function", True),
@@ -166,6 +192,7 @@ def test_told_apart(
 ) -> None:
     other = changed(change)
     assert other.spec.fingerprint != base.spec.fingerprint
+    assert other.spec.document_fingerprint != base.spec.document_fingerprint
     verdict = compatible(base, other)
     assert not verdict
     assert reason in verdict.reason
@@ -175,6 +202,122 @@ def test_told_apart(
         anonymous(base.spec), base.probe_vectors, anonymous(other.spec), other.probe_vectors
     )
     assert bool(alone) is not seen, alone.reason
+
+
+def test_another_prompt_for_queries_shares_the_vectors_of_documents(
+    base: Encoder, changed: Callable[[Change], Encoder]
+) -> None:
+    other = changed(
+        lambda path: edit(
+            path / "config_sentence_transformers.json", prompts={"query": "query: ", "other": "x"}
+        )
+    )
+    assert other.spec.fingerprint != base.spec.fingerprint
+    assert other.spec.document_fingerprint == base.spec.document_fingerprint
+    assert compatible(base, other)
+    agreement = agreement_of(other.encode_query(["a"]), base.encode_query(["a"]))
+    assert agreement.min_cosine < 0.99
+
+
+@pytest.mark.parametrize(
+    "values", [{"unknown_to_us": 1}, {"initializer_range": 0.5}, {"classifier_dropout": 0.3}]
+)
+def test_what_is_ignored_on_purpose_is_part_of_the_fingerprint(
+    base: Encoder, changed: Callable[[Change], Encoder], values: dict[str, Any]
+) -> None:
+    """It does not change the vectors today; the probes, not we, say that they are the same."""
+    other = changed(lambda path: edit(path / "config.json", **values))
+    assert other.spec.fingerprint != base.spec.fingerprint
+    assert compatible(base, other)
+
+
+def test_where_a_file_comes_from_is_no_part_of_it(
+    base: Encoder, changed: Callable[[Change], Encoder]
+) -> None:
+    def moved(path: Path) -> None:
+        edit(path / "config.json", _name_or_path="elsewhere", transformers_version="9.9")
+        for name in ("config.json", "tokenizer.json", "modules.json"):
+            (path / name).write_text(json.dumps(json.loads((path / name).read_text()), indent=7))
+
+    assert changed(moved).spec.fingerprint == base.spec.fingerprint
+
+
+class PassedOn:
+    """An application's encoder that passes on another one's spec and computes something else."""
+
+    def __init__(self, inner: Encoder, sign: float = -1.0, probes: bool = True) -> None:
+        self.inner, self.sign, self.probes = inner, sign, probes
+
+    @property
+    def spec(self) -> EncoderSpec:
+        return self.inner.spec
+
+    @property
+    def probe_vectors(self) -> Any:
+        return self.inner.probe_vectors if self.probes else self.encode_document(list(PROBES))
+
+    def encode_query(self, texts: Sequence[str]) -> Any:
+        return self.encode_document(texts)
+
+    def encode_document(self, texts: Sequence[str]) -> Any:
+        return np.roll(self.sign * self.inner.encode_document(texts), self.sign < 0, axis=1)
+
+
+class Delegating(PassedOn):
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+class Derived(Encoder):
+    def encode_document(self, texts: Sequence[str]) -> Any:
+        return -super().encode_document(texts)
+
+
+@pytest.mark.parametrize("kind", [PassedOn, Delegating])
+@pytest.mark.parametrize("probes", [True, False])
+def test_a_passed_on_spec_is_not_believed(
+    base: Encoder, kind: type[PassedOn], probes: bool
+) -> None:
+    verdict = compatible(base, kind(base, probes=probes))
+    assert not verdict
+    assert "fingerprints are equal" in verdict.reason
+    assert compatible(base, kind(base, 1.0, probes)), "one that computes the same is accepted"
+
+
+def test_a_derived_or_patched_encoder_is_measured(base: Encoder, monkeypatch: Any) -> None:
+    assert not compatible(base, Derived.open(base.directory, threads=1))
+    patched = Encoder.open(base.directory, threads=1)
+    assert compatible(base, patched)
+    monkeypatch.setattr(patched, "encode_document", lambda texts: -base.encode_document(texts))
+    assert not compatible(base, patched)
+
+
+def test_what_gives_no_vectors_for_the_probes_is_refused(base: Encoder) -> None:
+    broken = PassedOn(base, float("nan"))
+    with pytest.raises(EncoderMismatchError, match="not finite"):
+        compatible(base, broken)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "same"),
+    [
+        ("all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2", True),
+        ("ALL-minilm-l6-v2", "all-MiniLM-L6-v2", True),
+        ("/models//v1/./encoder/", "/models/v1/encoder", True),
+        ("/models/v1/encoder", "/models/v2/encoder", False),
+        ("acme/base-v1", "other/base-v1", False),
+        ("acme/base-v1", "base-v1", False),
+        ("base-v1", "sentence-transformers/base-v1", False),
+        ("/srv/all-MiniLM-L6-v2", "all-MiniLM-L6-v2", False),
+        ("./acme/base", "acme/base", False),
+        ("/models/a/../b", "/models/b", False),
+        ("/Models/x", "/models/x", False),
+        ("/models/x", "models/x", False),
+    ],
+)
+def test_names(a: str, b: str, same: bool) -> None:
+    assert same_encoder_name(a, b) is same
+    assert same_encoder_name(b, a) is same
 
 
 def test_truncated_vectors(base: Encoder) -> None:
@@ -188,10 +331,8 @@ def test_truncated_vectors(base: Encoder) -> None:
 def test_below_its_floor_a_precision_is_refused(
     minilm_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sbert_pg.errors import ConversionError
-
     floor = conversion.Floor(mean=0.99999, worst=0.99999)
-    monkeypatch.setitem(conversion.FLOORS, "int8-blocks", floor)
+    monkeypatch.setitem(conversion.FLOORS, "int8", floor)
     with pytest.raises(ConversionError, match=r"0\.99999.*precision='fp32'"):
-        Encoder.load(minilm_path, precision="int8-blocks", cache_dir=tmp_path)
+        Encoder.load(minilm_path, precision="int8", cache_dir=tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.name == "model.onnx"]

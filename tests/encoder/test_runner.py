@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from pathlib import Path
 
@@ -12,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sbert_pg.encoder import Encoder
-from sbert_pg.encoder.batches import plan
-from sbert_pg.encoder.cores import lacks_vnni, usable_cores
-from sbert_pg.encoder.runner import Runner
+from sbert_pg.encoder.providers import lacks_vnni
+from sbert_pg.encoder.runner import Runner, plan
 from sbert_pg.errors import DamagedEncoderError, EncoderError, ProviderError
+from sbert_pg.process import usable_cores
 
 TOKENS = [[101, *range(2000, 2000 + n), 102] for n in (1, 5, 5, 40, 3, 90, 5, 200, 0, 17)]
 
@@ -56,23 +55,6 @@ def test_neighbours_threads_and_batches_change_rounding_only(
     assert (found * expected).sum(1).min() > 0.9995
 
 
-def test_a_stream_is_in_order_and_lazy(directory: Path) -> None:
-    engine = runner(directory, threads=2)
-    taken = []
-
-    def endless():
-        while True:
-            for ids in TOKENS:
-                taken.append(ids)
-                yield ids
-
-    stream = engine.stream(endless(), chunk_size=len(TOKENS))
-    first = np.stack([next(stream) for _ in TOKENS])
-    stream.close()
-    np.testing.assert_allclose(first, engine.run(TOKENS), atol=1e-6)
-    assert len(taken) <= 2 * len(TOKENS)
-
-
 def test_many_threads_share_a_runner(directory: Path) -> None:
     engine = runner(directory, threads=2)
     expected = engine.run(TOKENS)
@@ -89,19 +71,6 @@ def test_many_threads_share_a_runner(directory: Path) -> None:
     for worker in workers:
         worker.join()
     assert not wrong
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_forked_child_runs(directory: Path) -> None:
-    engine = runner(directory, threads=2, budget=64)
-    expected = engine.run(TOKENS)
-    child = os.fork()
-    if child == 0:
-        same = np.allclose(engine.run(TOKENS), expected, atol=1e-6)
-        os._exit(0 if same else 1)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
 
 
 def test_an_error_in_a_batch_reaches_the_caller(directory: Path) -> None:

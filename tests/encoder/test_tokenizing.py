@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from sbert_pg.encoder.samples import SAMPLE_TEXTS
+from sbert_pg.encoder.tokenizer_files import _as_configured
 from sbert_pg.encoder.tokenizing import TextTokenizer, clean
-from sbert_pg.errors import DamagedEncoderError, EncodingError
-from sbert_pg.probes import PROBES
+from sbert_pg.errors import DamagedEncoderError, EncodingError, UnsupportedEncoderError
+from sbert_pg.probes import PROBES, SAMPLE_TEXTS
 
 LIMIT = 16
 
@@ -154,3 +154,124 @@ def test_only_lone_surrogates_are_changed() -> None:
 def test_content_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DamagedEncoderError):
         TextTokenizer(json.dumps({"model": "nonsense"}), LIMIT)
+
+
+#: Texts of some megabytes without a blank to cut at, and what stands after them.
+HUGE = {"a word": "a", "base64": "QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVo", "blank": " ", "signs": "!?",
+        "東京": "東京", "lines": "a\n", "accents": "e\u0301"}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [*CONTENT, "no pre-tokenizer"])
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("unit", HUGE.values(), ids=HUGE)
+def test_a_huge_text_is_cut_by_characters_first(kind: str, side: str, unit: str) -> None:
+    content = CONTENT.get(kind) or json.dumps(
+        {**json.loads(CONTENT["unigram"]), "pre_tokenizer": None}
+    )
+    tokenizer = TextTokenizer(content, LIMIT, side)
+    seen: list[int] = []
+    batch = tokenizer._batch
+    tokenizer._batch = lambda texts: seen.extend(map(len, texts)) or batch(texts)  # type: ignore[method-assign]
+    text, half = (unit * (size // len(unit)) for size in (3_000_000, 1_500_000))
+    tokens = tokenizer.encode([text, "short"])
+    assert sum(seen) <= 2 * LIMIT * 1000 + 10 * LIMIT * 12
+    assert tokens.truncated == [0]
+    assert 2 <= len(tokens.ids[0]) <= LIMIT
+    assert tokens.ids == tokenizer.encode([half, "short"]).ids
+
+
+def test_all_tokens_of_a_huge_text_are_counted_in_parts() -> None:
+    tokenizer = TextTokenizer(CONTENT["wordpiece"], LIMIT)
+    seen: list[int] = []
+    batch = tokenizer._batch
+    tokenizer._batch = lambda texts: seen.extend(map(len, texts)) or batch(texts)  # type: ignore[method-assign]
+    assert tokenizer.count(["the fox " * 100_000]) == [
+        2 + 100_000 * (tokenizer.count(["the fox"])[0] - 2)
+    ]
+    assert max(seen) <= 100_000
+    assert tokenizer.count(["x" * 1_000_000])[0] <= 2 + 20
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_a_limit_that_leaves_no_room_is_refused(limit: int) -> None:
+    with pytest.raises(DamagedEncoderError, match=f"'max_seq_length' is {limit}"):
+        TextTokenizer(CONTENT["wordpiece"], limit)
+
+
+def test_a_panic_of_the_binding_is_an_error_of_ours() -> None:
+    content = json.loads(CONTENT["wordpiece"])
+    content["normalizer"] = {"type": "Replace", "pattern": {"Regex": "(b+b+)+c"}, "content": ""}
+    tokenizer = TextTokenizer(json.dumps(content), LIMIT)
+    with pytest.raises(EncodingError, match="fails on a text"):
+        tokenizer.encode(["b" * 10_000])
+
+
+CLASSES = [
+    ("byte level", "RobertaTokenizer"), ("byte level", "GPT2Tokenizer"),
+    ("byte level", "PreTrainedTokenizerFast"), ("unigram", "XLMRobertaTokenizer"),
+    ("unigram", "CamembertTokenizer"), ("unigram", "PreTrainedTokenizerFast"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "name"), CLASSES)
+@pytest.mark.parametrize("asked", [True, False, None])
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_leading_blank_is_put_where_transformers_puts_it(
+    tmp_path: Path, kind: str, name: str, asked: bool | None, stored: bool
+) -> None:
+    transformers = pytest.importorskip("transformers", reason="it is what is followed")
+    if not hasattr(transformers, "TokenizersBackend"):
+        pytest.skip("transformers 4 takes more from tokenizer.json")
+    content = json.loads(CONTENT[kind])
+    part = content["pre_tokenizer"]
+    if kind == "byte level":
+        part["add_prefix_space"] = stored
+    else:
+        part["pretokenizers"][1]["prepend_scheme"] = "always" if stored else "never"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    special = dict.fromkeys(("bos_token", "cls_token", "unk_token", "pad_token"), "<s>")
+    config = {"tokenizer_class": name, **special, "eos_token": "</s>", "sep_token": "</s>"}
+    if asked is not None:
+        config["add_prefix_space"] = asked
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    followed = getattr(transformers, name).from_pretrained(str(tmp_path))
+    ours = _as_configured(content, config, tmp_path / "tokenizer.json")
+    tokenizer = TextTokenizer(json.dumps(ours), None)
+    for text in ("Apple pie", "hello world", " fox"):
+        theirs = followed.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        mine = tokenizer._tokenizer.encode(text, add_special_tokens=False).ids
+        assert mine == theirs
+
+
+@pytest.mark.parametrize("name", ["XLMRobertaTokenizer", "CamembertTokenizer", "T5Tokenizer"])
+def test_sentencepiece_is_what_transformers_5_makes_of_it(tmp_path: Path, name: str) -> None:
+    """transformers 4 wrote another normaliser and pre-tokenizer; version 5 reads neither."""
+    transformers = pytest.importorskip("transformers", reason="it is what is followed")
+    if not hasattr(transformers, "TokenizersBackend"):
+        pytest.skip("transformers 4 takes more from tokenizer.json")
+    content = json.loads(CONTENT["unigram"])
+    # As transformers 4.57 saves it, with a pass over the text that tells the two from each other.
+    blanks = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
+    content["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, blanks]}
+    content["pre_tokenizer"] = {"type": "Metaspace", "replacement": "\u2581",
+                                "prepend_scheme": "always", "split": True}  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    special = dict.fromkeys(("bos_token", "cls_token", "unk_token", "pad_token"), "<s>")
+    config = {"tokenizer_class": name, **special, "eos_token": "</s>", "sep_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    followed = getattr(transformers, name).from_pretrained(str(tmp_path))
+    ours = _as_configured(dict(content), config, tmp_path / "tokenizer.json")
+    as_stored, as_built = (TextTokenizer(json.dumps(c), None)._tokenizer for c in (content, ours))
+    differ = 0
+    for text in ("Apple  pie ", " the fox", "a\tb\nc", "The fox", "plain words"):
+        theirs = followed.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        assert as_built.encode(text, add_special_tokens=False).ids == theirs
+        differ += as_stored.encode(text, add_special_tokens=False).ids != theirs
+    assert differ, "the file as it is would be another tokenizer"
+
+
+def test_a_contradiction_that_nobody_is_known_to_settle_is_refused(tmp_path: Path) -> None:
+    content = json.loads(CONTENT["byte level"])
+    config = {"tokenizer_class": "CohereTokenizer", "add_prefix_space": True}
+    with pytest.raises(UnsupportedEncoderError, match=r"'add_prefix_space'.*CohereTokenizer"):
+        _as_configured(content, config, tmp_path / "tokenizer.json")

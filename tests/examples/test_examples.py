@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -35,7 +36,10 @@ def _environment(database_url: sa.URL, minilm: Any, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("_environment")
-def test_fastapi() -> None:
+@pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
+def test_fastapi(driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = sa.make_url(os.environ["DATABASE_URL"]).set(drivername=f"postgresql+{driver}")
+    monkeypatch.setenv("DATABASE_URL", url.render_as_string(hide_password=False))
     testclient = pytest.importorskip("fastapi.testclient")
     example = imported("fastapi_search")
     with testclient.TestClient(example.app) as client:
@@ -56,6 +60,13 @@ def test_sqlmodel() -> None:
 
 
 @pytest.mark.usefixtures("_environment")
+def test_passages() -> None:
+    assert imported("passages_search").main() == [
+        "We repair the kettle free of charge within three years."
+    ]
+
+
+@pytest.mark.usefixtures("_environment")
 def test_flask() -> None:
     pytest.importorskip("flask_sqlalchemy")
     client = imported("flask_search").create_app().test_client()
@@ -70,6 +81,16 @@ def test_plain_sql() -> None:
     core, plain = imported("plain_sql").main()
     assert core[0] == "The old town has the best bakeries."
     assert plain == ["Trams run until midnight, night buses after that."]
+
+
+@pytest.mark.usefixtures("_environment")
+def test_hybrid() -> None:
+    found = imported("hybrid_search").main()
+    assert found["fmean"]["both"][0] == "fmean"
+    assert "rmtree" in found["remove a folder and everything in it"]["both"][:2]
+    ndcg = found["ndcg"]
+    assert ndcg["both"] >= max(ndcg["meaning"], ndcg["words"]) - 0.02
+    assert ndcg["both"] >= ndcg["meaning"] + 0.02
 
 
 def test_every_example_is_tested() -> None:

@@ -17,7 +17,7 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 
-from sbert_pg.cli.init_alembic import init_alembic
+from sbert_pg.cli.schema import init_alembic
 
 #: What every models.py begins with.
 PRELUDE = """
@@ -163,6 +163,18 @@ class Application:
         with self.engine.begin() as connection:
             result = connection.execute(sa.text(statement), parameters)
             return list(result.scalars()) if result.returns_rows else None
+
+    def pending(
+        self, column: str = "embedding", table: str = "article", where: str = "true"
+    ) -> int:
+        """Rows of a bound column that wait for their vector, by what they say themselves."""
+        stale = self.scalar(
+            "SELECT x.stale FROM sbert.binding b CROSS JOIN sbert.expressions_v1(b.id) x "
+            "WHERE b.relation = CAST(:t AS regclass) AND b.column_name = :c",
+            t=table,
+            c=column,
+        ).replace(":", r"\:")
+        return int(self.scalar(f"SELECT count(*) FROM {table} WHERE {stale} AND {where}"))
 
     def scalar(self, statement: str, **parameters: Any) -> Any:
         return self.execute(statement, **parameters)[0]

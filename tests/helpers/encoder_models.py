@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sbert_pg.encoder.samples import SAMPLE_TEXTS
-from sbert_pg.probes import PROBES
+from sbert_pg.probes import PROBES, SAMPLE_TEXTS
 
 #: What every encoder is compared on: probes, ordinary texts, and oddities.
 TEXTS = [
@@ -111,6 +110,24 @@ def write_model(wish: Wish, transformer: Path, target: Path) -> None:
     general_path.write_text(json.dumps(general))
 
 
+def write_cross_encoder(wish: Wish, target: Path, *, labels: int = 1, kind: str = "") -> None:
+    """A classifier of pairs; ``kind`` is the tokenizer's class."""
+    from sentence_transformers import CrossEncoder
+
+    plain = target.with_name(f"{target.name}-transformer")
+    _write_transformer(wish, plain, labels)
+    _edit(plain / "tokenizer_config.json", tokenizer_class=kind or "PreTrainedTokenizerFast")
+    model = CrossEncoder(str(plain), max_length=wish.max_seq_length, device="cpu")
+    model.save_pretrained(str(target), create_model_card=False)
+    _edit(target / "tokenizer_config.json", tokenizer_class=kind or "PreTrainedTokenizerFast")
+    if wish.general:
+        _edit(target / "config_sentence_transformers.json", **wish.general)
+
+
+def _edit(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
 def sentence_transformers_modules() -> Any:
     """The module classes, where this version of sentence-transformers has them."""
     try:
@@ -120,9 +137,9 @@ def sentence_transformers_modules() -> Any:
     return modules
 
 
-def _write_transformer(wish: Wish, path: Path) -> None:
+def _write_transformer(wish: Wish, path: Path, labels: int | None = None) -> None:
     import torch
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
     tokenizer = _tokenizer(wish)
     torch.manual_seed(wish.seed)
@@ -131,7 +148,10 @@ def _write_transformer(wish: Wish, path: Path) -> None:
         wish.architecture,
         **{"vocab_size": len(tokenizer), "pad_token_id": pad, **_native(wish)},
     )
-    model = AutoModel.from_config(config).float().eval()
+    if labels is not None:
+        config.num_labels = labels
+    kind = AutoModel if labels is None else AutoModelForSequenceClassification
+    model = kind.from_config(config).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             # Nothing stays at a value that would hide a missing bias or a missing scale.

@@ -10,9 +10,7 @@ import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from sbert_pg import Source, bind_all, catalog, embedding_column
-from sbert_pg.catalog import tables
-from sbert_pg.catalog.keys import key_text
+from sbert_pg import Source, catalog, create_all, embedding_column
 from sbert_pg.spec import Vectors
 from sbert_pg.testing import DeterministicEncoder
 
@@ -101,19 +99,27 @@ class Strict(Base):
 
 def create(engine: sa.Engine, metadata: sa.MetaData = Base.metadata) -> None:
     with engine.begin() as connection:
-        metadata.create_all(connection)
-        bind_all(connection, metadata)
+        create_all(connection, metadata)
 
 
-def pending(engine: sa.Engine, *classes: Any) -> set[tuple[str, str]]:
+def pending(engine: sa.Engine) -> set[tuple[str, str]]:
     """Table and column, and key, of every row that waits for a vector."""
-    found = set()
+    waiting = set()
     with engine.connect() as connection:
         for binding in catalog.all_bindings(connection):
-            marks = tables.pending.c
-            keys = connection.scalars(sa.select(marks.key).where(marks.column_id == binding.id))
-            found |= {(f"{binding.table}.{binding.column}", key) for key in keys}
-    return found
+            table = binding.clause()
+            statement = sa.select(*_key(table, binding)).where(binding.is_stale(table))
+            for row in connection.execute(statement):
+                waiting.add((f"{binding.table}.{binding.column}", _shown(row)))
+    return waiting
+
+
+def _key(table: Any, binding: catalog.Binding) -> list[Any]:
+    return [sa.cast(table.c[name], sa.Text) for name in binding.key_columns]
+
+
+def _shown(key: Sequence[str]) -> str:
+    return ",".join(key)
 
 
 def require_true_or_pending(
@@ -137,7 +143,7 @@ def require_true_or_pending(
                     waiting += 1
                     continue
                 where = f"{column} of {key}: {values}"
-                if all(value is None for value in values):
+                if column.nullable and all(value is None for value in values):
                     assert vector is None, where
                     continue
                 assert vector is not None, where
@@ -148,8 +154,9 @@ def require_true_or_pending(
 
 
 def _rows(engine: sa.Engine, column: sa.Column[Any], source: Source) -> Sequence[Any]:
+    """Key as text, vector, and source values of every row."""
     with engine.connect() as connection:
-        binding = catalog.require_binding(connection, column)
-        key_columns = [column.table.c[name] for name in binding.key_columns]
-        key = key_text(key_columns, binding.key_types)
-        return connection.execute(sa.select(key, column, *source.resolve(column.table))).all()
+        key = _key(column.table, catalog.require_binding(connection, column))
+        statement = sa.select(*key, column, *source.resolve(column.table))
+        rows = connection.execute(statement).all()
+    return [(_shown(row[: len(key)]), *row[len(key) :]) for row in rows]

@@ -31,7 +31,7 @@ from write_models import (
     require_true_or_pending,
 )
 
-from sbert_pg import Embedding, bind_all, load, registry
+from sbert_pg import Embedding, catalog, create_all, load, registry
 from sbert_pg.errors import (
     DeclarationError,
     EncoderMismatchError,
@@ -467,8 +467,7 @@ def test_map_of_schemas(engine: sa.Engine, encoder: RecordingEncoder) -> None:
         mapped = engine.execution_options(schema_translate_map={None: tenant})
         with mapped.begin() as connection:
             connection.execute(sa.schema.CreateSchema(tenant))
-            metadata.create_all(connection)
-            bind_all(connection, metadata)
+            create_all(connection, metadata)
         with mapped.begin() as connection:
             load(connection, table, titles(2))
             assert connection.scalar(sa.select(sa.func.count()).select_from(table)) == 2
@@ -512,16 +511,20 @@ class TestBeforeTriggers:
                 "FOR EACH ROW EXECUTE FUNCTION trim_title()"
             )
 
-    def test_rows_are_left_pending(self, tables: sa.Engine, encoder: RecordingEncoder) -> None:
+    def test_changed_rows_are_pending(self, tables: sa.Engine, encoder: RecordingEncoder) -> None:
         self.trigger(tables, "article", "INSERT OR UPDATE")
-        rows = [{"title": " a "}, {"title": "b"}, {"title": None}]
+        rows = [{"id": 1, "title": " a "}, {"id": 2, "title": "b"}, {"id": 3, "title": None}]
         with tables.begin() as connection:
             assert load(connection, Article, rows) == 3
-        assert encoder.batches == []
-        assert require_true_or_pending(tables, encoder, Article) == (0, 2)
+        assert pending(tables) == {("article.embedding", "1")}
+        assert require_true_or_pending(tables, encoder, Article) == (1, 1)
+        given = [
+            {"id": i, "title": t, "embedding": encoder._vector(t)} for i, t in ((4, "x"), (5, " y"))
+        ]
         with tables.begin() as connection:
-            load(connection, Article, [{"title": "given", "embedding": encoder._vector("given")}])
-        assert require_true_or_pending(tables, encoder, Article) == (1, 2)
+            load(connection, Article, given)
+        assert pending(tables) == {("article.embedding", "1"), ("article.embedding", "5")}
+        assert require_true_or_pending(tables, encoder, Article) == (2, 2)
 
     def test_trigger_for_updates_alone(self, tables: sa.Engine, encoder: RecordingEncoder) -> None:
         self.trigger(tables, "article", "UPDATE")
@@ -543,7 +546,67 @@ class TestBeforeTriggers:
             load(connection, Article, rows, commit_every=256, progress=progress)
         assert require_true_or_pending(tables, encoder, Article) == (256, 768)
 
-    def test_vector_that_has_to_be_there(self, tables: sa.Engine, encoder: Any) -> None:
+    def test_vector_that_has_to_be_there(
+        self, tables: sa.Engine, encoder: RecordingEncoder
+    ) -> None:
         self.trigger(tables, "strict", "INSERT")
-        with tables.begin() as connection, pytest.raises(DeclarationError, match="takes no NULL"):
-            load(connection, Strict, titles(2))
+        with tables.begin() as connection:
+            load(connection, Strict, [{"title": " a"}, {"title": "b"}, {"title": None}])
+        assert require_true_or_pending(tables, encoder, Strict)[1] == 1
+
+
+class TestCompanion:
+    """What is written beside the vectors."""
+
+    def test_is_the_loaders(self, tables: sa.Engine, encoder: Any) -> None:
+        with tables.begin() as connection, pytest.raises(LoadError, match="by the loader itself"):
+            load(connection, Article, [{"title": "a", "embedding_of": uuid.uuid4()}])
+
+    def test_of_a_column_that_is_not_bound(self, engine: sa.Engine, encoder: Any) -> None:
+        metadata = sa.MetaData()
+        table = Article.__table__.to_metadata(metadata)  # type: ignore[attr-defined]
+        with engine.begin() as connection:
+            metadata.create_all(connection)
+            load(connection, table, [{"title": "a"}])
+            row = connection.execute(sa.select(table.c.embedding, table.c.embedding_of)).one()
+        assert np.allclose(row.embedding, encoder._vector("a"))
+        assert row.embedding_of == uuid.UUID(int=0), "its default"
+
+    def test_bound_anew_between_two_commits(
+        self, tables: sa.Engine, encoder: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(loader, "BLOCK_ROWS", 256)
+
+        def progress(written: int) -> None:
+            if written == 256:
+                with tables.begin() as other:
+                    catalog.unbind(other, Article.__table__.c.embedding)
+                    create_all(other, Article.metadata)
+
+        with (
+            tables.connect() as connection,
+            pytest.raises(LoadError, match="256 rows are") as raised,
+        ):
+            load(connection, Article, titles(1024), commit_every=256, progress=progress)
+        assert raised.value.committed == 256
+        assert require_true_or_pending(tables, encoder, Article) == (0, 256)
+
+    def test_defaults_of_the_server(self, engine: sa.Engine, encoder: RecordingEncoder) -> None:
+        """A text that only the server knows is not taken for none."""
+
+        class Own(DeclarativeBase):
+            pass
+
+        class Note(Own):
+            __tablename__ = "note"
+            id: Mapped[int] = mapped_column(primary_key=True)
+            title: Mapped[str] = mapped_column(server_default="by the server")
+            body: Mapped[str | None]
+            embedding: Mapped[Array | None] = embedding(["title", "body"])
+
+        create(engine, Own.metadata)
+        with engine.begin() as connection:
+            load(connection, Note, [{"body": "a"}, {"body": None}])
+            load(connection, Note, [{"body": "a", "embedding": encoder._vector("a")}])
+        assert encoder.batches == []
+        assert require_true_or_pending(engine, encoder, Note) == (0, 3)

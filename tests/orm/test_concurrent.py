@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session, sessionmaker
-from write_models import Article, Book, Item, Line, Page, require_true_or_pending
+from write_models import Article, Book, Item, Line, Page, pending, require_true_or_pending
 
 from sbert_pg import embed_on_flush
 from sbert_pg.errors import EncodingError
@@ -18,7 +18,7 @@ from sbert_pg.errors import EncodingError
 def test_each_writes_its_half_of_the_source(
     tables: sa.Engine, sessions: sessionmaker[Any], encoder: Any
 ) -> None:
-    """Both load the row before either writes; the later one encodes what the earlier one wrote."""
+    """Both load the row before either writes; the row says that its vector is of another text."""
     with sessions() as session:
         session.add(Page(id=1, title="t", body="b"))
         session.commit()
@@ -33,10 +33,10 @@ def test_each_writes_its_half_of_the_source(
     assert waiting.is_alive(), "it waits for the row"
     one.commit()
     waiting.join(20)
-    assert encoder.batches[-1] == ["title of one\n\nbody of two"]
     one.close()
     two.close()
-    assert require_true_or_pending(tables, encoder, Page) == (2, 0)
+    assert pending(tables) == {("page.by_all", "1")}
+    assert require_true_or_pending(tables, encoder, Page) == (1, 1)
 
 
 def test_many_writers(tables: sa.Engine, sessions: sessionmaker[Any], encoder: Any) -> None:
@@ -65,7 +65,9 @@ def test_many_writers(tables: sa.Engine, sessions: sessionmaker[Any], encoder: A
     for thread in threads:
         thread.join(120)
     assert errors == []
-    assert require_true_or_pending(tables, encoder, Page) == (12, 0)
+    right, waiting = require_true_or_pending(tables, encoder, Page)
+    assert right + waiting == 12
+    assert right >= 6, "what is made of one column is never another's"
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

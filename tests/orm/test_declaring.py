@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import uuid
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -21,10 +21,10 @@ from sqlalchemy.orm import (
     sessionmaker,
 )
 
-from sbert_pg import Source, bind_all, embed_on_flush, embedding_column, hnsw_index, nearest
+from sbert_pg import Source, create_all, embed_on_flush, embedding_column, hnsw_index, nearest
+from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.errors import DeclarationError, SourceError
 from sbert_pg.testing import DeterministicEncoder
-from sbert_pg.types import Embedding
 
 pytestmark = pytest.mark.usefixtures("fake_encoder")
 
@@ -37,8 +37,7 @@ def embedding(source: Any = "title", **options: Any) -> Any:
 
 def create(engine: sa.Engine, metadata: sa.MetaData) -> None:
     with engine.begin() as connection:
-        metadata.create_all(connection)
-        bind_all(connection, metadata)
+        create_all(connection, metadata)
 
 
 def save(engine: sa.Engine, *objects: object) -> None:
@@ -342,6 +341,32 @@ def test_sqlmodel(engine: sa.Engine) -> None:
     sqlmodel.SQLModel.metadata.remove(Dish.__table__)
 
 
+def test_sqlmodel_without_a_field(engine: sa.Engine) -> None:
+    """A column of the table that is no field: deferred, and left out where it is serialised."""
+    sqlmodel = pytest.importorskip("sqlmodel")
+
+    class Meal(sqlmodel.SQLModel, table=True):  # type: ignore[name-defined,misc,call-arg]
+        id: int | None = sqlmodel.Field(default=None, primary_key=True)
+        title: str
+        embedding: ClassVar[Any] = embedding(nullable=True)
+
+    try:
+        create(engine, sqlmodel.SQLModel.metadata)
+        with sqlmodel.Session(engine) as session:
+            embed_on_flush(session)
+            session.add_all([Meal(title="red soup"), Meal(title="apple pie")])
+            session.commit()
+            meal = session.exec(nearest(Meal.embedding, "apple", limit=1)).one()[0]
+            assert {"embedding", "embedding_of"} <= sa.inspect(meal).unloaded
+            assert meal.model_dump() == {"id": 2, "title": "apple pie"}
+            assert Meal.model_validate(meal.model_dump()).title == "apple pie"
+            meal.title = "plum pie"
+            session.commit()
+            assert session.exec(nearest(Meal.embedding, "plum", limit=1)).one()[0] is meal
+    finally:
+        sqlmodel.SQLModel.metadata.remove(Meal.__table__)
+
+
 def test_flask_sqlalchemy(database_url: sa.URL) -> None:
     flask = pytest.importorskip("flask")
     flask_sqlalchemy = pytest.importorskip("flask_sqlalchemy")
@@ -361,9 +386,8 @@ def test_flask_sqlalchemy(database_url: sa.URL) -> None:
     db.init_app(app)
     embed_on_flush(db.session)
     with app.app_context():
-        db.create_all()
         with db.engine.begin() as connection:
-            bind_all(connection, db.metadata)
+            create_all(connection, db.metadata)
         db.session.add_all([Ticket(title="red screen"), Ticket(title="lost key")])
         db.session.commit()
         found = db.session.execute(nearest(Ticket.embedding, "key", limit=1)).one()

@@ -13,7 +13,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, rela
 
 import sbert_pg
 from sbert_pg import embedding_column, hnsw_index
-from sbert_pg.cli.corpus import standard_library
+from sbert_pg.cli.demo_data import standard_library
 from sbert_pg.testing import DeterministicEncoder
 
 
@@ -91,8 +91,7 @@ def titles() -> list[str | None]:
 
 def fill(engine: sa.Engine, shop: Shop) -> None:
     with engine.begin() as connection:
-        shop.Base.metadata.create_all(connection)
-        sbert_pg.bind_all(connection, shop.Base.metadata)
+        sbert_pg.create_all(connection, shop.Base.metadata)
     with Session(engine) as session:
         sbert_pg.embed_on_flush(session)
         authors = [shop.Author(id=n, name=f"author {n}") for n in range(4)]
@@ -122,7 +121,7 @@ def statements(engine: sa.Engine) -> list[str]:
     sent: list[str] = []
 
     def note(_connection: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
-        if "article" in statement and "sbert." not in statement:
+        if "FROM article" in statement:
             sent.append(statement)
 
     sa.event.listen(engine, "before_cursor_execute", note)

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 import sbert_pg
 from sbert_pg import EncoderSpec, nearest
 from sbert_pg.testing import DeterministicEncoder
-from sbert_pg.types.query_cache import SIZE, query_vector
+from sbert_pg.types.encoding import SIZE, query_vector
 from tests.search.conftest import Shop
 
 SPEC = EncoderSpec.of("deterministic", dimensions=384)

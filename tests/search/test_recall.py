@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from sbert_pg import bind_all, embedding_column, hnsw_index, ivfflat_index, load, nearest
+from sbert_pg import create_all, embedding_column, hnsw_index, ivfflat_index, load, nearest
 from tests.conftest import MINILM, Databases
 from tests.search.conftest import Corpus
 
@@ -24,6 +24,7 @@ FORMS: dict[str, Any] = {
 }
 #: A filter that keeps one row in a hundred.
 PARTS = 100
+TOPICS = 30
 FLOOR = 0.98
 
 
@@ -39,25 +40,35 @@ def documents(form: str) -> Any:
         id: Mapped[int] = mapped_column(primary_key=True)
         text: Mapped[str]
         part: Mapped[int]
+        topic: Mapped[int] = mapped_column(index=form != "halfvec")
         embedding = embedding_column(MINILM, source="text", nullable=True)
 
     return Document
 
 
+def topics_of(vectors: Any, corpus: Corpus) -> Any:
+    """The nearest of thirty texts of the corpus, for each vector: what a tenant writes about."""
+    chosen = np.random.default_rng(1).choice(len(corpus.texts), TOPICS, replace=False)
+    return np.argmax(vectors @ corpus.vectors[chosen].T, axis=1)
+
+
 def loaded(engine: sa.Engine, form: str, corpus: Corpus) -> Any:
     document = documents(form)
     table = document.__table__
-    index = next(iter(table.indexes))
+    found = zip(
+        corpus.texts, corpus.vectors, topics_of(corpus.vectors, corpus).tolist(), strict=True
+    )
     rows = (
-        {"id": n, "text": text, "part": n % PARTS, "embedding": vector}
-        for n, (text, vector) in enumerate(zip(corpus.texts, corpus.vectors, strict=True))
+        {"id": n, "text": text, "part": n % PARTS, "topic": topic, "embedding": vector}
+        for n, (text, vector, topic) in enumerate(found)
     )
     with engine.begin() as connection:
         connection.execute(sa.schema.CreateTable(table))
-        bind_all(connection, table.metadata)
+        create_all(connection, table.metadata)
         load(connection, document, rows)
         # An index is built in a fraction of the time that filling it takes.
-        connection.execute(sa.schema.CreateIndex(index))
+        for index in table.indexes:
+            connection.execute(sa.schema.CreateIndex(index))
         connection.execute(sa.text(f"ANALYZE {table.name}"))
     return document
 
@@ -90,6 +101,51 @@ def recall(session: Session, document: Any, corpus: Corpus, keep: Any, **options
     return float(np.mean(shares))
 
 
+def related(document: Any, corpus: Corpus, own: int) -> dict[str, tuple[Any, Any]]:
+    """Filters that know where the query is, each as a criterion and as a mask."""
+    topics, parts = topics_of(corpus.vectors, corpus), np.arange(len(corpus.texts)) % PARTS
+    other, tenant = (own + 7) % TOPICS, [(own + n) % TOPICS for n in (3, 4, 5)]
+    later = topics > own if own < TOPICS // 2 else topics < own
+    criterion = document.topic > own if own < TOPICS // 2 else document.topic < own
+    return {
+        "the own topic": (document.topic == own, topics == own),
+        "another topic": (document.topic == other, topics == other),
+        "another tenant": (document.topic.in_(tenant), np.isin(topics, tenant)),
+        "all but the own topic": (document.topic != own, topics != own),
+        "later topics": (criterion, later),
+        "two at once": (
+            sa.and_(document.topic != own, document.part < 10),
+            (topics != own) & (parts < 10),
+        ),
+    }
+
+
+def assert_right_under_related_filters(session: Session, document: Any, corpus: Corpus) -> None:
+    """Filters of the topic, and its rows deleted but not yet vacuumed: full and right."""
+    shares: dict[str, list[float]] = {}
+    queries = corpus.queries[:15]
+
+    def ask(name: str, statement: Any, query: Any, keep: Any) -> None:
+        found = session.execute(statement).all()
+        right = corpus.nearest(query, keep, min(10, int(keep.sum())))
+        assert len(found) == len(right), name
+        same = {row[0].id for row in found} & set(right)
+        shares.setdefault(name, []).append(len(same) / len(right))
+
+    for query, own in zip(queries, topics_of(queries, corpus).tolist(), strict=True):
+        for name, (criterion, keep) in related(document, corpus, own).items():
+            ask(name, nearest(document.embedding, query).where(criterion), query, keep)
+    for query, own in zip(queries[:4], topics_of(queries[:4], corpus).tolist(), strict=True):
+        session.execute(sa.delete(document).where(document.topic == own))
+        kept = topics_of(corpus.vectors, corpus) != own
+        ask("deleted", nearest(document.embedding, query), query, kept)
+        session.rollback()
+    means = {name: float(np.mean(values)) for name, values in shares.items()}
+    # Four queries are few to hold against a mean.
+    assert means.pop("deleted") >= 0.9
+    assert min(means.values()) >= FLOOR, means
+
+
 def assert_pages(session: Session, statement: Any) -> None:
     """Six pages of ten have sixty rows, and those of one page of sixty but for its better recall.
 
@@ -111,6 +167,7 @@ def test_recall_with_the_defaults(
         assert recall(session, document, corpus, None) >= FLOOR
         assert recall(session, document, corpus, [7]) >= FLOOR
         assert recall(session, document, corpus, list(range(10))) >= FLOOR
+        assert_right_under_related_filters(session, document, corpus)
         # And the default is what does it.
         assert recall(session, document, corpus, None, ef_search=10, overfetch=1) < FLOOR
         for query in corpus.queries[:8]:
@@ -126,6 +183,7 @@ def test_words_find_what_they_mean(standard: sa.Engine, corpus: Corpus, minilm: 
         assert "compress" in found or "zip" in found
         assert recall(session, document, corpus, None, probes=36) == 1
         assert recall(session, document, corpus, [7], probes=36) == 1
+        assert_right_under_related_filters(session, document, corpus)
 
 
 @pytest.fixture(scope="module")

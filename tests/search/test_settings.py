@@ -16,7 +16,7 @@ from tests.search.conftest import Shop
 
 NAMES = ("hnsw.ef_search", "hnsw.iterative_scan", "hnsw.max_scan_tuples")
 USUAL = ("40", "off", "20000")
-OURS = ("77", "relaxed_order", "100000")
+OURS = ("77", "off", "20000")
 
 
 @pytest.fixture

@@ -1,0 +1,143 @@
+"""Passages: what they find, what an edit costs, and what cutting costs beside encoding.
+
+python benchmarks/passages.py quality DIRECTORY   # nDCG@10 through a database with the index
+python benchmarks/passages.py reuse DIRECTORY     # passages kept when one sentence is edited
+python benchmarks/passages.py rate DIRECTORY      # tokens a second with and without cutting
+
+DIRECTORY holds ``xquad/xquad.en.json`` and ``medquad/medquad_cdc_nhlbi.jsonl``. The database is the
+embedded one, in a directory of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import sqlalchemy as sa
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from sbert_pg import backfill, create_all, get_encoder, hnsw_index, nearest, passages_of
+from sbert_pg.embedded import embedded_server
+from sbert_pg.passages import Chunker, FixedChunker, SentenceChunker
+from sbert_pg.passages.cutting import cut, embedded_text
+from sbert_pg.passages.structure import sentences
+
+ENCODER = "all-MiniLM-L6-v2"
+Questions = list[tuple[str, int]]
+
+
+class Base(DeclarativeBase):
+    """Base of the documents."""
+
+
+class Document(Base):
+    """A document of one of the sets."""
+
+    __tablename__ = "document"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    title: Mapped[str | None]
+    body: Mapped[str]
+    passages = passages_of(
+        ENCODER, source="body", heading="title",
+        table_args=[hnsw_index("document_passage_hnsw", "embedding")],
+    )  # fmt: skip
+
+
+def xquad(directory: Path) -> tuple[list[Document], Questions]:
+    """48 articles, and the questions to their paragraphs."""
+    articles = json.loads((directory / "xquad/xquad.en.json").read_text())["data"]
+    documents, questions = [], {}
+    for number, article in enumerate(articles, 1):
+        body = "\n\n".join(paragraph["context"].strip() for paragraph in article["paragraphs"])
+        documents.append(Document(id=number, title=article["title"].replace("_", " "), body=body))
+        for paragraph in article["paragraphs"]:
+            for asked in paragraph["qas"]:
+                questions.setdefault(asked["question"].strip(), number)
+    return documents, list(questions.items())
+
+
+def medquad(directory: Path) -> tuple[list[Document], Questions]:
+    """829 answers, and their questions."""
+    lines = (directory / "medquad/medquad_cdc_nhlbi.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    documents = [Document(id=n, body=row["answer"]) for n, row in enumerate(rows, 1)]
+    return documents, [(row["question"].strip(), n) for n, row in enumerate(rows, 1)]
+
+
+def quality(directory: Path) -> None:
+    """nDCG@10 of every score, through the database."""
+    for name, read in (("XQuAD", xquad), ("MedQuAD", medquad)):
+        documents, questions = read(directory)
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder).chmod(0o755)
+            with embedded_server(Path(folder) / "data") as server:
+                engine = sa.create_engine(server.ensure_database("passages"))
+                with engine.begin() as connection:
+                    create_all(connection, Base.metadata)
+                with Session(engine) as session:
+                    session.add_all(documents)
+                    session.commit()
+                    backfill(engine, Document.__table__.c.passages_embedding)
+                    for score in ("best", "sum", "auto"):
+                        started = time.perf_counter()
+                        gains = [_gain(session, *question, score) for question in questions]
+                        seconds = (time.perf_counter() - started) / len(questions)
+                        mean = sum(gains) / len(gains)
+                        print(f"{name} {score}: nDCG@10 {mean:.4f}, {1000 * seconds:.1f} ms")
+                engine.dispose()
+
+
+def _gain(session: Session, question: str, due: int, score: str) -> float:
+    statement = nearest(Document.passages, question, score=score).with_only_columns(Document.id)
+    found = session.execute(statement).scalars().all()
+    return 1 / math.log2(found.index(due) + 2) if due in found else 0.0
+
+
+def reuse(directory: Path, edits: int = 200) -> None:
+    """Passages kept and passages to encode, one sentence inserted, changed or deleted."""
+    encoder = get_encoder(ENCODER)
+    bodies = [d.body for d in medquad(directory)[0] if len(d.body) > 6_000]
+    chunkers: Sequence[Chunker] = (SentenceChunker(), FixedChunker(200, 0), FixedChunker())
+    for chunker in chunkers:
+        random.seed(16)
+        kept, new = 0.0, 0
+        for _ in range(edits):
+            body = random.choice(bodies)
+            start, stop = random.choice(sentences(body))
+            kind = random.choice(("insert", "change", "delete"))
+            words = "" if kind == "delete" else "This is another sentence about something. "
+            edited = body[:start] + words + body[start if kind == "insert" else stop :]
+            before = {p.digest for p in cut((), body, chunker, encoder)}
+            after = [p.digest for p in cut((), edited, chunker, encoder)]
+            same = sum(digest in before for digest in after)
+            kept += same / len(after)
+            new += len(after) - same
+        print(f"{chunker}: kept {kept / edits:.3f}, to encode {new / edits:.2f}")
+
+
+def rate(directory: Path) -> None:
+    """Tokens a second of encoding passages, with and without the cutting before it."""
+    encoder = get_encoder(ENCODER)
+    documents = medquad(directory)[0][:200]
+    texts: list[str] = []
+    started = time.process_time()
+    for document in documents:
+        for passage in cut((), document.body, SentenceChunker(), encoder):
+            part = document.body[passage.start : passage.stop]
+            texts.append(embedded_text(passage.heading, part))
+    cutting = time.process_time() - started
+    started = time.process_time()
+    encoder.encode_document(texts)
+    encoding = time.process_time() - started
+    print(f"cutting {cutting:.2f} s, encoding {encoding:.2f} s of CPU: "
+          f"rate with cutting {encoding / (encoding + cutting):.3f} of without")  # fmt: skip
+
+
+if __name__ == "__main__":
+    {"quality": quality, "reuse": reuse, "rate": rate}[sys.argv[1]](Path(sys.argv[2]))

@@ -1,0 +1,257 @@
+"""Rows of a mapped class as what other libraries call documents: an id, a text, metadata."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import JSONB, insert
+from sqlalchemy.orm import ColumnProperty, Session, undefer
+
+from sbert_pg.adapters.filters import condition
+from sbert_pg.catalog.embedding import Embedding
+from sbert_pg.errors import DeclarationError
+from sbert_pg.orm.declaring import attributes_of, plain_attributes
+from sbert_pg.row_vectors import embed_rows
+from sbert_pg.search import nearest
+from sbert_pg.spec import EncoderSpec
+from sbert_pg.types.wire import VectorValue
+
+T = TypeVar("T")
+
+
+@dataclass
+class Row:
+    """One row of the class as a document.
+
+    Attributes:
+        id: the primary key as text; ``None`` for a row that is to be written under a new key.
+        text: its text.
+        metadata: what else the row holds: attributes that are not ``NULL``, and the keys of the
+            JSON attribute.
+        similarity: as ``nearest`` gives it, of a row that was searched for.
+        vector: float32 array of shape ``(dimensions,)``, where it was asked for.
+    """
+
+    id: str | None
+    text: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+    similarity: float | None = None
+    vector: VectorValue | None = None
+
+
+class Documents:
+    """A mapped class with an embedding as a collection of documents.
+
+    Every function works within a session of the caller's, and commits nothing.
+
+    Args:
+        column: the embedding column of the class, as in ``Article.embedding``.
+        content: name of the attribute that is the text; the embedding's source by default.
+        metadata: name of a JSON attribute for metadata that has no attribute of its own.
+
+    Raises:
+        DeclarationError: the column is no embedding column of a mapped class with a primary key of
+            one column, or a name is not one of its attributes.
+    """
+
+    def __init__(
+        self, column: Any, *, content: str | None = None, metadata: str | None = None
+    ) -> None:
+        type_ = getattr(column, "type", None)
+        mapper = getattr(column, "parent", None)
+        if not isinstance(type_, Embedding) or mapper is None:
+            raise DeclarationError(
+                f"{column} is no embedding column of a mapped class; give one, as in "
+                "Article.embedding."
+            )
+        if len(mapper.primary_key) != 1:
+            raise DeclarationError(
+                f"{mapper.class_.__name__} has a primary key of {len(mapper.primary_key)} columns, "
+                "and the id of a document is one value."
+            )
+        self.column = column
+        self.class_: Any = mapper.class_
+        self.key: str = mapper.get_property_by_column(mapper.primary_key[0]).key
+        self._attribute = next((a for a in attributes_of(mapper) if a.key == column.key), None)
+        self.content = content or self._source()
+        self.metadata = metadata
+        attributes = {a.key for a in mapper.attrs if isinstance(a, ColumnProperty)}
+        for name in (self.content, metadata):
+            if name is not None and name not in attributes:
+                raise DeclarationError(f"{self.class_.__name__} has no attribute {name!r}.")
+        # What the other embeddings of the class say of their rows is written with them too.
+        self._companions = [a.companion_key for a in attributes_of(mapper)]
+        #: Attributes that are metadata under their own names.
+        self.own = [
+            name
+            for name in plain_attributes(self.class_)
+            if name in attributes and name not in (self.key, self.content, metadata)
+        ]
+
+    def _source(self) -> str:
+        if self._attribute is None or len(self._attribute.source_keys) != 1:
+            raise DeclarationError(
+                f"The embedding {self.column} is not made of one attribute; say which one is the "
+                "text of a document, by content=."
+            )
+        return self._attribute.source_keys[0]
+
+    @property
+    def encoder(self) -> EncoderSpec:
+        """The column's encoder, as declared."""
+        spec: EncoderSpec = self.column.type.encoder
+        return spec
+
+    def upsert(self, rows: Sequence[Row]) -> Callable[[Session], list[str]]:
+        """Write rows, those with the id of an existing row in its place; their ids, in order."""
+        values = [self._values(row) for row in rows]
+
+        def work(session: Session) -> list[str]:
+            embedded = embed_rows(self.class_, values)
+            keyed = {row[self.key]: row for row in embedded if self.key in row}  # the last one wins
+            for same in _by_attributes(keyed.values()):
+                statement = insert(self.class_)
+                names = {*same[0], *self._companions} - {self.key}
+                columns = [self._column(name) for name in names]
+                statement = statement.on_conflict_do_update(
+                    index_elements=[self._column(self.key)],
+                    set_={column: statement.excluded[column.key] for column in columns},
+                )
+                session.execute(statement, same)
+            ids = [row.get(self.key) for row in embedded]
+            for row, position in [(r, i) for i, r in enumerate(embedded) if self.key not in r]:
+                new = insert(self.class_).returning(getattr(self.class_, self.key))
+                ids[position] = session.execute(new, [row]).scalar_one()
+            return [str(one) for one in ids]
+
+        return work
+
+    def get(self, ids: Iterable[str]) -> Callable[[Session], list[Row]]:
+        """The rows of some ids, in their order; ids that no row has are left out."""
+        keys = [key for key in map(self._key_of, ids) if key is not None]
+        statement = sa.select(self.class_).where(getattr(self.class_, self.key).in_(keys))
+
+        def work(session: Session) -> list[Row]:
+            entities = {getattr(e, self.key): e for e in session.scalars(statement)}
+            return [self._row(entities[key]) for key in keys if key in entities]
+
+        return work
+
+    def delete(self, ids: Iterable[str]) -> Callable[[Session], None]:
+        """Delete the rows of some ids; those that no row has are passed over."""
+        keys = [key for key in map(self._key_of, ids) if key is not None]
+        statement = sa.delete(self.class_).where(getattr(self.class_, self.key).in_(keys))
+
+        def work(session: Session) -> None:
+            session.execute(statement)
+
+        return work
+
+    def search(
+        self, query: Any, limit: int, conditions: Any = None, *, vectors: bool = False, **how: Any
+    ) -> Callable[[Session], list[Row]]:
+        """The rows nearest to a text or vector, nearest first.
+
+        Args:
+            query: a text or a vector.
+            limit: how many.
+            conditions: as ``filters.condition`` takes them, or ``None``.
+            vectors: whether to read their vectors as well.
+            **how: further arguments of ``nearest``.
+        """
+        where = () if conditions is None else condition(conditions, self.field)
+        statement: Any = nearest(self.column, query, limit=limit, where=where, **how)
+        if vectors:
+            statement = statement.options(undefer(self.column))
+        return lambda session: [
+            self._row(entity, similarity, vectors)
+            for entity, similarity in session.execute(statement)
+        ]
+
+    def field(self, name: str) -> sa.ColumnElement[Any]:
+        """The column of a field of the metadata, or its value within the JSON attribute.
+
+        Raises:
+            DeclarationError: there is neither.
+        """
+        if name in self.own:
+            column: sa.ColumnElement[Any] = getattr(self.class_, name)
+            return column
+        if self.metadata is None:
+            raise DeclarationError(self._unknown(name))
+        whole = sa.cast(getattr(self.class_, self.metadata), JSONB)
+        return sa.func.nullif(whole[name], sa.cast(sa.literal("null"), JSONB), type_=JSONB())
+
+    def _unknown(self, name: str) -> str:
+        return (
+            f"{self.class_.__name__} has no attribute {name!r} for metadata; it has "
+            f"{', '.join(self.own) or 'none'}. Add a column, or give the name of a JSON attribute "
+            "for all others, by metadata=."
+        )
+
+    def _values(self, row: Row) -> dict[str, Any]:
+        """A row by attributes."""
+        values: dict[str, Any] = {self.content: row.text}
+        rest = {}
+        for name, value in row.metadata.items():
+            if name in self.own:
+                values[name] = value
+            elif self.metadata is None:
+                raise DeclarationError(self._unknown(name))
+            else:
+                rest[name] = value
+        if self.metadata is not None:
+            values[self.metadata] = rest
+        if row.id is not None:
+            values[self.key] = self._key_of(row.id)
+            if values[self.key] is None:
+                raise DeclarationError(
+                    f"{row.id!r} is no {self._key_type.__name__}, as the key of "
+                    f"{self.class_.__name__} is."
+                )
+        elif issubclass(self._key_type, (str, uuid.UUID)):
+            values[self.key] = self._key_type(str(uuid.uuid4()))
+        return values
+
+    def _row(self, entity: Any, similarity: float | None = None, vector: bool = False) -> Row:
+        own = {name: getattr(entity, name) for name in self.own}
+        metadata = {name: value for name, value in own.items() if value is not None}
+        if self.metadata is not None:
+            metadata |= getattr(entity, self.metadata) or {}
+        return Row(
+            str(getattr(entity, self.key)),
+            getattr(entity, self.content) or "",
+            metadata,
+            similarity,
+            getattr(entity, self.column.key) if vector else None,
+        )
+
+    def _column(self, name: str) -> sa.Column[Any]:
+        column: sa.Column[Any] = sa.inspect(self.class_).columns[name]
+        return column
+
+    @property
+    def _key_type(self) -> type[Any]:
+        return self._column(self.key).type.python_type
+
+    def _key_of(self, id_: str) -> Any:
+        """The key that an id spells; ``None`` where no key is spelled so."""
+        try:
+            return self._key_type(id_)
+        except (TypeError, ValueError):
+            return None
+
+
+def _by_attributes(rows: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Rows that name the same attributes together, as one statement writes them."""
+    groups: dict[frozenset[str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(frozenset(row), []).append(row)
+    return list(groups.values())
+
+
+__all__ = ["Documents", "Row"]

@@ -1,0 +1,143 @@
+"""Conditions on metadata, as other libraries write them down, in SQL."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from operator import ge, gt, le, lt
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import JSONB
+
+from sbert_pg.errors import DeclarationError
+
+#: From the name of a field to its column, or to its value within a JSON column.
+Fields = Callable[[str], sa.ColumnElement[Any]]
+Condition = sa.ColumnElement[bool]
+
+_ORDER: dict[str, Callable[[Any, Any], Any]] = {
+    "$lt": lt,
+    "$lte": le,
+    "$gt": gt,
+    "$gte": ge,
+}
+
+
+def condition(conditions: Any, fields: Fields) -> Condition:
+    """A condition on metadata as SQL; several in one mapping have to hold together.
+
+    Args:
+        conditions: a mapping in the form that LangChain's stores have from MongoDB:
+            ``{"topic": "food", "year": {"$gte": 2020}, "$or": [{...}, {...}]}``. Operators are
+            ``$eq``, ``$ne``, ``$lt``, ``$lte``, ``$gt``, ``$gte``, ``$in``, ``$nin``, ``$between``,
+            ``$exists``, ``$like`` and ``$ilike``; ``$and``, ``$or`` and ``$not`` combine. Or a
+            condition of SQLAlchemy's, which is taken as it is.
+        fields: finds the column of a field.
+
+    A row that has no value of the field differs from every value: ``$ne`` and ``$nin`` find it.
+    Values within JSON are compared with those of their own type alone.
+
+    Raises:
+        DeclarationError: an operator that does not exist, or a value that it does not take.
+    """
+    if isinstance(conditions, sa.ClauseElement):
+        return sa.and_(conditions)  # type: ignore[arg-type]
+    if not isinstance(conditions, Mapping):
+        raise DeclarationError(
+            f"A filter is a mapping such as {{'topic': 'food'}} or a condition of SQLAlchemy's, "
+            f"and this is {conditions!r}."
+        )
+    return sa.and_(sa.true(), *(_part(key, value, fields) for key, value in conditions.items()))
+
+
+def _part(key: str, value: Any, fields: Fields) -> Condition:
+    if key in ("$and", "$or"):
+        if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+            raise DeclarationError(f"{key} takes a list of filters, and was given {value!r}.")
+        parts = [condition(part, fields) for part in value]
+        return sa.and_(*parts) if key == "$and" else sa.or_(*parts)
+    if key == "$not":
+        # Of what is unknown the opposite is unknown: such a row does not meet the condition.
+        return sa.not_(sa.func.coalesce(condition(value, fields), sa.false()))
+    if key.startswith("$"):
+        raise DeclarationError(f"A filter has no operator {key!r} in the place of a field.")
+    field = fields(key)
+    if not isinstance(value, Mapping):
+        return compare(field, "$eq", value)
+    return sa.and_(sa.true(), *(compare(field, name, given) for name, given in value.items()))
+
+
+def compare(field: sa.ColumnElement[Any], operator: str, value: Any) -> Condition:
+    """One comparison of a column, or of a value within JSON, with a value.
+
+    Raises:
+        DeclarationError: an operator that does not exist, or a value that it does not take.
+    """
+    if operator in ("$in", "$nin", "$between"):
+        if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, set, frozenset)):
+            raise DeclarationError(f"{operator} takes a list, and was given {value!r}.")
+        return _among(field, operator, list(value))
+    is_json = isinstance(field.type, JSONB)
+    if operator in ("$eq", "$ne"):
+        own = None if value is None else _operand(field, value)
+        if operator == "$eq":
+            return field.is_(None) if own is None else field == own
+        return field.is_not(None) if own is None else field.is_distinct_from(own)
+    if operator == "$exists":
+        return field.is_not(None) if value else field.is_(None)
+    if operator in ("$like", "$ilike"):
+        text = field[()].astext if is_json else field
+        matches: Condition = text.like(value) if operator == "$like" else text.ilike(value)
+        return matches
+    if operator not in _ORDER:
+        raise DeclarationError(
+            f"A filter has no operator {operator!r}; it has $eq, $ne, $lt, $lte, $gt, $gte, $in, "
+            "$nin, $between, $exists, $like and $ilike."
+        )
+    if value is None:
+        raise DeclarationError(f"{operator} compares with a value, and was given None.")
+    ordered: Condition = _ORDER[operator](field, _operand(field, value))
+    if is_json:
+        # PostgreSQL orders any two values of JSON, a number before every text.
+        return sa.and_(sa.func.jsonb_typeof(field) == _json_type(value), ordered)
+    return ordered
+
+
+def _among(field: sa.ColumnElement[Any], operator: str, values: list[Any]) -> Condition:
+    if operator == "$between":
+        if len(values) != 2:
+            raise DeclarationError(f"$between takes two values, and was given {values!r}.")
+        return sa.and_(compare(field, "$gte", values[0]), compare(field, "$lte", values[1]))
+    if operator == "$in":
+        return sa.or_(sa.false(), *(compare(field, "$eq", value) for value in values))
+    return sa.and_(sa.true(), *(compare(field, "$ne", value) for value in values))
+
+
+def _operand(field: sa.ColumnElement[Any], value: Any) -> Any:
+    if not isinstance(field.type, JSONB):
+        return value
+    return sa.cast(sa.literal(_dumped(value), sa.Text()), JSONB)
+
+
+def _dumped(value: Any) -> str:
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise DeclarationError(
+            f"{value!r} cannot be compared with a value within JSON: {error}. Keep such a field "
+            "in a column of its own."
+        ) from error
+
+
+def _json_type(value: Any) -> str:
+    if isinstance(value, bool):
+        return "boolean"
+    if isinstance(value, (int, float)):
+        return "number"
+    if isinstance(value, str):
+        return "string"
+    raise DeclarationError(f"{value!r} has no order within JSON; numbers and texts have.")
+
+
+__all__ = ["Condition", "Fields", "compare", "condition"]

@@ -1,0 +1,202 @@
+"""How a declared embedding column differs from the bound one, and what to write instead."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import sqlalchemy as sa
+from alembic.util import CommandError
+
+from sbert_pg.catalog import Binding, tables
+from sbert_pg.catalog.embedding import Embedding
+from sbert_pg.errors import EncoderMismatchError
+from sbert_pg.source import Source
+from sbert_pg.spec import EncoderSpec, known_encoder, same_encoder_name
+
+#: Fields that make a vector space, where a declaration spells them out.
+_DECIDING = (
+    "pooling",
+    "layers",
+    "normalized",
+    "max_seq_length",
+    "prompts",
+    "default_prompt_name",
+    "include_prompt",
+)
+#: Of these, what ``sbert_pg.spec`` says of a name; it may learn better from release to release.
+_FROM_NAME = frozenset({"normalized", "max_seq_length"})
+
+
+class ChangedColumnError(EncoderMismatchError, CommandError):
+    """A bound column's encoder, source or storage was changed under its name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One change that is refused.
+
+    Attributes:
+        binding: the column as it is bound.
+        column: the column as it is declared now.
+        what: what differs, in words.
+        same_width: whether the vectors have the same width, so that the encoders may be compatible.
+    """
+
+    binding: Binding
+    column: sa.Column[Any]
+    what: str
+    same_width: bool
+
+
+def compatible_names(connection: sa.Connection) -> dict[uuid.UUID, set[str]]:
+    """Names of the encoders that were proven compatible, by binding."""
+    known = tables.compatible_encoder
+    names: dict[uuid.UUID, set[str]] = {}
+    for number, name in connection.execute(
+        sa.select(known.c.binding_id, known.c.spec["name"].astext)
+    ):
+        names.setdefault(number, set()).add(name)
+    return names
+
+
+def change_of(binding: Binding, column: sa.Column[Any], names: set[str]) -> Change | None:
+    """The first difference that makes another vector space or another column, if there is one.
+
+    Args:
+        binding: the column as it is bound.
+        column: the column as it is declared now.
+        names: names of encoders proven compatible with the column's.
+    """
+    type_ = column.type
+    assert isinstance(type_, Embedding)
+    spec, declared = type_.encoder, binding.declared
+    same_width = spec.dimensions == declared.dimensions
+    what = _difference(binding, type_, names)
+    return None if what is None else Change(binding, column, what, same_width)
+
+
+def _difference(binding: Binding, type_: Embedding, names: set[str]) -> str | None:
+    spec, declared, sealed = type_.encoder, binding.declared, binding.sealed
+    known = {declared.name, *names} | ({sealed.name} if sealed is not None else set())
+    if not any(same_encoder_name(spec.name, name) for name in known):
+        return f"encoder {declared.name!r} became {spec.name!r}"
+    if spec.dimensions != declared.dimensions:
+        return f"{declared.dimensions} dimensions became {spec.dimensions}"
+    for field in _DECIDING:
+        if _changed(field, spec, declared, sealed):
+            before = getattr(sealed or declared, field)
+            return f"{field} of the encoder, {before!r}, became {getattr(spec, field)!r}"
+    if not same_source(type_.source, binding.source):
+        return f"source {binding.source} became {type_.source}" + _joined(binding, type_)
+    if type_.storage != binding.storage:
+        return f"storage {binding.storage!r} became {type_.storage!r}"
+    return None
+
+
+def _joined(binding: Binding, type_: Embedding) -> str:
+    old, new = binding.source.separator, type_.source.separator
+    return "" if old == new else f" (separator {old!r} became {new!r})"
+
+
+def _changed(
+    field: str, spec: EncoderSpec, declared: EncoderSpec, sealed: EncoderSpec | None
+) -> bool:
+    value, before = getattr(spec, field), getattr(declared, field)
+    if value is None or value == before or (sealed is not None and value == getattr(sealed, field)):
+        return False
+    if field in _FROM_NAME:
+        by_name = EncoderSpec.of(spec.name, dimensions=spec.dimensions)
+        if value == getattr(by_name, field):
+            return False
+    return before is not None or sealed is not None
+
+
+def same_source(a: Source, b: Source) -> bool:
+    """Whether two sources give the same text; one column needs no separator."""
+    if a.pattern is None and b.pattern is None and len(a.columns) == 1:
+        b = replace(b, separator=a.separator)
+    return a == b
+
+
+def refuse(changes: list[Change]) -> None:
+    """Refuse changed columns, with the lines to write instead.
+
+    Raises:
+        ChangedColumnError: there is one.
+    """
+    if changes:
+        raise ChangedColumnError("\n\n".join(_message(change) for change in changes))
+
+
+def refuse_width(place: tuple[str | None, str, str], old: Any, new: Any) -> NoReturn:
+    """Refuse to change the type of a vector column to another width.
+
+    Raises:
+        ChangedColumnError: always.
+    """
+    name = ".".join(part for part in place if part is not None)
+    raise ChangedColumnError(
+        f"{name} has type {old!r} and is declared as {new!r}. Vectors of one width cannot become "
+        "vectors of another, so no ALTER is written. Leave its declaration as it was and declare a "
+        f"column {next_name(place[2])!r} of the new width beside it."
+    )
+
+
+def _message(change: Change) -> str:
+    binding, type_ = change.binding, change.column.type
+    assert isinstance(type_, Embedding)
+    text = (
+        f"{binding} is bound, and {change.what}. A column belongs to one encoder, source and "
+        "storage for life, so that old and new vectors never mix. Leave its declaration as it was, "
+        "and write beside it:\n\n"
+        f"    {next_name(binding.column)} = {declaration_line(type_, binding.column)}\n\n"
+        "Then run this command again; it writes the first step of the change."
+    )
+    if change.same_width and change.what.startswith("encoder"):
+        text += (
+            " If both encoders share one vector space (another precision or export of one model), "
+            "write a migration with\n\n"
+            f"    op.rebind_embedding_column({binding.table!r}, {binding.column!r}, "
+            f"encoder={type_.encoder.name!r}, dimensions={type_.encoder.dimensions})\n\n"
+            "which proves it, and leave the vectors as they are."
+        )
+    if change.what.startswith("storage"):
+        text += " 'sbert-pg backfill' fills it from the vectors there, without encoding."
+    return text
+
+
+def declaration_line(type_: Embedding, replaces: str | None = None) -> str:
+    """The declaration of a column, which may replace another one."""
+    spec, source = type_.encoder, type_.source
+    if source.passages is not None:
+        return (
+            f"passages_of({spec.name!r}, source={source.columns[-1]!r}, "
+            f"replaces={str(replaces).removesuffix('_embedding')!r}, ...)"
+        )
+    arguments = [repr(spec.name)]
+    if known_encoder(spec.name) is None or spec != EncoderSpec.of(spec.name):
+        arguments.append(f"dimensions={spec.dimensions}")
+    if source.pattern is not None:
+        arguments.append(f"source=Source.template({source.pattern!r})")
+    else:
+        names = list(source.columns)
+        arguments.append(f"source={(names[0] if len(names) == 1 else names)!r}")
+        if len(names) > 1 and source.separator != "\n\n":
+            arguments.append(f"separator={source.separator!r}")
+    if type_.storage != "vector":
+        arguments.append(f"storage={type_.storage!r}")
+    if replaces is not None:
+        arguments.append(f"replaces={replaces!r}")
+    arguments.append("nullable=True")
+    return f"embedding_column({', '.join(arguments)})"
+
+
+def next_name(column: str) -> str:
+    """A name for the column that replaces one: ``embedding``, ``embedding_v2`` and so on."""
+    match = re.fullmatch(r"(.+)_v(\d+)", column)
+    if match is None:
+        return f"{column}_v2"
+    return f"{match[1]}_v{int(match[2]) + 1}"

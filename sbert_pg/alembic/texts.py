@@ -1,0 +1,62 @@
+"""Text columns whose declaration has changed: made again, since a generated column has no ALTER."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import sqlalchemy as sa
+from alembic.operations import ops
+from sqlalchemy.dialects.postgresql import TSVECTOR
+
+from sbert_pg.types.text import TextSearch, length_name
+
+
+def changed_texts(connection: sa.Connection, table: sa.Table) -> list[ops.MigrateOperation]:
+    """What makes the text columns of a table again whose sources, language or weights differ.
+
+    The column, its length and its indexes are dropped and made; PostgreSQL rewrites the table.
+
+    Args:
+        connection: where the table is.
+        table: as the models declare it.
+    """
+    declared = [c for c in table.columns if isinstance(c.type, TextSearch)]
+    if not declared:
+        return []
+    inspector = sa.inspect(connection)
+    stored = {
+        column["name"]: str(column["computed"]["sqltext"])
+        for column in inspector.get_columns(table.name, schema=table.schema)
+        if column.get("computed")
+    }
+    present = {index["name"] for index in inspector.get_indexes(table.name, schema=table.schema)}
+    changed: list[ops.MigrateOperation] = []
+    for column in declared:
+        names = [column.name, length_name(column.name)]
+        if not set(names) <= set(stored) or _same(stored[column.name], column):
+            continue
+        indexes = [i for i in table.indexes if column.name in i.columns and i.name in present]
+        made: list[Any] = [ops.DropIndexOp.from_index(index) for index in indexes]
+        for name in names:
+            type_ = TSVECTOR() if name == column.name else sa.Integer()
+            computed = sa.Computed(stored[name].replace(":", r"\:"), persisted=True)
+            old = sa.Column(name, type_, computed)
+            made.append(ops.DropColumnOp.from_column_and_tablename(table.schema, table.name, old))
+        for name in names:
+            new = table.c[name]
+            made.append(ops.AddColumnOp.from_column_and_tablename(table.schema, table.name, new))
+        made += [ops.CreateIndexOp.from_index(index) for index in indexes]
+        changed.append(ops.ModifyTableOps(table.name, made, schema=table.schema))
+    return changed
+
+
+def _same(stored: str, column: sa.Column[Any]) -> bool:
+    """Whether two expressions are the same but for blanks, brackets and quotes."""
+    assert column.computed is not None
+    texts = (stored, str(column.computed.sqltext))
+    one, other = (re.sub(r"[\s()\\\"']", "", text).lower() for text in texts)
+    return one == other
+
+
+__all__ = ["changed_texts"]

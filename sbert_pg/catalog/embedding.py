@@ -1,0 +1,390 @@
+"""The embedding column's type: a vector column that knows its encoder and its source.
+
+Beside an embedding column ``e`` its table has an ordinary column ``e_of``, its companion, which
+says of each row what the vector was made from; see ``sbert_pg.digest``. The type adds it.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.engine import Dialect
+from sqlalchemy.sql.visitors import iterate
+
+from sbert_pg.catalog import guard
+from sbert_pg.catalog.record import Binding
+from sbert_pg.digest import HALF, NIL, PROVEN_DIMENSIONS, companion_name, digest, proof
+from sbert_pg.distance import STORAGES, Similarity, Storage
+from sbert_pg.errors import DeclarationError, DimensionError, SbertPgError, ZeroVectorError
+from sbert_pg.source import NOT_KNOWN, Source, Text
+from sbert_pg.spec import EncoderSpec
+from sbert_pg.types import drivers, wire
+from sbert_pg.types.encoding import query_vector
+from sbert_pg.types.identity import ColumnIdentity, identity_behind, identity_of
+from sbert_pg.types.vector import VectorType
+from sbert_pg.types.wire import Array
+
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict
+
+    class EmbeddingOptions(TypedDict, total=False):
+        """What a declaration may say beside encoder and source; see ``Embedding``."""
+
+        separator: str
+        storage: Storage
+        dimensions: int | None
+        similarity: Similarity | None
+        replaces: str | None
+
+
+class Embedding(VectorType):
+    """A ``VECTOR`` or ``HALFVEC`` column that belongs to one encoder and one source.
+
+    Its table also gets the column ``<name>_of``, unless it has one of that name.
+
+    Args:
+        encoder: a name or path as ``Encoder.load`` takes it, or an ``EncoderSpec``. Nothing is
+            loaded before the first text is encoded.
+        source: name of the text column that is embedded, or several, or a ``Source``. Several are
+            joined with ``separator``; values that are ``NULL`` or empty are left out.
+        separator: what stands between the values of several columns, a blank line by default.
+        storage: ``"vector"``, 4 bytes a dimension, or ``"halfvec"``, 2 bytes.
+        dimensions: width; needed where ``encoder`` is a name that the library does not know.
+        similarity: similarity function, where it is not the encoder's own.
+        replaces: name of the embedding column of the same table that this one is to replace.
+
+    Raises:
+        DeclarationError: the declaration contradicts itself or leaves the dimensions unknown.
+    """
+
+    cache_ok = True
+    # Where users find it, and what Alembic writes before the type's ``repr``.
+    __module__ = "sbert_pg"
+
+    # Not keyword-only: what SQLAlchemy copies a type by, and tells two apart by in its cache of
+    # statements, are the arguments that can be given by position.
+    def __init__(
+        self,
+        encoder: str | EncoderSpec,
+        source: str | Sequence[str] | Source,
+        separator: str = "\n\n",
+        storage: Storage = "vector",
+        dimensions: int | None = None,
+        similarity: Similarity | None = None,
+        replaces: str | None = None,
+    ) -> None:
+        if storage not in STORAGES:
+            raise DeclarationError(
+                f"An embedding column cannot be stored as {storage!r}; use one of "
+                f"{', '.join(STORAGES)}."
+            )
+        self.encoder = EncoderSpec.of(encoder, dimensions=dimensions, similarity=similarity)
+        self.source = Source.of(source, separator)
+        self.separator = self.source.separator
+        self.storage = storage
+        self.dimensions = self.encoder.dimensions
+        self.similarity = self.encoder.similarity
+        self.replaces = replaces
+        #: The columns of tables that have this very type.
+        self.attached: set[ColumnIdentity] = set()
+        self._query_types: dict[ColumnIdentity | None, QueryVector] = {}
+        self._listen()
+
+    def _listen(self) -> None:
+        super()._listen()
+        event.listen(self, "after_parent_attach", _await_table)
+
+    def __repr__(self) -> str:
+        """Python that makes an equal type, as Alembic writes it after ``sbert_pg.``."""
+        source = self.source
+        if source.passages is not None or source.document is not None:
+            text = f"sbert_pg.Source.from_json({source.to_json()!r})"
+        elif source.pattern is not None:
+            text = f"sbert_pg.Source.template({source.pattern!r})"
+        else:
+            text = repr(source.columns[0] if len(source.columns) == 1 else list(source.columns))
+        parts = [repr(self.encoder.name), text]
+        if source.separator != "\n\n":
+            parts.append(f"separator={source.separator!r}")
+        if self.storage != "vector":
+            parts.append(f"storage={self.storage!r}")
+        parts.append(f"dimensions={self.dimensions}")
+        usual = EncoderSpec.of(self.encoder.name, dimensions=self.dimensions)
+        if self.similarity != usual.similarity:
+            parts.append(f"similarity={self.similarity!r}")
+        if self.replaces is not None:
+            parts.append(f"replaces={self.replaces!r}")
+        return f"Embedding({', '.join(parts)})"
+
+    def checked(self, value: Any) -> Array:
+        """The value as an array that this column can store and rank.
+
+        Raises:
+            VectorError: one of its kinds.
+        """
+        what = f"the vector for encoder {self.encoder.name!r}"
+        array = wire.as_float32(value, what=what)
+        wire.check_vector(array, self.dimensions, self.storage, what)
+        if self.similarity == "cosine" and not array.any():
+            raise ZeroVectorError(
+                f"{what} is all zeros, and its cosine with anything is undefined. Store NULL where "
+                "there is nothing to embed."
+            )
+        return array
+
+    def bind_processor(self, dialect: Dialect) -> Callable[[Any], Any]:
+        """Check a value, and turn it into what the driver takes; see also ``guard``."""
+        guard.watch(dialect)
+        return super().bind_processor(dialect)
+
+    def query_type(self, left: sa.ColumnElement[Any]) -> QueryVector:
+        """The type of a parameter that is compared with this column."""
+        identity = identity_behind(left)
+        type_ = self._query_types.get(identity)
+        if type_ is None:
+            type_ = QueryVector(self.encoder, self.storage, identity)
+            self._query_types[identity] = type_
+        return type_
+
+
+def companion_of(column: sa.ColumnElement[Any]) -> sa.Column[Any] | None:
+    """The companion of an embedding column, where its table has one."""
+    table = getattr(column, "table", None)
+    name = getattr(column, "name", None)
+    if table is None or name is None:
+        return None
+    wanted = companion_name(name)
+    return next((other for other in table.c if getattr(other, "name", None) == wanted), None)
+
+
+def companion_column(column: str) -> sa.Column[uuid.UUID]:
+    """The companion of an embedding column, for a table that is to get it.
+
+    Args:
+        column: name of the embedding column.
+    """
+    return sa.Column(
+        companion_name(column),
+        sa.Uuid(),
+        default=InsertedDigest(column),
+        server_default=str(NIL),
+        nullable=True,
+    )
+
+
+def _await_table(type_: Embedding, column: Any) -> None:
+    """Notice the table that a column of this type is put into."""
+    if getattr(column, "type", None) is type_:
+        event.listen(column, "before_parent_attach", _add_companion)
+
+
+def _add_companion(column: sa.Column[Any], table: Any) -> None:
+    """Put the companion into the table, before its column.
+
+    Before: where a table is copied, or written down in a migration, column by column, the companion
+    has come by the time its column is attached, and no second one is added.
+    """
+    if not isinstance(table, sa.Table):
+        return
+    type_: Any = column.type
+    type_.attached.add(ColumnIdentity(table.schema, table.name, column.name))
+    name = companion_name(column.name)
+    if all(other.name != name for other in table.columns):
+        table.append_column(companion_column(column.name))
+
+
+@dataclass(frozen=True)
+class InsertedDigest:
+    """The companion's value in an ``INSERT`` of SQLAlchemy's that says nothing of it.
+
+    A writer that gives text and vector together says that they belong together, and the declared
+    encoder has been held against the column's. Without a vector the row is pending.
+
+    Attributes:
+        column: name of the embedding column.
+    """
+
+    column: str
+
+    def __call__(self, context: Any) -> uuid.UUID | None:
+        """The digest for one row of a statement that is about to be executed."""
+        if context is None:  # as builders of forms ask for a default
+            return NIL
+        plans = _insert_plans.setdefault(context.compiled, {})
+        plan = plans.get(self.column)
+        if plan is None:
+            plan = plans[self.column] = _InsertPlan(context.compiled, self.column)
+        try:
+            row = context.get_current_parameters()
+        except KeyError:
+            # SQLAlchemy finds no single row in insert(Class).values([...]) of the ORM.
+            row = plan.next_row(context)
+        vector = row.get(plan.column.key)
+        if vector is None:
+            return NIL
+        try:
+            binding = guard.binding_for_write(
+                context.root_connection, plan.identity, plan.type.encoder
+            )
+            return NIL if binding is None else digest_for(binding, plan.text_of(row), vector)
+        except SbertPgError as error:
+            drivers.unwrapped(error)
+            raise
+
+
+class _InsertPlan:
+    """What the rows of one compiled ``INSERT`` have in common.
+
+    Args:
+        compiled: the statement.
+        name: name of the embedding column.
+    """
+
+    def __init__(self, compiled: Any, name: str) -> None:
+        table: sa.Table = compiled.compile_state.dml_table
+        self.column = next(column for column in table.columns if column.name == name)
+        type_: Any = self.column.type
+        self.type: Embedding = type_
+        self.identity = identity_of(self.column)
+        # A value that has no parameter may be an expression that stands in the statement itself,
+        # which nothing but the statement's parts tells.
+        usual = (sa.Insert, sa.FromClause, sa.ColumnClause, sa.BindParameter)
+        plain = all(
+            isinstance(part, usual) and not isinstance(part, sa.Select)
+            for part in iterate(compiled.statement)
+        )
+        self._absent = [
+            (source.key, default_of(source) if plain else NOT_KNOWN)
+            for source in self.type.source.resolve(table)
+        ]
+        self._make = self.type.source.text_maker(null_text=bool(self.column.nullable))
+        self._rows: WeakKeyDictionary[Any, Iterator[int]] = WeakKeyDictionary()
+
+    def next_row(self, context: Any) -> dict[str, Any]:
+        """The next row of a statement with many ``VALUES``, whose parameters carry its number."""
+        end = f"_m{next(self._rows.setdefault(context, count()))}"
+        everything = context.get_current_parameters(isolate_multiinsert_groups=False)
+        return {
+            name.removesuffix(end): value
+            for name, value in everything.items()
+            if name.endswith(end)
+        }
+
+    def text_of(self, row: Mapping[str, Any]) -> Text:
+        """The text of one row, by the statement's parameters for it."""
+        text: Text = self._make([row.get(key, absent) for key, absent in self._absent])
+        return text
+
+
+_insert_plans: WeakKeyDictionary[Any, dict[str, _InsertPlan]] = WeakKeyDictionary()
+
+
+def default_of(column: sa.Column[Any]) -> Any:
+    """What a new row gets where no value is given, or ``NOT_KNOWN``."""
+    default: Any = column.default
+    if default is not None:
+        return default.arg if default.is_scalar else NOT_KNOWN
+    return None if column.server_default is None else NOT_KNOWN
+
+
+def digest_for(binding: Binding, text: Text, vector: Any) -> uuid.UUID | None:
+    """What the companion says of a vector that is about to be written.
+
+    Args:
+        binding: the column's, as ``guard.binding_for_write`` gives it.
+        text: the text that the vector was made from; ``None`` for none, ``NOT_KNOWN`` where this
+            process does not know it: the vector is proven then, and the row pending.
+        vector: the vector, as numbers or in pgvector's binary form, or ``None``.
+    """
+    if text is None and vector is None:
+        return None
+    if binding.source.passages is not None:
+        # Of a document that is cut into passages only who cuts it can say that all is as it is.
+        text = NOT_KNOWN
+    storage = binding.storage
+    if vector is not None and not isinstance(vector, bytes):
+        # No more of it is covered, and what is wrong with it is said when it is sent.
+        vector = wire.to_wire(wire.as_float32(vector)[:PROVEN_DIMENSIONS], storage)
+    if isinstance(text, str) and binding.utf8:
+        try:
+            return digest(binding.id, text, vector, storage)
+        except UnicodeEncodeError:
+            pass  # which the server will refuse
+    if vector is None:
+        return NIL
+    return uuid.UUID(proof(binding.id, vector, storage) + "0" * HALF)
+
+
+class QueryVector(VectorType):
+    """A parameter compared with an embedding column: a vector, or a text to be encoded as a query.
+
+    Args:
+        encoder: the column's encoder.
+        storage: the column's storage.
+        column: schema, table and column that the parameter is compared with, where known.
+    """
+
+    cache_ok = True
+
+    def __init__(
+        self, encoder: EncoderSpec, storage: Storage, column: ColumnIdentity | None
+    ) -> None:
+        self.encoder = encoder
+        self.storage = storage
+        self.column = column
+        self.dimensions = encoder.dimensions
+
+    def checked(self, value: Any) -> Array:
+        """The value as an array that the column can be compared with.
+
+        Raises:
+            VectorError: one of its kinds.
+            EncoderError: it is a text, and the encoder cannot be loaded or refuses it.
+        """
+        what = f"the query vector for encoder {self.encoder.name!r}"
+        if isinstance(value, str):
+            vector = wire.vector_in(value, self.encoder.dimensions)
+            value = query_vector(self.encoder, value) if vector is None else vector
+            if value.shape != (self.encoder.dimensions,):
+                raise DimensionError(
+                    f"Encoder {self.encoder.name!r} gives {value.shape[-1]} dimensions and its "
+                    f"column is declared with {self.encoder.dimensions}. Correct the declaration."
+                )
+        array = wire.as_float32(value, what=what)
+        wire.check_vector(array, self.dimensions, self.storage, what)
+        if self.encoder.similarity == "cosine" and not array.any():
+            raise ZeroVectorError(f"{what} is all zeros, and its cosine is undefined.")
+        return array
+
+    def bind_expression(self, bindvalue: sa.BindParameter[Any]) -> sa.ColumnElement[Any]:
+        """Have the statement itself ask whether the column is still of this encoder."""
+        return guard.fenced(bindvalue, self.column, self.encoder, self)
+
+    def bind_processor(self, dialect: Dialect) -> Callable[[Any], Any]:
+        """Encode a text, check a vector."""
+        if dialect.name != "postgresql":
+            raise drivers.unwrapped(
+                DeclarationError(
+                    f"Vectors are compared in PostgreSQL with pgvector; this engine is of "
+                    f"{dialect.name!r}, where they can only be stored and read."
+                )
+            )
+        guard.watch(dialect)
+        return super().bind_processor(dialect)
+
+
+__all__ = [
+    "Embedding",
+    "InsertedDigest",
+    "QueryVector",
+    "companion_column",
+    "companion_of",
+    "digest_for",
+]

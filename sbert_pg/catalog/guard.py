@@ -1,0 +1,472 @@
+"""Compare the code's encoder with the column's binding, on every read and every write.
+
+A process compares itself at its first use of a column, with the probe vectors, and remembers the
+binding for each engine. What it remembers is never trusted for long:
+
+- every later statement that compares a vector with the column asks the catalog again, inside itself
+  (``fenced``): once a query, by a filter that PostgreSQL evaluates once;
+- every transaction that writes asks for the column's binding (``binding_for_write``), and what is
+  written is made with its identity, so that a vector for another binding proves nothing.
+
+The listeners are put on an engine's dialect when a type first prepares a parameter for it; no
+engine that compares or stores no vector is touched.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.engine import Connection, Dialect, Transaction
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.types import TypeEngine, UserDefinedType
+
+from sbert_pg.catalog.holding import Held, hold
+from sbert_pg.catalog.record import Binding, relation_of, translated
+from sbert_pg.digest import PROVEN_DIMENSIONS
+from sbert_pg.errors import SbertPgError
+from sbert_pg.process import ProcessLock
+from sbert_pg.spec import EncoderSpec
+from sbert_pg.sqlstates import as_error, sqlstate_of
+from sbert_pg.types.drivers import unwrapped
+from sbert_pg.types.identity import ColumnIdentity, identity_behind
+
+#: Seconds after which a column that was found unbound is looked at again.
+UNBOUND_RECHECK = 30.0
+#: Seconds between two traces that a process leaves of its use of a column.
+TRACE_EVERY = 10.0
+_MISMATCH = "SB001"
+_FENCE = "sbert.fence_v1("
+#: Dollar quote around a table's name; a name cannot hold it, since nobody can guess it.
+_QUOTE = f"$q{secrets.token_hex(8)}$"
+
+_Key = tuple[ColumnIdentity, EncoderSpec]
+_Value = TypeVar("_Value")
+
+
+class _Memory:
+    """What a process has learned on one dialect, that is, on one engine."""
+
+    def __init__(self) -> None:
+        #: Whether the catalog is there; statements compiled while it was not known have no fence.
+        self.installed = False
+        self.held: dict[_Key, Held] = {}
+        #: What this process was last accepted with, by the name that a statement has for a column.
+        self.fingerprints: dict[_Key, str | None] = {}
+        self.bindings: dict[tuple[uuid.UUID, EncoderSpec], Held] = {}
+        self.unbound: dict[_Key, float] = {}
+        self.traced: dict[tuple[uuid.UUID, bool], float] = {}
+        self.uses: WeakKeyDictionary[Any, tuple[_Use, ...]] = WeakKeyDictionary()
+        #: What holds until a transaction or savepoint ends.
+        self.answers: WeakKeyDictionary[Transaction, dict[Any, Any]] = WeakKeyDictionary()
+
+
+class _Use(NamedTuple):
+    """That a statement compares a vector with a column, or stores one there."""
+
+    identity: ColumnIdentity
+    spec: EncoderSpec
+    #: Names of the parameters that are stored, none where the column is only compared with.
+    stored: tuple[str, ...] = ()
+    #: Whether the statement asks by itself, once it is compiled with a fence.
+    fenced: bool = False
+
+
+_lock = ProcessLock()
+_memories: WeakKeyDictionary[Dialect, _Memory] = WeakKeyDictionary()
+
+
+def watch(dialect: Dialect) -> None:
+    """Look at the statements of this dialect from now on."""
+    if dialect in _memories or dialect.name != "postgresql":
+        return
+    with _lock:
+        if dialect in _memories:
+            return
+        for name in ("do_execute", "do_executemany", "do_execute_no_params"):
+            event.listen(dialect, name, _before_execute)
+        event.listen(dialect, "handle_error", _on_error)
+        # Last: a thread that sees it goes on to execute, and must not find half of the listeners.
+        _memories[dialect] = _Memory()
+
+
+def forget(dialect: Dialect) -> None:
+    """Ask about every column again at its next use, as after a change of bindings."""
+    memory = _memories.get(dialect)
+    if memory is not None:
+        known = (memory.held, memory.fingerprints, memory.bindings, memory.unbound, memory.answers)
+        for each in known:
+            each.clear()
+
+
+def binding_for_write(
+    connection: Connection, identity: ColumnIdentity, spec: EncoderSpec
+) -> Binding | None:
+    """The binding that a vector of this encoder may be written for; compares and seals it first.
+
+    Costs one round trip in each transaction, since one name may mean another table in the next (a
+    search path), or the same table under another binding.
+
+    Args:
+        connection: the connection that will write.
+        identity: the column.
+        spec: the encoder as the code declares it.
+
+    Returns:
+        ``None`` where the column is not bound, or there is no catalog.
+
+    Raises:
+        EncoderMismatchError: the column belongs to another encoder.
+        EncoderError: the encoder is there and cannot be loaded.
+        CatalogError: this role may not use the catalog.
+    """
+    if connection.dialect.name != "postgresql":
+        return None
+    watch(connection.dialect)
+    memory = _memories[connection.dialect]
+    key = (translated(connection, identity), spec)
+
+    def look() -> Binding | None:
+        held = None
+        if memory.installed:
+            statement = sa.select(
+                sa.func.sbert.binding_id_v1(
+                    relation_of(connection, identity), identity.column, type_=sa.Uuid()
+                )
+            )
+            known = connection.execute(statement).scalar_one()
+            held = memory.bindings.get((known, spec))
+        if held is None:
+            held = _compare(memory, connection, key)
+        if held is None:
+            return None
+        _leave_trace(memory, connection, held.binding.id, wrote=True)
+        return held.binding
+
+    return _once(memory, connection, ("write", key), look)
+
+
+def fenced(
+    value: sa.BindParameter[Any],
+    column: ColumnIdentity | None,
+    spec: EncoderSpec,
+    type_: TypeEngine[Any],
+) -> sa.ColumnElement[Any]:
+    """A vector that is compared with a column, or an error where the column has changed hands.
+
+    Args:
+        value: the vector.
+        column: the column that it is compared with, where known.
+        spec: the encoder that made it.
+        type_: its type in SQL.
+    """
+    return value if column is None else _Fenced(value, column, spec, type_)
+
+
+def proven(
+    column: sa.ColumnElement[Any], companion: sa.ColumnElement[Any]
+) -> sa.ColumnElement[bool]:
+    """Whether a row's companion proves its vector: true where the column is not bound.
+
+    For the few rows that a search is about to answer. A vector that came where no trigger ran, by
+    replication or with an attached partition, is not proven until a worker has seen it.
+
+    Args:
+        column: the embedding column, of a table, alias or subquery.
+        companion: the companion beside it.
+    """
+    identity = identity_behind(column)
+    if identity is None:
+        return sa.true()
+    return _Proven(
+        column,
+        companion,
+        relation(identity.schema, identity.table),
+        sa.literal(identity.column, sa.Text),
+    )
+
+
+def claimed(
+    column: sa.ColumnElement[Any], companion: sa.ColumnElement[Any]
+) -> sa.ColumnElement[bool]:
+    """Whether a row's companion holds a proof at all: true where the column is not bound.
+
+    Costs nothing to speak of, so that it can be asked of every row that a search looks at.
+    """
+    identity = identity_behind(column)
+    if identity is None:
+        return sa.true()
+    name = sa.literal(identity.column, sa.Text)
+    return _Claimed(companion, relation(identity.schema, identity.table), name)
+
+
+def relation(schema: str | None, table: str) -> sa.ColumnElement[Any]:
+    """A table as ``regclass``, by the name that the statement has for it."""
+    return sa.bindparam(None, None, _RelationName(schema, table), unique=True)
+
+
+# ---------------------------------------------------------------- what statements hold
+
+
+class _Fenced(sa.ColumnElement[Any]):
+    """Exists while a statement is compiled, so it is part of no cache key."""
+
+    inherit_cache = False
+
+    def __init__(
+        self,
+        value: sa.BindParameter[Any],
+        column: ColumnIdentity,
+        spec: EncoderSpec,
+        type_: TypeEngine[Any],
+    ) -> None:
+        self.value, self.column, self.spec, self.type = value, column, spec, type_
+
+
+class _Proven(FunctionElement[bool]):
+    name = "proven"
+    inherit_cache = True
+    type = sa.Boolean()
+
+
+class _Claimed(FunctionElement[bool]):
+    name = "claimed"
+    inherit_cache = True
+    type = sa.Boolean()
+
+
+class _Fingerprint(UserDefinedType[str]):
+    """A parameter without a value: the fingerprint with which this process compared itself."""
+
+    cache_ok = True
+
+    def __init__(self, column: ColumnIdentity, spec: EncoderSpec) -> None:
+        self.column, self.spec = column, spec
+
+    def get_col_spec(self, **_: object) -> str:
+        return "TEXT"
+
+    def bind_processor(self, dialect: Dialect) -> Callable[[Any], str | None]:
+        key = (self.column, self.spec)
+
+        def process(_: Any) -> str | None:
+            memory = _memories.get(dialect)
+            return None if memory is None else memory.fingerprints.get(key)
+
+        return process
+
+    def literal_processor(self, dialect: Dialect) -> Callable[[Any], str]:
+        value = self.bind_processor(dialect)
+        return lambda _: "NULL" if value(None) is None else f"'{value(None)}'"
+
+
+class _RelationName(UserDefinedType[object]):
+    """A parameter that is written out as a table's OID, by the name that the statement knows."""
+
+    cache_ok = True
+
+    def __init__(self, schema: str | None, table: str) -> None:
+        self.schema, self.table = schema, table
+
+    def bind_expression(self, bindvalue: sa.BindParameter[Any]) -> sa.ColumnElement[Any]:
+        return _Relation(self.schema, self.table)
+
+
+class _Relation(sa.ColumnElement[Any]):
+    inherit_cache = False
+    type = sa.types.NullType()
+
+    def __init__(self, schema: str | None, table: str) -> None:
+        self.clause = sa.table(table, schema=schema)
+
+
+@compiles(_Relation)
+def _write_relation(element: _Relation, compiler: SQLCompiler, **_: Any) -> str:
+    # By the preparer, so that a schema_translate_map is followed here as in the statement itself.
+    return f"{_QUOTE}{compiler.preparer.format_table(element.clause)}{_QUOTE}::regclass"
+
+
+@compiles(_Fenced)
+def _write_fenced(element: _Fenced, compiler: SQLCompiler, **options: Any) -> str:
+    memory = _memories.get(compiler.dialect)
+    if memory is None or not memory.installed:
+        return compiler.process(element.value, **options)
+    # Some drivers do not say of which type a parameter is, and CASE would make text of it.
+    value = compiler.process(sa.cast(element.value, element.type), **options)
+    relation = compiler.process(_Relation(element.column.schema, element.column.table))
+    options.pop("skip_bind_expression", None)
+    name, fingerprint = (
+        compiler.process(sa.bindparam(None, text, type_, unique=True), **options)
+        for text, type_ in (
+            (element.column.column, sa.Text()),
+            (element.column.column, _Fingerprint(element.column, element.spec)),
+        )
+    )
+    return f"(SELECT CASE WHEN {_FENCE}{relation}, {name}, {fingerprint}) THEN {value} END)"
+
+
+@compiles(_Proven)
+def _write_proven(element: _Proven, compiler: SQLCompiler, **options: Any) -> str:
+    memory = _memories.get(compiler.dialect)
+    if memory is None or not memory.installed:
+        return "true"
+    vector, companion, relation, column = (
+        compiler.process(clause, **options) for clause in element.clauses
+    )
+    storage = getattr(element.clauses.clauses[0].type, "storage", "vector")
+    return (
+        f"sbert.proven_v1({storage}_send(subvector({vector}, 1, {PROVEN_DIMENSIONS})), "
+        f"{companion}, (SELECT sbert.binding_id_v1({relation}, {column})))"
+    )
+
+
+@compiles(_Claimed)
+def _write_claimed(element: _Claimed, compiler: SQLCompiler, **options: Any) -> str:
+    memory = _memories.get(compiler.dialect)
+    if memory is None or not memory.installed:
+        return "true"
+    companion, relation, column = (
+        compiler.process(clause, **options) for clause in element.clauses
+    )
+    # The first half is the proof. The catalog is asked at the first row without one, if ever.
+    return (
+        f"({companion} > '00000000-0000-0000-ffff-ffffffffffff' "
+        f"OR (SELECT sbert.binding_id_v1({relation}, {column})) IS NULL)"
+    )
+
+
+# ---------------------------------------------------------------- what is executed
+
+
+def _before_execute(cursor: Any, statement: str, *rest: Any) -> None:
+    context = rest[-1]
+    compiled = getattr(context, "compiled", None)
+    if compiled is None or context.isddl:
+        return
+    memory = _memories[context.dialect]
+    uses = memory.uses.get(compiled)
+    if uses is None:
+        uses = memory.uses[compiled] = tuple(dict.fromkeys(_uses(compiled)))
+    connection = context.root_connection
+    for use in uses:
+        try:
+            if not use.stored:
+                _check(memory, connection, use, use.fenced and _FENCE in statement)
+            elif any(
+                row.get(name) is not None
+                for row in context.compiled_parameters
+                for name in use.stored
+            ):
+                binding_for_write(connection, use.identity, use.spec)
+        except SbertPgError as error:
+            raise unwrapped(error) from error.__cause__
+
+
+def _uses(compiled: Any) -> Iterator[_Use]:
+    """Columns that the parameters of a statement are compared with, or stored in."""
+    writes = compiled.isinsert or compiled.isupdate
+    for bind in compiled.binds.values():
+        spec = getattr(bind.type, "encoder", None)
+        if spec is None:
+            continue
+        column = getattr(bind.type, "column", None)
+        if column is not None:
+            yield _Use(column, spec, fenced=True)
+        elif not writes:
+            # A vector of the column's own type, in a function or operator of the caller's choice.
+            for column in getattr(bind.type, "attached", ()):
+                yield _Use(column, spec)
+    if not writes:
+        return
+    table = compiled.compile_state.dml_table
+    for column in getattr(table, "columns", ()):
+        spec = getattr(column.type, "encoder", None)
+        if spec is None:
+            continue
+        stored = tuple(name for name, bind in compiled.binds.items() if bind.type is column.type)
+        if stored:
+            yield _Use(ColumnIdentity(table.schema, table.name, column.name), spec, stored)
+
+
+def _check(memory: _Memory, connection: Connection, use: _Use, fence: bool) -> None:
+    """Compare this process with a column, unless that was done and the statement asks itself."""
+    key = (translated(connection, use.identity), use.spec)
+    held = memory.held.get(key)
+    if held is not None and fence and (use.identity, use.spec) in memory.fingerprints:
+        _leave_trace(memory, connection, held.binding.id, wrote=False)
+        return
+
+    def look() -> Held | None:
+        if held is None and time.monotonic() - memory.unbound.get(key, -1e9) < UNBOUND_RECHECK:
+            return None
+        return _compare(memory, connection, key)
+
+    held = _once(memory, connection, ("read", key), look)
+    if held is not None:
+        _leave_trace(memory, connection, held.binding.id, wrote=False)
+    if held is not None and held.final:
+        memory.fingerprints[use.identity, use.spec] = held.fingerprint or held.binding.fingerprint
+
+
+def _compare(memory: _Memory, connection: Connection, key: _Key) -> Held | None:
+    held = hold(connection, *key)
+    if held is None:
+        memory.unbound[key] = time.monotonic()
+        return None
+    if not memory.installed:
+        memory.installed = True
+        # What was compiled before has no fence.
+        connection.engine.clear_compiled_cache()
+    memory.unbound.pop(key, None)
+    if held.final:
+        memory.held[key] = held
+        memory.bindings[held.binding.id, key[1]] = held
+    return held
+
+
+def _once(
+    memory: _Memory, connection: Connection, key: object, look: Callable[[], _Value]
+) -> _Value:
+    """An answer that holds for one transaction, or for the innermost savepoint."""
+    both = (connection.get_transaction(), connection.get_nested_transaction())
+    scopes = [scope for scope in both if scope is not None]
+    for scope in scopes:
+        answers: dict[object, _Value] = memory.answers.get(scope, {})
+        if key in answers:
+            return answers[key]
+    answer = look()
+    if scopes:
+        memory.answers.setdefault(scopes[-1], {})[key] = answer
+    return answer
+
+
+def _leave_trace(
+    memory: _Memory, connection: Connection, binding_id: uuid.UUID, *, wrote: bool
+) -> None:
+    """Leave word of a use, so that a column that is being replaced is not taken from under it."""
+    now = time.monotonic()
+    if now - memory.traced.get((binding_id, wrote), -1e9) < TRACE_EVERY:
+        return
+    memory.traced[binding_id, wrote] = now
+    connection.execute(sa.select(sa.func.sbert.saw_v1(binding_id, wrote)))
+
+
+def _on_error(context: Any) -> None:
+    """Forget what is no longer so, and raise the library's own error for a mismatch."""
+    if sqlstate_of(context.original_exception) != _MISMATCH:
+        return
+    forget(context.dialect)
+    error = as_error(context.sqlalchemy_exception)
+    if error is not None:
+        raise error from context.original_exception
+
+
+__all__ = ["binding_for_write", "fenced", "forget", "proven", "watch"]

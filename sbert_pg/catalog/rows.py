@@ -1,0 +1,105 @@
+"""Rows of any table: a random sample, where the next page begins, and what messages call a row.
+
+Keys travel as they are, in columns of their own types; as text they only name rows for people.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import OID
+
+from sbert_pg import system
+
+#: A sample is drawn from the rows of some pages where it is below this share of the table.
+_DRAWN_BELOW = 0.5
+#: Rows drawn for each row wanted, since criteria leave some out and the draw is by chance.
+_DRAWN = 8
+
+
+def after(columns: Sequence[sa.ColumnElement[Any]], last: Sequence[Any]) -> sa.ColumnElement[bool]:
+    """Whether a row comes after a key, as one comparison that the key's index serves.
+
+    Args:
+        columns: the key columns, in order.
+        last: their values in the last row of the page before.
+    """
+    values = [sa.literal(value, c.type) for c, value in zip(columns, last, strict=True)]
+    if len(columns) == 1:
+        return columns[0] > values[0]
+    return sa.tuple_(*columns) > sa.tuple_(*values)
+
+
+def label(columns: Sequence[sa.ColumnElement[Any]]) -> sa.ColumnElement[str]:
+    """What reports and files call a row: its key as text, a JSON array where it has several parts.
+
+    For people; nothing is decided by it.
+    """
+    parts = [sa.cast(column, sa.Text) for column in columns]
+    if len(parts) == 1:
+        return parts[0]
+    return sa.cast(sa.func.jsonb_build_array(*parts), sa.Text)
+
+
+def estimated_rows(connection: sa.Connection, table: sa.FromClause) -> float:
+    """Rows of a table as the planner estimates them, with those of its partitions.
+
+    Returns:
+        0 for a table that was never analysed.
+    """
+    relation = connection.dialect.identifier_preparer.format_table(table)
+    # A table that is not partitioned is no tree to this function, so it is named beside it.
+    tree = sa.func.pg_partition_tree(sa.func.to_regclass(relation)).table_valued("relid")
+    here = system.CLASS.c.oid
+    counted = sa.func.sum(sa.func.greatest(system.CLASS.c.reltuples, 0), type_=sa.Float())
+    statement = sa.select(counted).where(
+        system.CLASS.c.relkind != "p",
+        sa.or_(here == system.oid_of(relation), here.in_(sa.select(sa.cast(tree.c.relid, OID)))),
+    )
+    return float(connection.execute(statement).scalar() or 0.0)
+
+
+def sample(
+    connection: sa.Connection,
+    table: sa.FromClause,
+    keys: Sequence[str],
+    columns: Sequence[sa.ColumnElement[Any]],
+    *,
+    where: Sequence[sa.ColumnElement[bool]] = (),
+    size: int,
+    seed: int = 0,
+) -> list[Any]:
+    """Random rows of a table: the columns asked for, the same rows for the same seed.
+
+    Args:
+        connection: where.
+        table: the table.
+        keys: names of the columns that name a row.
+        columns: what to read; expressions over this table.
+        where: criteria of the rows to choose from.
+        size: rows wanted; fewer come where fewer meet the criteria.
+        seed: another seed gives other rows.
+    """
+    key_columns = [table.c[name] for name in keys]
+    salted = [sa.cast(sa.literal(seed), sa.Text), *(sa.cast(key, sa.Text) for key in key_columns)]
+    order = sa.func.hashtextextended(sa.func.concat_ws("/", *salted), seed)
+    statement = sa.select(*columns).select_from(table).where(*where).order_by(order).limit(size)
+    share = _DRAWN * size / max(estimated_rows(connection, table), 1.0)
+    if share < _DRAWN_BELOW:
+        # The keys of some rows, so that a large table is not sorted for a small sample.
+        drawn = table.tablesample(
+            sa.func.bernoulli(sa.literal_column(f"{100 * share:.6f}", sa.Float())),
+            name="drawn",
+            seed=sa.literal_column(str(int(seed)), sa.Integer()),
+        )
+        chosen = sa.select(*(drawn.c[name] for name in keys))
+        narrowed = statement.where(sa.tuple_(*key_columns).in_(chosen))
+        rows = list(connection.execute(narrowed).all())
+        if len(rows) >= size:
+            return rows
+    return list(connection.execute(statement).all())
+
+
+__all__ = ["after", "estimated_rows", "label", "sample"]

@@ -1,0 +1,171 @@
+"""``serve`` and ``mcp``: embeddings and searches for other programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Annotated
+
+import sqlalchemy as sa
+import typer
+
+from sbert_pg.cli import common
+from sbert_pg.cli.freshness import address_of
+from sbert_pg.cli.target import resolve, text_column_of
+from sbert_pg.errors import DeclarationError
+from sbert_pg.registry import get_encoder
+from sbert_pg.row_vectors import embedding_columns
+from sbert_pg.search.target import readable_columns
+
+if TYPE_CHECKING:
+    from sbert_pg.serving.exposed import Exposed
+
+TablesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[TABLE[:COLUMNS]]...",
+        help="Tables to search, with the columns that are shown, as in article:id,title; all "
+        "columns but vectors by default. article.embedding where there are several.",
+        show_default=False,
+    ),
+]
+
+
+def serve(
+    tables: TablesArgument = None,
+    database: common.DatabaseOption = None,
+    app: common.AppOption = None,
+    encoder: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Encoder to serve on /v1/embeddings, beside those of the tables. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    http: Annotated[
+        str, typer.Option(help="HOST:PORT to listen on.", envvar="SBERT_PG_HTTP")
+    ] = "127.0.0.1:8080",
+    token: Annotated[
+        str | None,
+        typer.Option(
+            help="What clients send as 'Authorization: Bearer ...'; needed where HOST is not this "
+            "machine alone. Better given by the variable, which no list of processes shows.",
+            envvar="SBERT_PG_TOKEN",
+            show_default=False,
+        ),
+    ] = None,
+    log: common.LogOption = "info",
+) -> None:
+    """Serve embeddings as OpenAI's API does, and searches of tables, over HTTP.
+
+    Until it is stopped; SIGTERM or Ctrl-C finishes the requests under way. With --app MODULE:BASE
+    it searches the tables with embeddings that the application declares; TABLE narrows that.
+
+    [b]sbert-pg serve --encoder all-MiniLM-L6-v2[/]
+    [b]sbert-pg serve article:id,title,lang -d postgresql://localhost/shop[/]
+    """
+    from sbert_pg.serving.exposed import Shown
+    from sbert_pg.serving.server import serving
+
+    address = address_of(http)
+    metadata = common.prepare(app, log)
+    with ExitStack() as stack:
+        names = list(tables or (() if metadata is None else _declared(metadata)))
+        shown = None
+        if names:
+            engine = stack.enter_context(common.database(database, lasting=True))
+            shown = Shown(engine, looking(names))
+        declared = [t.encoder for t in shown.tables().values()] if shown else []
+        loaded = {spec.name: get_encoder(spec) for spec in declared}
+        loaded |= {name: get_encoder(name) for name in encoder or ()}
+        if not loaded:
+            raise DeclarationError(
+                "There is nothing to serve; name an encoder with --encoder, or tables."
+            )
+        port = stack.enter_context(
+            serving(loaded, shown, host=address[0], port=address[1], token=token)
+        )
+        common.note(f"Serving {', '.join(loaded)} on http://{address[0]}:{port}")
+        stop = stack.enter_context(common.stoppable())
+        stop.wait()
+
+
+def mcp(
+    tables: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TABLE:COLUMNS...",
+            help="Tables that may be searched, with the columns that are shown, as in "
+            "article:id,title; nothing else is.",
+        ),
+    ],
+    database: common.DatabaseOption = None,
+    app: common.AppOption = None,
+    log: common.LogOption = "warning",
+) -> None:
+    """Let a language model search listed tables: an MCP server on standard input and output.
+
+    Read-only, with the tools search, similar, tables and status. For the configuration of Claude
+    Desktop, Claude Code, Cursor and others; --app imports a module that registers encoders.
+
+    [b]sbert-pg mcp article:id,title,body -d postgresql://reader@localhost/shop[/]
+    """
+    from sbert_pg.serving.exposed import Shown
+    from sbert_pg.serving.mcp import mcp_server
+
+    common.prepare(app, log)
+    for target in tables:
+        if not target.partition(":")[2]:
+            raise DeclarationError(
+                f"{target!r}: list the columns that a model may see, as in {target}:id,title."
+            )
+    with common.database(database, lasting=True) as engine:
+        reading = engine.execution_options(postgresql_readonly=True)
+        mcp_server(Shown(reading, looking(tables))).run()
+
+
+def _declared(metadata: sa.MetaData) -> list[str]:
+    """The embedding columns of an application, as targets.
+
+    Raises:
+        DeclarationError: it declares none.
+    """
+    columns = [embedding.column for embedding in embedding_columns(metadata)]
+    if not columns:
+        raise DeclarationError("The application declares no embedding columns.")
+    tables = [column.table.fullname for column in columns]
+    return [
+        c.table.fullname if tables.count(c.table.fullname) == 1 else f"{c.table.fullname}.{c.name}"
+        for c in columns
+    ]
+
+
+def looking(targets: Sequence[str]) -> Callable[[sa.Connection], list[Exposed]]:
+    """What looks up the tables that a command line lists, each as ``TABLE[:COLUMNS]``."""
+    return lambda connection: [_exposed(connection, target) for target in targets]
+
+
+def _exposed(connection: sa.Connection, target: str) -> Exposed:
+    """A table as it is now.
+
+    Raises:
+        DeclarationError: it has no embedding column, or lacks a column that is listed.
+    """
+    from sbert_pg.serving.exposed import Exposed
+
+    name, _, listed = target.partition(":")
+    side = resolve(connection, name)
+    embedding = side.column
+    try:
+        text = text_column_of(embedding.table)
+    except DeclarationError:
+        text = None
+    known = [column.name for column in readable_columns(embedding.table)]
+    columns = tuple(column.strip() for column in listed.split(",")) if listed else tuple(known)
+    missing = [column for column in columns if column not in known]
+    if missing:
+        raise DeclarationError(
+            f"{target!r}: {name} has no column {missing[0]!r} to show; there are "
+            f"{', '.join(known)}."
+        )
+    return Exposed(name, str(side.binding), side.spec, embedding, text, columns)

@@ -1,0 +1,146 @@
+"""What a command works on: ``article``, or ``article.embedding`` where a table has several."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+
+from sbert_pg import catalog
+from sbert_pg.catalog import Binding
+from sbert_pg.errors import DeclarationError
+from sbert_pg.reembed import Request, request_of
+from sbert_pg.reembed.change import Side, reflect, side_of
+from sbert_pg.reembed.ready import declared_indexes
+from sbert_pg.row_vectors import embedding_columns
+from sbert_pg.types.identity import ColumnIdentity
+from sbert_pg.types.text import TextSearch, length_name
+
+
+def resolve(connection: sa.Connection, name: str) -> Side:
+    """The embedding column that a name means, on its reflected table.
+
+    Args:
+        connection: a connection.
+        name: ``table``, ``schema.table``, ``table.column`` or ``schema.table.column``; a table
+            alone stands for its only embedding column.
+
+    Raises:
+        DeclarationError: no column that is bound here has the name, or several have.
+    """
+    bindings = catalog.all_bindings(connection)
+    matching = [binding for binding in bindings if name in _spellings(binding)]
+    if len(matching) > 1:
+        # A name without its schema means what it means in SQL.
+        visible = [binding for binding in matching if _is_visible(connection, binding)]
+        matching = visible or matching
+    if len(matching) != 1:
+        names = ", ".join(sorted(map(str, matching or bindings))) or "none"
+        problem = "means several embedding columns" if matching else "is no embedding column"
+        raise DeclarationError(
+            f"{name!r} {problem} of this database; name one of them as table.column or "
+            f"schema.table.column: {names}."
+        )
+    binding = matching[0]
+    return side_of(connection, reflect(connection, binding.schema, binding.table), binding)
+
+
+def change_or_column(engine: sa.Engine, target: str) -> Binding:
+    """The bound column that a target names; of a table in the middle of a change, the new one.
+
+    Raises:
+        DeclarationError: no column has the name, or several have.
+    """
+    for new in changes(engine):
+        if target in (new.table, f"{new.schema}.{new.table}"):
+            return new
+    with engine.connect() as connection:
+        return resolve(connection, target).binding
+
+
+def changes(engine: sa.Engine) -> list[Binding]:
+    """The new columns of all changes under way."""
+    with engine.connect() as connection:
+        catalog.require_current(connection)
+        return [b for b in catalog.all_bindings(connection) if b.replaces is not None]
+
+
+def unbound(target: str) -> ColumnIdentity | None:
+    """A column that need not be bound, by its name; ``None`` where only a table is named."""
+    parts = target.split(".")
+    if len(parts) not in (2, 3):
+        return None
+    return ColumnIdentity(parts[0] if len(parts) == 3 else None, *parts[-2:])
+
+
+def declared_change(app: str, metadata: sa.MetaData, target: str) -> tuple[Request, list[sa.Index]]:
+    """The change that an application declares, and the indexes of its new column.
+
+    Raises:
+        DeclarationError: it declares no such column.
+    """
+    columns = [
+        embedding.column
+        for embedding in embedding_columns(metadata)
+        if target
+        in (
+            f"{embedding.column.table.name}.{embedding.column.name}",
+            f"{embedding.column.table.fullname}.{embedding.column.name}",
+        )
+    ]
+    if len(columns) != 1:
+        raise DeclarationError(
+            f"--app {app!r} declares no embedding column {target!r}; name the new column, as "
+            "table.column."
+        )
+    return request_of(columns[0]), declared_indexes(columns[0])
+
+
+def table_named(connection: sa.Connection, name: str) -> sa.Table:
+    """The table ``table`` or ``schema.table``, its bound columns typed as their bindings say.
+
+    Raises:
+        DeclarationError: there is no such table.
+    """
+    schema, _, table = name.rpartition(".")
+    try:
+        return reflect(connection, schema or None, table)
+    except sa.exc.NoSuchTableError as error:
+        raise DeclarationError(
+            f"There is no table {table!r} in this database; 'sbert-pg status' lists those with "
+            "embedding columns."
+        ) from error
+
+
+def text_column_of(table: sa.Table, name: str | None = None) -> sa.Column[Any]:
+    """The text column of a reflected table, by name where it has several.
+
+    Raises:
+        DeclarationError: there is none, or several.
+    """
+    columns = {}
+    for column in table.columns:
+        if column.computed is not None and length_name(column.name) in table.columns:
+            type_ = TextSearch.of_generated(str(column.computed.sqltext))
+            if type_ is not None:
+                column.type = type_
+                columns[column.name] = column
+    if name is None and len(columns) == 1:
+        return next(iter(columns.values()))
+    if name is None or name not in columns:
+        raise DeclarationError(
+            f"{table.fullname} has to have a text column, as text_column() makes it; name one with "
+            f"--words where it has several: {', '.join(columns) or 'none'}."
+        )
+    return columns[name]
+
+
+def _spellings(binding: Binding) -> set[str]:
+    table, column = binding.table, binding.column
+    short = {table, f"{table}.{column}"}
+    return short | {f"{binding.schema}.{name}" for name in short}
+
+
+def _is_visible(connection: sa.Connection, binding: Binding) -> bool:
+    visible = sa.func.pg_table_is_visible(binding.relation)
+    return bool(connection.execute(sa.select(visible)).scalar_one())

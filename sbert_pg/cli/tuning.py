@@ -1,0 +1,340 @@
+"""``evaluate``, ``fit-weight``, ``tune`` and ``index advise``: by one's own questions and rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import sqlalchemy as sa
+import typer
+
+from sbert_pg import tuning as lib
+from sbert_pg.alembic.changes import declaration_line
+from sbert_pg.catalog.embedding import Embedding
+from sbert_pg.cli import common
+from sbert_pg.cli.encoder import NameArgument, split_name
+from sbert_pg.cli.target import resolve, text_column_of
+from sbert_pg.errors import DeclarationError
+from sbert_pg.reembed.change import Side
+from sbert_pg.search.exact import LabelledQuery
+
+PairsOption = Annotated[
+    str,
+    typer.Option(
+        "--pairs",
+        help="Labelled questions: a file (.csv and .tsv with the header question,id and perhaps "
+        "gain; .jsonl; else TREC qrels), or a query in SQL that gives those columns.",
+    ),
+]
+TopicsOption = Annotated[
+    Path | None,
+    typer.Option(help="For qrels: a file of lines with name, tab, question.", show_default=False),
+]
+WordsOption = Annotated[
+    str | None,
+    typer.Option(help="The text column, where there are several.", show_default=False),
+]
+
+
+def evaluate(
+    target: common.TargetArgument,
+    pairs: PairsOption,
+    database: common.DatabaseOption = None,
+    topics: TopicsOption = None,
+    words: WordsOption = None,
+    where: common.WhereOption = None,
+    encoder: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another encoder to compare with, by name or directory; it encodes every row.",
+            show_default=False,
+        ),
+    ] = None,
+    run: Annotated[
+        list[str] | None,
+        typer.Option(help="A TREC run to compare with, as name=file.", show_default=False),
+    ] = None,
+    slice_by: Annotated[
+        str | None,
+        typer.Option(
+            "--slice",
+            help="Report each value by itself of this column of the pairs, or of the table.",
+            show_default=False,
+        ),
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, max=1000, help="Rows that count.")] = 10,
+    worst: Annotated[int, typer.Option(help="Questions to show that went worst.", min=0)] = 5,
+    write_to: Annotated[
+        Path | None,
+        typer.Option("--write-runs", help="Directory for TREC qrels and runs.", show_default=False),
+    ] = None,
+    json: common.JsonOption = False,
+) -> None:
+    """Measure how well searches answer labelled questions, side by side.
+
+    By meaning (dense; by each index where there are several; exact), by words and by both where the
+    table has a text column, and with other encoders.
+
+    [b]sbert-pg evaluate article --pairs pairs.csv --slice lang[/]
+    [b]sbert-pg evaluate article --pairs "SELECT question, article_id AS id FROM faq"[/]
+    """
+    with common.database(database) as engine:
+        with engine.connect() as connection:
+            found = resolve(connection, target)
+        queries = _queries(engine, pairs, topics)
+        if slice_by is not None:
+            queries = _sliced(engine, found, queries, slice_by)
+        criteria = common.criteria(where)
+        others = [_encoder(name) for name in encoder or ()]
+        text = _words(found, words)
+        searches: dict[str, Any] = {
+            **lib.searches_for(engine, found.column, text, where=criteria, encoders=others, limit=k)
+        }
+        for named in run or ():
+            name, _, file = named.rpartition("=")
+            searches[name or file] = lib.read_run(file)
+        report = lib.evaluate(engine, searches, queries, k=k, slices=slice_by)
+    if write_to is not None:
+        _write(write_to, report)
+    misses = {name: report.worst(name, worst) for name in report.answers}
+    if json:
+        common.print_json(report.to_json() | {"worst": misses})
+        return
+    print(report)
+    for name, rows in misses.items():
+        for miss in rows:
+            print(f"\n{name}: {miss}")
+
+
+def _write(folder: Path, report: lib.Evaluation) -> None:
+    """Write qrels and runs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lib.write_qrels(folder / "qrels.txt", report.queries)
+    for name in report.answers:
+        file = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+        lib.write_run(folder / f"{file}.run", report.run(name), name)
+
+
+def fit_weight(
+    target: common.TargetArgument,
+    pairs: PairsOption,
+    database: common.DatabaseOption = None,
+    topics: TopicsOption = None,
+    words: WordsOption = None,
+    where: common.WhereOption = None,
+    k: Annotated[int, typer.Option("-k", min=1, max=100, help="Rows that count.")] = 10,
+) -> None:
+    """Learn the weight of meaning in hybrid searches from labelled questions; print the curve.
+
+    [b]sbert-pg fit-weight article --pairs pairs.csv[/]
+    """
+    with common.database(database) as engine:
+        with engine.connect() as connection:
+            found = resolve(connection, target)
+        text = text_column_of(found.table, words)
+        criteria = common.criteria(where)
+        queries = _queries(engine, pairs, topics)
+        print(lib.fit_weight(engine, found.column, text, queries, where=criteria, k=k))
+
+
+def tune(
+    target: common.TargetArgument,
+    pairs: Annotated[
+        str,
+        typer.Option(
+            "--pairs",
+            help="Labelled questions: a file (as for evaluate), a query in SQL that gives question "
+            "and id, or a column of the table whose text asks for its own row.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The new encoder's directory; it must not exist.")],
+    method: Annotated[
+        Literal["linear", "contrastive"],
+        typer.Option(help="Ridge regression in closed form, or contrastive steps."),
+    ] = "linear",
+    database: common.DatabaseOption = None,
+    topics: TopicsOption = None,
+    where: common.WhereOption = None,
+    document: Annotated[
+        str | None,
+        typer.Option(
+            help="A column of the pairs or the table that says which document a row is a part of: "
+            "no document is learned from and judged by.",
+            show_default=False,
+        ),
+    ] = None,
+    time: Annotated[
+        str | None,
+        typer.Option(
+            help="A column of the pairs or the table with a time: the latest are kept back.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the split and of learning.")] = 0,
+    json: common.JsonOption = False,
+) -> None:
+    """Fit the column's encoder to labelled questions; its documents keep their vectors.
+
+    Judged by questions that were kept back. Exits with 1, and writes nothing, where the interval of
+    the gain includes zero, or where there are too few questions to know.
+
+    [b]sbert-pg tune article.embedding --pairs pairs.csv --out models/article[/]
+    [b]sbert-pg tune article --pairs "SELECT question, article_id AS id FROM faq" --out models/a[/]
+    [b]sbert-pg tune article --pairs title --method contrastive --out models/article[/]
+    """
+    with common.database(database) as engine:
+        with engine.connect() as connection:
+            found = resolve(connection, target)
+        criteria = common.criteria(where)
+        if pairs in found.table.columns and not Path(pairs).exists():
+            queries = lib.own_pairs(engine, found.column, pairs, where=criteria, seed=seed)
+        else:
+            queries = _queries(engine, pairs, topics)
+        report = lib.tune(
+            engine,
+            found.column,
+            queries,
+            out=out,
+            method=method,
+            where=criteria,
+            document=document,
+            time=time,
+            seed=seed,
+        )
+    _show_next(report, found, json)
+
+
+def _show_next(report: lib.Tuning, found: Side, json: bool) -> None:
+    """Print what was proven, and the steps from here."""
+    binding = found.binding
+    declared = Embedding(report.spec, binding.source, storage=binding.storage)
+    line = f"{binding.column} = {declaration_line(declared)}"
+    common.show(report, report.to_json() | {"declaration": line}, json)
+    if not json:
+        common.note("Its vectors stay. Let the column accept the encoder, then deploy:")
+        common.show(
+            f"    sbert-pg reembed begin {binding} --encoder {report.spec.name}\n    {line}",
+            None,
+            False,
+        )
+
+
+def advise(
+    target: common.TargetArgument,
+    database: common.DatabaseOption = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A filter that the application uses, in SQL; repeat it for several. By default "
+            "common values of an indexed column.",
+            show_default=False,
+        ),
+    ] = None,
+    question: Annotated[
+        list[str] | None,
+        typer.Option(help="A question to search for; by default rows are.", show_default=False),
+    ] = None,
+    sample: Annotated[int, typer.Option(min=100, help="Rows to index.")] = 20_000,
+    queries: Annotated[int, typer.Option(min=5, help="Rows to search for.")] = 50,
+    k: Annotated[int, typer.Option("-k", min=1, max=100, help="Rows that count.")] = 10,
+    least: Annotated[float, typer.Option(min=0, max=1, help="Recall to reach.")] = 0.98,
+    json: common.JsonOption = False,
+) -> None:
+    """Build each form of index on a sample of the rows, measure it, and recommend one.
+
+    Nothing in the database changes: the sample is a temporary table.
+
+    [b]sbert-pg index advise article.embedding --where "lang = 'en'"[/]
+    """
+    with common.database(database) as engine:
+        with engine.connect() as connection:
+            found = resolve(connection, target)
+        filters: dict[str, Any] = {text: common.criterion(text) for text in where or ()}
+        advice = lib.advise_index(
+            engine,
+            found.column,
+            filters=filters or None,
+            questions=question or (),
+            sample=sample,
+            queries=queries,
+            k=k,
+            least=least,
+        )
+    if json:
+        common.print_json(advice.to_json())
+    else:
+        print(advice)
+
+
+def limits(
+    name: NameArgument,
+    texts: Annotated[
+        Path | None,
+        typer.Option(help="A file of your own texts, one a line.", show_default=False),
+    ] = None,
+    table: Annotated[
+        str | None,
+        typer.Option(
+            help="A table or column of the database, whose texts are looked at.",
+            show_default=False,
+        ),
+    ] = None,
+    database: common.DatabaseOption = None,
+    json: common.JsonOption = False,
+) -> None:
+    """Measure where an encoder breaks: word order, negation, numbers, names, languages, length.
+
+    On texts that come with the library and, where given, on your own.
+
+    [b]sbert-pg encoder limits all-MiniLM-L6-v2[/]
+    [b]sbert-pg encoder limits all-MiniLM-L6-v2 --table article[/]
+    """
+    encoder, precision = split_name(name)
+    own = [] if texts is None else _lines_of(texts)
+    if table is not None:
+        with common.database(database) as engine, engine.connect() as connection:
+            found = resolve(connection, table)
+            own += lib.own_texts(connection, found.column)
+    report = lib.limits_of(_encoder(encoder, precision), own)
+    common.show(report, report.to_json(), json)
+
+
+def _lines_of(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DeclarationError(f"--texts {path} cannot be read: {error}.") from error
+
+
+def _queries(engine: sa.Engine, pairs: str, topics: Path | None) -> list[LabelledQuery]:
+    """Labelled questions from a file or by a query."""
+    if pairs.lstrip()[:6].upper() in ("SELECT", "VALUES") or pairs.lstrip()[:4].upper() == "WITH":
+        return lib.pairs_of(engine, sa.text(pairs.replace(":", r"\:")))
+    return lib.read_pairs(pairs, topics)
+
+
+def _words(found: Side, name: str | None) -> sa.Column[Any] | None:
+    """The text column, where there is one."""
+    try:
+        return text_column_of(found.table, name)
+    except DeclarationError:
+        if name is not None:
+            raise
+        return None
+
+
+def _encoder(name: str, precision: str | None = None) -> Any:
+    from sbert_pg.encoder import Encoder
+
+    return Encoder.load(name, precision=precision)
+
+
+def _sliced(
+    engine: sa.Engine, found: Side, queries: list[LabelledQuery], name: str
+) -> list[LabelledQuery]:
+    """Questions with an attribute: as the pairs have it, or of the first row that is relevant."""
+    if any(name in query.attributes for query in queries):
+        return queries
+    if name not in found.table.columns:
+        raise DeclarationError(f"--slice: neither the pairs nor the table has a column {name!r}.")
+    return lib.with_attribute(engine, found.table, queries, name)

@@ -1,0 +1,351 @@
+"""A run summed up: sizes and radii, numbers and names kept from run to run, keywords."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Literal, cast
+
+import numpy as np
+import sqlalchemy as sa
+
+from sbert_pg.clustering.declaration import Clustering
+from sbert_pg.clustering.kmeans import need
+from sbert_pg.clustering.tables import EXEMPLAR_PREFIX
+from sbert_pg.errors import ClusteringError
+
+StopWords = Literal["english"] | Collection[str]
+
+#: Share of the rows that lie within a cluster's radius and within a run's ``far_distance``.
+WITHIN = 0.99
+#: Least share of the rows of two clusters, together, that they must have in common to be one.
+MIN_OVERLAP = 0.3
+#: Keywords kept for each cluster.
+KEYWORDS = 10
+#: Keywords that make the label of a cluster without a name of its user's.
+_LABEL_WORDS = 3
+#: Texts fetched at a time.
+_FETCH = 5_000
+# Two characters at least, as scikit-learn's CountVectorizer; a word begins with a letter.
+_WORD = re.compile(r"\b[^\W\d_]\w+\b")
+
+
+def summarize(connection: sa.Connection, clustering: Clustering, run_id: int) -> dict[str, Any]:
+    """Fill in sizes, cohesion, radius and exemplars; drop clusters without rows; sum up the run.
+
+    Returns:
+        Values of the run: ``rows``, ``n_clusters``, ``outliers``, ``inertia``, ``mean_distance``,
+        ``far_distance``; and ``largest``, the size of its largest cluster.
+    """
+    cluster, assignment = clustering.cluster_table, clustering.assignment_table
+    mine = assignment.c.run_id == run_id
+    distance = sa.cast(assignment.c.distance, sa.Double)
+    total = (
+        sa.select(
+            assignment.c.cluster_id,
+            sa.func.count().label("size"),
+            sa.func.avg(distance).label("mean"),
+            sa.func.percentile_cont(WITHIN).within_group(distance).label("radius"),
+        )
+        .where(mine, assignment.c.cluster_id.is_not(None))
+        .group_by(assignment.c.cluster_id)
+        .subquery("total")
+    )
+    place = sa.func.row_number().over(
+        partition_by=assignment.c.cluster_id,
+        order_by=[assignment.c.distance, *clustering.row_keys],
+    )
+    ranked = (
+        sa.select(assignment.c.cluster_id, *clustering.row_keys, place.label("sbert_pg_place"))
+        .where(mine, assignment.c.cluster_id.is_not(None))
+        .subquery()
+    )
+    first = sa.select(ranked).where(ranked.c.sbert_pg_place == 1).subquery("first")
+    cohesion = 1 - total.c.mean if clustering.metric == "cosine" else -total.c.mean
+    exemplar = {
+        EXEMPLAR_PREFIX + key.name: first.c[row.name]
+        for key, row in zip(clustering.keys, clustering.row_keys, strict=True)
+    }
+    connection.execute(
+        sa.update(cluster)
+        .where(total.c.cluster_id == cluster.c.id, first.c.cluster_id == cluster.c.id)
+        .values(size=total.c.size, cohesion=cohesion, radius=total.c.radius, **exemplar)
+    )
+    connection.execute(sa.delete(cluster).where(cluster.c.run_id == run_id, cluster.c.size == 0))
+    return _totals(connection, clustering, run_id)
+
+
+def _totals(connection: sa.Connection, clustering: Clustering, run_id: int) -> dict[str, Any]:
+    assignment, cluster = clustering.assignment_table, clustering.cluster_table
+    distance = sa.cast(assignment.c.distance, sa.Double)
+    inside = assignment.c.cluster_id.is_not(None)
+    squared = 2 * distance if clustering.metric == "cosine" else distance * distance
+    statement = sa.select(
+        sa.func.count().label("rows"),
+        sa.func.count().filter(~inside).label("outliers"),
+        sa.func.coalesce(sa.func.sum(squared).filter(inside), 0.0).label("inertia"),
+        sa.func.avg(distance).filter(inside).label("mean_distance"),
+        sa.func.percentile_cont(WITHIN).within_group(distance).filter(inside).label("far_distance"),
+        *(
+            sa.select(value).where(cluster.c.run_id == run_id).scalar_subquery().label(name)
+            for name, value in (
+                ("n_clusters", sa.func.count()),
+                ("largest", sa.func.max(cluster.c.size)),
+            )
+        ),
+    ).where(assignment.c.run_id == run_id)
+    return dict(connection.execute(statement).mappings().one())
+
+
+def previous_run(connection: sa.Connection, clustering: Clustering) -> int | None:
+    """The run whose clusters a new one continues: the column's current one, else the latest of
+    another column's, as after a change of encoder.
+    """
+    run = clustering.run_table
+    statement = (
+        sa.select(run.c.id)
+        .where(run.c.is_current)
+        .order_by((run.c.column_name == clustering.column.name).desc(), run.c.id.desc())
+        .limit(1)
+    )
+    return connection.scalar(statement)
+
+
+def number_clusters(
+    connection: sa.Connection, clustering: Clustering, run_id: int, previous: int | None
+) -> int:
+    """Give the clusters of a run their numbers: those of matching earlier clusters, else new ones.
+
+    Old and new clusters are paired so that they share as many rows as can be (linear assignment),
+    and a pair counts where the shared rows are at least ``MIN_OVERLAP`` of the rows in either
+    cluster. A name given by a user goes with the number.
+
+    Args:
+        connection: the run's transaction.
+        clustering: what is clustered.
+        run_id: the new run.
+        previous: the run to continue, or ``None``.
+
+    Returns:
+        How many clusters took over a number.
+    """
+    cluster = clustering.cluster_table
+    known = sa.select(*cluster.c["id", "number", "label", "is_named"])
+    earlier = {row.id: row for row in connection.execute(known.where(cluster.c.run_id == previous))}
+    pairs = _pairs(connection, clustering, run_id, previous) if previous else {}
+    # A run has provisional, negative numbers until now.
+    last = max(0, connection.scalar(sa.select(sa.func.max(cluster.c.number))) or 0)
+    ordered = sa.select(cluster.c.id).where(cluster.c.run_id == run_id)
+    values = []
+    for cluster_id in connection.scalars(ordered.order_by(cluster.c.size.desc(), cluster.c.id)):
+        before = earlier.get(pairs.get(cluster_id))
+        name = before.label if before is not None and before.is_named else None
+        last += before is None
+        values.append(
+            {
+                "this": cluster_id,
+                "new_number": last if before is None else before.number,
+                "new_label": name,
+                "named": name is not None,
+            }
+        )
+    if values:
+        connection.execute(
+            sa.update(cluster)
+            .where(cluster.c.id == sa.bindparam("this"))
+            .values(
+                number=sa.bindparam("new_number"),
+                label=sa.bindparam("new_label"),
+                is_named=sa.bindparam("named"),
+            ),
+            values,
+        )
+    return len(pairs)
+
+
+def _pairs(
+    connection: sa.Connection, clustering: Clustering, run_id: int, previous: int
+) -> dict[int, int]:
+    """The earlier cluster that a new one continues, by their ids."""
+    assignment = clustering.assignment_table
+    old, new = assignment.alias("old"), assignment.alias("new")
+    same_row = sa.and_(*(old.c[key.name] == new.c[key.name] for key in clustering.row_keys))
+    shared = connection.execute(
+        sa.select(old.c.cluster_id, new.c.cluster_id, sa.func.count())
+        .join_from(old, new, same_row)
+        .where(
+            old.c.run_id == previous,
+            new.c.run_id == run_id,
+            old.c.cluster_id.is_not(None),
+            new.c.cluster_id.is_not(None),
+        )
+        .group_by(old.c.cluster_id, new.c.cluster_id)
+    ).all()
+    if not shared:
+        return {}
+    rows = connection.execute(
+        sa.select(assignment.c.cluster_id, sa.func.count())
+        .where(assignment.c.run_id.in_([previous, run_id]), assignment.c.cluster_id.is_not(None))
+        .group_by(assignment.c.cluster_id)
+    )
+    size: dict[int, int] = {row[0]: row[1] for row in rows}
+    olds = sorted({row[0] for row in shared})
+    news = sorted({row[1] for row in shared})
+    matrix = np.zeros((len(olds), len(news)))
+    for before, after, count in shared:
+        matrix[olds.index(before), news.index(after)] = count
+    optimize = need("scipy.optimize", "match the clusters of two runs")
+    continued: dict[int, int] = {}
+    for i, j in zip(*optimize.linear_sum_assignment(matrix, maximize=True), strict=True):
+        common = matrix[i, j]
+        either = size[olds[i]] + size[news[j]] - common
+        if common > 0 and common >= MIN_OVERLAP * either:
+            continued[news[j]] = olds[i]
+    return continued
+
+
+def class_tfidf(
+    counts: Mapping[int, Mapping[str, int]], number: int = KEYWORDS
+) -> dict[int, list[str]]:
+    """The words that tell each class from the others, best first.
+
+    A word of a class weighs ``tf * log(1 + A / f)``: ``tf`` its share of the class's words, ``f``
+    its frequency in all classes, ``A`` the mean number of words in a class (class-based TF-IDF,
+    Grootendorst 2022, "BERTopic").
+
+    Args:
+        counts: for each class the frequency of its words.
+        number: words for each class, at most.
+    """
+    everywhere: Counter[str] = Counter()
+    sizes: dict[int, int] = {}
+    for cluster, words in counts.items():
+        everywhere.update(words)
+        sizes[cluster] = sum(words.values())
+    mean = sum(sizes.values()) / max(len(sizes), 1)
+    keywords: dict[int, list[str]] = {}
+    for cluster, words in counts.items():
+        weights = {
+            word: count / sizes[cluster] * math.log1p(mean / everywhere[word])
+            for word, count in words.items()
+        }
+        keywords[cluster] = sorted(weights, key=lambda word: (-weights[word], word))[:number]
+    return keywords
+
+
+def count_words(
+    texts: Iterable[tuple[int, str | None]], stop_words: StopWords = "english"
+) -> dict[int, Counter[str]]:
+    """Frequencies of the words of each class, in lower case, without stop words.
+
+    Args:
+        texts: a class and a text, in any order.
+        stop_words: words to leave out; ``"english"`` is scikit-learn's list.
+    """
+    stop: Collection[str] = (
+        need("sklearn.feature_extraction.text", "find keywords").ENGLISH_STOP_WORDS
+        if stop_words == "english"
+        else frozenset(stop_words)
+    )
+    counts: dict[int, Counter[str]] = {}
+    for cluster, text in texts:
+        words = [word for word in _WORD.findall((text or "").lower()) if word not in stop]
+        counts.setdefault(cluster, Counter()).update(words)
+    return counts
+
+
+def find_keywords(
+    connection: sa.Connection,
+    clustering: Clustering,
+    run_id: int,
+    *,
+    text: sa.ColumnElement[str] | None = None,
+    stop_words: StopWords = "english",
+) -> None:
+    """Find keywords of the clusters of a run, and label those without a name by them.
+
+    The texts are read in blocks; what is kept is the frequency of each word in each cluster.
+
+    Args:
+        connection: a connection in a transaction.
+        clustering: what is clustered.
+        run_id: the run.
+        text: the text of a row; the source of an embedding column by default.
+        stop_words: words to leave out, ``"english"`` or a collection.
+
+    Raises:
+        ClusteringError: the column has no source, and no text is given.
+        MissingExtraError: the English stop words come with scikit-learn, which is not installed.
+    """
+    if text is None:
+        if clustering.source is None:
+            raise ClusteringError(
+                f"{clustering.column} is a plain vector column, so nothing says what its texts "
+                "are. Give text=, as in text=Article.title."
+            )
+        text = clustering.source.expression(clustering.rows)
+    assignment, cluster = clustering.assignment_table, clustering.cluster_table
+    statement = (
+        sa.select(assignment.c.cluster_id, text)
+        .join_from(assignment, clustering.rows, clustering.row_is_assigned())
+        .where(assignment.c.run_id == run_id, assignment.c.cluster_id.is_not(None))
+        .execution_options(yield_per=_FETCH)
+    )
+    rows = connection.execute(statement)
+    counts = count_words(((row[0], row[1]) for row in rows), stop_words)
+    values: list[dict[str, Any]] = [
+        {"this": cluster_id, "words": words, "name": ", ".join(words[:_LABEL_WORDS]) or None}
+        for cluster_id, words in class_tfidf(counts).items()
+    ]
+    if values:
+        connection.execute(
+            sa.update(cluster)
+            .where(cluster.c.id == sa.bindparam("this"))
+            .values(
+                keywords=sa.bindparam("words", type_=cluster.c.keywords.type),
+                label=sa.case((cluster.c.is_named, cluster.c.label), else_=sa.bindparam("name")),
+            ),
+            values,
+        )
+
+
+def name_cluster(
+    connection: sa.Connection, clustering: Clustering, number: int, name: str | None
+) -> None:
+    """Name a current cluster; later runs keep the name where the cluster matches.
+
+    Args:
+        connection: a connection in a transaction.
+        clustering: what is clustered.
+        number: the cluster's number.
+        name: its name, or ``None`` to go back to its keywords.
+
+    Raises:
+        ClusteringError: there is no current cluster with this number, or the name is empty.
+    """
+    if name is not None and not name.strip():
+        raise ClusteringError("A cluster's name cannot be empty; None takes it back.")
+    cluster, run = clustering.cluster_table, clustering.run_table
+    keywords = sa.func.array_to_string(
+        cast("Any", cluster.c.keywords)[1:_LABEL_WORDS], ", ", type_=sa.Text
+    )
+    named = connection.execute(
+        sa.update(cluster)
+        .where(
+            cluster.c.number == number,
+            cluster.c.run_id == run.c.id,
+            run.c.is_current,
+            run.c.column_name == clustering.column.name,
+        )
+        .values(
+            label=sa.func.nullif(keywords, "") if name is None else name,
+            is_named=name is not None,
+        )
+    )
+    if named.rowcount == 0:
+        raise ClusteringError(
+            f"There is no current cluster {number} of {clustering.column}. "
+            "'sbert-pg cluster show' lists them."
+        )

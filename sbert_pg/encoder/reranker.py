@@ -1,0 +1,146 @@
+"""``Reranker``: pairs of a question and a text to scores, by a cross-encoder."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from sbert_pg.encoder import directory as converted
+from sbert_pg.encoder.conversion import prepare
+from sbert_pg.encoder.directory import Manifest
+from sbert_pg.encoder.engine import Engine, Statistics
+from sbert_pg.encoder.providers import Provider, Providers
+from sbert_pg.encoder.tokenizing import clean
+from sbert_pg.process import PerProcess
+
+Scores = npt.NDArray[np.float32]
+
+
+class Reranker:
+    """A converted cross-encoder, run by onnxruntime.
+
+    It reads question and text together, which ranks better than comparing their vectors and costs a
+    run of the transformer for each text. Made by ``Reranker.load``. Safe to share between threads;
+    after a fork the child opens its own sessions.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        *,
+        threads: int | None = None,
+        providers: Sequence[Provider] | None = None,
+    ) -> None:
+        self._directory = directory
+        self._manifest = manifest
+        self._engine = PerProcess(lambda: Engine(directory, manifest, threads, providers))
+        # Whatever is wrong with the directory is said now and not at the first pair.
+        self._engine.get()
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str | Path,
+        *,
+        precision: str | None = None,
+        revision: str | None = None,
+        threads: int | None = None,
+        providers: Sequence[Provider] | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> Reranker:
+        """Load a cross-encoder, converting it at the first time.
+
+        Args:
+            name_or_path: a directory that this project converted, one of a cross-encoder, or a name
+                on the hub, such as ``"cross-encoder/ms-marco-MiniLM-L6-v2"``.
+            precision: as for ``Encoder.load``.
+            revision: as for ``Encoder.load``.
+            threads: as for ``Encoder.load``.
+            providers: as for ``Encoder.load``.
+            cache_dir: as for ``Encoder.load``.
+
+        Raises:
+            EncoderNotFoundError: there is no such directory or repository.
+            UnsupportedEncoderError: it is no cross-encoder, or asks for something not implemented.
+            DamagedEncoderError: files are missing or do not match their digests.
+            ConversionError: scores in the precision correlate with fp32's by less than its floor.
+            ProviderError: an execution provider is missing.
+            EncoderError: the cache cannot be written; see ``$SBERT_PG_CACHE``.
+        """
+        path = prepare(
+            name_or_path,
+            precision=precision,
+            revision=revision,
+            cache_dir=cache_dir,
+            providers=providers,
+            kind="reranker",
+        )
+        manifest = Manifest.read(path)
+        converted.require_kind(path, manifest, "reranker")
+        Providers.of(providers).require_suited(path, manifest.precision)
+        return converted.verified(
+            path, manifest, lambda: cls(path, manifest, threads=threads, providers=providers)
+        )
+
+    @property
+    def name(self) -> str:
+        """The name that it was converted under."""
+        return self._manifest.spec.name
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the converted directory says about itself."""
+        return self._manifest
+
+    @property
+    def directory(self) -> Path:
+        """The converted directory."""
+        return self._directory
+
+    @property
+    def labels(self) -> int:
+        """Scores of a pair; rerankers have one, classifiers of pairs several."""
+        return self._manifest.full_dimensions
+
+    @property
+    def max_seq_length(self) -> int | None:
+        """Tokens that are read of a pair, special tokens included."""
+        return self._manifest.spec.max_seq_length
+
+    @property
+    def statistics(self) -> Statistics:
+        """Counts since it was loaded or the process forked; its texts are pairs."""
+        return self._engine.get().counter.statistics
+
+    def score(self, question: str, texts: Sequence[str]) -> Scores:
+        """How well each text answers the question, larger for better.
+
+        As ``CrossEncoder.predict`` of sentence-transformers, with the model's own activation. Of a
+        pair longer than ``max_seq_length`` the longer text is cut, which is counted in
+        ``statistics``.
+
+        Returns:
+            float32 of shape ``(len(texts),)``, or ``(len(texts), labels)`` where there are several.
+
+        Raises:
+            EncodingError: something is not a text (``index`` says which).
+        """
+        return self.score_pairs([(question, text) for text in texts])
+
+    def score_pairs(self, pairs: Sequence[tuple[str, str]]) -> Scores:
+        """As ``score``, for pairs of a question and a text each."""
+        firsts, seconds = (clean([pair[part] for pair in pairs]) for part in (0, 1))
+        scores = self._engine.get().scores(list(zip(firsts, seconds, strict=True)))
+        return scores[:, 0] if self.labels == 1 else scores
+
+    async def score_async(self, question: str, texts: Sequence[str]) -> Scores:
+        """``score`` in a thread, so that an event loop keeps running."""
+        return await asyncio.to_thread(self.score, question, texts)
+
+    def __repr__(self) -> str:
+        return f"<Reranker {self.name!r}, {self._manifest.precision}>"

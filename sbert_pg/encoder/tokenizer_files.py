@@ -1,0 +1,212 @@
+"""The tokenizer that a model's files mean.
+
+``tokenizer.json`` as the model's repository has it is not yet the tokenizer that transformers uses:
+``tokenizer_config.json`` overrides its casing and its leading blank, and sentence-transformers may
+put lower-casing in front. ``tokenizer_content`` settles that once, at conversion.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sbert_pg.encoder.description import Description
+from sbert_pg.encoder.files import JSON_LIMIT, read_if_there, read_json
+from sbert_pg.encoder.tokenizing import own_errors, require_bounded
+from sbert_pg.errors import DamagedEncoderError, MissingExtraError, UnsupportedEncoderError
+
+#: Classes of transformers that rebuild BERT's normaliser from ``tokenizer_config.json`` with these
+#: defaults (transformers ``models/bert/tokenization_bert.py``, and the same in DistilBERT, MPNet).
+_BERT_LIKE = ("BertTokenizer", "DistilBertTokenizer", "MPNetTokenizer", "ElectraTokenizer")
+_BERT_DEFAULTS = {"do_lower_case": True, "tokenize_chinese_chars": True, "strip_accents": None}
+_BERT_KEYS = {
+    "do_lower_case": "lowercase",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+    "strip_accents": "strip_accents",
+}
+#: Classes that rebuild the pre-tokenizer from ``add_prefix_space`` there: with ``ByteLevel``, and
+#: with ``Metaspace`` (``models/roberta/tokenization_roberta.py``, ``models/xlm_roberta``...).
+_BYTE_LEVEL = ("RobertaTokenizer", "GPT2Tokenizer", "DebertaTokenizer", "LukeTokenizer")
+_METASPACE = ("XLMRobertaTokenizer", "CamembertTokenizer", "AlbertTokenizer", "BarthezTokenizer",
+              "RemBertTokenizer", "DebertaV2Tokenizer", "BigBirdTokenizer")  # fmt: skip
+#: Classes that, from transformers 5 on, build normaliser and pre-tokenizer again and take nothing
+#: but the table of characters from ``tokenizer.json``. transformers 4 took the file as it is, and
+#: some of its files differ: blanks in a row and at the ends of a text were tokens of their own.
+_SENTENCEPIECE = ("XLMRobertaTokenizer", "CamembertTokenizer", "T5Tokenizer")
+#: Classes that take ``tokenizer.json`` as it is.
+_GENERIC = ("", "PreTrainedTokenizer", "TokenizersBackend")
+
+
+def tokenizer_content(description: Description) -> dict[str, Any]:
+    """The tokenizer that transformers would use, as the content of a ``tokenizer.json``.
+
+    Raises:
+        MissingExtraError: there is no ``tokenizer.json``, and making one needs transformers.
+        DamagedEncoderError: there are no tokenizer files that can be read, or they blow up.
+        UnsupportedEncoderError: ``tokenizer_config.json`` contradicts ``tokenizer.json`` in a way
+            that is not known to be settled by either.
+    """
+    directory = description.transformer_path
+    config = read_if_there(directory / "tokenizer_config.json")
+    path = directory / "tokenizer.json"
+    if path.is_file():
+        content = dict(read_json(path, JSON_LIMIT))
+        with own_errors(DamagedEncoderError, f"{path} cannot be read"):
+            content = _as_configured(content, config, path)
+            require_bounded(content)
+    else:
+        content = _converted_by_transformers(directory)
+    content["truncation"] = content["padding"] = None
+    if description.do_lower_case:
+        content["normalizer"] = _with_lower_case(content.get("normalizer"))
+    _try_expressions(content, path)
+    return content
+
+
+def truncation_side(description: Description) -> str:
+    """Which end of a long text is cut off, ``"right"`` or ``"left"``."""
+    directory = description.transformer_path
+    config = read_if_there(directory / "tokenizer_config.json")
+    side = config.text("truncation_side", None)
+    if side is None and (directory / "tokenizer.json").is_file():
+        kept = read_json(directory / "tokenizer.json", JSON_LIMIT).object("truncation")
+        side = kept.text("direction", "right").lower()
+    if side not in (None, "right", "left"):
+        config.refuse("truncation_side", "'right' or 'left'")
+    return side or "right"
+
+
+def _as_configured(
+    content: dict[str, Any], config: Mapping[str, Any], path: Path
+) -> dict[str, Any]:
+    name = str(config.get("tokenizer_class", "")).removesuffix("Fast")
+    normalizer = content.get("normalizer") or {}
+    if normalizer.get("type") == "BertNormalizer" and name in _BERT_LIKE:
+        changes = {
+            key: config.get(setting, _BERT_DEFAULTS[setting]) for setting, key in _BERT_KEYS.items()
+        }
+        content["normalizer"] = {**normalizer, **changes}
+    prefix = config.get("add_prefix_space")
+    if name in _SENTENCEPIECE and content["model"]["type"] == "Unigram":
+        return {**content, **_sentencepiece(normalizer, name == "T5Tokenizer" or prefix)}
+    for part in _pre_tokenizers(content.get("pre_tokenizer")):
+        _follow_prefix(part, name, prefix, path)
+    return content
+
+
+def _sentencepiece(normalizer: Mapping[str, Any], prefix: Any) -> dict[str, Any]:
+    """Normaliser and pre-tokenizer as the classes of ``_SENTENCEPIECE`` build them."""
+    parts = normalizer.get("normalizers", [normalizer])
+    characters = [part for part in parts if part.get("type") == "Precompiled"]
+    scheme = "always" if prefix is None or prefix else "never"
+    metaspace = {"replacement": "\u2581", "prepend_scheme": scheme, "split": True}
+    split = [{"type": "WhitespaceSplit"}, {"type": "Metaspace", **metaspace}]
+    return {
+        "normalizer": characters[0] if characters else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": split},
+    }
+
+
+def _follow_prefix(part: dict[str, Any], name: str, prefix: Any, path: Path) -> None:
+    """Whether a blank is put before a text: by the class, where it builds this part again."""
+    rebuilt: tuple[str, ...]
+    if part["type"] == "ByteLevel":
+        stored, rebuilt, default = part.get("add_prefix_space", True), _BYTE_LEVEL, False
+    elif part["type"] == "Metaspace":
+        stored, rebuilt, default = part.get("prepend_scheme") != "never", _METASPACE, True
+    else:
+        return
+    asked = default if prefix is None else bool(prefix)
+    if name not in rebuilt:
+        if name not in _GENERIC and prefix is not None and asked != stored:
+            raise UnsupportedEncoderError(
+                f"{path.with_name('tokenizer_config.json')}: 'add_prefix_space' is {prefix!r}, "
+                f"which {path.name} contradicts, and which of them {name} follows is not known. "
+                "Make them agree."
+            )
+    elif part["type"] == "ByteLevel":
+        part["add_prefix_space"] = asked
+    elif asked != stored:
+        part["prepend_scheme"] = "always" if asked else "never"
+
+
+def _pre_tokenizers(pre_tokenizer: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    if pre_tokenizer is None:
+        return
+    if pre_tokenizer["type"] == "Sequence":
+        for part in pre_tokenizer["pretokenizers"]:
+            yield from _pre_tokenizers(part)
+    else:
+        yield pre_tokenizer
+
+
+_TRIAL = r"""
+import sys
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+except ImportError:
+    pass
+from tokenizers import Tokenizer
+tokenizer = Tokenizer.from_str(sys.stdin.buffer.read().decode())
+for piece in ("a", "A", "1", " ", "\n", "é", "!", "aA", "a1", "a ", "a!", "_-", "\u4eca", "x=1;\n"):
+    tokenizer.encode((piece * 4000)[:4000] + "\0")
+"""
+#: Seconds that a trial may take, its start included.
+_TRIAL_SECONDS = 12
+
+
+def _try_expressions(content: Mapping[str, Any], path: Path) -> None:
+    """Refuse regular expressions that take for ever on a repetitive text.
+
+    Whether one does cannot be read from it, and a search cannot be stopped, so they are tried in a
+    process that can.
+    """
+    parts = [content.get(key) for key in ("normalizer", "pre_tokenizer")]
+    if '"Regex"' not in json.dumps(parts) or not sys.executable:
+        return
+    try:
+        subprocess.run(
+            [sys.executable, "-c", _TRIAL], input=json.dumps(content).encode(), check=True,
+            capture_output=True, timeout=_TRIAL_SECONDS,
+        )  # fmt: skip
+    except (subprocess.SubprocessError, OSError) as error:
+        ended = getattr(error, "stderr", None) or b""
+        reason = ended.decode(errors="replace").strip().splitlines()[-1:] or [str(error)[-80:]]
+        raise DamagedEncoderError(
+            f"{path}: its regular expressions cannot be used on repetitive texts: {reason[0][:200]}"
+        ) from error
+
+
+def _with_lower_case(normalizer: Mapping[str, Any] | None) -> dict[str, Any]:
+    """As sentence-transformers does it: before everything else, unless it is there already."""
+    if normalizer is None:
+        return {"type": "Sequence", "normalizers": [{"type": "Lowercase"}]}
+    if normalizer.get("type") == "Lowercase":
+        return dict(normalizer)
+    parts = list(normalizer["normalizers"]) if normalizer["type"] == "Sequence" else [normalizer]
+    if any(part.get("type") == "Lowercase" for part in parts):
+        return dict(normalizer)
+    return {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, *parts]}
+
+
+def _converted_by_transformers(directory: Path) -> dict[str, Any]:
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise MissingExtraError(
+            "transformers", "export", f"make {directory / 'tokenizer.json'} from older files"
+        ) from error
+    try:
+        backend = AutoTokenizer.from_pretrained(str(directory)).backend_tokenizer
+        content: dict[str, Any] = json.loads(backend.to_str())
+    # transformers raises whatever its many tokenizers raise.
+    except Exception as error:
+        raise DamagedEncoderError(
+            f"{directory} holds no tokenizer.json, and none can be made: {error}."
+        ) from error
+    return content

@@ -1,0 +1,147 @@
+"""A small writer of ONNX graphs and their files."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from sbert_pg.encoder.layers import MICROSOFT, Activation
+from sbert_pg.encoder.providers import CPU, load_onnxruntime
+
+#: LayerNormalization came with 17, axes of reductions as an input with 18.
+OPSET = 18
+IR_VERSION = 9
+FLOAT = TensorProto.FLOAT
+FLOAT16 = TensorProto.FLOAT16
+INT32 = TensorProto.INT32
+INT64 = TensorProto.INT64
+
+#: Bytes of weights from which they lie in a file of their own; a protobuf message ends at 2 GiB.
+EXTERNAL_FROM = 1_500_000_000
+#: Name of that file, beside the model.
+WEIGHTS = "model.onnx.data"
+
+
+class Writer:
+    """Collects nodes and initializers; values are named after what they are.
+
+    Args:
+        prefix: begins every name, so that a graph that is there already can be added to.
+    """
+
+    def __init__(self, prefix: str = "") -> None:
+        self._prefix = prefix
+        self.nodes: list[Any] = []
+        self._initializers: dict[str, Any] = {}
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self._counts: dict[str, int] = {}
+
+    @property
+    def initializers(self) -> list[Any]:
+        """The constants and weights, once each."""
+        return list(self._initializers.values())
+
+    def name(self, hint: str) -> str:
+        """A name that is not taken."""
+        hint = self._prefix + hint
+        count = self._counts.get(hint, 0)
+        self._counts[hint] = count + 1
+        return f"{hint}_{count}" if count else hint
+
+    def tensor(self, array: Any, hint: str) -> str:
+        """An initializer; equal ones are stored once."""
+        value = np.asarray(array, order="C")
+        key = (value.dtype.str, value.shape, value.tobytes() if value.size < 1 << 16 else b"")
+        if key[2] and key in self._constants:
+            return self._constants[key]
+        name = self.name(hint)
+        self._initializers[name] = numpy_helper.from_array(value, name)
+        self._constants[key] = name
+        return name
+
+    def ints(self, *values: int) -> str:
+        """A vector of int64."""
+        return self.tensor(np.array(values, np.int64), "ints")
+
+    def scalar(self, value: float) -> str:
+        """A float32 without dimensions."""
+        return self.tensor(np.array(value, np.float32), "scalar")
+
+    def node(
+        self,
+        op: str,
+        inputs: Sequence[str],
+        hint: str = "",
+        *,
+        domain: str = "",
+        **attributes: Any,
+    ) -> str:
+        """A node with one output; returns the output's name."""
+        output = self.name(hint or op.lower())
+        trimmed = list(inputs)
+        while trimmed and not trimmed[-1]:
+            trimmed.pop()
+        name = self.name(f"{op}_{hint or op.lower()}")
+        self.nodes.append(
+            helper.make_node(op, trimmed, [output], name=name, domain=domain, **attributes)
+        )
+        return output
+
+    def branch(self, condition: str, then: Writer, then_out: str, other: Writer, other_out: str,
+               hint: str) -> str:  # fmt: skip
+        """``If``: the output of one of two writers, which may use any value of this one."""
+        graphs: list[Any] = []
+        for writer, output in ((then, then_out), (other, other_out)):
+            value = helper.make_tensor_value_info(output, FLOAT, None)
+            graphs.append(
+                helper.make_graph(
+                    writer.nodes, f"{hint}_{len(graphs)}", [], [value],
+                    writer.initializers,
+                )
+            )  # fmt: skip
+        return self.node("If", [condition], hint, then_branch=graphs[0], else_branch=graphs[1])
+
+    def inner(self) -> Writer:
+        """A writer for a branch: its own constants, names that differ from this one's."""
+        writer = Writer(self._prefix)
+        writer._counts = self._counts
+        return writer
+
+    def model(self, inputs: Sequence[Any], outputs: Sequence[Any], name: str) -> onnx.ModelProto:
+        """The finished model."""
+        graph = helper.make_graph(self.nodes, name, list(inputs), list(outputs), self.initializers)
+        imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+        return helper.make_model(
+            graph, opset_imports=imports, ir_version=IR_VERSION, producer_name="sbert-pg"
+        )
+
+
+def save(model: onnx.ModelProto, path: Path) -> None:
+    """Write a model, its weights in ``model.onnx.data`` beside it where they are large."""
+    size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    if size < EXTERNAL_FROM:
+        onnx.save_model(model, path)
+        return
+    onnx.save_model(
+        model, path, save_as_external_data=True, all_tensors_to_one_file=True, location=WEIGHTS
+    )
+
+
+def open_session(model: onnx.ModelProto, options: Any) -> Any:
+    """A session of a model in memory, through a file since it may be too large for a message."""
+    with tempfile.TemporaryDirectory(prefix="sbert-pg-") as folder:
+        path = Path(folder) / "model.onnx"
+        save(model, path)
+        return load_onnxruntime().InferenceSession(str(path), options, providers=[CPU])
+
+
+def activate(writer: Writer, x: str, activation: Activation) -> str:
+    """An activation, one of ``layers.ACTIVATIONS`` or ``architectures.ACTIVATIONS``, of ``x``."""
+    op, domain, attributes = activation
+    return x if op == "Identity" else writer.node(op, [x], domain=domain, **attributes)

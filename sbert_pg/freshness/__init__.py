@@ -1,0 +1,46 @@
+"""Keeps embedding columns fresh: workers and backfills, failures, audits, status.
+
+Whether a row is fresh is a state of the row, and a partial index is the queue of those that are not
+(``docs/freshness.md``). Everything here reads that queue and writes what a row says of itself.
+"""
+
+from sbert_pg.freshness.audit import Audit, Finding, audit
+from sbert_pg.freshness.running import Filled, Refreshed, backfill, refresh, worker_thread
+from sbert_pg.freshness.settings import Progress, WorkerSettings
+from sbert_pg.freshness.status import (
+    ColumnStatus,
+    Counts,
+    Failure,
+    counts,
+    failures,
+    retry,
+    skip,
+    status,
+)
+from sbert_pg.freshness.tally import Tally
+from sbert_pg.freshness.worker import Companion, Health, Worker
+
+__all__ = [
+    "Audit",
+    "ColumnStatus",
+    "Companion",
+    "Counts",
+    "Failure",
+    "Filled",
+    "Finding",
+    "Health",
+    "Progress",
+    "Refreshed",
+    "Tally",
+    "Worker",
+    "WorkerSettings",
+    "audit",
+    "backfill",
+    "counts",
+    "failures",
+    "refresh",
+    "retry",
+    "skip",
+    "status",
+    "worker_thread",
+]

@@ -1,0 +1,194 @@
+"""Many values as one parameter: PostgreSQL's binary array format, put together in one go.
+
+One statement with ``unnest`` writes a batch as fast as COPY into a side table and an update from it
+do, without the side table. Keys go the same way, since the driver's own arrays of text cost more
+time than the statements that take them.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import psycopg
+import sqlalchemy as sa
+from psycopg.abc import AdaptContext
+from psycopg.adapt import Dumper
+from psycopg.pq import Format
+from sqlalchemy.engine import Connection, Dialect
+from sqlalchemy.types import UserDefinedType
+
+from sbert_pg import system
+from sbert_pg.catalog.record import Binding
+from sbert_pg.errors import DeclarationError, NotBoundError
+
+#: Types of elements that every server numbers alike.
+TEXT_OID, UUID_OID = 25, 2950
+#: ``array_send``: dimensions, whether there are NULLs, type of the elements; length, lower bound.
+_HEADER = struct.Struct(">iiIii")
+_LENGTH = struct.Struct(">i")
+_NULL = _LENGTH.pack(-1)
+
+
+class WireArray:
+    """The bytes of one array on their way to the server."""
+
+    __slots__ = ("payload",)
+
+    def __init__(self, elements: Sequence[bytes | None], element_oid: int) -> None:
+        pack = _LENGTH.pack
+        parts = [_NULL if element is None else pack(len(element)) + element for element in elements]
+        has_null = None in elements
+        axes = 1 if elements else 0
+        header = _HEADER.pack(axes, has_null, element_oid, len(elements), 1)
+        self.payload = header if axes else header[:12]
+        if axes:
+            self.payload += b"".join(parts)
+
+
+class WireArrayDumper(Dumper):
+    """Send ``WireArray`` in binary; the cast around it names the type."""
+
+    format = Format.BINARY
+    oid = 0
+
+    def dump(self, obj: Any) -> bytes:
+        """Return the bytes that were prepared."""
+        payload: bytes = obj.payload
+        return payload
+
+
+class TextArray:
+    """Texts on their way to the server, in the connection's encoding."""
+
+    __slots__ = ("values",)
+
+    def __init__(self, values: Iterable[str | None]) -> None:
+        self.values = values if isinstance(values, (list, tuple)) else list(values)
+
+
+class TextArrayDumper(Dumper):
+    """Send ``TextArray`` in binary; the cast around it names the type."""
+
+    format = Format.BINARY
+    oid = 0
+
+    def __init__(self, cls: type, context: AdaptContext | None = None) -> None:
+        super().__init__(cls, context)
+        connection = None if context is None else context.connection
+        encoding = "utf-8" if connection is None else connection.info.encoding
+        # A database without an encoding of its own takes bytes as they are.
+        self._encoding = "utf-8" if encoding == "ascii" else encoding
+
+    def dump(self, obj: Any) -> bytes:
+        """Return the array of texts."""
+        encoding = self._encoding
+        elements = [None if value is None else value.encode(encoding) for value in obj.values]
+        return WireArray(elements, TEXT_OID).payload
+
+
+def element_of(sent: bytes) -> tuple[int, bytes]:
+    """Type and bytes of the element of an array of one, as ``array_send`` gives it.
+
+    So a value of any type comes and goes again exactly, whatever the session's formats are.
+    """
+    _, _, oid, _, _ = _HEADER.unpack_from(sent)
+    return oid, sent[_HEADER.size + _LENGTH.size :]
+
+
+class ArrayOf(UserDefinedType[Any]):
+    """The type of a parameter that is a ``WireArray`` or ``TextArray``; see ``register``.
+
+    Args:
+        element: SQL name of the element's type, as ``format_type`` spells it on this server.
+    """
+
+    cache_ok = True
+    render_bind_cast = True
+
+    def __init__(self, element: str) -> None:
+        self.element = element
+
+    def get_col_spec(self, **_: object) -> str:
+        """The type as a cast spells it."""
+        return f"{self.element}[]"
+
+    def bind_processor(self, dialect: Dialect) -> Callable[[Any], Any] | None:
+        """Leave the value alone."""
+        return None
+
+
+def driver_connection(connection: Connection) -> psycopg.Connection[Any]:
+    """The psycopg connection beneath.
+
+    Raises:
+        DeclarationError: the engine uses another driver.
+    """
+    driver = connection.connection.driver_connection
+    if not isinstance(driver, psycopg.Connection):
+        raise _other_driver(connection.dialect)
+    return driver
+
+
+def require_psycopg(engine: sa.Engine) -> None:
+    """Refuse an engine that a worker cannot use, before anything is started.
+
+    Raises:
+        DeclarationError: it is asynchronous, or uses another driver than psycopg 3.
+    """
+    if not isinstance(engine, sa.Engine):
+        raise DeclarationError(
+            f"A worker needs a synchronous engine, and got {type(engine).__name__}. Create one "
+            "with sqlalchemy.create_engine('postgresql+psycopg://...')."
+        )
+    if (engine.dialect.name, engine.dialect.driver) != ("postgresql", "psycopg"):
+        raise _other_driver(engine.dialect)
+
+
+def _other_driver(dialect: Dialect) -> DeclarationError:
+    return DeclarationError(
+        f"The engine uses {dialect.name} with the driver {dialect.driver!r}; workers and backfills "
+        "need psycopg 3, over which they listen and send vectors in binary. Create an engine for "
+        "them with a URL that begins with postgresql+psycopg://; the application's own may stay."
+    )
+
+
+def vector_of(connection: Connection, binding: Binding) -> tuple[int, str, bool]:
+    """OID and name of the type of a bound column, and whether it is ``NOT NULL``.
+
+    Raises:
+        NotBoundError: the column is gone.
+    """
+    a = system.ATTRIBUTE.c
+    found = connection.execute(
+        sa.select(a.atttypid, sa.func.format_type(a.atttypid, None), a.attnotnull).where(
+            a.attrelid == binding.relation, a.attname == binding.column, ~a.attisdropped
+        )
+    ).first()
+    if found is None:
+        raise NotBoundError(
+            f"Column {binding} does not exist any more. Run SELECT sbert.prune_v1() if its table "
+            "was dropped; if it was renamed, bind it again under its new name."
+        )
+    oid, name, required = found
+    return oid, name, required
+
+
+def register(connection: Connection) -> None:
+    """Let this connection send such arrays; nothing else about it changes."""
+    adapters = driver_connection(connection).adapters
+    adapters.register_dumper(WireArray, WireArrayDumper)
+    adapters.register_dumper(TextArray, TextArrayDumper)
+
+
+__all__ = [
+    "ArrayOf",
+    "TextArray",
+    "WireArray",
+    "driver_connection",
+    "element_of",
+    "register",
+    "require_psycopg",
+    "vector_of",
+]

@@ -1,0 +1,269 @@
+"""An audit of a bound column: does each vector belong to its row's text?
+
+What a row says of itself is proven by whoever wrote it. An audit needs no trust in anything but the
+encoder: it encodes texts again and compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql as pg
+from sqlalchemy.engine import Connection
+
+from sbert_pg.catalog import Binding
+from sbert_pg.catalog.holding import hold_encoder
+from sbert_pg.catalog.rows import sample as sample_rows
+from sbert_pg.errors import DimensionError
+from sbert_pg.freshness.comparing import compare
+from sbert_pg.freshness.cutting import is_cut_as
+from sbert_pg.freshness.encoding import encode_each
+from sbert_pg.freshness.labels import shown
+from sbert_pg.freshness.rows import Rows, rows_of
+from sbert_pg.freshness.status import wake
+from sbert_pg.probes import PRECISION_MIN_COSINE
+from sbert_pg.spec import TextEncoder
+from sbert_pg.types import wire
+
+Kind = Literal["missing", "superfluous", "stale", "unencodable"]
+
+#: Findings that are kept with their keys; beyond it they are only counted.
+MAX_EXAMPLES = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One row whose vector is not its text's.
+
+    Attributes:
+        key: the row's key; a JSON array where it has several parts.
+        kind: ``"missing"`` a text without vector, ``"superfluous"`` a vector without text,
+            ``"stale"`` a vector of something else, or of a document other passages than its text
+            has, ``"unencodable"`` a text that the encoder
+            refuses.
+        cosine: cosine of the stored and the right vector, where there are both.
+    """
+
+    key: str
+    kind: Kind
+    cosine: float | None = None
+
+
+@dataclass(slots=True)
+class Audit:
+    """What an audit found.
+
+    Attributes:
+        column: schema, table and column.
+        rows: rows looked at, apart from those that were pending or failed at the time.
+        waiting: rows that were pending or failed, which is known and no finding.
+        missing: see ``Finding.kind``.
+        superfluous: see ``Finding.kind``.
+        stale: see ``Finding.kind``.
+        unencodable: see ``Finding.kind``.
+        truncated: texts longer than the encoder reads; ``None`` where it does not count them.
+        requeued: rows that were made pending again.
+        min_cosine: least cosine of a stored vector that was accepted; 1 where there was none.
+        whole: whether every row was looked at, not a sample.
+        findings: the first 1,000.
+    """
+
+    column: str
+    rows: int = 0
+    waiting: int = 0
+    missing: int = 0
+    superfluous: int = 0
+    stale: int = 0
+    unencodable: int = 0
+    truncated: int | None = None
+    requeued: int = 0
+    min_cosine: float = 1.0
+    whole: bool = False
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def wrong(self) -> int:
+        """Rows with a finding."""
+        return self.missing + self.superfluous + self.stale + self.unencodable
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, without the findings."""
+        data = asdict(self)
+        del data["findings"]
+        return data
+
+
+def audit(
+    engine: sa.Engine,
+    binding: Binding,
+    encoder: TextEncoder,
+    *,
+    sample: int | None = 1_000,
+    requeue: bool = False,
+    min_cosine: float = PRECISION_MIN_COSINE,
+    batch: int = 512,
+    progress: Callable[[Audit], None] | None = None,
+) -> Audit:
+    """Encode texts again and compare with the stored vectors.
+
+    Reads in short transactions, holds none while encoding, and changes nothing unless asked to.
+
+    Args:
+        engine: an engine; its role sees every row.
+        binding: the column.
+        encoder: the column's encoder, or a compatible one.
+        sample: rows to look at, chosen by chance; ``None`` for all, which takes as long as a
+            backfill.
+        requeue: make what is wrong pending, for a worker to mend.
+        min_cosine: least cosine with the right vector. The default, .97, allows another precision
+            of the same weights; a text with one word changed usually stays below it, one with a
+            comma changed may not. With the precision that made the vectors, use .999.
+        batch: rows encoded at once.
+        progress: called after each batch with the result so far.
+
+    Raises:
+        EncoderMismatchError: the encoder is not the column's.
+        BindingError: row-level security hides rows from this role.
+    """
+    with engine.begin() as connection:
+        hold_encoder(connection, binding, encoder)
+        rows = rows_of(connection, binding)
+    result = Audit(str(binding), whole=sample is None)
+    before = _truncated(encoder)
+    for page in _pages(engine, rows, sample, batch):
+        found = _compare(page, rows, encoder, min_cosine, result)
+        if requeue and found:
+            labels = [label for label, _ in found]
+            with engine.begin() as connection:
+                rows.prepare(connection)
+                result.requeued += rows.requeue(connection, rows.label.in_(labels))
+                wake(connection, binding)
+        if progress is not None:
+            progress(result)
+    if before is not None:
+        result.truncated = (_truncated(encoder) or before) - before
+    with engine.begin() as connection:
+        _record(connection, binding, result)
+    return result
+
+
+def _columns(rows: Rows) -> list[sa.ColumnElement[Any]]:
+    binding, table = rows.binding, rows.table
+    send = sa.func.vector_send if binding.storage == "vector" else sa.func.halfvec_send
+    waiting = sa.or_(binding.is_stale(table), binding.expressions.on(table, "failed"))
+    return [
+        rows.label.label("label"),
+        binding.expressions.on(table, "text").label("text"),
+        send(table.c[binding.column], type_=sa.LargeBinary).label("vector"),
+        waiting.label("waiting"),
+        *_cut_columns(rows),
+    ]
+
+
+def _cut_columns(rows: Rows) -> list[sa.ColumnElement[Any]]:
+    """Of documents, what their source columns hold, and the passages that they have."""
+    if rows.passages is None:
+        return []
+    source = [rows.table.c[name] for name in rows.binding.source.columns]
+    return [rows.passages.as_json(rows.table).label("passages"), *source]
+
+
+def _pages(
+    engine: sa.Engine, rows: Rows, sample: int | None, batch: int
+) -> Iterator[Sequence[sa.Row[Any]]]:
+    """Rows as ``_columns`` says: a sample, or all in the order of their keys."""
+    if sample is not None:
+        with engine.begin() as connection:
+            # The labels depend on the session's formats, and the plan is the sample's own affair.
+            rows.prepare(connection, plans=False)
+            found = sample_rows(
+                connection, rows.table, rows.binding.key_columns, _columns(rows), size=sample
+            )
+        yield from (found[start : start + batch] for start in range(0, len(found), batch))
+        return
+    after = None
+    while True:
+        with engine.begin() as connection:
+            rows.prepare(connection)
+            page, after = rows.page(connection, _columns(rows), batch, after)
+        if not page:
+            return
+        yield page
+
+
+def _compare(
+    page: Sequence[sa.Row[Any]],
+    rows: Rows,
+    encoder: TextEncoder,
+    min_cosine: float,
+    result: Audit,
+) -> list[tuple[str, Finding]]:
+    """Compare one page; returns and counts what is wrong, by label."""
+    binding = rows.binding
+    width = 5 + len(binding.source.columns)
+    wrong: dict[str, tuple[Kind, float | None]] = {}
+    texts: list[tuple[str, str, bytes | None]] = []
+    for row in page:
+        if row.waiting:
+            result.waiting += 1
+            continue
+        result.rows += 1
+        if rows.passages is not None and not is_cut_as(rows, row[5:width], row.passages):
+            wrong[row.label] = ("stale", None)
+            continue
+        if row.text is not None:
+            texts.append((row.label, row.text, row.vector))
+        elif row.vector is not None:
+            wrong[row.label] = ("superfluous", None)
+    encoded, faults = encode_each(encoder, [text for _, text, _ in texts])
+    if encoded.shape[1] != binding.dimensions:
+        raise DimensionError(
+            f"Encoder {encoder.spec.name!r} gives {encoded.shape[1]} dimensions where column "
+            f"{binding} has {binding.dimensions}."
+        )
+    good = []
+    for position, (label, _, payload) in enumerate(texts):
+        if position in faults:
+            wrong[label] = ("unencodable", None)
+        elif payload is None:
+            wrong[label] = ("missing", None)
+        else:
+            good.append(position)
+    stored = [wire.from_wire(texts[i][2], binding.storage) for i in good]  # type: ignore[arg-type]
+    compared = compare([texts[i][0] for i in good], stored, encoded[good], min_cosine=min_cosine)
+    for label, cosine, agrees in zip(
+        compared.keys, compared.cosines.tolist(), compared.agrees, strict=True
+    ):
+        if agrees:
+            result.min_cosine = min(result.min_cosine, cosine)
+        else:
+            wrong[label] = ("stale", cosine)
+    return _noted(wrong, result)
+
+
+def _noted(wrong: dict[str, tuple[Kind, float | None]], result: Audit) -> list[tuple[str, Finding]]:
+    found = [(label, Finding(shown(label), *what)) for label, what in wrong.items()]
+    for _, finding in found:
+        setattr(result, finding.kind, getattr(result, finding.kind) + 1)
+    room = max(MAX_EXAMPLES - len(result.findings), 0)
+    result.findings += [finding for _, finding in found[:room]]
+    return found
+
+
+def _truncated(encoder: TextEncoder) -> int | None:
+    """Texts that the encoder has cut off so far, where it counts them."""
+    counted = getattr(getattr(encoder, "statistics", None), "truncated", None)
+    return counted if isinstance(counted, int) else None
+
+
+def _record(connection: Connection, binding: Binding, result: Audit) -> None:
+    """Keep the figures for ``status``."""
+    at = connection.execute(sa.select(sa.func.now())).scalar_one()
+    figures = sa.cast(result.to_json() | {"at": at.isoformat()}, pg.JSONB)
+    connection.execute(sa.select(sa.func.sbert.note_v1(binding.id, sa.null(), figures)))
+
+
+__all__ = ["Audit", "Finding", "audit"]

@@ -1,0 +1,419 @@
+"""Leases on pending rows, and the record of those that failed.
+
+A claim is one row of ``sbert.claim`` for each batch that a worker has in hand. It keeps workers
+from doing the same work; correctness does not depend on it, since a write proves itself. Keys here
+are *names* of rows (``Row.label``): one that cannot be read as a key any more, such as that of a
+renamed enum label, is dropped, and its row is still pending by what it says itself.
+
+A lease that ends by itself is the trace of a process that came to an end. Each row that it had is
+then tried alone, so that a text that ends processes is found, and the others are not its victims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql as pg
+from sqlalchemy.engine import Connection
+
+from sbert_pg.catalog import Binding, tables
+from sbert_pg.freshness.labels import Candidate, Class, Key, Row
+from sbert_pg.freshness.rows import Rows
+from sbert_pg.sqlstates import Fault, fault_of
+
+#: Longest reason that is kept of a failure, in characters.
+ERROR_LENGTH = 2_000
+#: Longest time between two attempts.
+LONGEST_WAIT = timedelta(hours=1)
+#: A row may have been another's victim, so it is tried alone once before it can fail.
+_LEAST_ATTEMPTS = 2
+_NEVER = 2**31 - 1
+#: What an operator's decision reads like in ``sbert.failure.error``.
+SKIPPED = "skipped by an operator"
+ENDED = "no result: the process that encoded it came to an end, or its lease did"
+
+_claim, _failure = tables.claim, tables.failure
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """Rows in hand.
+
+    Attributes:
+        token: the name of the lease.
+        rows: the rows, as they were read.
+    """
+
+    token: str
+    rows: tuple[Row, ...]
+
+
+def lock(connection: Connection, binding: Binding) -> None:
+    """Let nobody else claim rows of this column until the end of the transaction."""
+    number = int.from_bytes(binding.id.bytes[:8], "big", signed=True)
+    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.literal(number, sa.BigInteger))))
+
+
+def claim(
+    connection: Connection,
+    rows: Rows,
+    class_: Class,
+    *,
+    token: str,
+    most: int,
+    lease: timedelta,
+    after: Key | None = None,
+) -> list[Candidate]:
+    """Take a lease on pending rows that nobody has; the caller commits.
+
+    Args:
+        connection: a connection in a new transaction at READ COMMITTED.
+        rows: the rows of the column.
+        class_: new and changed rows, or the backfill.
+        token: names the lease; used once.
+        most: most rows to claim.
+        lease: how long others leave them alone.
+        after: begin after this key.
+
+    Returns:
+        The rows, in the order of their keys.
+    """
+    rows.prepare(connection)
+    lock(connection, rows.binding)
+    taken = _taken(connection, rows.binding)
+    found = rows.candidates(connection, class_, most + len(taken), after)
+    chosen = [one for one in found if one.label not in taken][:most]
+    _lease(connection, rows.binding, token, chosen, lease)
+    return chosen
+
+
+def claim_alone(
+    connection: Connection, rows: Rows, *, token: str, lease: timedelta
+) -> Candidate | None:
+    """Take a lease on one row that failed before, or was in hand when a process came to an end.
+
+    Records of rows that are gone, or not pending any more, are removed on the way.
+    """
+    rows.prepare(connection)
+    lock(connection, rows.binding)
+    taken = _taken(connection, rows.binding)
+    while True:
+        due = _due(connection, rows.binding, 100 + len(taken))
+        free = [label for label in due if label not in taken]
+        if not free:
+            return None
+        for label in free:
+            one = _readable(connection, rows, label)
+            if one is not None and rows.read(connection, [one]):
+                _lease(connection, rows.binding, token, [one], lease)
+                return one
+            forget(connection, rows.binding, [label])
+
+
+def _readable(connection: Connection, rows: Rows, label: str) -> Candidate | None:
+    """The row of this name; ``None`` as well where the name is no key any more."""
+    try:
+        with connection.begin_nested():
+            return rows.find(connection, label)
+    except sa.exc.DBAPIError as error:
+        if fault_of(error) is not Fault.ROW:
+            raise
+        return None
+
+
+def _taken(connection: Connection, binding: Binding) -> set[str]:
+    found = connection.execute(
+        sa.select(_claim.c["keys"]).where(_claim.c.binding_id == binding.id)
+    ).scalars()
+    return {label for labels in found for label in labels}
+
+
+def _lease(
+    connection: Connection,
+    binding: Binding,
+    token: str,
+    chosen: Sequence[Candidate],
+    lease: timedelta,
+) -> None:
+    if chosen:
+        connection.execute(
+            sa.insert(_claim).values(
+                binding_id=binding.id,
+                worker=token,
+                keys=_texts([one.label for one in chosen]),
+                until=sa.func.now() + lease,
+            )
+        )
+
+
+def release(connection: Connection, binding: Binding, token: str) -> None:
+    """Give a lease back; the caller commits."""
+    connection.execute(
+        sa.delete(_claim).where(_claim.c.binding_id == binding.id, _claim.c.worker == token)
+    )
+
+
+def renew(connection: Connection, tokens: Sequence[str], lease: timedelta) -> None:
+    """Extend leases of batches that are still being worked on; the caller commits."""
+    connection.execute(
+        sa.update(_claim)
+        .values(until=sa.func.now() + lease)
+        .where(_claim.c.worker == sa.any_(_texts(tokens)))
+    )
+
+
+def expire(
+    connection: Connection, binding: Binding, *, max_attempts: int, backoff: timedelta
+) -> list[str]:
+    """Have the rows of leases that have ended tried alone; the caller commits.
+
+    Returns:
+        Labels of rows that ended a process each time they were tried; ``conclude`` is to follow.
+    """
+    ended = (
+        sa.select(_claim.c.worker)
+        .where(_claim.c.binding_id == binding.id, _claim.c.until < sa.func.now())
+        .with_for_update(skip_locked=True)
+        .cte("ended")
+    )
+    found = connection.execute(
+        sa.delete(_claim)
+        .where(_claim.c.binding_id == binding.id, _claim.c.worker == ended.c.worker)
+        .returning(_claim.c["keys"])
+    ).scalars()
+    failed = []
+    for labels in found.all():
+        reasons = dict.fromkeys(labels, ENDED)
+        if len(labels) == 1:
+            most = max(max_attempts, _LEAST_ATTEMPTS)
+            failed += _record(connection, binding, reasons, {}, most, backoff)
+        else:
+            # In company each may have been the victim of another, so nobody has to wait.
+            _record(connection, binding, reasons, {}, _NEVER, timedelta(0))
+    return failed
+
+
+def conclude(connection: Connection, rows: Rows, labels: Sequence[str]) -> list[Row]:
+    """Note which texts it was that failed for good; the caller commits, and writes the rows so.
+
+    Returns:
+        The rows that are still pending.
+    """
+    rows.prepare(connection)
+    named = [_readable(connection, rows, label) for label in labels]
+    read = rows.read(connection, [one for one in named if one is not None])
+    for row in read:
+        connection.execute(
+            sa.update(_failure)
+            .values(of_text=row.of)
+            .where(_failure.c.binding_id == rows.binding.id, _failure.c.key == row.label)
+        )
+    return read
+
+
+def fail(
+    connection: Connection,
+    binding: Binding,
+    reasons: Mapping[str, str],
+    texts: Mapping[str, str | None],
+    *,
+    max_attempts: int,
+    backoff: timedelta,
+) -> list[str]:
+    """Record that rows could not be embedded: tried again later, and failed after the last attempt.
+
+    The next attempt comes after ``backoff`` times two to the power of the attempts so far. Attempts
+    count by the row, not by its text, which a trigger may change at every write.
+
+    Args:
+        connection: a connection; the caller commits.
+        binding: the column.
+        reasons: why, by label.
+        texts: the half of the digest that names the text that failed, by label.
+        max_attempts: attempts after which a row is failed for good, until its text changes.
+        backoff: time before the second attempt.
+
+    Returns:
+        Labels of the rows that are failed for good.
+    """
+    return _record(connection, binding, reasons, texts, max_attempts, backoff)
+
+
+def _record(
+    connection: Connection,
+    binding: Binding,
+    reasons: Mapping[str, str],
+    texts: Mapping[str, str | None],
+    max_attempts: int,
+    backoff: timedelta,
+) -> list[str]:
+    if not reasons:
+        return []
+    labels = sorted(reasons)
+    given = (
+        sa.func.unnest(
+            _texts(labels),
+            _texts([reasons[label][:ERROR_LENGTH].replace("\0", "\ufffd") for label in labels]),
+            _texts([texts.get(label) for label in labels]),
+        )
+        .table_valued(*(sa.column(n, sa.Text) for n in ("key", "error", "of_text")), name="given")
+        .render_derived()
+    )
+    before = _failure.alias("before")
+    # A record of a text that failed for good is that of an older text, so it counts from one again.
+    so_far = sa.case((before.c.failed, 0), else_=sa.func.coalesce(before.c.attempts, 0))
+    attempts = so_far + 1
+    failed = attempts >= max_attempts
+    wait = sa.func.least(backoff * sa.func.power(2, sa.func.least(attempts - 1, 30)), LONGEST_WAIT)
+    rows = sa.select(
+        sa.literal(binding.id), given.c.key, attempts, sa.func.now() + wait, given.c.error,
+        failed, sa.false(), given.c.of_text, sa.func.now(),
+    ).select_from(
+        given.outerjoin(
+            before, sa.and_(before.c.binding_id == binding.id, before.c.key == given.c.key)
+        )
+    )  # fmt: skip
+    names = (
+        "binding_id", "key", "attempts", "next_attempt_at", "error", "failed", "skipped",
+        "of_text", "at",
+    )  # fmt: skip
+    insert = pg.insert(_failure).from_select(names, rows)
+    written = insert.on_conflict_do_update(
+        index_elements=["binding_id", "key"],
+        set_={name: insert.excluded[name] for name in names[2:]},
+    ).returning(_failure.c.key, _failure.c.failed)
+    return [key for key, final in connection.execute(written) if final]
+
+
+def put_off(
+    connection: Connection, binding: Binding, labels: Sequence[str], wait: timedelta
+) -> None:
+    """Leave rows alone for a while, through no fault of theirs; the caller commits."""
+    if not labels:
+        return
+    keys = sa.func.unnest(_texts(sorted(labels)))
+    until = sa.func.now() + wait
+    insert = pg.insert(_failure).from_select(
+        ["binding_id", "key", "attempts", "next_attempt_at"],
+        sa.select(sa.literal(binding.id), keys, sa.literal(0), until),
+    )
+    connection.execute(
+        insert.on_conflict_do_update(
+            index_elements=["binding_id", "key"], set_={"next_attempt_at": until}
+        )
+    )
+
+
+def forget(connection: Connection, binding: Binding, labels: Sequence[str]) -> None:
+    """Remove the records of rows; the caller commits."""
+    if labels:
+        connection.execute(
+            sa.delete(_failure).where(
+                _failure.c.binding_id == binding.id, _failure.c.key == sa.any_(_texts(labels))
+            )
+        )
+
+
+def skip(connection: Connection, rows: Rows, labels: Sequence[str]) -> int:
+    """Leave rows without a vector until their text changes; the caller commits.
+
+    Returns:
+        The number of rows that are pending or failed, and are skipped now.
+    """
+    binding = rows.binding
+    named = [one for label in labels if (one := _readable(connection, rows, label)) is not None]
+    found = rows.read(connection, named, to_skip=True)
+    record = [
+        {
+            "binding_id": binding.id, "key": row.label, "attempts": 1, "failed": True,
+            "skipped": True, "of_text": row.of, "error": SKIPPED,
+        }
+        for row in found
+    ]  # fmt: skip
+    if not record:
+        return 0
+    insert = pg.insert(_failure)
+    words = sa.func.concat_ws(": ", SKIPPED, _failure.c.error)
+    connection.execute(
+        insert.on_conflict_do_update(
+            index_elements=["binding_id", "key"],
+            set_={"failed": True, "skipped": True, "of_text": insert.excluded.of_text,
+                  "error": words},
+        ),
+        record,
+    )  # fmt: skip
+    if not rows.required:
+        rows.write(connection, found, dict.fromkeys((row.label for row in found), None))
+    return len(found)
+
+
+def end_waits(connection: Connection, bindings: Sequence[Binding]) -> tuple[bool, bool]:
+    """Remove the records of rows that were only put off, if it is time; the caller commits.
+
+    Returns:
+        Whether there were such rows, which are in the queue again, and whether there are rows to
+        be claimed alone now.
+    """
+    f = _failure.c
+    mine = f.binding_id.in_([binding.id for binding in bindings])
+    due = sa.and_(mine, ~f.failed, f.next_attempt_at <= sa.func.now())
+    ended = connection.execute(sa.delete(_failure).where(due, f.attempts == 0)).rowcount > 0
+    alone = connection.execute(sa.select(sa.true()).where(due).limit(1)).first() is not None
+    return ended, alone
+
+
+def _due(connection: Connection, binding: Binding, most: int) -> list[str]:
+    f = _failure.c
+    found = connection.execute(
+        sa.select(f.key)
+        .where(
+            f.binding_id == binding.id, ~f.failed, f.attempts > 0,
+            f.next_attempt_at <= sa.func.now(),
+        )
+        .order_by(f.next_attempt_at, f.key)
+        .limit(most)
+    )  # fmt: skip
+    return list(found.scalars())
+
+
+def in_hand(connection: Connection, binding: Binding) -> int:
+    """Rows of a column that are leased, by this worker or others."""
+    length = sa.func.coalesce(sa.func.sum(sa.func.cardinality(_claim.c["keys"])), 0)
+    found = connection.execute(sa.select(length).where(_claim.c.binding_id == binding.id))
+    return int(found.scalar_one())
+
+
+def retrying(connection: Connection, binding: Binding) -> int:
+    """Rows of a column that are put off, to be tried again."""
+    f = _failure.c
+    found = connection.execute(
+        sa.select(sa.func.count()).where(f.binding_id == binding.id, ~f.failed)
+    )
+    return int(found.scalar_one())
+
+
+def _texts(values: Sequence[str | None]) -> sa.ColumnElement[Any]:
+    kind = pg.ARRAY(sa.Text)
+    return sa.cast(sa.bindparam(None, list(values), type_=kind), kind)
+
+
+__all__ = [
+    "Claimed",
+    "claim",
+    "claim_alone",
+    "conclude",
+    "end_waits",
+    "expire",
+    "fail",
+    "forget",
+    "in_hand",
+    "put_off",
+    "release",
+    "renew",
+    "retrying",
+    "skip",
+]

@@ -1,0 +1,201 @@
+"""Transactions that wait for a database that is away, and batches halved where one row is bad.
+
+Encoding is what costs, so vectors are kept while a server restarts, a connection drops or a disk is
+full. A row that the database refuses is found by halving, and is the only one not written.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from sbert_pg.freshness.logs import say
+from sbert_pg.sqlstates import Fault, fault_of, words_of
+
+T = TypeVar("T")
+#: Vectors in pgvector's binary format by the label of their row; ``None`` clears the vector.
+Payloads = Mapping[str, "bytes | None"]
+
+
+class Database:
+    """An engine used at READ COMMITTED, whatever its own isolation level is.
+
+    Each statement has to see what was committed before it: the check that a text is unchanged comes
+    after the row is locked. The isolation level goes back with the connection to the pool.
+
+    Args:
+        engine: the application's engine.
+
+    Attributes:
+        engine: the same.
+    """
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self.engine = engine
+
+    @contextmanager
+    def connect(self) -> Iterator[Connection]:
+        """A connection, for several transactions one after the other."""
+        with self.engine.connect() as connection:
+            yield connection.execution_options(isolation_level="READ COMMITTED")
+
+    @contextmanager
+    def begin(self) -> Iterator[Connection]:
+        """A connection in a transaction that is committed at the end."""
+        with self.connect() as connection, connection.begin():
+            yield connection
+
+
+class Pause:
+    """Waits that double from try to try, and differ a little from process to process.
+
+    Args:
+        first: the first wait, in seconds.
+        longest: the longest, in seconds.
+    """
+
+    def __init__(self, first: float = 0.1, longest: float = 30.0) -> None:
+        self._first = first
+        self._longest = longest
+        self._next = first
+
+    def next(self) -> float:
+        """The wait to take now."""
+        wait = self._next
+        self._next = min(self._next * 2, self._longest)
+        return wait * random.uniform(0.75, 1.25)
+
+    def reset(self) -> None:
+        """Begin with the first again."""
+        self._next = self._first
+
+
+class Patience:
+    """Runs transactions until the database lets them through.
+
+    Args:
+        database: the database.
+        logger: where waiting is reported.
+        stop: once it is set, there is little patience left.
+        after_stop: how much, in seconds.
+        on_trouble: called whenever a try fails for the database's sake.
+
+    Attributes:
+        trouble: what is wrong with the database, while something is.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        logger: logging.Logger,
+        stop: threading.Event,
+        *,
+        after_stop: float = 30.0,
+        on_trouble: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._database = database
+        self._logger = logger
+        self._stop = stop
+        self._after_stop = after_stop
+        self._on_trouble = on_trouble
+        self._stopped_at: float | None = None
+        self.trouble: str | None = None
+
+    def run(self, what: str, do: Callable[[Connection], T]) -> T:
+        """Do something in a transaction, again and again while the database is away.
+
+        Args:
+            what: what it is, to be read after "Cannot".
+            do: what to do; may be called several times.
+
+        Returns:
+            What it returned.
+
+        Raises:
+            Exception: what it raised, where waiting does not help or patience is out.
+        """
+        pause = Pause()
+        while True:
+            try:
+                with self._database.begin() as connection:
+                    result = do(connection)
+            except Exception as error:
+                if fault_of(error) not in (Fault.LOST, Fault.BUSY) or self._is_out():
+                    raise
+                self.trouble = words_of(error)
+                self._on_trouble()
+                wait = pause.next()
+                fields = {"error": self.trouble, "retry_in": round(wait, 2)}
+                say(self._logger, logging.WARNING, f"Cannot {what}; trying again", fields)
+                time.sleep(min(wait, 1.0) if self._stop.is_set() else wait)
+            else:
+                self.trouble = None
+                return result
+
+    def _is_out(self) -> bool:
+        if not self._stop.is_set():
+            return False
+        if self._stopped_at is None:
+            self._stopped_at = time.monotonic()
+        return time.monotonic() - self._stopped_at > self._after_stop
+
+
+@dataclass(slots=True)
+class Pieces(Generic[T]):
+    """What became of a batch that was written in one piece or several.
+
+    Attributes:
+        results: what each piece that was written returned.
+        reasons: why a row was refused, by label.
+        error: what ended the writing, where the batch as a whole could not go on.
+    """
+
+    results: list[T] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
+    error: Exception | None = None
+
+
+def write_in_pieces(
+    patience: Patience, batch: Payloads, write: Callable[[Connection, Payloads], T]
+) -> Pieces[T]:
+    """Write a batch in one transaction, or in as many as its bad rows ask for.
+
+    Args:
+        patience: how to wait.
+        batch: vectors by label.
+        write: writes a part of it.
+    """
+    done: Pieces[T] = Pieces()
+    todo = [batch] if batch else []
+    while todo:
+        piece = todo.pop()
+        try:
+            done.results.append(patience.run("write vectors", _writing(write, piece)))
+        except Exception as error:
+            if fault_of(error) not in (Fault.ROW, Fault.SLOW):
+                done.error = error
+                break
+            if len(piece) == 1:
+                done.reasons.update(dict.fromkeys(piece, words_of(error)))
+                continue
+            labels = list(piece)
+            middle = len(labels) // 2
+            todo.append({label: piece[label] for label in labels[middle:]})
+            todo.append({label: piece[label] for label in labels[:middle]})
+    return done
+
+
+def _writing(write: Callable[[Connection, Payloads], T], piece: Payloads) -> Callable[..., T]:
+    return lambda connection: write(connection, piece)
+
+
+__all__ = ["Database", "Patience", "Pause", "Payloads", "Pieces", "write_in_pieces"]

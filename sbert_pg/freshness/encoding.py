@@ -1,0 +1,349 @@
+"""Texts to vectors in bulk: one bad text does not cost the others theirs, and no text is encoded
+twice that was encoded before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import ClassVar
+
+import numpy as np
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql as pg
+from sqlalchemy.engine import Connection
+
+from sbert_pg.catalog import Binding, tables
+from sbert_pg.catalog.holding import fingerprint_of
+from sbert_pg.errors import DeclarationError, DimensionError, EncoderError, EncodingError
+from sbert_pg.freshness.labels import Row
+from sbert_pg.freshness.passages import Cut
+from sbert_pg.probes import measured
+from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors
+from sbert_pg.types import wire
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """The vectors of a batch of rows.
+
+    Attributes:
+        vectors: vectors in pgvector's binary format by the row's label; ``None`` where the row has
+            no text.
+        failures: why a row has no vector, by its label.
+        texts: number of texts that were encoded; a text that several rows share counts once.
+        cuts: passages that documents are to have, by the row's label.
+        passages: vectors of passages, by digest.
+    """
+
+    vectors: dict[str, bytes | None] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    texts: int = 0
+    cuts: dict[str, Cut] = field(default_factory=dict)
+    passages: dict[str, bytes] = field(default_factory=dict)
+
+
+def embed(binding: Binding, encoder: TextEncoder, batch: Sequence[Row]) -> Embedded:
+    """Encode the texts of rows, each different text once.
+
+    Raises:
+        EncoderError: the encoder fails whatever the text, so the texts are not to blame.
+        DimensionError: its vectors do not have the column's width.
+    """
+    labels_of: dict[str, list[str]] = {}
+    result = Embedded()
+    for row in batch:
+        if row.of is None:
+            result.vectors[row.label] = None
+        elif row.text is None:
+            result.failures[row.label] = "its document has changed since it was cut"
+        else:
+            labels_of.setdefault(row.text, []).append(row.label)
+    texts = list(labels_of)
+    vectors, faults = encode_each(encoder, texts)
+    width = binding.dimensions
+    if vectors.shape[1] != width:
+        raise DimensionError(
+            f"Encoder {encoder.spec.name!r} gave vectors of {vectors.shape[1]} dimensions where "
+            f"column {binding} has {width}. Use the encoder that the column was declared for."
+        )
+    payloads = wire.to_wire_rows(vectors, binding.storage)
+    faults = _unfit(binding, vectors) | faults
+    for position, labels in enumerate(labels_of.values()):
+        fault = faults.get(position)
+        for label in labels:
+            if fault is None:
+                result.vectors[label] = payloads[position]
+            else:
+                result.failures[label] = fault
+    return Embedded(result.vectors, result.failures, len(texts))
+
+
+def encode_each(encoder: TextEncoder, texts: Sequence[str]) -> tuple[Vectors, dict[int, str]]:
+    """Encode all texts that can be encoded.
+
+    An encoder that says which text it refuses is asked again without it; else the batch is halved
+    until the bad ones stand alone.
+
+    Returns:
+        float32 array of shape ``(len(texts), dimensions)``, and reasons by position for the rows of
+        it that mean nothing.
+
+    Raises:
+        EncoderError: it fails whatever the text.
+    """
+    vectors: Vectors = np.zeros((len(texts), encoder.spec.dimensions), dtype=np.float32)
+    faults: dict[int, str] = {}
+    if not texts:
+        return vectors, faults
+    last: Exception | None = None
+    spans = [list(range(len(texts)))]
+    while spans:
+        span = spans.pop()
+        try:
+            encoded = np.asarray(encoder.encode_document([texts[i] for i in span]), np.float32)
+        except Exception as error:  # Whatever an encoder raises, one text may be the reason for it.
+            if isinstance(error, EncoderError) and not isinstance(error, EncodingError):
+                raise
+            last = error
+            spans += _without(span, error, faults)
+            continue
+        if encoded.shape[1:] != vectors.shape[1:] or encoded.shape[0] != len(span):
+            raise DimensionError(
+                f"Encoder {encoder.spec.name!r} gave an array of shape {encoded.shape} for "
+                f"{len(span)} texts of {vectors.shape[1]} dimensions. The encoder is at fault."
+            )
+        vectors[span] = encoded
+    if last is not None and not isinstance(last, EncodingError) and 1 < len(texts) == len(faults):
+        raise EncoderError(
+            f"Encoder {encoder.spec.name!r} fails for every text: {reason_of(last)}"
+        ) from last
+    return vectors, faults
+
+
+def _without(span: list[int], error: Exception, faults: dict[int, str]) -> list[list[int]]:
+    """What is left to try of a span that failed."""
+    index = error.index if isinstance(error, EncodingError) else None
+    if len(span) == 1:
+        index = 0
+    if index is not None and 0 <= index < len(span):
+        faults[span[index]] = reason_of(error)
+        rest = span[:index] + span[index + 1 :]
+        return [rest] if rest else []
+    middle = len(span) // 2
+    return [span[middle:], span[:middle]]
+
+
+def _unfit(binding: Binding, vectors: Vectors) -> dict[int, str]:
+    """Why vectors of shape ``(n, dimensions)`` cannot be stored, by their positions."""
+    finite = np.isfinite(vectors).all(axis=1)
+    faults = dict.fromkeys(
+        np.flatnonzero(~finite).tolist(), "the encoder gave a vector that holds NaN or an infinity"
+    )
+    if binding.declared.similarity == "cosine":
+        reason = "the encoder gave a zero vector, whose cosine with anything is undefined"
+        zero = np.flatnonzero(~vectors.any(axis=1))
+        faults |= dict.fromkeys(zero.tolist(), reason)
+    if binding.storage == "halfvec":
+        reason = f"the vector holds a value beyond {wire.HALF_MAX:g}, the largest of halfvec"
+        large = np.flatnonzero(finite & (np.abs(vectors) > wire.HALF_MAX).any(axis=1))
+        faults |= dict.fromkeys(large.tolist(), reason)
+    return faults
+
+
+def reason_of(error: BaseException) -> str:
+    """An error in one line, for people."""
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+
+
+#: Bytes of a text's digest in the cache. 2**64 texts until a collision is likely.
+_DIGEST_BYTES = 16
+_STORED = np.dtype("<f4")
+#: How stale ``used_at`` may be: a hit writes at most once in this time.
+_TOUCH_AFTER = timedelta(hours=1)
+_cache = tables.vector_cache
+
+
+class CachedEncoder:
+    """An encoder that first looks for a text in ``sbert.vector_cache``.
+
+    A restored row, the same paragraph in two tables, a column that is filled again: a look-up of a
+    thousand texts costs milliseconds, encoding them seconds. Each call uses connections of its own
+    and holds none while encoding. A text that the encoder refuses is refused as without a cache.
+
+    Args:
+        encoder: the encoder.
+        engine: an engine of the database whose cache is used.
+        max_rows: rows kept of this role, over all encoders; the least recently used go first. A
+            row of 384 dimensions takes about 1.7 kB.
+
+    Attributes:
+        hits: texts that were not encoded, being there or twice in one call.
+        misses: texts that were encoded.
+    """
+
+    measures_its_probes: ClassVar[bool] = True
+
+    def __init__(self, encoder: TextEncoder, engine: sa.Engine, *, max_rows: int) -> None:
+        if max_rows < 1:
+            raise DeclarationError(f"A cache of {max_rows} rows keeps nothing; give at least 1.")
+        self._encoder = encoder
+        self._engine = engine
+        self._max_rows = max_rows
+        self._fingerprint = fingerprint_of(encoder)
+        self.hits = 0
+        self.misses = 0
+        self._untrimmed = 0
+        self._lock = threading.Lock()
+
+    @property
+    def spec(self) -> EncoderSpec:
+        """The encoder's."""
+        return self._encoder.spec
+
+    @property
+    def probe_vectors(self) -> Vectors:
+        """The encoder's, encoded and not looked up."""
+        return measured(self._encoder)
+
+    def encode_query(self, texts: Sequence[str]) -> Vectors:
+        """Vectors of queries; encoded at once, since a query's latency is the look-up's as well."""
+        return self._encoder.encode_query(texts)
+
+    def encode_document(self, texts: Sequence[str]) -> Vectors:
+        """Vectors of texts, float32 of shape ``(len(texts), dimensions)``.
+
+        Raises:
+            EncodingError: a text cannot be encoded; ``index`` is its position.
+        """
+        with self._engine.begin() as connection:
+            known = self._get(connection, texts)
+        missing = list(dict.fromkeys(text for text in texts if text not in known))
+        if missing:
+            try:
+                encoded = np.asarray(self._encoder.encode_document(missing), dtype=np.float32)
+            except EncodingError as error:
+                if error.index is not None:
+                    error.index = texts.index(missing[error.index])
+                raise
+            self._keep(missing, encoded)
+            known |= dict(zip(missing, encoded, strict=True))
+        with self._lock:
+            self.misses += len(missing)
+            self.hits += len(texts) - len(missing)
+        if not texts:
+            return np.empty((0, self.spec.dimensions), dtype=np.float32)
+        return np.stack([known[text] for text in texts])
+
+    def _get(self, connection: Connection, texts: Sequence[str]) -> dict[str, Vectors]:
+        wanted = {_digest_of(text): text for text in texts}
+        c = _cache.c
+        rows = connection.execute(
+            sa.select(
+                c.digest, c.vector, (c.used_at < sa.func.now() - _TOUCH_AFTER).label("untouched")
+            ).where(self._mine(), _is_one_of(list(wanted)))
+        ).all()
+        untouched = sorted(bytes(row.digest) for row in rows if row.untouched)
+        if untouched:
+            self._touch(connection, untouched)
+        known = {}
+        for row in rows:
+            vector = np.frombuffer(row.vector, dtype=_STORED)
+            if vector.shape == (self.spec.dimensions,):
+                known[wanted[bytes(row.digest)]] = vector.astype(np.float32)
+        return known
+
+    def _keep(self, texts: list[str], vectors: Vectors) -> None:
+        stored = np.ascontiguousarray(vectors, dtype=_STORED)
+        # In the order of digests, so that two processes cannot wait for each other in a circle.
+        payloads = dict(
+            sorted(
+                (_digest_of(text), stored[i].tobytes())
+                for i, text in enumerate(texts)
+                if np.isfinite(stored[i]).all()
+            )
+        )
+        with self._lock:
+            self._untrimmed += len(payloads)
+            # Counting the table at every batch would cost more than a somewhat larger table.
+            due = self._untrimmed >= max(self._max_rows // 20, 1_000)
+            if due:
+                self._untrimmed = 0
+        given = (
+            sa.func.unnest(_bytes(list(payloads)), _bytes(list(payloads.values())))
+            .table_valued(sa.column("digest"), sa.column("vector"), name="given")
+            .render_derived()
+        )
+        rows = sa.select(sa.literal(self._fingerprint, sa.Text), given.c.digest, given.c.vector)
+        insert = pg.insert(_cache).from_select(["fingerprint", "digest", "vector"], rows)
+        with self._engine.begin() as connection:
+            connection.execute(insert.on_conflict_do_nothing())
+            if due:
+                self._trim(connection)
+
+    def _trim(self, connection: Connection) -> None:
+        """Remove what exceeds ``max_rows``; two processes that do so do not wait for each other."""
+        c = _cache.c
+        mine = sa.select(sa.func.count()).where(c.role == sa.func.current_user())
+        count = connection.execute(mine).scalar_one()
+        oldest = (
+            sa.select(c.role, c.fingerprint, c.digest)
+            .where(c.role == sa.func.current_user())
+            .order_by(c.used_at)
+            .limit(max(count - self._max_rows, 0))
+            .with_for_update(skip_locked=True)
+            .cte("oldest")
+        )
+        connection.execute(
+            sa.delete(_cache).where(
+                c.role == oldest.c.role,
+                c.fingerprint == oldest.c.fingerprint,
+                c.digest == oldest.c.digest,
+            )
+        )
+
+    def _mine(self) -> sa.ColumnElement[bool]:
+        """Entries of this role and encoder: who writes a vector decides what others take for it."""
+        c = _cache.c
+        return sa.and_(c.role == sa.func.current_user(), c.fingerprint == self._fingerprint)
+
+    def _touch(self, connection: Connection, digests: list[bytes]) -> None:
+        c = _cache.c
+        free = (
+            sa.select(c.digest)
+            .where(self._mine(), _is_one_of(digests))
+            .with_for_update(skip_locked=True)
+            .cte("free")
+        )
+        connection.execute(
+            sa.update(_cache)
+            .values(used_at=sa.func.now())
+            .where(self._mine(), c.digest == free.c.digest)
+        )
+
+
+def cached(encoder: TextEncoder, engine: sa.Engine, max_rows: int) -> TextEncoder:
+    """The encoder with a cache of so many rows, or as it is where that is 0."""
+    return CachedEncoder(encoder, engine, max_rows=max_rows) if max_rows else encoder
+
+
+def _digest_of(text: str) -> bytes:
+    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES, person=b"document")
+    digest.update(text.encode("utf-8", "surrogatepass"))
+    return digest.digest()
+
+
+def _bytes(values: list[bytes]) -> sa.ColumnElement[object]:
+    kind = pg.ARRAY(sa.LargeBinary)
+    return sa.cast(sa.bindparam(None, values, type_=kind), kind)
+
+
+def _is_one_of(digests: list[bytes]) -> sa.ColumnElement[bool]:
+    return _cache.c.digest == sa.any_(_bytes(digests))
+
+
+__all__ = ["CachedEncoder", "Embedded", "cached", "embed", "encode_each", "reason_of"]

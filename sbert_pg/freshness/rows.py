@@ -1,0 +1,444 @@
+"""The rows of one bound column: what is pending, its texts, and the write that proves itself.
+
+Statements are built once for a column. The module is long, since everything that workers and
+backfills do to an application's table is here. Keys travel in the binary form of their own types,
+so no session's formats matter; as text they only *name* a row, in leases, failures and messages
+(``Row.label``).
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql as pg
+from sqlalchemy.engine import Connection
+
+from sbert_pg import digest
+from sbert_pg.catalog import tables
+from sbert_pg.catalog.binding import require_all_rows
+from sbert_pg.catalog.record import Binding, Named
+from sbert_pg.freshness.arrays import (
+    UUID_OID,
+    ArrayOf,
+    TextArray,
+    WireArray,
+    element_of,
+    register,
+    vector_of,
+)
+from sbert_pg.freshness.labels import (
+    BACKFILL,
+    CHANGED,
+    Candidate,
+    Class,
+    Key,
+    Row,
+    Written,
+    label_of,
+)
+from sbert_pg.freshness.passages import Cut, StoredPassages, stored_passages
+
+#: How long a row that failed for good is left alone, whatever its text is now.
+_FAILED_FOR = timedelta(seconds=10)
+
+#: Names of columns and parameters of our own in statements over tables that may have columns of
+#: any name.
+_N, _OF, _DIGEST, _VECTOR, _LABEL = (f"sbert_{n}" for n in ("n", "of", "digest", "vector", "label"))
+_NOTHING: Mapping[str, Any] = {}
+_TEXTS, _UUIDS = ArrayOf("text"), ArrayOf("uuid")
+#: Formats in which a key names its row, so that all workers give it one name; and plans by the
+#: queue's index, whatever the planner's statistics say of a table that has just changed.
+_FORMATS = {
+    "DateStyle": "ISO, YMD", "IntervalStyle": "postgres", "TimeZone": "UTC",
+    "bytea_output": "hex", "extra_float_digits": "1",
+}  # fmt: skip
+_PLANS = dict.fromkeys(
+    (
+        "enable_seqscan", "enable_sort", "enable_hashjoin", "enable_mergejoin",
+        "enable_bitmapscan", "jit",
+    ),
+    "off",
+)  # fmt: skip
+
+
+def _setting(values: dict[str, str]) -> sa.Select[Any]:
+    return sa.select(*(sa.func.set_config(name, value, True) for name, value in values.items()))
+
+
+_SET_FORMATS, _SET_BOTH = _setting(_FORMATS), _setting(_FORMATS | _PLANS)
+
+
+class Rows:
+    """Statements on the table of one binding; made by ``rows_of``.
+
+    Attributes:
+        binding: the binding.
+        required: whether the vector column is ``NOT NULL``.
+        of: the half of a row's digest that names its text, as an expression over ``table``.
+        passages: the passages of its rows, where these are documents that are cut.
+    """
+
+    def __init__(
+        self, binding: Binding, vector_type: str, vector_oid: int, *, required: bool
+    ) -> None:
+        self.binding = binding
+        self.required = required
+        self._vector_oid = vector_oid
+        self.table = binding.clause()
+        self.keys = [self.table.c[name] for name in binding.key_columns]
+        self.passages: StoredPassages | None = None
+        self.of = binding.expressions.on(self.table, "of")
+        self._sent = [
+            sa.func.array_send(pg.array([sa.cast(key, Named(type_))]), type_=sa.LargeBinary)
+            for key, type_ in zip(self.keys, binding.key_types, strict=True)
+        ]
+        self.label = label_of(self.keys)
+        self._claim = {
+            (class_, after): self._claiming(class_, after)
+            for class_ in (CHANGED, BACKFILL)
+            for after in (False, True)
+        }
+        self._read = self._reading()
+        self._write = self._writing(vector_type)
+        self._held = self._holding()
+
+    # -- statements ---------------------------------------------------------------------------
+
+    def _given(self, *names: str, **arrays: sa.BindParameter[Any]) -> sa.TableValuedAlias:
+        """Parameters as rows: the parts of the key ``sbert_k0``..., more, and their number."""
+        types = self.binding.key_types
+        keys = [sa.bindparam(f"sbert_k{i}", type_=ArrayOf(type_)) for i, type_ in enumerate(types)]
+        columns: list[sa.ColumnClause[Any]] = [sa.column(f"sbert_k{i}") for i in range(len(types))]
+        columns += [sa.column(name) for name in names]
+        given = sa.func.unnest(*keys, *arrays.values()).table_valued(
+            *columns, with_ordinality=_N, name="sbert_given"
+        )
+        return given.render_derived()
+
+    def _same(self, given: sa.FromClause) -> sa.ColumnElement[bool]:
+        """Whether a row is the one that a row of parameters names."""
+        return sa.and_(*(key == given.c[f"sbert_k{i}"] for i, key in enumerate(self.keys)))
+
+    def _claiming(self, class_: int, after: bool) -> sa.Select[Any]:
+        """Pending rows of a class in the order of their keys, but for those that are put off."""
+        f = tables.failure.c
+        failure = (
+            sa.select(
+                f.key.label(_LABEL), f.failed.label("sbert_failed"),
+                f.of_text.label("sbert_of_text"), f.at.label("sbert_at"),
+            )
+            .where(f.binding_id == self.binding.id)
+            .subquery("sbert_failure")
+        )  # fmt: skip
+        # A text that failed for good is left alone until it is another one. Where a trigger changes
+        # it at every write, that would be an endless loop without a pause.
+        returns = sa.and_(
+            failure.c.sbert_failed,
+            failure.c.sbert_of_text.is_distinct_from(self.of),
+            failure.c.sbert_at < sa.func.now() - _FAILED_FOR,
+        )
+        columns: list[sa.ColumnElement[Any]] = [
+            *(sent.label(f"sbert_k{i}") for i, sent in enumerate(self._sent)),
+            self.label.label("sbert_name"),
+            failure.c[_LABEL].is_not(None).label("sbert_before"),
+        ]
+        statement = (
+            sa.select(*columns)
+            .select_from(self.table.outerjoin(failure, failure.c[_LABEL] == self.label))
+            .where(
+                self.binding.is_stale(self.table),
+                self.binding.class_of(self.table) == class_,
+                sa.or_(failure.c[_LABEL].is_(None), returns),
+            )
+            .order_by(*self.keys)
+            .limit(sa.bindparam("sbert_most", type_=sa.Integer))
+        )
+        return statement.where(self._beyond()) if after else statement
+
+    def _beyond(self) -> sa.ColumnElement[bool]:
+        """Whether a row comes after the one that parameters name."""
+        last = [
+            sa.select(
+                sa.func.unnest(sa.bindparam(f"sbert_k{i}", type_=ArrayOf(t)))
+            ).scalar_subquery()
+            for i, t in enumerate(self.binding.key_types)
+        ]
+        if len(last) == 1:
+            return self.keys[0] > last[0]
+        return sa.tuple_(*self.keys) > sa.tuple_(*last)
+
+    def _reading(self) -> sa.Select[Any]:
+        given = self._given()
+        # Documents may be large, and who cuts them reads them one after the other.
+        text = (
+            self.binding.expressions.on(self.table, "text")
+            if self.binding.source.passages is None
+            else sa.null()
+        )
+        return sa.select(
+            given.c[_N],
+            text.label("sbert_text"),
+            self.of.label(_OF),
+            # Not a criterion, which would have the planner read the whole queue.
+            self.binding.is_stale(self.table).label("sbert_stale"),
+            self.binding.expressions.on(self.table, "failed").label("sbert_failed"),
+        ).select_from(given.join(self.table, self._same(given)))
+
+    def _writing(self, vector_type: str) -> sa.UpdateBase:
+        """Lock, in the order of keys and past what others hold, where the text is still the same;
+        then write where it still is.
+        """
+        given = self._given(
+            _OF, _DIGEST, _VECTOR,
+            of=sa.bindparam(_OF, type_=_TEXTS),
+            digest=sa.bindparam(_DIGEST, type_=_UUIDS),
+            vector=sa.bindparam(_VECTOR, type_=ArrayOf(vector_type)),
+        )  # fmt: skip
+        locked = (
+            sa.select(*given.c)
+            .select_from(given.join(self.table, self._same(given)))
+            .where(self.of.is_not_distinct_from(given.c[_OF]))
+            .order_by(*self.keys)
+            .with_for_update(of=self.table, skip_locked=True, key_share=True)
+            .cte("sbert_locked")
+        )
+        return (
+            sa.update(self.table)
+            .values(
+                {
+                    self.binding.column: locked.c[_VECTOR],
+                    self.binding.companion: locked.c[_DIGEST],
+                }
+            )
+            .where(self._same(locked), self.of.is_not_distinct_from(locked.c[_OF]))
+            .returning(locked.c[_N], self.binding.is_stale(self.table))
+        )
+
+    def _holding(self) -> sa.Select[Any]:
+        """Which rows still have the text, locked or not."""
+        given = self._given(_OF, of=sa.bindparam(_OF, type_=_TEXTS))
+        return (
+            sa.select(given.c[_N])
+            .select_from(given.join(self.table, self._same(given)))
+            .where(self.of.is_not_distinct_from(given.c[_OF]))
+        )
+
+    # -- what workers do ----------------------------------------------------------------------
+
+    def candidates(
+        self, connection: Connection, class_: Class, most: int, after: Key | None = None
+    ) -> list[Candidate]:
+        """Pending rows in the order of their keys, without those that wait for another attempt.
+
+        Args:
+            connection: a connection after ``prepare``.
+            class_: new and changed rows, or the backfill.
+            most: most rows to return.
+            after: begin after this key.
+        """
+        values: dict[str, Any] = {"sbert_most": most}
+        if after is not None:
+            values |= self._key_arrays([after])
+        found = connection.execute(self._claim[class_, after is not None], values).all()
+        parts = len(self.keys)
+        return [
+            Candidate(tuple(map(element_of, row[:parts])), row[parts], row[parts + 1])
+            for row in found
+        ]
+
+    def find(self, connection: Connection, label: str) -> Candidate | None:
+        """The row of this name, or ``None`` where there is none, or it names nothing.
+
+        Raises:
+            sqlalchemy.exc.DBAPIError: the name cannot be read as a key any more.
+        """
+        try:
+            values = json.loads(label)
+        except ValueError:
+            return None
+        if not isinstance(values, list) or len(values) != len(self.keys):
+            return None
+        if not all(isinstance(value, str) for value in values):
+            return None
+        same = [
+            key == sa.cast(sa.literal(value, sa.Text), Named(type_))
+            for key, value, type_ in zip(self.keys, values, self.binding.key_types, strict=True)
+        ]
+        row = connection.execute(sa.select(*self._sent).where(*same)).first()
+        return None if row is None else Candidate(tuple(map(element_of, row)), label, True)
+
+    def read(
+        self, connection: Connection, wanted: Sequence[Candidate], *, to_skip: bool = False
+    ) -> list[Row]:
+        """Those of the rows that are still pending, with their texts.
+
+        Args:
+            connection: a connection.
+            wanted: the rows.
+            to_skip: rows that failed as well, and all locked; waits for whoever holds one.
+        """
+        if not wanted:
+            return []
+        statement = self._read
+        if to_skip:
+            statement = statement.order_by(*self.keys).with_for_update(
+                of=self.table, key_share=True
+            )
+        found = connection.execute(statement, self._key_arrays([one.key for one in wanted])).all()
+        rows = []
+        for number, text, of, stale, failed in sorted(found, key=lambda row: row[0]):
+            one = wanted[number - 1]
+            if stale or (to_skip and failed):
+                rows.append(Row(one.key, one.label, one.failed_before, text, of))
+        return rows
+
+    def columns_of(
+        self,
+        connection: Connection,
+        rows: Sequence[Row],
+        columns: Sequence[sa.ColumnElement[Any]],
+    ) -> Sequence[sa.Row[Any]]:
+        """Columns of rows: the number of the row from 1 on, and what is asked for of ``table``."""
+        given = self._given()
+        statement = sa.select(given.c[_N], *columns)
+        statement = statement.select_from(given.join(self.table, self._same(given)))
+        return connection.execute(statement, self._key_arrays([row.key for row in rows])).all()
+
+    def write(
+        self,
+        connection: Connection,
+        rows: Sequence[Row],
+        vectors: Mapping[str, bytes | None],
+        cuts: Mapping[str, Cut] = _NOTHING,
+        passages: Mapping[str, bytes] = _NOTHING,
+    ) -> Written:
+        """Write vectors and digests where the text is still the one that was read.
+
+        A row without a vector is written as *failed for this text*, or where it has no text as
+        fresh. Nothing is waited for, so this cannot be part of a deadlock. Rows that are documents
+        get the passages of their text with it, and without a vector none.
+
+        Args:
+            connection: a connection in a transaction at READ COMMITTED.
+            rows: rows as they were read.
+            vectors: vectors in pgvector's binary format by label; other rows are left alone.
+            cuts: the passages that documents are to have, by label.
+            passages: vectors of passages by digest.
+        """
+        chosen = [row for row in rows if row.label in vectors]
+        payloads = [vectors[row.label] for row in chosen]
+        values: dict[str, Any] = dict(self._key_arrays([row.key for row in chosen]))
+        values[_OF] = TextArray([row.of for row in chosen])
+        values[_DIGEST] = WireArray(
+            [self._digest(row, v) for row, v in zip(chosen, payloads, strict=True)], UUID_OID
+        )
+        values[_VECTOR] = WireArray(payloads, self._vector_oid)
+        register(connection)
+        written = {number: bool(again) for number, again in connection.execute(self._write, values)}
+        if self.passages is not None:
+            for number in sorted(written):
+                row = chosen[number - 1]
+                cut = cuts.get(row.label, Cut(()))
+                self.passages.exchange(connection, row.key, cut, passages)
+        left = [row for number, row in enumerate(chosen, 1) if number not in written]
+        busy: set[int] = set()
+        if left:
+            values = dict(self._key_arrays([row.key for row in left]))
+            values[_OF] = TextArray([row.of for row in left])
+            busy = set(connection.execute(self._held, values).scalars())
+        return Written(
+            tuple(row.label for number, row in enumerate(chosen, 1) if number in written),
+            tuple(row.label for number, row in enumerate(left, 1) if number not in busy),
+            tuple(row.label for number, row in enumerate(left, 1) if number in busy),
+            tuple(row.label for number, row in enumerate(chosen, 1) if written.get(number)),
+        )
+
+    def prepare(self, connection: Connection, *, plans: bool = True) -> None:
+        """Set, for this transaction, how keys are spelt and how plans are chosen."""
+        connection.execute(_SET_BOTH if plans else _SET_FORMATS)
+        register(connection)
+
+    def page(
+        self,
+        connection: Connection,
+        columns: Sequence[sa.ColumnElement[Any]],
+        size: int,
+        after: Key | None = None,
+    ) -> tuple[Sequence[sa.Row[Any]], Key | None]:
+        """Rows of the table in the order of their keys, and the key of the last one.
+
+        Args:
+            connection: a connection after ``prepare``.
+            columns: what to read; expressions over ``table``.
+            size: most rows.
+            after: begin after this key.
+        """
+        sent = [part.label(f"sbert_k{i}") for i, part in enumerate(self._sent)]
+        statement = sa.select(*columns, *sent).order_by(*self.keys).limit(size)
+        values: dict[str, Any] = {}
+        if after is not None:
+            statement = statement.where(self._beyond())
+            values = dict(self._key_arrays([after]))
+        found = connection.execute(statement, values).all()
+        if not found:
+            return (), None
+        return found, tuple(map(element_of, found[-1][len(columns) :]))
+
+    def requeue(self, connection: Connection, *where: sa.ColumnElement[bool]) -> int:
+        """Make rows pending whose vector is wrong or is to be made again; the caller commits.
+
+        Their vector stays where it is until the new one is written.
+
+        Returns:
+            The number of rows.
+        """
+        companion = self.table.c[self.binding.companion]
+        locked = (
+            sa.select(*self.keys)
+            .where(*where)
+            .order_by(*self.keys)
+            .with_for_update(key_share=True)
+            .cte("sbert_locked")
+        )
+        same = sa.and_(*(key == locked.c[key.name] for key in self.keys))
+        return connection.execute(
+            sa.update(self.table)
+            .values({companion: self.binding.expressions.on(self.table, "requeue")})
+            .where(same, *where)
+        ).rowcount
+
+    def _key_arrays(self, keys: Sequence[Key]) -> dict[str, WireArray]:
+        arrays = {}
+        for i in range(len(self.keys)):
+            parts = [key[i] for key in keys]
+            arrays[f"sbert_k{i}"] = WireArray([payload for _, payload in parts], parts[0][0])
+        return arrays
+
+    def _digest(self, row: Row, vector: bytes | None) -> bytes | None:
+        if row.of is None:
+            return None
+        binding = self.binding
+        return uuid.UUID(digest.proof(binding.id, vector, binding.storage) + row.of).bytes
+
+
+def rows_of(connection: Connection, binding: Binding) -> Rows:
+    """The rows of a bound column.
+
+    Raises:
+        NotBoundError: the column is gone.
+        BindingError: row-level security hides rows from this role.
+    """
+    oid, name, required = vector_of(connection, binding)
+    require_all_rows(connection, binding)
+    rows = Rows(binding, name, oid, required=required)
+    if binding.source.passages is not None:
+        rows.passages = stored_passages(connection, binding)
+    return rows
+
+
+__all__ = ["Rows", "rows_of"]

@@ -1,0 +1,340 @@
+"""A worker inside another program: in a thread, once for cron, or for a column to be filled."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import sqlalchemy as sa
+
+from sbert_pg import catalog
+from sbert_pg.catalog import Binding
+from sbert_pg.catalog.holding import hold_encoder
+from sbert_pg.errors import BackfillError, BindingError
+from sbert_pg.freshness.arrays import require_psycopg
+from sbert_pg.freshness.claims import retrying
+from sbert_pg.freshness.database import Database
+from sbert_pg.freshness.logs import LOGGER, say
+from sbert_pg.freshness.rows import rows_of
+from sbert_pg.freshness.settings import Progress, WorkerSettings
+from sbert_pg.freshness.status import Counts, counts, queue_fault
+from sbert_pg.freshness.worker import Companion, Worker
+from sbert_pg.probes import measured
+from sbert_pg.registry import get_encoder
+from sbert_pg.sqlstates import words_of
+from sbert_pg.types.identity import ColumnIdentity
+
+logger = logging.getLogger(LOGGER)
+
+#: Seconds between looks at the progress; a look takes at most a fiftieth of the time.
+_INTERVAL = 1.0
+_SHARE = 50
+#: Seconds over which the rate is taken.
+_WINDOW = 60.0
+
+
+@contextmanager
+def worker_thread(
+    engine: sa.Engine,
+    settings: WorkerSettings | None = None,
+    *,
+    companions: Sequence[Companion] = (),
+) -> Iterator[Worker]:
+    """Keep columns fresh while the block runs, in threads of this process.
+
+    For applications of one process; several processes that each do this share the work. On leaving,
+    what is under way is finished.
+
+    Args:
+        engine: the application's engine, with the driver psycopg 3. Up to four of its pool's
+            connections are used for moments at a time, and one outside it listens.
+        settings: see ``WorkerSettings``.
+        companions: what is kept current beside the columns, such as clusters.
+
+    Yields:
+        The worker; ``worker.health()`` says how it is.
+
+    Raises:
+        DeclarationError: the engine uses another driver.
+    """
+    worker = Worker(engine, settings, companions)
+
+    def run() -> None:
+        try:
+            worker.run()
+        except Exception:
+            logger.exception("The worker thread has ended")
+
+    thread = threading.Thread(target=run, name="sbert-pg-worker", daemon=True)
+    thread.start()
+    try:
+        yield worker
+    finally:
+        worker.stop()
+        thread.join()
+
+
+@dataclass(frozen=True, slots=True)
+class Refreshed:
+    """What ``refresh`` did.
+
+    Attributes:
+        embedded: rows whose vector was written.
+        errors: attempts that ended with an error.
+        failed: rows that ended as failed.
+        left: rows that are still pending: put off, or being worked on by somebody else.
+        blocked: columns that cannot be served, with the reason.
+    """
+
+    embedded: int
+    errors: int
+    failed: int
+    left: int
+    blocked: dict[str, str]
+
+
+def refresh(
+    engine: sa.Engine,
+    settings: WorkerSettings | None = None,
+    *,
+    timeout: float | None = None,
+    companions: Sequence[Companion] = (),
+) -> Refreshed:
+    """Embed what is pending now, and return.
+
+    Args:
+        engine: an engine with the driver psycopg 3.
+        settings: see ``WorkerSettings``.
+        timeout: seconds after which no more rows are claimed.
+        companions: what is brought up to date at the end, such as clusters.
+
+    Raises:
+        DeclarationError: the engine uses another driver.
+        NotBoundError: the settings name a column that is not bound.
+        CatalogError: the catalog is missing or of another version.
+    """
+    worker = Worker(engine, settings, companions)
+    tally = worker.run(until_empty=True, timeout=timeout)
+    blocked = worker.blocked()
+    left = 0
+    with Database(engine).begin() as connection:
+        for binding in worker.bindings():
+            try:
+                found = counts(connection, binding)
+            except BindingError:
+                continue  # Rows are hidden from this role, which is among the blocked.
+            left += found.pending + found.backfill
+    return Refreshed(
+        tally.total("embedded"), tally.total("errors"), tally.total("failed"), left, blocked
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """What a backfill did.
+
+    Attributes:
+        rows: rows whose vector this process wrote.
+        texts: texts that it encoded.
+        failed: rows that could not be written: failed, or to be tried again by a worker.
+        left: rows that are pending still, those of ``failed`` that are tried again among them.
+        complete: whether nothing is left but rows that could not be written.
+        seconds: how long it took.
+    """
+
+    rows: int
+    texts: int
+    failed: int
+    left: int
+    complete: bool
+    seconds: float
+
+
+def backfill(
+    engine: sa.Engine,
+    column: ColumnIdentity | sa.Column[object] | Binding,
+    settings: WorkerSettings | None = None,
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    stop: threading.Event | None = None,
+) -> Filled:
+    """Fill a bound column, together with whoever else is doing it; returns when all have finished.
+
+    A backfill is nothing but a long queue: new and changed rows of the column come first, then the
+    rows that were there before. Workers drain it as well. Killed at any moment, it leaves nothing
+    half done.
+
+    Args:
+        engine: an engine with the driver psycopg 3; up to four connections are used at a time.
+        column: the column.
+        settings: see ``WorkerSettings``; its ``columns`` are not used.
+        on_progress: called every second or so, in a thread.
+        stop: once it is set, what is in hand is finished and the rest left to others.
+
+    Raises:
+        DeclarationError: the engine uses another driver.
+        NotBoundError: the column is not bound.
+        EncoderMismatchError: the column belongs to another encoder than the one at hand.
+        BackfillError: the database refuses to let the column be written.
+    """
+    started = time.monotonic()
+    require_psycopg(engine)
+    database = Database(engine)
+    identity = column.identity if isinstance(column, Binding) else column
+    with database.begin() as connection:
+        binding = catalog.require_binding(connection, identity)
+    encoder = get_encoder(binding.declared)
+    # What it takes to encode the probes is not spent in a transaction.
+    measured(encoder)
+    with database.begin() as connection:
+        hold_encoder(connection, binding, encoder)
+        rows_of(connection, binding)
+        fault = queue_fault(connection, binding)
+        if fault is not None:
+            raise BackfillError(f"Column {binding} cannot be filled: {fault}.")
+        _warn_of_index(connection, binding)
+    settings = replace(settings or WorkerSettings(), listen=False, columns=())
+    worker = Worker(engine, settings, only=(binding.id,))
+    watch = _Watch(database, binding, worker, on_progress)
+    with _stopping(worker, stop), watch:
+        tally = worker.run(until_empty=True, await_others=True)
+    blocked = worker.blocked().get(str(binding))
+    if blocked is not None:
+        raise BackfillError(
+            f"Cannot write column {binding}: {blocked}. What was written stays; run the backfill "
+            "again when that is mended."
+        )
+    found = watch.last
+    left = found.pending + found.backfill
+    # Another process may have written a row since its failure was recorded.
+    waiting = min(watch.waiting, left)
+    return Filled(
+        tally.total("embedded"),
+        tally.total("texts"),
+        found.failed + waiting,
+        left,
+        left <= waiting,
+        time.monotonic() - started,
+    )
+
+
+@contextmanager
+def _stopping(worker: Worker, stop: threading.Event | None) -> Iterator[None]:
+    """Stop the worker when somebody sets the event."""
+    done = threading.Event()
+
+    def wait() -> None:
+        while stop is not None and not done.is_set():
+            if stop.wait(0.1):
+                worker.stop()
+                return
+
+    thread = threading.Thread(target=wait, name="sbert-pg-stop", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+class _Watch:
+    """A thread that looks at how far a backfill has come, by all processes together."""
+
+    def __init__(
+        self,
+        database: Database,
+        binding: Binding,
+        worker: Worker,
+        on_progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self._database = database
+        self._binding = binding
+        self._worker = worker
+        self._on_progress = on_progress
+        self._total: int | None = None
+        self._seen: deque[tuple[float, int]] = deque()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="sbert-pg-progress", daemon=True)
+        self.last = Counts(0, 0, 0, 0, True, None)
+        self.waiting = 0
+
+    def __enter__(self) -> _Watch:
+        self._look()
+        self._total = self.last.pending + self.last.backfill
+        self._report()
+        if self._on_progress is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=10)
+        # A connection that was dropped while it lay in the pool is noticed by the first use.
+        if not self._look():
+            self._look()
+        self._report()
+
+    def _run(self) -> None:
+        wait = _INTERVAL
+        while not self._stop.wait(wait):
+            started = time.monotonic()
+            if self._look():
+                self._report()
+            wait = max(_INTERVAL, _SHARE * (time.monotonic() - started))
+
+    def _look(self) -> bool:
+        """Whether the database answered."""
+        try:
+            with self._database.begin() as connection:
+                self.last = counts(connection, self._binding)
+                self.waiting = retrying(connection, self._binding)
+        except sa.exc.SQLAlchemyError as error:
+            logger.debug("Cannot look at the progress: %s", words_of(error))
+            return False
+        return True
+
+    def _report(self) -> None:
+        if self._on_progress is None:
+            return
+        left = self.last.pending + self.last.backfill
+        now = time.monotonic()
+        done = max((self._total or 0) - left, 0)
+        self._seen.append((now, done))
+        while now - self._seen[0][0] > _WINDOW:
+            self._seen.popleft()
+        seconds = now - self._seen[0][0]
+        rate = max(done - self._seen[0][1], 0) / seconds if seconds > 0 else 0.0
+        complete = left <= self.waiting
+        self._on_progress(
+            Progress(
+                done,
+                self._total,
+                rate,
+                0.0 if complete else left / rate if rate > 0 else None,
+                self._worker.throttle.reason,
+                complete,
+            )
+        )
+
+
+def _warn_of_index(connection: sa.Connection, binding: Binding) -> None:
+    """Say so where a vector index makes every row many times as dear to write."""
+    c = catalog.tables.status.c
+    names = connection.execute(sa.select(c.index_names).where(c.id == binding.id)).scalar()
+    if names:
+        fields = {"column": str(binding), "indexes": ", ".join(names)}
+        words = (
+            "Each row has to be put into a vector index while the column is filled; filling first "
+            "and building the index after is many times faster"
+        )
+        say(logger, logging.WARNING, words, fields)
+
+
+__all__ = ["Filled", "Refreshed", "backfill", "refresh", "worker_thread"]

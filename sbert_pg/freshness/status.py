@@ -1,0 +1,391 @@
+"""How each bound column is doing, which rows failed, and what to do about them by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any, Literal
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from sbert_pg import catalog
+from sbert_pg.catalog import Binding, tables
+from sbert_pg.catalog.binding import installed, require_all_rows
+from sbert_pg.freshness import claims
+from sbert_pg.freshness.labels import BACKFILL, CHANGED, label_from, label_of, shown
+from sbert_pg.freshness.rows import rows_of
+
+IndexState = Literal["ready", "not ready", "none"]
+#: How far ``status`` counts what is pending and what failed.
+COUNTED = 100_000
+_ALL = 2**62
+_failure = tables.failure.c
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Rows of a column that are not fresh.
+
+    Attributes:
+        pending: new and changed rows.
+        backfill: rows that were there before the column was bound, and are not done yet.
+        failed: rows that could not be embedded.
+        skipped: failed rows that an operator has decided to leave without a vector.
+        capped: whether counting stopped somewhere.
+        age: seconds since a worker last found nothing new pending: every text that was committed
+            before that is fresh or failed; ``None`` where no worker ever did.
+    """
+
+    pending: int
+    backfill: int
+    failed: int
+    skipped: int
+    capped: bool
+    age: float | None
+
+
+def counts(connection: Connection, binding: Binding, cap: int | None = None) -> Counts:
+    """Count by the queue's own index, at a cost that depends on what is counted alone.
+
+    Args:
+        connection: a connection.
+        binding: the column.
+        cap: where to stop counting each; by default everything is counted, about 90 to 300 ms for a
+            million pending rows.
+
+    Raises:
+        BindingError: row-level security hides rows from this role.
+    """
+    require_all_rows(connection, binding)
+    table = binding.clause()
+    keys = [table.c[name] for name in binding.key_columns]
+    most = _ALL if cap is None else cap + 1
+    stale, class_ = binding.is_stale(table), binding.class_of(table)
+    states = (
+        sa.and_(stale, class_ == CHANGED),
+        sa.and_(stale, class_ == BACKFILL),
+        binding.expressions.on(table, "failed"),
+    )
+    # Ordered and limited, since PostgreSQL would else read the table of a count or an EXISTS.
+    counted = [
+        sa.select(sa.func.count())
+        .select_from(sa.select(*keys).where(state).order_by(*keys).limit(most).subquery())
+        .scalar_subquery()
+        for state in states
+    ]
+    mine = _failure.binding_id == binding.id
+    recorded = sa.select(sa.func.count()).where(mine, _failure.failed)
+    b = tables.binding.c
+    age = sa.extract("epoch", sa.func.clock_timestamp() - b.caught_up_at)
+    statement: sa.Select[Any] = sa.select(
+        *counted,
+        recorded.where(_failure.skipped).scalar_subquery(),
+        recorded.scalar_subquery(),
+        sa.select(age).where(b.id == binding.id).scalar_subquery(),
+    )
+    pending, backfill, failed, skipped, of_record, seconds = connection.execute(statement).one()
+    if failed == 0 and of_record:
+        # A column that is NOT NULL cannot say of a row that it failed.
+        failed = min(of_record, pending + backfill)
+        pending, backfill = max(pending - failed, 0), max(backfill - max(failed - pending, 0), 0)
+    found = [pending, backfill, failed]
+    capped = cap is not None and max(found) > cap
+    if cap is not None:
+        found = [min(count, cap) for count in found]
+    return Counts(
+        found[0], found[1], max(found[2] - skipped, 0), skipped, capped,
+        None if seconds is None else max(float(seconds), 0.0),
+    )  # fmt: skip
+
+
+def note_caught_up(connection: Connection, binding: Binding) -> bool:
+    """Note that nothing new is pending, if that is so; the caller commits.
+
+    Every text that was committed before the statement began is fresh or failed.
+    """
+    table = binding.clause()
+    keys = [table.c[name] for name in binding.key_columns]
+    first = (
+        sa.select(*keys)
+        .where(binding.is_stale(table), binding.class_of(table) == CHANGED)
+        .order_by(*keys)
+        .limit(1)
+        .subquery()
+    )
+    nothing = sa.select(sa.func.count()).select_from(first).scalar_subquery() == 0
+    note = sa.func.sbert.note_v1(binding.id, sa.func.statement_timestamp())
+    return connection.execute(sa.select(note).where(nothing)).first() is not None
+
+
+def queue_fault(connection: Connection, binding: Binding) -> str | None:
+    """Why a column's queue cannot be trusted or would be read in full, or ``None``."""
+    for index in catalog.queue_indexes(connection, binding):
+        if index.kind == "queue" and not (index.existing and index.valid):
+            what = "is not valid" if index.existing else "does not exist"
+            return (
+                f"the index of its pending rows {what}. Wait for its build, or bind the column "
+                "again (SELECT sbert.bind_v1(...), or the migration that did), which makes it"
+            )
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnStatus:
+    """One bound column.
+
+    Attributes:
+        column: schema, table and column.
+        encoder: name of the encoder that it was declared with.
+        fingerprint: fingerprint of its encoder; ``None`` before its first use.
+        state: ``"filling"``, ``"active"`` or ``"replaced"``.
+        rows: rows of the table, estimated by the planner unless counted; ``None`` where the table
+            was never analysed.
+        embedded: rows with a vector; see ``rows``.
+        pending: new and changed rows that wait for a vector.
+        backfill: rows that were there before the column was bound and wait for a vector.
+        capped: whether counting ``pending``, ``backfill`` or ``failed`` stopped at 100,000.
+        failed: rows that could not be embedded.
+        skipped: failed rows that an operator has decided to leave without a vector.
+        age: seconds since a worker last found nothing new pending; every text that was committed
+            before that is fresh or failed. ``None`` where no worker ever did.
+        truncated: rows whose text is longer than the encoder reads, estimated from the share that
+            the last audit saw; ``None`` before one.
+        problems: what is wrong with the column's queue, triggers or names, in words.
+        index: whether a vector index on the column is valid.
+        counted: whether everything was counted.
+    """
+
+    column: str
+    encoder: str
+    fingerprint: str | None
+    state: str
+    rows: int | None
+    embedded: int | None
+    pending: int
+    backfill: int
+    capped: bool
+    failed: int
+    skipped: int
+    age: float | None
+    truncated: int | None
+    problems: tuple[str, ...]
+    index: IndexState
+    counted: bool
+
+
+def status(connection: Connection, *, exact: bool = False) -> list[ColumnStatus]:
+    """The state of every bound column, in the order of their names; nothing without a catalog.
+
+    Costs a few milliseconds a column, whatever the size of its table: rows and vectors are the
+    planner's estimates, and what is not fresh is counted up to 100,000.
+
+    Args:
+        connection: a connection.
+        exact: count instead. Reads every bound table in full: seconds for each million rows.
+
+    Raises:
+        CatalogError: this role may not use the catalog.
+        BindingError: row-level security hides rows from this role.
+    """
+    if not installed(connection):
+        return []
+    rows = {row.id: row for row in connection.execute(sa.select(*tables.status.c))}
+    bindings = sorted(catalog.all_bindings(connection), key=str)
+    return [
+        _status(connection, binding, rows[binding.id], exact)
+        for binding in bindings
+        if binding.id in rows
+    ]
+
+
+def _status(
+    connection: Connection, binding: Binding, row: sa.Row[Any], exact: bool
+) -> ColumnStatus:
+    problems = list(row.problems or ())
+    # Without its index a count would read the whole table.
+    lost = queue_fault(connection, binding) is not None and not exact
+    found = (
+        Counts(0, 0, 0, 0, True, None)
+        if lost
+        else counts(connection, binding, None if exact else COUNTED)
+    )
+    audit = row.last_audit or {}
+    truncated = None
+    if audit.get("truncated") is not None and audit.get("rows") and row.estimated_rows is not None:
+        truncated = round(row.estimated_rows * audit["truncated"] / audit["rows"])
+    index: IndexState = "none"
+    if row.index_names:
+        index = "ready" if row.index_ready else "not ready"
+    made = ColumnStatus(
+        column=str(binding),
+        encoder=row.encoder_name,
+        fingerprint=row.fingerprint,
+        state=row.state,
+        rows=row.estimated_rows,
+        embedded=row.estimated_embedded,
+        pending=found.pending,
+        backfill=found.backfill,
+        capped=found.capped,
+        failed=found.failed,
+        skipped=found.skipped,
+        age=found.age,
+        truncated=truncated,
+        problems=tuple(problems),
+        index=index,
+        counted=exact,
+    )
+    if not exact:
+        return made
+    table = binding.clause()
+    whole = sa.select(sa.func.count(), sa.func.count(table.c[binding.column])).select_from(table)
+    total, embedded = connection.execute(whole).one()
+    return replace(made, rows=total, embedded=embedded)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A row that could not be embedded.
+
+    Attributes:
+        key: its key; a JSON array where it has several parts.
+        attempts: how often it was tried; 0 where there is no record of it.
+        error: why it failed the last time.
+        at: when that was.
+        failed: whether it is failed for good, until its text changes; else it is tried again.
+        skipped: whether an operator has decided to leave it.
+    """
+
+    key: str
+    attempts: int
+    error: str | None
+    at: datetime | None
+    failed: bool
+    skipped: bool
+
+
+def failures(
+    connection: Connection, binding: Binding, *, limit: int = 100, skipped: bool = False
+) -> list[Failure]:
+    """Rows of a column that could not be embedded, in the order of their keys.
+
+    Args:
+        connection: a connection.
+        binding: the column.
+        limit: most rows to return.
+        skipped: include rows that an operator has decided to leave.
+    """
+    require_all_rows(connection, binding)
+    table = binding.clause()
+    keys = [table.c[name] for name in binding.key_columns]
+    failed = (
+        sa.select(label_of(keys).label("label"))
+        .where(binding.expressions.on(table, "failed"))
+        .order_by(*keys)
+        .limit(limit)
+        .subquery()
+    )
+    record = (
+        sa.select(*tables.failure.c)
+        .where(_failure.binding_id == binding.id, _failure.attempts > 0)
+        .subquery()
+    )
+    wanted = (
+        sa.select(
+            sa.func.coalesce(failed.c.label, record.c.key),
+            sa.func.coalesce(record.c.attempts, 0), record.c.error, record.c.at,
+            sa.or_(failed.c.label.is_not(None), record.c.failed),
+            sa.func.coalesce(record.c.skipped, sa.false()).label("skipped"),
+        )
+        .select_from(failed.outerjoin(record, record.c.key == failed.c.label, full=True))
+        .order_by(sa.text("1"))
+        .limit(limit)
+    )  # fmt: skip
+    if not skipped:
+        wanted = wanted.where(~sa.func.coalesce(record.c.skipped, sa.false()))
+    return [Failure(shown(label), *rest) for label, *rest in connection.execute(wanted)]
+
+
+def retry(connection: Connection, binding: Binding, keys: Sequence[str] | None = None) -> int:
+    """Let workers try rows again that could not be embedded; the caller commits.
+
+    Args:
+        connection: a connection of a role that may update the table.
+        binding: the column.
+        keys: which rows, skipped ones too, as ``failures`` names them; by default all that have
+            failed and are not skipped.
+
+    Returns:
+        The number of rows.
+    """
+    rows = rows_of(connection, binding)
+    rows.prepare(connection)
+    chosen = _chosen(keys)
+    again = connection.execute(
+        sa.delete(tables.failure)
+        .where(_failure.binding_id == binding.id, _failure.attempts > 0, chosen)
+        .returning(_failure.key)
+    ).scalars()
+    labels = set(again)
+    failed = binding.expressions.on(rows.table, "failed")
+    if keys is not None:
+        named = rows.label.in_([label_from(key) for key in keys])
+        count = rows.requeue(connection, failed, named)
+    else:
+        kept = sa.select(_failure.key).where(_failure.binding_id == binding.id, _failure.skipped)
+        count = rows.requeue(connection, failed, rows.label.not_in(kept))
+    count = max(count, len(labels))
+    if count:
+        wake(connection, binding)
+    return count
+
+
+def skip(connection: Connection, binding: Binding, keys: Sequence[str] | None = None) -> int:
+    """Leave rows that cannot be embedded without a vector; the caller commits.
+
+    An older vector is cleared, so that a search does not find the row by a text it no longer has.
+    The row stays visible as skipped until its text changes or it is tried again.
+
+    Args:
+        connection: a connection of a role that may update the table.
+        binding: the column.
+        keys: which rows, pending or failed; by default all that could not be embedded.
+
+    Returns:
+        The number of rows.
+    """
+    rows = rows_of(connection, binding)
+    rows.prepare(connection)
+    if keys is None:
+        labels = [label_from(one.key) for one in failures(connection, binding, limit=COUNTED)]
+    else:
+        labels = [label_from(key) for key in keys]
+    return claims.skip(connection, rows, labels)
+
+
+def wake(connection: Connection, binding: Binding) -> None:
+    """Tell workers, at the commit, that rows of a column may be pending."""
+    notify: Any = sa.func.pg_notify(catalog.PENDING_CHANNEL, str(binding.id))
+    connection.execute(sa.select(notify))
+
+
+def _chosen(keys: Sequence[str] | None) -> sa.ColumnElement[bool]:
+    if keys is None:
+        return ~_failure.skipped
+    return _failure.key.in_([label_from(key) for key in keys])
+
+
+__all__ = [
+    "ColumnStatus",
+    "Counts",
+    "Failure",
+    "counts",
+    "failures",
+    "note_caught_up",
+    "queue_fault",
+    "retry",
+    "skip",
+    "status",
+    "wake",
+]

@@ -1,0 +1,324 @@
+"""What happens to a claimed batch: its lease is renewed, its vectors are written, it is let go."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+from uuid import UUID
+
+import sqlalchemy as sa
+
+from sbert_pg.freshness import claims
+from sbert_pg.freshness.claims import Claimed
+from sbert_pg.freshness.columns import Column, Columns
+from sbert_pg.freshness.database import Database, Patience, Payloads, write_in_pieces
+from sbert_pg.freshness.encoding import Embedded
+from sbert_pg.freshness.labels import Row, Written, shown
+from sbert_pg.freshness.logs import LOGGER, say
+from sbert_pg.freshness.settings import WorkerSettings
+from sbert_pg.freshness.status import counts
+from sbert_pg.freshness.tally import Backlog, Tally
+from sbert_pg.sqlstates import Fault, fault_of, words_of
+
+logger = logging.getLogger(LOGGER)
+
+T = TypeVar("T")
+
+#: Seconds between looks at the backlog, and how far it is counted.
+BACKLOG_INTERVAL = 15.0
+_COUNTED = 100_000
+#: How often in a row a trigger may change a text that is being embedded; rows that are watched.
+_REWRITES, _REMEMBERED = 2, 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A batch on its way through the worker."""
+
+    column: Column
+    claimed: Claimed
+
+
+class Keeper:
+    """A thread that renews the leases of what is being worked on, and looks at the backlog.
+
+    Args:
+        database: the database.
+        settings: the worker's.
+        tally: where the backlog is noted.
+        columns: the worker's.
+
+    Attributes:
+        watch_backlog: whether somebody reads the backlog, so that it has to be looked at.
+    """
+
+    def __init__(
+        self, database: Database, settings: WorkerSettings, tally: Tally, columns: Columns
+    ) -> None:
+        self._database = database
+        self._lease = settings.lease
+        self._tally = tally
+        self._columns = columns
+        self._lock = threading.Lock()
+        self._held: dict[str, float] = {}
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.watch_backlog = False
+
+    def start(self) -> None:
+        """Begin."""
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._run, name="sbert-pg-keep", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End, and wait for it."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout=10)
+
+    def hold(self, token: str) -> None:
+        """Renew this lease from now on."""
+        with self._lock:
+            self._held[token] = time.monotonic()
+
+    def drop(self, token: str) -> None:
+        """Renew it no longer."""
+        with self._lock:
+            self._held.pop(token, None)
+
+    def _run(self) -> None:
+        period = self._lease.total_seconds() / 3
+        backlog_due = 0.0
+        renew_due = time.monotonic() + period
+        while not self._stop.wait(min(period, 1.0)):
+            now = time.monotonic()
+            try:
+                if now >= renew_due:
+                    renew_due = now + period
+                    self._renew(now - period / 2)
+                if self.watch_backlog and now >= backlog_due:
+                    backlog_due = now + BACKLOG_INTERVAL
+                    self._look()
+            except sa.exc.SQLAlchemyError as error:
+                fields = {"error": words_of(error)}
+                say(logger, logging.DEBUG, "Cannot renew leases or look at the backlog", fields)
+
+    def _renew(self, before: float) -> None:
+        with self._lock:
+            held = [token for token, since in self._held.items() if since < before]
+        if held:
+            with self._database.begin() as connection:
+                claims.renew(connection, held, self._lease)
+
+    def _look(self) -> None:
+        backlog = {}
+        for column in self._columns.served():
+            with self._database.begin() as connection:
+                found = counts(connection, column.binding, cap=_COUNTED)
+            backlog[column.name] = Backlog(found.pending, found.backfill, found.failed, found.age)
+        self._tally.set_backlog(backlog)
+
+
+class Store:
+    """Writes batches; called in one thread.
+
+    Args:
+        database: the database.
+        settings: the worker's.
+        tally: where it is counted.
+        columns: the worker's.
+        keeper: renews the leases meanwhile.
+        stop: set when the worker is to stop.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        settings: WorkerSettings,
+        tally: Tally,
+        columns: Columns,
+        keeper: Keeper,
+        stop: threading.Event,
+    ) -> None:
+        self._database = database
+        self._settings = settings
+        self._tally = tally
+        self._columns = columns
+        self._keeper = keeper
+        self._patience = Patience(
+            database,
+            logger,
+            stop,
+            after_stop=settings.shutdown_timeout,
+            on_trouble=tally.count_database_error,
+        )
+        self._due: float | None = None
+        self._rewritten: dict[tuple[UUID, str], int] = {}
+
+    @property
+    def trouble(self) -> str | None:
+        """What is wrong with the database, while something is."""
+        return self._patience.trouble
+
+    def due_in(self) -> float | None:
+        """Seconds until a row that was put off is due; asking clears it."""
+        due, self._due = self._due, None
+        return None if due is None else max(due - time.monotonic(), 0.0)
+
+    def store(self, work: Work, embedded: Embedded | Exception) -> None:
+        """Write a batch, and let go of it."""
+        column, claimed = work.column, work.claimed
+        released = False
+        try:
+            if isinstance(embedded, Exception):
+                self._columns.block(column.binding, words_of(embedded))
+            else:
+                released = self._write(column, claimed, embedded)
+        finally:
+            self._keeper.drop(claimed.token)
+            if not released:
+                self.release(column, claimed.token)
+
+    def _write(self, column: Column, claimed: Claimed, embedded: Embedded) -> bool:
+        """Write what was encoded; returns whether the lease was given back with it."""
+        started = time.perf_counter()
+        rows = claimed.rows
+        before = {row.label for row in rows if row.failed_before}
+        wait = self._settings.busy_wait
+        released = False
+
+        def write(connection: sa.Connection, piece: Payloads) -> Written:
+            nonlocal released
+            written = column.rows.write(connection, rows, piece, embedded.cuts, embedded.passages)
+            settled = before.intersection(written.rows).difference(written.again)
+            claims.forget(connection, column.binding, sorted(settled))
+            # Before the lease is gone, or the row would be claimed and encoded again at once.
+            claims.put_off(connection, column.binding, sorted(written.busy), wait)
+            released = len(piece) == len(rows)
+            if released:
+                claims.release(connection, column.binding, claimed.token)
+            return written
+
+        done = write_in_pieces(self._patience, embedded.vectors, write)
+        with self._tally.of(column.name) as tally:
+            tally.write.add(time.perf_counter() - started)
+        if done.error is not None and fault_of(done.error) is Fault.COLUMN:
+            self._columns.block(column.binding, words_of(done.error))
+            released = False
+        self._settle(column, rows, done.results, {**embedded.failures, **done.reasons})
+        return released and bool(done.results)
+
+    def _settle(
+        self,
+        column: Column,
+        rows: Sequence[Row],
+        written: Sequence[Written],
+        reasons: Mapping[str, str],
+    ) -> None:
+        """Count, and record what was not written."""
+        changed = [label for part in written for label in part.changed]
+        busy = [label for part in written for label in part.busy]
+        again = [label for part in written for label in part.again]
+        reasons = {**reasons, **self._rewritten_too_often(column, rows, again)}
+        without_text = {row.label for row in rows if row.of is None}
+        with self._tally.of(column.name) as tally:
+            done = [label for part in written for label in part.rows]
+            tally.embedded += sum(label not in without_text for label in done)
+            tally.changed += len(changed)
+            tally.busy += len(busy)
+        if busy:
+            self._put_off(self._settings.busy_wait)
+        if reasons:
+            self._fail(column, rows, reasons)
+            self._put_off(self._settings.backoff)
+        if changed or again:
+            self._put_off(timedelta(0))
+
+    def _rewritten_too_often(
+        self, column: Column, rows: Sequence[Row], again: Sequence[str]
+    ) -> dict[str, str]:
+        """Rows whose text a trigger changes at each write of their vector, which would never end.
+
+        Once or twice is what a trigger does that brings a text into a certain form.
+        """
+        for row in rows:
+            key = (column.binding.id, row.label)
+            if row.label not in again:
+                self._rewritten.pop(key, None)
+            elif len(self._rewritten) < _REMEMBERED:
+                self._rewritten[key] = self._rewritten.get(key, 0) + 1
+        return {
+            label: "a trigger changes the text of the row whenever its vector is written"
+            for label in again
+            if self._rewritten.get((column.binding.id, label), 0) > _REWRITES
+        }
+
+    def _fail(self, column: Column, rows: Sequence[Row], reasons: Mapping[str, str]) -> None:
+        settings = self._settings
+        texts = {row.label: row.of for row in rows if row.label in reasons}
+
+        def fail(connection: sa.Connection) -> list[str]:
+            return claims.fail(
+                connection, column.binding, reasons, texts,
+                max_attempts=settings.max_attempts, backoff=settings.backoff,
+            )  # fmt: skip
+
+        failed = self._try("record failures", fail) or []
+        self._report(column, reasons, len(failed))
+        self._write_failed(column, [row for row in rows if row.label in failed])
+
+    def conclude(self, column: Column, labels: Sequence[str]) -> None:
+        """Fail rows that ended a process each time they were tried."""
+        self._report(column, dict.fromkeys(labels, claims.ENDED), len(labels))
+        found = self._try("record failures", lambda c: claims.conclude(c, column.rows, labels))
+        self._write_failed(column, found or [])
+
+    def _write_failed(self, column: Column, rows: Sequence[Row]) -> None:
+        """Write into rows that their text failed, so that the queue is rid of them.
+
+        A column that is ``NOT NULL``, or a row that the database refuses to change at all, has only
+        the record of its failure.
+        """
+        if not rows or column.rows.required:
+            return
+        nothing: Payloads = dict.fromkeys((row.label for row in rows), None)
+        done = write_in_pieces(self._patience, nothing, lambda c, p: column.rows.write(c, rows, p))
+        if done.error is not None or done.reasons:
+            fields = {"column": column.name, "rows": len(rows)}
+            say(logger, logging.DEBUG, "Rows that failed cannot be changed", fields)
+
+    def _report(self, column: Column, reasons: Mapping[str, str], failed: int) -> None:
+        """Count and log why rows could not be embedded; their text is not logged."""
+        with self._tally.of(column.name) as tally:
+            tally.errors += len(reasons)
+            tally.failed += failed
+        for label, reason in reasons.items():
+            fields = {"column": column.name, "key": shown(label), "reason": reason}
+            words = f"Cannot embed row {shown(label)} of {column.name}"
+            say(logger, logging.WARNING, words, fields)
+
+    def release(self, column: Column, token: str) -> None:
+        """Give a lease back; if that fails, it ends by itself."""
+        self._try("give rows back", lambda c: claims.release(c, column.binding, token))
+
+    def _try(self, what: str, do: Callable[[sa.Connection], T]) -> T | None:
+        """Do something that may be left undone: the rows stay pending by what they say."""
+        try:
+            return self._patience.run(what, do)
+        except Exception as error:
+            fields = {"error": words_of(error)}
+            say(logger, logging.WARNING, f"Cannot {what}", fields)
+            return None
+
+    def _put_off(self, wait: timedelta) -> None:
+        due = time.monotonic() + wait.total_seconds()
+        self._due = due if self._due is None else min(due, self._due)
+
+
+__all__ = ["BACKLOG_INTERVAL", "Keeper", "Store", "Work"]

@@ -1,0 +1,418 @@
+"""The worker: claims pending rows, has them encoded, writes their vectors, until it is stopped.
+
+Three things go on at the same time: this thread claims and reads, a few threads encode, one writes.
+Two more renew leases and listen. No transaction is open while anything is encoded, and whatever
+happens to the process, the server or the connection, a row is either written or still pending.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol
+from uuid import UUID
+
+import sqlalchemy as sa
+
+from sbert_pg import catalog
+from sbert_pg.catalog import Binding
+from sbert_pg.errors import SbertPgError
+from sbert_pg.freshness import claims
+from sbert_pg.freshness.arrays import require_psycopg
+from sbert_pg.freshness.claiming import Claimer
+from sbert_pg.freshness.columns import Column, Columns
+from sbert_pg.freshness.database import Database, Pause
+from sbert_pg.freshness.encoding import Embedded, embed
+from sbert_pg.freshness.flow import Flow
+from sbert_pg.freshness.labels import BACKFILL, CHANGED, Class
+from sbert_pg.freshness.listen import Listener
+from sbert_pg.freshness.logs import LOGGER, say
+from sbert_pg.freshness.settings import WorkerSettings
+from sbert_pg.freshness.storing import Keeper, Store, Work
+from sbert_pg.freshness.tally import Tally
+from sbert_pg.freshness.throttle import Throttle
+from sbert_pg.sqlstates import Fault, fault_of, words_of
+
+logger = logging.getLogger(LOGGER)
+
+#: Longest time between looks at the database where nothing can be heard of it, in seconds.
+_POLL_UNHEARD = 1.0
+#: Seconds between looks at leases that have ended and rows whose next attempt is due.
+_RETRY_INTERVAL = 1.0
+#: How often a starting worker hears that the catalog is wrong, beside an application's DDL, to end.
+_CHANCES = 3
+#: While there is other work, rows that are tried alone get one second in so many.
+_ALONE_INTERVAL = 10.0
+
+_Flow = Flow[Work, "Embedded | Exception"]
+
+
+class Companion(Protocol):
+    """Something that keeps up with the columns beside a worker, such as assignments to clusters."""
+
+    def start(self) -> None:
+        """Begin, in a thread of its own."""
+
+    def stop(self) -> None:
+        """End, and wait for it."""
+
+    def look(self) -> object:
+        """Do once what is to be done now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """How a worker is.
+
+    Attributes:
+        alive: it runs, and its loop has turned recently or is waiting for the encoder.
+        ready: it reaches the database and serves every column that it should.
+        details: plain data for people and JSON.
+    """
+
+    alive: bool
+    ready: bool
+    details: dict[str, Any]
+
+
+class Worker:
+    """Keeps embedding columns fresh.
+
+    Args:
+        engine: an engine with the driver psycopg 3. Up to four of its pool's connections are used
+            for moments at a time, and one more, outside the pool, listens.
+        settings: see ``WorkerSettings``.
+        companions: what is kept current beside the columns.
+        only: identities of the columns to serve, instead of names in the settings.
+
+    Attributes:
+        tally: what it has done.
+        settings: its settings.
+        throttle: what holds the backfill back.
+
+    Raises:
+        DeclarationError: the engine uses another driver.
+    """
+
+    def __init__(
+        self,
+        engine: sa.Engine,
+        settings: WorkerSettings | None = None,
+        companions: Sequence[Companion] = (),
+        *,
+        only: Collection[UUID] = (),
+    ) -> None:
+        require_psycopg(engine)
+        self.settings = settings or WorkerSettings()
+        self.tally = Tally()
+        self.companions = tuple(companions)
+        self._database = Database(engine)
+        self._columns = Columns(only or self.settings.columns, self.settings.cache_rows)
+        self._stop = threading.Event()
+        self._wake = threading.Event()
+        self._heard_lock = threading.Lock()
+        self._heard: set[UUID] = set()
+        self._everything = True
+        self._keeper = Keeper(self._database, self.settings, self.tally, self._columns)
+        self._store = Store(
+            self._database, self.settings, self.tally, self._columns, self._keeper, self._stop
+        )
+        self._claimer = Claimer(
+            self._database, self.settings, self.tally, self._columns, self._keeper
+        )
+        self.throttle = Throttle(
+            self._database, self.settings.rows_per_second, self.settings.max_replica_lag
+        )
+        self._throttled = 0.0
+        self._next_rescan = self._next_look = self._next_retry = self._next_alone = 0.0
+        self._beat = time.monotonic()
+        self._running = False
+        self._trouble: str | None = None
+        self._flow: _Flow | None = None
+
+    # -- what others may call, from any thread ------------------------------------------------
+
+    def stop(self) -> None:
+        """Claim no more, finish what is under way, and return from ``run``."""
+        self._stop.set()
+        self._wake.set()
+
+    def wake(self, column: UUID | None = None) -> None:
+        """Look for pending rows now: of one column, or of all."""
+        with self._heard_lock:
+            if column is None:
+                self._everything = True
+            else:
+                self._heard.add(column)
+        self._wake.set()
+
+    def watch_backlog(self) -> None:
+        """Look at what is pending from time to time, for the tally."""
+        self._keeper.watch_backlog = True
+
+    def bindings(self) -> list[Binding]:
+        """The columns that it is to serve, whether it can or not."""
+        return self._columns.bindings()
+
+    def blocked(self) -> dict[str, str]:
+        """Columns that it cannot serve, with the reason."""
+        return self._columns.blocked()
+
+    def health(self) -> Health:
+        """How it is, without asking the database."""
+        under_way = 0 if self._flow is None else self._flow.under_way
+        age = time.monotonic() - self._beat
+        alive = self._running and (age < 60 + self.settings.poll_interval or under_way > 0)
+        blocked = self._columns.blocked()
+        trouble = self._trouble or self._store.trouble
+        details = {
+            "name": self.settings.name,
+            "running": self._running,
+            "stopping": self._stop.is_set(),
+            "listening": self.tally.listening,
+            "columns": [column.name for column in self._columns.served()],
+            "blocked": blocked,
+            "paused": self.throttle.reason,
+            "database_error": trouble,
+            "batches_under_way": under_way,
+            "embedded": self.tally.total("embedded"),
+            "failed": self.tally.total("failed"),
+        }
+        return Health(alive, alive and not blocked and trouble is None, details)
+
+    def run(
+        self,
+        *,
+        until_empty: bool = False,
+        timeout: float | None = None,
+        await_others: bool = False,
+    ) -> Tally:
+        """Work until ``stop`` is called.
+
+        Args:
+            until_empty: return as well when nothing is left that can be claimed now.
+            timeout: with ``until_empty``, seconds after which no more is claimed.
+            await_others: with ``until_empty``, wait for rows that other workers have in hand, in
+                case they come to an end.
+
+        Raises:
+            NotBoundError: the settings name a column that is not bound.
+            CatalogError: the catalog is missing, or of another version, at the start.
+            sqlalchemy.exc.DBAPIError: with ``until_empty``, the database cannot be reached.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self._running = True
+        try:
+            self._begin(patient=not until_empty)
+            with ExitStack() as stack:
+                stack.callback(self._keeper.stop)
+                self._keeper.start()
+                for companion in () if until_empty else self.companions:
+                    stack.callback(companion.stop)
+                    companion.start()
+                if self.settings.listen and not until_empty:
+                    listener = Listener(self._database.engine, self.wake, self._set_listening)
+                    stack.callback(listener.stop)
+                    listener.start()
+                self._flow = stack.enter_context(
+                    Flow(self._encode, self._store.store, encoders=self.settings.encoders)
+                )
+                if until_empty:
+                    self._drain(self._flow, deadline, await_others)
+                else:
+                    self._loop(self._flow)
+            for companion in self.companions if until_empty else ():
+                companion.look()
+        finally:
+            self._running = False
+        return self.tally
+
+    # -- the loop -----------------------------------------------------------------------------
+
+    def _begin(self, *, patient: bool) -> None:
+        """Look at the catalog for the first time; a patient worker waits for the database."""
+        pause = Pause()
+        chances = _CHANCES
+        while not self._stop.is_set():
+            try:
+                with self._database.begin() as connection:
+                    catalog.require_current(connection)
+                self._rescan()
+                return
+            except sa.exc.SQLAlchemyError as error:
+                chances -= fault_of(error) not in (Fault.LOST, Fault.BUSY, Fault.SLOW)
+                if not patient or chances == 0:
+                    raise
+                self._lost(error, pause)
+
+    def _loop(self, flow: _Flow) -> None:
+        pause = Pause()
+        while not self._stop.is_set():
+            self._beat = time.monotonic()
+            try:
+                took = self._turn(flow, thorough=False)
+                self._trouble = None
+                pause.reset()
+            except (sa.exc.SQLAlchemyError, SbertPgError) as error:
+                self._lost(error, pause)
+                self.wake()
+                continue
+            if not took:
+                self._wait()
+
+    def _drain(self, flow: _Flow, deadline: float | None, await_others: bool) -> None:
+        """Turn until nothing is left, or it is time."""
+        pause = Pause()
+        while not self._stop.is_set():
+            self._beat = time.monotonic()
+            if deadline is not None and self._beat > deadline:
+                return
+            try:
+                took = self._turn(flow, thorough=True)
+                pause.reset()
+                done = not took and not self._throttled and flow.under_way == 0
+                others = done and await_others and self._others()
+            except sa.exc.SQLAlchemyError as error:
+                if not await_others or fault_of(error) not in (Fault.LOST, Fault.BUSY):
+                    raise
+                self._lost(error, pause)
+                continue
+            if done and not others:
+                return
+            if not took:
+                # What is under way may come back: changed, or held by somebody else.
+                flow.drain()
+                self._stop.wait(1.0 if others else min(self._throttled, 0.2))
+
+    def _others(self) -> bool:
+        """Whether other workers have rows of these columns in hand."""
+        with self._database.begin() as connection:
+            return any(claims.in_hand(connection, b) for b in self._columns.bindings())
+
+    def _lost(self, error: BaseException, pause: Pause) -> None:
+        self._trouble = words_of(error)
+        self.tally.count_database_error()
+        wait = pause.next()
+        fields = {"error": self._trouble, "retry_in": round(wait, 2)}
+        say(logger, logging.WARNING, "Cannot claim rows; trying again", fields)
+        self._stop.wait(wait)
+
+    def _turn(self, flow: _Flow, *, thorough: bool) -> bool:
+        """Claim a batch of every column that may have one; returns whether there was any."""
+        self._wake.clear()
+        with self._heard_lock:
+            heard, self._heard = self._heard, set()
+            everything = self._everything or thorough or time.monotonic() >= self._next_look
+            self._everything = False
+        if everything:
+            self._next_look = time.monotonic() + self._poll_interval()
+        if time.monotonic() >= self._next_rescan or not self._columns.knows(heard):
+            self._rescan()
+        self._throttled = 0.0
+        self._claimer.give_back()
+        took = False
+        for column in self._columns.served(None if everything else heard):
+            took |= self._take(flow, column, CHANGED)
+        for column in self._columns.served():
+            if thorough or time.monotonic() >= column.backfill_at:
+                took |= self._take_backfill(flow, column)
+        if thorough or time.monotonic() >= self._next_retry:
+            took |= self._retry(flow, busy=took)
+        if took:
+            # There may be more where this came from, and something new while it is being done.
+            self._everything = True
+        return took
+
+    def _take(self, flow: _Flow, column: Column, class_: Class) -> bool:
+        """Claim a batch of a class, and hand it over; returns whether there may be more."""
+        if self._stop.is_set():
+            return False
+        work, more = self._claimer.claim(column, class_)
+        if work is not None:
+            flow.put(work)
+            if class_ == BACKFILL:
+                self.throttle.spend(len(work.claimed.rows))
+        return more
+
+    def _take_backfill(self, flow: _Flow, column: Column) -> bool:
+        wait = self.throttle.wait()
+        if wait > 0:
+            self._throttled = wait
+            return False
+        took = self._take(flow, column, BACKFILL)
+        pause = 0.0 if took else self.settings.rescan_interval
+        column.backfill_at = time.monotonic() + pause
+        return took
+
+    def _retry(self, flow: _Flow, *, busy: bool) -> bool:
+        """What failed before, or was in hand when a process came to an end, one row at a time."""
+        self._next_retry = time.monotonic() + _RETRY_INTERVAL
+        columns = self._columns.served()
+        ended, back, due = self._claimer.look_for_ended(columns)
+        for column, labels in ended:
+            self._store.conclude(column, labels)
+        now = time.monotonic()
+        if not due or (busy and now < self._next_alone):
+            return back
+        self._next_alone = now + _ALONE_INTERVAL
+        took = back
+        for column in columns:
+            while self._take_alone(flow, column):
+                took = True
+                if self._stop.is_set() or (busy and time.monotonic() > now + 1.0):
+                    return True
+        return took
+
+    def _take_alone(self, flow: _Flow, column: Column) -> bool:
+        """One row that may be what ended a process: nothing else is in hand meanwhile."""
+        flow.drain()
+        work = self._claimer.claim_alone(column)
+        if work is None:
+            return False
+        flow.put(work)
+        flow.drain()
+        return True
+
+    def _encode(self, work: Work) -> Embedded | Exception:
+        started = time.perf_counter()
+        column = work.column
+        try:
+            if column.cutter is None:
+                embedded = embed(column.binding, column.encoder, work.claimed.rows)
+            else:
+                embedded = column.cutter.embed(work.claimed.rows)
+        except Exception as error:  # It is the column's affair; the writer deals with it.
+            return error
+        with self.tally.of(column.name) as tally:
+            tally.encode.add(time.perf_counter() - started)
+            tally.texts += embedded.texts
+        return embedded
+
+    def _rescan(self) -> None:
+        self._columns.rescan(self._database)
+        self._next_rescan = time.monotonic() + self.settings.rescan_interval
+        self._everything = True
+
+    def _set_listening(self, listening: bool) -> None:
+        self.tally.listening = listening
+        self._wake.set()
+
+    def _poll_interval(self) -> float:
+        interval = self.settings.poll_interval
+        return interval if self.tally.listening else min(interval, _POLL_UNHEARD)
+
+    def _wait(self) -> None:
+        """Until something is heard, a row that was put off is due, or it is time to look."""
+        wait = self._poll_interval()
+        for due in (self._store.due_in(), self._throttled or None):
+            if due is not None:
+                wait = min(wait, due)
+        if not self._wake.wait(max(wait, 0.01)):
+            self.wake()
+
+
+__all__ = ["Companion", "Health", "Worker"]

@@ -1,0 +1,254 @@
+"""``hnsw_index`` and ``ivfflat_index``: plain SQLAlchemy indexes with pgvector's options.
+
+They are ordinary ``Index`` objects: given in ``__table_args__`` they are created with the table and
+Alembic sees them. ``distance`` and ``nearest`` read off them which expression they serve.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast, get_args
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.orm import MappedColumn
+from sqlalchemy.sql.elements import ColumnElement
+
+from sbert_pg.distance import (
+    MAX_INDEXED_DIMENSIONS,
+    IndexMethod,
+    Metric,
+    Similarity,
+    Storage,
+    metric_of,
+)
+from sbert_pg.errors import DeclarationError
+from sbert_pg.types.indexed import Form, VectorIndex, signs, subvector
+from sbert_pg.types.vector import HalfVector, VectorType, plain_type
+
+VectorColumn = sa.Column[Any] | MappedColumn[Any] | str
+
+
+def hnsw_index(
+    name: str | None,
+    column: VectorColumn,
+    *,
+    form: Form = "column",
+    similarity: Similarity | None = None,
+    m: int = 16,
+    ef_construction: int = 128,
+    dimensions: int | None = None,
+    mean: Sequence[float] | None = None,
+    where: ColumnElement[bool] | None = None,
+) -> sa.Index:
+    """An HNSW index on a vector column.
+
+    Args:
+        name: name of the index, or ``None`` for the metadata's naming convention.
+        column: the column: its name, a ``Column``, or the result of ``embedding_column``.
+        form: ``"column"`` as it is; ``"halfvec"`` cast to half precision, half the size at almost
+            the same recall; ``"subvector"`` the first ``dimensions``, for encoders trained for
+            that (Matryoshka); ``"binary"`` one bit a dimension. The last two find candidates, which
+            are ranked by the column. ``sbert-pg index advise`` measures them.
+        similarity: similarity function that the index orders by; the encoder's by default.
+        m: connections a node, 2 to 100 (pgvector's default is 16).
+        ef_construction: candidates while building, at least ``2 * m``. pgvector's default is 64;
+            128 builds about a third slower and is worth a point of recall.
+        dimensions: of the form ``"subvector"``, how many.
+        mean: of the form ``"binary"``, the mean of the vectors, which is taken from them before
+            their signs are: recall then suffers less where they share a direction. It is written
+            into the index, so it stays as it is until the index is built again.
+        where: predicate of a partial index.
+
+    Raises:
+        DeclarationError: a parameter is out of its range; or, when the index meets its table, the
+            column is not a vector column or is too wide for the form.
+    """
+    if not 2 <= m <= 100:
+        raise DeclarationError(f"hnsw_index: m is {m}; pgvector takes 2 to 100.")
+    if not 2 * m <= ef_construction <= 1000:
+        raise DeclarationError(
+            f"hnsw_index: ef_construction is {ef_construction}; pgvector takes {2 * m} (twice m) "
+            "to 1000."
+        )
+    if (dimensions is not None) != (form == "subvector") or (mean is not None and form != "binary"):
+        raise DeclarationError(
+            f"hnsw_index: dimensions belongs to form='subvector' and mean to form='binary'; the "
+            f"form is {form!r}."
+        )
+    options = {"m": m, "ef_construction": ef_construction}
+    return _index("hnsw", name, column, _Form(form, dimensions, mean), similarity, options, where)
+
+
+def ivfflat_index(
+    name: str | None,
+    column: VectorColumn,
+    *,
+    lists: int,
+    form: Form = "column",
+    similarity: Similarity | None = None,
+    where: ColumnElement[bool] | None = None,
+) -> sa.Index:
+    """An IVFFlat index on a vector column; build it after the table has its rows.
+
+    Args:
+        name: name of the index, or ``None`` for the metadata's naming convention.
+        column: the column: its name, a ``Column``, or the result of ``embedding_column``.
+        lists: inverted lists, 1 to 32768; pgvector advises ``rows / 1000`` up to a million rows and
+            ``sqrt(rows)`` beyond.
+        form: see ``hnsw_index``.
+        similarity: see ``hnsw_index``.
+        where: predicate of a partial index.
+
+    Raises:
+        DeclarationError: as ``hnsw_index``; or for manhattan distance, which IVFFlat lacks.
+    """
+    if not 1 <= lists <= 32_768:
+        raise DeclarationError(f"ivfflat_index: lists is {lists}; pgvector takes 1 to 32768.")
+    return _index("ivfflat", name, column, _Form(form), similarity, {"lists": lists}, where)
+
+
+class _Form(NamedTuple):
+    """A form with what belongs to it."""
+
+    name: Form
+    dimensions: int | None = None
+    mean: Sequence[float] | None = None
+
+
+def _index(
+    method: IndexMethod,
+    name: str | None,
+    column: VectorColumn,
+    form: _Form,
+    similarity: Similarity | None,
+    options: dict[str, int],
+    where: ColumnElement[bool] | None,
+) -> sa.Index:
+    if form.name not in get_args(Form) or (form.name == "subvector" and method == "ivfflat"):
+        raise DeclarationError(
+            f"{method}_index: form is {form.name!r}; use one of {', '.join(get_args(Form))}."
+        )
+    index = sa.Index(
+        name,
+        column.column if isinstance(column, MappedColumn) else column,
+        postgresql_using=method,
+        postgresql_with=options,
+        postgresql_where=where,
+    )
+
+    def complete(index: sa.Index, table: sa.Table) -> None:
+        # A column of a mapped class gets its name, and a name its column, when the table is made.
+        real = next(iter(index.columns))
+        expression, opclass = _indexed(method, table, real, form, similarity)
+        if form.name != "column":
+            expression = expression.label(f"{real.key}_{form.name}")
+            # In place, since copies to other metadata are made from a second name of the list.
+            cast("list[Any]", index.expressions)[:] = [expression]
+        index.dialect_options["postgresql"]["ops"] = {expression.key: opclass}
+
+    event.listen(index, "after_parent_attach", complete)
+    if index.table is not None:
+        complete(index, index.table)
+    return index
+
+
+def _indexed(
+    method: IndexMethod,
+    table: sa.Table,
+    column: sa.Column[Any],
+    form: _Form,
+    similarity: Similarity | None,
+) -> tuple[Any, str]:
+    """The expression to index, and the operator class for it."""
+    type_, where = column.type, f"{method}_index on {table.name}.{column.name}"
+    if not isinstance(type_, VectorType) or type_.dimensions is None:
+        raise DeclarationError(
+            f"{where}: the column has type {type_!r}; an index needs a vector column of known "
+            "width, as embedding_column() or Vector(384) make it."
+        )
+    kinds = {"halfvec": "halfvec", "binary": "bit"}
+    kind = kinds.get(form.name, type_.storage)
+    width, limit = form.dimensions or type_.dimensions, MAX_INDEXED_DIMENSIONS[kind]
+    if width > limit:
+        raise DeclarationError(
+            f"{where}: {width} dimensions are too many for an index on {kind}, which takes "
+            f"{limit}. Use form='halfvec' (up to 4000) or form='binary' (up to 64000)."
+        )
+    if not 0 < width <= type_.dimensions or len(form.mean or [0] * width) != width:
+        raise DeclarationError(
+            f"{where}: the column has {type_.dimensions} dimensions; a subvector has fewer, and a "
+            "mean as many."
+        )
+    metric = _metric(where, method, type_, similarity)
+    if form.name == "binary":
+        return signs(column, width, _centre(form.mean, type_.storage)), "bit_hamming_ops"
+    if form.name == "halfvec":
+        return sa.cast(column, HalfVector(width)), metric.opclass("halfvec")
+    if form.name == "subvector":
+        return subvector(column, plain_type(type_.storage, width)), metric.opclass(type_.storage)
+    return column, metric.opclass(type_.storage)
+
+
+def _centre(mean: Sequence[float] | None, storage: Storage) -> Any:
+    """A mean as PostgreSQL writes it back: four decimals say what side of it an element is on."""
+    if mean is None:
+        return None
+    numbers = ",".join(f"{round(float(x), 4) + 0.0:g}" for x in mean)
+    return sa.literal_column(f"'[{numbers}]'::{storage}", plain_type(storage, len(mean)))
+
+
+def _metric(
+    where: str, method: IndexMethod, type_: VectorType, similarity: Similarity | None
+) -> Metric:
+    spec = getattr(type_, "encoder", None)
+    name = similarity or (spec.similarity if spec is not None else "cosine")
+    metric = metric_of(name)
+    if method not in metric.index_methods:
+        raise DeclarationError(
+            f"{where}: pgvector has no {method} operator class for {name} distance; use "
+            f"{' or '.join(f'{other}_index' for other in metric.index_methods)}."
+        )
+    return metric
+
+
+def index_like(index: VectorIndex, column: sa.Column[Any], name: str) -> sa.Index:
+    """An index of the same kind on another column, with the metric of that column's encoder.
+
+    What was chosen for the vectors of one column, the mean of signs and fewer dimensions, does not
+    go to another's: signs are then taken as they are, and the column is indexed whole.
+    """
+    own = column.name == index.column
+    form: Form = "column" if index.form == "subvector" and not own else index.form
+    where = None if index.where is None else sa.literal_column(index.where, sa.Boolean())
+    options = {key: int(value) for key, value in index.effective_options.items()}
+    if index.method == "hnsw":
+        return hnsw_index(
+            name,
+            column,
+            form=form,
+            m=options["m"],
+            ef_construction=max(options["ef_construction"], 2 * options["m"]),
+            dimensions=index.width if own else None,
+            mean=index.mean if own else None,
+            where=where,
+        )
+    return ivfflat_index(name, column, lists=options["lists"], form=form, where=where)
+
+
+def index_name(existing: str, old: str, new: str, table: str) -> str:
+    """A name for the new column's index: the old one's with the column's name put in place.
+
+    Cut to PostgreSQL's 63 bytes with the column's end kept, since that is what differs.
+    """
+    if re.search(rf"(?<![a-z0-9]){re.escape(old)}(?![a-z0-9])", existing):
+        name = re.sub(rf"(?<![a-z0-9]){re.escape(old)}(?![a-z0-9])", lambda _: new, existing)
+    else:
+        name = f"ix_{table}_{new}"
+    if name == existing or len(name.encode()) > 63:
+        name = f"ix_{table}"[: 62 - len(new)] + f"_{new}"
+    return name[-63:]
+
+
+__all__ = ["hnsw_index", "index_like", "index_name", "ivfflat_index"]

@@ -1,0 +1,277 @@
+"""Indexes as a server has them, read off its catalogs, and whether two are the same."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import re
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import OID
+from sqlalchemy.ext.compiler import compiles
+
+from sbert_pg import system
+from sbert_pg.distance import INDEX_METHODS
+from sbert_pg.types.indexed import VectorIndex, as_number, form_of
+
+#: ``"absent"``, usable, left behind by a build that failed, or being built by some session.
+IndexState = Literal["absent", "valid", "invalid", "building"]
+_KNOWS_LAST_SCAN = (16,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredIndex(VectorIndex):
+    """A vector index of a database.
+
+    Attributes:
+        valid: whether queries may use it; ``False`` after a concurrent build that failed.
+        building: whether some session is building it now.
+        definition: the statement that makes it.
+        bytes: its size.
+        scans: scans since the statistics were reset.
+        last_scan: time of the last one; ``None`` where unknown (before PostgreSQL 16) or never.
+    """
+
+    valid: bool
+    building: bool
+    definition: str
+    bytes: int
+    scans: int
+    last_scan: dt.datetime | None
+
+
+def vector_indexes(
+    connection: sa.Connection, table: str, column: str | None = None, *, schema: str | None = None
+) -> tuple[StoredIndex, ...]:
+    """The HNSW and IVFFlat indexes of a table, by name; none where there is no such table.
+
+    Args:
+        connection: where.
+        table: the table.
+        column: only those on this column, or on an expression of it.
+        schema: schema of the table, ``None`` for the search path's.
+    """
+    name = system.name_of(connection.dialect, schema, table)
+    indexes = (
+        _read(row, table, schema) for row in connection.execute(_statement(connection, name))
+    )
+    return tuple(index for index in indexes if column is None or index.column == column)
+
+
+def _statement(connection: sa.Connection, relation: str) -> sa.Select[Any]:
+    index, klass, opclass = system.INDEX, system.CLASS, system.OPCLASS
+    statistics = system.INDEX_STATISTICS
+    knows_last = (connection.dialect.server_version_info or (0,)) >= _KNOWS_LAST_SCAN
+    last: sa.ColumnElement[Any] = (
+        statistics.c.last_idx_scan if knows_last else sa.null().cast(sa.DateTime(timezone=True))
+    )
+    return (
+        sa.select(
+            klass.c.relname,
+            sa.and_(index.c.indisvalid, index.c.indisready).label("valid"),
+            _is_building().label("building"),
+            system.AM.c.amname,
+            opclass.c.opcname,
+            klass.c.reloptions,
+            _own_column().label("column_name"),
+            _inner_column().label("inner_name"),
+            sa.func.pg_get_indexdef(index.c.indexrelid, 1, True, type_=sa.Text()).label("element"),
+            sa.func.pg_get_expr(index.c.indpred, index.c.indrelid, True, type_=sa.Text()).label(
+                "predicate"
+            ),
+            system.TABLESPACE.c.spcname,
+            sa.func.pg_get_indexdef(index.c.indexrelid, type_=sa.Text()).label("definition"),
+            sa.func.pg_relation_size(index.c.indexrelid, type_=sa.BigInteger()).label("bytes"),
+            sa.func.coalesce(statistics.c.idx_scan, 0).label("scans"),
+            last.label("last_scan"),
+        )
+        .select_from(index)
+        .join(klass, klass.c.oid == index.c.indexrelid)
+        .join(system.AM, system.AM.c.oid == klass.c.relam)
+        .join(opclass, opclass.c.oid == sa.literal_column("pg_index.indclass[0]", OID))
+        .outerjoin(system.TABLESPACE, system.TABLESPACE.c.oid == klass.c.reltablespace)
+        .outerjoin(statistics, statistics.c.indexrelid == index.c.indexrelid)
+        .where(index.c.indrelid == system.oid_of(relation), system.AM.c.amname.in_(INDEX_METHODS))
+        .order_by(klass.c.relname)
+    )
+
+
+def _is_building() -> sa.ColumnElement[bool]:
+    progress = system.INDEX_PROGRESS.c
+    return (
+        sa.select(sa.literal(1)).where(progress.index_relid == system.INDEX.c.indexrelid).exists()
+    )
+
+
+def _own_column() -> sa.ScalarSelect[Any]:
+    """The column that is indexed itself."""
+    attribute, index = system.ATTRIBUTE.c, system.INDEX.c
+    number = sa.literal_column("pg_index.indkey[0]", sa.Integer)
+    return (
+        sa.select(attribute.attname)
+        .where(attribute.attrelid == index.indrelid, attribute.attnum == number)
+        .scalar_subquery()
+    )
+
+
+def _inner_column() -> sa.ScalarSelect[Any]:
+    """The vector column within an expression."""
+    attribute, index, depend = system.ATTRIBUTE.c, system.INDEX.c, system.DEPEND.c
+    return (
+        sa.select(attribute.attname)
+        .join_from(system.DEPEND, system.ATTRIBUTE, attribute.attnum == depend.refobjsubid)
+        .join(system.TYPE, system.TYPE.c.oid == attribute.atttypid)
+        .where(
+            depend.classid == system.oid_of("pg_catalog.pg_class"),
+            depend.objid == index.indexrelid,
+            depend.refobjid == index.indrelid,
+            attribute.attrelid == index.indrelid,
+            system.TYPE.c.typname.in_(["vector", "halfvec", "sparsevec", "bit"]),
+        )
+        .limit(1)
+        .scalar_subquery()
+    )
+
+
+def _read(row: Any, table: str, schema: str | None) -> StoredIndex:
+    plain = row.column_name is not None
+    options = dict(option.split("=", 1) for option in row.reloptions or ())
+    return StoredIndex(
+        name=row.relname,
+        table=table,
+        schema=schema,
+        column=row.column_name if plain else row.inner_name or "",
+        method=row.amname,
+        form="column" if plain else form_of(row.element),
+        opclass=row.opcname,
+        options={key: as_number(value) for key, value in options.items()},
+        element=None if plain else row.element,
+        predicate=row.predicate,
+        tablespace=row.spcname,
+        valid=row.valid,
+        building=row.building,
+        definition=row.definition,
+        bytes=row.bytes,
+        scans=row.scans,
+        last_scan=row.last_scan,
+    )
+
+
+def index_state(connection: sa.Connection, relation: str, name: str) -> IndexState:
+    """State of an index of any kind.
+
+    Args:
+        connection: where.
+        relation: its table, as text for ``to_regclass``.
+        name: its name.
+    """
+    index = system.INDEX.c
+    row = connection.execute(
+        sa.select(sa.and_(index.indisvalid, index.indisready), _is_building())
+        .join(system.CLASS, system.CLASS.c.oid == index.indexrelid)
+        .where(index.indrelid == system.oid_of(relation), system.CLASS.c.relname == name)
+    ).one_or_none()
+    if row is None:
+        return "absent"
+    if row[0]:
+        return "valid"
+    return "building" if row[1] else "invalid"
+
+
+def same_index(connection: sa.Connection, wanted: VectorIndex, stored: VectorIndex) -> bool:
+    """Whether an index of the database is the one that is wanted.
+
+    Method, operator class, options, tablespace, expression and predicate count. Expressions are
+    compared as the server itself writes them, by building the wanted index on an empty temporary
+    copy of the table; where that is not allowed, by their text without blanks, brackets and casts.
+    """
+    if wanted.method != stored.method or wanted.tablespace != stored.tablespace:
+        return False
+    if wanted.effective_options != stored.effective_options:
+        return False
+    simple = wanted.element is None and wanted.predicate is None and wanted.opclass is not None
+    if not simple:
+        normal = _normalized(connection, wanted)
+        if normal is not None:
+            return _essence(normal) == _essence(stored)
+    if wanted.opclass not in (None, stored.opclass):
+        return False
+    if wanted.element is None or stored.element is None:
+        same_element = wanted.element is stored.element and wanted.column == stored.column
+    else:
+        same_element = _squeezed(wanted.expression) == _squeezed(stored.expression)
+    return same_element and _squeezed(wanted.where) == _squeezed(stored.where)
+
+
+def _essence(index: VectorIndex) -> tuple[str | None, ...]:
+    return index.column, index.opclass, index.expression, index.where
+
+
+def _normalized(connection: sa.Connection, wanted: VectorIndex) -> VectorIndex | None:
+    """An index as the server writes it, or ``None`` where it could not be asked."""
+    table = f"sbert_{uuid.uuid4().hex[:16]}"
+    try:
+        with _rolled_back(connection):
+            connection.execute(_CopyTable(table, wanted))
+            try:
+                copy = wanted.to_index(name=f"{table}_i", table=("pg_temp", table))
+                copy.dialect_options["postgresql"]["tablespace"] = None
+                connection.execute(sa.schema.CreateIndex(copy))
+                return vector_indexes(connection, table, schema="pg_temp")[0]
+            finally:
+                if not connection.in_nested_transaction():
+                    connection.execute(_DropTable(table))
+    except sa.exc.DBAPIError:
+        return None
+
+
+@contextlib.contextmanager
+def _rolled_back(connection: sa.Connection) -> Iterator[None]:
+    """A savepoint that is rolled back; nothing of the kind where every statement commits itself."""
+    if connection.get_isolation_level() == "AUTOCOMMIT":
+        yield
+        return
+    savepoint = connection.begin_nested()
+    try:
+        yield
+    finally:
+        savepoint.rollback()
+
+
+class _CopyTable(sa.schema.ExecutableDDLElement):
+    def __init__(self, name: str, wanted: VectorIndex) -> None:
+        self.name = name
+        self.wanted = wanted
+
+
+@compiles(_CopyTable)
+def _copy_table(element: _CopyTable, compiler: Any, **_: Any) -> str:
+    wanted = element.wanted
+    source = system.ddl_name(compiler, wanted.schema, wanted.table)
+    name = compiler.preparer.quote(element.name)
+    return f"CREATE TEMPORARY TABLE {name} (LIKE {source})"
+
+
+class _DropTable(sa.schema.ExecutableDDLElement):
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+@compiles(_DropTable)
+def _drop_table(element: _DropTable, compiler: Any, **_: Any) -> str:
+    return f"DROP TABLE IF EXISTS pg_temp.{compiler.preparer.quote(element.name)}"
+
+
+def _squeezed(expression: str | None) -> str:
+    """An expression without what the server adds to it and takes from it."""
+    text = (expression or "").lower()
+    text = re.sub(r"cast\s*\((.+?)\s+as\s+([a-z_ ]+(?:\(\d+\))?)\)", r"\1::\2", text)
+    text = re.sub(r"::(text|character varying|varchar)\b(\(\d+\))?", "", text)
+    return re.sub(r"[\s()\"]", "", text)
+
+
+__all__ = ["IndexState", "StoredIndex", "index_state", "same_index", "vector_indexes"]

@@ -1,0 +1,24 @@
+"""Passages: long texts cut into parts that an encoder reads whole; see docs/passages.md."""
+
+from sbert_pg.passages.chunker import (
+    Chunker,
+    FixedChunker,
+    LangChainChunker,
+    Part,
+    SentenceChunker,
+    use_chunker,
+)
+from sbert_pg.passages.declaring import Passage, add_passages, declared_passages, passages_of
+
+__all__ = [
+    "Chunker",
+    "FixedChunker",
+    "LangChainChunker",
+    "Part",
+    "Passage",
+    "SentenceChunker",
+    "add_passages",
+    "declared_passages",
+    "passages_of",
+    "use_chunker",
+]

@@ -1,0 +1,344 @@
+"""``passages_of``: an attribute of a mapped class that is the passages of its text.
+
+The declaration adds what any application could have written by hand: a mapped class and table for
+the passages, with an embedding column; a relationship to it; and on the documents an embedding
+column for the text as a whole. That column's source also says how the text is cut, so a document's
+row is fresh when its whole text is embedded *and* it is cut as it is now.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.orm import InstrumentedAttribute, Mapper, deferred, relationship
+
+from sbert_pg.catalog.embedding import Embedding
+from sbert_pg.digest import companion_name
+from sbert_pg.errors import DeclarationError
+from sbert_pg.passages.chunker import Chunker, SentenceChunker
+from sbert_pg.passages.cutting import digest_of, embedded_text
+from sbert_pg.passages.structure import sentences
+from sbert_pg.registry import get_encoder
+from sbert_pg.source import Source
+from sbert_pg.spec import EncoderSpec, canonical_name
+
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict, Unpack
+
+    from sbert_pg.distance import Similarity, Storage
+
+    class VectorOptions(TypedDict, total=False):
+        """What both embedding columns of a declaration take; see ``Embedding``."""
+
+        storage: Storage
+        dimensions: int | None
+        similarity: Similarity | None
+
+
+#: Where a relationship keeps its ``Declared``.
+_INFO = "sbert_pg.passages"
+#: Columns of a passage table beside its key, the document's and the embedding.
+PASSAGE_COLUMNS = ("ordinal", "start", "stop", "heading", "digest")
+#: Column of the text, where it is copied.
+CONTENT = "content"
+
+
+class Passage:
+    """A part of a document; the base of the classes that ``passages_of`` maps.
+
+    Attributes:
+        id: its key; the same as long as its text is.
+        ordinal: its place among the document's passages, from 0.
+        start: its first character, in the document's source column.
+        stop: the character behind its last one.
+        heading: the headings in front of it, as they are embedded with it.
+        digest: names its text as it is embedded.
+        document: the document.
+    """
+
+    id: int
+    ordinal: int
+    start: int
+    stop: int
+    heading: str
+    digest: str
+    document: Any
+    #: How it was declared; set on the mapped classes.
+    declared: Declared
+
+    @property
+    def text(self) -> str | None:
+        """The part of the document; ``None`` where the document has changed since it was cut."""
+        copied: str | None = getattr(self, CONTENT, None)
+        if copied is not None or self.document is None:
+            return copied
+        body: str = getattr(self.document, self.declared.source_keys[-1]) or ""
+        part = body[self.start : self.stop]
+        return part if digest_of(embedded_text(self.heading, part)) == self.digest else None
+
+    def highlight(self, question: str) -> tuple[int, int, str] | None:
+        """The sentence that is nearest to a question: start and stop in the document, and text.
+
+        ``None`` where the document has changed since it was cut.
+        """
+        text = self.text
+        if text is None:
+            return None
+        spans = sentences(text, getattr(self.declared.chunker, "language", None))
+        encoder = get_encoder(self.declared.encoder)
+        vectors = encoder.encode_document([text[start:stop] for start, stop in spans])
+        start, stop = spans[int((vectors @ encoder.encode_query([question])[0]).argmax())]
+        return self.start + start, self.start + stop, text[start:stop]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.id}, {self.start}:{self.stop})"
+
+
+@dataclass(frozen=True, eq=False)
+class Declared:
+    """The passages of a mapped class.
+
+    Attributes:
+        document: the class of the documents.
+        name: its attribute of passages.
+        passage: the class of the passages.
+        whole: attribute of the document that embeds it as a whole.
+        source_keys: attributes of the document that hold the headings, and last the text.
+        copies: whether passages have copies of their text.
+        encoder: the encoder of both.
+        chunker: where documents are cut.
+        keys: pairs of columns, of the passage and of the document, that are equal.
+    """
+
+    document: Any
+    name: str
+    passage: Any
+    whole: str
+    source_keys: tuple[str, ...]
+    copies: bool
+    encoder: EncoderSpec
+    chunker: Chunker
+    keys: tuple[tuple[sa.Column[Any], sa.Column[Any]], ...]
+
+
+def passages_of(
+    encoder: str | EncoderSpec,
+    source: str,
+    *,
+    heading: str | Sequence[str] = (),
+    chunker: Chunker | None = None,
+    copy_text: bool = False,
+    class_name: str | None = None,
+    table_name: str | None = None,
+    table_args: Sequence[sa.schema.SchemaItem] = (),
+    replaces: str | None = None,
+    **options: Unpack[VectorOptions],
+) -> Any:
+    """An attribute of a mapped class: the passages of a long text, as rows of a table of their own.
+
+    ``passages = passages_of("all-MiniLM-L6-v2", source="body", heading="title")`` in the class
+    ``Document`` maps a class ``DocumentPassage`` to a table ``document_passage`` of the same
+    metadata, makes ``Document.passages`` the relationship to it, and adds the embedding column
+    ``passages_embedding`` for the text as a whole. Workers cut and embed; see docs/passages.md.
+    The class is ``Document.passages.property.mapper.class_``.
+
+    Args:
+        encoder: as in ``embedding_column``.
+        source: name of the text column, as the database has it.
+        heading: columns whose text stands in front of every passage, such as a title.
+        chunker: where texts are cut; ``SentenceChunker()`` by default. It is part of the column's
+            identity: another one is another attribute beside this, which ``replaces`` it.
+        copy_text: whether passages also hold their text, in the column ``content``.
+        class_name: name of the mapped class, by default made of class and attribute.
+        table_name: name of its table, by default made of table and attribute.
+        table_args: further arguments of the passages' table, such as
+            ``[hnsw_index("document_passage_hnsw", "embedding")]``.
+        replaces: name of the attribute of passages that this one is to replace.
+        **options: ``storage``, ``dimensions`` and ``similarity`` of both embedding columns.
+
+    Raises:
+        DeclarationError: the declaration contradicts itself or leaves the dimensions unknown.
+    """
+    if not isinstance(source, str):
+        raise DeclarationError(
+            f"passages_of() was given the source {source!r}; offsets count in one text column, so "
+            "name one. Give titles by heading=, or join columns in a stored generated column."
+        )
+    titles = (heading,) if isinstance(heading, str) else tuple(heading)
+    spec = EncoderSpec.of(
+        encoder, dimensions=options.get("dimensions"), similarity=options.get("similarity")
+    )
+    return _Passages(
+        spec,
+        Source((*titles, source)).columns,
+        chunker or SentenceChunker(),
+        copy_text,
+        (class_name, table_name),
+        tuple(table_args),
+        replaces,
+        options.get("storage", "vector"),
+    )
+
+
+def add_passages(class_: type[Any], name: str, passages: Any) -> Any:
+    """Give a class that is mapped already, such as one of SQLModel's, its passages.
+
+    Args:
+        class_: the mapped class.
+        name: name of the attribute.
+        passages: what ``passages_of`` returned.
+
+    Returns:
+        The class of the passages.
+
+    Raises:
+        DeclarationError: the class cannot have them; the message says why.
+    """
+    return passages.attach(sa.inspect(class_), name).passage
+
+
+@dataclass(eq=False)
+class _Passages:
+    """What ``passages_of`` returns: stands in the class until it is mapped."""
+
+    encoder: EncoderSpec
+    #: Columns of the headings, and last that of the text.
+    columns: tuple[str, ...]
+    chunker: Chunker
+    copy_text: bool
+    names: tuple[str | None, str | None]
+    table_args: tuple[Any, ...]
+    replaces: str | None
+    storage: Storage
+
+    def __set_name__(self, owner: type[Any], name: str) -> None:
+        """Python's call at the end of the body of the class, which SQLAlchemy maps next."""
+
+        def map_passages(mapper: Mapper[Any], class_: type[Any]) -> None:
+            # A subclass has its parent's; that of a mixin or abstract class has its own.
+            if mapper.inherits is None or not mapper.inherits.has_property(name):
+                self.attach(mapper, name)
+
+        # Out of the way of the relationship, which gets the name.
+        delattr(owner, name)
+        event.listen(owner, "after_mapper_constructed", map_passages, propagate=True)
+
+    def attach(self, mapper: Mapper[Any], name: str) -> Declared:
+        """Map the passages of a class, and give it its attributes."""
+        table = mapper.local_table
+        if not isinstance(table, sa.Table) or not table.primary_key.columns:
+            raise DeclarationError(
+                f"{mapper.class_.__name__} cannot have passages: it is mapped to {table!r}, and "
+                "passages refer to a table by its primary key."
+            )
+        singular = name[:-1] if name.endswith("s") else name
+        class_name = self.names[0] or mapper.class_.__name__ + "".join(
+            word.capitalize() for word in singular.split("_")
+        )
+        table_name = self.names[1] or f"{table.name}_{singular}"
+        passage_table = self._table(table, table_name)
+        whole = self._whole(mapper, table, name, passage_table)
+        passage = type(class_name, (Passage,), {"__module__": mapper.class_.__module__})
+        keys = tuple(
+            (passage_table.c[_key_name(table, key)], key) for key in table.primary_key.columns
+        )
+        sources = (mapper.get_property_by_column(table.c[column]).key for column in self.columns)
+        declared = Declared(
+            mapper.class_, name, passage, whole, tuple(sources), self.copy_text, self.encoder,
+            self.chunker, keys,
+        )  # fmt: skip
+        passage.declared = declared  # type: ignore[attr-defined]
+        embedding = passage_table.c.embedding
+        mapper.registry.map_imperatively(
+            passage,
+            passage_table,
+            properties={
+                "embedding": deferred(embedding),
+                "embedding_of": deferred(passage_table.c[companion_name("embedding")]),
+                "document": relationship(mapper.class_, back_populates=name),
+            },
+        )
+        own = relationship(
+            passage,
+            back_populates="document",
+            order_by=passage_table.c.ordinal,
+            cascade="all, delete-orphan",
+            passive_deletes=True,
+            info={_INFO: declared},
+        )
+        mapper.add_property(name, own)
+        return declared
+
+    def _whole(
+        self, mapper: Mapper[Any], table: sa.Table, name: str, passage_table: sa.Table
+    ) -> str:
+        """Add the embedding of the document as a whole; returns its attribute."""
+        settings = {
+            "table": passage_table.name,
+            "key": [[_key_name(table, key), key.name] for key in table.primary_key.columns],
+            "encoder": canonical_name(self.encoder.name),
+            "chunker": dict(self.chunker.identity),
+            "copy": self.copy_text,
+        }
+        source = Source(self.columns, passages=json.dumps(settings, sort_keys=True))
+        source.resolve(table)
+        whole = f"{name}_embedding"
+        replaces = None if self.replaces is None else f"{self.replaces}_embedding"
+        type_ = Embedding(self.encoder, source, storage=self.storage, replaces=replaces)
+        table.append_column(sa.Column(whole, type_, nullable=True))
+        mapper.add_property(companion_name(whole), deferred(table.c[companion_name(whole)]))
+        mapper.add_property(whole, deferred(table.c[whole]))
+        return whole
+
+    def _table(self, table: sa.Table, name: str) -> sa.Table:
+        keys = list(table.primary_key.columns)
+        names = [_key_name(table, key) for key in keys]
+        place = {"key": names, "column": self.columns[-1]}
+        source = Source(("digest",), document=json.dumps(place, sort_keys=True))
+        content = [sa.Column(CONTENT, sa.Text, nullable=False)] if self.copy_text else []
+        return sa.Table(
+            name,
+            table.metadata,
+            sa.Column("id", sa.BigInteger, sa.Identity(), primary_key=True),
+            *(sa.Column(n, key.type, nullable=False) for n, key in zip(names, keys, strict=True)),
+            sa.Column("ordinal", sa.Integer, nullable=False),
+            sa.Column("start", sa.Integer, nullable=False),
+            sa.Column("stop", sa.Integer, nullable=False),
+            sa.Column("heading", sa.Text, nullable=False),
+            sa.Column("digest", sa.Text, nullable=False),
+            *content,
+            sa.Column("embedding", Embedding(self.encoder, source, storage=self.storage)),
+            # Keys that change take their passages along, which are the same text still.
+            sa.ForeignKeyConstraint(names, keys, ondelete="CASCADE", onupdate="CASCADE"),
+            sa.Index(None, *names),
+            *self.table_args,
+            schema=table.schema,
+        )
+
+
+def _key_name(table: sa.Table, key: sa.Column[Any]) -> str:
+    return f"{table.name}_{key.name}"
+
+
+def declared_passages(attribute: Any) -> Declared | None:
+    """How the attribute of a mapped class was declared, where it is one of passages."""
+    if not isinstance(attribute, InstrumentedAttribute):
+        return None
+    declared: Declared | None = attribute.property.info.get(_INFO)
+    return declared
+
+
+__all__ = [
+    "CONTENT",
+    "PASSAGE_COLUMNS",
+    "Declared",
+    "Passage",
+    "add_passages",
+    "declared_passages",
+    "passages_of",
+]

@@ -1,1 +1,0 @@
-"""What is stale: marks, claims on them, backfills, audits, and the status of columns."""

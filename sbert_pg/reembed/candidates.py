@@ -1,0 +1,159 @@
+"""Candidates for what made a column's vectors: encoders, and ways to make a row's text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects.postgresql import JSONB
+
+from sbert_pg.errors import SourceError
+from sbert_pg.freshness.comparing import Comparison
+from sbert_pg.source import Source
+from sbert_pg.spec import TextEncoder
+
+#: What home-made code joins columns with.
+SEPARATORS = (" ", "\n", "\n\n", ". ", ": ", ", ")
+#: More text columns than this are only tried alone.
+MOST_JOINED = 5
+_PREPARER = postgresql.dialect(paramstyle="named").identifier_preparer  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A way to make a row's text, from values that were read together.
+
+    Attributes:
+        source: the source that it is, ``None`` where no source can be it.
+        label: what a report calls it.
+        positions: which of the values it reads.
+        join: from these values to the text.
+        remedy: what turns it into something that can be a source.
+    """
+
+    source: Source | None
+    label: str
+    positions: tuple[int, ...]
+    join: Callable[[Sequence[Any]], str]
+    remedy: str | None = None
+
+    def of(self, values: Sequence[Any]) -> str:
+        """The text of one row's values."""
+        return self.join([values[i] for i in self.positions])
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An encoder and a way to make the text, and how they agree with the sampled rows.
+
+    Attributes:
+        encoder: the encoder.
+        text: the text.
+        comparison: the rows' vectors, against those of the text.
+    """
+
+    encoder: TextEncoder
+    text: Text
+    comparison: Comparison
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        names = {"encoder": self.encoder.spec.name, "text": self.text.label}
+        return names | self.comparison.figures()
+
+    def __str__(self) -> str:
+        return f"{self.encoder.spec.name} on {self.text.label}: {self.comparison}"
+
+
+def single_texts(table: sa.Table, keys: Sequence[str]) -> list[Text]:
+    """Each text column alone; positions are those of ``readable_columns``."""
+    names = [column.name for column in readable_columns(table, keys) if _is_text(column)]
+    return [
+        Text(Source.of(name), name, (i,), Source.of(name).joiner()) for i, name in enumerate(names)
+    ]
+
+
+def joined_texts(table: sa.Table, keys: Sequence[str]) -> list[Text]:
+    """Two text columns joined, in both orders and by each of the separators."""
+    names = [column.name for column in readable_columns(table, keys) if _is_text(column)]
+    if len(names) > MOST_JOINED:
+        return []
+    texts = []
+    for pair in permutations(range(len(names)), 2):
+        for separator in SEPARATORS:
+            source = Source((names[pair[0]], names[pair[1]]), separator)
+            label = f"{source} joined by {separator!r}"
+            texts.append(Text(source, label, pair, source.joiner()))
+    return texts
+
+
+def hidden_texts(table: sa.Table, keys: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[Text]:
+    """Texts inside JSON documents, which cannot be a source; ``rows`` as the columns are read."""
+    texts = []
+    for i, column in enumerate(readable_columns(table, keys)):
+        if _is_text(column):
+            continue
+        documents = [row[i] for row in rows if isinstance(row[i], dict)]
+        for key in sorted({key for document in documents for key in document}):
+            strings = sum(isinstance(document.get(key), str) for document in documents)
+            if strings * 2 < len(rows):
+                continue
+            name, literal = _PREPARER.quote(f"{key}_text"), key.replace("'", "''")
+            remedy = (
+                f"ALTER TABLE {_PREPARER.format_table(table)} ADD COLUMN {name} text GENERATED "
+                f"ALWAYS AS ({_PREPARER.quote(column.name)} ->> '{literal}') STORED"
+            )
+            label = f"{column.name} ->> {key!r}"
+            texts.append(Text(None, label, (i,), _from_json(key), remedy))
+    return texts
+
+
+def _from_json(key: str) -> Callable[[Sequence[Any]], str]:
+    def join(values: Sequence[Any]) -> str:
+        value = values[0].get(key) if isinstance(values[0], dict) else None
+        return value if isinstance(value, str) else ""
+
+    return join
+
+
+def texts_of_sources(table: sa.Table, keys: Sequence[str], sources: Iterable[Source]) -> list[Text]:
+    """The sources that a caller names.
+
+    Raises:
+        SourceError: one names a column that the table lacks, or one that is no text, or is that
+            of documents that are cut into passages.
+    """
+    names = [column.name for column in readable_columns(table, keys)]
+    texts = []
+    for source in sources:
+        if source.passages is not None or source.document is not None:
+            raise SourceError(
+                f"{source} cannot be adopted: a vector says nothing of how its document is cut. "
+                "Declare passages_of(...) and have a worker fill it."
+            )
+        source.resolve(table)
+        positions = tuple(names.index(name) for name in source.columns)
+        label = str(source)
+        if len(source.columns) > 1 and source.pattern is None:
+            label += f" joined by {source.separator!r}"
+        texts.append(Text(source, label, positions, source.joiner()))
+    return texts
+
+
+def readable_columns(table: sa.Table, keys: Sequence[str]) -> list[sa.Column[Any]]:
+    """Columns that a text may be made of: text columns first, then JSON documents.
+
+    A key is a text of its own only where it is all that there is.
+    """
+    texts = [column for column in table.columns if _is_text(column)]
+    others = [column for column in texts if column.name not in keys]
+    documents = [column for column in table.columns if isinstance(column.type, (sa.JSON, JSONB))]
+    return [*others, *(column for column in texts if column.name in keys), *documents]
+
+
+def _is_text(column: sa.Column[Any]) -> bool:
+    return isinstance(column.type, sa.String) and not isinstance(column.type, sa.Enum)

@@ -1,0 +1,229 @@
+"""Finish and abort: one of a change's two columns goes, and the other stays as if alone."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import REGCLASS
+
+from sbert_pg import catalog, system
+from sbert_pg.catalog import Binding
+from sbert_pg.catalog.record import qualified
+from sbert_pg.errors import BackfillIncompleteError, ReembeddingError, StillInUseError
+from sbert_pg.locks import ATTEMPTS, LOCK_TIMEOUT, LockTable, in_short_transactions
+from sbert_pg.reembed.ready import joined
+from sbert_pg.reembed.status import (
+    QUIET,
+    operations_on,
+    replacement_of,
+    sides_of,
+    status_of,
+    use_of,
+)
+from sbert_pg.sqlstates import translated
+from sbert_pg.types.identity import ColumnIdentity
+
+
+def finish(
+    engine: sa.Engine,
+    column: ColumnIdentity,
+    *,
+    force: bool = False,
+    quiet: dt.timedelta = QUIET,
+    watch: float = 0.0,
+    max_pending: int | None = 0,
+    max_failed: int | None = 0,
+    lock_timeout: float = LOCK_TIMEOUT,
+    attempts: int = ATTEMPTS,
+) -> bool:
+    """Finish a change: unbind and drop the old column with its indexes, in one transaction.
+
+    Everything is checked before anything is changed. ``DROP COLUMN`` takes ``ACCESS EXCLUSIVE`` for
+    an instant, rewrites nothing and waits for the lock no longer than ``lock_timeout`` at a time.
+
+    Args:
+        engine: where.
+        column: the new column, or the old one.
+        force: drop it although it is still in use. Completeness is required all the same.
+        quiet: how long the old column must not have been used.
+        watch: seconds to watch it first.
+        max_pending: new and changed rows that may wait for their vector; any number for ``None``.
+        max_failed: rows allowed whose text could not be encoded; any number for ``None``.
+        lock_timeout: seconds to wait for the table's lock at an attempt.
+        attempts: how often to try.
+
+    Returns:
+        Whether it was dropped now; ``False`` where the change was finished before.
+
+    Raises:
+        BackfillIncompleteError: the new column is not complete, or lacks its index.
+        StillInUseError: the old column is still read or written, and ``force`` was not given. What
+            cannot be seen is listed in ``status(...).unseen``.
+        TableBusyError: the table's lock could not be had.
+    """
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        new, replaced = sides_of(connection, column)
+        if replaced is None:
+            return False
+        old = replaced
+        require_finishable(
+            connection,
+            new,
+            old,
+            force=force,
+            quiet=quiet,
+            watch=watch,
+            max_pending=max_pending,
+            max_failed=max_failed,
+        )
+
+    def step(connection: sa.Connection) -> bool:
+        _lock(connection, old)
+        if catalog.binding_by_id(connection, old.id) is None:
+            return False
+        # Rows that came since the last look are pending in the new column. That it is still there,
+        # and still the same binding, is what has to be asked under the lock.
+        if catalog.binding_by_id(connection, new.id) is None:
+            raise ReembeddingError(f"{new} was removed meanwhile; nothing was dropped.")
+        drop_bound_column(connection, old)
+        activated = sa.func.sbert.set_state_v1(new.id, "filling", "active")
+        connection.execute(sa.select(activated))
+        return True
+
+    return _dropping(engine, old, step, lock_timeout, attempts)
+
+
+def require_finishable(
+    connection: sa.Connection,
+    new: Binding,
+    old: Binding,
+    *,
+    force: bool = False,
+    quiet: dt.timedelta = QUIET,
+    watch: float = 0.0,
+    max_pending: int | None = 0,
+    max_failed: int | None = 0,
+) -> None:
+    """Do nothing where a change can be finished now; its arguments are those of ``finish``.
+
+    Raises:
+        BackfillIncompleteError: the new column is not complete, or lacks its index.
+        StillInUseError: the old column is still read or written, and ``force`` was not given.
+    """
+    stands = status_of(connection, new, old, whole=False)
+    reasons = stands.reasons(max_pending, max_failed)
+    if reasons:
+        raise BackfillIncompleteError(
+            f"{new} cannot take the place of {old.column} yet: {joined(reasons)}. Next: "
+            f"{stands.next_step}."
+        )
+    in_use = () if force else use_of(connection, old, quiet, watch)
+    if in_use:
+        raise StillInUseError(
+            f"{old} is still in use: {joined(in_use)}. Wait until every process runs the code that "
+            f"declares {new.column!r}, and for {quiet.total_seconds():.0f} s more; or force it, "
+            "and whoever still uses it will fail."
+        )
+
+
+def abort(
+    engine: sa.Engine,
+    column: ColumnIdentity,
+    *,
+    lock_timeout: float = LOCK_TIMEOUT,
+    attempts: int = ATTEMPTS,
+) -> bool:
+    """Give a change up: remove the new column with its binding, indexes and triggers.
+
+    One transaction; afterwards nothing is left of the change. The old column was fresh throughout.
+
+    Args:
+        engine: where.
+        column: the new column.
+        lock_timeout: seconds to wait for the table's lock at an attempt.
+        attempts: how often to try.
+
+    Returns:
+        Whether there was anything to remove.
+
+    Raises:
+        ReembeddingError: the column replaces nothing, so it is not a change's new column.
+        TableBusyError: the table's lock could not be had; an index that is being built holds it.
+    """
+    with engine.connect() as connection:
+        binding = catalog.binding_of(connection, column)
+        if binding is None:
+            return False
+        if binding.replaces is None:
+            newer = replacement_of(connection, binding)
+            hint = f"; its replacement is {newer.column!r}" if newer is not None else ""
+            raise ReembeddingError(
+                f"{binding} replaces no column, so there is no change to give up{hint}. Give the "
+                "new column of a change that is under way."
+            )
+        connection.rollback()
+
+    def step(connection: sa.Connection) -> bool:
+        _lock(connection, binding)
+        if catalog.binding_by_id(connection, binding.id) is None:
+            return False
+        drop_bound_column(connection, binding)
+        return True
+
+    return _dropping(engine, binding, step, lock_timeout, attempts)
+
+
+def resume(connection: sa.Connection, column: ColumnIdentity, replaces: str) -> Binding:
+    """Make one bound column the replacement of another again, as after a *finish* taken back.
+
+    Args:
+        connection: where; in the caller's transaction.
+        column: the new column.
+        replaces: the old column, which is there and bound again.
+
+    Returns:
+        The new column's binding.
+
+    Raises:
+        NotBoundError: one of them is not bound.
+    """
+    new = catalog.require_binding(connection, column)
+    relation = sa.cast(qualified(connection, new.identity), REGCLASS)
+    with translated():
+        connection.execute(sa.select(sa.func.sbert.resume_v1(relation, new.column, replaces)))
+    return catalog.require_binding(connection, new.identity)
+
+
+def _dropping(
+    engine: sa.Engine,
+    binding: Binding,
+    step: Callable[[sa.Connection], bool],
+    lock_timeout: float,
+    attempts: int,
+) -> bool:
+    return in_short_transactions(
+        engine,
+        step,
+        relation=system.name_of(engine.dialect, binding.schema, binding.table),
+        lock_timeout=lock_timeout,
+        attempts=attempts,
+    )
+
+
+def drop_bound_column(connection: sa.Connection, binding: Binding) -> None:
+    """Unbind a column and drop it and its companion."""
+    catalog.unbind(connection, binding.identity)
+    operations = operations_on(connection)
+    for name in (binding.column, binding.companion):
+        operations.drop_column(binding.table, name, schema=binding.schema)
+
+
+def _lock(connection: sa.Connection, binding: Binding) -> None:
+    """Lock a bound column's table against everybody until the transaction ends."""
+    table = sa.Table(binding.table, sa.MetaData(), schema=binding.schema)
+    connection.execute(LockTable(table, "ACCESS EXCLUSIVE"))
+
+
+__all__ = ["abort", "drop_bound_column", "finish", "require_finishable", "resume"]

@@ -1,0 +1,250 @@
+"""The rows that a search has found in a better order: by a cross-encoder, or for diversity.
+
+Both take rows as they came from the database, entities or rows with an entity in them, and ask the
+database for nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import sqlalchemy as sa
+
+from sbert_pg.distance import similarity_matrix
+from sbert_pg.errors import DeclarationError
+from sbert_pg.registry import get_encoder
+from sbert_pg.spec import Vectors
+
+T = TypeVar("T")
+
+#: Rows that are scored first where time is short, and at most at once.
+_FIRST, _MOST = 8, 64
+
+
+class Scorer(Protocol):
+    """What scores pairs: a ``Reranker``, or an object of the application's own."""
+
+    def score(self, question: str, texts: Sequence[str]) -> Any:
+        """A number for each text, larger for better."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked(Generic[T]):
+    """A row in its new place.
+
+    Attributes:
+        row: the row, as it was given.
+        score: its score; ``None`` where it has no text or the time was over before its turn.
+        text: the text that has this score: of a row with several passages, the best one.
+    """
+
+    row: T
+    score: float | None
+    text: str | None
+
+
+def rerank(
+    rows: Sequence[T],
+    question: str,
+    reranker: Scorer,
+    *,
+    text: Any,
+    limit: int | None = None,
+    at_most: float | None = None,
+) -> list[Ranked[T]]:
+    """Rows by how well a cross-encoder says that they answer the question, best first.
+
+    ::
+
+        rows = session.scalars(nearest(Article.embedding, question).limit(100)).all()
+        best = rerank(rows, question, reranker, text=Article.body, limit=10, at_most=0.25)
+
+    Args:
+        rows: rows in the order in which they were found, with which the time is spent first.
+        question: the question.
+        reranker: scores pairs, see ``sbert_pg.Reranker``.
+        text: what a row says: an attribute of its class, or a function of the row. Where it gives
+            several texts, or objects with a ``text`` such as ``Document.passages``, the best of
+            them counts.
+        limit: rows that are returned; all by default.
+        at_most: seconds that may be spent. Rows whose turn does not come keep their order behind
+            those that were scored. How long the next rows take is estimated by those before, so
+            that one batch of them may end later. No limit by default.
+
+    Returns:
+        The rows with their scores. Rows without a text stand behind those that were scored, too.
+
+    Raises:
+        DeclarationError: ``text`` is not known to the rows or gives something that is not a text,
+            or the reranker gives several numbers for a text.
+        EncodingError: a text cannot be encoded.
+    """
+    return _ranked(rows, _texts(rows, text), question, reranker, limit, at_most)
+
+
+async def rerank_async(
+    rows: Sequence[T],
+    question: str,
+    reranker: Scorer,
+    *,
+    text: Any,
+    limit: int | None = None,
+    at_most: float | None = None,
+) -> list[Ranked[T]]:
+    """``rerank`` in a thread, so that an event loop keeps running; texts are read before."""
+    texts = _texts(rows, text)
+    return await asyncio.to_thread(_ranked, rows, texts, question, reranker, limit, at_most)
+
+
+def _ranked(
+    rows: Sequence[T],
+    texts: Sequence[list[str]],
+    question: str,
+    reranker: Scorer,
+    limit: int | None,
+    at_most: float | None,
+) -> list[Ranked[T]]:
+    scored: list[Ranked[T]] = []
+    done: set[int] = set()
+    with_text = [position for position, some in enumerate(texts) if some]
+    for positions in _turns(with_text, at_most):
+        pairs = [(position, one) for position in positions for one in texts[position]]
+        scores = np.asarray(reranker.score(question, [one for _, one in pairs]))
+        if scores.shape != (len(pairs),):
+            raise DeclarationError(
+                f"{reranker!r} gives numbers of shape {scores.shape} for {len(pairs)} texts; a "
+                "reranker gives one for each."
+            )
+        best: dict[int, tuple[float, str]] = {}
+        for (position, one), score in zip(pairs, scores.tolist(), strict=True):
+            if position not in best or score > best[position][0]:
+                best[position] = (score, one)
+        scored += [Ranked(rows[position], *best[position]) for position in positions]
+        done.update(positions)
+    scored.sort(key=lambda ranked: ranked.score or 0.0, reverse=True)
+    rest = [Ranked(row, None, None) for number, row in enumerate(rows) if number not in done]
+    return [*scored, *rest][:limit]
+
+
+def _turns(positions: Sequence[int], at_most: float | None) -> Iterator[Sequence[int]]:
+    """Rows that are scored at a time, for as long as the time lasts."""
+    if at_most is None:
+        yield from [positions] if positions else []
+        return
+    started, done, size = time.monotonic(), 0, _FIRST
+    while done < len(positions) and size > 0 and time.monotonic() - started < at_most:
+        some = positions[done : done + size]
+        yield some
+        done += len(some)
+        spent = time.monotonic() - started
+        left = (at_most - spent) * done / spent if spent > 0 else _MOST
+        size = int(min(max(left, 0), _MOST))
+
+
+def diverse(
+    rows: Sequence[T], limit: int, *, vector: Any, question: Any, trade: float = 0.7
+) -> list[T]:
+    """Rows that answer the question and do not repeat each other (maximal marginal relevance).
+
+    Each next row is the one with the largest ``trade`` times its similarity to the question less
+    ``1 - trade`` times its similarity to the most similar row that was taken before (Carbonell and
+    Goldstein 1998).
+
+    It needs the vectors of all rows, which a search does not load by itself:
+    ``nearest(...).options(undefer(Article.embedding))``. With 100 rows of 384 dimensions that is
+    some 150 kB more from the server, and the choice itself takes less than a millisecond.
+
+    Args:
+        rows: what was found, in any order; several times as many as are wanted.
+        limit: rows that are returned at most.
+        vector: the embedding's attribute, or a function of the row. Rows without one are left out.
+        question: a text, which the attribute's encoder encodes as a query, or a vector.
+        trade: 1 for similarity to the question alone, 0 for diversity alone.
+
+    Raises:
+        DeclarationError: ``trade`` is outside of 0 to 1, ``vector`` is not known to the rows or not
+            loaded, or a text is given with a function.
+        EncoderError: the attribute's encoder cannot be loaded.
+    """
+    if not 0 <= trade <= 1:
+        raise DeclarationError(f"diverse: trade is {trade}; it lies between 0 and 1.")
+    values = [_value(row, vector, loaded=True) for row in rows]
+    kept = [number for number, value in enumerate(values) if value is not None]
+    if not kept or limit < 1:
+        return []
+    matrix = np.asarray([values[number] for number in kept], np.float32)
+    relevance = similarity_matrix(_question(question, vector)[None], matrix, "cosine")[0]
+    similarity = similarity_matrix(matrix, matrix, "cosine")
+    chosen: list[int] = []
+    gain, nearest = trade * relevance, np.full(len(kept), -np.inf, np.float32)
+    while len(chosen) < min(limit, len(kept)):
+        penalty = (1 - trade) * nearest if chosen else 0
+        best = int(np.argmax(gain - penalty))
+        chosen.append(best)
+        gain[best] = -np.inf
+        nearest = np.maximum(nearest, similarity[best])
+    return [rows[kept[number]] for number in chosen]
+
+
+def _question(question: Any, vector: Any) -> Vectors:
+    if not isinstance(question, str):
+        return np.asarray(question, np.float32)
+    encoder = getattr(getattr(vector, "type", None), "encoder", None)
+    if encoder is None:
+        raise DeclarationError(
+            "diverse: a question that is a text is encoded by the encoder of an embedding column. "
+            "Give vector=Article.embedding, or the question's own vector."
+        )
+    return np.asarray(get_encoder(encoder).encode_query([question])[0])
+
+
+def _texts(rows: Sequence[Any], text: Any) -> list[list[str]]:
+    """The texts of each row."""
+    return [_some(_value(row, text), number) for number, row in enumerate(rows)]
+
+
+def _some(value: Any, number: int) -> list[str]:
+    if value is None:
+        return []
+    parts = [value] if isinstance(value, str) else value
+    try:
+        texts = [getattr(part, "text", part) for part in parts]
+    except TypeError:
+        texts = [value]
+    wrong = [part for part in texts if not isinstance(part, str) and part is not None]
+    if wrong:
+        raise DeclarationError(
+            f"The text of row {number} is {type(wrong[0]).__name__} and not a text, nor something "
+            "with one."
+        )
+    return [part for part in texts if part]
+
+
+def _value(row: Any, of: Any, *, loaded: bool = False) -> Any:
+    """An attribute of a row, or of the entity in it; or what a function makes of it."""
+    key = getattr(of, "key", None)
+    if key is None:
+        if isinstance(of, Callable):  # type: ignore[arg-type]
+            return of(row)
+        raise DeclarationError(f"{of!r} is neither an attribute of a class nor a function.")
+    owner = getattr(of, "class_", None)
+    for place in (row, *(row if isinstance(row, sa.Row) else ())):
+        if isinstance(place, owner) if owner is not None else hasattr(place, key):
+            if loaded and owner is not None and key in sa.inspect(place).unloaded:
+                raise DeclarationError(
+                    f"{of} is not loaded, and reading it would ask the database for each row. "
+                    f"Load it with the rows: select.options(undefer({of}))."
+                )
+            return getattr(place, key)
+    if isinstance(row, sa.Row) and hasattr(row, key):
+        return getattr(row, key)
+    raise DeclarationError(f"The rows have no {of}; a row is {type(row).__name__}.")
+
+
+__all__ = ["Ranked", "Scorer", "diverse", "rerank", "rerank_async"]

@@ -1,0 +1,229 @@
+"""BM25 as SQL: the parts of a search by words whose text never varies.
+
+Four parts of a statement are made of the caller's: the questions (``words_questions``), what holds
+for all of them (``words_search``), the rows of the table (``words_rows``), and the caller's rows,
+with criteria and joins (``words_within``). Those here know them by name. What concerns words is
+looked up once for all questions; each question (``words_one``) is then ranked by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import sqlalchemy as sa
+
+#: Lucene's and Elasticsearch's defaults.
+K1, B = 1.2, 0.75
+#: Words in more than this share of the rows score, but bring no candidates of their own before the
+#: rows with rarer words are known: as in MaxScore (Turtle and Flood, 1995) the answer is the same.
+COMMON = 0.1
+#: The statistics of a column, by values and not by a join: the view's tables are read by their
+#: indexes then, instead of whole.
+_STATISTICS = """s.schemaname = (SELECT schema FROM words_table)
+   AND s.tablename = (SELECT name FROM words_table)
+   AND s.attname = (SELECT {column} FROM words_search)
+   AND s.inherited = (SELECT partitioned FROM words_table)"""
+_PARTS: dict[str, tuple[tuple[str, ...], str]] = {
+    "words_asked": (
+        ("number", "lexeme"),
+        """
+SELECT q.number, a.lexeme
+  FROM words_questions AS q CROSS JOIN words_search AS s
+ CROSS JOIN unnest(to_tsvector(s.language, q.words)) AS a
+""",
+    ),
+    # What the server knows of the table; nothing of a view or a subquery.
+    "words_table": (
+        ("schema", "name", "partitioned", "rows"),
+        """
+SELECT n.nspname AS schema, k.relname AS name, k.relkind = 'p' AS partitioned,
+       CAST(CASE WHEN k.relkind = 'p' THEN (
+                SELECT CASE WHEN min(leaf.reltuples) >= 0 THEN sum(leaf.reltuples) END
+                  FROM pg_catalog.pg_partition_tree(k.oid) AS t
+                  JOIN pg_catalog.pg_class AS leaf ON leaf.oid = t.relid WHERE t.isleaf)
+                 WHEN k.relkind = 'r' AND k.reltuples > 0 THEN k.reltuples END AS float8) AS rows
+  FROM words_search AS q
+  JOIN pg_catalog.pg_class AS k ON k.oid = to_regclass(q.table_name)
+  JOIN pg_catalog.pg_namespace AS n ON n.oid = k.relnamespace
+""",
+    ),
+    # The shares of rows that have a lexeme, as ANALYZE kept them: thousands, read once.
+    "words_kept": (
+        ("lexeme", "share"),
+        f"""
+SELECT kept.lexeme, kept.share
+  FROM pg_catalog.pg_stats AS s
+ CROSS JOIN unnest(CAST(CAST(s.most_common_elems AS text) AS text[]), s.most_common_elem_freqs)
+       AS kept (lexeme, share)
+ WHERE kept.lexeme = ANY (ARRAY(SELECT lexeme FROM words_asked))
+   AND {_STATISTICS.format(column="vector_column")}
+""",  # noqa: S608 (a constant of this module)
+    ),
+    # The mean of the lengths, by their common values and their histogram.
+    "words_lengths": (
+        ("mean",),
+        f"""
+SELECT coalesce(common.total, 0) + (1 - coalesce(common.share, 0)) * coalesce(rest.mean, 0) AS mean
+  FROM pg_catalog.pg_stats AS s
+ CROSS JOIN LATERAL (
+       SELECT sum(v.value * v.share) AS total, sum(v.share) AS share
+         FROM unnest(CAST(CAST(s.most_common_vals AS text) AS float8[]), s.most_common_freqs)
+              AS v (value, share)) AS common
+ CROSS JOIN LATERAL (
+       SELECT avg((h.bound + h.next) / 2) AS mean
+         FROM (SELECT bound, lead(bound) OVER (ORDER BY bound) AS next
+                 FROM unnest(CAST(CAST(s.histogram_bounds AS text) AS float8[])) AS b (bound)
+              ) AS h) AS rest
+ WHERE {_STATISTICS.format(column="length_column")}
+""",  # noqa: S608 (a constant of this module)
+    ),
+    # Rows and their mean length: by the statistics, where there are both, else counted.
+    "words_corpus": (
+        ("rows", "mean"),
+        """
+SELECT CASE WHEN k.known THEN k.rows
+            ELSE CAST((SELECT count(*) FROM words_rows) AS float8) END AS rows,
+       coalesce(nullif(CASE WHEN k.known THEN k.mean
+                       ELSE CAST((SELECT avg(length) FROM words_rows) AS float8) END, 0), 1) AS mean
+  FROM (SELECT t.rows, l.mean, t.rows IS NOT NULL AND l.mean IS NOT NULL AS known
+          FROM words_search LEFT JOIN words_table AS t ON true
+          LEFT JOIN words_lengths AS l ON true) AS k
+""",
+    ),
+    # Each lexeme in quotes (quotes and backslashes doubled), and in how many rows it is; those that
+    # are not kept are rare, and counted.
+    "words_df": (
+        ("lexeme", "quoted", "rows", "df"),
+        r"""
+SELECT a.lexeme, a.quoted, c.rows,
+       least(CASE WHEN k.share IS NOT NULL THEN k.share * c.rows
+                  ELSE (SELECT count(*) FROM words_rows AS r
+                         WHERE r.vector @@ CAST(a.quoted AS tsquery)) END, c.rows) AS df
+  FROM (SELECT DISTINCT lexeme, concat('''', replace(replace(
+               lexeme, E'\\', E'\\\\'), '''', ''''''), '''') AS quoted
+          FROM words_asked) AS a
+ CROSS JOIN words_corpus AS c LEFT JOIN words_kept AS k ON k.lexeme = a.lexeme
+""",
+    ),
+    "words_idf": (
+        ("lexeme", "quoted", "query", "idf", "common"),
+        f"""
+SELECT lexeme, quoted, CAST(quoted AS tsquery) AS query,
+       ln(1 + (rows - df + .5) / (df + .5)) AS idf, df > {COMMON} * rows AS common
+  FROM words_df
+""",  # noqa: S608 (a constant of this module)
+    ),
+    # ts_rank of one lexeme half-way between tf - 1 and tf, for tf from 1 to 255.
+    "words_levels": (
+        ("bounds",),
+        """
+SELECT array_agg(0.1 * (total - 0.5 / (n * n)) / 1.64493406685 ORDER BY n) AS bounds
+  FROM (SELECT n, CAST(sum(1.0 / (n * n)) OVER (ORDER BY n) AS float8) AS total
+          FROM generate_series(1, 255) AS n) AS levels
+""",
+    ),
+}
+
+#: The words of one question, always in one order: sums of floats depend on it, and so do ties.
+#: *reach* is what a row can score at most by a word and those that weigh less.
+_TERMS = f"""
+SELECT i.quoted, i.query, i.idf, i.common,
+       {K1 + 1} * sum(i.idf) OVER (ORDER BY i.idf, i.lexeme COLLATE "C") AS reach
+  FROM words_asked AS a JOIN words_idf AS i ON i.lexeme = a.lexeme
+ WHERE a.number = words_one.number ORDER BY i.lexeme COLLATE "C"
+"""  # noqa: S608 (a constant of this module)
+#: tf of a lexeme, of the whole vector or of one weight class.
+_TF = (
+    "CAST(width_bucket(CAST(ts_rank(CAST('{{.1,.1,.1,.1}}' AS real[]), v.{vector}, t.query) "
+    "AS float8), (SELECT bounds FROM words_levels)) AS float8)"
+)
+#: Rows of the caller's that have one of some lexemes, with their score and the share of the
+#: question's idf that they hold. A long vector is stored compressed, and each function that reads
+#: it expands it: *v* is expanded once for all words. OFFSET 0 keeps what is computed once from
+#: being put in the place of each of its uses.
+_RANKED = """
+SELECT {keys}, s.score, s.held
+  FROM words_within AS w CROSS JOIN LATERAL (SELECT {vectors} OFFSET 0) AS v
+ CROSS JOIN LATERAL (
+       SELECT sum(t.idf * c.tf * {k1_1} / (c.tf + {k1} * ({b_1} + {b} * w.length
+                  / (SELECT mean FROM words_corpus)))) AS score,
+              sum(t.idf) FILTER (WHERE c.tf > 0) / sum(t.idf) AS held
+         FROM words_terms AS t CROSS JOIN LATERAL (SELECT {tf} AS tf OFFSET 0) AS c) AS s
+ WHERE w.vector @@ (SELECT CAST(string_agg(quoted, ' | ') AS tsquery) FROM words_terms{some})
+   AND (numnode(words_one.required) = 0 OR w.vector @@ words_one.required){more}
+ ORDER BY s.score DESC, {keys}
+ LIMIT (SELECT needed FROM words_search)
+"""
+#: Rows of common words alone are looked at where they can score more than the last row found.
+_BEYOND = "common AND coalesce(reach > least, true)"
+_VERDICT = f"""
+SELECT least, NOT EXISTS (SELECT FROM words_terms WHERE {_BEYOND}) AS suffice
+  FROM (SELECT CASE WHEN count(*) >= (SELECT needed FROM words_search) THEN min(score) END AS least
+          FROM words_rare) AS last
+"""  # noqa: S608 (a constant of this module)
+_CHOSEN = """
+SELECT * FROM words_rare WHERE (SELECT suffice FROM words_verdict)
+UNION ALL
+(SELECT * FROM ({every}) AS every)
+"""
+_PAGE = """
+SELECT * FROM words_chosen ORDER BY score DESC, {keys}
+ LIMIT (SELECT wanted FROM words_search) OFFSET (SELECT skipped FROM words_search)
+"""
+
+
+@cache
+def looked_up() -> tuple[sa.CTE, ...]:
+    """The parts that are the same for all questions."""
+    return tuple(_part(name, columns, text) for name, (columns, text) in _PARTS.items())
+
+
+@cache
+def ranking(keys: int, weights: tuple[tuple[str, float], ...], exhaustive: bool) -> Any:
+    """The rows of one question, best first: ``key_0``.., ``score`` and ``held``.
+
+    Args:
+        keys: number of key columns.
+        weights: weight by weight class.
+        exhaustive: whether every row that has any of the words is scored at once.
+    """
+    names = tuple(f"key_{n}" for n in range(keys))
+    vectors, tf = ["setweight(w.vector, 'D') AS whole"], [_TF.format(vector="whole")]
+    if weights:
+        tf = [f"{weight:g} * {_TF.format(vector=name)}" for name, weight in weights]
+        vectors = [
+            f"ts_filter(w.vector, CAST('{{{name}}}' AS \"char\"[])) AS {name}"
+            for name, _ in weights
+        ]
+    values: dict[str, Any] = {
+        "keys": ", ".join(f"w.{name}" for name in names),
+        "vectors": ", ".join(vectors),
+        "tf": " + ".join(tf),
+    }
+    values |= {"k1": K1, "k1_1": K1 + 1, "b": B, "b_1": 1 - B}
+    ranked = (*names, "score", "held")
+    parts = [_part("words_terms", ("quoted", "query", "idf", "common", "reach"), _TERMS)]
+    if exhaustive:
+        parts.append(_part("words_chosen", ranked, _RANKED.format(**values, some="", more="")))
+    else:
+        unless = "\n   AND NOT (SELECT suffice FROM words_verdict)"
+        some = f", words_verdict WHERE NOT common OR {_BEYOND}"
+        every = _RANKED.format(**values, some=some, more=unless)
+        rare = _RANKED.format(**values, some=" WHERE NOT common", more="")
+        parts.append(_part("words_rare", ranked, rare))
+        parts.append(_part("words_verdict", ("least", "suffice"), _VERDICT))
+        parts.append(_part("words_chosen", ranked, _CHOSEN.format(every=every)))
+    parts.append(_part("words_page", ranked, _PAGE.format(keys=", ".join(names))))
+    page = sa.table("words_page", *(sa.column(name) for name in ranked))
+    return sa.select(*page.c).add_cte(*parts, nest_here=True).lateral("words_ranked")
+
+
+def _part(name: str, columns: Sequence[str], text: str) -> sa.CTE:
+    select = sa.text(text).columns(*(sa.column(column) for column in columns))
+    part: sa.CTE = select.cte(name).prefix_with("MATERIALIZED")
+    return part
+
+
+__all__ = ["K1", "B", "looked_up", "ranking"]

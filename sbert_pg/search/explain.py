@@ -1,0 +1,192 @@
+"""What a search did: which way it took, why, and how sure its answer is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from sbert_pg.errors import DeclarationError
+from sbert_pg.search.fusion import HybridSearch, weight_of
+from sbert_pg.search.statement import Nearest, Search, parts_of
+from sbert_pg.search.words import WordSearch, words_of
+
+Way = Literal["index", "exact"]
+
+
+@dataclass(frozen=True, slots=True)
+class SearchExplanation:
+    """How a search finds its rows.
+
+    Attributes:
+        way: ``"index"`` where the index's own rows are the answer, ``"exact"`` where the rows that
+            pass are compared one by one.
+        reason: why, in words.
+        certain: whether the answer is exact. An index is approximate: with the defaults recall@10
+            is .98 or more on average.
+        share: estimated part of the table's rows that pass the criteria; ``None`` where there are
+            none, or nothing was estimated.
+        looked: nearest rows of the index that were looked at, 0 where it was not asked.
+        passed: how many of those pass.
+        sql: the statement.
+    """
+
+    way: Way
+    reason: str
+    certain: bool
+    share: float | None
+    looked: int
+    passed: int
+    sql: str
+
+    def __str__(self) -> str:
+        sure = "exact" if self.certain else "approximate"
+        return f"{self.way} ({sure}): {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """A word of a question: its lexeme, in how many rows it is, and what it weighs.
+
+    Attributes:
+        lexeme: as the text search configuration makes it.
+        rows: rows of the table that have it, by statistics or counted.
+        idf: its weight.
+        common: whether it scores rows, but brings none of its own while others suffice.
+    """
+
+    lexeme: str
+    rows: float
+    idf: float
+    common: bool
+
+    def __str__(self) -> str:
+        return f"{self.lexeme} ({self.rows:,.0f} rows, idf {self.idf:.2f})"
+
+
+@dataclass(frozen=True, slots=True)
+class WordsExplanation:
+    """What a search by words, or by both, makes of its question.
+
+    Attributes:
+        words: its words, the weightiest first.
+        weight: weight of meaning in ``hybrid``; ``None`` for ``matching``.
+        meaning: how the arm of meaning finds its rows.
+        sql: the statement.
+    """
+
+    words: tuple[Word, ...]
+    weight: float | None
+    meaning: SearchExplanation | None
+    sql: str
+
+    def __str__(self) -> str:
+        lines = [f"words: {', '.join(map(str, self.words)) or 'none that is known or asked for'}"]
+        if self.meaning is not None:
+            lines += [f"meaning: {self.meaning}", f"weight of meaning: {self.weight:.2f}"]
+        return "\n".join(lines)
+
+
+def explain_words(session: Session | sa.Connection, statement: Nearest) -> WordsExplanation:
+    """Say what a search by ``matching`` or ``hybrid`` makes of its question.
+
+    The rows of ``hybrid`` say what each arm found: ranks, similarity and score.
+
+    Args:
+        session: a session or connection of the database; its transaction goes on.
+        statement: what ``matching`` or ``hybrid`` has given.
+
+    Raises:
+        DeclarationError: it is neither, or is of several questions.
+    """
+    search = getattr(statement, "search", None)
+    words = search.words if isinstance(search, HybridSearch) else search
+    if not isinstance(words, WordSearch) or words.many:
+        raise DeclarationError(
+            "explain_words() explains one question of matching() or hybrid(); give it one."
+        )
+    connection = session.connection() if isinstance(session, Session) else session
+    found = session.execute(words_of(words)).all()
+    weight, meaning = None, None
+    if isinstance(search, HybridSearch):
+        weight = session.execute(weight_of(search)).scalar()
+        meaning = explain_search(session, search.meaning)
+    sql = str(statement.compile(connection))
+    return WordsExplanation(tuple(Word(*row) for row in found), weight, meaning, sql)
+
+
+def explain_search(session: Session | sa.Connection, statement: Nearest) -> SearchExplanation:
+    """Run the part of a search that decides how rows are found, and say what it decided.
+
+    With an ``AsyncSession`` or an asynchronous connection use its ``run_sync``.
+
+    Args:
+        session: a session or connection of the database; its transaction goes on.
+        statement: what ``nearest`` has given, with all that was added to it.
+
+    Raises:
+        DeclarationError: the statement is no search, or is one of several queries or of each row
+            of another table.
+    """
+    search = getattr(statement, "search", None)
+    if not isinstance(search, Search):
+        raise DeclarationError(
+            "explain_search() takes what nearest() has given; explain_words() the others."
+        )
+    if search.many or search.outer():
+        raise DeclarationError(
+            "explain_search() explains one query; give nearest() one of them as a text or vector."
+        )
+    connection = session.connection() if isinstance(session, Session) else session
+    sql = str(statement.compile(connection))
+    made = parts_of(search)
+    if made is None:
+        return SearchExplanation("exact", _without(search), True, None, 0, 0, sql)
+    ways, parts = made
+    verdict = sa.select(ways.verdict.subquery("verdict")).add_cte(*parts, nest_here=True)
+    row = session.execute(verdict).mappings().one()
+    looked = ways.first.least if ways.plan is None else row["looked"]
+    share = None if ways.plan is None else float(row["share"])
+    if ways.plan is not None and not row["by_index"]:
+        reason = f"about {share:.2%} of the rows pass, which are compared sooner than looked for"
+        return SearchExplanation("exact", reason, True, share, 0, 0, sql)
+    counts = f"{row['passed']} of the nearest {looked} rows pass"
+    if row["far"] and ways.second is not None:
+        reason = f"{counts}, enough of the nearest {ways.second.most}"
+        return SearchExplanation(
+            "index", reason, False, share, ways.second.most, row["passed"], sql
+        )
+    if row["accepted"]:
+        return SearchExplanation("index", counts, False, share, looked, row["passed"], sql)
+    return SearchExplanation(
+        "exact", _refused(row, counts, search), True, share, looked, row["passed"], sql
+    )
+
+
+def _without(search: Any) -> str:
+    if search.exact:
+        return "exact=True was asked for"
+    if search.target.index is None:
+        return "no vector index is declared on the table"
+    if not search.limit:
+        return "all rows are asked for"
+    return f"limit {search.limit} is more than an index finds reliably, or it holds other rows"
+
+
+def _refused(row: Any, counts: str, search: Any) -> str:
+    if row["passed"] < search.limit:
+        return f"{counts}, fewer than the {search.limit} asked for"
+    if not row["spread"]:
+        return f"{counts}, and are equally far: an island of equal vectors"
+    return f"{counts}, the first at place {row['head']}: fewer or later than in the whole table"
+
+
+__all__ = [
+    "SearchExplanation",
+    "Word",
+    "WordsExplanation",
+    "explain_search",
+    "explain_words",
+]

@@ -1,0 +1,236 @@
+"""How many rows a look at an index takes, what that costs, and the settings that it needs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from sbert_pg.types.indexed import VectorIndex
+
+MAX_EF_SEARCH = 1000
+#: Candidates that HNSW keeps for a search without a filter. With pgvector's default of 40 recall@10
+#: on real sentence embeddings is a point or two lower; docs/search.md has the curve.
+DEFAULT_EF_SEARCH = 100
+#: Rows fetched by a quantised index for each row wanted, before the exact rerank.
+DEFAULT_OVERFETCH = 40
+#: Rows that a quantised index is asked for at most; beyond ``MAX_EF_SEARCH`` it scans iteratively.
+MAX_OVERFETCHED = 4000
+#: Rows taken at least without a filter, the nearer half of the candidates. That there are fewer is
+#: the sign of deleted rows among them, and that all are equal that of an island.
+LEAST = 50
+#: The same under a filter, which leaves fewer of them to find the nearest among.
+UNKNOWN = 75
+#: What one candidate of HNSW costs, in rows compared exactly.
+CANDIDATE_COST = 15
+#: What reading a row to see whether it passes costs, in rows compared, where no index finds it.
+SCAN_COST = 0.2
+#: Times the cost of a look that comparing has to cost for the look to be worth its risk.
+WORTH = 1.5
+#: Rows compared that cost more than a second look, which may be in vain.
+MANY = 30_000
+#: Numbers of rows that a search by index is prepared for; beyond, every row is compared.
+SIZES = (10, 25, 50, 100, 250, 500, 1000)
+
+
+def number(value: float) -> sa.ColumnElement[Any]:
+    """A number that never varies, as part of the text, where the planner sees it."""
+    return sa.literal_column(f"{value:d}" if isinstance(value, int) else f"{value:g}", sa.Float())
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the text of a search depends on, besides the column.
+
+    Attributes:
+        size: largest number of rows wanted that it serves, one of ``SIZES``.
+        keyed: whether it is a first page of rows that one column tells apart.
+        deep: whether the page may lie behind the rows of the first look.
+        filtered: whether the caller's criteria or joins may turn rows away.
+        joined: whether a row may occur more than once among the caller's rows.
+        indexed: whether an index finds the rows that pass.
+        pinned: whether a column that has an index is compared for equality.
+        itself: whether a row is left out by its key ("more like this").
+        bounded: whether there is a largest distance.
+        known: whether the query is a vector or a text, and no expression, which may be ``NULL``.
+        ef_search: candidates, where the caller says so.
+        overfetch: rows for each row wanted from a quantised index, where the caller says so.
+        probes: lists of an IVFFlat index, where the caller says so.
+    """
+
+    size: int
+    keyed: bool = False
+    deep: bool = False
+    filtered: bool = False
+    joined: bool = False
+    indexed: bool = False
+    pinned: bool = False
+    itself: bool = False
+    bounded: bool = False
+    known: bool = False
+    ef_search: int | None = None
+    overfetch: int | None = None
+    probes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One look at an index.
+
+    Attributes:
+        least: rows that are taken at least: the nearer ones of those fetched.
+        most: rows that are taken at most.
+        fetched: rows that the index is asked for.
+        ef_search: HNSW candidates; where ``None``, ``CANDIDATES`` for each row taken.
+        probes: lists that IVFFlat looks into, where known.
+        lists: lists of the IVFFlat index, where known.
+    """
+
+    least: int
+    most: int
+    fetched: int
+    ef_search: int | None = None
+    probes: int | None = None
+    lists: int | None = None
+
+    def cost(self, looked: Any, rows: Any) -> Any:
+        """What it costs, in rows compared exactly.
+
+        Args:
+            looked: rows taken, as an expression.
+            rows: rows of the table, as an expression.
+        """
+        if self.probes is not None:
+            part = self.probes / max(self.lists or 1, self.probes)
+            return rows * sa.literal_column(f"{part:g}", sa.Float())
+        if self.ef_search is not None:
+            return sa.literal_column(f"{CANDIDATE_COST * self.ef_search:d}", sa.Float())
+        return looked * sa.literal_column(f"{CANDIDATE_COST * CANDIDATES:d}", sa.Float())
+
+
+#: Candidates for each row taken: the last of those that HNSW keeps are less well chosen.
+CANDIDATES = 2
+
+
+def size_for(limit: int, quantized: bool, filtered: bool) -> int | None:
+    """The size that serves a limit, or ``None`` where every row is to be compared."""
+    size: int | None = next((size for size in SIZES if limit <= size), None)
+    if size is None or (filtered and size > (25 if quantized else 250)):
+        return None
+    return size
+
+
+def near_look(index: VectorIndex, shape: Shape) -> Look:
+    """The first look; without a filter, what a plain search by the index would be."""
+    size = shape.size
+    probes = _probes(index, shape)
+    if index.quantized:
+        fetched = min(MAX_OVERFETCHED, (shape.overfetch or DEFAULT_OVERFETCH) * size)
+        taken = size
+        if shape.filtered:
+            taken, fetched = max(100, 2 * size), max(MAX_EF_SEARCH, fetched)
+        kept = shape.ef_search or min(MAX_EF_SEARCH, max(DEFAULT_EF_SEARCH, fetched))
+        return Look(taken, taken, fetched, kept, probes, index.lists)
+    unknown = shape.filtered and not index.partial
+    least = max(UNKNOWN, CANDIDATES * size) if unknown else max(LEAST, size)
+    most = MAX_EF_SEARCH // CANDIDATES if unknown else least
+    ef_search: int | None = shape.ef_search
+    if ef_search is not None:
+        least = most = min(most, max(size, ef_search // CANDIDATES))
+    elif not unknown:
+        ef_search = min(MAX_EF_SEARCH, max(DEFAULT_EF_SEARCH, CANDIDATES * least))
+    return Look(least, most, most, ef_search, probes, index.lists)
+
+
+def far_look(index: VectorIndex, shape: Shape) -> Look | None:
+    """The look for later pages and large filters, where it sees further than the first."""
+    wide = shape.deep or (shape.filtered and not shape.pinned)
+    if index.quantized or shape.size > 100 or not wide or index.partial:
+        return None
+    rows = MAX_EF_SEARCH // CANDIDATES
+    return Look(rows, rows, rows, MAX_EF_SEARCH, _probes(index, shape), index.lists)
+
+
+def _probes(index: VectorIndex, shape: Shape) -> int | None:
+    """Lists to look into: under a filter and for later pages more, since the last are poor."""
+    if index.method != "ivfflat" or shape.probes is not None or not index.lists:
+        return shape.probes if index.method == "ivfflat" else None
+    root = math.isqrt(index.lists)
+    return min(index.lists, 4 * root if shape.filtered or shape.deep else root)
+
+
+def planned(sample: sa.FromClause, look: Look, shape: Shape) -> sa.Select[Any]:
+    """What a sample says: the share that passes, rows to look at, whether the index is worth it.
+
+    Args:
+        sample: rows tried and those of them that pass, and times as many rows that there are.
+        look: the first look.
+        shape: what is searched for.
+    """
+    share = sample.c.hits / sa.func.nullif(sample.c.tried, number(0), type_=sa.Float())
+    rows = sample.c.tried * sample.c.times
+    columns = [sample.c.closest, share.label("share"), rows.label("rows")]
+    whole = sa.select(*columns).subquery("nearest_share")
+    # As many rows as have twice the wanted ones among them; where those are too many, a probe.
+    some = sa.func.nullif(whole.c.share, number(0), type_=sa.Float())
+    enough = sa.func.ceil(number(2 * shape.size) / some)
+    clamped = sa.func.least(number(look.most), sa.func.greatest(number(look.least), enough))
+    looked = sa.case((enough <= number(1.2 * look.most), clamped), else_=number(look.least))
+    effort: Any = whole.c.share * whole.c.rows
+    if not shape.indexed:
+        effort = effort + number(SCAN_COST) * whole.c.rows
+    size = sa.cast(looked, sa.Integer).label("looked")
+    made = sa.select(*whole.c, effort.label("effort"), size).subquery("nearest_effort")
+    worth = made.c.effort > number(WORTH) * look.cost(made.c.looked, made.c.rows)
+    use = sa.func.coalesce(worth, sa.false()).label("by_index")
+    many = (made.c.effort >= number(MANY)).label("many")
+    return sa.select(made.c.share, made.c.closest, made.c.looked, use, many)
+
+
+def settings(index: VectorIndex, look: Look, looked: Any) -> sa.ColumnElement[str]:
+    """What makes the settings that an index reads when its scan begins, for this transaction.
+
+    Args:
+        index: the index.
+        look: the look that they are for.
+        looked: rows that it takes, as an expression.
+    """
+    iterative = "'relaxed_order'" if look.fetched > MAX_EF_SEARCH else "'off'"
+    values: dict[str, Any]
+    if index.method == "hnsw":
+        candidates: Any = f"'{look.ef_search}'"
+        if look.ef_search is None:
+            candidates = sa.cast(looked * sa.literal_column(f"{CANDIDATES:d}"), sa.Text)
+        values = {"'hnsw.ef_search'": candidates, "'hnsw.iterative_scan'": iterative}
+    else:
+        values = {"'ivfflat.iterative_scan'": iterative}
+        if look.probes is not None:
+            values["'ivfflat.probes'"] = f"'{look.probes}'"
+    return sa.func.concat(
+        *(
+            sa.func.set_config(
+                sa.literal_column(name),
+                sa.literal_column(value) if isinstance(value, str) else value,
+                sa.true(),
+                type_=sa.Text(),
+            )
+            for name, value in values.items()
+        )
+    )
+
+
+__all__ = [
+    "DEFAULT_EF_SEARCH",
+    "DEFAULT_OVERFETCH",
+    "MAX_EF_SEARCH",
+    "Look",
+    "Shape",
+    "far_look",
+    "near_look",
+    "number",
+    "planned",
+    "settings",
+    "size_for",
+]

@@ -1,0 +1,271 @@
+"""``nearest`` over the passages of documents: each document once, by its best passages.
+
+The nearest passages are looked up as in any search, twice as deep or further where they belong to
+too few documents, and at last all that pass. Whether that is needed is decided inside the
+statement. The documents found are ranked, and each gets its best passages by comparing its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import sqlalchemy as sa
+
+from sbert_pg.errors import DeclarationError
+from sbert_pg.passages.declaring import Declared
+from sbert_pg.search.statement import Call, Changeable, Nearest, Search, replayed, statement_of
+from sbert_pg.search.target import Target, target_of
+
+Score = Literal["best", "sum", "auto"]
+
+#: Passages looked at first for each document that is wanted, and at least; then as many as an index
+#: is asked for at most, without a filter and under one.
+_EACH, _LEAST, _FURTHER, _FILTERED = 8, 100, 500, 250
+#: Passages looked at where the document as a whole counts too, by the documents that are wanted.
+_DEPTHS = ((31, 250), (62, 500))
+#: Documents that are found by the index, where the whole counts too, without a further look.
+MOST_BY_INDEX = _DEPTHS[0][0]
+#: Weight of the whole document in ``"sum"``, and at most in ``"auto"``. There it follows the
+#: question: by how far the whole of the best documents comes to the best passage, from none at this
+#: share of its similarity on. On long documents each about many things wholes stay far behind.
+_WHOLE, _NONE, _JUDGED = 0.5, 0.8, 20
+_F = sa.Float(53)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Asked:
+    """What a search is asked, but for its page.
+
+    Attributes:
+        query: a text, a vector or an expression.
+        furthest: largest distance of a passage.
+        overrides: ``ef_search``, ``overfetch`` and ``probes``.
+        exact: whether to leave indexes aside.
+        per_document: passages of each document.
+        score: what ranks documents.
+    """
+
+    query: Any
+    furthest: float | None
+    overrides: tuple[int | None, int | None, int | None]
+    exact: bool
+    per_document: int
+    score: Score
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DocumentSearch(Changeable):
+    """What is searched for; the counterpart of ``statement.Search``."""
+
+    declared: Declared
+    asked: Asked
+    limit: int | None
+    offset: int
+    narrowing: tuple[Call, ...] = ()
+    shaping: tuple[Call, ...] = ()
+
+    def statement(self) -> Nearest:
+        """The statement of the search."""
+        return _statement(self)
+
+
+def nearest_documents(
+    declared: Declared,
+    asked: Asked,
+    limit: int | None,
+    offset: int,
+    where: Sequence[sa.ColumnElement[bool]],
+) -> Nearest:
+    """A select of documents, their best passages, the passages' similarities and the scores.
+
+    Raises:
+        DeclarationError: a number or word is out of its range.
+    """
+    if asked.per_document < 1 or asked.score not in ("best", "sum", "auto"):
+        raise DeclarationError(
+            f"nearest() was given per_document={asked.per_document!r} and score={asked.score!r}; "
+            'it takes a number from 1 on, and "best", "sum" or "auto".'
+        )
+    if isinstance(asked.query, (list, tuple)) and not isinstance(asked.query[0], (int, float)):
+        raise DeclarationError(
+            "nearest() of documents by their passages takes one query; ask for each, or search the "
+            'passages themselves with of="passage".'
+        )
+    narrowing: tuple[Call, ...] = (("where", tuple(where), {}),) if where else ()
+    return _statement(DocumentSearch(declared, asked, limit, offset, narrowing))
+
+
+def nearest_passages(
+    declared: Declared,
+    asked: Asked,
+    limit: int | None,
+    offset: int,
+    where: Sequence[sa.ColumnElement[bool]],
+) -> Nearest:
+    """A select of passages, each with its similarity; its criteria may be on documents too."""
+    target = target_of(declared.passage.embedding)
+    search = _search(target, asked, target.operand(asked.query), limit)
+    narrowing = _joined(declared, (("where", tuple(where), {}),)) if where else ()
+    return statement_of(replace(search, offset=offset, narrowing=narrowing))
+
+
+def _search(target: Target, asked: Asked, right: Any, limit: int | None) -> Search:
+    return Search(target, right, limit, 0, asked.furthest, (), asked.overrides, asked.exact)
+
+
+def _joined(declared: Declared, narrowing: tuple[Call, ...]) -> tuple[Call, ...]:
+    """Calls that choose passages by what the caller says of them and their documents."""
+    return (("join", (declared.passage.document,), {}), *narrowing) if narrowing else ()
+
+
+def _statement(search: DocumentSearch) -> Nearest:
+    declared, asked = search.declared, search.asked
+    target = target_of(declared.passage.embedding)
+    right = target.operand(asked.query)
+    names = [f"passages_key_{n}" for n in range(len(declared.keys))]
+    found = _found(search, target, right, names)
+    page = _page(search, found, names)
+    best = _best(search, target, right, page, names)
+    document, passage = declared.document, declared.passage
+    made: Any = Nearest(document, passage, best.c.similarity, page.c.score)
+    same = [key == page.c[name] for key, name in zip(_document_keys(declared), names, strict=True)]
+    made = made.select_from(page).join_from(page, document, sa.and_(*same))
+    made = made.join_from(page, best, sa.true()).join_from(best, passage, passage.id == best.c.id)
+    made = made.order_by(
+        page.c.score.desc(), *(page.c[n] for n in names), best.c.similarity.desc(), best.c.id
+    )
+    statement: Nearest = replayed(made, search.shaping)
+    statement.search = search
+    return statement
+
+
+def _document_keys(declared: Declared) -> list[Any]:
+    mapper = sa.inspect(declared.document)
+    return [
+        getattr(declared.document, mapper.get_property_by_column(theirs).key)
+        for _, theirs in declared.keys
+    ]
+
+
+def _found(
+    search: DocumentSearch, target: Target, right: Any, names: Sequence[str]
+) -> sa.CompoundSelect[Any] | sa.Select[Any]:
+    """Keys of documents and similarities of passages: the near ones, or as many as it takes."""
+    if search.limit is None:
+        return _near(search, target, right, names, None)
+    needed = search.limit + search.offset
+    depth = max(_LEAST, _EACH * needed)
+    if search.asked.score != "best":
+        # In few steps, so that pages that follow each other are ranked from the same documents.
+        usual = (size for most, size in _DEPTHS if needed <= most)
+        depth = next(usual, max(depth, 1_001))
+    stages: list[sa.CTE] = []
+    further = _FILTERED if search.narrowing else _FURTHER
+    for number, size in enumerate((depth, *([further] if further > depth else []), None)):
+        rows = _near(search, target, right, names, size)
+        if stages:
+            before = stages[-1].alias(f"passages_before_{number}")
+            documents = sa.select(*(before.c[n] for n in names)).distinct().subquery()
+            few = sa.select(sa.func.count()).select_from(documents).scalar_subquery() < needed
+            full = sa.select(sa.func.count()).select_from(before).scalar_subquery() >= depth
+            rows = rows.where(few, full)
+            depth = size or depth
+        stages.append(rows.cte(f"passages_found_{number}").prefix_with("MATERIALIZED"))
+    return sa.union_all(*(sa.select(*stage.c) for stage in stages))
+
+
+def _near(
+    search: DocumentSearch, target: Target, right: Any, names: Sequence[str], size: int | None
+) -> sa.Select[Any]:
+    """The nearest passages that pass: key of the document, and similarity."""
+    declared = search.declared
+    near = _search(target, search.asked, right, size)
+    made: Any = statement_of(replace(near, narrowing=_joined(declared, search.narrowing)))
+    # As a subquery, of which the planner leaves out the columns that nobody asks for.
+    rows = made.subquery()
+    keys = [
+        rows.c[ours.key].label(name) for (ours, _), name in zip(declared.keys, names, strict=True)
+    ]
+    return sa.select(*keys, rows.c[target.label].label("similarity"))
+
+
+def _page(search: DocumentSearch, found: Any, names: Sequence[str]) -> sa.CTE:
+    """Keys and scores of the page's documents."""
+    rows = found.subquery("passages_found")
+    keys = [rows.c[name] for name in names]
+    best = sa.func.max(rows.c.similarity).label("score")
+    documents: Any = sa.select(*keys, best).group_by(*keys).subquery("passages_documents")
+    if search.asked.score != "best":
+        documents = _with_whole(search, documents, names).subquery("passages_scored")
+    page: Any = sa.select(*(documents.c[n] for n in names), documents.c.score)
+    page = page.order_by(documents.c.score.desc(), *(documents.c[n] for n in names))
+    if search.limit is not None:
+        page = page.limit(search.limit)
+    if search.offset:
+        page = page.offset(search.offset)
+    made: sa.CTE = page.cte("passages_page").prefix_with("MATERIALIZED")
+    return made
+
+
+def _with_whole(search: DocumentSearch, found: Any, names: Sequence[str]) -> sa.Select[Any]:
+    """Scores of the best passage's similarity and the whole document's, as a weighted mean."""
+    declared = search.declared
+    whole = target_of(getattr(declared.document, declared.whole))
+    distance = whole.distance(whole.column, whole.operand(search.asked.query))
+    offset = sa.literal_column(str(int(whole.metric.offset)), _F)
+    usable = sa.and_(*whole.comparable(), *whole.proof)
+    best = found.c.score
+    # A document that is being embedded again has its passages, and perhaps not yet its whole.
+    similarity = sa.case((usable, offset - distance), else_=best).label("whole")
+    place = sa.func.row_number().over(order_by=[best.desc(), *(found.c[n] for n in names)])
+    keys = [found.c[name] for name in names]
+    on = zip(_document_keys(declared), keys, strict=True)
+    rows = (
+        sa.select(*keys, best, similarity, place.label("place"))
+        .join_from(found, declared.document, sa.and_(*(own == key for own, key in on)))
+        .subquery("passages_wholes")
+    )
+    weight: Any = sa.literal(_WHOLE, _F)
+    if search.asked.score == "auto":
+        first = sa.func.max(rows.c.whole).filter(rows.c.place <= _JUDGED).over()
+        share = first / sa.func.nullif(sa.func.max(rows.c.score).over(), 0)
+        part = sa.func.greatest(0.0, sa.func.least(1.0, (share - _NONE) / (1 - _NONE)))
+        positive = sa.func.max(rows.c.score).over() > 0
+        weight = sa.case((positive, _WHOLE * part), else_=0.0)
+    weight = sa.cast(weight, _F)
+    score = (1 - weight) * rows.c.score + weight * rows.c.whole
+    return sa.select(*(rows.c[name] for name in names), score.label("score"))
+
+
+def _best(
+    search: DocumentSearch, target: Target, right: Any, page: sa.CTE, names: Sequence[str]
+) -> sa.Lateral:
+    """The best passages of each document of the page."""
+    declared = search.declared
+    passage = declared.passage
+    distance = target.distance(passage.embedding, right)
+    similarity = target.similarity_from(distance).label("similarity")
+    rows: Any = sa.select(passage.id.label("id"), similarity).where(
+        *target.comparable(), *target.proof,
+        *(getattr(passage, ours.key) == page.c[name]
+          for (ours, _), name in zip(declared.keys, names, strict=True)),
+    )  # fmt: skip
+    if search.asked.furthest is not None:
+        rows = rows.where(distance <= search.asked.furthest)
+    if search.narrowing:
+        rows = replayed(rows, _joined(declared, search.narrowing)).distinct()
+    rows = rows.order_by(sa.desc("similarity"), passage.id).limit(search.asked.per_document)
+    lateral: sa.Lateral = rows.correlate(page).lateral("passages_best")
+    return lateral
+
+
+__all__ = [
+    "MOST_BY_INDEX",
+    "Asked",
+    "DocumentSearch",
+    "Score",
+    "nearest_documents",
+    "nearest_passages",
+]

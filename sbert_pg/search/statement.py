@@ -1,0 +1,519 @@
+"""The select of a search, and what its caller may add to it.
+
+A statement has up to four parts: ``nearest_query``, one row with what was asked;
+``nearest_within``, keys and vectors of the caller's rows, with criteria and joins; the page, which
+finds keys by the ways of ``ways.Ways``; and around it the caller's select, of the rows with those
+keys. The page knows the other parts by name, so it is built once for each column and shape and not
+for each search.
+
+The module is long, since a statement and the search that makes it know each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.orm import LoaderCriteriaOption
+
+from sbert_pg.errors import DeclarationError
+from sbert_pg.search.looks import Shape, number, size_for
+from sbert_pg.search.target import Target, columns_of, table_behind
+from sbert_pg.search.ways import (
+    DISTANCE,
+    KEY,
+    SELF,
+    VECTOR,
+    WAY,
+    Ways,
+    among,
+    compared_page,
+    key_names,
+)
+
+#: A method of ``Select`` that was called, and its arguments.
+Call = tuple[str, tuple[Any, ...], dict[str, Any]]
+#: Methods that take criteria alone; the others that choose rows are joins.
+_CRITERIA = ("where", "filter_by")
+
+
+class Changeable:
+    """A search that its caller may still change: ``Nearest`` hands calls of its methods to it.
+
+    Attributes:
+        function: what makes such a search, for messages.
+        narrowing: calls that choose rows: criteria and joins.
+        shaping: calls that shape the rows chosen.
+    """
+
+    __slots__ = ()
+    function: ClassVar[str] = "nearest"
+    narrowing: tuple[Call, ...]
+    shaping: tuple[Call, ...]
+
+    @property
+    def joins(self) -> bool:
+        """Whether there are calls that choose rows by more than criteria."""
+        return any(name not in _CRITERIA for name, _, _ in self.narrowing)
+
+    def statement(self) -> Nearest:
+        """The statement of the search."""
+        raise NotImplementedError
+
+    def narrowed(self, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Nearest:
+        """The search, with one more call that chooses rows."""
+        return self._with(narrowing=(*self.narrowing, (name, arguments, options)))
+
+    def shaped(self, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Nearest:
+        """The search, with one more call that shapes its rows."""
+        return self._with(shaping=(*self.shaping, (name, arguments, options)))
+
+    def refused(self, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Nearest:
+        """No search: a call that would work on what is found already; ``None`` alone is harmless.
+
+        Raises:
+            DeclarationError: always but for ``order_by(None)`` and the like.
+        """
+        if len(arguments) == 1 and arguments[0] is None:
+            return self.shaped(name, arguments, options)
+        raise DeclarationError(
+            f"{self.function}(...).{name}() would work on what the search has found, not choose "
+            "what it finds. Take the search as a subquery, and do it to the rows of that."
+        )
+
+    def paged(self, limit: Any, offset: Any) -> Nearest:
+        """The search with another page."""
+        self.require_page(limit, offset)
+        return self._with(limit=limit, offset=offset or 0)
+
+    def require_page(self, limit: Any, offset: Any) -> None:
+        """Refuse a page that is given by something else than numbers.
+
+        Raises:
+            DeclarationError: the limit or offset is no whole number from 0 on.
+        """
+        for given in (limit, offset):
+            if given is not None and (not isinstance(given, int) or given < 0):
+                raise DeclarationError(
+                    f"The limit or offset of a search is {given!r}; it takes a whole number from "
+                    "0 on, since the number decides how the search is made."
+                )
+
+    def _with(self, **changes: Any) -> Nearest:
+        search: Any = self
+        changed: Changeable = replace(search, **changes)
+        return changed.statement()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Search(Changeable):
+    """What is searched for.
+
+    Attributes:
+        target: the searched column.
+        right: the query's vector as an expression; a list of them where there are several.
+        limit: rows wanted, or ``None`` for all.
+        offset: rows before them.
+        furthest: largest distance.
+        itself: key of a row to leave out.
+        overrides: the caller's ``ef_search``, ``overfetch`` and ``probes``.
+        exact: whether to leave indexes aside.
+        narrowing: calls that choose rows: criteria and joins.
+        shaping: calls that shape the rows chosen.
+    """
+
+    target: Target
+    right: Any
+    limit: int | None
+    offset: int
+    furthest: float | None
+    itself: tuple[Any, ...]
+    overrides: tuple[int | None, int | None, int | None]
+    exact: bool
+    narrowing: tuple[Call, ...] = ()
+    shaping: tuple[Call, ...] = ()
+
+    def statement(self) -> Nearest:
+        """The statement of the search."""
+        return statement_of(self)
+
+    @property
+    def many(self) -> bool:
+        """Whether there are several queries."""
+        return isinstance(self.right, list)
+
+    @property
+    def criteria(self) -> list[Any]:
+        """The caller's criteria, where they are such."""
+        return [one for name, all_, _ in self.narrowing if name == "where" for one in all_]
+
+    @property
+    def filtered(self) -> bool:
+        """Whether rows may be turned away."""
+        return bool(self.narrowing) or self.target.narrows or self.loader_criteria
+
+    @property
+    def loader_criteria(self) -> bool:
+        """Whether there are criteria of the whole statement's."""
+        return any(isinstance(o, LoaderCriteriaOption) for _, all_, _ in self.shaping for o in all_)
+
+    def outer(self) -> list[Any]:
+        """Tables of an enclosing statement that the query's vector comes from."""
+        return [] if self.many else list({id(t): t for t in _tables(self.right)}.values())
+
+
+def _tables(element: Any) -> Iterator[Any]:
+    for column in columns_of(element):
+        yield column.table
+
+
+def _shape(search: Search) -> Shape | None:
+    """What the text of the statement depends on; ``None`` where every row is to be compared."""
+    target = search.target
+    if target.index is None or target.table is None or search.exact or not search.limit:
+        return None
+    size = size_for(search.limit, target.quantized, search.filtered)
+    if size is None:
+        return None
+    columns = [column for criterion in search.criteria for column in columns_of(criterion)]
+    own = [column for column in columns if table_behind(column.table) is target.table]
+    indexed = any(column.name in target.leading for column in own)
+    joined = search.joins or (len(own) < len(columns) and not target.narrows)
+    # A partial index serves criteria on its own rows alone.
+    if target.partial and (joined or not search.filtered):
+        return None
+    ef_search, overfetch, probes = search.overrides
+    deep = search.offset > 0 or joined
+    return Shape(
+        size,
+        keyed=not (deep or search.many or target.partial) and len(target.key) == 1,
+        deep=deep,
+        filtered=search.filtered,
+        joined=joined,
+        indexed=indexed,
+        pinned=any(target.pins(criterion) for criterion in search.criteria),
+        itself=bool(search.itself),
+        bounded=search.furthest is not None,
+        known=search.many or isinstance(search.right, sa.BindParameter),
+        ef_search=ef_search,
+        overfetch=overfetch,
+        probes=probes,
+    )
+
+
+def replayed(statement: Any, calls: tuple[Call, ...]) -> Any:
+    """A select after calls of methods of ``Select``."""
+    for name, arguments, options in calls:
+        statement = getattr(statement, name)(*arguments, **options)
+    return statement
+
+
+def statement_of(search: Search) -> Nearest:
+    """The statement of a search."""
+    shape = _shape(search)
+    if shape is not None:
+        return _by_ways(search, shape)
+    return _each_compared(search) if search.many else _compared(search)
+
+
+def _compared(search: Search) -> Nearest:
+    """Every row that passes is compared, and the nearest are taken."""
+    target = search.target
+    if target.proof and target.key and search.limit and not search.joins:
+        # The proof is asked of the rows that are taken, not of all.
+        bounded = search.furthest is not None
+        if bounded not in target.prepared:
+            target.prepared[bounded] = _around(target, compared_page(target, bounded))
+        parts = [_asked(search).cte("nearest_query"), _within_part(search)]
+        return _finished(_cut(target.prepared[bounded], search, parts), search)
+    distance = target.distance(target.column, search.right)
+    made = Nearest(*target.selected, target.similarity_from(distance))
+    comparable = target.comparable()
+    if not isinstance(search.right, sa.BindParameter):
+        # What only the server knows may be no vector: nothing is near to that.
+        directed = len(comparable) > 1
+        comparable.append(target.directed(search.right) if directed else search.right.is_not(None))
+    made = made.where(*comparable, *target.proof, *_others(search))
+    if search.furthest is not None:
+        made = made.where(distance <= search.furthest)
+    made = replayed(made, search.narrowing)
+    # Adding zero keeps an index, whose settings are not made, from serving the order.
+    made = made.order_by(distance + sa.literal_column("0"), *target.key)
+    if search.limit is not None:
+        made = made.limit(search.limit)
+    if search.offset:
+        made = made.offset(search.offset)
+    return _finished(made, search)
+
+
+def _others(search: Search) -> list[sa.ColumnElement[bool]]:
+    """That a row is not the one that others like it are asked for."""
+    if not search.itself:
+        return []
+    itself = [k == v for k, v in zip(search.target.key, search.itself, strict=True)]
+    return [search.right.is_not(None), sa.not_(sa.and_(*itself))]
+
+
+def _finished(made: Any, search: Search) -> Nearest:
+    statement: Nearest = replayed(made, search.shaping)
+    statement.search = search
+    return statement
+
+
+def _query_part(search: Search, vector: Any) -> sa.Select[Any]:
+    """What was asked, as a part of one row."""
+    assert search.limit is not None
+    columns = [vector.label("vector"), sa.literal(search.limit + search.offset).label("needed")]
+    if search.furthest is not None:
+        columns.append(sa.literal(search.furthest, sa.Float(53)).label("furthest"))
+    names = key_names(SELF, len(search.itself))
+    for name, value, key in zip(names, search.itself, search.target.row_key, strict=False):
+        columns.append(sa.literal(value, key.type).label(name))
+    return sa.select(*columns)
+
+
+def _within_part(search: Search) -> sa.CTE:
+    """Keys and vectors of the rows that pass, for the planner to put where they are needed."""
+    target = search.target
+    names = key_names(KEY, len(target.key))
+    keys = [key.label(name) for key, name in zip(target.key, names, strict=True)]
+    rows = sa.select(*keys, target.column.label(VECTOR)).where(*target.present)
+    if search.exact or target.index is None:
+        rows = rows.where(*_others(search))
+    if target.entity is not None:
+        rows = rows.select_from(target.entity)
+    rows = replayed(rows, search.narrowing)
+    outer = search.outer()
+    if outer:
+        rows = rows.correlate(*outer)
+    part: sa.CTE = rows.cte("nearest_within").prefix_with("NOT MATERIALIZED")
+    return part
+
+
+def _passes(search: Search, row: sa.FromClause) -> Any:
+    """That another row of the table passes: by the criteria themselves, or as one of those within.
+
+    Most criteria are about columns of the row, and can be asked of it as they are, which saves the
+    planner a join.
+    """
+    target = search.target
+    own: list[Any] = [target.about(row, criterion) for criterion in search.criteria]
+    others = any(name != "where" for name, _, _ in search.narrowing)
+    if target.narrows or others or search.loader_criteria or any(one is None for one in own):
+        return among([row.c[column.key] for column in target.row_key])
+    return sa.and_(*own)
+
+
+def _by_ways(search: Search, shape: Shape) -> Nearest:
+    """The rows of a page that is found by the index where it suffices."""
+    target, (ways, around) = search.target, _prepared(search.target, shape)
+    if search.many:
+        return _each(search, ways.page, shape)
+    parts = _parts(search, shape)
+    if not shape.joined:
+        return _finished(_cut(around, search, parts), search)
+    page = ways.page.subquery("nearest_page")
+    made = Nearest(*target.selected, target.similarity_from(page.c[DISTANCE]))
+    made = _ordered(replayed(made, search.narrowing), target, page)
+    return _finished(_cut(made, search, parts), search)
+
+
+def _prepared(target: Target, shape: Shape) -> tuple[Ways, Nearest]:
+    """What is the same for all searches of a shape."""
+    prepared: tuple[Ways, Nearest] | None = target.prepared.get(shape)
+    if prepared is None:
+        ways = Ways(target, shape)
+        around = _around(target, ways.page) if ways.taken is None else _taken(target, ways)
+        prepared = target.prepared[shape] = (ways, around)
+    return prepared
+
+
+def _around(target: Target, page: sa.Select[Any]) -> Nearest:
+    """The caller's select of the rows of a page; the same for all, so that columns stay theirs."""
+    rows = page.subquery("nearest_page")
+    made = Nearest(*target.selected, target.similarity_from(rows.c[DISTANCE]))
+    return _ordered(made, target, rows)  # type: ignore[no-any-return]
+
+
+def _taken(target: Target, ways: Ways) -> Nearest:
+    """The same where the page is a condition on the rows themselves."""
+    assert ways.taken is not None
+    distance = target.distance(target.column, ways.vector)
+    made = Nearest(*target.selected, target.similarity_from(distance))
+    made = made.where(ways.taken, *target.proof)
+    # Adding zero keeps the index, which has no settings here, from serving the order.
+    order = distance + number(0)
+    if ways.shape.bounded:
+        made = made.where(order <= ways.furthest)
+    return made.order_by(order, *target.key)  # type: ignore[no-any-return]
+
+
+def _cut(made: Any, search: Search, parts: list[sa.CTE]) -> Any:
+    """The page of the rows around; here, since rows that are not proven are left out before."""
+    assert search.limit is not None
+    # The number itself: as a parameter PostgreSQL would plan each execution for its value.
+    made = made.add_cte(*parts, nest_here=True).limit(number(search.limit))
+    return made.offset(search.offset) if search.offset else made
+
+
+def _parts(search: Search, shape: Shape, query: sa.Select[Any] | None = None) -> list[sa.CTE]:
+    """What the page of a search knows by name."""
+    ways = _prepared(search.target, shape)[0]
+    parts = [(_asked(search) if query is None else query).cte("nearest_query")]
+    if shape.filtered:
+        parts.append(_within_part(search))
+    return parts + ways.parts(lambda row: _passes(search, row))
+
+
+def _asked(search: Search) -> sa.Select[Any]:
+    query = _query_part(search, search.right)
+    outer = search.outer()
+    return query.correlate(*outer) if outer else query
+
+
+def parts_of(search: Search) -> tuple[Ways, list[sa.CTE]] | None:
+    """The ways of a search and what it adds, or ``None`` where every row is compared."""
+    shape = _shape(search)
+    return None if shape is None else (_prepared(search.target, shape)[0], _parts(search, shape))
+
+
+def _joined(target: Target, rows: Any) -> list[Any]:
+    """That a row of the table is one of those found."""
+    names = key_names(KEY, len(target.key))
+    return [key == rows.c[name] for key, name in zip(target.key, names, strict=True)]
+
+
+def _order(key: list[Any], rows: Any) -> list[Any]:
+    """Nearest first, ties by key; on later pages the ways one after the other."""
+    first = [rows.c[WAY]] if WAY in rows.c else []
+    return [*first, rows.c[DISTANCE], *key]
+
+
+def _ordered(made: Any, target: Target, page: Any) -> Any:
+    made = made.join_from(target.origin, page, sa.and_(*_joined(target, page)))
+    return made.where(*target.proof).order_by(*_order(target.key, page))
+
+
+def _each_compared(search: Search) -> Nearest:
+    """The nearest of each of several queries, by comparison."""
+    if not search.limit or not search.target.key:
+        raise DeclarationError(
+            "nearest() with several queries needs a limit and a primary key of the table."
+        )
+    return _each(search, compared_page(search.target, search.furthest is not None), None)
+
+
+def _each(search: Search, page: sa.Select[Any], shape: Shape | None) -> Nearest:
+    """The nearest of each of several queries."""
+    target = search.target
+    if shape is not None and shape.joined:
+        raise DeclarationError(
+            "nearest() with several queries takes criteria on the searched rows alone; join the "
+            "rest to its subquery, or use exists()."
+        )
+    queries = (
+        sa.func.unnest(postgresql.array(search.right))
+        .table_valued("vector", with_ordinality="number", name="nearest_queries")
+        .render_derived()
+    )
+    query = _query_part(search, queries.c.vector).correlate(queries)
+    if shape is None:
+        parts = [query.cte("nearest_query"), _within_part(search)]
+    else:
+        parts = _parts(search, shape, query)
+    # Around the page, whose own parts would otherwise come before these.
+    rows = page.subquery("nearest_one")
+    one, names = sa.select(*rows.c), key_names(KEY, len(target.key))
+    if target.proof:
+        one = one.join_from(rows, target.origin, sa.and_(*_joined(target, rows)))
+        one = one.where(*target.proof)
+    one = one.order_by(*_order([rows.c[name] for name in names], rows))
+    found = _cut(one, search, parts).lateral("nearest_page")
+    asked = (queries.c.number - sa.literal_column("1")).label("query")
+    made = Nearest(*target.selected, target.similarity_from(found.c[DISTANCE]), asked)
+    made = made.select_from(queries).join_from(queries, found, sa.true())
+    made = made.join_from(found, target.origin, sa.and_(*_joined(target, found)))
+    made = made.order_by(queries.c.number, *_order(target.key, found))
+    return _finished(made, search)
+
+
+def _delegated(name: str, to: str) -> Any:
+    """A method of ``Select`` that a finished search does in its own way, ``narrowed`` or such."""
+
+    def method(self: Nearest, *arguments: Any, **options: Any) -> Any:
+        if self.search is None:
+            return getattr(super(Nearest, self), name)(*arguments, **options)
+        return getattr(self.search, to)(name, arguments, options)
+
+    return method
+
+
+class Nearest(sa.Select[Any]):
+    """A select of the rows that a search finds, nearest first.
+
+    What chooses rows (``where``, ``filter_by``, ``join``, ``limit``, ``offset``) changes the
+    search, and gives the statement of the changed search; what shapes rows (``options``,
+    ``add_columns``, ``with_only_columns``) is done to those that it finds; the rest is refused.
+
+    Attributes:
+        search: what is searched for; ``None`` while the statement is being made.
+    """
+
+    inherit_cache = True
+    search: Any = None
+
+    where = _delegated("where", "narrowed")
+    filter_by = _delegated("filter_by", "narrowed")
+    join = _delegated("join", "narrowed")
+    join_from = _delegated("join_from", "narrowed")
+    select_from = _delegated("select_from", "narrowed")
+    options = _delegated("options", "shaped")
+    add_columns = _delegated("add_columns", "shaped")
+    with_only_columns = _delegated("with_only_columns", "shaped")
+    with_for_update = _delegated("with_for_update", "shaped")
+    execution_options = _delegated("execution_options", "shaped")
+    set_label_style = _delegated("set_label_style", "shaped")
+    prefix_with = _delegated("prefix_with", "shaped")
+    suffix_with = _delegated("suffix_with", "shaped")
+    add_cte = _delegated("add_cte", "shaped")
+    correlate = _delegated("correlate", "shaped")
+    order_by = _delegated("order_by", "refused")
+    group_by = _delegated("group_by", "refused")
+    having = _delegated("having", "refused")
+    distinct = _delegated("distinct", "refused")
+    fetch = _delegated("fetch", "refused")
+    from_statement = _delegated("from_statement", "refused")
+
+    def filter(self, *criteria: Any) -> Any:
+        """The same as ``where``."""
+        return self.where(*criteria)
+
+    def outerjoin(self, *arguments: Any, **options: Any) -> Any:
+        """As ``join``, keeping rows without a partner."""
+        return self.join(*arguments, isouter=True, **options)
+
+    def outerjoin_from(self, *arguments: Any, **options: Any) -> Any:
+        """As ``join_from``, keeping rows without a partner."""
+        return self.join_from(*arguments, isouter=True, **options)
+
+    def limit(self, limit: Any) -> Any:
+        """Search for another number of rows."""
+        if self.search is None:
+            return super().limit(limit)
+        return self.search.paged(limit, self.search.offset)
+
+    def offset(self, offset: Any) -> Any:
+        """Leave out as many of the nearest rows."""
+        if self.search is None:
+            return super().offset(offset)
+        return self.search.paged(self.search.limit, offset)
+
+    def slice(self, start: int, stop: int) -> Any:
+        """The rows from one place to another, counted from 0."""
+        return self.limit(max(0, stop - start)).offset(start)
+
+
+__all__ = ["Changeable", "Nearest", "Search", "parts_of", "replayed", "statement_of"]

@@ -1,0 +1,334 @@
+"""What is searched: a vector column, its rows, their keys, and the index that serves it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import InstrumentedAttribute, aliased
+from sqlalchemy.sql import operators, visitors
+from sqlalchemy.sql.operators import sub
+
+from sbert_pg.catalog import guard
+from sbert_pg.catalog.embedding import companion_of
+from sbert_pg.distance import HAMMING, Metric
+from sbert_pg.errors import DeclarationError, ZeroVectorError
+from sbert_pg.types.comparator import apply_operator, base_of, clause_of, metric_for, operand
+from sbert_pg.types.indexed import VectorIndex, index_on
+from sbert_pg.types.text import TextSearch, length_name
+from sbert_pg.types.vector import VectorType
+from sbert_pg.types.wire import WireVector
+
+#: Pages of the table that are tried to estimate how many rows pass.
+PAGES = 48
+#: The same of a partitioned table, as one row in so many.
+PARTITIONED = 200
+#: How many of the nearest rows may lack a proof before a page is short by them.
+MARGIN = 100
+
+
+class Target:
+    """The searched column, and what to select of its table or mapped class.
+
+    Attributes:
+        column: the column in expressions of the caller's.
+        entity: the mapped class or its alias; ``None`` for a ``Table``'s column.
+        metric: metric of the column's encoder.
+        origin: what the rows are selected from, as the caller would write it.
+        selected: the entity, or the columns that hold no vectors.
+        key: primary key of the rows, in expressions of the caller's.
+        table: the table that holds the column, where an index on it can be used.
+        row_key: the columns of ``table`` that ``key`` stands for.
+        leading: names of columns that an index finds rows by.
+        index: the index that serves the column, or ``None``.
+        partial: whether that is a partial index.
+        quantized: whether it ranks too coarsely, so that an exact distance ranks again.
+        narrows: whether the entity is less than the rows of its table (a mapped subclass).
+        label: name of the column of similarities.
+        proof: that a row's vector is proven to be its binding's, where the column has a companion.
+            It is asked of the rows of an answer alone, since it hashes.
+    """
+
+    def __init__(self, column: Any) -> None:
+        clause = clause_of(column)
+        if not isinstance(clause, sa.ColumnElement) or not isinstance(clause.type, VectorType):
+            raise DeclarationError(
+                f"nearest() was given {column!r}, which is no vector column. Give an attribute "
+                "made with embedding_column(), or a column of type Vector, HalfVector or Embedding."
+            )
+        self.column: sa.ColumnElement[Any] = clause
+        self.metric: Metric = metric_for(clause)
+        self.label = "similarity"
+        self.narrows = False
+        self.proof = self.proven(clause)
+        #: Candidates beyond those wanted, since some may not be proven.
+        self.margin = MARGIN if self.proof else 0
+        #: Finished parts of statements, by what they depend on; see ``statement``.
+        self.prepared: dict[Any, Any] = {}
+        parent = getattr(column, "parent", None)
+        self.entity: Any = None if parent is None else parent.entity
+        origin = self._from_entity() if self.entity is not None else self._from_table(column)
+        base = base_of(clause)
+        self.table: sa.Table | None = None
+        self.row_key: list[sa.Column[Any]] = []
+        self.leading: set[str] = set()
+        self.index: VectorIndex | None = None
+        self.partial = self.quantized = False
+        #: That a row has a vector, and one that may be proven.
+        self.present = self.claimed(clause)
+        if base is not None and isinstance(base.table, sa.Table) and base.table in origin:
+            self._serve(base.table, base)
+
+    def _from_entity(self) -> list[Any]:
+        """Take selected columns and key from a mapped class; its tables."""
+        inspected: Any = sa.inspect(self.entity)
+        self.mapper: Any = inspected.mapper
+        self.origin: Any = self.entity
+        self.selected: list[Any] = [self.entity]
+        self.key: list[Any] = [self._attribute(c) for c in self.mapper.primary_key]
+        self.narrows = self.mapper.inherits is not None and not self.mapper.concrete
+        names = {*self.mapper.attrs.keys(), *(c.key for c in self.mapper.columns)}
+        if self.label in names:
+            self.label = "nearest_similarity"
+        if inspected.is_mapper:
+            return list(self.mapper.tables)
+        return _tables_of(inspected.selectable)
+
+    def _from_table(self, column: Any) -> list[Any]:
+        """Take selected columns and key from a table or what stands for one; its tables."""
+        self.mapper = None
+        table = getattr(self.column, "table", None)
+        if table is None:
+            raise DeclarationError(f"nearest() was given {column!r}, which belongs to no table.")
+        self.origin = table
+        self.selected = readable_columns(table)
+        self.key = list(table.primary_key)
+        if any(c.key == self.label for c in self.selected):
+            self.label = "nearest_similarity"
+        return _tables_of(table)
+
+    def _attribute(self, column: sa.Column[Any]) -> Any:
+        return getattr(self.entity, self.mapper.get_property_by_column(column).key)
+
+    def _serve(self, table: sa.Table, base: sa.Column[Any]) -> None:
+        """Let the index of a table serve the search, where its rows can be told by their key."""
+        row_key = list(table.primary_key)
+        if self.mapper is not None and not all(self.mapper.c.contains_column(c) for c in row_key):
+            row_key = [c for c in self.mapper.primary_key if c.table is table]
+        if not row_key or len(row_key) != len(self.key):
+            return
+        if self.mapper is not None:
+            self.key = [self._attribute(c) for c in row_key]
+        self.table, self.row_key, self.index = table, row_key, index_on(self.column)
+        self._base = base
+        if self.index is not None:
+            self.partial, self.quantized = self.index.partial, self.index.quantized
+        for columns in (index.columns for index in table.indexes):
+            self.leading.update(column.name for column in list(columns)[:1])
+        self.leading.add(row_key[0].name)
+
+    def similarity_from(self, distance: sa.ColumnElement[float]) -> sa.Label[float]:
+        """The similarity that belongs to a distance."""
+        offset = sa.literal_column(str(int(self.metric.offset)), sa.Float(53))
+        difference = sa.BinaryExpression(offset, distance, sub, type_=offset.type)
+        return difference.label(self.label)
+
+    def distance(self, left: sa.ColumnElement[Any], right: Any) -> sa.ColumnElement[float]:
+        """The distance that ranks."""
+        return apply_operator(left, self.metric.operator, right)
+
+    def index_distance(
+        self, column: sa.ColumnElement[Any], index: VectorIndex, right: sa.ColumnElement[Any]
+    ) -> sa.ColumnElement[float]:
+        """The distance that an index orders by."""
+        operator = HAMMING if index.form == "binary" else index.metric.operator
+        return apply_operator(index.indexed(column), operator, index.indexed(right))
+
+    def row_column(self, row: sa.FromClause) -> sa.ColumnElement[Any]:
+        """The vector column of a row of ``table`` under another name."""
+        return row.c[self._base.key]
+
+    def claimed(self, column: sa.ColumnElement[Any]) -> list[sa.ColumnElement[bool]]:
+        """That a row has a vector, and a proof of it; asked of the column under any name."""
+        companion = companion_of(column)
+        proof = [] if companion is None else [guard.claimed(column, companion)]
+        return [column.is_not(None), *proof]
+
+    def proven(self, column: sa.ColumnElement[Any]) -> list[sa.ColumnElement[bool]]:
+        """That a row's proof is one of its vector; asked of the column under any name."""
+        companion = companion_of(column)
+        return [] if companion is None else [guard.proven(column, companion)]
+
+    def owns(self, element: Any) -> bool:
+        """Whether it is a column of the searched table."""
+        return isinstance(element, sa.Column) and table_behind(element.table) is self.table
+
+    def pins(self, criterion: Any) -> bool:
+        """Whether a criterion compares a column that has an index for equality."""
+        if isinstance(criterion, sa.BooleanClauseList) and criterion.operator is operators.and_:
+            return any(self.pins(one) for one in criterion.clauses)
+        return (
+            isinstance(criterion, sa.BinaryExpression)
+            and criterion.operator in (operators.eq, operators.in_op)
+            and self.owns(criterion.left)
+            and criterion.left.name in self.leading
+        )
+
+    def about(self, row: sa.FromClause, criterion: Any) -> Any:
+        """A criterion about a row under another name.
+
+        ``None`` where it holds more than the row's columns.
+        """
+        criterion = clause_of(criterion)
+        if not isinstance(criterion, sa.ClauseElement):
+            return None
+        for element in visitors.iterate(criterion):
+            if isinstance(element, (sa.SelectBase, sa.TextClause)):
+                return None
+            if isinstance(element, sa.ColumnClause) and not self.owns(element):
+                return None
+        return visitors.replacement_traverse(
+            criterion, {}, lambda element, **_: row.c[element.key] if self.owns(element) else None
+        )
+
+    def sample_times(self) -> sa.ColumnElement[float]:
+        """How many times as large as a sample of ``PAGES`` pages the table is."""
+        assert self.table is not None
+        own = sa.func.pg_relation_size(guard.relation(self.table.schema, self.table.name))
+        block = sa.literal_column(
+            f"({PAGES:d} * current_setting('block_size')::float8)", sa.Float()
+        )
+        size = sa.type_coerce(sa.func.nullif(own, sa.literal_column("0")), sa.Float()) / block
+        # A partitioned table has no pages of its own; a part of each partition is tried.
+        times = sa.func.coalesce(size, sa.literal_column(f"{PARTITIONED:d}"))
+        return sa.func.greatest(sa.literal_column("1"), times, type_=sa.Float())
+
+    def comparable(self) -> list[sa.ColumnElement[bool]]:
+        """That a row has a vector, and a similarity to something."""
+        criteria: list[sa.ColumnElement[bool]] = [self.column.is_not(None)]
+        if self.metric.similarity == "cosine" and not hasattr(self.column.type, "encoder"):
+            criteria.append(self.directed(self.column))
+        return criteria
+
+    def directed(self, vector: sa.ColumnElement[Any]) -> sa.ColumnElement[bool]:
+        """That a vector is not all zeros, which has a cosine with nothing."""
+        half = getattr(self.column.type, "storage", None) == "halfvec"
+        norm = sa.func.l2_norm(vector) if half else sa.func.vector_norm(vector)
+        # By the planner's lights most rows are unequal to something, and few larger.
+        return norm != sa.literal_column("0")
+
+    def operand(self, query: Any) -> sa.ColumnElement[Any]:
+        """The query as the right-hand side of a distance operator."""
+        if not self.is_row(query):
+            right = operand(self.column, query)
+            value = getattr(right, "value", None)
+            if isinstance(value, WireVector) and self.metric.similarity == "cosine":
+                _require_direction(value)
+            return right
+        # Its vector never leaves the server.
+        other = aliased(self.mapper.class_)
+        base: Any = base_of(self.column)
+        vector = getattr(other, self.mapper.get_property_by_column(base).key)
+        own = zip(self.mapper.primary_key, self.identity(query), strict=True)
+        keys = [getattr(other, self.mapper.get_property_by_column(c).key) == v for c, v in own]
+        return sa.select(vector).where(*keys).scalar_subquery()
+
+    def is_row(self, query: Any) -> bool:
+        """Whether a query is an object of the mapped class."""
+        return self.mapper is not None and isinstance(query, self.mapper.class_)
+
+    def identity(self, query: Any) -> tuple[Any, ...]:
+        """Primary key of a persistent object.
+
+        Raises:
+            DeclarationError: it is not in the database yet.
+        """
+        identity: tuple[Any, ...] | None = sa.inspect(query).identity
+        if identity is None:
+            raise DeclarationError(
+                f"nearest() was given {query!r}, which is not in the database yet. Flush it first, "
+                "or search with its text."
+            )
+        return identity
+
+
+def _require_direction(vector: WireVector) -> None:
+    if not vector.array.any():
+        raise ZeroVectorError(
+            "nearest() was given a vector of zeros, and its cosine with anything is undefined. "
+            "Give another, or leave the search out where there is nothing to search for."
+        )
+
+
+def _tables_of(selectable: Any) -> list[Any]:
+    """The table of a selectable that is one, by its own name or another; else none."""
+    table = table_behind(selectable)
+    return [table] if isinstance(table, sa.Table) else []
+
+
+def readable_columns(table: Any) -> list[Any]:
+    """Columns of a table that are there for readers: no vectors, and nothing made for searches."""
+    vectors = [c for c in table.c if isinstance(c.type, VectorType)]
+    texts = [c for c in table.c if isinstance(c.type, TextSearch)]
+    lengths = (table.c.get(length_name(c.name)) for c in texts)
+    apart = {id(c) for c in (*vectors, *map(companion_of, vectors), *texts, *lengths)}
+    return [c for c in table.c if id(c) not in apart]
+
+
+def columns_of(element: Any) -> Iterator[Any]:
+    """Columns in an expression, but for those of its subqueries."""
+    element = clause_of(element)
+    if isinstance(element, (sa.SelectBase, sa.ScalarSelect, sa.Exists)):
+        return
+    if isinstance(element, sa.ColumnClause) and element.table is not None:
+        yield element
+        return
+    if isinstance(element, sa.ClauseElement):
+        for child in element.get_children():
+            yield from columns_of(child)
+
+
+def table_behind(selectable: Any) -> Any:
+    """The table that an alias stands for."""
+    while isinstance(selectable, sa.Alias):
+        selectable = selectable.element
+    return selectable
+
+
+#: Where a mapped property, or a column, keeps its targets.
+_KEPT = "sbert_pg.targets"
+
+
+class _Targets(dict[Any, Target]):
+    """Targets by what they depend on; a copy of the metadata by pickle begins without any."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_Targets, ())
+
+
+def target_of(column: Any) -> Target:
+    """The target of an attribute or column; that of a mapped class's own attribute is kept.
+
+    Raises:
+        DeclarationError: it is no vector column.
+    """
+    if isinstance(column, InstrumentedAttribute):
+        table = getattr(column.parent, "local_table", None)
+        owner, kept = column.class_, column.property.info
+    elif isinstance(column, sa.Column):
+        table, owner, kept = column.table, None, column.info
+    else:
+        return Target(column)
+    if not isinstance(table, sa.Table):
+        return Target(column)
+    # An index that is declared later counts from then on.
+    key = (owner, id(table), len(table.indexes))
+    known: _Targets = kept.setdefault(_KEPT, _Targets())
+    target = known.get(key)
+    if target is None:
+        target = known[key] = Target(column)
+    return target
+
+
+__all__ = ["Target", "columns_of", "readable_columns", "table_behind", "target_of"]

@@ -1,0 +1,351 @@
+"""``matching``: rows found by their words, ranked by BM25, in plain SQL.
+
+BM25 (Robertson and Zaragoza, 2009) needs for each word how often it occurs in a row (tf), in how
+many rows it occurs (df), how long the row is, and how many rows there are. PostgreSQL knows it all:
+
+- *tf*: for one lexeme ``ts_rank`` is ``.1 * (1 + 1/4 + .. + 1/tf^2) / 1.64493406685``, which grows
+  with tf, so tf is read back exactly (to 255; a tsvector keeps 256 positions of a lexeme).
+- *df*: ``ANALYZE`` keeps the frequencies of a column's common lexemes in ``pg_stats``; those that
+  are not kept are rare, and the GIN index counts them exactly.
+- the length is a generated column, its mean and the number of rows come from the same statistics.
+
+Where there are no statistics (a table that was never analysed, a view, a role that row security
+hides them from) everything is counted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
+
+from sbert_pg.errors import DeclarationError
+from sbert_pg.search.bm25 import looked_up, ranking
+from sbert_pg.search.statement import Call, Changeable, Nearest, replayed
+from sbert_pg.search.target import readable_columns
+from sbert_pg.types.comparator import base_of, clause_of
+from sbert_pg.types.text import TextSearch, length_name
+
+_QUOTED = re.compile(r'(-?)"([^"]*)"?')
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question as ``websearch_to_tsquery`` reads it.
+
+    Attributes:
+        words: words of which a row should have some, those of phrases included.
+        required: quoted phrases that a row has to have, and those with ``-`` that it must not.
+    """
+
+    words: str
+    required: str = ""
+
+    @classmethod
+    def read(cls, text: str) -> Question:
+        """Read ``"quoted phrases"``, ``-excluded`` words and phrases, and words."""
+        if not isinstance(text, str):
+            raise DeclarationError(f"A question is asked in words, not as {type(text)!r}.")
+        required: list[str] = []
+        phrases: list[str] = []
+
+        def take(match: re.Match[str]) -> str:
+            required.append(f'{match[1]}"{match[2]}"')
+            if not match[1]:
+                phrases.append(match[2])
+            return " "
+
+        rest = []
+        for word in _QUOTED.sub(take, text.replace("\0", " ")).split():
+            if word.startswith("-") and len(word) > 1:
+                required.append(f'-"{word[1:]}"')
+            else:
+                rest.append(word)
+        return cls(" ".join([*rest, *phrases]), " ".join(required))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WordSearch(Changeable):
+    """What ``matching`` was asked; the counterpart of ``statement.Search``."""
+
+    function: ClassVar[str] = "matching"
+    column: Any
+    entity: Any
+    questions: tuple[Question, ...]
+    many: bool
+    language: str
+    limit: int | None
+    offset: int
+    exhaustive: bool
+    narrowing: tuple[Call, ...] = ()
+    shaping: tuple[Call, ...] = ()
+
+    def statement(self) -> Nearest:
+        """The statement of the search."""
+        return _statement(self)
+
+    def require_page(self, limit: Any, offset: Any) -> None:
+        """See ``Changeable.require_page``."""
+        check_page(self.function, limit, offset or 0)
+
+    @property
+    def table(self) -> Any:
+        """The table, alias or subquery that the column is of."""
+        return self.column.table
+
+    @property
+    def selected(self) -> list[Any]:
+        """The entity, or the columns of the table that are there for readers."""
+        return [self.entity] if self.entity is not None else readable_columns(self.table)
+
+    @property
+    def key(self) -> list[Any]:
+        """Primary key of a row, in the caller's expressions."""
+        if self.entity is None:
+            return list(self.table.primary_key)
+        mapper = sa.inspect(self.entity).mapper
+        return [
+            getattr(self.entity, mapper.get_property_by_column(c).key) for c in mapper.primary_key
+        ]
+
+
+def matching(
+    column: Any,
+    question: str | Sequence[str],
+    *,
+    limit: int | None = 10,
+    offset: int = 0,
+    where: sa.ColumnElement[bool] | Sequence[sa.ColumnElement[bool]] = (),
+    language: str | None = None,
+    exhaustive: bool = False,
+) -> sa.Select[Any]:
+    """A select of the rows that match a question by its words, each with its score, best first.
+
+    Scores are BM25 with Lucene's idf, which is never negative. A row is found when it has any of
+    the words; ``"quoted phrases"`` have to be there, ``-excluded`` words must not. A question of no
+    known word finds nothing.
+
+    Args:
+        column: a column made with ``text_column``.
+        question: the question, in words; or a list of them: then each has its ``limit`` rows, and a
+            last column ``query`` has its number, from 0.
+        limit: rows to return; ``None`` for all that match.
+        offset: rows to skip; pages neither repeat nor miss rows while the table does not change.
+        where: criteria that a row has to meet; the same as ``.where()`` on the result.
+        language: text search configuration of the question; the column's by default. Where rows
+            have their own, only those of this configuration are found.
+        exhaustive: whether to score every row that has any of the words at once; the answer is the
+            same. Otherwise rows that only have words which more than a tenth of the rows have are
+            scored where they can be among the best.
+
+    Returns:
+        Rows of the entity (or of the table's columns) and ``score``.
+
+    Raises:
+        DeclarationError: the column is no text column, or a number is out of its range.
+    """
+    return word_search(
+        column, question, limit=limit, offset=offset, where=where, language=language,
+        exhaustive=exhaustive,
+    ).statement()  # fmt: skip
+
+
+def word_search(
+    column: Any,
+    question: str | Sequence[str],
+    *,
+    limit: int | None = 10,
+    offset: int = 0,
+    where: sa.ColumnElement[bool] | Sequence[sa.ColumnElement[bool]] = (),
+    language: str | None = None,
+    exhaustive: bool = False,
+) -> WordSearch:
+    """What ``matching`` with these arguments searches for."""
+    clause = clause_of(column)
+    if not isinstance(clause, sa.ColumnElement) or not isinstance(clause.type, TextSearch):
+        raise DeclarationError(
+            f"matching() was given {column!r}, which is no text column. Give an attribute made "
+            "with text_column()."
+        )
+    many = not isinstance(question, str)
+    if not isinstance(question, (str, list, tuple)):
+        raise DeclarationError(
+            f"matching() takes a question in words, or a list of them, not {type(question)!r}."
+        )
+    check_page("matching", limit, offset)
+    parent = getattr(column, "parent", None)
+    search = WordSearch(
+        clause,
+        None if parent is None else parent.entity,
+        tuple(map(Question.read, [question] if isinstance(question, str) else question)),
+        many,
+        language or clause.type.language,
+        limit,
+        offset,
+        exhaustive,
+    )
+    if not search.questions:
+        raise DeclarationError("matching() was given an empty list of questions.")
+    if not search.key:
+        raise DeclarationError("matching() ranks rows by their primary key; the table has none.")
+    if clause.type.language_column is not None:
+        own = clause.table.c[clause.type.language_column]
+        search = replace(search, narrowing=(("where", (own == _regconfig(search.language),), {}),))
+    criteria = (where,) if isinstance(where, sa.ClauseElement) else tuple(where)
+    if criteria:
+        search = replace(search, narrowing=(*search.narrowing, ("where", criteria, {})))
+    return search
+
+
+def check_page(function: str, limit: Any, offset: Any) -> None:
+    """Refuse a limit or offset that is no whole number from 0 on.
+
+    Raises:
+        DeclarationError: it is none.
+    """
+    for name, number in (("limit", limit), ("offset", offset)):
+        if number is None and name == "limit":
+            continue
+        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+            raise DeclarationError(
+                f"{function}() was given {name}={number!r}; it takes a whole number from 0 on."
+            )
+
+
+# ---------------------------------------------------------------- the statement
+
+
+def words_page(search: WordSearch, depth: int | None = None) -> sa.Subquery:
+    """The rows of a search's page: ``query``, ``key_0``.., ``score`` and ``held``.
+
+    Args:
+        search: the search.
+        depth: rows from the best on, in place of the search's own page.
+    """
+    type_: TextSearch = search.column.type
+    weights = tuple((name.lower(), weight) for name, weight in type_.weight_classes.items())
+    exhaustive = search.exhaustive or (search.limit is None and depth is None)
+    page = ranking(len(search.key), weights, exhaustive)
+    one = sa.table("words_questions", sa.column("number", sa.BigInteger())).alias("words_one")
+    own = (_search_part(search, depth), _questions_part(search))
+    return (
+        sa.select(one.c.number.label("query"), *page.c)
+        .join_from(one, page, sa.true())
+        .add_cte(*own, _rows_part(search), _within_part(search), *looked_up(), nest_here=True)
+        .subquery("words_found")
+    )
+
+
+def words_of(search: WordSearch) -> sa.Select[Any]:
+    """Lexeme, rows, idf and whether it is common, of each word asked for, the weightiest first."""
+    idf = sa.table("words_idf", *map(sa.column, ("lexeme", "idf", "common")))
+    df = sa.table("words_df", sa.column("lexeme"), sa.column("df"))
+    own = (_search_part(search, None), _questions_part(search), _rows_part(search))
+    return (
+        sa.select(idf.c.lexeme, df.c.df, idf.c.idf, idf.c.common)
+        .join_from(idf, df, df.c.lexeme == idf.c.lexeme)
+        .order_by(idf.c.idf.desc(), idf.c.lexeme)
+        .add_cte(*own, *looked_up())
+    )
+
+
+def _search_part(search: WordSearch, depth: int | None) -> sa.CTE:
+    """What holds for all questions, as a part of one row."""
+    base: Any = base_of(search.column)
+    # By a dialect of named parameters: others double the percent sign.
+    dialect: Any = postgresql.dialect
+    name = dialect(paramstyle="named").identifier_preparer.format_table(base.table)
+    limit, offset = (search.limit, search.offset) if depth is None else (depth, 0)
+    values = {
+        "wanted": limit,
+        "needed": None if limit is None else limit + offset,
+        "skipped": offset,
+        "table_name": name,
+        "vector_column": base.name,
+        "length_column": length_name(base.name),
+    }
+    columns = []
+    for key, value in values.items():
+        type_: Any = sa.Text() if isinstance(value, str) else sa.BigInteger()
+        columns.append(sa.cast(sa.literal(value, type_), type_).label(key))
+    part: sa.CTE = sa.select(_regconfig(search.language).label("language"), *columns).cte(
+        "words_search"
+    )
+    return part.prefix_with("MATERIALIZED")
+
+
+def _questions_part(search: WordSearch) -> sa.CTE:
+    """The questions, numbered from 0, with what their rows have to match beyond having words."""
+    texts = [
+        postgresql.array([sa.literal(getattr(one, name), sa.Text()) for one in search.questions])
+        for name in ("words", "required")
+    ]
+    asked = (
+        sa.func.unnest(*(sa.cast(text, postgresql.ARRAY(sa.Text())) for text in texts))
+        .table_valued("words", "required", with_ordinality="place", name="words_texts")
+        .render_derived()
+    )
+    required = sa.func.websearch_to_tsquery(_regconfig(search.language), asked.c.required)
+    part: sa.CTE = sa.select(
+        (asked.c.place - sa.literal_column("1")).label("number"),
+        asked.c.words,
+        required.label("required"),
+    ).cte("words_questions")
+    return part.prefix_with("MATERIALIZED")
+
+
+def _rows_part(search: WordSearch) -> sa.CTE:
+    """The rows of the table, for counting."""
+    base: Any = base_of(search.column)
+    rows = base.table.alias("words_all")
+    length = rows.c[length_name(base.name)].label("length")
+    part: sa.CTE = sa.select(rows.c[base.key].label("vector"), length).cte("words_rows")
+    return part.prefix_with("NOT MATERIALIZED")
+
+
+def _within_part(search: WordSearch) -> sa.CTE:
+    """Keys, vector and length of the caller's rows, for the planner to put where needed."""
+    length = search.column.table.c[length_name(search.column.name)]
+    keys = [key.label(f"key_{n}") for n, key in enumerate(search.key)]
+    rows = sa.select(*keys, search.column.label("vector"), length.label("length"))
+    if search.entity is not None:
+        rows = rows.select_from(search.entity)
+    rows = replayed(rows, search.narrowing)
+    if search.joins:
+        rows = rows.distinct()
+    part: sa.CTE = rows.cte("words_within")
+    return part.prefix_with("NOT MATERIALIZED")
+
+
+def _regconfig(language: str) -> sa.ColumnElement[Any]:
+    return sa.cast(sa.literal(language, sa.Text()), postgresql.REGCONFIG())
+
+
+def _statement(search: WordSearch) -> Nearest:
+    page = words_page(search)
+    same = [key == page.c[f"key_{n}"] for n, key in enumerate(search.key)]
+    query = [page.c.query] if search.many else []
+    statement: Any = Nearest(*search.selected, page.c.score.label("score"), *query)
+    if search.joins:
+        statement = replayed(statement, search.narrowing)
+    origin = search.entity if search.entity is not None else search.table
+    statement = statement.join_from(origin, page, sa.and_(*same))
+    statement = statement.order_by(*query, page.c.score.desc(), *search.key)
+    statement = replayed(statement, search.shaping)
+    statement.search = search
+    return statement  # type: ignore[no-any-return]
+
+
+__all__ = [
+    "Question",
+    "WordSearch",
+    "check_page",
+    "matching",
+    "word_search",
+    "words_of",
+    "words_page",
+]

@@ -1,0 +1,285 @@
+"""What of a database is shown: tables and columns that were listed, searched by plain data.
+
+The HTTP server and the MCP server ask here, so what is shown and how a filter reads is one thing.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import eq, ge, gt, le, lt
+from typing import Any, Literal
+
+import sqlalchemy as sa
+from sqlalchemy.types import NullType
+
+from sbert_pg.errors import BindingError, DeclarationError
+from sbert_pg.search import hybrid, matching, nearest
+from sbert_pg.search.target import readable_columns
+from sbert_pg.spec import EncoderSpec
+
+By = Literal["meaning", "words", "both"]
+
+#: Rows of an answer, and values of a list in a filter.
+MOST_ROWS, MOST_VALUES = 100, 1_000
+#: Characters of a question: more than any encoder reads.
+MOST_CHARACTERS = 100_000
+#: Seconds after which tables are looked at again: indexes, columns and encoders change.
+_LOOK_AGAIN = 60.0
+
+_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
+    "=": eq,
+    "!=": lambda column, value: column.is_distinct_from(value),
+    "<": lt,
+    "<=": le,
+    ">": gt,
+    ">=": ge,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked of a table.
+
+    Attributes:
+        text: the question, in words; ``None`` for the rows like ``key``.
+        by: what is compared.
+        limit: rows wanted.
+        where: by column, a value, a list of values, or operators with a value each.
+        key: primary key of a row, a value for each of its columns.
+    """
+
+    text: str | None
+    by: By = "meaning"
+    limit: int = 10
+    where: Mapping[str, Any] | None = None
+    key: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.text is not None and (not isinstance(self.text, str) or not self.text.strip()):
+            raise DeclarationError("The question has to be a text that is not blank.")
+        if self.text is not None and (len(self.text) > MOST_CHARACTERS or "\0" in self.text):
+            raise DeclarationError(
+                f"The question has at most {MOST_CHARACTERS:,} characters, none of them NUL."
+            )
+        if type(self.limit) is not int or not 1 <= self.limit <= MOST_ROWS:
+            raise DeclarationError(f"'limit' is a whole number from 1 to {MOST_ROWS}.")
+        if self.by not in ("meaning", "words", "both"):
+            raise DeclarationError("'by' is 'meaning', 'words' or 'both'.")
+        for name, values in (("where", self.where), ("key", self.key)):
+            if values is not None and not isinstance(values, dict):
+                raise DeclarationError(f"'{name}' is an object of columns and values.")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A row of an answer.
+
+    Attributes:
+        scores: how well it fits, by name.
+        row: its listed columns, as plain data.
+    """
+
+    scores: dict[str, float | None]
+    row: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Exposed:
+    """A table that is shown.
+
+    Attributes:
+        name: its name for clients.
+        bound: name of its embedding column in the catalog, with schema and table.
+        encoder: the encoder that it was declared with.
+        embedding: its embedding column.
+        text: its column for searches by words, or ``None``.
+        columns: the columns that clients see and filter by.
+    """
+
+    name: str
+    bound: str
+    encoder: EncoderSpec
+    embedding: sa.Column[Any]
+    text: sa.Column[Any] | None
+    columns: tuple[str, ...]
+
+    def found(self, connection: sa.Connection, question: Question) -> list[Found]:
+        """The rows that answer a question, best first.
+
+        Raises:
+            DeclarationError: the question cannot be asked of this table.
+            sqlalchemy.exc.DataError: a value of a filter does not fit its column.
+        """
+        result = connection.execute(self._statement(connection, question))
+        names = list(result.keys())
+        # The table's columns come first, then the scores, whatever they are called.
+        first = len(readable_columns(self.embedding.table))
+        return [
+            Found(
+                {name: _plain(v) for name, v in zip(names[first:], row[first:], strict=True)},
+                {n: _plain(v) for n, v in zip(names, row[:first], strict=False)
+                 if n in self.columns},
+            )
+            for row in result
+        ]  # fmt: skip
+
+    def _statement(self, connection: sa.Connection, question: Question) -> Any:
+        options: dict[str, Any] = {"limit": question.limit, "where": self._criteria(question.where)}
+        if question.text is None:
+            return self._like(connection, question, options)
+        if question.by == "meaning":
+            return nearest(self.embedding, question.text, **options)
+        if self.text is None:
+            raise DeclarationError(
+                f"{self.name} has no text column, so it is searched by meaning alone."
+            )
+        if question.by == "words":
+            return matching(self.text, question.text, **options)
+        return hybrid(self.embedding, self.text, question.text, **options)
+
+    def _like(self, connection: sa.Connection, question: Question, options: dict[str, Any]) -> Any:
+        """The rows nearest to a row, which is itself left out."""
+        table = self.embedding.table
+        keys = {column.name: column for column in table.primary_key}
+        given = question.key or {}
+        if given.keys() != keys.keys():
+            raise DeclarationError(f"'key' has to name {', '.join(keys)} of {self.name}.")
+        other = table.alias("like_row")
+        its = [_compared(other.c[name], "=", value) for name, value in given.items()]
+        vector = sa.select(other.c[self.embedding.name]).where(*its)
+        if not connection.scalar(sa.select(vector.scalar_subquery().is_not(None))):
+            raise DeclarationError(
+                f"{self.name} has no row with this key, or it has no vector yet."
+            )
+        others = sa.not_(sa.and_(*(_compared(keys[n], "=", v) for n, v in given.items())))
+        options["where"] = [*options["where"], others]
+        return nearest(self.embedding, vector.scalar_subquery(), **options)
+
+    def _criteria(self, where: Mapping[str, Any] | None) -> list[sa.ColumnElement[bool]]:
+        criteria = []
+        for name, wanted in (where or {}).items():
+            if name not in self.columns:
+                raise DeclarationError(
+                    f"{self.name} has no column {name[:100]!r} to filter by; there are "
+                    f"{', '.join(self.columns)}."
+                )
+            column = self.embedding.table.c[name]
+            conditions = wanted if isinstance(wanted, dict) else {"=": wanted}
+            criteria += [_compared(column, op, value) for op, value in conditions.items()]
+        return criteria
+
+
+def _compared(column: sa.Column[Any], operator: str, value: Any) -> sa.ColumnElement[bool]:
+    """A criterion, its values read by the database as values of the column's type."""
+    if operator not in _OPERATORS:
+        raise DeclarationError(
+            f"There is no operator {operator[:20]!r} for {column.name}; there are "
+            f"{', '.join(_OPERATORS)}."
+        )
+    if isinstance(value, list):
+        if operator != "=" or not 1 <= len(value) <= MOST_VALUES:
+            raise DeclarationError(
+                f"{column.name}: a list of 1 to {MOST_VALUES:,} values goes with '=' alone."
+            )
+        return column.in_([_value(column, one) for one in value])
+    if value is None:
+        if operator not in ("=", "!="):
+            raise DeclarationError(f"{column.name}: null goes with '=' and '!=' alone.")
+        return column.is_(None) if operator == "=" else column.is_not(None)
+    criterion: sa.ColumnElement[bool] = _OPERATORS[operator](column, _value(column, value))
+    return criterion
+
+
+def _value(column: sa.Column[Any], value: Any) -> sa.ColumnElement[Any]:
+    if not isinstance(value, (str, int, float)):
+        raise DeclarationError(
+            f"{column.name}: a value is a text, a number, true, false or null, not {value!r:.100}."
+        )
+    if isinstance(value, str) and "\0" in value:
+        raise DeclarationError(f"{column.name}: a value holds NUL, which no text of a row does.")
+    text = sa.literal(str(value), sa.Text())
+    return text if isinstance(column.type, NullType) else sa.cast(text, column.type)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it; what has no form there is text."""
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if isinstance(value, (bytes, memoryview)):
+        return bytes(value).hex()
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+
+class Shown:
+    """The tables that are shown, looked at again from time to time.
+
+    Args:
+        engine: an engine with the driver psycopg 3.
+        look: the tables by name, as they are now.
+        timeout: seconds that a statement may take.
+
+    Raises:
+        DeclarationError: ``look`` does, since a table or column that is listed is not there.
+    """
+
+    def __init__(
+        self,
+        engine: sa.Engine,
+        look: Callable[[sa.Connection], Sequence[Exposed]],
+        timeout: float = 10.0,
+    ) -> None:
+        self.engine = engine
+        self._look = look
+        self._timeout = timeout
+        self._lock = threading.Lock()
+        self._tables: dict[str, Exposed] = {}
+        self._looked = 0.0
+        self.tables()
+
+    def tables(self, *, afresh: bool = False) -> dict[str, Exposed]:
+        """The tables by name."""
+        with self._lock:
+            if afresh or not self._tables or time.monotonic() - self._looked > _LOOK_AGAIN:
+                with self.engine.connect() as connection:
+                    self._tables = {table.name: table for table in self._look(connection)}
+                self._looked = time.monotonic()
+            return self._tables
+
+    def ask(self, name: Any, question: Question) -> list[Found]:
+        """The rows of a table that answer a question.
+
+        Raises:
+            DeclarationError: there is no such table, or it cannot be asked so.
+            BindingError: the column has no encoder that this process has.
+        """
+        try:
+            return self._ask(self._table(name, afresh=False), question)
+        except BindingError:
+            # The column changed hands since it was looked at.
+            return self._ask(self._table(name, afresh=True), question)
+
+    def _table(self, name: Any, *, afresh: bool) -> Exposed:
+        tables = self.tables(afresh=afresh)
+        if not isinstance(name, str) or name not in tables:
+            raise DeclarationError(f"'table' is one of {', '.join(tables)}.")
+        return tables[name]
+
+    def _ask(self, table: Exposed, question: Question) -> list[Found]:
+        with self.engine.begin() as connection:
+            milliseconds = str(int(self._timeout * 1000))
+            limit = sa.func.set_config("statement_timeout", milliseconds, sa.true())
+            connection.execute(sa.select(limit))
+            return table.found(connection, question)
+
+
+__all__ = ["By", "Exposed", "Found", "Question", "Shown"]

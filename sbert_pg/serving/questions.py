@@ -1,0 +1,180 @@
+"""A worker's answers to ``CALL sbert.embed``: questions that plain SQL asks.
+
+Beside the worker, in a thread with a connection of its own that listens. A question is a row of
+``sbert.question``; what is answered is written there, a transaction a batch. Several workers share
+them by ``SKIP LOCKED``. The connection holds a shared lock as long as it lives, by which callers
+know at once that nobody answers.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+from uuid import UUID
+
+import numpy as np
+import psycopg
+import sqlalchemy as sa
+from psycopg import sql
+
+from sbert_pg import catalog
+from sbert_pg.catalog.holding import hold_encoder
+from sbert_pg.catalog.tables import QUESTION_CHANNEL, question
+from sbert_pg.errors import EncodingError
+from sbert_pg.freshness.arrays import driver_connection
+from sbert_pg.freshness.database import Database, Pause
+from sbert_pg.freshness.logs import LOGGER, say
+from sbert_pg.probes import measured
+from sbert_pg.registry import get_encoder
+from sbert_pg.spec import TextEncoder
+from sbert_pg.sqlstates import words_of
+
+logger = logging.getLogger(LOGGER)
+
+#: The lock of whoever answers, as two numbers; ``ask_v1`` looks for it. "sbqt" and "quest".
+LOCK = (1_935_827_316, 1_902_467_956)
+#: Questions of a batch.
+BATCH = 64
+#: Seconds between looks whether to stop; between removals of what is old; after which a column
+#: whose encoder is not here is tried again.
+_LOOK, _TIDY, _BLOCKED = 0.5, 60.0, 60.0
+#: Seconds that a question waits for an answer, and that an answer is kept; answers kept at most.
+_UNANSWERED, _KEPT, _MOST = 60, 86_400, 10_000
+
+
+class Answers:
+    """Answers questions beside a worker; one of its companions.
+
+    Args:
+        engine: an engine with the driver psycopg 3. One connection is used for moments, and one
+            more, outside the pool, listens.
+    """
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._database = Database(engine)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="sbert-pg-answers", daemon=True)
+        self._encoders: dict[UUID, TextEncoder] = {}
+        self._blocked: dict[UUID, float] = {}
+        self._tidy_at = 0.0
+
+    def start(self) -> None:
+        """Begin, in a thread of its own."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End, and wait for it."""
+        self._stop.set()
+        self._thread.join(timeout=30)
+
+    def look(self) -> None:
+        """Answer what is asked now."""
+        while self._answer():
+            pass
+
+    def _run(self) -> None:
+        pause = Pause()
+        while not self._stop.is_set():
+            try:
+                self._listen(pause)
+            except Exception as error:  # Whatever it is, the worker goes on, and this tries again.
+                wait = pause.next()
+                fields = {"error": words_of(error), "retry_in": round(wait, 2)}
+                say(logger, logging.WARNING, "Cannot answer questions; trying again", fields)
+                self._stop.wait(wait)
+
+    def _listen(self, pause: Pause) -> None:
+        with self._database.engine.connect() as opened:
+            connection = opened.execution_options(isolation_level="AUTOCOMMIT")
+            driver = driver_connection(connection)
+            connection.detach()
+            driver.execute(sql.SQL("LISTEN {}").format(sql.Identifier(QUESTION_CHANNEL)))
+            driver.execute("SELECT pg_advisory_lock_shared(%s, %s)", LOCK)
+            self.look()
+            pause.reset()
+            while not self._stop.is_set():
+                for _ in driver.notifies(timeout=_LOOK, stop_after=1):
+                    self.look()
+                self._tidy(driver)
+
+    def _tidy(self, driver: psycopg.Connection[Any]) -> None:
+        """Remove what nobody fetches; also finds out whether the connection is alive."""
+        if time.monotonic() < self._tidy_at:
+            return
+        self._tidy_at = time.monotonic() + _TIDY
+        driver.execute(
+            "DELETE FROM sbert.question WHERE asked_at < now() - make_interval(secs => CASE "
+            "WHEN vector IS NULL THEN %s ELSE %s END)",
+            (_UNANSWERED, _KEPT),
+        )
+        driver.execute(
+            "DELETE FROM sbert.question WHERE asked_at < "
+            "(SELECT asked_at FROM sbert.question ORDER BY asked_at DESC OFFSET %s LIMIT 1)",
+            (_MOST,),
+        )
+
+    def _answer(self) -> bool:
+        """Answer a batch; returns whether there may be more."""
+        c = question.c
+        blocked = [i for i, until in self._blocked.items() if until > time.monotonic()]
+        with self._database.begin() as connection:
+            asked = connection.execute(
+                sa.select(c.binding_id, c.role, c.digest, c.question)
+                .where(c.vector.is_(None), c.error.is_(None), c.binding_id.not_in(blocked))
+                .order_by(c.asked_at)
+                .limit(BATCH)
+                .with_for_update(skip_locked=True)
+            ).all()
+            for binding_id in {row.binding_id for row in asked}:
+                rows = [row for row in asked if row.binding_id == binding_id]
+                self._answer_for(connection, binding_id, rows)
+        return len(asked) == BATCH
+
+    def _answer_for(self, connection: sa.Connection, binding_id: UUID, rows: Sequence[Any]) -> None:
+        try:
+            encoder = self._encoder(connection, binding_id)
+        except sa.exc.SQLAlchemyError:
+            raise
+        except Exception as error:  # Another worker may have the encoder.
+            self._blocked[binding_id] = time.monotonic() + _BLOCKED
+            fields = {"binding": str(binding_id), "reason": words_of(error)}
+            say(logger, logging.ERROR, "Cannot answer questions about a column", fields)
+            return
+        c = question.c
+        for row in rows:
+            values: dict[str, Any]
+            try:
+                values = {"vector": _text(encoder.encode_query([row.question])[0])}
+            except EncodingError as error:
+                values = {"error": words_of(error)}
+            connection.execute(
+                sa.update(question)
+                .where(c.binding_id == row.binding_id, c.role == row.role, c.digest == row.digest)
+                .values(values)
+            )
+
+    def _encoder(self, connection: sa.Connection, binding_id: UUID) -> TextEncoder:
+        """The encoder of a column, proven to be its own."""
+        known = self._encoders.get(binding_id)
+        if known is None:
+            bindings = {binding.id: binding for binding in catalog.all_bindings(connection)}
+            binding = bindings[binding_id]
+            known = get_encoder(binding.declared)
+            measured(known)
+            hold_encoder(connection, binding, known)
+            self._encoders[binding_id] = known
+        return known
+
+
+def _text(vector: Any) -> str:
+    """A vector as pgvector reads it."""
+    numbers = np.asarray(vector, dtype=np.float32)
+    if not np.isfinite(numbers).all():
+        raise EncodingError("the encoder gave numbers that are not finite")
+    return "[" + ",".join(map(str, numbers.tolist())) + "]"
+
+
+__all__ = ["Answers"]

@@ -1,0 +1,129 @@
+"""What ``sbert-pg serve`` serves: embeddings, searches, health and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import sqlalchemy as sa
+
+from sbert_pg.serving.embeddings import Embeddings
+from sbert_pg.serving.exposed import Question, Shown
+from sbert_pg.serving.http import (
+    JSON,
+    RefusedError,
+    Service,
+    application,
+    busy,
+    json_bytes,
+    only_known,
+    require_safe,
+)
+from sbert_pg.serving.listening import Limits, listening
+from sbert_pg.serving.metrics import ServerMetrics
+from sbert_pg.spec import TextEncoder
+
+#: Searches at a time, and those that wait for one of these to end.
+SEARCHES, MOST_SEARCHES = 8, 64
+
+
+@contextmanager
+def serving(
+    encoders: Mapping[str, TextEncoder],
+    shown: Shown | None = None,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    token: str | None = None,
+    limits: Limits | None = None,
+) -> Iterator[int]:
+    """Serve encoders, and searches of tables, over HTTP while the block runs; docs/serve.md.
+
+    Args:
+        encoders: encoders by the names under which clients ask for them.
+        shown: tables that are searched; ``None`` for none.
+        host: address to listen on; this machine alone by default.
+        port: port; 0 takes a free one.
+        token: what clients have to send; needed for other addresses.
+        limits: see ``Limits``.
+
+    Yields:
+        The port.
+
+    Raises:
+        DeclarationError: the address needs a token, or cannot be listened on.
+        MissingExtraError: the extra ``serve`` is not installed.
+    """
+    require_safe(host, token)
+    metrics = ServerMetrics()
+    embeddings = Embeddings(dict(encoders), metrics)
+    service = Service(
+        posts={"/v1/embeddings": embeddings.answer},
+        pages={
+            "/v1/models": embeddings.models,
+            "/health": lambda: (200, b'{"status": "ok"}\n', JSON),
+            "/ready": lambda: _ready(shown),
+            "/metrics": metrics.page,
+        },
+        open_pages=frozenset({"/health", "/ready"}),
+        token=token,
+        limits=limits or Limits(),
+        observe=metrics.observe,
+    )
+    executor = ThreadPoolExecutor(SEARCHES, thread_name_prefix="sbert-pg-search")
+    if shown is not None:
+        service.posts["/search"] = _Searches(shown, executor).answer
+    try:
+        with listening(application(service), service.limits, host, port) as bound:
+            yield bound
+    finally:
+        embeddings.close()
+        executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _ready(shown: Shown | None) -> tuple[int, bytes, str]:
+    """Whether the database answers, where there is one; who asks needs no token, so no reason."""
+    if shown is not None:
+        try:
+            with shown.engine.connect() as connection:
+                connection.execute(sa.select(1))
+        except sa.exc.SQLAlchemyError:
+            return 503, json_bytes({"ready": False}), JSON
+    return 200, b'{"ready": true}\n', JSON
+
+
+class _Searches:
+    """``/search``: as many at a time as there are threads, and a bounded number that waits."""
+
+    def __init__(self, shown: Shown, executor: ThreadPoolExecutor) -> None:
+        self._shown = shown
+        self._executor = executor
+        self._under_way = 0
+
+    async def answer(self, body: dict[str, Any]) -> bytes:
+        only_known(body, ("table", "query", "by", "limit", "where"))
+        if "query" not in body or "table" not in body:
+            raise RefusedError(400, "A search has 'table' and 'query'.", "missing_parameter")
+        question = Question(
+            body["query"] if body["query"] is not None else "",
+            body.get("by", "meaning"),
+            body.get("limit", 10),
+            body.get("where"),
+        )
+        if self._under_way >= MOST_SEARCHES:
+            raise busy("Too many searches wait")
+        self._under_way += 1
+        try:
+            found = await asyncio.get_running_loop().run_in_executor(
+                self._executor, self._shown.ask, body["table"], question
+            )
+        finally:
+            self._under_way -= 1
+        results = [{**one.scores, "row": one.row} for one in found]
+        return json_bytes({"table": body["table"], "results": results})
+
+
+__all__ = ["serving"]

@@ -1,0 +1,172 @@
+-- Rows that match a question by their words, ranked by BM25: what matching() of the library does, for
+-- callers without it. The row type says which table:
+--   SELECT (matched).id, (matched).title, score
+--     FROM sbert.bm25_v1(NULL::article, 'search', 'laser "both sides" -toner');
+-- column_name is a generated tsvector with the column <name>_length beside it, as text_column() makes
+-- them. row_filter is SQL about the row d. language is the column's own by default; weights are those
+-- of the classes A to D. It runs with the caller's rights and search path, and its numbers come from
+-- ANALYZE where there are any; else, and for rare words, they are counted.
+CREATE FUNCTION sbert.bm25_v1(
+    row_type anyelement,
+    column_name name,
+    question text,
+    row_limit integer DEFAULT 10,
+    row_filter text DEFAULT 'true',
+    language regconfig DEFAULT NULL,
+    weights float8[] DEFAULT NULL
+)
+RETURNS TABLE (matched anyelement, score float8)
+LANGUAGE plpgsql STABLE
+AS $body$
+DECLARE
+    v_relation regclass;
+    v_schema name;
+    v_name name;
+    v_parts boolean;
+    v_length name := column_name || '_length';
+    v_keys text;
+    v_words text;
+    v_required tsquery;
+    v_rows float8;
+    v_mean float8;
+    v_terms text[];
+    v_df float8[];
+    v_idf float8[];
+    v_counted bigint;
+    v_levels float8[];
+    v_tf text;
+    v_vectors text;
+    v_select text;
+    v_order text;
+    v_rekeyed text;
+BEGIN
+    SELECT k.oid, n.nspname, k.relname, k.relkind = 'p',
+           CASE WHEN k.relkind = 'p' THEN (
+                    SELECT CASE WHEN min(leaf.reltuples) >= 0 THEN sum(leaf.reltuples) END
+                      FROM pg_catalog.pg_partition_tree(k.oid) t
+                      JOIN pg_catalog.pg_class leaf ON leaf.oid = t.relid WHERE t.isleaf)
+                WHEN k.relkind = 'r' AND k.reltuples > 0 THEN k.reltuples END,
+           primary_key.inner_order, primary_key.outer_order
+      INTO v_relation, v_schema, v_name, v_parts, v_rows, v_keys, v_rekeyed
+      FROM pg_catalog.pg_type t
+      JOIN pg_catalog.pg_class k ON k.oid = t.typrelid
+      JOIN pg_catalog.pg_namespace n ON n.oid = k.relnamespace
+     CROSS JOIN LATERAL (
+           SELECT string_agg(format('d.%I', a.attname), ', ' ORDER BY c.place) AS inner_order,
+                  string_agg(format('(d).%I', a.attname), ', ' ORDER BY c.place) AS outer_order
+             FROM pg_catalog.pg_index i
+            CROSS JOIN unnest(i.indkey::int2[]) WITH ORDINALITY AS c (number, place)
+             JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = c.number
+            WHERE i.indrelid = k.oid AND i.indisprimary) AS primary_key
+     WHERE t.oid = pg_typeof(row_type);
+    IF v_keys IS NULL OR 2 <> (
+        SELECT count(*) FROM pg_catalog.pg_attribute a
+         WHERE a.attrelid = v_relation AND NOT a.attisdropped
+           AND (a.attname, a.atttypid) IN ((column_name, 'tsvector'::regtype), (v_length, 'int4'::regtype)))
+    THEN
+        RAISE EXCEPTION USING ERRCODE = 'SB003',
+            MESSAGE = format('%s has no text column %I with %I beside it, or no primary key',
+                             pg_typeof(row_type), column_name, v_length),
+            HINT = 'Give the row type of a table, as in NULL::article, and a column that '
+                   'text_column() has made.';
+    END IF;
+    IF language IS NULL THEN
+        SELECT coalesce(substring(pg_get_expr(d.adbin, d.adrelid) FROM 'to_tsvector\(''([^'']+)''::regconfig')::regconfig,
+                        get_current_ts_config())
+          INTO language
+          FROM pg_catalog.pg_attribute a
+          LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+         WHERE a.attrelid = v_relation AND a.attname = column_name;
+    END IF;
+
+    -- Quoted phrases and words behind a minus are required, or excluded; the words of phrases score.
+    SELECT concat_ws(' ', string_agg(p[2], ' ') FILTER (WHERE p[1] = '')),
+           websearch_to_tsquery(language, coalesce(string_agg(format('%s"%s"', p[1], p[2]), ' '), ''))
+      INTO v_words, v_required
+      FROM regexp_matches(question, '(-?)"([^"]*)"?', 'g') AS p;
+    SELECT concat_ws(' ', string_agg(w, ' ') FILTER (WHERE w !~ '^-.'), v_words),
+           v_required && websearch_to_tsquery(
+               language, coalesce(string_agg(format('-"%s"', substr(w, 2)), ' ') FILTER (WHERE w ~ '^-.'), ''))
+      INTO v_words, v_required
+      FROM regexp_split_to_table(regexp_replace(question, '-?"[^"]*"?', ' ', 'g'), '\s+') AS w;
+
+    SELECT coalesce(common.total, 0) + (1 - coalesce(common.share, 0)) * coalesce(rest.mean, 0)
+      INTO v_mean
+      FROM pg_catalog.pg_stats s
+     CROSS JOIN LATERAL (
+           SELECT sum(v.value * v.share) AS total, sum(v.share) AS share
+             FROM unnest(s.most_common_vals::text::float8[], s.most_common_freqs) AS v (value, share)) common
+     CROSS JOIN LATERAL (
+           SELECT avg((h.bound + h.next) / 2) AS mean
+             FROM (SELECT b.bound, lead(b.bound) OVER (ORDER BY b.bound) AS next
+                     FROM unnest(s.histogram_bounds::text::float8[]) AS b (bound)) h) rest
+     WHERE s.schemaname = v_schema AND s.tablename = v_name AND s.attname = v_length
+       AND s.inherited = v_parts;
+    IF v_rows IS NULL OR v_mean IS NULL THEN
+        EXECUTE format('SELECT count(*), avg(%I) FROM %s', v_length, v_relation) INTO v_rows, v_mean;
+    END IF;
+    v_mean := coalesce(nullif(v_mean, 0), 1);
+
+    SELECT array_agg(a.quoted ORDER BY lexeme COLLATE "C"),
+           array_agg(kept.share * v_rows ORDER BY lexeme COLLATE "C")
+      INTO v_terms, v_df
+      FROM (SELECT lexeme, concat('''', replace(replace(lexeme, E'\\', E'\\\\'), '''', ''''''), '''') AS quoted
+              FROM unnest(to_tsvector(language, v_words))) a
+      LEFT JOIN (SELECT u.lexeme, u.share
+                   FROM pg_catalog.pg_stats s
+                  CROSS JOIN unnest(s.most_common_elems::text::text[], s.most_common_elem_freqs)
+                        AS u (lexeme, share)
+                  WHERE s.schemaname = v_schema AND s.tablename = v_name AND s.attname = column_name
+                    AND s.inherited = v_parts) kept USING (lexeme);
+    FOR i IN 1 .. coalesce(cardinality(v_terms), 0) LOOP
+        IF v_df[i] IS NULL THEN
+            EXECUTE format('SELECT count(*) FROM %s WHERE %I @@ $1', v_relation, column_name)
+               INTO v_counted USING v_terms[i]::tsquery;
+            v_df[i] := v_counted;
+        END IF;
+        v_df[i] := least(v_df[i], v_rows);
+        v_idf[i] := ln(1 + (v_rows - v_df[i] + .5) / (v_df[i] + .5));
+    END LOOP;
+
+    -- ts_rank of one lexeme grows with tf: half-way between its values for tf - 1 and tf.
+    SELECT array_agg(0.1 * (total - 0.5 / (n * n)) / 1.64493406685 ORDER BY n)
+      INTO v_levels
+      FROM (SELECT n, sum(1.0 / (n * n)) OVER (ORDER BY n)::float8 AS total
+              FROM generate_series(1, 255) AS n) levels;
+    SELECT coalesce(string_agg(format(
+               '%s * width_bucket(ts_rank(''{.1,.1,.1,.1}'', v.%s, t.query)::float8, $4)::float8',
+               w.weight, substr('abcd', w.place::int, 1)), ' + '),
+               'width_bucket(ts_rank(''{.1,.1,.1,.1}'', v.whole, t.query)::float8, $4)::float8'),
+           -- A long vector is stored compressed: it is expanded once for all words. OFFSET 0 keeps
+           -- what is computed once from being put in the place of each of its uses.
+           coalesce(string_agg(format('ts_filter(d.%I, ''{%s}'') AS %2$s', column_name, substr('abcd', w.place::int, 1)), ', '),
+                    format('setweight(d.%I, ''D'') AS whole', column_name))
+      INTO v_tf, v_vectors FROM unnest(weights) WITH ORDINALITY AS w (weight, place);
+    v_select := format(
+        'SELECT d, s.score FROM %1$s AS d CROSS JOIN LATERAL (SELECT %6$s OFFSET 0) AS v CROSS JOIN LATERAL ('
+        'SELECT sum(t.idf * c.tf * 2.2 / (c.tf + 1.2 * (0.25 + 0.75 * d.%2$I / $5))) AS score '
+        'FROM unnest($1, $2) AS t (query, idf) CROSS JOIN LATERAL (SELECT %3$s AS tf OFFSET 0) AS c) AS s '
+        'WHERE (numnode($3) = 0 OR d.%4$I @@ $3) AND (%5$s) AND d.%4$I @@ ',
+        v_relation, v_length, v_tf, column_name, row_filter, v_vectors);
+    v_order := format(' ORDER BY s.score DESC, %s LIMIT $6', v_keys);
+    -- Rows with rarer words first; then those with common words that can score more than the last.
+    RETURN QUERY EXECUTE concat(
+        'WITH rare (d, score) AS MATERIALIZED (', v_select, '$7', v_order, '), verdict AS MATERIALIZED ('
+        'SELECT least, NOT EXISTS (SELECT FROM unnest($8, $9) AS t (word, reach) '
+        'WHERE reach < ''Infinity'' AND coalesce(reach > least, true)) AS suffice '
+        'FROM (SELECT CASE WHEN count(*) >= $6 THEN min(score) END AS least FROM rare) AS last) '
+        'SELECT * FROM (SELECT * FROM rare WHERE (SELECT suffice FROM verdict) UNION ALL (', v_select,
+        '(SELECT string_agg(word, '' | '')::tsquery FROM unnest($8, $9) AS t (word, reach), verdict '
+        'WHERE coalesce(reach > least, true)) AND NOT (SELECT suffice FROM verdict)', v_order,
+        ')) AS chosen (d, score) ORDER BY score DESC, ', v_rekeyed)
+        USING v_terms::tsquery[], v_idf, v_required, v_levels, v_mean, row_limit,
+              (SELECT string_agg(v_terms[i], ' | ') FROM generate_subscripts(v_terms, 1) AS i
+                WHERE v_df[i] <= 0.1 * v_rows)::tsquery,
+              v_terms,
+              -- What a row can score at most by a common word and those that weigh less.
+              (SELECT array_agg(CASE WHEN v_df[i] <= 0.1 * v_rows THEN 'Infinity' ELSE reach END
+                                ORDER BY i)
+                 FROM (SELECT i, 2.2 * sum(v_idf[i]) OVER (ORDER BY v_idf[i], i) AS reach
+                         FROM generate_subscripts(v_terms, 1) AS i) AS reaches);
+END
+$body$;

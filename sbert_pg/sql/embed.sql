@@ -1,0 +1,36 @@
+-- The vector of a question, as text, for callers without Python: a worker makes it, or it is known.
+-- A procedure, since the question has to be committed before a worker can see it; so it cannot be
+-- called inside BEGIN, but for known questions. It runs by the caller's rights and path, since one
+-- that sets them cannot commit: each name here has its schema.
+CREATE PROCEDURE sbert.embed(
+    target text, question text, INOUT embedding text, seconds double precision DEFAULT 10
+)
+LANGUAGE plpgsql
+AS $body$
+DECLARE
+    v_until timestamptz := pg_catalog.clock_timestamp()
+        OPERATOR(pg_catalog.+) pg_catalog.make_interval(secs => seconds);
+BEGIN
+    embedding := sbert.known_v1(target, question);
+    IF embedding IS NOT NULL THEN
+        RETURN;
+    END IF;
+    PERFORM sbert.ask_v1(target, question);
+    -- "Invalid transaction termination" here: call it outside of BEGIN and of functions.
+    COMMIT;
+    LOOP
+        embedding := sbert.known_v1(target, question);
+        IF embedding IS NOT NULL THEN
+            RETURN;
+        END IF;
+        IF pg_catalog.clock_timestamp() OPERATOR(pg_catalog.>) v_until THEN
+            RAISE EXCEPTION USING ERRCODE = 'SB003',
+                MESSAGE = pg_catalog.format('no worker has answered within %s seconds', seconds),
+                HINT = 'The log of sbert-pg worker says whether it has the encoder of this column.';
+        END IF;
+        PERFORM pg_catalog.pg_sleep(0.001);
+        -- Each look sees what is committed now, at every isolation level, and holds nothing back.
+        COMMIT;
+    END LOOP;
+END
+$body$;

@@ -1,0 +1,188 @@
+"""What a database error is about, whichever driver raised it.
+
+psycopg, psycopg2, asyncpg and pg8000 keep the SQLSTATE and the server's words in four places, so
+everything that reads them asks here.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import sqlalchemy as sa
+
+from sbert_pg.errors import (
+    AlreadyBoundError,
+    BackfillIncompleteError,
+    BindingError,
+    CatalogError,
+    CatalogMissingError,
+    EncoderMismatchError,
+    NotBoundError,
+    SbertPgError,
+)
+
+#: SQLSTATEs of the class SB, which no server uses: what the functions of the schema raise.
+SQLSTATES: dict[str, type[SbertPgError]] = {
+    "SB001": EncoderMismatchError,
+    "SB002": AlreadyBoundError,
+    "SB003": BindingError,
+    "SB004": NotBoundError,
+    "SB005": BindingError,
+    "SB006": BackfillIncompleteError,
+}
+DEADLOCK_DETECTED = "40P01"
+LOCK_NOT_AVAILABLE = "55P03"
+QUERY_CANCELED = "57014"
+_INSUFFICIENT_PRIVILEGE = "42501"
+_UNDEFINED_FUNCTION = "42883"
+_INVALID_SCHEMA = "3F000"
+_TRANSACTION_TIMEOUT = "25P04"
+_READ_ONLY = "25006"
+_IDLE_TIMEOUTS = ("25P03", "57P05")
+
+#: Class 57 without 57014: the server shuts down, crashes, starts up, or drops the database.
+_LOST = ("08", "57")
+#: 40 rollback, 53 insufficient resources (53100 is a full disk), 55 not in prerequisite state
+#: (locks), 58 system error (input and output), XX internal error.
+_BUSY = ("40", "53", "55", "58", "XX")
+#: 42 syntax error or access rule violation (missing table, missing right), 3D and 3F missing
+#: catalog or schema, SB this library's own.
+_COLUMN = ("42", "3D", "3F", "SB", "28", "0A")
+
+
+def sqlstate_of(error: BaseException | None) -> str | None:
+    """The five-character SQLSTATE of an error of SQLAlchemy or of a driver, where it has one."""
+    original = getattr(error, "orig", None) or error
+    # psycopg and asyncpg say sqlstate, psycopg2 pgcode.
+    for name in ("sqlstate", "pgcode"):
+        state = getattr(original, name, None)
+        if state is not None:
+            return str(state)
+    state = _fields(original).get("C")
+    return None if state is None else str(state)
+
+
+class Fault(enum.Enum):
+    """Where the fault of a statement lies.
+
+    The answer decides what is done: wait and try again, leave the column alone, or find the row.
+    """
+
+    #: The connection or the server is gone: restart, fail-over, dropped connection.
+    LOST = "lost"
+    #: The server cannot just now: full disk, too many connections, read-only, deadlock.
+    BUSY = "busy"
+    #: The statement took too long: smaller batches may pass.
+    SLOW = "slow"
+    #: Nothing can be written to this column: it is gone, bound otherwise, or not permitted.
+    COLUMN = "column"
+    #: A row is refused: a constraint or a trigger of the application's.
+    ROW = "row"
+
+
+def fault_of(error: BaseException) -> Fault:
+    """Classify what a statement raised.
+
+    Args:
+        error: an error of SQLAlchemy, the driver or this library. Others are the column's: they are
+            not about one row, and waiting a little does no harm.
+    """
+    if isinstance(error, (sa.exc.TimeoutError, TimeoutError, ConnectionError)):
+        return Fault.BUSY
+    if not isinstance(error, sa.exc.DBAPIError):
+        return Fault.COLUMN
+    state = sqlstate_of(error)
+    if state == QUERY_CANCELED:
+        return Fault.SLOW
+    if state in (_TRANSACTION_TIMEOUT, *_IDLE_TIMEOUTS):
+        return Fault.LOST
+    if error.connection_invalidated or state is None:
+        lost = isinstance(error, (sa.exc.OperationalError, sa.exc.InterfaceError))
+        return Fault.LOST if lost or error.connection_invalidated else Fault.COLUMN
+    if state == _READ_ONLY or state.startswith(_BUSY):
+        return Fault.BUSY
+    if state.startswith(_LOST):
+        return Fault.LOST
+    if state.startswith(_COLUMN):
+        return Fault.COLUMN
+    return Fault.ROW
+
+
+def words_of(error: BaseException) -> str:
+    """An error in one line, without SQLAlchemy's rendering of statement and parameters."""
+    if isinstance(error, SbertPgError):
+        return " ".join(str(error).split())
+    original = getattr(error, "orig", None) or error
+    state, words = sqlstate_of(original), " ".join(_words(original)[0].split())
+    return f"{type(original).__name__}{f' {state}' if state else ''}: {words}"
+
+
+def as_error(error: sa.exc.DBAPIError) -> SbertPgError | None:
+    """The error of this library that a driver's error stands for, or ``None``."""
+    state = sqlstate_of(error)
+    message, detail, hint = _words(error.orig)
+    if state in SQLSTATES:
+        said = (f"{message[:1].upper()}{message[1:]}.", detail, hint)
+        return SQLSTATES[state](" ".join(part for part in said if part))
+    if state in (_UNDEFINED_FUNCTION, _INVALID_SCHEMA) and "sbert" in message:
+        return CatalogMissingError(
+            f"The schema 'sbert' is not installed in this database, or is older than this code: "
+            f"{message}. Run 'sbert-pg migrate'."
+        )
+    if state == _INSUFFICIENT_PRIVILEGE:
+        return CatalogError(
+            f"This role may not do that: {message}. Let the owner of the schema sbert run "
+            "SELECT sbert.grant_v1(role, capability), where capability is 'reader', 'writer', "
+            "'worker' or 'binder'; to bind a column a role has to own its table."
+        )
+    return None
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Raise the library's own error in place of the driver's, where there is one."""
+    try:
+        yield
+    except sa.exc.DBAPIError as error:
+        own = as_error(error)
+        if own is None:
+            raise
+        raise own from error
+
+
+def _words(error: BaseException | None) -> tuple[str, str, str]:
+    """Message, detail and hint of a driver's error."""
+    fields = _fields(error)
+    if fields:
+        return str(fields.get("M") or error), str(fields.get("D", "")), str(fields.get("H", ""))
+    # SQLAlchemy raises an error of its own for asyncpg, with asyncpg's as its cause.
+    for source in (getattr(error, "diag", None), error, getattr(error, "__cause__", None)):
+        message = getattr(source, "message_primary", None) or getattr(source, "message", None)
+        if message:
+            detail = getattr(source, "message_detail", None) or getattr(source, "detail", None)
+            hint = getattr(source, "message_hint", None) or getattr(source, "hint", None)
+            return str(message), str(detail or ""), str(hint or "")
+    return str(error), "", ""
+
+
+def _fields(error: BaseException | None) -> dict[str, Any]:
+    """The fields of the server's message by their letters, as pg8000 hands them on."""
+    first = error.args[0] if error is not None and error.args else None
+    return first if isinstance(first, dict) else {}
+
+
+__all__ = [
+    "DEADLOCK_DETECTED",
+    "LOCK_NOT_AVAILABLE",
+    "QUERY_CANCELED",
+    "SQLSTATES",
+    "Fault",
+    "as_error",
+    "fault_of",
+    "sqlstate_of",
+    "translated",
+    "words_of",
+]

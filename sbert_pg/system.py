@@ -1,0 +1,75 @@
+"""The server's own catalogs and statistics, as far as this package reads them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY, OID
+from sqlalchemy.engine import Dialect
+
+
+def _catalog(name: str, **types: Any) -> sa.TableClause:
+    columns: list[Any] = [sa.column(column, type_) for column, type_ in types.items()]
+    return sa.table(name, *columns, schema="pg_catalog")
+
+
+_O, _T, _I, _B, _TS = OID, sa.Text, sa.BigInteger, sa.Boolean, sa.DateTime(timezone=True)
+
+CLASS = _catalog(
+    "pg_class", oid=_O, relname=_T, relnamespace=_O, relam=_O, reloptions=ARRAY(_T),
+    reltuples=sa.Float, relkind=_T, reltablespace=_O,
+)  # fmt: skip
+NAMESPACE = _catalog("pg_namespace", oid=_O, nspname=_T)
+AM = _catalog("pg_am", oid=_O, amname=_T)
+INDEX = _catalog(
+    "pg_index", indexrelid=_O, indrelid=_O, indisvalid=_B, indisready=_B, indclass=_T, indpred=_T,
+    indkey=_T,
+)  # fmt: skip
+TABLESPACE = _catalog("pg_tablespace", oid=_O, spcname=_T)
+OPCLASS = _catalog("pg_opclass", oid=_O, opcname=_T)
+ATTRIBUTE = _catalog(
+    "pg_attribute", attrelid=_O, attname=_T, attnum=_I, atttypmod=_I, atttypid=_O, attisdropped=_B,
+    attnotnull=_B,
+)  # fmt: skip
+TYPE = _catalog("pg_type", oid=_O, typname=_T, typtype=_T, typcategory=_T, typbasetype=_O)
+TRIGGER = _catalog("pg_trigger", tgrelid=_O, tgtype=sa.SmallInteger, tgisinternal=_B, tgenabled=_T)
+INHERITS = _catalog("pg_inherits", inhrelid=_O, inhparent=_O)
+EXTENSION = _catalog("pg_extension", extname=_T, extversion=_T)
+CONSTRAINT = _catalog("pg_constraint", conrelid=_O, confrelid=_O, contype=_T)
+DEPEND = _catalog("pg_depend", classid=_O, objid=_O, refclassid=_O, refobjid=_O, refobjsubid=_I)
+INDEX_STATISTICS = _catalog("pg_stat_user_indexes", indexrelid=_O, idx_scan=_I, last_idx_scan=_TS)
+ACTIVITY = _catalog(
+    "pg_stat_activity", pid=_I, datname=_T, usename=_T, application_name=_T, state=_T, query=_T,
+    xact_start=_TS, query_start=_TS, backend_type=_T, wait_event_type=_T,
+)  # fmt: skip
+LOCKS = _catalog("pg_locks", pid=_I, relation=_O, granted=_B, mode=_T)
+REPLICATION = _catalog("pg_stat_replication", pid=_I, state=_T, replay_lag=sa.Interval)
+INDEX_PROGRESS = _catalog(
+    "pg_stat_progress_create_index", pid=_I, relid=_O, index_relid=_O, phase=_T, blocks_total=_I,
+    blocks_done=_I, tuples_total=_I, tuples_done=_I,
+)  # fmt: skip
+
+
+def oid_of(relation: str) -> sa.ColumnElement[int]:
+    """The oid of a table given as text, quoted where it has to be; ``NULL`` where there is none."""
+    return sa.cast(sa.func.to_regclass(relation), OID)
+
+
+def relation_name(table: sa.Table, connection: sa.Connection) -> str:
+    """A table's name as text that ``to_regclass`` reads."""
+    return name_of(connection.dialect, table.schema, table.name)
+
+
+def name_of(dialect: Dialect, schema: str | None, table: str) -> str:
+    """As ``relation_name``, of a table given by its names."""
+    schema = schema or None
+    # Not format_table, which doubles percents for the driver: this is data, not SQL.
+    return ".".join('"' + part.replace('"', '""') + '"' for part in (schema, table) if part)
+
+
+def ddl_name(compiler: Any, schema: str | None, name: str) -> str:
+    """A table or index given by its names, as a part of a statement that is being compiled."""
+    table = sa.Table(name, sa.MetaData(), schema=schema or None)
+    formatted: str = compiler.preparer.format_table(table)
+    return formatted

@@ -1,0 +1,44 @@
+"""Measured on one's own questions: evaluate searches, fit weights and encoders, choose an index."""
+
+from sbert_pg.tuning.advise import Advice, FormFigures, advise_index
+from sbert_pg.tuning.evaluation import Evaluation, Score, evaluate
+from sbert_pg.tuning.files import (
+    pairs_of,
+    read_pairs,
+    read_run,
+    with_attribute,
+    write_qrels,
+    write_run,
+)
+from sbert_pg.tuning.fitting import Tuning, tune
+from sbert_pg.tuning.limits import Limits, limits_of, own_texts
+from sbert_pg.tuning.pairs import Split, hard_negatives, own_pairs, split_pairs
+from sbert_pg.tuning.searches import searches_for
+from sbert_pg.tuning.weight import FittedWeight, fit_weight
+
+__all__ = [
+    "Advice",
+    "Evaluation",
+    "FittedWeight",
+    "FormFigures",
+    "Limits",
+    "Score",
+    "Split",
+    "Tuning",
+    "advise_index",
+    "evaluate",
+    "fit_weight",
+    "hard_negatives",
+    "limits_of",
+    "own_pairs",
+    "own_texts",
+    "pairs_of",
+    "read_pairs",
+    "read_run",
+    "searches_for",
+    "split_pairs",
+    "tune",
+    "with_attribute",
+    "write_qrels",
+    "write_run",
+]

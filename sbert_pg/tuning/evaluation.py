@@ -1,0 +1,309 @@
+"""``evaluate``: how well searches answer labelled questions, side by side.
+
+nDCG has linear gains and ``1 / log2(rank + 1)``, as in BEIR and MTEB. Intervals are by bootstrap
+over the questions (Efron, 1979), with the same draws for every search, so that the interval of a
+difference is that of paired questions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import sqlalchemy as sa
+
+from sbert_pg.errors import DeclarationError
+from sbert_pg.search import exact
+from sbert_pg.search.exact import LabelledQuery
+from sbert_pg.tuning.files import Run, in_columns, names_of, pairs_of
+from sbert_pg.tuning.searches import Answer, Search, encode_together, with_answers
+
+#: Questions of one statement.
+BATCH = 200
+#: Draws of the bootstrap; its share that an interval holds.
+DRAWS, CONFIDENCE = 1000, 0.95
+_MEASURES = ("ndcg", "recall", "mrr", "precision_at_1")
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A mean over questions, and the bounds of its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self:}"
+
+    def __format__(self, sign: str) -> str:
+        return f"{self.value:{sign}.3f} [{self.low:{sign}.3f}, {self.high:{sign}.3f}]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """What a search reached.
+
+    Attributes:
+        search: its name.
+        slice: value of the attribute that the questions share; ``None`` for all questions.
+        questions: how many.
+        ndcg: nDCG@k.
+        recall: recall@k: share of the relevant rows, of at most k that fit there.
+        mrr: mean reciprocal rank of the first relevant row among k.
+        precision_at_1: share of questions whose first row is relevant.
+        difference: nDCG@k less that of the first search, on the same questions.
+        milliseconds: time for a question, in batches; encoding it not included.
+    """
+
+    search: str
+    slice: str | None
+    questions: int
+    ndcg: Figure
+    recall: Figure
+    mrr: Figure
+    precision_at_1: Figure
+    difference: Figure
+    milliseconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Miss:
+    """A question that a search answers badly, with the right keys and what came instead."""
+
+    question: str
+    relevant: tuple[str, ...]
+    ndcg: float
+    answers: tuple[Answer, ...]
+
+    def __str__(self) -> str:
+        came = (f"  {a.key}  {a.score:.3f}  {' '.join(a.text.split())[:90]}" for a in self.answers)
+        wanted = f"{self.question!r} wants {', '.join(self.relevant)}; came:"
+        return "\n".join([wanted, *list(came)[:3]])
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Searches side by side; printed, it is a table.
+
+    Attributes:
+        k: rows of an answer that count.
+        queries: the labelled questions.
+        scores: one for each search, then one for each search and slice.
+        answers: for each search what it found for each question.
+    """
+
+    k: int
+    queries: tuple[LabelledQuery, ...]
+    scores: tuple[Score, ...]
+    answers: Mapping[str, Sequence[Sequence[Answer]]]
+
+    def worst(self, search: str, count: int = 10) -> list[Miss]:
+        """The questions of the lowest nDCG, with what came instead of the relevant rows."""
+        misses = [
+            Miss(query.text, tuple(query.gains), _measured(found, query, self.k)[0], tuple(found))
+            for query, found in zip(self.queries, self.answers[search], strict=True)
+        ]
+        return sorted((m for m in misses if m.ndcg < 1), key=lambda miss: miss.ndcg)[:count]
+
+    def run(self, search: str) -> Run:
+        """The answers of a search, as ``write_run`` takes them."""
+        pairs = zip(names_of(self.queries), self.answers[search], strict=True)
+        return {name: [(a.key, a.score) for a in answers] for name, answers in pairs}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, without the answers."""
+        return {"k": self.k, "scores": [asdict(score) for score in self.scores]}
+
+    def rows(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of the table."""
+        header = ["search", f"nDCG@{self.k}", "vs first", f"recall@{self.k}", "MRR", "P@1", "ms"]
+        table = []
+        for s in self.scores:
+            name = s.search if s.slice is None else f"{s.search}, {s.slice} ({s.questions})"
+            versus = "" if s.search == self.scores[0].search else f"{s.difference:+}"
+            time_ = "" if s.milliseconds is None else f"{s.milliseconds:.1f}"
+            figures = [str(s.recall), str(s.mrr), str(s.precision_at_1), time_]
+            table.append([name, str(s.ndcg), versus, *figures])
+        return header, table
+
+    def __str__(self) -> str:
+        header, table = self.rows()
+        head = f"{len(self.queries)} questions, intervals of {CONFIDENCE:.0%}"
+        return "\n".join([head, *in_columns([header, *table])])
+
+
+def evaluate(
+    engine: sa.Engine,
+    searches: Mapping[str, Search | Run],
+    pairs: Any,
+    *,
+    k: int = 10,
+    slices: str | None = None,
+    seed: int = 0,
+) -> Evaluation:
+    """Measure how well searches answer labelled questions.
+
+    Questions go to the database some 200 in one statement, in one snapshot.
+
+    Args:
+        engine: where.
+        searches: by name, each a function from a list of questions to its statement, such as
+            ``lambda q: nearest(Article.embedding, q)`` (a select of other making has the columns
+            ``query``, ``key`` and ``score``); or a run as ``read_run`` gives it. ``searches_for``
+            makes the usual ones.
+        pairs: labelled questions: pairs of a question and the key of a row that answers it, with a
+            gain perhaps; mappings of those and attributes; ``LabelledQuery``; what ``read_pairs``
+            gives; or a select or ``text()`` with the columns ``question`` and ``id``.
+        k: rows of an answer that count.
+        slices: name of an attribute of the pairs; each of its values is reported by itself.
+        seed: of the bootstrap.
+
+    Raises:
+        LoadError: the pairs are not readable, or there are none.
+        DeclarationError: a search gives something else than answers.
+    """
+    queries = pairs_of(engine, pairs)
+    texts = [query.text for query in queries]
+    answers: dict[str, list[list[Answer]]] = {}
+    times: dict[str, float] = {}
+    with ExitStack() as stack:
+        connection = None
+        for name, search in searches.items():
+            if isinstance(search, Mapping):
+                found = [search.get(n) or search.get(t) or [] for n, t in _named(queries)]
+                answers[name] = [[Answer(*row[:2]) for row in rows] for rows in found]
+                continue
+            if connection is None:
+                opened = engine.connect().execution_options(isolation_level="REPEATABLE READ")
+                connection = stack.enter_context(opened)
+            answers[name], seconds = _answers(connection, name, search, texts)
+            times[name] = 1000 * seconds / len(queries)
+    scores = _scores(queries, answers, times, k, slices, np.random.default_rng(seed))
+    return Evaluation(k, tuple(queries), tuple(scores), answers)
+
+
+def _named(queries: Sequence[LabelledQuery]) -> list[tuple[str, str]]:
+    """Name and text of each question."""
+    return [(name, query.text) for name, query in names_of(queries).items()]
+
+
+def _answers(
+    connection: sa.Connection, name: str, search: Search, questions: list[str]
+) -> tuple[list[list[Answer]], float]:
+    """What a search finds for each question, and the seconds that it took."""
+    answers: list[list[Answer]] = []
+    seconds = 0.0
+    for first in range(0, len(questions), BATCH):
+        batch = questions[first : first + BATCH]
+        statement = search(batch)
+        if not isinstance(statement, sa.Select):
+            answers += [[Answer(*row) for row in rows] for rows in statement]
+            continue
+        encode_together(statement, batch)
+        started = time.perf_counter()
+        found = connection.execute(with_answers(statement)).all()
+        seconds += time.perf_counter() - started
+        of_batch: list[list[Answer]] = [[] for _ in batch]
+        for row in found:
+            of_batch[row.query].append(
+                Answer(str(row.key), float(row.score), getattr(row, "text", "") or "")
+            )
+        answers += of_batch
+    if len(answers) != len(questions):
+        raise DeclarationError(
+            f"Search {name!r} answers {len(answers)} of {len(questions)} questions."
+        )
+    return answers, seconds
+
+
+def _measured(answers: Sequence[Answer], query: LabelledQuery, k: int) -> list[float]:
+    """The measures of one answer, in their order."""
+    keys = list(dict.fromkeys(answer.key for answer in answers))
+    return [
+        exact.ndcg(keys, query.gains, k),
+        exact.recall_of(keys, query.gains, k),
+        exact.reciprocal_rank(keys, query.gains, k),
+        exact.reciprocal_rank(keys, query.gains, 1),
+    ]
+
+
+def _scores(
+    queries: Sequence[LabelledQuery],
+    answers: Mapping[str, list[list[Answer]]],
+    times: Mapping[str, float],
+    k: int,
+    slices: str | None,
+    random: np.random.Generator,
+) -> list[Score]:
+    values = {
+        name: np.array([_measured(a, q, k) for a, q in zip(rows, queries, strict=True)])
+        for name, rows in answers.items()
+    }
+    groups: dict[str | None, npt.NDArray[np.bool_]] = {None: np.ones(len(queries), dtype=bool)}
+    if slices is not None:
+        of = np.array([query.attributes.get(slices, "(none)") for query in queries])
+        if set(of) == {"(none)"}:
+            raise DeclarationError(f"No pair has an attribute {slices!r} to slice by.")
+        groups |= {str(value): of == value for value in sorted(set(of))}
+    scores = []
+    for group, members in groups.items():
+        count = int(members.sum())
+        draws = random.multinomial(count, np.full(count, 1 / count), size=DRAWS) / count
+        first: Any = next(iter(values.values()))[members]
+        for name, all_ in values.items():
+            own = all_[members]
+            figures = dict(zip(_MEASURES, _figures(own, draws), strict=True))
+            (difference,) = _figures(own[:, :1] - first[:, :1], draws)
+            scores.append(
+                Score(
+                    search=name,
+                    slice=group,
+                    questions=count,
+                    difference=difference,
+                    milliseconds=times.get(name) if group is None else None,
+                    **figures,
+                )
+            )
+    return scores
+
+
+def _figures(values: Any, draws: Any) -> list[Figure]:
+    """Mean and interval of each column of an array of shape ``(questions, measures)``."""
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(draws @ values, [tail, 1 - tail], axis=0)
+    return [
+        Figure(float(value), float(lowest), float(highest))
+        for value, lowest, highest in zip(values.mean(axis=0), low, high, strict=True)
+    ]
+
+
+def grouped_figures(
+    values: npt.NDArray[np.float64], groups: npt.NDArray[np.int64], seed: int
+) -> list[Figure]:
+    """Mean and interval of each column of some measures, by draws of whole groups of questions.
+
+    Questions of one document are right or wrong together (Davison and Hinkley, 1997, section 3.8).
+
+    Args:
+        values: shape ``(questions, measures)``.
+        groups: number of each question's group.
+        seed: of the draws.
+    """
+    names, group = np.unique(groups, return_inverse=True)
+    sums = np.zeros((len(names), values.shape[1]))
+    np.add.at(sums, group, values)
+    random = np.random.default_rng(seed)
+    draws = random.multinomial(len(names), np.full(len(names), 1 / len(names)), size=DRAWS)
+    means = (draws @ sums) / (draws @ np.bincount(group))[:, None]
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(means, [tail, 1 - tail], axis=0)
+    return [Figure(*map(float, each)) for each in zip(values.mean(axis=0), low, high, strict=True)]
+
+
+__all__ = ["Evaluation", "Figure", "Miss", "Score", "evaluate", "grouped_figures"]

@@ -1,0 +1,275 @@
+"""Labelled questions and rankings in files: CSV, JSON lines, and TREC's qrels and runs."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from sbert_pg.catalog import rows as catalog_rows
+from sbert_pg.errors import LoadError
+from sbert_pg.search.exact import LabelledQuery
+
+#: Keys of the rows that a search found, best first, with their scores; by name of the question.
+Run = dict[str, list[tuple[str, float]]]
+
+#: Names of the columns of pairs; every other column is an attribute of the question.
+_QUESTION, _KEY, _GAIN = ("question", "query"), ("id", "key", "relevant"), ("gain", "relevance")
+
+
+def labelled(pairs: Iterable[Any]) -> list[LabelledQuery]:
+    """Questions with the rows that answer them, from pairs in any of their forms.
+
+    Args:
+        pairs: each is a ``LabelledQuery``; or ``(question, key)`` or ``(question, key, gain)``,
+            gain being 1; or a mapping with ``question`` (or ``query``), ``id`` (or ``key``), and
+            perhaps ``gain`` and ``name``, whose other items are attributes. Pairs of one question
+            belong together.
+
+    Raises:
+        LoadError: a pair is in none of these forms, or a gain is no number from 0 on.
+    """
+    queries: dict[str, LabelledQuery] = {}
+    for number, pair in enumerate(pairs, start=1):
+        try:
+            one = pair if isinstance(pair, LabelledQuery) else _of_pair(pair)
+            if not one.text.strip() or any(not gain >= 0 for gain in one.gains.values()):
+                raise ValueError("the question is empty, or a gain is below 0")
+        except (KeyError, TypeError, ValueError, IndexError, StopIteration) as error:
+            raise LoadError(
+                f"Pair {number}, {pair!r}: it has to be a question, the key of a row that answers "
+                f"it, and perhaps a gain; {error}."
+            ) from error
+        known = queries.get(one.name or one.text)
+        if known is not None:
+            one = LabelledQuery(
+                one.text,
+                {**known.gains, **one.gains},
+                one.name,
+                {**known.attributes, **one.attributes},
+            )
+        queries[one.name or one.text] = one
+    return list(queries.values())
+
+
+def _of_pair(pair: Any) -> LabelledQuery:
+    if not isinstance(pair, Mapping):
+        question, key, *gain = pair
+        return LabelledQuery(_text(question), {_text(key): float(gain[0] if gain else 1)})
+    rest = {str(name): value for name, value in pair.items()}
+
+    def take(names: Sequence[str]) -> Any:
+        return rest.pop(next(name for name in names if name in rest))
+
+    question, key = take(_QUESTION), take(_KEY)
+    gain = take(_GAIN) if any(name in rest for name in _GAIN) else 1
+    name = str(rest.pop("name", "") or "")
+    attributes = {name: str(value) for name, value in rest.items() if value is not None}
+    return LabelledQuery(_text(question), {_text(key): float(gain)}, name, attributes)
+
+
+def _text(value: Any) -> str:
+    """A question, or a key as reports call it: several parts as PostgreSQL writes a JSON array."""
+    if value is None:
+        raise ValueError("a question or key is missing")
+    if isinstance(value, (list, tuple)):
+        return json.dumps([str(part) for part in value], ensure_ascii=False)
+    return str(value)
+
+
+def read_pairs(path: Path | str, topics: Path | str | None = None) -> list[LabelledQuery]:
+    """Labelled questions from a file.
+
+    Args:
+        path: ``.csv`` or ``.tsv`` with a header (``question,id`` and perhaps ``gain``; other
+            columns are attributes); ``.jsonl`` with those, or with ``query`` and ``relevant`` (a
+            list of keys) or ``gains`` (key and gain); any other name is a TREC qrels file.
+        topics: for qrels, the questions: lines of a name, a tab, and the text.
+
+    Raises:
+        LoadError: there is no such file, or a line is not of its form; the message says which.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        with _opened(path, newline="") as file:
+            reader = csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",", strict=True)
+            return labelled(_each_of(path, reader, lambda row: [row]))
+    if suffix in (".jsonl", ".ndjson"):
+        return labelled(read_lines(path))
+    if topics is None:
+        raise LoadError(
+            f"{path} is read as TREC qrels, which name questions by number: add topics."
+        )
+    texts = dict(_fields(path, line, 2, "\t") for line in _lines(Path(topics)))
+
+    def judged(line: str) -> list[dict[str, Any]]:
+        name, _, key, gain = _fields(path, line, 4)
+        return [{"question": texts[name], "id": key, "gain": max(float(gain), 0.0), "name": name}]
+
+    return labelled(_each_of(path, _lines(path), judged))
+
+
+def read_lines(path: Path) -> list[LabelledQuery]:
+    """Labelled questions from JSON lines, one of each line; see ``read_pairs``.
+
+    Raises:
+        LoadError: there is no such file, or a line is not of this form; the message says which.
+    """
+    return _each_of(path, _lines(path), _of_json)
+
+
+def _each_of(
+    path: Path, lines: Iterable[Any], read: Callable[[Any], list[Any]]
+) -> list[LabelledQuery]:
+    pairs = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            pairs += [query for one in read(line) for query in labelled([one])]
+        except (LoadError, KeyError, ValueError, TypeError, AttributeError) as error:
+            raise LoadError(f"{path}, line {number}: {error}") from error
+    return pairs
+
+
+def _of_json(line: str) -> list[Any]:
+    try:
+        data = json.loads(line)
+        if "gains" not in data and "relevant" not in data:
+            return [data]
+        gains = data.get("gains") or dict.fromkeys(map(_text, data["relevant"]), 1.0)
+        weights = {_text(key): float(gain) for key, gain in gains.items()}
+        return [LabelledQuery(data.get("query") or data["question"], weights)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LoadError(
+            "expected a JSON object with 'query' and 'relevant' (a list of keys) or 'gains' (key "
+            f"and gain), or with 'question' and 'id': {error!r}"
+        ) from error
+
+
+def read_run(path: Path | str) -> Run:
+    """The rankings of a TREC run: lines of question, ``Q0``, key, rank, score and tag.
+
+    Raises:
+        LoadError: there is no such file, or a line is not of this form.
+    """
+    run: Run = {}
+    for line in _lines(Path(path)):
+        name, _, key, _, score, _ = _fields(Path(path), line, 6)
+        run.setdefault(name, []).append((key, float(score)))
+    # By score, as trec_eval reads it; ranks are there for people.
+    return {name: sorted(rows, key=lambda row: -row[1]) for name, rows in run.items()}
+
+
+def write_qrels(path: Path | str, queries: Sequence[LabelledQuery]) -> None:
+    """Write the judgements of labelled questions as TREC qrels; gains become whole numbers."""
+    lines = [
+        f"{name} 0 {_unbroken(key)} {round(gain)}\n"
+        for name, query in names_of(queries).items()
+        for key, gain in query.gains.items()
+    ]
+    Path(path).write_text("".join(lines), encoding="utf-8")
+
+
+def write_run(path: Path | str, run: Run, tag: str) -> None:
+    """Write rankings as a TREC run."""
+    lines = [
+        f"{name} Q0 {_unbroken(key)} {rank} {score:.9g} {_unbroken(tag)}\n"
+        for name, rows in run.items()
+        for rank, (key, score) in enumerate(rows, start=1)
+    ]
+    Path(path).write_text("".join(lines), encoding="utf-8")
+
+
+def write_queries(path: Path | str, queries: Sequence[LabelledQuery]) -> None:
+    """Write labelled questions as JSON lines, which ``read_pairs`` reads."""
+    lines = [
+        json.dumps({"query": query.text, "gains": dict(query.gains)}, ensure_ascii=False) + "\n"
+        for query in queries
+    ]
+    Path(path).write_text("".join(lines), encoding="utf-8")
+
+
+def names_of(queries: Sequence[LabelledQuery]) -> dict[str, LabelledQuery]:
+    """Labelled questions by what files call them: their names, else their numbers from 1."""
+    return {query.name or str(n): query for n, query in enumerate(queries, start=1)}
+
+
+def in_columns(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of cells as lines of text, cells below each other."""
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+
+
+def _opened(path: Path, **options: Any) -> Any:
+    try:
+        return path.open(encoding="utf-8-sig", **options)
+    except OSError as error:
+        raise LoadError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with _opened(path) as file:
+        yield from (line.rstrip("\n") for line in file if line.strip())
+
+
+def _fields(path: Path, line: str, number: int, separator: str | None = None) -> list[str]:
+    fields = line.split(separator, number - 1)
+    if len(fields) != number:
+        raise LoadError(f"{path}: {line!r} has {len(fields)} fields and not {number}.")
+    return fields
+
+
+def _unbroken(text: str) -> str:
+    """A key without blanks, which end a field."""
+    return "".join(text.split()) or "_"
+
+
+def pairs_of(engine: sa.Engine, pairs: Any) -> list[LabelledQuery]:
+    """Pairs in any form, those of a query included; see ``labelled``.
+
+    Raises:
+        LoadError: there are none.
+    """
+    if isinstance(pairs, sa.sql.base.Executable):
+        with engine.connect() as connection:
+            pairs = list(connection.execute(pairs).mappings())
+    queries = labelled(pairs)
+    if not queries:
+        raise LoadError("There are no labelled questions to measure by.")
+    return queries
+
+
+def with_attribute(
+    engine: sa.Engine, table: sa.Table, queries: Sequence[LabelledQuery], name: str
+) -> list[LabelledQuery]:
+    """Questions with an attribute that a column of the table says of their first relevant row."""
+    first = {query.text: next(iter(query.gains), "") for query in queries}
+    key = catalog_rows.label(list(table.primary_key))
+    chosen = sa.select(key, sa.cast(table.c[name], sa.Text)).where(key.in_(set(first.values())))
+    with engine.connect() as connection:
+        values = dict(connection.execute(chosen).tuples().all())
+    return [
+        replace(query, attributes={**query.attributes, name: values.get(first[query.text]) or ""})
+        for query in queries
+    ]
+
+
+__all__ = [
+    "Run",
+    "in_columns",
+    "labelled",
+    "names_of",
+    "pairs_of",
+    "read_lines",
+    "read_pairs",
+    "read_run",
+    "with_attribute",
+    "write_qrels",
+    "write_queries",
+    "write_run",
+]

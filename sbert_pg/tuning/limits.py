@@ -1,0 +1,260 @@
+"""``limits_of``: where an encoder breaks, on texts made for it and on one's own.
+
+Each kind of limit is a set of triples: a text, one that means the same, and one that looks alike
+and means something else. The score is the share of triples in which the encoder finds the same
+nearer; a perfect encoder reaches 1, a tossed coin .5. Intervals are Wilson's (1927).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import sqlalchemy as sa
+
+from sbert_pg.catalog import rows as catalog_rows
+from sbert_pg.errors import DeclarationError
+from sbert_pg.probes import SAMPLE_TEXTS
+from sbert_pg.tuning.evaluation import Figure
+from sbert_pg.tuning.files import in_columns
+from sbert_pg.tuning.limit_texts import ADVICE, AT_THE_END, TRIPLES, Triple
+
+if TYPE_CHECKING:
+    from sbert_pg.encoder import Encoder
+
+LONG = "long texts"
+#: Texts of one's own that are looked at, and fewest that a score is given for.
+MOST_TEXTS, LEAST_TEXTS = 500, 10
+#: The normal distribution's quantile for intervals of 95 %.
+_Z = 1.96
+#: Tokens of a long text for an encoder that cuts none.
+_LONG_TOKENS = 1024
+_SENTENCE = re.compile(r"\s*(.{10,300}?[.!?])(?:\s|$)", re.DOTALL)
+_ARTICLE = re.compile(r"\b(?:the|a|an) ", re.IGNORECASE)
+_VERB = re.compile(r"\b(is|are|was|were|can|will|has|have|should|must|may)\b(?! not)")
+_WORD = re.compile(r"\b[^\W\d_]{4,}\b")
+_DIGIT = re.compile(r"[1-9]")
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """How an encoder does at one kind of difference.
+
+    Attributes:
+        name: the kind.
+        of: whose texts they are, ``"library"`` or ``"yours"``.
+        triples: how many.
+        score: share in which the text of the same meaning is nearer; 1 would be perfect.
+        failed: triples that it got wrong, at most three.
+        advice: what can be done about it.
+    """
+
+    name: str
+    of: str
+    triples: int
+    score: Figure
+    failed: tuple[Triple, ...]
+    advice: str
+
+
+@dataclass(frozen=True, slots=True)
+class OwnTexts:
+    """What an encoder makes of one's own texts.
+
+    Attributes:
+        texts: how many were looked at.
+        tokens_per_word: words that the tokenizer knows whole have one; 1.2 to 1.4 is usual for an
+            encoder's own language, 2 and more says that it spells the words out.
+        unknown: share of tokens that it does not know at all, which all look the same to it.
+        cut: share of texts that are longer than it reads.
+        halves: texts that were cut into halves.
+        separated: share of these whose first half is nearest to its own second half among all:
+            what the encoder tells apart. The rest lies outside of what it separates.
+    """
+
+    texts: int
+    tokens_per_word: float
+    unknown: float
+    cut: float
+    halves: int
+    separated: Figure
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Where an encoder breaks; printed, a table and what to do.
+
+    Attributes:
+        encoder: its name.
+        limits: the kinds, on the library's texts and on one's own.
+        own: what it makes of one's own texts; ``None`` without any.
+    """
+
+    encoder: str
+    limits: tuple[Limit, ...]
+    own: OwnTexts | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        header = ["limit", "texts", "score", "what to do"]
+        rows = [
+            [limit.name, f"{limit.triples} ({limit.of})", str(limit.score), limit.advice]
+            for limit in self.limits
+        ]
+        head = f"{self.encoder}: share of triples that it gets right; perfect is 1, chance .5"
+        lines = [head, *in_columns([header, *rows])]
+        if self.own is not None:
+            own = self.own
+            lines.append(
+                f"{own.texts} of your texts: {own.tokens_per_word:.2f} tokens a word, "
+                f"{own.unknown:.2%} of tokens unknown, {own.cut:.1%} of texts cut"
+            )
+            lines.append(
+                f"of {own.halves} texts cut into halves, {own.separated} find their own half: the "
+                "rest lies outside of what this encoder separates"
+            )
+        return "\n".join(lines)
+
+
+def limits_of(encoder: Encoder, texts: Sequence[str] = ()) -> Limits:
+    """Measure where an encoder breaks.
+
+    Args:
+        encoder: a converted encoder.
+        texts: one's own texts; the first 500 are looked at. From their first sentences triples are
+            made: without articles the same, with a negation, two words exchanged, or another number
+            not. These changes are English; other languages give fewer triples.
+
+    Raises:
+        DeclarationError: a text is empty.
+    """
+    if any(not text.strip() for text in texts):
+        raise DeclarationError("limits_of() was given an empty text; leave such texts out.")
+    own = list(dict.fromkeys(texts))[:MOST_TEXTS]
+    found = [_limit(encoder, name, "library", triples) for name, triples in TRIPLES.items()]
+    found.append(_limit(encoder, LONG, "library", _long(encoder)))
+    for name, change in _CHANGES.items():
+        triples = [triple for text in own if (triple := _changed(text, change)) is not None]
+        if len(triples) >= LEAST_TEXTS:
+            found.append(_limit(encoder, name, "yours", triples))
+    return Limits(encoder.spec.name, tuple(found), _own(encoder, own) if own else None)
+
+
+def own_texts(connection: sa.Connection, column: Any, seed: int = 0) -> list[str]:
+    """Random texts of an embedding column's rows, as they are embedded; at most 500."""
+    table, keys = column.table, [key.name for key in column.table.primary_key]
+    text = column.type.source.expression(table)
+    filled = [sa.func.btrim(text) != ""]
+    drawn = catalog_rows.sample(
+        connection, table, keys, [text], where=filled, size=MOST_TEXTS, seed=seed
+    )
+    return [row[0] for row in drawn]
+
+
+def share(right: int, count: int) -> Figure:
+    """A share with Wilson's interval of 95 %."""
+    value = right / count
+    middle = (value + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
+    half = _Z * (value * (1 - value) / count + _Z**2 / (4 * count**2)) ** 0.5
+    half /= 1 + _Z**2 / count
+    return Figure(value, max(0.0, middle - half), min(1.0, middle + half))
+
+
+def _limit(encoder: Encoder, name: str, of: str, triples: Sequence[Triple]) -> Limit:
+    asked = encoder.encode_query([t.text for t in triples])
+    same = encoder.encode_document([t.same for t in triples])
+    other = encoder.encode_document([t.other for t in triples])
+    # Each text with its own two. Equal ones are wrong: the encoder does not see the difference.
+    near = [
+        encoder.similarity(query, np.stack(both))[0]
+        for query, *both in zip(asked, same, other, strict=True)
+    ]
+    right = [bool(a > b + 1e-6) for a, b in near]
+    failed = tuple(t for t, good in zip(triples, right, strict=True) if not good)[:3]
+    return Limit(name, of, len(triples), share(sum(right), len(triples)), failed, ADVICE[name])
+
+
+def _long(encoder: Encoder) -> list[Triple]:
+    """Triples that differ behind the end of what the encoder reads."""
+    beginning = SAMPLE_TEXTS[-1]
+    limit = encoder.max_seq_length or _LONG_TOKENS
+    times = limit // max(encoder.count_tokens([beginning])[0], 1) + 1
+    before = " ".join([beginning] * times)
+    return [Triple(t.text, f"{before} {t.same}", f"{before} {t.other}") for t in AT_THE_END]
+
+
+def _negated(text: str) -> str:
+    return _VERB.sub(r"\1 not", text, count=1)
+
+
+def _swapped(text: str) -> str:
+    """The first and the last longer word exchanged."""
+    words = list(_WORD.finditer(text))
+    if len(words) < 3:
+        return text
+    a, b = words[0], words[-1]
+    return text[: a.start()] + b[0] + text[a.end() : b.start()] + a[0] + text[b.end() :]
+
+
+def _renumbered(text: str) -> str:
+    """The first digit that is not 0, exchanged for another."""
+    return _DIGIT.sub(lambda digit: str((int(digit[0]) + 3) % 9 + 1), text, count=1)
+
+
+_CHANGES: dict[str, Callable[[str], str]] = {
+    "negation": _negated,
+    "word order": _swapped,
+    "numbers and units": _renumbered,
+}
+
+
+def _changed(text: str, change: Callable[[str], str]) -> Triple | None:
+    """A triple of a text's first sentence; ``None`` where that cannot be changed so."""
+    sentence = _SENTENCE.match(text)
+    if sentence is None:
+        return None
+    first = " ".join(sentence[1].split())
+    same, other = _ARTICLE.sub("", first), change(first)
+    return None if first in (same, other) else Triple(first, same, other)
+
+
+def _own(encoder: Encoder, texts: Sequence[str]) -> OwnTexts:
+    from tokenizers import Tokenizer
+
+    path = encoder.directory / "tokenizer.json"
+    model = json.loads(path.read_text(encoding="utf-8"))["model"]
+    unknown = model.get("unk_token")
+    if unknown is None and model.get("unk_id") is not None:
+        unknown = model["vocab"][model["unk_id"]][0]
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_truncation()
+    tokens = [e.tokens for e in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+    count = max(sum(map(len, tokens)), 1)
+    limit = encoder.max_seq_length
+    lengths = encoder.count_tokens(texts)
+    words = max(sum(len(text.split()) for text in texts), 1)
+    split = [(w[: len(w) // 2], w[len(w) // 2 :]) for w in map(str.split, texts) if len(w) >= 8]
+    right = 0
+    if split:
+        first = encoder.encode_document([" ".join(a) for a, _ in split])
+        second = encoder.encode_document([" ".join(b) for _, b in split])
+        near = encoder.similarity(first, second)
+        right = int((near.argmax(axis=1) == np.arange(len(split))).sum())
+    return OwnTexts(
+        texts=len(texts),
+        tokens_per_word=count / words,
+        unknown=sum(part.count(unknown) for part in tokens) / count if unknown else 0.0,
+        cut=sum(limit is not None and n > limit for n in lengths) / len(texts),
+        halves=len(split),
+        separated=share(right, len(split)) if split else Figure(0.0, 0.0, 1.0),
+    )
+
+
+__all__ = ["Limit", "Limits", "OwnTexts", "limits_of", "own_texts", "share"]

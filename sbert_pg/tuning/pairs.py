@@ -1,0 +1,283 @@
+"""Labelled questions to learn from: from a table itself, split by document, with hard negatives.
+
+What is learned from some questions is judged on others, and the two must not share a document: an
+encoder that remembers its documents looks perfect on them. So questions that share a row, a row of
+the same document or of the same vector, or their own wording, stay on one side.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY
+
+from sbert_pg.catalog import rows as catalog_rows
+from sbert_pg.errors import DeclarationError, TooFewPairsError
+from sbert_pg.search import nearest
+from sbert_pg.search.exact import LabelledQuery
+from sbert_pg.tuning.searches import encode_together, with_answers
+from sbert_pg.types.comparator import base_of, clause_of
+
+#: Fewest questions on each side, and fewest documents that they ask for. Below, an interval is too
+#: wide for any gain that a matrix brings.
+LEAST_QUESTIONS, LEAST_DOCUMENTS = 40, 20
+#: Share of the questions that is kept back.
+HELD_OUT = 0.3
+#: Questions of one statement.
+_BATCH = 200
+
+Positions = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Which questions are learned from, and which are kept back.
+
+    Attributes:
+        learning: positions of the questions to learn from.
+        held_out: positions of those kept back.
+        groups: for every question the number of its group; a group is on one side.
+        by: ``"document"``, or ``"document and time"``.
+    """
+
+    learning: Positions
+    held_out: Positions
+    groups: Positions
+    by: str
+
+    def parts(self, count: int, seed: int) -> Positions:
+        """For each question to learn from the part, from 0, that its group is drawn into."""
+        own = self.groups[self.learning]
+        names = np.unique(own)
+        part = np.random.default_rng(seed).permutation(len(names)) % count
+        return np.asarray(part[np.searchsorted(names, own)])
+
+
+def own_pairs(
+    engine: sa.Engine,
+    column: Any,
+    question: str,
+    *,
+    where: Sequence[sa.ColumnElement[bool]] = (),
+    limit: int = 10_000,
+    seed: int = 0,
+) -> list[LabelledQuery]:
+    """Questions from the table itself: what one of its columns says asks for the row.
+
+    A title for its body, a ticket for its answer. The column should be no part of what is embedded,
+    or its words stand in the text that is searched.
+
+    Args:
+        engine: where.
+        column: the embedding column.
+        question: name of the column whose text asks.
+        where: criteria of the rows.
+        limit: rows at most, drawn at random.
+        seed: another seed draws other rows.
+
+    Raises:
+        DeclarationError: the table has no such column, or it is embedded itself.
+    """
+    base: Any = base_of(clause_of(column))
+    table: sa.Table = base.table
+    if question not in table.c:
+        raise DeclarationError(f"{table.fullname} has no column {question!r} to take pairs from.")
+    source = getattr(base.type, "source", None)
+    if source is not None and question in source.columns:
+        raise DeclarationError(
+            f"{question!r} is part of the text that {base} embeds, so every question would stand "
+            "in the row that it asks for. Take another column, or pairs that people have labelled."
+        )
+    keys = [c.name for c in table.primary_key]
+    text = sa.cast(table.c[question], sa.Text)
+    label = catalog_rows.label([table.c[name] for name in keys])
+    criteria = [base.is_not(None), sa.func.btrim(text) != "", *where]
+    with engine.connect() as connection:
+        drawn = catalog_rows.sample(
+            connection, table, keys, [text, label], where=criteria, size=limit, seed=seed
+        )
+    gains: dict[str, dict[str, float]] = {}
+    for asked, key in drawn:
+        gains.setdefault(asked, {})[key] = 1.0
+    return [LabelledQuery(asked, keys_) for asked, keys_ in gains.items()]
+
+
+def hard_negatives(
+    engine: sa.Engine,
+    column: Any,
+    queries: Sequence[LabelledQuery],
+    *,
+    count: int = 10,
+    where: Sequence[sa.ColumnElement[bool]] = (),
+) -> list[list[str]]:
+    """For each question the nearest rows that are not labelled as answers, by k-NN in SQL.
+
+    Rows that begin with the text of a labelled one are left out: they answer as well.
+
+    Args:
+        engine: where.
+        column: the embedding column.
+        queries: the questions.
+        count: rows for each; fewer where the table has fewer.
+        where: criteria of the rows.
+
+    Returns:
+        Their keys, nearest first.
+    """
+    most = max((len(query.gains) for query in queries), default=0)
+    found: list[list[str]] = []
+    with engine.connect() as connection:
+        for first in range(0, len(queries), _BATCH):
+            batch = queries[first : first + _BATCH]
+            texts = [query.text for query in batch]
+            statement = nearest(column, texts, limit=count + min(most, count) + 5, where=where)
+            encode_together(statement, texts)
+            answers: list[list[Any]] = [[] for _ in batch]
+            for row in connection.execute(with_answers(statement)):
+                answers[row.query].append(row)
+            for query, rows in zip(batch, answers, strict=True):
+                known = {row.text for row in rows if query.gains.get(row.key, 0) > 0}
+                others = (row for row in rows if row.key not in query.gains)
+                found.append([row.key for row in others if row.text not in known][:count])
+    return found
+
+
+def split_pairs(
+    queries: Sequence[LabelledQuery],
+    same: Sequence[Mapping[str, Any]] = (),
+    times: Sequence[str | None] | None = None,
+    *,
+    held_out: float = HELD_OUT,
+    seed: int = 0,
+) -> Split:
+    """Split labelled questions so that no document is on both sides.
+
+    Args:
+        queries: the questions.
+        same: by key of a row what it shares with others: the document that it is a part of, a
+            digest of its vector. Rows of which one of these is equal stay on one side.
+        times: when each question was asked, or its row written, as text: ISO dates and times, or
+            numbers. The latest groups are then kept back, and nothing that is learned from is later
+            than any of them. By chance otherwise.
+        held_out: share of the questions to keep back.
+        seed: another seed draws other groups.
+
+    Raises:
+        TooFewPairsError: a side would have too few questions or documents.
+        DeclarationError: a time cannot be read.
+    """
+    groups = _groups(queries, same)
+    sizes = np.bincount(groups)
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    if times is not None:
+        latest = np.full(len(sizes), -np.inf)
+        np.maximum.at(latest, groups, _moments(times))
+        order = order[np.argsort(-latest[order], kind="stable")]
+    room = round(held_out * len(queries))
+    kept: set[int] = set()
+    for group in order:
+        if sizes[group] <= room:
+            room -= int(sizes[group])
+            kept.add(int(group))
+        elif times is not None:
+            # By time the order is what it is: nothing later may be learned from.
+            break
+    back = np.isin(groups, list(kept))
+    split = Split(
+        np.flatnonzero(~back),
+        np.flatnonzero(back),
+        groups,
+        "document" if times is None else "document and time",
+    )
+    _require_enough(queries, split)
+    return split
+
+
+def _require_enough(queries: Sequence[LabelledQuery], split: Split) -> None:
+    largest = int(np.bincount(split.groups).max(initial=0)) if len(queries) else 0
+    for side, positions in (("learn from", split.learning), ("keep back", split.held_out)):
+        documents = len({key for i in positions for key in queries[i].gains})
+        if len(positions) < LEAST_QUESTIONS or documents < LEAST_DOCUMENTS:
+            raise TooFewPairsError(
+                f"Of {len(queries)} labelled questions, {len(positions)} that ask for {documents} "
+                f"rows are there to {side}; {LEAST_QUESTIONS} that ask for {LEAST_DOCUMENTS} are "
+                "the least on each side"
+                + (f" ({largest} hang together by the rows they share)" if largest > 1 else "")
+                + ". Label more, or take pairs from the table itself (a title for its body); with "
+                "fewer, compare encoders by 'sbert-pg evaluate' and take a better one, or add the "
+                "words arm."
+            )
+
+
+def _groups(queries: Sequence[LabelledQuery], same: Sequence[Mapping[str, Any]]) -> Positions:
+    """The connected components of questions and what they share, numbered from 0."""
+    parent = list(range(len(queries)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    first: dict[Any, int] = {}
+    for i, query in enumerate(queries):
+        shared: list[Any] = [("text", " ".join(query.text.casefold().split()))]
+        for key, gain in query.gains.items():
+            if gain > 0:
+                shared.append(("key", key))
+                shared += [(n, of[key]) for n, of in enumerate(same) if of.get(key) is not None]
+        for thing in shared:
+            parent[root(i)] = root(first.setdefault(thing, i))
+    return np.unique([root(i) for i in range(len(queries))], return_inverse=True)[1]
+
+
+def _moments(times: Sequence[str | None]) -> npt.NDArray[np.float64]:
+    """Times as numbers that grow with them."""
+    try:
+        try:
+            return np.array([float(time or "") for time in times])
+        except ValueError:
+            moments = [dt.datetime.fromisoformat(time or "") for time in times]
+            return np.array([(_utc(m) - _utc(dt.datetime.min)).total_seconds() for m in moments])
+    except ValueError as error:
+        raise DeclarationError(
+            f"The times to split by cannot be read: {error}. Each question needs one, all of them "
+            "numbers, or all of them ISO dates and times."
+        ) from error
+
+
+def _utc(moment: dt.datetime) -> dt.datetime:
+    return moment.replace(tzinfo=dt.timezone.utc) if moment.tzinfo is None else moment
+
+
+def of_keys(
+    engine: sa.Engine, table: sa.Table, name: str, queries: Sequence[LabelledQuery]
+) -> dict[str, str]:
+    """What a column says of each labelled row, as text; rows without it are left out.
+
+    Raises:
+        DeclarationError: the table has no such column.
+    """
+    if name not in table.c:
+        raise DeclarationError(
+            f"Neither the pairs nor {table.fullname} has a column {name!r} to split by."
+        )
+    label = catalog_rows.label(list(table.primary_key))
+    keys = sorted({key for query in queries for key in query.gains})
+    column = table.c[name]
+    # Times as seconds, which no setting of the session spells in its own way.
+    timed = isinstance(column.type, (sa.DateTime, sa.Date))
+    value = sa.cast(sa.extract("epoch", column) if timed else column, sa.Text)
+    wanted = sa.cast(sa.literal(keys, ARRAY(sa.Text)), ARRAY(sa.Text))
+    chosen = sa.select(label, value).where(label == sa.any_(wanted), value.is_not(None))
+    with engine.connect() as connection:
+        return {key: str(said) for key, said in connection.execute(chosen)}
+
+
+__all__ = ["Split", "hard_negatives", "of_keys", "own_pairs", "split_pairs"]

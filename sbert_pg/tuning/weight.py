@@ -1,0 +1,212 @@
+"""``fit_weight``: the weight of meaning in ``hybrid``, learnt from labelled questions.
+
+Both arms are asked once for each question; every weight is then tried here. What is found on some
+questions is judged on others: a weight is advised only where it does better than the default on
+questions that it was not fitted on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import sqlalchemy as sa
+
+from sbert_pg.catalog import rows as catalog_rows
+from sbert_pg.search import exact, hybrid
+from sbert_pg.search.exact import LabelledQuery
+from sbert_pg.search.fusion import DEPTH
+from sbert_pg.tuning.files import pairs_of
+from sbert_pg.tuning.searches import encode_together
+
+#: Parts that the questions are split into; each is judged by the weight of the others.
+FOLDS = 5
+#: Questions of one statement.
+BATCH = 100
+WEIGHTS = tuple(round(i / 20, 2) for i in range(21))
+
+
+@dataclass(frozen=True, slots=True)
+class FittedWeight:
+    """The weight that labelled questions ask for; printed, it is the curve.
+
+    Attributes:
+        weight: what to give to ``hybrid``: ``None`` where the default, which follows the question,
+            does as well on questions that the weight was not fitted on.
+        best: the best fixed weight on all questions.
+        questions: how many.
+        k: rows of an answer that count.
+        curve: nDCG@k of each weight.
+        default: nDCG@k of the default.
+        held_out: nDCG@k of fitted weights on questions that they were not fitted on.
+    """
+
+    weight: float | None
+    best: float
+    questions: int
+    k: int
+    curve: dict[float, float]
+    default: float
+    held_out: float
+
+    def __str__(self) -> str:
+        low, high = min(self.curve.values()), max(self.curve.values())
+        lines = [f"weight  nDCG@{self.k}  ({self.questions} questions)"]
+        for weight, value in self.curve.items():
+            bar = "#" * (1 + round(30 * (value - low) / ((high - low) or 1)))
+            mark = "  <- best" if weight == self.best else ""
+            lines.append(f"  {weight:.2f}    {value:.4f}  {bar}{mark}")
+        lines.append(f"default   {self.default:.4f}  (follows the question)")
+        lines.append(f"held out  {self.held_out:.4f}  (fitted weights, on other questions)")
+        advice = "leave the default" if self.weight is None else f"weight={self.weight:g}"
+        return "\n".join([*lines, f"advice    {advice}"])
+
+
+def fit_weight(
+    engine: sa.Engine,
+    column: Any,
+    words: Any,
+    pairs: Any,
+    *,
+    where: Sequence[sa.ColumnElement[bool]] = (),
+    k: int = 10,
+    weights: Sequence[float] = WEIGHTS,
+    language: str | None = None,
+    seed: int = 0,
+) -> FittedWeight:
+    """Fit ``hybrid``'s weight to labelled questions.
+
+    Args:
+        engine: where.
+        column: an embedding column.
+        words: a text column of the same class or table.
+        pairs: labelled questions, as for ``evaluate``. Fifty or more of them say something.
+        where: criteria of the searches.
+        k: rows of an answer that count.
+        weights: weights to try.
+        language: as for ``hybrid``.
+        seed: of the split into parts.
+
+    Raises:
+        LoadError: the pairs are not readable, or there are none.
+        DeclarationError: a column is not of its kind.
+    """
+    queries = pairs_of(engine, pairs)
+    rows: list[_Rows] = []
+    with engine.connect() as connection:
+        for first in range(0, len(queries), BATCH):
+            batch = [query.text for query in queries[first : first + BATCH]]
+            options: dict[str, Any] = {"where": where, "language": language, "depth": DEPTH}
+            statement = hybrid(column, words, batch, limit=2 * DEPTH, **options)
+            rows += _asked(connection, statement, batch)
+    curves = np.array(
+        [
+            [_ndcg(one.fused(weight), one, query, k) for weight in weights]
+            for one, query in zip(rows, queries, strict=True)
+        ]
+    )
+    default = np.array([_ndcg(o.score, o, q, k) for o, q in zip(rows, queries, strict=True)])
+    held_out = _held_out(curves, queries, seed)
+    best = _best(curves)
+    wins = bool(held_out.mean() > default.mean() + 1e-9)
+    return FittedWeight(
+        float(weights[best]) if wins else None,
+        float(weights[best]),
+        len(queries),
+        k,
+        {float(w): float(v) for w, v in zip(weights, curves.mean(axis=0), strict=True)},
+        float(default.mean()),
+        float(held_out.mean()),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """What both arms found for a question: keys, the default's scores, and each arm's share."""
+
+    keys: list[str]
+    score: npt.NDArray[np.float64]
+    meaning: npt.NDArray[np.float64]
+    words: npt.NDArray[np.float64]
+
+    def fused(self, weight: float) -> npt.NDArray[np.float64]:
+        # An arm that finds nothing takes nothing away.
+        if not self.meaning.any() or not self.words.any():
+            return self.meaning + self.words
+        return weight * self.meaning + (1 - weight) * self.words
+
+
+def _asked(connection: sa.Connection, statement: Any, questions: Sequence[str]) -> list[_Rows]:
+    search, columns = statement.search, statement.selected_columns
+    encode_together(statement, questions)
+    names = ("query", "score", "similarity", "words_score")
+    chosen = [columns[name] for name in names]
+    label = catalog_rows.label(search.key).label("key")
+    place = sa.func.row_number().over(order_by=search.key).label("place")
+    # Of this very statement: the method of a search would make another, with other columns.
+    select = sa.Select.with_only_columns(statement, label, place, *chosen)
+    found: list[list[Any]] = [[] for _ in questions]
+    for row in connection.execute(select):
+        found[row.query].append(row)
+    for of_one in found:
+        of_one.sort(key=lambda row: row.place)
+    return [
+        _Rows(
+            [row.key for row in of_one],
+            np.array([row.score for row in of_one], dtype=float),
+            _share([row.similarity for row in of_one]),
+            _share([row.words_score for row in of_one]),
+        )
+        for of_one in found
+    ]
+
+
+def _share(values: Sequence[float | None]) -> npt.NDArray[np.float64]:
+    """Scores of an arm as parts of 1, as ``hybrid`` makes them; 0 for rows it did not find."""
+    array = np.array([np.nan if value is None else value for value in values], dtype=float)
+    known = array[~np.isnan(array)]
+    if not known.size:
+        return np.zeros(len(array))
+    low, high = known.min(), known.max()
+    share = (array - low) / (high - low) if high > low else np.ones(len(array))
+    return np.where(np.isnan(array), 0.0, share)
+
+
+def _ndcg(scores: npt.NDArray[np.float64], rows: _Rows, query: LabelledQuery, k: int) -> float:
+    # Rows come in the order of their keys, which stays among equals.
+    order = np.argsort(-scores, kind="stable")[:k]
+    return exact.ndcg([rows.keys[i] for i in order], query.gains, k)
+
+
+def _best(curves: npt.NDArray[np.float64]) -> int:
+    """The best weight; of equals the middle one, which is safest."""
+    means = curves.mean(axis=0)
+    equal = np.flatnonzero(means >= means.max() - 1e-9)
+    return int(equal[len(equal) // 2])
+
+
+def _held_out(
+    curves: npt.NDArray[np.float64], queries: Sequence[LabelledQuery], seed: int
+) -> npt.NDArray[np.float64]:
+    """NDCG of each question by the weight that the other parts' questions ask for.
+
+    Questions of one row stay in one part: their wordings resemble each other.
+    """
+    first = [min(query.gains, default="") for query in queries]
+    rows = sorted(set(first))
+    part_of = dict(
+        zip(rows, np.random.default_rng(seed).permutation(len(rows)) % FOLDS, strict=True)
+    )
+    parts = np.array([part_of[row] for row in first])
+    values = np.zeros(len(queries))
+    for part in set(parts.tolist()):
+        others = curves[parts != part]
+        chosen = _best(others if len(others) else curves)
+        values[parts == part] = curves[parts == part, chosen]
+    return values
+
+
+__all__ = ["FittedWeight", "fit_weight"]

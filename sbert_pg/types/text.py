@@ -1,0 +1,188 @@
+"""Columns that are searched by words: a ``tsvector`` that PostgreSQL computes from text columns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.orm import MappedColumn, mapped_column
+from sqlalchemy.sql.base import SchemaEventTarget
+
+from sbert_pg.errors import DeclarationError
+
+#: PostgreSQL keeps a weight class with each position, and there are four of them.
+CLASSES = "ABCD"
+_NAME = r'"(?:[^"]|"")+"|\w+'
+#: A part of a generated column as PostgreSQL writes it back: configuration, or its column; column.
+_GENERATED = re.compile(rf"to_tsvector\((?:'([^']+)'::regconfig|({_NAME})), COALESCE\(\(?({_NAME})")
+
+
+class TextSearch(SchemaEventTarget, postgresql.TSVECTOR):
+    """A ``TSVECTOR`` column computed from text columns of its row; ``matching`` searches it.
+
+    Its table also gets the column ``<name>_length``: how many words the row has, which BM25 needs.
+    Both are stored generated columns: PostgreSQL computes them, whoever writes the row.
+
+    Args:
+        columns: names of the text columns, in order.
+        language: text search configuration (``"english"``, ``"simple"`` for names and codes).
+        language_column: name of a ``regconfig`` column that has each row's own configuration;
+            ``language`` is then that of questions.
+        weights: how much a word counts in a column, 1 where it is not named; at most four
+            different numbers.
+
+    Raises:
+        DeclarationError: no column is named, or there are more than four different weights.
+    """
+
+    cache_ok = True
+    # What Alembic writes is the plain type: a migration needs none of what is declared here.
+    __module__ = "sqlalchemy.dialects.postgresql"
+
+    def __init__(
+        self,
+        columns: tuple[str, ...],
+        language: str = "english",
+        language_column: str | None = None,
+        weights: tuple[tuple[str, float], ...] = (),
+    ) -> None:
+        super().__init__()
+        self.columns, self.language = tuple(columns), language
+        self.language_column, self.weights = language_column, tuple(weights)
+        unknown = [name for name, _ in self.weights if name not in self.columns]
+        if not self.columns or unknown:
+            raise DeclarationError(
+                f"A text column is made of {self.columns!r} and weighs {unknown!r}; name the "
+                "columns that it is made of, and weigh those."
+            )
+        if len({weight for _, weight in self.classes}) > len(CLASSES):
+            raise DeclarationError(
+                f"A text column has {len(CLASSES)} different weights at most, as PostgreSQL has; "
+                f"it was given {dict(self.weights)!r}."
+            )
+        event.listen(self, "after_parent_attach", _await_table)
+
+    @property
+    def classes(self) -> list[tuple[str, float]]:
+        """Column and weight, in the order of the columns."""
+        weights = dict(self.weights)
+        return [(name, float(weights.get(name, 1))) for name in self.columns]
+
+    @property
+    def weight_classes(self) -> dict[str, float]:
+        """Weight by PostgreSQL's weight class; empty where all columns weigh 1."""
+        distinct = sorted({weight for _, weight in self.classes}, reverse=True)
+        return {} if distinct == [1.0] else dict(zip(CLASSES, distinct, strict=False))
+
+    @classmethod
+    def of_generated(cls, expression: str) -> TextSearch | None:
+        """The type of a generated column, from its expression; ``None`` for one of other making.
+
+        Weights are not known to the database: every column of it counts once.
+        """
+        made = _GENERATED.findall(expression)
+        if not made:
+            return None
+        names = tuple(_unquoted(name) for _, _, name in made)
+        literal, column, _ = made[0]
+        if literal:
+            return cls(names, literal)
+        return cls(names, language_column=_unquoted(column))
+
+    def __repr__(self) -> str:
+        return "TSVECTOR()"
+
+    def vector_sql(self) -> str:
+        """The column's value as SQL, spelt as PostgreSQL spells it back."""
+        classes = {weight: name for name, weight in self.weight_classes.items()}
+        configuration = (
+            f"'{self.language}'::regconfig"
+            if self.language_column is None
+            else _quoted(self.language_column)
+        )
+        parts = []
+        for name, weight in self.classes:
+            part = f"to_tsvector({configuration}, COALESCE(({_quoted(name)})::text, ''::text))"
+            if classes:
+                part = f"setweight({part}, '{classes[weight]}'::\"char\")"
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else f"({' || '.join(parts)})"
+
+    def length_sql(self) -> str:
+        """Number of positions in the vector: colons and commas of its text form, outside words."""
+        words = r"'''(?:[^'']|'''')*'''::text, ''::text, 'g'::text"
+        outside = f"regexp_replace(({self.vector_sql()})::text, {words})"
+        return f"length(translate({outside}, ' 0123456789ABCD'::text, ''::text))"
+
+
+def text_column(
+    *columns: str,
+    language: str = "english",
+    language_column: str | None = None,
+    weights: Mapping[str, float] | None = None,
+    name: str | None = None,
+    **options: Any,
+) -> MappedColumn[Any]:
+    """A mapped column by which rows are found by their words; see ``TextSearch``.
+
+    It is a stored generated column, never loaded unless it is asked for. Give it an index with
+    ``text_index``.
+
+    Args:
+        columns: names of the text columns.
+        language: text search configuration.
+        language_column: name of a ``regconfig`` column with each row's configuration.
+        weights: how much a word counts in a column.
+        name: name in the database; the attribute's by default.
+        **options: further arguments of ``mapped_column`` (``init=False`` on dataclasses).
+
+    Raises:
+        DeclarationError: the declaration contradicts itself.
+    """
+    type_ = TextSearch(columns, language, language_column, tuple((weights or {}).items()))
+    computed = sa.Computed(sa.text(type_.vector_sql()), persisted=True)
+    positional: tuple[Any, ...] = () if name is None else (name,)
+    return mapped_column(*positional, type_, computed, deferred=True, **options)
+
+
+def text_index(name: str, column: str) -> sa.Index:
+    """The GIN index of a text column, for ``__table_args__``."""
+    return sa.Index(name, column, postgresql_using="gin")
+
+
+def length_name(column: str) -> str:
+    """Name of the column that holds the lengths of a text column."""
+    return f"{column}_length"
+
+
+def _quoted(name: str) -> str:
+    """An identifier in the text of a generated column, where a colon would begin a parameter."""
+    # By a dialect of named parameters: others double the percent sign.
+    dialect: Any = postgresql.dialect
+    quoted: str = dialect(paramstyle="named").identifier_preparer.quote(name)
+    return quoted.replace(":", r"\:")
+
+
+def _unquoted(name: str) -> str:
+    return name[1:-1].replace('""', '"') if name.startswith('"') else name
+
+
+def _await_table(type_: TextSearch, column: Any) -> None:
+    if getattr(column, "type", None) is type_:
+        event.listen(column, "before_parent_attach", _add_length)
+
+
+def _add_length(column: Any, table: Any) -> None:
+    if not isinstance(table, sa.Table):
+        return
+    name = length_name(column.name)
+    if all(other.name != name for other in table.columns):
+        computed = sa.Computed(sa.text(column.type.length_sql()), persisted=True)
+        table.append_column(sa.Column(name, sa.Integer, computed))
+
+
+__all__ = ["TextSearch", "length_name", "text_column", "text_index"]

@@ -1,0 +1,181 @@
+"""Each finding, with its fault made for real, and none of them on a database that is well."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from command_line import sbert_pg
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from sbert_pg import create_all, embed_on_flush, embedding_column, hnsw_index
+from sbert_pg.cli.doctor import Finding, diagnose
+from sbert_pg.testing import DeterministicEncoder
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Note(Base):
+    __tablename__ = "note"
+    __table_args__ = (hnsw_index("note_embedding", "embedding"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    text: Mapped[str]
+    embedding = embedding_column("deterministic", source="text", dimensions=384, nullable=True)
+
+
+@pytest.fixture
+def well(engine: sa.Engine, fake_encoder: DeterministicEncoder) -> sa.Engine:
+    """A database with nothing to say about."""
+    with engine.begin() as connection:
+        create_all(connection, Base.metadata)
+    with Session(engine) as session:
+        embed_on_flush(session)
+        session.add_all(Note(text=f"note {n}") for n in range(20))
+        session.commit()
+    run(engine, "ANALYZE note")
+    return engine
+
+
+def run(engine: sa.Engine, *statements: str) -> None:
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        for statement in statements:
+            connection.execute(sa.text(statement))
+
+
+def found(engine: sa.Engine, **options: Any) -> list[Finding]:
+    with engine.connect() as connection:
+        return list(diagnose(connection, **options))
+
+
+def one(engine: sa.Engine, **options: Any) -> Finding:
+    (finding,) = found(engine, **options)
+    return finding
+
+
+def test_nothing_is_found_where_nothing_is_wrong(well: sa.Engine) -> None:
+    assert found(well) == []
+
+
+@pytest.mark.parametrize(("version", "faults"), [("0.8.0", 3), ("0.8.3", 1), ("0.8.4", 0)])
+def test_pgvector_too_old(well: sa.Engine, version: str, faults: int) -> None:
+    """What an extension says of itself is a row of the server's catalog."""
+    run(well, f"UPDATE pg_extension SET extversion = '{version}' WHERE extname = 'vector'")
+    findings = found(well)
+    assert len(findings) == faults
+    assert all(f.subject == f"pgvector {version}" and f.level == "fault" for f in findings)
+
+
+def test_faults_of_ivfflat_concern_those_who_have_one(well: sa.Engine) -> None:
+    run(
+        well,
+        "UPDATE pg_extension SET extversion = '0.8.6' WHERE extname = 'vector'",
+        "CREATE INDEX other ON note USING ivfflat (embedding vector_cosine_ops) WITH (lists = 1)",
+    )
+    assert "IVFFlat" in one(well).what
+
+
+def test_an_index_that_a_failed_build_left(well: sa.Engine) -> None:
+    run(well, "DROP INDEX note_embedding")
+    # A build that waits for another transaction, and is cancelled there.
+    build = (
+        "CREATE INDEX CONCURRENTLY note_embedding ON note USING hnsw (embedding vector_cosine_ops)"
+    )
+    with well.connect() as other:
+        other.execute(sa.text("LOCK TABLE note IN ROW EXCLUSIVE MODE"))
+        with pytest.raises(sa.exc.OperationalError):
+            run(well, "SET lock_timeout = '200ms'", build)
+    finding = one(well)
+    assert finding.level == "fault"
+    assert finding.remedy == "REINDEX INDEX CONCURRENTLY note_embedding;"
+    run(well, "RESET lock_timeout", finding.remedy)
+    assert found(well) == []
+
+
+def test_a_large_table_without_an_index(well: sa.Engine) -> None:
+    run(well, "DROP INDEX note_embedding")
+    assert found(well) == [], "twenty rows need none"
+    finding = one(well, large=20)
+    assert (finding.level, finding.subject) == ("advice", "public.note.embedding")
+
+
+def test_statistics_never_gathered(engine: sa.Engine, fake_encoder: DeterministicEncoder) -> None:
+    with engine.begin() as connection:
+        create_all(connection, Base.metadata)
+    finding = one(engine)
+    assert "never gathered" in finding.what
+    run(engine, "INSERT INTO note (id, text) VALUES (1, 'x')", "ANALYZE note")
+    assert "wait for a vector" in one(engine).what
+
+
+def test_rows_that_failed(well: sa.Engine) -> None:
+    from sbert_pg import refresh, registry
+
+    registry.forget_encoders()
+    registry.use_encoder(DeterministicEncoder(refuse="poison"))
+    run(well, "UPDATE note SET text = 'poison' WHERE id = 1")
+    assert any("wait for a vector" in finding.what for finding in found(well))
+    from sbert_pg.freshness import WorkerSettings
+
+    refresh(well, WorkerSettings(max_attempts=1))
+    assert "could not be embedded" in one(well).what
+
+
+def test_a_trigger_that_does_not_fire(well: sa.Engine) -> None:
+    run(well, "ALTER TABLE note DISABLE TRIGGER ALL")
+    assert {finding.level for finding in found(well)} == {"fault"}
+
+
+def test_precisions_that_stand_beside_each_other(well: sa.Engine) -> None:
+    run(
+        well,
+        "INSERT INTO sbert.compatible_encoder (binding_id, fingerprint, spec, agreement)"
+        " SELECT id, 'other', '{\"precision\": \"int8\"}', '{}' FROM sbert.binding",
+    )
+    assert "int8" in one(well).what
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "CREATE VIEW asked AS SELECT to_tsvector(text) @@ plainto_tsquery('a b') FROM note",
+        "CREATE FUNCTION asked(q text) RETURNS tsquery AS 'SELECT plainto_tsquery(q)' LANGUAGE sql",
+    ],
+)
+def test_questions_that_want_every_word(well: sa.Engine, statement: str) -> None:
+    run(well, statement)
+    assert "every one of its words" in one(well).what
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["enable_indexscan = off", "enable_sort = off", "session_replication_role = replica"],
+)
+def test_settings_that_hurt(well: sa.Engine, setting: str) -> None:
+    run(well, f'ALTER DATABASE "{well.url.database}" SET {setting}')
+    well.dispose()
+    finding = one(well)
+    assert (finding.level, finding.subject) == ("fault", setting.partition(" ")[0])
+
+
+def test_no_catalog(bare_database_url: sa.URL) -> None:
+    engine = sa.create_engine(bare_database_url)
+    assert one(engine).subject == "schema sbert"
+    engine.dispose()
+
+
+def test_the_command_exits_by_what_it_finds(well: sa.Engine) -> None:
+    done = sbert_pg("doctor", url=well.url)
+    assert (done.returncode, done.stdout) == (0, "")
+    run(well, "CREATE VIEW asked AS SELECT plainto_tsquery('a')")
+    done = sbert_pg("doctor", "--json", url=well.url)
+    assert done.returncode == 0, done.stderr
+    assert [finding["level"] for finding in json.loads(done.stdout)] == ["advice"]
+    run(well, "UPDATE pg_extension SET extversion = '0.8.3' WHERE extname = 'vector'")
+    done = sbert_pg("doctor", url=well.url)
+    assert done.returncode == 1, done.stderr
+    assert "ALTER EXTENSION vector UPDATE" in done.stdout

@@ -1,0 +1,81 @@
+"""BM25 for callers without Python: ``sbert.bm25_v1`` and ``matching`` give the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from sbert_pg.cli.demo_data import standard_library
+from sbert_pg.search.words import matching
+from tests.search.test_words import QUESTIONS, Base, Note, Odd, Spoken, Weighed
+
+ODD = ["", "the of and", '"a list" -sorted', "qqq ' \\ zz", "deque -rotate", '-"x y" -z "']
+
+
+@pytest.fixture
+def session(engine: sa.Engine) -> Any:
+    Base.metadata.create_all(engine)
+    with Session(engine) as session:
+        yield session
+
+
+def rows_of(session: Session, relation: str, key: str, *arguments: Any) -> list[tuple[Any, float]]:
+    values = {f"a{n}": value for n, value in enumerate(arguments)}
+    names = ", ".join(f":{name}" for name in values)
+    statement = sa.text(
+        f"SELECT (matched).{key}, score FROM sbert.bm25_v1(NULL::{relation}, {names})"
+    )
+    return [tuple(row) for row in session.execute(statement, values)]
+
+
+@pytest.mark.parametrize("analysed", [False, True])
+def test_the_same_as_matching(session: Session, analysed: bool) -> None:
+    session.execute(
+        sa.insert(Note),
+        [
+            {"id": n, "title": entry.name, "body": entry.docstring, "kind": "abc"[n % 3]}
+            for n, entry in zip(range(1, 1001), standard_library(), strict=False)
+        ],
+    )
+    if analysed:
+        session.execute(sa.text("ANALYZE note"))
+    for question in [*QUESTIONS, *ODD]:
+        expected = [(r[0].id, r.score) for r in session.execute(matching(Note.search, question))]
+        found = rows_of(session, "note", "id", "search", question)
+        assert [id_ for id_, _ in found] == [id_ for id_, _ in expected], question
+        assert [s for _, s in found] == pytest.approx([s for _, s in expected], rel=1e-9)
+        some = matching(Note.search, question, limit=3, where=Note.kind == "a")
+        found = rows_of(session, "note", "id", "search", question, 3, "d.kind = 'a'")
+        assert [id_ for id_, _ in found] == [row[0].id for row in session.execute(some)]
+
+
+def test_weights_languages_and_odd_names(session: Session) -> None:
+    texts = [("fox", "the cat"), ("the cat", "a fox and a fox"), ("dog", "fox")]
+    session.add_all(Weighed(id=n, title=t, body=b) for n, (t, b) in enumerate(texts))
+    session.add_all(
+        [
+            Spoken(id=1, language="german", body="die Häuser"),
+            Spoken(id=2, language="english", body="the houses"),
+        ]
+    )
+    session.add(Odd(id=1, body="some words"))
+    session.flush()
+    expected = [(r[0].id, r.score) for r in session.execute(matching(Weighed.search, "fox"))]
+    classes = [weight for _, weight in sorted(Weighed.search.type.weight_classes.items())]
+    found = rows_of(session, "weighed", "id", "search", "fox", 10, "true", None, classes)
+    assert [id_ for id_, _ in found] == [id_ for id_, _ in expected]
+    assert [s for _, s in found] == pytest.approx([s for _, s in expected])
+    german = rows_of(
+        session, "spoken", "id", "search", "haus", 10, "d.language = 'german'::regconfig", "german"
+    )
+    assert [id_ for id_, _ in german] == [1]
+    found = rows_of(session, '"a ""$x$ %table\\:1"', "key", 'se"arch', "words")
+    assert [id_ for id_, _ in found] == [1]
+
+
+def test_what_is_no_text_column_is_refused(session: Session) -> None:
+    with pytest.raises(sa.exc.DBAPIError, match="no text column"):
+        rows_of(session, "note", "id", "body", "x")
