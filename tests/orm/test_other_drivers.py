@@ -231,6 +231,10 @@ class TestPgvectorsOwn:
                 raw, read = session.scalar(text), session.scalar(sa.select(getattr(Page, column)))
                 assert isinstance(raw, np.ndarray)
                 assert np.array_equal(raw, read)
+            entity = sa.select(Page).from_statement(sa.text("SELECT * FROM page"))
+            session.expunge_all()
+            page = session.scalars(entity.options(undefer(Page.by_title))).one()
+            assert np.array_equal(page.by_title, session.scalar(sa.select(Page.by_title)))
             assert session.execute(nearest(Page.by_title, "a", limit=1)).one()[0].id == 1
         assert require_true_or_pending(registered, encoder, Page) == (2, 0)
 

@@ -1,0 +1,1 @@
+"""An application before it has a search by meaning; docs/frameworks.md adds one."""
