@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,13 +16,12 @@ from sbert_pg.distance import similarity_matrix
 from sbert_pg.encoder import directory as converted
 from sbert_pg.encoder.conversion import prepare
 from sbert_pg.encoder.directory import Manifest
-from sbert_pg.encoder.engine import Engine, Statistics, resolve_prompt
-from sbert_pg.encoder.providers import Provider, Providers
+from sbert_pg.encoder.engine import Converted, opened, resolve_prompt
+from sbert_pg.encoder.providers import Provider
 from sbert_pg.encoder.runner import OUTPUT, QUERY_OUTPUT
 from sbert_pg.encoder.tokenizing import clean, clean_chunks
 from sbert_pg.errors import DeclarationError
 from sbert_pg.probes import PROBES
-from sbert_pg.process import PerProcess
 from sbert_pg.spec import DOCUMENT, QUERY, EncoderSpec, Vectors, known_encoder
 
 Vector = npt.NDArray[np.float32]
@@ -32,7 +32,7 @@ Progress = Callable[[int, "int | None"], None]
 CHUNK = 2048
 
 
-class Encoder:
+class Encoder(Converted):
     """A converted sentence-transformers model, run by onnxruntime.
 
     Made by ``Encoder.load``. Safe to share between threads. After a fork the child opens its
@@ -52,16 +52,10 @@ class Encoder:
         threads: int | None = None,
         providers: Sequence[Provider] | None = None,
     ) -> None:
-        self._directory = directory
-        self._manifest = manifest
-        self._threads = threads
-        self._providers = providers
+        super().__init__(directory, manifest, threads=threads, providers=providers)
         self._spec = manifest.truncated(dimensions)
         probes = converted.read_probes(directory, manifest.full_dimensions)
         self._probes = np.ascontiguousarray(probes[:, : self._spec.dimensions])
-        self._engine = PerProcess(lambda: Engine(directory, manifest, threads, providers))
-        # Whatever is wrong with the directory is said now and not at the first text.
-        self._engine.get()
 
     @classmethod
     def load(
@@ -136,17 +130,8 @@ class Encoder:
             ProviderError: an execution provider is missing, or not made for this form.
             DeclarationError: the model does not have so many dimensions.
         """
-        path = Path(directory)
-        manifest = Manifest.read(path)
-        converted.require_kind(path, manifest, "encoder")
-        Providers.of(providers).require_suited(path, manifest.precision)
-        return converted.verified(
-            path,
-            manifest,
-            lambda: cls(
-                path, manifest, dimensions=dimensions, threads=threads, providers=providers
-            ),
-        )
+        make = partial(cls, dimensions=dimensions, threads=threads, providers=providers)
+        return opened(directory, "encoder", providers, make)
 
     @property
     def spec(self) -> EncoderSpec:
@@ -159,34 +144,14 @@ class Encoder:
         return self._probes
 
     @property
-    def manifest(self) -> Manifest:
-        """What the converted directory says about itself."""
-        return self._manifest
-
-    @property
-    def directory(self) -> Path:
-        """The converted directory."""
-        return self._directory
-
-    @property
     def dimensions(self) -> int:
         """Width of a vector."""
         return self._spec.dimensions
 
     @property
-    def max_seq_length(self) -> int | None:
-        """Tokens that are read of a text, special tokens included."""
-        return self._spec.max_seq_length
-
-    @property
     def prompts(self) -> dict[str, str]:
         """Prompts by name; ``query`` and ``document`` are empty where the model has none."""
         return {QUERY: "", DOCUMENT: "", **dict(self._spec.prompts)}
-
-    @property
-    def statistics(self) -> Statistics:
-        """Counts since the encoder was loaded or the process forked, truncated texts among them."""
-        return self._engine.get().counter.statistics
 
     def encode(
         self,
@@ -323,8 +288,9 @@ class Encoder:
         return self._cut(self._engine.get().run_any(clean(PROBES), self._prompt(DOCUMENT, None)))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        arguments = self._directory, self._spec, self._threads, self._providers
-        return _reopened, arguments
+        # Under the name that it had, which need not be the directory's.
+        reopen = partial(type(self).open, dimensions=self.dimensions, **self._arguments)
+        return reopen, (self._directory,), {"_spec": self._spec}
 
     def __repr__(self) -> str:
         return (
@@ -384,19 +350,6 @@ def load_declared(encoder: EncoderSpec | str) -> Encoder:
         )
     # A directory may have been made under another name; columns know it by the declared one.
     return loaded._named(spec.name)
-
-
-def _reopened(
-    directory: Path,
-    spec: EncoderSpec,
-    threads: int | None,
-    providers: Sequence[Provider] | None,
-) -> Encoder:
-    """An encoder that was pickled, under the name that it had."""
-    encoder = Encoder.open(
-        directory, dimensions=spec.dimensions, threads=threads, providers=providers
-    )
-    return encoder._named(spec.name)
 
 
 def _normalized(matrix: Vectors) -> Vectors:

@@ -1,4 +1,4 @@
-"""What one process has of an encoder: tokenizer, session and counts; and which prompt is used."""
+"""A converted directory in use: tokenizer, session and counts of a process; which prompt counts."""
 
 from __future__ import annotations
 
@@ -9,21 +9,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
 from sbert_pg.encoder import directory as converted
 from sbert_pg.encoder.directory import Manifest
-from sbert_pg.encoder.providers import Provider
+from sbert_pg.encoder.providers import Provider, Providers
 from sbert_pg.encoder.runner import OUTPUT, Runner
 from sbert_pg.encoder.tokenizing import TextTokenizer, Tokens
 from sbert_pg.errors import EncodingError
+from sbert_pg.process import PerProcess
 from sbert_pg.spec import DOCUMENT, QUERY, Vectors
 
 logger = logging.getLogger("sbert_pg.encoder")
 
 #: Seconds between two warnings about texts that were cut.
 WARN_EVERY = 60.0
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,14 @@ class Counter:
                 "Encoder.statistics.truncated counts all.",
                 report, "text was" if report == 1 else "texts were", self._limit, self._name,
             )  # fmt: skip
+
+    def add_tokens(self, tokens: Tokens) -> None:
+        """Add the texts, or pairs, of one call."""
+        self.add(
+            texts=len(tokens.ids),
+            tokens=sum(map(len, tokens.ids)),
+            truncated=len(tokens.truncated),
+        )
 
 
 class Engine:
@@ -174,11 +186,7 @@ class Engine:
 
     def _counted(self, tokens: Tokens, prompt: str, output: str) -> Vectors:
         vectors = self._run(tokens, prompt, output)
-        self.counter.add(
-            texts=len(tokens.ids),
-            tokens=sum(map(len, tokens.ids)),
-            truncated=len(tokens.truncated),
-        )
+        self.counter.add_tokens(tokens)
         return vectors
 
     def _tokenize(self, texts: Sequence[str], prompt: str) -> Tokens:
@@ -194,11 +202,7 @@ class Engine:
     def scores(self, pairs: Sequence[tuple[str, str]]) -> Vectors:
         """A cross-encoder's scores of clean pairs, ``(len(pairs), labels)``, which are counted."""
         scores, tokens = self.scores_any(pairs)
-        self.counter.add(
-            texts=len(tokens.ids),
-            tokens=sum(map(len, tokens.ids)),
-            truncated=len(tokens.truncated),
-        )
+        self.counter.add_tokens(tokens)
         return scores
 
     def scores_any(self, pairs: Sequence[tuple[str, str]]) -> tuple[Vectors, Tokens]:
@@ -213,6 +217,65 @@ class Engine:
         vectors = np.zeros((len(texts), self.runner.dimensions), np.float32)
         vectors[some] = self._run(Tokens([tokens.ids[position] for position in some], []), prompt)
         return vectors
+
+
+class Converted:
+    """A converted directory in use: what an encoder and a reranker have in common."""
+
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        *,
+        threads: int | None = None,
+        providers: Sequence[Provider] | None = None,
+    ) -> None:
+        self._directory = directory
+        self._manifest = manifest
+        self._arguments: dict[str, Any] = {"threads": threads, "providers": providers}
+        self._engine = PerProcess(lambda: Engine(directory, manifest, threads, providers))
+        # Whatever is wrong with the directory is said now and not at the first text.
+        self._engine.get()
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the converted directory says about itself."""
+        return self._manifest
+
+    @property
+    def directory(self) -> Path:
+        """The converted directory."""
+        return self._directory
+
+    @property
+    def max_seq_length(self) -> int | None:
+        """Tokens that are read of a text or pair, special tokens included."""
+        return self._manifest.spec.max_seq_length
+
+    @property
+    def statistics(self) -> Statistics:
+        """Counts since it was loaded or the process forked, truncated texts among them."""
+        return self._engine.get().counter.statistics
+
+
+def opened(
+    directory: str | Path,
+    kind: str,
+    providers: Sequence[Provider] | None,
+    make: Callable[[Path, Manifest], T],
+) -> T:
+    """What ``make`` makes of a converted directory, verified against its digests.
+
+    Raises:
+        UnsupportedEncoderError: it is of another kind.
+        DamagedEncoderError: files are missing or do not match their digests.
+        ProviderError: an execution provider is missing, or not made for this form.
+    """
+    path = Path(directory)
+    manifest = Manifest.read(path)
+    converted.require_kind(path, manifest, kind)
+    Providers.of(providers).require_suited(path, manifest.precision)
+    return converted.verified(path, manifest, lambda: make(path, manifest))
 
 
 def resolve_prompt(

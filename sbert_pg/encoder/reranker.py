@@ -4,43 +4,28 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from sbert_pg.encoder import directory as converted
 from sbert_pg.encoder.conversion import prepare
-from sbert_pg.encoder.directory import Manifest
-from sbert_pg.encoder.engine import Engine, Statistics
-from sbert_pg.encoder.providers import Provider, Providers
+from sbert_pg.encoder.engine import Converted, opened
+from sbert_pg.encoder.providers import Provider
 from sbert_pg.encoder.tokenizing import clean
-from sbert_pg.process import PerProcess
 
 Scores = npt.NDArray[np.float32]
 
 
-class Reranker:
+class Reranker(Converted):
     """A converted cross-encoder, run by onnxruntime.
 
     It reads question and text together, which ranks better than comparing their vectors and costs a
-    run of the transformer for each text. Made by ``Reranker.load``. Safe to share between threads;
-    after a fork the child opens its own sessions.
+    run of the transformer for each text. Made by ``Reranker.load``. Safe to share between threads,
+    to fork and to pickle, as ``Encoder`` is. In ``statistics`` a pair counts as one text.
     """
-
-    def __init__(
-        self,
-        directory: Path,
-        manifest: Manifest,
-        *,
-        threads: int | None = None,
-        providers: Sequence[Provider] | None = None,
-    ) -> None:
-        self._directory = directory
-        self._manifest = manifest
-        self._engine = PerProcess(lambda: Engine(directory, manifest, threads, providers))
-        # Whatever is wrong with the directory is said now and not at the first pair.
-        self._engine.get()
 
     @classmethod
     def load(
@@ -80,12 +65,19 @@ class Reranker:
             providers=providers,
             kind="reranker",
         )
-        manifest = Manifest.read(path)
-        converted.require_kind(path, manifest, "reranker")
-        Providers.of(providers).require_suited(path, manifest.precision)
-        return converted.verified(
-            path, manifest, lambda: cls(path, manifest, threads=threads, providers=providers)
-        )
+        return cls.open(path, threads=threads, providers=providers)
+
+    @classmethod
+    def open(
+        cls,
+        directory: str | Path,
+        *,
+        threads: int | None = None,
+        providers: Sequence[Provider] | None = None,
+    ) -> Reranker:
+        """Open a converted directory, as ``Encoder.open`` does."""
+        make = partial(cls, threads=threads, providers=providers)
+        return opened(directory, "reranker", providers, make)
 
     @property
     def name(self) -> str:
@@ -93,29 +85,9 @@ class Reranker:
         return self._manifest.spec.name
 
     @property
-    def manifest(self) -> Manifest:
-        """What the converted directory says about itself."""
-        return self._manifest
-
-    @property
-    def directory(self) -> Path:
-        """The converted directory."""
-        return self._directory
-
-    @property
     def labels(self) -> int:
         """Scores of a pair; rerankers have one, classifiers of pairs several."""
         return self._manifest.full_dimensions
-
-    @property
-    def max_seq_length(self) -> int | None:
-        """Tokens that are read of a pair, special tokens included."""
-        return self._manifest.spec.max_seq_length
-
-    @property
-    def statistics(self) -> Statistics:
-        """Counts since it was loaded or the process forked; its texts are pairs."""
-        return self._engine.get().counter.statistics
 
     def score(self, question: str, texts: Sequence[str]) -> Scores:
         """How well each text answers the question, larger for better.
@@ -141,6 +113,9 @@ class Reranker:
     async def score_async(self, question: str, texts: Sequence[str]) -> Scores:
         """``score`` in a thread, so that an event loop keeps running."""
         return await asyncio.to_thread(self.score, question, texts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self).open, **self._arguments), (self._directory,)
 
     def __repr__(self) -> str:
         return f"<Reranker {self.name!r}, {self._manifest.precision}>"

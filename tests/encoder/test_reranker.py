@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,16 @@ def test_scores_do_not_depend_on_the_other_pairs(made: Made, encoder_cache: Path
     with pytest.raises(EncodingError) as caught:
         ours.score("a question", ["fine", None])  # type: ignore[list-item]
     assert caught.value.index == 1
+
+
+def test_a_pickled_reranker_is_the_same(made: Made, encoder_cache: Path) -> None:
+    ours = Reranker.load(made("bert"), precision="fp32", cache_dir=encoder_cache, threads=1)
+    again = pickle.loads(pickle.dumps(ours))
+    assert isinstance(again, Reranker)
+    assert (again.directory, again.labels, again.max_seq_length) == (
+        ours.directory, ours.labels, ours.max_seq_length,
+    )  # fmt: skip
+    np.testing.assert_allclose(again.score("a lake", TEXTS[:5]), ours.score("a lake", TEXTS[:5]))
 
 
 def test_encoder_and_reranker_are_not_taken_for_each_other(
