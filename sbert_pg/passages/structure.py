@@ -35,6 +35,8 @@ _END = re.compile(
     | \n[ \t]*\n | </p> | <br\s*/?>""",
     re.VERBOSE | re.IGNORECASE,
 )
+#: Characters before and behind a full stop that say whether a text has capitals.
+_AROUND = 300
 _LAST_WORD = re.compile(r"([^\W\d_]+(?:\.[^\W\d_]+)*)\.$")
 _ABBREVIATED = """
     mr mrs ms dr prof sr jr st no vs etc cf al fig eq ca approx inc ltd co vol pp ed eds rev gen col
@@ -131,11 +133,15 @@ def _ends(text: str, start: int, stop: int) -> Iterator[int]:
 
 
 def _goes_on(text: str, start: int, dot: int, end: int) -> bool:
-    """Whether a full stop ends an abbreviation or initial, or a small letter follows."""
-    following = text[end : end + 20].lstrip()[:1]
-    if following.islower():
-        return True
+    """Whether a full stop ends an abbreviation or initial, or a small letter follows.
+
+    Where no letter around is a capital, small letters begin sentences too.
+    """
     word = _LAST_WORD.search(text, max(start, dot - 30), dot + 1)
+    if text[end : end + 20].lstrip()[:1].islower():
+        around = text[max(start, dot - _AROUND) : end + _AROUND]
+        if around != around.lower() or (word is not None and "." in word[1]):
+            return True
     if word is None:
         return False
     return len(word[1]) == 1 or word[1].lower() in _ABBREVIATIONS

@@ -99,7 +99,7 @@ def nearest(
     furthest = _furthest(target.metric, max_distance, min_similarity)
     overrides = (ef_search, overfetch, probes)
     if declared is not None:
-        asked = Asked(query, furthest, overrides, exact, per_document, score)
+        asked = Asked(query, _are_many(query), furthest, overrides, exact, per_document, score)
         find = nearest_passages if of == "passage" else nearest_documents
         return find(declared, asked, limit, offset, criteria)
     itself: tuple[Any, ...] = ()

@@ -12,10 +12,19 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
 
 from sbert_pg.errors import DeclarationError
 from sbert_pg.passages.declaring import Declared
-from sbert_pg.search.statement import Call, Changeable, Nearest, Search, replayed, statement_of
+from sbert_pg.search.statement import (
+    Call,
+    Changeable,
+    Nearest,
+    Search,
+    replayed,
+    statement_of,
+    tables_of,
+)
 from sbert_pg.search.target import Target, target_of
 
 Score = Literal["best", "sum", "auto"]
@@ -39,7 +48,8 @@ class Asked:
     """What a search is asked, but for its page.
 
     Attributes:
-        query: a text, a vector or an expression.
+        query: a text, a vector or an expression; a list of texts or vectors where ``many``.
+        many: whether there are several queries.
         furthest: largest distance of a passage.
         overrides: ``ef_search``, ``overfetch`` and ``probes``.
         exact: whether to leave indexes aside.
@@ -48,6 +58,7 @@ class Asked:
     """
 
     query: Any
+    many: bool
     furthest: float | None
     overrides: tuple[int | None, int | None, int | None]
     exact: bool
@@ -88,11 +99,6 @@ def nearest_documents(
             f"nearest() was given per_document={asked.per_document!r} and score={asked.score!r}; "
             'it takes a number from 1 on, and "best", "sum" or "auto".'
         )
-    if isinstance(asked.query, (list, tuple)) and not isinstance(asked.query[0], (int, float)):
-        raise DeclarationError(
-            "nearest() of documents by their passages takes one query; ask for each, or search the "
-            'passages themselves with of="passage".'
-        )
     narrowing: tuple[Call, ...] = (("where", tuple(where), {}),) if where else ()
     return _statement(DocumentSearch(declared, asked, limit, offset, narrowing))
 
@@ -106,13 +112,20 @@ def nearest_passages(
 ) -> Nearest:
     """A select of passages, each with its similarity; its criteria may be on documents too."""
     target = target_of(declared.passage.embedding)
-    search = _search(target, asked, target.operand(asked.query), limit)
+    search = _search(target, asked, _operand(target, asked), limit)
     narrowing = _joined(declared, (("where", tuple(where), {}),)) if where else ()
     return statement_of(replace(search, offset=offset, narrowing=narrowing))
 
 
 def _search(target: Target, asked: Asked, right: Any, limit: int | None) -> Search:
     return Search(target, right, limit, 0, asked.furthest, (), asked.overrides, asked.exact)
+
+
+def _operand(target: Target, asked: Asked) -> Any:
+    """The query's vector as an expression; a list of them where there are several."""
+    if asked.many:
+        return [target.operand(one) for one in asked.query]
+    return target.operand(asked.query)
 
 
 def _joined(declared: Declared, narrowing: tuple[Call, ...]) -> tuple[Call, ...]:
@@ -123,22 +136,46 @@ def _joined(declared: Declared, narrowing: tuple[Call, ...]) -> tuple[Call, ...]
 def _statement(search: DocumentSearch) -> Nearest:
     declared, asked = search.declared, search.asked
     target = target_of(declared.passage.embedding)
-    right = target.operand(asked.query)
+    right = _operand(target, asked)
     names = [f"passages_key_{n}" for n in range(len(declared.keys))]
-    found = _found(search, target, right, names)
-    page = _page(search, found, names)
-    best = _best(search, target, right, page, names)
     document, passage = declared.document, declared.passage
-    made: Any = Nearest(document, passage, best.c.similarity, page.c.score)
-    same = [key == page.c[name] for key, name in zip(_document_keys(declared), names, strict=True)]
-    made = made.select_from(page).join_from(page, document, sa.and_(*same))
-    made = made.join_from(page, best, sa.true()).join_from(best, passage, passage.id == best.c.id)
+    if asked.many:
+        queries = (
+            sa.func.unnest(postgresql.array(right))
+            .table_valued("vector", with_ordinality="number", name="passages_queries")
+            .render_derived()
+        )
+        rows: Any = _answer(search, target, queries.c.vector, names).lateral("passages_answer")
+        query = [(queries.c.number - sa.literal_column("1")).label("query")]
+    else:
+        rows = _answer(search, target, right, names).subquery("passages_answer")
+        query = []
+    made: Any = Nearest(document, passage, rows.c.similarity, rows.c.score, *query)
+    if asked.many:
+        made = made.select_from(queries).join_from(queries, rows, sa.true())
+    same = [key == rows.c[name] for key, name in zip(_document_keys(declared), names, strict=True)]
+    made = made.join_from(rows, document, sa.and_(*same))
+    made = made.join_from(rows, passage, passage.id == rows.c.id)
     made = made.order_by(
-        page.c.score.desc(), *(page.c[n] for n in names), best.c.similarity.desc(), best.c.id
-    )
+        *query, rows.c.score.desc(), *(rows.c[n] for n in names), rows.c.similarity.desc(),
+        rows.c.id,
+    )  # fmt: skip
     statement: Nearest = replayed(made, search.shaping)
     statement.search = search
     return statement
+
+
+def _answer(
+    search: DocumentSearch, target: Target, right: Any, names: Sequence[str]
+) -> sa.Select[Any]:
+    """Of one query: keys and scores of the page's documents, and their best passages."""
+    stages, found = _found(search, target, right, names)
+    page = _page(search, found, right, names)
+    best = _best(search, target, right, page, names)
+    rows = sa.select(
+        *(page.c[name] for name in names), page.c.score, best.c.id, best.c.similarity
+    ).join_from(page, best, sa.true())
+    return rows.add_cte(*stages, page, nest_here=True)
 
 
 def _document_keys(declared: Declared) -> list[Any]:
@@ -151,10 +188,14 @@ def _document_keys(declared: Declared) -> list[Any]:
 
 def _found(
     search: DocumentSearch, target: Target, right: Any, names: Sequence[str]
-) -> sa.CompoundSelect[Any] | sa.Select[Any]:
-    """Keys of documents and similarities of passages: the near ones, or as many as it takes."""
+) -> tuple[list[sa.CTE], Any]:
+    """Keys of documents and similarities of passages: the near ones, or as many as it takes.
+
+    Returns:
+        Parts of a statement, and what to take from them.
+    """
     if search.limit is None:
-        return _near(search, target, right, names, None)
+        return [], _near(search, target, right, names, None)
     needed = search.limit + search.offset
     depth = max(_LEAST, _EACH * needed)
     if search.asked.score != "best":
@@ -173,7 +214,7 @@ def _found(
             rows = rows.where(few, full)
             depth = size or depth
         stages.append(rows.cte(f"passages_found_{number}").prefix_with("MATERIALIZED"))
-    return sa.union_all(*(sa.select(*stage.c) for stage in stages))
+    return stages, sa.union_all(*(sa.select(*stage.c) for stage in stages))
 
 
 def _near(
@@ -191,14 +232,14 @@ def _near(
     return sa.select(*keys, rows.c[target.label].label("similarity"))
 
 
-def _page(search: DocumentSearch, found: Any, names: Sequence[str]) -> sa.CTE:
+def _page(search: DocumentSearch, found: Any, right: Any, names: Sequence[str]) -> sa.CTE:
     """Keys and scores of the page's documents."""
     rows = found.subquery("passages_found")
     keys = [rows.c[name] for name in names]
     best = sa.func.max(rows.c.similarity).label("score")
     documents: Any = sa.select(*keys, best).group_by(*keys).subquery("passages_documents")
     if search.asked.score != "best":
-        documents = _with_whole(search, documents, names).subquery("passages_scored")
+        documents = _with_whole(search, documents, right, names).subquery("passages_scored")
     page: Any = sa.select(*(documents.c[n] for n in names), documents.c.score)
     page = page.order_by(documents.c.score.desc(), *(documents.c[n] for n in names))
     if search.limit is not None:
@@ -209,11 +250,13 @@ def _page(search: DocumentSearch, found: Any, names: Sequence[str]) -> sa.CTE:
     return made
 
 
-def _with_whole(search: DocumentSearch, found: Any, names: Sequence[str]) -> sa.Select[Any]:
+def _with_whole(
+    search: DocumentSearch, found: Any, right: Any, names: Sequence[str]
+) -> sa.Select[Any]:
     """Scores of the best passage's similarity and the whole document's, as a weighted mean."""
     declared = search.declared
     whole = target_of(getattr(declared.document, declared.whole))
-    distance = whole.distance(whole.column, whole.operand(search.asked.query))
+    distance = whole.distance(whole.column, right)
     offset = sa.literal_column(str(int(whole.metric.offset)), _F)
     usable = sa.and_(*whole.comparable(), *whole.proof)
     best = found.c.score
@@ -225,6 +268,7 @@ def _with_whole(search: DocumentSearch, found: Any, names: Sequence[str]) -> sa.
     rows = (
         sa.select(*keys, best, similarity, place.label("place"))
         .join_from(found, declared.document, sa.and_(*(own == key for own, key in on)))
+        .correlate(*tables_of(right))
         .subquery("passages_wholes")
     )
     weight: Any = sa.literal(_WHOLE, _F)
@@ -257,7 +301,7 @@ def _best(
     if search.narrowing:
         rows = replayed(rows, _joined(declared, search.narrowing)).distinct()
     rows = rows.order_by(sa.desc("similarity"), passage.id).limit(search.asked.per_document)
-    lateral: sa.Lateral = rows.correlate(page).lateral("passages_best")
+    lateral: sa.Lateral = rows.correlate(page, *tables_of(right)).lateral("passages_best")
     return lateral
 
 

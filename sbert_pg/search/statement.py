@@ -11,7 +11,6 @@ The module is long, since a statement and the search that makes it know each oth
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -162,12 +161,12 @@ class Search(Changeable):
 
     def outer(self) -> list[Any]:
         """Tables of an enclosing statement that the query's vector comes from."""
-        return [] if self.many else list({id(t): t for t in _tables(self.right)}.values())
+        return [] if self.many else tables_of(self.right)
 
 
-def _tables(element: Any) -> Iterator[Any]:
-    for column in columns_of(element):
-        yield column.table
+def tables_of(element: Any) -> list[Any]:
+    """Tables that the columns of an expression are of, each once."""
+    return list({id(column.table): column.table for column in columns_of(element)}.values())
 
 
 def _shape(search: Search) -> Shape | None:
@@ -240,6 +239,8 @@ def _compared(search: Search) -> Nearest:
     if search.furthest is not None:
         made = made.where(distance <= search.furthest)
     made = replayed(made, search.narrowing)
+    if search.outer():
+        made = made.correlate(*search.outer())
     # Adding zero keeps an index, whose settings are not made, from serving the order.
     made = made.order_by(distance + sa.literal_column("0"), *target.key)
     if search.limit is not None:
@@ -516,4 +517,4 @@ class Nearest(sa.Select[Any]):
         return self.limit(max(0, stop - start)).offset(start)
 
 
-__all__ = ["Changeable", "Nearest", "Search", "parts_of", "replayed", "statement_of"]
+__all__ = ["Changeable", "Nearest", "Search", "parts_of", "replayed", "statement_of", "tables_of"]

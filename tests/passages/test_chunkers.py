@@ -90,6 +90,9 @@ def test_a_heading_without_a_text_is_a_passage() -> None:
     ("这是一。这是二！真的？", ["这是一。", "这是二！", "真的？"]),
     ("यह एक है। यह दो है।", ["यह एक है।", "यह दो है।"]),
     ("Was? Ja! z. B. so etwas.", ["Was?", "Ja!", "z. B. so etwas."]),
+    ("it is late. we go, e.g. home, at approx. ten. you stay.",
+     ["it is late.", "we go, e.g. home, at approx. ten.", "you stay."]),
+    ("We go, e.g. home, at ten. you Stay.", ["We go, e.g. home, at ten. you Stay."]),
     ("No end", ["No end"]), ("", []),
 ])  # fmt: skip
 def test_sentences(text: str, due: list[str]) -> None:

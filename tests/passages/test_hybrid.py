@@ -42,3 +42,10 @@ def test_hybrid(engine: sa.Engine, encoder: DeterministicEncoder) -> None:
         assert len({row.Book.id for row in rows}) == 10
         filtered = hybrid(Book.passages, Book.words, "sentence topic13", where=Book.id < 5)
         assert {row.Book.id for row in session.execute(filtered)} == {1, 2, 3, 4}
+        questions = ["sentence XK-4711", "topic13", "the of and"]
+        together = session.execute(hybrid(Book.passages, Book.words, questions, limit=4))
+        assert [(row.query, row.Book.id, row.score) for row in together] == [
+            (number, row.Book.id, row.score)
+            for number, one in enumerate(questions)
+            for row in session.execute(hybrid(Book.passages, Book.words, one, limit=4))
+        ]

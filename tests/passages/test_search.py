@@ -140,6 +140,29 @@ def test_passages_themselves(filled: Session) -> None:
     assert {p.document.title for p, _ in rows} == {"T2"}
 
 
+@pytest.mark.parametrize("score", ["best", "sum", "auto"])
+@pytest.mark.parametrize("limit", [3, 60, None])
+def test_many_questions_are_answered_as_one_by_one(
+    filled: Session, encoder: DeterministicEncoder, score: Any, limit: int | None
+) -> None:
+    questions = [QUESTION, "topic7 sentence", "Text 3 says"]
+
+    def ask(question: Any) -> list[Any]:
+        statement = nearest(
+            Document.passages, question, limit=limit, score=score, per_document=2,
+            where=Document.title != "T1",
+        )  # fmt: skip
+        joined = statement.where(Passage.ordinal != 1)
+        return [
+            (getattr(row, "query", None), row.Document.id, row.DocumentPassage.id, row.score)
+            for row in filled.execute(joined if limit == 3 else statement)
+        ]
+
+    one_by_one = [(n, *row[1:]) for n, one in enumerate(questions) for row in ask(one)]
+    assert ask(questions) == one_by_one
+    assert ask(list(encoder.encode_query(questions))) == one_by_one
+
+
 def test_least_similarity(filled: Session) -> None:
     rows = filled.execute(nearest(Document.passages, QUESTION, limit=60, min_similarity=0.3)).all()
     assert 0 < len(rows) < 60
@@ -158,8 +181,6 @@ def test_the_passage_says_where(filled: Session) -> None:
 
 
 def test_what_cannot_be_asked(filled: Session) -> None:
-    with pytest.raises(DeclarationError, match="takes one query"):
-        nearest(Document.passages, ["a", "b"])
     with pytest.raises(DeclarationError, match="per_document"):
         nearest(Document.passages, "a", per_document=0)
     with pytest.raises(DeclarationError, match="passages_of"):
