@@ -10,8 +10,11 @@ from pathlib import Path
 
 from sbert_pg.embedded import embedded_server
 
+#: As the tests have them on a server of their own.
+SETTINGS = {"max_connections": "100", "autovacuum": "off"}
+
 with tempfile.TemporaryDirectory(prefix="sbert-pg-ci-") as folder:
     os.chmod(folder, 0o755)
-    with embedded_server(Path(folder) / "data", settings={"max_connections": "100"}) as server:
+    with embedded_server(Path(folder) / "data", settings=SETTINGS) as server:
         environment = os.environ | {"SBERT_PG_TEST_DSN": server.dsn()}
         sys.exit(subprocess.run(sys.argv[1:], env=environment, check=False).returncode)

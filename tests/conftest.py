@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 import pytest
 import sqlalchemy as sa
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from psycopg import sql
 
 from sbert_pg import registry
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from sbert_pg.encoder import Encoder
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-#: Nothing here has to survive a power cut.
+#: Nothing here has to survive a power cut, and statistics come when a test asks for them.
 TEST_SETTINGS = {
+    "autovacuum": "off",
     "fsync": "off",
     "synchronous_commit": "off",
     "full_page_writes": "off",
@@ -38,7 +39,13 @@ TEST_SETTINGS = {
 
 def pytest_configure(config: pytest.Config) -> None:
     """The same examples in every run of what decides; others each time in ``make slow``."""
-    settings.register_profile("the same each time", derandomize=True, database=None)
+    # No deadline: how long an example takes says more of the machine than of what is tested.
+    slow = HealthCheck.too_slow
+    settings.register_profile("any", deadline=None, suppress_health_check=[slow])
+    settings.load_profile("any")
+    settings.register_profile(
+        "the same each time", settings.get_profile("any"), derandomize=True, database=None
+    )
     if config.getoption("markexpr") != "slow":
         settings.load_profile("the same each time")
 

@@ -88,7 +88,6 @@ def test_killed_in_the_backfill(articles: Any) -> None:
         "op.backfill_embeddings('article', 'embedding')\n"
         "op.require_backfill('article', 'embedding')",
     )
-    app.execute("ALTER TABLE article SET (autovacuum_enabled = off)")
     done = "SELECT count(*) FROM article WHERE embedding IS NOT NULL"
     process = app.start("upgrade", "head", SECONDS_A_BATCH="0.3")
     until(lambda: app.scalar(done) > 0, process)

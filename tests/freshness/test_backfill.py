@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
+from types import SimpleNamespace
 
 import numpy as np
 import psycopg
@@ -285,7 +286,7 @@ def test_stopping_and_going_on(engine, plain, encoder):
         if progress.rows:
             stop.set()
 
-    slow = WorkerSettings(batch_size=20, rows_per_second=200)
+    slow = WorkerSettings(batch_size=20, rows_per_second=50)
     done = backfill(engine, IDENTITY, slow, on_progress=on_progress, stop=stop)
     assert not done.complete
     assert 0 < done.rows < 1000
@@ -378,12 +379,17 @@ def test_dropped_connections_are_survived(engine, plain, encoder):
     check(plain, encoder)
 
 
-def test_the_rate_is_kept(engine):
+def test_the_rate_is_kept(engine, monkeypatch):
     """Claims wait until the rows before them have had their time; one second's worth is free."""
+    now = 0.0
+    monkeypatch.setattr("sbert_pg.freshness.throttle.time", SimpleNamespace(monotonic=lambda: now))
     throttle = Throttle(Database(engine), 500, None)
     assert throttle.wait() == 0
     throttle.spend(1000)
-    assert 1.0 < throttle.wait() <= 2.0
+    assert throttle.wait() == 2.0
+    now = 10.0
+    throttle.spend(1000)
+    assert throttle.wait() == 1.0
     free = Throttle(Database(engine), None, None)
     free.spend(1_000_000)
     assert free.wait() == 0

@@ -57,7 +57,9 @@ def test_half_requests_are_bounded_in_number_and_time(engine, note, encoder):
         contextlib.redirect_stderr(printed),
         serving_http(worker, port=0, limits=Limits(head=2)) as port,
     ):
-        wait_for(lambda: worker.health().alive)
+        # All threads and connections are there, of the worker and of the server.
+        wait_for(lambda: worker.tally.listening)
+        assert b" 200 " in ask(port, b"GET /health HTTP/1.0\r\n\r\n")
         threads, files = threading.active_count(), open_files()
         clients = []
         for _ in range(HALF):

@@ -9,9 +9,9 @@ import pwd
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -36,8 +36,9 @@ from .conftest import (
     wait_for,
 )
 
-QUICK = ("--set", "poll_interval=0.1", "--set", "backoff=0.05", "--set", "lease=1")
-SMALL = ("--set", "batch_size=20")
+QUICK = ("--set", "poll_interval=0.1", "--set", "backoff=0.05", "--set", "lease=2")
+#: What a killed process had in hand is tried one row at a time afterwards.
+SMALL = ("--set", "batch_size=5")
 
 
 def insert(plain: psycopg.Connection, rows: int) -> None:
@@ -70,9 +71,9 @@ def test_sigterm_finishes_what_is_in_hand(note, plain, encoder, start_worker):
 
 
 def test_sigkill_loses_nothing(note, plain, encoder, start_worker):
-    insert(plain, 2000)
+    insert(plain, 800)
     for _ in range(3):
-        worker = start_worker(*QUICK, *SMALL, SBERT_PG_TEST_DELAY="0.004")
+        worker = start_worker(*QUICK, *SMALL, SBERT_PG_TEST_DELAY="0.03")
         before = embedded(plain)
         wait_for(lambda before=before: embedded(plain) > before)
         worker.popen.kill()
@@ -80,7 +81,7 @@ def test_sigkill_loses_nothing(note, plain, encoder, start_worker):
         assert violations(plain, encoder) == []
     start_worker(*QUICK)
     wait_for(lambda: pending_count(plain) == 0)
-    assert embedded(plain) == 2000
+    assert embedded(plain) == 800
     assert violations(plain, encoder) == []
 
 
@@ -108,6 +109,8 @@ def test_the_server_restarts(request, engine, note, plain, encoder, start_worker
     insert(plain, 300)
     worker = start_worker(*QUICK, "--set", "batch_size=10", SBERT_PG_TEST_DELAY="0.005")
     wait_for(lambda: embedded(plain) > 0)
+    # Recovery begins at the last checkpoint, which may be as long ago as the first test.
+    plain.execute("CHECKPOINT")
     server.control("restart", "immediate")
     engine.dispose()
     with psycopg.connect(plain_dsn(engine), autocommit=True) as again:
@@ -146,9 +149,8 @@ def pgbouncer(engine: sa.Engine, tmp_path: Path):
     program = shutil.which("pgbouncer") or "/usr/sbin/pgbouncer"
     if not Path(program).exists():
         pytest.skip("pgbouncer is not installed (Debian: apt-get install pgbouncer)")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # A short path: that of a socket has at most 107 characters.
+    folder = Path(tempfile.mkdtemp(prefix="sbert-pg-pooler-"))
     host = engine.url.query.get("host") or engine.url.host
     user = engine.url.username or getpass.getuser()
     users = tmp_path / "users.txt"
@@ -156,20 +158,21 @@ def pgbouncer(engine: sa.Engine, tmp_path: Path):
     config = tmp_path / "pgbouncer.ini"
     config.write_text(
         f"[databases]\n* = host={host} port={engine.url.port or 5432}\n[pgbouncer]\n"
-        f"listen_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n"
+        f"listen_addr =\nlisten_port = 6432\nunix_socket_dir = {folder}\n"
         f"auth_type = trust\nauth_file = {users}\npool_mode = transaction\n"
         f"default_pool_size = 4\nlogfile = {tmp_path / 'pgbouncer.log'}\n"
     )
     command = [program, str(config)]
     if os.getuid() == 0:
         # It refuses to run as root, and only the server's own user may see its socket.
-        tmp_path.chmod(0o777)
+        for path in (tmp_path, folder):
+            path.chmod(0o777)
         for parent in list(tmp_path.parents)[:3]:
             parent.chmod(0o755)
         owner = Path(host).stat().st_uid if str(host).startswith("/") else 65534
         command = [program, "-u", pwd.getpwuid(owner).pw_name, str(config)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    url = engine.url.set(host="127.0.0.1", port=port, query={}, username=user)
+    url = engine.url.set(host=None, port=6432, query={"host": str(folder)}, username=user)
 
     def is_up() -> bool:
         assert process.poll() is None, (tmp_path / "pgbouncer.log").read_text()
@@ -193,6 +196,7 @@ def pgbouncer(engine: sa.Engine, tmp_path: Path):
     finally:
         process.terminate()
         process.wait()
+        shutil.rmtree(folder)
 
 
 def test_behind_pgbouncer_it_says_so_and_polls(pgbouncer, note, plain, encoder, start_worker):
@@ -209,23 +213,23 @@ def test_behind_pgbouncer_it_says_so_and_polls(pgbouncer, note, plain, encoder, 
 def test_killed_backfills_leave_nothing_half_done(engine, plain, encoder):
     """SIGKILL at random instants; then others go on."""
     plain.execute("CREATE TABLE note (id int PRIMARY KEY, body text, embedding vector(32))")
-    plain.execute("INSERT INTO note SELECT i, 'n' || i FROM generate_series(1, 2000) AS i")
+    plain.execute("INSERT INTO note SELECT i, 'n' || i FROM generate_series(1, 800) AS i")
     with engine.begin() as connection:
         catalog.bind(connection, IDENTITY, DECLARED, Source.of("body"))
 
-    def start() -> subprocess.Popen:
+    def start(*options: str) -> subprocess.Popen:
         url = engine.url.render_as_string(hide_password=False)
         return subprocess.Popen(
             [
                 sys.executable, "-m", "sbert_pg.cli.app", "backfill", "note.embedding",
-                "--app", "child_encoder", "--database", url, *SMALL, "--set", "lease=1",
+                "--app", "child_encoder", "--database", url, "--set", "lease=2", *options,
                 # Rows that were in hand when a process ended are tried again at once.
                 "--set", "backoff=0",
             ],
             env={
                 **os.environ,
                 "PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}",
-                "SBERT_PG_TEST_DELAY": "0.003",
+                "SBERT_PG_TEST_DELAY": "0.005",
             },
             stdout=subprocess.DEVNULL,
         )  # fmt: skip
@@ -233,15 +237,16 @@ def test_killed_backfills_leave_nothing_half_done(engine, plain, encoder):
     chance = random.Random(5)
     for _ in range(3):
         before = embedded(plain)
-        process = start()
+        process = start(*SMALL)
         wait_for(lambda before=before: embedded(plain) > before)
         time.sleep(chance.uniform(0, 0.1))
         process.kill()
         process.wait()
         assert violations(plain, encoder) == []
-    first, second = start(), start()
+    shared = ("--set", "batch_size=20")
+    first, second = start(*shared), start(*shared)
     assert (first.wait(timeout=240), second.wait(timeout=240)) == (0, 0)
-    assert embedded(plain) == 2000
+    assert embedded(plain) == 800
     assert set(states(plain).values()) == {"fresh"}
     assert failure_rows(plain) == [], "nothing failed, and nobody is suspected any more"
     assert violations(plain, encoder) == []

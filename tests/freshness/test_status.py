@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -22,6 +21,8 @@ from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
 from sbert_pg.types import wire
 from sbert_pg.types.identity import ColumnIdentity
+
+from .conftest import wait_for
 
 SPEC = EncoderSpec(name="deterministic", dimensions=3)
 IDENTITY = ColumnIdentity(None, "note", "e")
@@ -315,8 +316,7 @@ def test_skip_while_the_text_changes(
     thread.start()
     waiting = sa.text("SELECT count(*) FROM pg_locks WHERE NOT granted")
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as watcher:
-        while watcher.scalar(waiting) == 0:
-            time.sleep(0.01)
+        wait_for(lambda: watcher.scalar(waiting) > 0)
     connection.commit()
     thread.join()
     assert skipped == [0]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import threading
-import time
 import urllib.error
 import urllib.request
+from contextlib import ExitStack
 from datetime import timedelta
 
 import numpy as np
@@ -89,10 +89,11 @@ def test_a_row_that_the_database_refuses_fails_alone(engine, note, plain, encode
 
 def test_a_row_that_somebody_holds_is_put_off(engine, note, plain, encoder):
     plain.execute("INSERT INTO note (body) VALUES ('a'), ('b')")
-    with worker_thread(engine) as worker:
+    with ExitStack() as stack:
         with plain.transaction():
             plain.execute("SELECT FROM note WHERE id = 1 FOR UPDATE")
             plain.execute("INSERT INTO note (body) VALUES ('c')")
+            worker = stack.enter_context(worker_thread(engine))
             wait_for(lambda: worker.tally.total("embedded") == 1, what="the other row")
             wait_for(lambda: worker.tally.total("busy") >= 1)
         wait_for(lambda: pending_count(plain) == 0)
@@ -217,15 +218,28 @@ def test_no_catalog(bare_database_url):
     engine.dispose()
 
 
-def test_several_workers_share(engine, note, plain, encoder):
+def test_several_workers_share(engine, note, plain, encoder, monkeypatch):
     plain.execute("INSERT INTO note (body) SELECT 'n' || i FROM generate_series(1, 1500) AS i")
     settings = [WorkerSettings(batch_size=50) for _ in range(3)]
     workers = [Worker(engine, one) for one in settings]
+    encode, each_has_rows = encoder.encode_document, threading.Event()
+
+    def together(texts):
+        # No row is done before each worker has claimed some. They claim a few batches ahead and
+        # wait then, so that there are some for each. Probes are encoded before the first claim.
+        if texts[0][1:].isdigit() and not each_has_rows.is_set():
+            names = "SELECT count(DISTINCT split_part(worker, '/', 1)) FROM sbert.claim"
+            wait_for(lambda: each_has_rows.is_set() or plain.execute(names).fetchone() == (3,))
+            each_has_rows.set()
+        return encode(texts)
+
+    monkeypatch.setattr(encoder, "encode_document", together)
     threads = [threading.Thread(target=w.run, kwargs={"until_empty": True}) for w in workers]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    monkeypatch.undo()
     counts = [worker.tally.total("embedded") for worker in workers]
     assert sum(counts) == 1500, "none is written twice"
     assert all(counts), counts
@@ -236,7 +250,8 @@ def test_a_slow_batch_keeps_its_lease(engine, note, plain, encoder, monkeypatch)
     encode = encoder.encode_document
 
     def slow(texts):
-        time.sleep(8)
+        # Its lease would have ended, and another worker, which looks once a second, have seen it.
+        plain.execute("SELECT pg_sleep_until(until + interval '2 seconds') FROM sbert.claim")
         return encode(texts)
 
     monkeypatch.setattr(encoder, "encode_document", slow)
@@ -250,11 +265,15 @@ def test_a_slow_batch_keeps_its_lease(engine, note, plain, encoder, monkeypatch)
 def test_statement_timeouts_are_met_with_smaller_batches(engine, note, plain, encoder):
     plain.execute(
         "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS "
-        "$$ BEGIN PERFORM pg_sleep(0.02); RETURN NEW; END $$"
+        "$$ BEGIN IF (SELECT count(*) FROM new) > 12 THEN PERFORM pg_sleep(600); END IF; "
+        "RETURN NULL; END $$"
     )
-    plain.execute("CREATE TRIGGER slow BEFORE UPDATE ON note FOR EACH ROW EXECUTE FUNCTION slow()")
+    plain.execute(
+        "CREATE TRIGGER slow AFTER UPDATE ON note REFERENCING NEW TABLE AS new "
+        "FOR EACH STATEMENT EXECUTE FUNCTION slow()"
+    )
     plain.execute("INSERT INTO note (body) SELECT 'n' || i FROM generate_series(1, 40) AS i")
-    impatient = sa.create_engine(engine.url, connect_args={"options": "-c statement_timeout=400ms"})
+    impatient = sa.create_engine(engine.url, connect_args={"options": "-c statement_timeout=1s"})
     try:
         assert refresh(impatient).embedded == 40
     finally:
@@ -333,15 +352,17 @@ def test_health_and_metrics_over_http(engine, note, plain, encoder):
     from prometheus_client.parser import text_string_to_metric_families
 
     plain.execute("INSERT INTO note (body) VALUES ('a'), ('b'), ('b')")
-    with worker_thread(engine) as worker, serving_http(worker, port=0) as port:
+    with worker_thread(engine) as worker:
+        # The backlog is looked at from time to time, and from when on it is served.
         wait_for(lambda: worker.tally.total("embedded") == 3)
-        wait_for(lambda: worker.tally.backlog() != {})
-        status, body = get(port, "/health")
-        assert status == 200
-        assert json.loads(body)["columns"] == ["public.note.embedding"]
-        assert get(port, "/ready")[0] == 200
-        assert get(port, "/nothing")[0] == 404
-        status, body = get(port, "/metrics")
+        with serving_http(worker, port=0) as port:
+            wait_for(lambda: worker.tally.backlog() != {})
+            status, body = get(port, "/health")
+            assert status == 200
+            assert json.loads(body)["columns"] == ["public.note.embedding"]
+            assert get(port, "/ready")[0] == 200
+            assert get(port, "/nothing")[0] == 404
+            status, body = get(port, "/metrics")
     assert status == 200
     values = {
         (sample.name, sample.labels.get("column")): sample.value

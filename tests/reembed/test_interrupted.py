@@ -52,7 +52,7 @@ def test_backfill(world):
     world.create(300)
     ree.begin(world.engine, request(world))
     stop = threading.Event()
-    settings = WorkerSettings(batch_size=8, encoders=1, rows_per_second=150)
+    settings = WorkerSettings(batch_size=8, encoders=1, rows_per_second=20)
     thread = threading.Thread(
         target=backfill, args=(world.engine, world.new_column, settings), kwargs={"stop": stop}
     )

@@ -349,7 +349,8 @@ class TestStillInUse:
             connection.execute(sa.text("set enable_sort = off"))
             vector = ready.old.encode_document(["t3"])[0]
             connection.execute(nearest(ready.old_table.c.embedding, vector, limit=3)).all()
-        ready.engine.dispose()  # A backend reports what it counted when it is idle, or ends.
+            # A backend reports what it counted when it comes to it.
+            connection.execute(sa.text("select pg_stat_force_next_flush()"))
         with pytest.raises(errors.StillInUseError, match="ix_articles_embedding was scanned"):
             ree.finish(ready.engine, ready.new_column)
         assert ree.finish(ready.engine, ready.new_column, quiet=QUIET) is True

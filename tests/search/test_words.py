@@ -70,9 +70,6 @@ def session(bare_database_url: sa.URL) -> Any:
     engine = sa.create_engine(bare_database_url)
     Base.metadata.create_all(engine)
     with Session(engine) as session:
-        # Statistics come when a test asks for them.
-        session.execute(sa.text("ALTER TABLE note SET (autovacuum_enabled = false)"))
-        session.commit()
         yield session
     engine.dispose()
 

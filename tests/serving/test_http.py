@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import signal
 import socket
@@ -109,11 +110,11 @@ def test_a_connection_is_kept_for_the_next_request(client):
     with serving(encoders(), port=0, limits=Limits(head=2)) as port:
         http = client(port)
         ports = set()
-        for _ in range(2):
+        for pause in (2.2, 0):
             with http.stream("POST", "/v1/embeddings", json=BODY) as answer:
                 ports.add(answer.extensions["network_stream"].get_extra_info("client_addr"))
                 answer.read()
-            time.sleep(2.2)
+            time.sleep(pause)
         assert len(ports) == 1
 
 
@@ -252,7 +253,9 @@ def test_what_is_no_http_is_refused_and_leaves_no_traceback(capfd):
             b"\r\n" * 9_000,
         ):
             with connect(port, raw) as one:
-                one.shutdown(socket.SHUT_WR)
+                # It may be closed by then: there is no need to wait for the rest of such bytes.
+                with contextlib.suppress(OSError):
+                    one.shutdown(socket.SHUT_WR)
                 until_closed(one)
         assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
     assert "Traceback" not in capfd.readouterr().err
@@ -260,7 +263,9 @@ def test_what_is_no_http_is_refused_and_leaves_no_traceback(capfd):
 
 def test_the_command_serves_until_it_is_told_to_stop(articles):
     running = process("serve", "article:id,title", "--http", "127.0.0.1:0", url=articles.url)
-    port = int(running.stderr.readline().rpartition(":")[2])
+    # Libraries may have something to say first.
+    said = next(line for line in running.stderr if "http://" in line)
+    port = int(said.rpartition(":")[2])
     body = {"table": "article", "query": "money back", "limit": 1}
     answer = httpx.post(f"http://127.0.0.1:{port}/search", json=body, timeout=60)
     assert answer.json()["results"][0]["row"] == {"id": 1, "title": "Refunds"}
