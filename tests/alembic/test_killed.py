@@ -55,7 +55,7 @@ def models(indexes: str = "", *columns: str) -> str:
     return MODELS.format(indexes=indexes, columns="\n    ".join(columns))
 
 
-def until(what: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 60) -> None:
+def until(what: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 120) -> None:
     """Wait for something while a process runs."""
     ends = time.monotonic() + seconds
     while not what():

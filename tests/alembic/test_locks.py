@@ -278,8 +278,9 @@ def test_nobody_queues_behind_a_migration_for_long(table: sa.Engine, name: str) 
         migration.join(120)
     assert failures == []
     assert waited == (wait is not None), f"{watcher.exclusive} {watcher.others}"
-    # Whoever comes after a statement that waits for ACCESS EXCLUSIVE waits behind it.
-    assert max(watcher.exclusive.values(), default=0) < LOCK_TIMEOUT + 0.9
+    # Whoever comes after a statement that waits for ACCESS EXCLUSIVE waits behind it. A busy
+    # machine may take its time until it ends one that has waited too long.
+    assert max(watcher.exclusive.values(), default=0) < LOCK_TIMEOUT + 5
     if wait != "lock":
         assert watcher.exclusive == {}
 
@@ -513,7 +514,7 @@ def _while_it_waits(engine: sa.Engine, body: Body) -> set[str]:
     with reader, watch:
         pid = reader.execute(sa.text("SELECT pg_backend_pid(), count(*) FROM article")).scalar()
         migration.start()
-        until = time.monotonic() + 60
+        until = time.monotonic() + 120
         while time.monotonic() < until:
             waiting = watch.execute(
                 sa.text(

@@ -108,10 +108,10 @@ def test_long_reader_delays_nobody_else(app) -> None:
             written.append(len(waits))
         assert migration.is_alive(), "the migration did not wait for the reader"
         assert written[1] > written[0], "others write while the reader goes on"
-    migration.join(60)
+    migration.join()
     stop.set()
     for thread in threads:
-        thread.join(10)
+        thread.join()
     assert app.check() == ""
     # Whoever wrote meanwhile is noticed, whether before or after the triggers were there.
     missing = "SELECT count(*) FROM article WHERE embedding IS NULL"

@@ -227,7 +227,7 @@ class TestBackfill:
     @HOW
     def test_ended_while_it_encodes(self, note, plain, database_url, how):
         running = process(
-            *self.FILL, "--set", "batch_size=16", url=database_url, SBERT_PG_TEST_DELAY="0.005"
+            *self.FILL, "--set", "batch_size=16", url=database_url, SBERT_PG_TEST_DELAY="0.02"
         )
         wait_for(lambda: exists(plain, "embedding_new") and filled(plain) > 0)
         running.send_signal(how)

@@ -332,7 +332,7 @@ def test_a_killed_run_is_marked_as_failed_at_the_next_look(
 
             def wait(stage, done, total):
                 print("fitting", flush=True)
-                time.sleep(60)
+                time.sleep(600)
 
             cl.cluster(sa.create_engine(sys.argv[2]), app.topics, cl.KMeans(5), progress=wait)
             """
@@ -352,7 +352,7 @@ def test_a_killed_run_is_marked_as_failed_at_the_next_look(
     assert cl.fail_lost_runs(engine, app.topics) == []
     process.send_signal(signal.SIGKILL)
     process.wait()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not (lost := cl.fail_lost_runs(engine, app.topics)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert len(lost) == 1
@@ -400,13 +400,13 @@ def test_of_concurrent_runs_the_one_that_began_last_is_current(engine: sa.Engine
 
     def slow(stage: str, done: int, total: int | None) -> None:
         began.set()
-        assert go_on.wait(30)
+        assert go_on.wait(120)
 
     thread = threading.Thread(
         target=lambda: early.append(cl.cluster(engine, app.topics, cl.KMeans(5), progress=slow))
     )
     thread.start()
-    assert began.wait(30)
+    assert began.wait(120)
     late = cl.cluster(engine, app.topics, cl.KMeans(4))
     go_on.set()
     thread.join()

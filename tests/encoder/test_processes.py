@@ -33,7 +33,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
     )
 
 
-def in_a_child(work: Callable[[], object], seconds: float = 60) -> bool:
+def in_a_child(work: Callable[[], object], seconds: float = 180) -> bool:
     """Whether a forked child does its work and ends; a child that hangs is killed."""
     child = os.fork()
     if child == 0:
@@ -69,7 +69,7 @@ def test_a_lock_that_another_thread_holds_at_the_fork(tiny: Encoder, lock: str) 
     def hold() -> None:
         with LOCKS[lock](tiny):
             held.set()
-            done.wait(120)
+            done.wait(300)
 
     registry.use_encoder(tiny, name="tiny")
     thread = threading.Thread(target=hold)

@@ -6,7 +6,6 @@ import asyncio
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -25,14 +24,17 @@ from sbert_pg import embed_on_flush, load, nearest
 from sbert_pg.errors import EncodingError
 
 
-class SlowEncoder(RecordingEncoder):
-    """Takes a while, as a real one does, and says which thread it was called in."""
+class Waiting(RecordingEncoder):
+    """Comes to its end when it is let go, and notes the thread that it was called in."""
 
-    threads: set[int] = set()
+    def __init__(self) -> None:
+        super().__init__()
+        self.threads: list[int] = []
+        self.go = threading.Event()
 
     def encode_document(self, texts: Any) -> Any:
-        self.threads.add(threading.get_ident())
-        time.sleep(0.3)
+        self.threads.append(threading.get_ident())
+        assert self.go.wait(60), "the loop stood still meanwhile"
         return super().encode_document(texts)
 
 
@@ -90,24 +92,21 @@ async def test_errors(async_sessions: Any, tables: sa.Engine, encoder: Any) -> N
 async def test_the_loop_goes_on(async_engine: AsyncEngine, tables: sa.Engine) -> None:
     from sbert_pg import registry
 
-    slow = SlowEncoder()
-    registry.use_encoder(slow)
-    ticks = 0
+    encoder = Waiting()
+    registry.use_encoder(encoder)
 
     async def tick() -> None:
-        nonlocal ticks
-        while True:
+        while not encoder.threads:
             await asyncio.sleep(0.01)
-            ticks += 1
+        encoder.go.set()
 
     async with AsyncSession(async_engine) as session:
         embed_on_flush(session)
         session.add(Article(title="a"))
         ticking = asyncio.create_task(tick())
         await session.commit()
-        ticking.cancel()
-    assert ticks >= 3
-    assert threading.get_ident() not in slow.threads
+        await ticking
+    assert threading.get_ident() not in encoder.threads
 
 
 async def test_many_sessions_at_once(async_sessions: Any, tables: sa.Engine, encoder: Any) -> None:
@@ -139,12 +138,18 @@ async def test_cancelled_while_encoding(async_engine: AsyncEngine, tables: sa.En
     """A request that is cancelled leaves nothing, and its connection is good for the next."""
     from sbert_pg import registry
 
-    registry.use_encoder(SlowEncoder())
+    encoder = Waiting()
+    registry.use_encoder(encoder)
     async with AsyncSession(async_engine) as session:
         embed_on_flush(session)
         session.add(Article(title="a"))
-        with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(session.commit(), 0.05)
+        commit = asyncio.create_task(session.commit())
+        while not encoder.threads:
+            await asyncio.sleep(0.01)
+        commit.cancel()
+        encoder.go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await commit
     async with AsyncSession(async_engine) as session:
         assert await session.scalar(sa.select(sa.func.count()).select_from(Article)) == 0
 

@@ -32,7 +32,7 @@ def test_each_writes_its_half_of_the_source(
     waiting.join(0.3)
     assert waiting.is_alive(), "it waits for the row"
     one.commit()
-    waiting.join(20)
+    waiting.join()
     one.close()
     two.close()
     assert pending(tables) == {("page.by_all", "1")}
@@ -63,7 +63,7 @@ def test_many_writers(tables: sa.Engine, sessions: sessionmaker[Any], encoder: A
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(120)
+        thread.join()
     assert errors == []
     right, waiting = require_true_or_pending(tables, encoder, Page)
     assert right + waiting == 12

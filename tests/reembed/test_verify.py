@@ -216,18 +216,18 @@ def test_time_outs_do_not_end_it(ready, monkeypatch):
     with ready.engine.begin() as connection:
         name = connection.execute(sa.text("select current_database()")).scalar_one()
         for setting in ("statement_timeout", "idle_in_transaction_session_timeout"):
-            connection.execute(sa.text(f'alter database "{name}" set {setting} = 60'))
+            connection.execute(sa.text(f'alter database "{name}" set {setting} = 500'))
     ready.engine.dispose()
     encode = ready.new.encode_document
 
     def slowly(texts):
-        time.sleep(0.2)
+        time.sleep(0.8)
         return encode(texts)
 
     monkeypatch.setattr(ready.new, "encode_document", slowly)
     assert ree.verify(ready.engine, ready.new_column, sample_size=40).agreement.rows == 64
     with ready.engine.connect() as connection:
-        assert connection.execute(sa.text("show statement_timeout")).scalar_one() == "60ms"
+        assert connection.execute(sa.text("show statement_timeout")).scalar_one() == "500ms"
 
 
 def test_without_encoders_the_rest_is_measured(ready, monkeypatch):
