@@ -65,7 +65,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "catalog": (9, 2507),
     "cli": (17, 4233),
     "clustering": (14, 4643),
-    "encoder": (24, 6388),
+    "encoder": (25, 6643),
     "freshness": (23, 5217),
     "indexes": (4, 1004),
     "loading": (4, 943),

@@ -20,13 +20,14 @@ import numpy as np
 
 from sbert_pg.encoder import directory as converted
 from sbert_pg.encoder.classification import SAMPLE_PAIRS, describe_reranker
-from sbert_pg.encoder.description import Description, describe
+from sbert_pg.encoder.description import STATIC, Description
 from sbert_pg.encoder.directory import Manifest
 from sbert_pg.encoder.engine import Engine
 from sbert_pg.encoder.files import Weights, require_model
 from sbert_pg.encoder.hub import ModelFiles, find, home_of, is_path, repository_of
 from sbert_pg.encoder.layers import layer_text
 from sbert_pg.encoder.providers import CPU, Provider, Providers
+from sbert_pg.encoder.static import describe_encoder
 from sbert_pg.encoder.tokenizer_files import tokenizer_content, truncation_side
 from sbert_pg.errors import (
     ConversionError,
@@ -152,7 +153,7 @@ def convert(
         raise DeclarationError(
             f"There is no precision {precision!r}; there are {', '.join(PRECISIONS)}."
         )
-    description = (describe if kind == "encoder" else describe_reranker)(files.path)
+    description = (describe_encoder if kind == "encoder" else describe_reranker)(files.path)
     content, side = tokenizer_content(description), truncation_side(description)
     (folder / converted.TOKENIZER).write_text(
         json.dumps(content, ensure_ascii=False), encoding="utf-8"
@@ -227,7 +228,7 @@ def weights_digest(description: Description) -> str:
     wrapper's prefix, so that a repository saved twice, sharded or with its unused heads has one.
     """
     digest = hashlib.sha256()
-    weights = Weights(description.weights)
+    weights = Weights(description.weights, integers=description.architecture == STATIC)
     for name in sorted(filter(is_used, weights.names())):
         tensor = weights.get(name)
         digest.update(f"{name}{list(tensor.shape)}".encode())

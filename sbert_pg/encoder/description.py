@@ -45,6 +45,9 @@ TRANSFORMER_FILES = (
     "sentence_xlnet_config.json",
 )
 
+#: The module of a static model, and its architecture.
+STATIC = "StaticEmbedding"
+
 #: Settings that choose how torch runs a model and not what it computes.
 _HARMLESS_KWARGS = frozenset(
     {"torch_dtype", "dtype", "attn_implementation", "device_map", "add_pooling_layer", "use_cache",
@@ -58,7 +61,7 @@ _PROVENANCE = frozenset(
 )
 #: Entries of ``config_sentence_transformers.json`` that a spec has in fields of their own, or that
 #: are versions of packages.
-_IN_SPEC = frozenset(
+IN_SPEC = frozenset(
     {"prompts", "default_prompt_name", "similarity_fn_name", "truncate_dim", "__version__",
      "model_type"}
 )  # fmt: skip
@@ -156,7 +159,7 @@ def describe(path: str | Path) -> Description:
     """
     root = Path(path)
     require_model(root)
-    modules = _modules(root)
+    modules = modules_of(root)
     transformer_path = inside(root, modules[0][1])
     settings = _transformer_settings(transformer_path)
     config = read_json(transformer_path / "config.json")
@@ -166,8 +169,7 @@ def describe(path: str | Path) -> Description:
     architecture = architecture_of(config)
     pooling_settings = _pooling_settings(root, modules, config)
     pooling = read_pooling(pooling_settings, hidden_size(config) if modules[1:] else None)
-    general = _general(root)
-    prompts = _prompts(general)
+    general = general_of(root)
     return Description(
         path=root,
         transformer_path=transformer_path,
@@ -178,7 +180,7 @@ def describe(path: str | Path) -> Description:
             "tokenizer": plain(tokenizer),
             "settings": plain(settings, frozenset()),
             "pooling": plain(pooling_settings, frozenset()),
-            "general": plain(general, _IN_SPEC),
+            "general": plain(general, IN_SPEC),
             "modules": [name for name, _ in modules],
         },
         weights=find_weights(transformer_path),
@@ -187,10 +189,7 @@ def describe(path: str | Path) -> Description:
         layers=read_layers(root, modules[2:], len(pooling) * hidden_size(config)),
         max_seq_length=max_seq_length(settings, tokenizer, config),
         do_lower_case=settings.flag("do_lower_case", False),
-        prompts=prompts,
-        default_prompt_name=_default_prompt(general, prompts),
-        similarity=_SIMILARITIES[general.only("similarity_fn_name", _SIMILARITIES, "cosine")],
-        truncate_dim=general.integer("truncate_dim", None),
+        **conventions(general),
     )
 
 
@@ -229,7 +228,7 @@ def padding_id(config: Settings) -> int:
     return config.integer("pad_token_id", 1, least=0)
 
 
-def _modules(root: Path) -> list[tuple[str, str]]:
+def modules_of(root: Path) -> list[tuple[str, str]]:
     """Class name and path of each module, in order; dropout does nothing and is left out."""
     listing = root / "modules.json"
     if not listing.is_file():
@@ -252,18 +251,22 @@ def _modules(root: Path) -> list[tuple[str, str]]:
         if name != "Dropout":
             modules.append((name, path))
     names = [name for name, _ in modules]
-    if names[:1] != ["Transformer"] or names[1:2] != ["Pooling"]:
+    if names[:1] != [STATIC] and names[:2] != ["Transformer", "Pooling"]:
         raise UnsupportedEncoderError(
             f"{listing} lists the modules {', '.join(names) or 'none'}. Supported is a Transformer "
-            "followed by Pooling and then any of Dense and Normalize. A Transformer alone may be a "
-            "cross-encoder, which Reranker.load loads."
+            f"followed by Pooling, or {STATIC}, and then any of Dense and Normalize. A Transformer "
+            "alone may be a cross-encoder, which Reranker.load loads."
         )
     return modules
 
 
 def _lone_transformer(root: Path) -> list[tuple[str, str]]:
-    """A directory without ``modules.json``, which is a plain transformer or an incomplete copy."""
-    kind = _first_architecture(read_json(root / "config.json"))
+    """A directory without ``modules.json``: model2vec's, a plain transformer, a partial copy."""
+    config = read_json(root / "config.json")
+    if config.get("model_type") == "model2vec":
+        normalize = [("Normalize", "1_Normalize")] if config.flag("normalize", False) else []
+        return [(STATIC, ""), *normalize]
+    kind = _first_architecture(config)
     if kind.endswith(
         ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
     ):
@@ -327,15 +330,23 @@ def _pooling_settings(root: Path, modules: Sequence[tuple[str, str]], config: Se
     return Settings({"pooling_mode": "lasttoken" if causal else "mean"}, config.path)
 
 
-def _general(root: Path) -> Settings:
+def general_of(root: Path) -> Settings:
+    """What ``config_sentence_transformers.json`` says, empty without one."""
     settings = read_if_there(root / "config_sentence_transformers.json")
     settings.only("model_type", ["SentenceTransformer"], "SentenceTransformer")
     return settings
 
 
-def _prompts(general: Settings) -> dict[str, str]:
-    prompts = general.object("prompts")
-    return {name: prompts.text(name, "") for name in prompts}
+def conventions(general: Settings) -> dict[str, Any]:
+    """Prompts, similarity and truncation, as ``Description`` has them."""
+    texts = general.object("prompts")
+    prompts = {name: texts.text(name, "") for name in texts}
+    return {
+        "prompts": prompts,
+        "default_prompt_name": _default_prompt(general, prompts),
+        "similarity": _SIMILARITIES[general.only("similarity_fn_name", _SIMILARITIES, "cosine")],
+        "truncate_dim": general.integer("truncate_dim", None),
+    }
 
 
 def _default_prompt(general: Settings, prompts: Mapping[str, str]) -> str | None:

@@ -35,6 +35,8 @@ _LARGEST = 100_000_000
 #: Floating types of the safetensors format by numpy's names. bfloat16, which numpy has not, is the
 #: upper half of a float32.
 _FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+#: Integers that static models have. Their values are exact in a float32.
+_INTEGERS = {"I8": "|i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
 
 #: What a checkpoint of a task model puts before the names of its transformer.
 _PREFIX = re.compile(r"^(?:bert|roberta|distilbert|mpnet|camembert|electra|model|new)\.")
@@ -295,12 +297,15 @@ class Weights:
 
     Args:
         paths: the safetensors files.
+        integers: whether tensors of integers are read too. In a transformer they are a form of
+            weights that is not implemented.
 
     Raises:
         DamagedEncoderError: a file is not what the format says; nothing of it is used.
     """
 
-    def __init__(self, paths: Iterable[Path]) -> None:
+    def __init__(self, paths: Iterable[Path], *, integers: bool = False) -> None:
+        self._types = _FLOATS | _INTEGERS if integers else _FLOATS
         self._places: dict[str, tuple[Path, str, tuple[int, ...], int, int]] = {}
         self._maps: dict[Path, npt.NDArray[np.uint8]] = {}
         self._paths = tuple(paths)
@@ -344,7 +349,7 @@ class Weights:
             )
         if path not in self._maps:
             self._maps[path] = np.memmap(path, dtype=np.uint8, mode="r")
-        raw = self._maps[path][begin:end].view(_FLOATS[dtype])
+        raw = self._maps[path][begin:end].view(self._types[dtype])
         if dtype == "BF16":
             raw = (raw.astype(np.uint32) << 16).view(np.float32)
         return np.array(raw, dtype=np.float32).reshape(stored)
@@ -361,5 +366,5 @@ class Weights:
         for name, entry in header.items():
             dtype, shape = entry["dtype"], tuple(entry["shape"])
             begin, end = (8 + length + offset for offset in entry["data_offsets"])
-            if dtype in _FLOATS:
+            if dtype in self._types:
                 self._places[_PREFIX.sub("", name)] = (path, dtype, shape, begin, end)

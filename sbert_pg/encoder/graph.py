@@ -18,8 +18,8 @@ from onnx import helper
 from sbert_pg.encoder import architectures, rotary, transformer
 from sbert_pg.encoder.architectures import ARCHITECTURES as ABSOLUTE
 from sbert_pg.encoder.classification import SAMPLE_PAIRS
-from sbert_pg.encoder.description import Description
-from sbert_pg.encoder.files import Weights
+from sbert_pg.encoder.description import STATIC, Description
+from sbert_pg.encoder.files import Array, Weights
 from sbert_pg.encoder.layers import ACTIVATIONS, Layer, Normalize, PoolingMode
 from sbert_pg.encoder.products import (
     Floats,
@@ -37,6 +37,7 @@ from sbert_pg.encoder.runner import (
     POOLING_MASK,
     TOKEN_TYPE_IDS,
 )
+from sbert_pg.encoder.static import table
 from sbert_pg.encoder.tokenizer_files import tokenizer_content, truncation_side
 from sbert_pg.encoder.tokenizing import TextTokenizer
 from sbert_pg.encoder.transformer import Attention, Fused, FusedByLength, Plain
@@ -46,7 +47,7 @@ from sbert_pg.probes import PROBES, SAMPLE_TEXTS
 __all__ = ["ARCHITECTURES", "build"]
 
 #: ``model_type`` of the architectures whose graph is built here.
-ARCHITECTURES = ABSOLUTE | rotary.READERS.keys()
+ARCHITECTURES = ABSOLUTE | rotary.READERS.keys() | {STATIC}
 
 #: A transformer that was read.
 Model = architectures.Transformer | rotary.Rotary
@@ -74,6 +75,8 @@ def build(description: Description, precision: str) -> onnx.ModelProto:
         DamagedEncoderError: weights are missing or do not fit.
     """
     model: Model
+    if description.architecture == STATIC:
+        return _static(description, precision)
     if description.architecture in rotary.READERS:
         read = rotary.READERS[description.architecture]
         model = read(Weights(description.weights), description.config)
@@ -128,6 +131,51 @@ def assemble(
     return writer.model(inputs, [output], f"sbert-pg-{description.architecture}")
 
 
+#: Tokens of a text of a static model whose vectors are held at a time.
+_BLOCK = 4096
+
+
+def _static(description: Description, precision: str) -> onnx.ModelProto:
+    """A static model: rows of its table, summed in blocks, so that no text needs much memory."""
+    writer = Writer()
+    forms: dict[str, Products] = {"fp16": Floats(np.float16), "int8": Int8({})}
+    vector = _summed(writer, table(description.weights), forms.get(precision, Floats()))
+    layers = description.layers
+    if not (layers and isinstance(layers[0], Normalize)):
+        weights = writer.node("Cast", [ATTENTION_MASK], "mask_f", to=FLOAT)
+        vector = writer.node("Div", [vector, _count(writer, weights)], "mean")
+    inputs, output = _close(writer, description, vector)
+    return writer.model(inputs, [output], "sbert-pg-static")
+
+
+def _summed(writer: Writer, rows: Array, products: Products) -> str:
+    """The sum of the rows of each text, float32 ``(batch, width)``."""
+    zero, one = writer.ints(0), writer.ints(1)
+    shape = writer.node("Shape", [INPUT_IDS])
+    length = writer.node("Slice", [shape, one, writer.ints(2)], "length")
+    # As many blocks as are needed, all of one size and none longer than it must be.
+    count = writer.node("Add", [length, writer.ints(_BLOCK - 1)])
+    count = writer.node("Div", [count, writer.ints(_BLOCK)], "blocks")
+    size = writer.node("Sub", [writer.node("Add", [length, count]), one])
+    size = writer.node("Div", [size, count], "size")
+    rest = writer.node("Sub", [writer.node("Mul", [count, size]), length], "rest")
+    pads = writer.node("Concat", [zero, zero, zero, rest], "pads", axis=0)
+    blocks = writer.node("Concat", [zero, count, size], "block_shape", axis=0)
+    parts = [
+        writer.node("Reshape", [writer.node("Pad", [value, pads]), blocks], "parts")
+        for value in (INPUT_IDS, ATTENTION_MASK)
+    ]
+    batch = writer.node("Slice", [shape, zero, one], "batch")
+    sums = writer.node("Concat", [batch, writer.ints(rows.shape[1])], "sums", axis=0)
+    body = writer.inner()
+    state, ids, mask = (body.name(hint) for hint in ("state", "ids", "mask"))
+    weights = body.node("Cast", [mask], "weights", to=FLOAT)
+    tokens = Pooled(products.embed(body, rows, ids), mask, prompt_excluded=False)
+    total = body.node("Add", [state, _sum(body, tokens, weights)], "total")
+    start = writer.node("ConstantOfShape", [sums], "start")
+    return writer.scan(start, parts, body, [state, ids, mask], total, "sum")
+
+
 def finish(writer: Writer, description: Description, tokens: str) -> tuple[list[Any], Any]:
     """Pooling and the layers after it; returns the inputs and the output of the whole model.
 
@@ -137,12 +185,18 @@ def finish(writer: Writer, description: Description, tokens: str) -> tuple[list[
         tokens: token vectors, float32 ``(batch, tokens, width)``.
     """
     mask = ATTENTION_MASK if description.include_prompt else POOLING_MASK
-    types = (TOKEN_TYPE_IDS,) if description.token_types else ()
-    names = dict.fromkeys((INPUT_IDS, ATTENTION_MASK, mask, *types))
     layers = description.layers
     values = Pooled(tokens, mask, prompt_excluded=not description.include_prompt)
     normalized = bool(layers) and isinstance(layers[0], Normalize)
-    vector = add_layers(writer, pool(writer, values, description.pooling, normalized), layers)
+    return _close(writer, description, pool(writer, values, description.pooling, normalized))
+
+
+def _close(writer: Writer, description: Description, vector: str) -> tuple[list[Any], Any]:
+    """The layers after pooling; as ``finish``."""
+    mask = ATTENTION_MASK if description.include_prompt else POOLING_MASK
+    types = (TOKEN_TYPE_IDS,) if description.token_types else ()
+    names = dict.fromkeys((INPUT_IDS, ATTENTION_MASK, mask, *types))
+    vector = add_layers(writer, vector, description.layers)
     writer.nodes.append(helper.make_node("Identity", [vector], [OUTPUT]))
     return (
         [helper.make_tensor_value_info(name, INT64, ["batch", "tokens"]) for name in names],

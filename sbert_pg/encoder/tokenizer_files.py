@@ -14,9 +14,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sbert_pg.encoder.description import Description
+from sbert_pg.encoder.description import STATIC, Description
 from sbert_pg.encoder.files import JSON_LIMIT, read_if_there, read_json
-from sbert_pg.encoder.tokenizing import own_errors, require_bounded
+from sbert_pg.encoder.static import static_tokenizer
+from sbert_pg.encoder.tokenizing import MODEL2VEC, own_errors, require_bounded
 from sbert_pg.errors import DamagedEncoderError, MissingExtraError, UnsupportedEncoderError
 
 #: Classes of transformers that rebuild BERT's normaliser from ``tokenizer_config.json`` with these
@@ -53,7 +54,11 @@ def tokenizer_content(description: Description) -> dict[str, Any]:
     directory = description.transformer_path
     config = read_if_there(directory / "tokenizer_config.json")
     path = directory / "tokenizer.json"
-    if path.is_file():
+    if description.architecture == STATIC:
+        content = static_tokenizer(description)
+        with own_errors(DamagedEncoderError, f"{path} cannot be read"):
+            require_bounded(content)
+    elif path.is_file():
         content = dict(read_json(path, JSON_LIMIT))
         with own_errors(DamagedEncoderError, f"{path} cannot be read"):
             content = _as_configured(content, config, path)
@@ -71,7 +76,8 @@ def truncation_side(description: Description) -> str:
     """Which end of a long text is cut off, ``"right"`` or ``"left"``."""
     directory = description.transformer_path
     config = read_if_there(directory / "tokenizer_config.json")
-    side = config.text("truncation_side", None)
+    static = description.architecture == STATIC
+    side = None if static else config.text("truncation_side", None)
     if side is None and (directory / "tokenizer.json").is_file():
         kept = read_json(directory / "tokenizer.json", JSON_LIMIT).object("truncation")
         side = kept.text("direction", "right").lower()
@@ -171,7 +177,8 @@ def _try_expressions(content: Mapping[str, Any], path: Path) -> None:
         return
     try:
         subprocess.run(
-            [sys.executable, "-c", _TRIAL], input=json.dumps(content).encode(), check=True,
+            [sys.executable, "-c", _TRIAL], check=True,
+            input=json.dumps({k: v for k, v in content.items() if k != MODEL2VEC}).encode(),
             capture_output=True, timeout=_TRIAL_SECONDS,
         )  # fmt: skip
     except (subprocess.SubprocessError, OSError) as error:

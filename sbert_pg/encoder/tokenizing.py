@@ -29,6 +29,9 @@ _MOST_CHARACTERS = 1_000_000
 _PART = 100_000
 #: Such texts, or parts of them, that are counted by one call.
 _COUNTED = 64
+#: An entry of ``tokenizer.json`` of our own, for what model2vec does besides: of a text so many
+#: ``characters`` are read, and the token ``dropped`` is left out.
+MODEL2VEC = "sbert_pg.model2vec"
 #: How much longer the replacements of a normaliser may make a text.
 _MOST_GROWTH = 100
 
@@ -76,8 +79,9 @@ class TextTokenizer:
         from tokenizers import Tokenizer
 
         with own_errors(DamagedEncoderError, "tokenizer.json cannot be read"):
-            self._tokenizer = Tokenizer.from_str(content)
             parts = json.loads(content)
+            self._model2vec = parts.pop(MODEL2VEC, None)
+            self._tokenizer = Tokenizer.from_str(json.dumps(parts) if self._model2vec else content)
         require_bounded(parts)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -92,6 +96,15 @@ class TextTokenizer:
 
     def encode(self, texts: Sequence[str]) -> Tokens:
         """Token ids of texts that ``clean`` has seen."""
+        if not self._model2vec:
+            return self._encode(texts)
+        most, dropped = self._model2vec["characters"], self._model2vec["dropped"]
+        tokens = self._encode([text[:most] for text in texts])
+        cut = {position for position, text in enumerate(texts) if len(text) > (most or len(text))}
+        ids = [[token for token in one if token != dropped] for one in tokens.ids]
+        return Tokens(ids, sorted(cut.union(tokens.truncated)))
+
+    def _encode(self, texts: Sequence[str]) -> Tokens:
         heads = [self._head(text) for text in texts]
         encodings = self._batch(heads)
         ids, truncated = [], []

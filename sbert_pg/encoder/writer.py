@@ -107,6 +107,27 @@ class Writer:
             )  # fmt: skip
         return self.node("If", [condition], hint, then_branch=graphs[0], else_branch=graphs[1])
 
+    def scan(self, state: str, parts: Sequence[str], body: Writer, ins: Sequence[str], out: str,
+             hint: str) -> str:  # fmt: skip
+        """``Scan`` over axis 1 of some values, of int64: the state after the last part.
+
+        Args:
+            state: at the beginning.
+            parts: what is gone through.
+            body: computes the next state, and may use any value of this writer.
+            ins: names in ``body`` of the state and of a part of each of ``parts``.
+            out: name in ``body`` of the next state.
+            hint: names the result.
+        """
+        values = [
+            helper.make_tensor_value_info(name, FLOAT if name == ins[0] else INT64, None)
+            for name in ins
+        ]
+        result = [helper.make_tensor_value_info(out, FLOAT, None)]
+        graph = helper.make_graph(body.nodes, hint, values, result, body.initializers)
+        return self.node("Scan", [state, *parts], hint, body=graph, num_scan_inputs=len(parts),
+                         scan_input_axes=[1] * len(parts))  # fmt: skip
+
     def inner(self) -> Writer:
         """A writer for a branch: its own constants, names that differ from this one's."""
         writer = Writer(self._prefix)
