@@ -9,7 +9,8 @@ of its words (``exhaustive``), ``ts_rank_cd`` with the words joined by OR, ``nea
 same question, and the ratio of ``hybrid`` to the sum of its arms.
 
 *Writing* is the time to insert rows into a table with a plain generated ``tsvector`` and GIN, and
-into one with ``text_column`` and ``text_index``. Quality is measured by ``sbert-pg evaluate``.
+into one with ``text_column`` and ``text_index``, which are the same.
+Quality is measured by ``sbert-pg evaluate``.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 #: Most modules and lines of each room: a new capability raises its own, and nobody else's.
 ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (4, 760),
-    "alembic": (9, 2758),
+    "alembic": (9, 2753),
     "catalog": (9, 2507),
     "cli": (17, 4233),
     "clustering": (14, 4643),
@@ -72,10 +72,10 @@ ROOMS: dict[str, tuple[int, int]] = {
     "orm": (5, 926),
     "passages": (6, 1113),
     "reembed": (12, 3243),
-    "search": (12, 3316),
+    "search": (12, 3334),
     "serving": (11, 1915),
     "tuning": (12, 2927),
-    "types": (9, 1672),
+    "types": (9, 1643),
 }
 #: All rooms that are one module.
 MOST_LINES_OF_THE_REST = 3135

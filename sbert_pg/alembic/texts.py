@@ -9,13 +9,13 @@ import sqlalchemy as sa
 from alembic.operations import ops
 from sqlalchemy.dialects.postgresql import TSVECTOR
 
-from sbert_pg.types.text import TextSearch, length_name
+from sbert_pg.types.text import TextSearch
 
 
 def changed_texts(connection: sa.Connection, table: sa.Table) -> list[ops.MigrateOperation]:
     """What makes the text columns of a table again whose sources, language or weights differ.
 
-    The column, its length and its indexes are dropped and made; PostgreSQL rewrites the table.
+    The column and its indexes are dropped and made; PostgreSQL rewrites the table.
 
     Args:
         connection: where the table is.
@@ -33,19 +33,14 @@ def changed_texts(connection: sa.Connection, table: sa.Table) -> list[ops.Migrat
     present = {index["name"] for index in inspector.get_indexes(table.name, schema=table.schema)}
     changed: list[ops.MigrateOperation] = []
     for column in declared:
-        names = [column.name, length_name(column.name)]
-        if not set(names) <= set(stored) or _same(stored[column.name], column):
+        if column.name not in stored or _same(stored[column.name], column):
             continue
         indexes = [i for i in table.indexes if column.name in i.columns and i.name in present]
         made: list[Any] = [ops.DropIndexOp.from_index(index) for index in indexes]
-        for name in names:
-            type_ = TSVECTOR() if name == column.name else sa.Integer()
-            computed = sa.Computed(stored[name].replace(":", r"\:"), persisted=True)
-            old = sa.Column(name, type_, computed)
-            made.append(ops.DropColumnOp.from_column_and_tablename(table.schema, table.name, old))
-        for name in names:
-            new = table.c[name]
-            made.append(ops.AddColumnOp.from_column_and_tablename(table.schema, table.name, new))
+        computed = sa.Computed(stored[column.name].replace(":", r"\:"), persisted=True)
+        old = sa.Column(column.name, TSVECTOR(), computed)
+        for step, one in ((ops.DropColumnOp, old), (ops.AddColumnOp, column)):
+            made.append(step.from_column_and_tablename(table.schema, table.name, one))
         made += [ops.CreateIndexOp.from_index(index) for index in indexes]
         changed.append(ops.ModifyTableOps(table.name, made, schema=table.schema))
     return changed

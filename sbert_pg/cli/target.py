@@ -14,7 +14,7 @@ from sbert_pg.reembed.change import Side, reflect, side_of
 from sbert_pg.reembed.ready import declared_indexes
 from sbert_pg.row_vectors import embedding_columns
 from sbert_pg.types.identity import ColumnIdentity
-from sbert_pg.types.text import TextSearch, length_name
+from sbert_pg.types.text import TextSearch
 
 
 def resolve(connection: sa.Connection, name: str) -> Side:
@@ -120,7 +120,7 @@ def text_column_of(table: sa.Table, name: str | None = None) -> sa.Column[Any]:
     """
     columns = {}
     for column in table.columns:
-        if column.computed is not None and length_name(column.name) in table.columns:
+        if column.computed is not None:
             type_ = TextSearch.of_generated(str(column.computed.sqltext))
             if type_ is not None:
                 column.type = type_

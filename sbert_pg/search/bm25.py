@@ -16,15 +16,30 @@ import sqlalchemy as sa
 
 #: Lucene's and Elasticsearch's defaults.
 K1, B = 1.2, 0.75
-#: Words in more than this share of the rows score, but bring no candidates of their own before the
-#: rows with rarer words are known: as in MaxScore (Turtle and Flood, 1995) the answer is the same.
-COMMON = 0.1
+#: A question is first asked by its rarest words that so many rows have together, or so many for
+#: each row wanted; the others score, but bring no candidates of their own before these are known.
+#: As in MaxScore (Turtle and Flood, 1995) the answer is the same.
+FIRST, FIRST_EACH = 500, 20
+#: Pages of a table that are sampled for the mean length, and rows of those that are looked at.
+PAGES, ROWS = 16, 128
 #: The statistics of a column, by values and not by a join: the view's tables are read by their
 #: indexes then, instead of whole.
 _STATISTICS = """s.schemaname = (SELECT schema FROM words_table)
    AND s.tablename = (SELECT name FROM words_table)
-   AND s.attname = (SELECT {column} FROM words_search)
+   AND s.attname = (SELECT vector_column FROM words_search)
    AND s.inherited = (SELECT partitioned FROM words_table)"""
+
+
+def length_of(vector: str) -> str:
+    """SQL of the number of positions in a vector.
+
+    By rank normalisation 2, ``ts_rank`` divides by that number; what it divides is 1e-20 where two
+    words are both asked for and not there, as words with blanks never are.
+    """
+    rank = f"ts_rank({vector}, CAST('''a b'' & ''c d''' AS tsquery), 2)"
+    return f"coalesce(round(CAST(CAST(1e-20 AS float4) AS float8) / nullif({rank}, 0)), 0)"
+
+
 _PARTS: dict[str, tuple[tuple[str, ...], str]] = {
     "words_asked": (
         ("number", "lexeme"),
@@ -34,20 +49,26 @@ SELECT q.number, a.lexeme
  CROSS JOIN unnest(to_tsvector(s.language, q.words)) AS a
 """,
     ),
-    # What the server knows of the table; nothing of a view or a subquery.
+    # What the server knows of the table; nothing of a view, of a subquery, or of one whose rows are
+    # not all seen. *percent* of its pages are sampled, and each *every*-th row of those looked at.
     "words_table": (
-        ("schema", "name", "partitioned", "rows"),
-        """
-SELECT n.nspname AS schema, k.relname AS name, k.relkind = 'p' AS partitioned,
-       CAST(CASE WHEN k.relkind = 'p' THEN (
-                SELECT CASE WHEN min(leaf.reltuples) >= 0 THEN sum(leaf.reltuples) END
-                  FROM pg_catalog.pg_partition_tree(k.oid) AS t
-                  JOIN pg_catalog.pg_class AS leaf ON leaf.oid = t.relid WHERE t.isleaf)
-                 WHEN k.relkind = 'r' AND k.reltuples > 0 THEN k.reltuples END AS float8) AS rows
+        ("schema", "name", "partitioned", "rows", "percent", "every"),
+        f"""
+SELECT n.nspname AS schema, c.relname AS name, c.relkind = 'p' AS partitioned,
+       CASE WHEN leaves.rows > 0 AND NOT row_security_active(c.oid) THEN leaves.rows END AS rows,
+       least(100, 100.0 * {PAGES} / greatest(leaves.pages, 1)) AS percent,
+       greatest(1, floor(leaves.rows * {PAGES} / greatest(leaves.pages, 1) / {ROWS})) AS every
   FROM words_search AS q
-  JOIN pg_catalog.pg_class AS k ON k.oid = to_regclass(q.table_name)
-  JOIN pg_catalog.pg_namespace AS n ON n.oid = k.relnamespace
-""",
+  JOIN pg_catalog.pg_class AS c ON c.oid = to_regclass(q.table_name) AND c.relkind IN ('p', 'r')
+  JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
+ CROSS JOIN LATERAL (
+       SELECT CASE WHEN min(leaf.reltuples) >= 0
+                   THEN sum(CAST(leaf.reltuples AS float8)) END AS rows, sum(leaf.relpages) AS pages
+         FROM pg_catalog.pg_class AS leaf
+        WHERE leaf.oid = c.oid AND c.relkind = 'r' OR c.relkind = 'p' AND leaf.oid = ANY (
+              ARRAY(SELECT t.relid FROM pg_catalog.pg_partition_tree(c.oid) AS t WHERE t.isleaf))
+       ) AS leaves
+""",  # noqa: S608 (a constant of this module)
     ),
     # The shares of rows that have a lexeme, as ANALYZE kept them: thousands, read once.
     "words_kept": (
@@ -58,39 +79,21 @@ SELECT kept.lexeme, kept.share
  CROSS JOIN unnest(CAST(CAST(s.most_common_elems AS text) AS text[]), s.most_common_elem_freqs)
        AS kept (lexeme, share)
  WHERE kept.lexeme = ANY (ARRAY(SELECT lexeme FROM words_asked))
-   AND {_STATISTICS.format(column="vector_column")}
+   AND {_STATISTICS}
 """,  # noqa: S608 (a constant of this module)
     ),
-    # The mean of the lengths, by their common values and their histogram.
-    "words_lengths": (
-        ("mean",),
-        f"""
-SELECT coalesce(common.total, 0) + (1 - coalesce(common.share, 0)) * coalesce(rest.mean, 0) AS mean
-  FROM pg_catalog.pg_stats AS s
- CROSS JOIN LATERAL (
-       SELECT sum(v.value * v.share) AS total, sum(v.share) AS share
-         FROM unnest(CAST(CAST(s.most_common_vals AS text) AS float8[]), s.most_common_freqs)
-              AS v (value, share)) AS common
- CROSS JOIN LATERAL (
-       SELECT avg((h.bound + h.next) / 2) AS mean
-         FROM (SELECT bound, lead(bound) OVER (ORDER BY bound) AS next
-                 FROM unnest(CAST(CAST(s.histogram_bounds AS text) AS float8[])) AS b (bound)
-              ) AS h) AS rest
- WHERE {_STATISTICS.format(column="length_column")}
-""",  # noqa: S608 (a constant of this module)
-    ),
-    # Rows and their mean length: by the statistics, where there are both, else counted.
+    # Rows and their mean length: by statistics and a sample, where there are both, else counted.
     "words_corpus": (
         ("rows", "mean"),
-        """
-SELECT CASE WHEN k.known THEN k.rows
-            ELSE CAST((SELECT count(*) FROM words_rows) AS float8) END AS rows,
-       coalesce(nullif(CASE WHEN k.known THEN k.mean
-                       ELSE CAST((SELECT avg(length) FROM words_rows) AS float8) END, 0), 1) AS mean
-  FROM (SELECT t.rows, l.mean, t.rows IS NOT NULL AND l.mean IS NOT NULL AS known
-          FROM words_search LEFT JOIN words_table AS t ON true
-          LEFT JOIN words_lengths AS l ON true) AS k
-""",
+        f"""
+SELECT coalesce(t.rows, CAST((SELECT count(*) FROM words_rows) AS float8)) AS rows,
+       coalesce(nullif(coalesce(
+           CASE WHEN t.rows IS NOT NULL THEN (
+               SELECT avg({length_of("r.vector")}) FROM words_sample AS r
+                WHERE r.place % (SELECT CAST(every AS bigint) FROM words_table) = 0) END,
+           (SELECT avg({length_of("r.vector")}) FROM words_rows AS r)), 0), 1) AS mean
+  FROM words_search LEFT JOIN words_table AS t ON true
+""",  # noqa: S608 (a constant of this module)
     ),
     # Each lexeme in quotes (quotes and backslashes doubled), and in how many rows it is; those that
     # are not kept are rare, and counted.
@@ -107,12 +110,19 @@ SELECT a.lexeme, a.quoted, c.rows,
  CROSS JOIN words_corpus AS c LEFT JOIN words_kept AS k ON k.lexeme = a.lexeme
 """,
     ),
+    # The words of each question. *reach* is what a row can score at most by a word and those that
+    # weigh less; *common* are those behind the rarest.
     "words_idf": (
-        ("lexeme", "quoted", "query", "idf", "common"),
+        ("number", "lexeme", "quoted", "query", "df", "idf", "common", "reach"),
         f"""
-SELECT lexeme, quoted, CAST(quoted AS tsquery) AS query,
-       ln(1 + (rows - df + .5) / (df + .5)) AS idf, df > {COMMON} * rows AS common
-  FROM words_df
+SELECT i.number, i.lexeme, i.quoted, CAST(i.quoted AS tsquery) AS query, i.df, i.idf,
+       sum(i.df) OVER rarest > greatest({FIRST}, {FIRST_EACH} * (SELECT needed FROM words_search))
+       AND sum(i.df) OVER rarest > i.df AS common,
+       {K1 + 1} * sum(i.idf) OVER (PARTITION BY i.number ORDER BY i.idf, i.lexeme COLLATE "C")
+       AS reach
+  FROM (SELECT a.number, d.*, ln(1 + (d.rows - d.df + .5) / (d.df + .5)) AS idf
+          FROM words_asked AS a JOIN words_df AS d ON d.lexeme = a.lexeme) AS i
+WINDOW rarest AS (PARTITION BY i.number ORDER BY i.idf DESC, i.lexeme COLLATE "C")
 """,  # noqa: S608 (a constant of this module)
     ),
     # ts_rank of one lexeme half-way between tf - 1 and tf, for tf from 1 to 255.
@@ -127,13 +137,10 @@ SELECT array_agg(0.1 * (total - 0.5 / (n * n)) / 1.64493406685 ORDER BY n) AS bo
 }
 
 #: The words of one question, always in one order: sums of floats depend on it, and so do ties.
-#: *reach* is what a row can score at most by a word and those that weigh less.
-_TERMS = f"""
-SELECT i.quoted, i.query, i.idf, i.common,
-       {K1 + 1} * sum(i.idf) OVER (ORDER BY i.idf, i.lexeme COLLATE "C") AS reach
-  FROM words_asked AS a JOIN words_idf AS i ON i.lexeme = a.lexeme
- WHERE a.number = words_one.number ORDER BY i.lexeme COLLATE "C"
-"""  # noqa: S608 (a constant of this module)
+_TERMS = """
+SELECT quoted, query, idf, common, reach FROM words_idf
+ WHERE number = words_one.number ORDER BY lexeme COLLATE "C"
+"""
 #: tf of a lexeme, of the whole vector or of one weight class.
 _TF = (
     "CAST(width_bucket(CAST(ts_rank(CAST('{{.1,.1,.1,.1}}' AS real[]), v.{vector}, t.query) "
@@ -146,8 +153,9 @@ _TF = (
 _RANKED = """
 SELECT {keys}, s.score, s.held
   FROM words_within AS w CROSS JOIN LATERAL (SELECT {vectors} OFFSET 0) AS v
+ CROSS JOIN LATERAL (SELECT {length} AS length OFFSET 0) AS l
  CROSS JOIN LATERAL (
-       SELECT sum(t.idf * c.tf * {k1_1} / (c.tf + {k1} * ({b_1} + {b} * w.length
+       SELECT sum(t.idf * c.tf * {k1_1} / (c.tf + {k1} * ({b_1} + {b} * l.length
                   / (SELECT mean FROM words_corpus)))) AS score,
               sum(t.idf) FILTER (WHERE c.tf > 0) / sum(t.idf) AS held
          FROM words_terms AS t CROSS JOIN LATERAL (SELECT {tf} AS tf OFFSET 0) AS c) AS s
@@ -156,7 +164,7 @@ SELECT {keys}, s.score, s.held
  ORDER BY s.score DESC, {keys}
  LIMIT (SELECT needed FROM words_search)
 """
-#: Rows of common words alone are looked at where they can score more than the last row found.
+#: Rows of the other words alone are looked at where they can score more than the last row found.
 _BEYOND = "common AND coalesce(reach > least, true)"
 _VERDICT = f"""
 SELECT least, NOT EXISTS (SELECT FROM words_terms WHERE {_BEYOND}) AS suffice
@@ -193,7 +201,7 @@ def ranking(keys: int, weights: tuple[tuple[str, float], ...], exhaustive: bool)
     vectors, tf = ["setweight(w.vector, 'D') AS whole"], [_TF.format(vector="whole")]
     if weights:
         tf = [f"{weight:g} * {_TF.format(vector=name)}" for name, weight in weights]
-        vectors = [
+        vectors += [
             f"ts_filter(w.vector, CAST('{{{name}}}' AS \"char\"[])) AS {name}"
             for name, _ in weights
         ]
@@ -202,7 +210,7 @@ def ranking(keys: int, weights: tuple[tuple[str, float], ...], exhaustive: bool)
         "vectors": ", ".join(vectors),
         "tf": " + ".join(tf),
     }
-    values |= {"k1": K1, "k1_1": K1 + 1, "b": B, "b_1": 1 - B}
+    values |= {"length": length_of("v.whole"), "k1": K1, "k1_1": K1 + 1, "b": B, "b_1": 1 - B}
     ranked = (*names, "score", "held")
     parts = [_part("words_terms", ("quoted", "query", "idf", "common", "reach"), _TERMS)]
     if exhaustive:
@@ -226,4 +234,4 @@ def _part(name: str, columns: Sequence[str], text: str) -> sa.CTE:
     return part
 
 
-__all__ = ["K1", "B", "looked_up", "ranking"]
+__all__ = ["K1", "B", "length_of", "looked_up", "ranking"]

@@ -16,7 +16,7 @@ from sbert_pg.distance import HAMMING, Metric
 from sbert_pg.errors import DeclarationError, ZeroVectorError
 from sbert_pg.types.comparator import apply_operator, base_of, clause_of, metric_for, operand
 from sbert_pg.types.indexed import VectorIndex, index_on
-from sbert_pg.types.text import TextSearch, length_name
+from sbert_pg.types.text import TextSearch
 from sbert_pg.types.vector import VectorType
 from sbert_pg.types.wire import WireVector
 
@@ -271,8 +271,7 @@ def readable_columns(table: Any) -> list[Any]:
     """Columns of a table that are there for readers: no vectors, and nothing made for searches."""
     vectors = [c for c in table.c if isinstance(c.type, VectorType)]
     texts = [c for c in table.c if isinstance(c.type, TextSearch)]
-    lengths = (table.c.get(length_name(c.name)) for c in texts)
-    apart = {id(c) for c in (*vectors, *map(companion_of, vectors), *texts, *lengths)}
+    apart = {id(c) for c in (*vectors, *map(companion_of, vectors), *texts)}
     return [c for c in table.c if id(c) not in apart]
 
 

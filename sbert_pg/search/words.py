@@ -7,7 +7,8 @@ many rows it occurs (df), how long the row is, and how many rows there are. Post
   with tf, so tf is read back exactly (to 255; a tsvector keeps 256 positions of a lexeme).
 - *df*: ``ANALYZE`` keeps the frequencies of a column's common lexemes in ``pg_stats``; those that
   are not kept are rare, and the GIN index counts them exactly.
-- the length is a generated column, its mean and the number of rows come from the same statistics.
+- *length*: ``ts_rank`` can divide by it (normalisation 2). Its mean is that of a sample of the
+  table, and the number of rows is ``reltuples``.
 
 Where there are no statistics (a table that was never analysed, a view, a role that row security
 hides them from) everything is counted.
@@ -28,7 +29,7 @@ from sbert_pg.search.bm25 import looked_up, ranking
 from sbert_pg.search.statement import Call, Changeable, Nearest, replayed
 from sbert_pg.search.target import readable_columns
 from sbert_pg.types.comparator import base_of, clause_of
-from sbert_pg.types.text import TextSearch, length_name
+from sbert_pg.types.text import TextSearch
 
 _QUOTED = re.compile(r'(-?)"([^"]*)"?')
 
@@ -139,8 +140,8 @@ def matching(
         language: text search configuration of the question; the column's by default. Where rows
             have their own, only those of this configuration are found.
         exhaustive: whether to score every row that has any of the words at once; the answer is the
-            same. Otherwise rows that only have words which more than a tenth of the rows have are
-            scored where they can be among the best.
+            same. Otherwise rows that have none of the rarest words are scored where they can be
+            among the best.
 
     Returns:
         Rows of the entity (or of the table's columns) and ``score``.
@@ -231,26 +232,26 @@ def words_page(search: WordSearch, depth: int | None = None) -> sa.Subquery:
     exhaustive = search.exhaustive or (search.limit is None and depth is None)
     page = ranking(len(search.key), weights, exhaustive)
     one = sa.table("words_questions", sa.column("number", sa.BigInteger())).alias("words_one")
-    own = (_search_part(search, depth), _questions_part(search))
     return (
         sa.select(one.c.number.label("query"), *page.c)
         .join_from(one, page, sa.true())
-        .add_cte(*own, _rows_part(search), _within_part(search), *looked_up(), nest_here=True)
+        .add_cte(_within_part(search), *_parts(search, depth), nest_here=True)
         .subquery("words_found")
     )
 
 
 def words_of(search: WordSearch) -> sa.Select[Any]:
     """Lexeme, rows, idf and whether it is common, of each word asked for, the weightiest first."""
-    idf = sa.table("words_idf", *map(sa.column, ("lexeme", "idf", "common")))
-    df = sa.table("words_df", sa.column("lexeme"), sa.column("df"))
-    own = (_search_part(search, None), _questions_part(search), _rows_part(search))
-    return (
-        sa.select(idf.c.lexeme, df.c.df, idf.c.idf, idf.c.common)
-        .join_from(idf, df, df.c.lexeme == idf.c.lexeme)
-        .order_by(idf.c.idf.desc(), idf.c.lexeme)
-        .add_cte(*own, *looked_up())
-    )
+    idf = sa.table("words_idf", *map(sa.column, ("lexeme", "df", "idf", "common")))
+    return sa.select(*idf.c).order_by(idf.c.idf.desc(), idf.c.lexeme).add_cte(*_parts(search, None))
+
+
+def _parts(search: WordSearch, depth: int | None) -> list[sa.CTE]:
+    """The parts of the statement that are looked up once, each behind those that it reads."""
+    asked, table, *rest = looked_up()
+    rows, sample = _rows_parts(search)
+    own = [_search_part(search, depth), _questions_part(search), rows]
+    return [*own, asked, table, sample, *rest]
 
 
 def _search_part(search: WordSearch, depth: int | None) -> sa.CTE:
@@ -266,7 +267,6 @@ def _search_part(search: WordSearch, depth: int | None) -> sa.CTE:
         "skipped": offset,
         "table_name": name,
         "vector_column": base.name,
-        "length_column": length_name(base.name),
     }
     columns = []
     for key, value in values.items():
@@ -298,20 +298,31 @@ def _questions_part(search: WordSearch) -> sa.CTE:
     return part.prefix_with("MATERIALIZED")
 
 
-def _rows_part(search: WordSearch) -> sa.CTE:
-    """The rows of the table, for counting."""
+def _rows_parts(search: WordSearch) -> tuple[sa.CTE, sa.CTE]:
+    """The rows of the table, for counting, and a sample of them, numbered.
+
+    A column that has an index is of a table, and no view, of which there are no samples. Without an
+    index each search reads all rows, and counting them adds little.
+    """
     base: Any = base_of(search.column)
     rows = base.table.alias("words_all")
-    length = rows.c[length_name(base.name)].label("length")
-    part: sa.CTE = sa.select(rows.c[base.key].label("vector"), length).cte("words_rows")
-    return part.prefix_with("NOT MATERIALIZED")
+    vector = rows.c[base.key].label("vector")
+    place = sa.literal_column("0", sa.BigInteger())
+    sample = sa.select(vector, place.label("place")).where(sa.false())
+    if any(base.name in index.columns for index in getattr(base.table, "indexes", ())):
+        percent = sa.literal_column("(SELECT percent FROM words_table)", sa.Float())
+        some = sa.tablesample(base.table, sa.func.system(percent), "words_some", seed=sa.text("0"))
+        numbered = sa.func.row_number().over()
+        sample = sa.select(some.c[base.key].label("vector"), numbered.label("place"))
+    every: sa.CTE = sa.select(vector).cte("words_rows").prefix_with("NOT MATERIALIZED")
+    some_: sa.CTE = sample.cte("words_sample").prefix_with("NOT MATERIALIZED")
+    return every, some_
 
 
 def _within_part(search: WordSearch) -> sa.CTE:
-    """Keys, vector and length of the caller's rows, for the planner to put where needed."""
-    length = search.column.table.c[length_name(search.column.name)]
+    """Keys and vectors of the caller's rows, for the planner to put where needed."""
     keys = [key.label(f"key_{n}") for n, key in enumerate(search.key)]
-    rows = sa.select(*keys, search.column.label("vector"), length.label("length"))
+    rows = sa.select(*keys, search.column.label("vector"))
     if search.entity is not None:
         rows = rows.select_from(search.entity)
     rows = replayed(rows, search.narrowing)

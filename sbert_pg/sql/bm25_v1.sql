@@ -2,8 +2,7 @@
 -- callers without it. The row type says which table:
 --   SELECT (matched).id, (matched).title, score
 --     FROM sbert.bm25_v1(NULL::article, 'search', 'laser "both sides" -toner');
--- column_name is a generated tsvector with the column <name>_length beside it, as text_column() makes
--- them. row_filter is SQL about the row d. language is the column's own by default; weights are those
+-- column_name is a tsvector, as text_column() makes it. row_filter is SQL about the row d. language is the column's own by default; weights are those
 -- of the classes A to D. It runs with the caller's rights and search path, and its numbers come from
 -- ANALYZE where there are any; else, and for rare words, they are counted.
 CREATE FUNCTION sbert.bm25_v1(
@@ -23,7 +22,11 @@ DECLARE
     v_schema name;
     v_name name;
     v_parts boolean;
-    v_length name := column_name || '_length';
+    v_pages float8;
+    -- The number of positions: what rank normalisation 2 divides by is 1e-20 where two words are both
+    -- asked for and not there, as words with blanks never are.
+    v_length text := 'coalesce(round(1e-20::float4::float8 '
+                     '/ nullif(ts_rank(%s, $q$''a b'' & ''c d''$q$::tsquery, 2), 0)), 0)';
     v_keys text;
     v_words text;
     v_required tsquery;
@@ -33,6 +36,7 @@ DECLARE
     v_df float8[];
     v_idf float8[];
     v_counted bigint;
+    v_common boolean[];
     v_levels float8[];
     v_tf text;
     v_vectors text;
@@ -40,17 +44,20 @@ DECLARE
     v_order text;
     v_rekeyed text;
 BEGIN
-    SELECT k.oid, n.nspname, k.relname, k.relkind = 'p',
-           CASE WHEN k.relkind = 'p' THEN (
-                    SELECT CASE WHEN min(leaf.reltuples) >= 0 THEN sum(leaf.reltuples) END
-                      FROM pg_catalog.pg_partition_tree(k.oid) t
-                      JOIN pg_catalog.pg_class leaf ON leaf.oid = t.relid WHERE t.isleaf)
-                WHEN k.relkind = 'r' AND k.reltuples > 0 THEN k.reltuples END,
+    SELECT k.oid, n.nspname, k.relname, k.relkind = 'p', leaves.pages,
+           CASE WHEN leaves.rows > 0 AND NOT row_security_active(k.oid) THEN leaves.rows END,
            primary_key.inner_order, primary_key.outer_order
-      INTO v_relation, v_schema, v_name, v_parts, v_rows, v_keys, v_rekeyed
+      INTO v_relation, v_schema, v_name, v_parts, v_pages, v_rows, v_keys, v_rekeyed
       FROM pg_catalog.pg_type t
       JOIN pg_catalog.pg_class k ON k.oid = t.typrelid
       JOIN pg_catalog.pg_namespace n ON n.oid = k.relnamespace
+     CROSS JOIN LATERAL (
+           SELECT CASE WHEN min(leaf.reltuples) >= 0 THEN sum(leaf.reltuples::float8) END AS rows,
+                  greatest(sum(leaf.relpages), 1) AS pages
+             FROM pg_catalog.pg_class leaf
+            WHERE leaf.oid = k.oid AND k.relkind = 'r' OR k.relkind = 'p' AND leaf.oid = ANY (
+                  ARRAY(SELECT tree.relid FROM pg_catalog.pg_partition_tree(k.oid) tree WHERE tree.isleaf))
+           ) AS leaves
      CROSS JOIN LATERAL (
            SELECT string_agg(format('d.%I', a.attname), ', ' ORDER BY c.place) AS inner_order,
                   string_agg(format('(d).%I', a.attname), ', ' ORDER BY c.place) AS outer_order
@@ -59,14 +66,13 @@ BEGIN
              JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = c.number
             WHERE i.indrelid = k.oid AND i.indisprimary) AS primary_key
      WHERE t.oid = pg_typeof(row_type);
-    IF v_keys IS NULL OR 2 <> (
-        SELECT count(*) FROM pg_catalog.pg_attribute a
+    IF v_keys IS NULL OR NOT EXISTS (
+        SELECT FROM pg_catalog.pg_attribute a
          WHERE a.attrelid = v_relation AND NOT a.attisdropped
-           AND (a.attname, a.atttypid) IN ((column_name, 'tsvector'::regtype), (v_length, 'int4'::regtype)))
+           AND a.attname = column_name AND a.atttypid = 'tsvector'::regtype)
     THEN
         RAISE EXCEPTION USING ERRCODE = 'SB003',
-            MESSAGE = format('%s has no text column %I with %I beside it, or no primary key',
-                             pg_typeof(row_type), column_name, v_length),
+            MESSAGE = format('%s has no text column %I, or no primary key', pg_typeof(row_type), column_name),
             HINT = 'Give the row type of a table, as in NULL::article, and a column that '
                    'text_column() has made.';
     END IF;
@@ -90,20 +96,18 @@ BEGIN
       INTO v_words, v_required
       FROM regexp_split_to_table(regexp_replace(question, '-?"[^"]*"?', ' ', 'g'), '\s+') AS w;
 
-    SELECT coalesce(common.total, 0) + (1 - coalesce(common.share, 0)) * coalesce(rest.mean, 0)
-      INTO v_mean
-      FROM pg_catalog.pg_stats s
-     CROSS JOIN LATERAL (
-           SELECT sum(v.value * v.share) AS total, sum(v.share) AS share
-             FROM unnest(s.most_common_vals::text::float8[], s.most_common_freqs) AS v (value, share)) common
-     CROSS JOIN LATERAL (
-           SELECT avg((h.bound + h.next) / 2) AS mean
-             FROM (SELECT b.bound, lead(b.bound) OVER (ORDER BY b.bound) AS next
-                     FROM unnest(s.histogram_bounds::text::float8[]) AS b (bound)) h) rest
-     WHERE s.schemaname = v_schema AND s.tablename = v_name AND s.attname = v_length
-       AND s.inherited = v_parts;
-    IF v_rows IS NULL OR v_mean IS NULL THEN
-        EXECUTE format('SELECT count(*), avg(%I) FROM %s', v_length, v_relation) INTO v_rows, v_mean;
+    -- The mean length is that of a sample: each so-manieth row of 16 pages.
+    IF v_rows IS NOT NULL THEN
+        EXECUTE format('SELECT avg(%s) FROM (SELECT %I AS vector, row_number() OVER () AS place FROM %s '
+                       'TABLESAMPLE system (least(100, 1600 / $1)) REPEATABLE (0)) AS r '
+                       'WHERE place %% greatest(1, floor($2 * 16 / $1 / 128))::bigint = 0',
+                       format(v_length, 'r.vector'), column_name, v_relation)
+           INTO v_mean USING v_pages, v_rows;
+    END IF;
+    IF v_mean IS NULL THEN
+        EXECUTE format('SELECT coalesce($1, count(*)), avg(%s) FROM %s AS d',
+                       format(v_length, format('d.%I', column_name)), v_relation)
+           INTO v_rows, v_mean USING v_rows;
     END IF;
     v_mean := coalesce(nullif(v_mean, 0), 1);
 
@@ -128,6 +132,12 @@ BEGIN
         v_idf[i] := ln(1 + (v_rows - v_df[i] + .5) / (v_df[i] + .5));
     END LOOP;
 
+    -- Common are the words behind the rarest, which together are in some hundred rows.
+    SELECT array_agg(total > greatest(500, 20 * row_limit) AND total > v_df[i] ORDER BY i)
+      INTO v_common
+      FROM (SELECT i, sum(v_df[i]) OVER (ORDER BY v_idf[i] DESC, i) AS total
+              FROM generate_subscripts(v_terms, 1) AS i) AS totals;
+
     -- ts_rank of one lexeme grows with tf: half-way between its values for tf - 1 and tf.
     SELECT array_agg(0.1 * (total - 0.5 / (n * n)) / 1.64493406685 ORDER BY n)
       INTO v_levels
@@ -139,17 +149,19 @@ BEGIN
                'width_bucket(ts_rank(''{.1,.1,.1,.1}'', v.whole, t.query)::float8, $4)::float8'),
            -- A long vector is stored compressed: it is expanded once for all words. OFFSET 0 keeps
            -- what is computed once from being put in the place of each of its uses.
-           coalesce(string_agg(format('ts_filter(d.%I, ''{%s}'') AS %2$s', column_name, substr('abcd', w.place::int, 1)), ', '),
-                    format('setweight(d.%I, ''D'') AS whole', column_name))
+           concat_ws(', ', format('setweight(d.%I, ''D'') AS whole', column_name),
+                     string_agg(format('ts_filter(d.%I, ''{%s}'') AS %2$s', column_name,
+                                       substr('abcd', w.place::int, 1)), ', '))
       INTO v_tf, v_vectors FROM unnest(weights) WITH ORDINALITY AS w (weight, place);
     v_select := format(
-        'SELECT d, s.score FROM %1$s AS d CROSS JOIN LATERAL (SELECT %6$s OFFSET 0) AS v CROSS JOIN LATERAL ('
-        'SELECT sum(t.idf * c.tf * 2.2 / (c.tf + 1.2 * (0.25 + 0.75 * d.%2$I / $5))) AS score '
+        'SELECT d, s.score FROM %1$s AS d CROSS JOIN LATERAL (SELECT %6$s OFFSET 0) AS v '
+        'CROSS JOIN LATERAL (SELECT %2$s AS length OFFSET 0) AS l CROSS JOIN LATERAL ('
+        'SELECT sum(t.idf * c.tf * 2.2 / (c.tf + 1.2 * (0.25 + 0.75 * l.length / $5))) AS score '
         'FROM unnest($1, $2) AS t (query, idf) CROSS JOIN LATERAL (SELECT %3$s AS tf OFFSET 0) AS c) AS s '
         'WHERE (numnode($3) = 0 OR d.%4$I @@ $3) AND (%5$s) AND d.%4$I @@ ',
-        v_relation, v_length, v_tf, column_name, row_filter, v_vectors);
+        v_relation, format(v_length, 'v.whole'), v_tf, column_name, row_filter, v_vectors);
     v_order := format(' ORDER BY s.score DESC, %s LIMIT $6', v_keys);
-    -- Rows with rarer words first; then those with common words that can score more than the last.
+    -- Rows with the rarest words first; then those with others that can score more than the last.
     RETURN QUERY EXECUTE concat(
         'WITH rare (d, score) AS MATERIALIZED (', v_select, '$7', v_order, '), verdict AS MATERIALIZED ('
         'SELECT least, NOT EXISTS (SELECT FROM unnest($8, $9) AS t (word, reach) '
@@ -161,11 +173,10 @@ BEGIN
         ')) AS chosen (d, score) ORDER BY score DESC, ', v_rekeyed)
         USING v_terms::tsquery[], v_idf, v_required, v_levels, v_mean, row_limit,
               (SELECT string_agg(v_terms[i], ' | ') FROM generate_subscripts(v_terms, 1) AS i
-                WHERE v_df[i] <= 0.1 * v_rows)::tsquery,
+                WHERE NOT v_common[i])::tsquery,
               v_terms,
               -- What a row can score at most by a common word and those that weigh less.
-              (SELECT array_agg(CASE WHEN v_df[i] <= 0.1 * v_rows THEN 'Infinity' ELSE reach END
-                                ORDER BY i)
+              (SELECT array_agg(CASE WHEN v_common[i] THEN reach ELSE 'Infinity' END ORDER BY i)
                  FROM (SELECT i, 2.2 * sum(v_idf[i]) OVER (ORDER BY v_idf[i], i) AS reach
                          FROM generate_subscripts(v_terms, 1) AS i) AS reaches);
 END

@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import event
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import MappedColumn, mapped_column
-from sqlalchemy.sql.base import SchemaEventTarget
 
 from sbert_pg.errors import DeclarationError
 
@@ -21,11 +19,10 @@ _NAME = r'"(?:[^"]|"")+"|\w+'
 _GENERATED = re.compile(rf"to_tsvector\((?:'([^']+)'::regconfig|({_NAME})), COALESCE\(\(?({_NAME})")
 
 
-class TextSearch(SchemaEventTarget, postgresql.TSVECTOR):
+class TextSearch(postgresql.TSVECTOR):
     """A ``TSVECTOR`` column computed from text columns of its row; ``matching`` searches it.
 
-    Its table also gets the column ``<name>_length``: how many words the row has, which BM25 needs.
-    Both are stored generated columns: PostgreSQL computes them, whoever writes the row.
+    It is a stored generated column: PostgreSQL computes it, whoever writes the row.
 
     Args:
         columns: names of the text columns, in order.
@@ -64,7 +61,6 @@ class TextSearch(SchemaEventTarget, postgresql.TSVECTOR):
                 f"A text column has {len(CLASSES)} different weights at most, as PostgreSQL has; "
                 f"it was given {dict(self.weights)!r}."
             )
-        event.listen(self, "after_parent_attach", _await_table)
 
     @property
     def classes(self) -> list[tuple[str, float]]:
@@ -112,12 +108,6 @@ class TextSearch(SchemaEventTarget, postgresql.TSVECTOR):
             parts.append(part)
         return parts[0] if len(parts) == 1 else f"({' || '.join(parts)})"
 
-    def length_sql(self) -> str:
-        """Number of positions in the vector: colons and commas of its text form, outside words."""
-        words = r"'''(?:[^'']|'''')*'''::text, ''::text, 'g'::text"
-        outside = f"regexp_replace(({self.vector_sql()})::text, {words})"
-        return f"length(translate({outside}, ' 0123456789ABCD'::text, ''::text))"
-
 
 def text_column(
     *columns: str,
@@ -145,18 +135,13 @@ def text_column(
     """
     type_ = TextSearch(columns, language, language_column, tuple((weights or {}).items()))
     computed = sa.Computed(sa.text(type_.vector_sql()), persisted=True)
-    positional: tuple[Any, ...] = () if name is None else (name,)
-    return mapped_column(*positional, type_, computed, deferred=True, **options)
+    positional: tuple[Any, ...] = (type_, computed) if name is None else (name, type_, computed)
+    return mapped_column(*positional, deferred=True, **options)
 
 
 def text_index(name: str, column: str) -> sa.Index:
     """The GIN index of a text column, for ``__table_args__``."""
     return sa.Index(name, column, postgresql_using="gin")
-
-
-def length_name(column: str) -> str:
-    """Name of the column that holds the lengths of a text column."""
-    return f"{column}_length"
 
 
 def _quoted(name: str) -> str:
@@ -171,18 +156,4 @@ def _unquoted(name: str) -> str:
     return name[1:-1].replace('""', '"') if name.startswith('"') else name
 
 
-def _await_table(type_: TextSearch, column: Any) -> None:
-    if getattr(column, "type", None) is type_:
-        event.listen(column, "before_parent_attach", _add_length)
-
-
-def _add_length(column: Any, table: Any) -> None:
-    if not isinstance(table, sa.Table):
-        return
-    name = length_name(column.name)
-    if all(other.name != name for other in table.columns):
-        computed = sa.Computed(sa.text(column.type.length_sql()), persisted=True)
-        table.append_column(sa.Column(name, sa.Integer, computed))
-
-
-__all__ = ["TextSearch", "length_name", "text_column", "text_index"]
+__all__ = ["TextSearch", "text_column", "text_index"]

@@ -16,7 +16,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from sbert_pg.cli.demo_data import standard_library
 from sbert_pg.errors import DeclarationError
-from sbert_pg.search.bm25 import K1, B
+from sbert_pg.search.bm25 import K1, B, length_of
 from sbert_pg.search.words import Question, matching
 from sbert_pg.types.text import text_column, text_index
 
@@ -338,14 +338,16 @@ def test_lengths_are_positions(session: Session) -> None:
     rows = [
         {"id": n, "title": "it's a 'quoted' , word:word", "body": b} for n, b in enumerate(bodies)
     ]
+    rows.append({"id": 9, "title": None, "body": None})
+    rows.append({"id": 10, "title": "one", "body": " ".join(f"w{n}" for n in range(60_000))})
     session.execute(sa.insert(Note), rows)
     lengths = session.execute(
         sa.text(
-            "SELECT search_length, (SELECT sum(cardinality(positions)) FROM unnest(search)) "
-            "FROM note"
+            f"SELECT {length_of('search')}, "
+            "(SELECT coalesce(sum(cardinality(positions)), 0) FROM unnest(search)) FROM note"
         )
     ).all()
-    assert len(lengths) == len(bodies)
+    assert len(lengths) == len(rows)
     assert all(length == positions for length, positions in lengths), lengths
 
 
@@ -384,9 +386,7 @@ def test_views_and_partitioned_tables(library: Session) -> None:
     """The same rows as of the table, whether anything was analysed or not."""
 
     def declared(name: str) -> sa.Table:
-        # A text column brings the column of its length.
-        own = [c for c in Note.__table__.c if c.name != "search_length"]
-        columns = [sa.Column(c.name, c.type, primary_key=c.primary_key) for c in own]
+        columns = [sa.Column(c.name, c.type, primary_key=c.primary_key) for c in Note.__table__.c]
         return sa.Table(name, sa.MetaData(), *columns)
 
     def found(table: sa.Table) -> list[int]:
