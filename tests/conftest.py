@@ -58,10 +58,22 @@ class Databases:
         self.run = uuid.uuid4().hex[:8]
         self.number = 0
         self.templates: dict[str, str] = {}
+        self.discarded: list[str] = []
+        self.connection: psycopg.Connection | None = None
 
     def _admin(self, statement: sql.Composed) -> None:
-        with psycopg.connect(dsn(self.admin_url), autocommit=True) as connection:
-            connection.execute(statement)
+        if self.connection is None or not self._is_connected(self.connection):
+            self.connection = psycopg.connect(dsn(self.admin_url), autocommit=True)
+        self.connection.execute(statement)
+
+    @staticmethod
+    def _is_connected(connection: psycopg.Connection) -> bool:
+        """A test may have restarted the server."""
+        try:
+            connection.execute("SELECT")
+        except psycopg.OperationalError:
+            return False
+        return True
 
     def template(self, kind: str) -> str:
         """A database with the extension, and for ``catalog`` with the schema ``sbert``."""
@@ -81,23 +93,35 @@ class Databases:
     def clone(self, kind: str) -> sa.URL:
         """A fresh database."""
         template = self.template(kind)
+        while self.discarded:
+            self.drop(self.discarded.pop())
         self.number += 1
         name = f"sbert_pg_{self.run}_{self.number}"
+        # As files, and not block by block through the log.
         self._admin(
-            sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(
+            sql.SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY file_copy").format(
                 sql.Identifier(name), sql.Identifier(template)
             )
         )
         return self.admin_url.set(database=name)
+
+    def discard(self, name: str) -> None:
+        """Drop a database later, when those who have just left it are gone from the server too.
+
+        A drop looks for them every tenth of a second.
+        """
+        self.discarded.append(name)
 
     def drop(self, name: str) -> None:
         """Drop a database, whoever is connected to it."""
         self._admin(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
 
     def close(self) -> None:
-        """Drop the templates."""
-        for name in self.templates.values():
+        """Drop what is left, and the templates."""
+        for name in (*self.discarded, *self.templates.values()):
             self.drop(name)
+        if self.connection is not None:
+            self.connection.close()
 
 
 def dsn(url: sa.URL) -> str:
@@ -140,7 +164,7 @@ def database_url(databases: Databases) -> Iterator[sa.URL]:
     """A fresh database with pgvector and the schema ``sbert``."""
     url = databases.clone("catalog")
     yield url
-    databases.drop(str(url.database))
+    databases.discard(str(url.database))
 
 
 @pytest.fixture
@@ -148,7 +172,7 @@ def bare_database_url(databases: Databases) -> Iterator[sa.URL]:
     """A fresh database with pgvector and nothing else."""
     url = databases.clone("bare")
     yield url
-    databases.drop(str(url.database))
+    databases.discard(str(url.database))
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ def database(databases, article_template, minilm):
     engine = sa.create_engine(url)
     yield engine
     engine.dispose()
-    databases.drop(str(url.database))
+    databases.discard(str(url.database))
 
 
 def connect(engine: sa.Engine, **options) -> psycopg.Connection:
