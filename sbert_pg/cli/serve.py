@@ -42,6 +42,12 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    reranker: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Cross-encoder to serve on /rerank. May be repeated.", show_default=False
+        ),
+    ] = None,
     http: Annotated[
         str, typer.Option(help="HOST:PORT to listen on.", envvar="SBERT_PG_HTTP")
     ] = "127.0.0.1:8080",
@@ -56,7 +62,7 @@ def serve(
     ] = None,
     log: common.LogOption = "info",
 ) -> None:
-    """Serve embeddings as OpenAI's API does, and searches of tables, over HTTP.
+    """Serve embeddings as OpenAI's API does, reranking, and searches of tables, over HTTP.
 
     Until it is stopped; SIGTERM or Ctrl-C finishes the requests under way. With --app MODULE:BASE
     it searches the tables with embeddings that the application declares; TABLE narrows that.
@@ -64,6 +70,7 @@ def serve(
     [b]sbert-pg serve --encoder all-MiniLM-L6-v2[/]
     [b]sbert-pg serve article:id,title,lang -d postgresql://localhost/shop[/]
     """
+    from sbert_pg.encoder import Reranker
     from sbert_pg.serving.exposed import Shown
     from sbert_pg.serving.server import serving
 
@@ -78,16 +85,24 @@ def serve(
         declared = [t.encoder for t in shown.tables().values()] if shown else []
         loaded = {spec.name: get_encoder(spec) for spec in declared}
         loaded |= {name: get_encoder(name) for name in encoder or ()}
-        if not loaded:
-            raise DeclarationError(
-                "There is nothing to serve; name an encoder with --encoder, or tables."
-            )
+        rerankers = {name: Reranker.load(name) for name in reranker or ()}
+        _require_some([*loaded, *rerankers])
         port = stack.enter_context(
-            serving(loaded, shown, host=address[0], port=address[1], token=token)
+            serving(
+                loaded, shown, rerankers=rerankers, host=address[0], port=address[1], token=token
+            )
         )
-        common.note(f"Serving {', '.join(loaded)} on http://{address[0]}:{port}")
+        common.note(f"Serving {', '.join([*loaded, *rerankers])} on http://{address[0]}:{port}")
         stop = stack.enter_context(common.stoppable())
         stop.wait()
+
+
+def _require_some(served: list[str]) -> None:
+    if not served:
+        raise DeclarationError(
+            "There is nothing to serve; name an encoder with --encoder, a reranker with "
+            "--reranker, or tables."
+        )
 
 
 def mcp(

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,8 @@ BATCH, SHARE = 64, 16
 #: Texts that wait, of all requests.
 MOST_WAITING = 16_384
 
-Encode = Callable[[Sequence[str]], Vectors]
+#: Of texts, or of pairs of texts.
+Encode = Callable[[Sequence[Any]], Vectors]
 
 
 class QueueFullError(SbertPgError):
@@ -35,7 +37,7 @@ class QueueFullError(SbertPgError):
 
 @dataclass(slots=True, eq=False)
 class _Request:
-    texts: Sequence[str]
+    texts: Sequence[Any]
     done: asyncio.Future[Vectors]
     next: int = 0
     blocks: list[Vectors] = field(default_factory=list)
@@ -59,7 +61,7 @@ class _Request:
 class _Part:
     request: _Request
     begin: int
-    texts: Sequence[str]
+    texts: Sequence[Any]
 
 
 class Batcher:
@@ -90,7 +92,7 @@ class Batcher:
         """Texts that wait for a batch."""
         return self._waiting
 
-    async def encode(self, texts: Sequence[str]) -> Vectors:
+    async def encode(self, texts: Sequence[Any]) -> Vectors:
         """Vectors of some texts, float32 of shape ``(len(texts), dimensions)``.
 
         A caller that is cancelled takes its texts out of the queue.
@@ -166,7 +168,7 @@ class Batcher:
         ends = np.cumsum([len(part.texts) for part in parts])[:-1]
         return list(np.split(vectors, ends))
 
-    def _vectors(self, texts: Sequence[str]) -> Vectors:
+    def _vectors(self, texts: Sequence[Any]) -> Vectors:
         vectors = np.asarray(self._encode(texts), dtype=np.float32)
         if vectors.ndim != 2 or len(vectors) != len(texts) or not np.isfinite(vectors).all():
             raise EncoderError(

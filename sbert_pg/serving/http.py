@@ -94,6 +94,11 @@ def json_bytes(data: Any) -> bytes:
     return json.dumps(data, ensure_ascii=False, default=str, separators=(",", ":")).encode()
 
 
+def wrong(field: str, what: str, code: str = "invalid_value") -> RefusedError:
+    """The refusal of a field of the body."""
+    return RefusedError(400, f"'{field}' {what}", code, param=field)
+
+
 def busy(what: str) -> RefusedError:
     """The refusal of a server that has too much in hand; clients try again by themselves."""
     message = f"{what}. Try again in a second, or send less at once."
@@ -343,14 +348,17 @@ async def _unless_gone(request: Request, answer: Awaitable[bytes]) -> bytes:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    working, leaving = asyncio.ensure_future(answer), asyncio.ensure_future(gone())
+    working = asyncio.ensure_future(answer)
+    leaving = asyncio.ensure_future(gone())
+    # One waits for the other by a callback: each further task is a turn of the loop.
+    leaving.add_done_callback(lambda _: working.cancel())
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
+        return await working
+    except asyncio.CancelledError:
+        if leaving.done() and not leaving.cancelled():
+            raise ClientDisconnect from None
+        raise
     finally:
-        working.cancel()
         leaving.cancel()
 
 
@@ -377,4 +385,5 @@ __all__ = [
     "only_known",
     "parsed",
     "require_safe",
+    "wrong",
 ]

@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
 
@@ -22,7 +23,7 @@ from psycopg import sql
 
 from sbert_pg import catalog
 from sbert_pg.catalog.holding import hold_encoder
-from sbert_pg.catalog.tables import QUESTION_CHANNEL, question
+from sbert_pg.catalog.tables import QUESTION_CHANNEL
 from sbert_pg.errors import EncodingError
 from sbert_pg.freshness.arrays import driver_connection
 from sbert_pg.freshness.database import Database, Pause
@@ -31,6 +32,7 @@ from sbert_pg.probes import measured
 from sbert_pg.registry import get_encoder
 from sbert_pg.spec import TextEncoder
 from sbert_pg.sqlstates import words_of
+from sbert_pg.types.wire import to_text
 
 logger = logging.getLogger(LOGGER)
 
@@ -44,13 +46,23 @@ _LOOK, _TIDY, _BLOCKED = 0.5, 60.0, 60.0
 #: Seconds that a question waits for an answer, and that an answer is kept; answers kept at most.
 _UNANSWERED, _KEPT, _MOST = 60, 86_400, 10_000
 
+_ASKED = (
+    "SELECT binding_id, role, digest, question FROM sbert.question WHERE vector IS NULL "
+    "AND error IS NULL AND binding_id <> ALL(%s::uuid[]) ORDER BY asked_at LIMIT %s "
+    "FOR UPDATE SKIP LOCKED"
+)
+_ANSWER = (
+    "UPDATE sbert.question SET vector = %s, error = %s "
+    "WHERE binding_id = %s AND role = %s AND digest = %s"
+)
+
 
 class Answers:
     """Answers questions beside a worker; one of its companions.
 
     Args:
-        engine: an engine with the driver psycopg 3. One connection is used for moments, and one
-            more, outside the pool, listens.
+        engine: an engine with the driver psycopg 3. One connection, outside the pool, listens and
+            answers; another is used when a column's encoder is loaded.
     """
 
     def __init__(self, engine: sa.Engine) -> None:
@@ -72,8 +84,8 @@ class Answers:
 
     def look(self) -> None:
         """Answer what is asked now."""
-        while self._answer():
-            pass
+        with self._opened() as driver:
+            self._answer_all(driver)
 
     def _run(self) -> None:
         pause = Pause()
@@ -86,18 +98,27 @@ class Answers:
                 say(logger, logging.WARNING, "Cannot answer questions; trying again", fields)
                 self._stop.wait(wait)
 
-    def _listen(self, pause: Pause) -> None:
+    @contextmanager
+    def _opened(self) -> Iterator[psycopg.Connection[Any]]:
+        """A connection of psycopg's outside the pool; what runs in no transaction commits."""
         with self._database.engine.connect() as opened:
             connection = opened.execution_options(isolation_level="AUTOCOMMIT")
             driver = driver_connection(connection)
             connection.detach()
+            driver.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+            yield driver
+
+    def _listen(self, pause: Pause) -> None:
+        with self._opened() as driver:
             driver.execute(sql.SQL("LISTEN {}").format(sql.Identifier(QUESTION_CHANNEL)))
             driver.execute("SELECT pg_advisory_lock_shared(%s, %s)", LOCK)
-            self.look()
+            self._answer_all(driver)
             pause.reset()
             while not self._stop.is_set():
-                for _ in driver.notifies(timeout=_LOOK, stop_after=1):
-                    self.look()
+                # What comes while questions are answered is kept, by psycopg from 3.2.4 on. The
+                # generator holds the connection's lock until it is exhausted.
+                if list(driver.notifies(timeout=_LOOK, stop_after=1)):
+                    self._answer_all(driver)
                 self._tidy(driver)
 
     def _tidy(self, driver: psycopg.Connection[Any]) -> None:
@@ -116,26 +137,26 @@ class Answers:
             (_MOST,),
         )
 
-    def _answer(self) -> bool:
+    def _answer_all(self, driver: psycopg.Connection[Any]) -> None:
+        # By the driver itself: a caller waits for these few statements, and they are the same ones.
+        while self._answer(driver):
+            pass
+
+    def _answer(self, driver: psycopg.Connection[Any]) -> bool:
         """Answer a batch; returns whether there may be more."""
-        c = question.c
         blocked = [i for i, until in self._blocked.items() if until > time.monotonic()]
-        with self._database.begin() as connection:
-            asked = connection.execute(
-                sa.select(c.binding_id, c.role, c.digest, c.question)
-                .where(c.vector.is_(None), c.error.is_(None), c.binding_id.not_in(blocked))
-                .order_by(c.asked_at)
-                .limit(BATCH)
-                .with_for_update(skip_locked=True)
-            ).all()
-            for binding_id in {row.binding_id for row in asked}:
-                rows = [row for row in asked if row.binding_id == binding_id]
-                self._answer_for(connection, binding_id, rows)
+        with driver.transaction():
+            asked = driver.execute(_ASKED, (blocked, BATCH)).fetchall()
+            for binding_id in {row[0] for row in asked}:
+                rows = [row for row in asked if row[0] == binding_id]
+                self._answer_for(driver, binding_id, rows)
         return len(asked) == BATCH
 
-    def _answer_for(self, connection: sa.Connection, binding_id: UUID, rows: Sequence[Any]) -> None:
+    def _answer_for(
+        self, driver: psycopg.Connection[Any], binding_id: UUID, rows: Sequence[Any]
+    ) -> None:
         try:
-            encoder = self._encoder(connection, binding_id)
+            encoder = self._encoder(binding_id)
         except sa.exc.SQLAlchemyError:
             raise
         except Exception as error:  # Another worker may have the encoder.
@@ -143,28 +164,24 @@ class Answers:
             fields = {"binding": str(binding_id), "reason": words_of(error)}
             say(logger, logging.ERROR, "Cannot answer questions about a column", fields)
             return
-        c = question.c
-        for row in rows:
-            values: dict[str, Any]
+        for *key, text in rows:
+            vector = reason = None
             try:
-                values = {"vector": _text(encoder.encode_query([row.question])[0])}
-            except EncodingError as error:
-                values = {"error": words_of(error)}
-            connection.execute(
-                sa.update(question)
-                .where(c.binding_id == row.binding_id, c.role == row.role, c.digest == row.digest)
-                .values(values)
-            )
+                vector = _text(encoder.encode_query([text])[0])
+            except EncodingError as refusal:
+                reason = words_of(refusal)
+            driver.execute(_ANSWER, (vector, reason, *key))
 
-    def _encoder(self, connection: sa.Connection, binding_id: UUID) -> TextEncoder:
+    def _encoder(self, binding_id: UUID) -> TextEncoder:
         """The encoder of a column, proven to be its own."""
         known = self._encoders.get(binding_id)
         if known is None:
-            bindings = {binding.id: binding for binding in catalog.all_bindings(connection)}
-            binding = bindings[binding_id]
-            known = get_encoder(binding.declared)
-            measured(known)
-            hold_encoder(connection, binding, known)
+            with self._database.begin() as connection:
+                bindings = {binding.id: binding for binding in catalog.all_bindings(connection)}
+                binding = bindings[binding_id]
+                known = get_encoder(binding.declared)
+                measured(known)
+                hold_encoder(connection, binding, known)
             self._encoders[binding_id] = known
         return known
 
@@ -174,7 +191,7 @@ def _text(vector: Any) -> str:
     numbers = np.asarray(vector, dtype=np.float32)
     if not np.isfinite(numbers).all():
         raise EncodingError("the encoder gave numbers that are not finite")
-    return "[" + ",".join(map(str, numbers.tolist())) + "]"
+    return to_text(numbers)
 
 
 __all__ = ["Answers"]

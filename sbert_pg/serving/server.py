@@ -1,4 +1,4 @@
-"""What ``sbert-pg serve`` serves: embeddings, searches, health and metrics."""
+"""What ``sbert-pg serve`` serves: embeddings, reranking, searches, health and metrics."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from sbert_pg.serving.http import (
 )
 from sbert_pg.serving.listening import Limits, listening
 from sbert_pg.serving.metrics import ServerMetrics
+from sbert_pg.serving.rerank import Reranking, Reranks
 from sbert_pg.spec import TextEncoder
 
 #: Searches at a time, and those that wait for one of these to end.
@@ -35,6 +36,7 @@ def serving(
     encoders: Mapping[str, TextEncoder],
     shown: Shown | None = None,
     *,
+    rerankers: Mapping[str, Reranks] | None = None,
     host: str = "127.0.0.1",
     port: int = 8080,
     token: str | None = None,
@@ -45,6 +47,7 @@ def serving(
     Args:
         encoders: encoders by the names under which clients ask for them.
         shown: tables that are searched; ``None`` for none.
+        rerankers: rerankers by such names.
         host: address to listen on; this machine alone by default.
         port: port; 0 takes a free one.
         token: what clients have to send; needed for other addresses.
@@ -54,12 +57,14 @@ def serving(
         The port.
 
     Raises:
-        DeclarationError: the address needs a token, or cannot be listened on.
+        DeclarationError: the address needs a token, or cannot be listened on; or a reranker gives
+            several scores of a pair.
         MissingExtraError: the extra ``serve`` is not installed.
     """
     require_safe(host, token)
     metrics = ServerMetrics()
-    embeddings = Embeddings(dict(encoders), metrics)
+    encoding = ThreadPoolExecutor(1, thread_name_prefix="sbert-pg-batch")
+    embeddings = Embeddings(encoders, encoding, metrics)
     service = Service(
         posts={"/v1/embeddings": embeddings.answer},
         pages={
@@ -73,6 +78,9 @@ def serving(
         limits=limits or Limits(),
         observe=metrics.observe,
     )
+    if rerankers:
+        rerank = Reranking(rerankers, encoding, metrics).answer
+        service.posts |= {"/rerank": rerank, "/v1/rerank": rerank}
     executor = ThreadPoolExecutor(SEARCHES, thread_name_prefix="sbert-pg-search")
     if shown is not None:
         service.posts["/search"] = _Searches(shown, executor).answer
@@ -80,7 +88,7 @@ def serving(
         with listening(application(service), service.limits, host, port) as bound:
             yield bound
     finally:
-        embeddings.close()
+        encoding.shutdown(wait=False, cancel_futures=True)
         executor.shutdown(wait=False, cancel_futures=True)
 
 

@@ -15,6 +15,8 @@ BEGIN
     IF embedding IS NOT NULL THEN
         RETURN;
     END IF;
+    -- A question is lost with the server that crashes, and is asked again: no wait for the disk.
+    PERFORM pg_catalog.set_config('synchronous_commit', 'off', true);
     PERFORM sbert.ask_v1(target, question);
     -- "Invalid transaction termination" here: call it outside of BEGIN and of functions.
     COMMIT;
