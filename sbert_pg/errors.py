@@ -46,6 +46,9 @@ the class derives from it too, so that existing handlers keep working.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class SbertPgError(Exception):
     """Root of the tree."""
@@ -67,6 +70,23 @@ class MissingExtraError(SbertPgError, ImportError):
             f"The package {package!r} is needed to {purpose} and is not installed. "
             f"Install it with: pip install 'sbert-pg[{extra}]'"
         )
+
+
+@contextmanager
+def needing(package: str | None, extra: str, purpose: str) -> Iterator[None]:
+    """Imports of an optional dependency; arguments as for ``MissingExtraError``.
+
+    Args:
+        package: ``None`` for the one that is missing, where several are imported.
+        extra: see there.
+        purpose: see there.
+    """
+    try:
+        yield
+    except ImportError as error:
+        if (error.name or "").startswith("sbert_pg"):
+            raise
+        raise MissingExtraError(package or error.name or extra, extra, purpose) from error
 
 
 class EncoderError(SbertPgError):

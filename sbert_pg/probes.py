@@ -285,19 +285,23 @@ def compatible_specs(
     same_origin = a.weights_digest is not None and all(
         getattr(a, field) == getattr(b, field) for field in _ORIGIN
     )
-    same_form = a.precision == b.precision and not (a.precision or "").startswith("int8")
-    if same_origin and not same_form:
-        close = (
-            agreement.min_cosine >= PRECISION_MIN_COSINE
-            and agreement.mean_cosine >= PRECISION_MEAN_COSINE
-        )
-    else:
-        close = agreement.min_cosine >= EXPORT_MIN_COSINE
-    close = close and agreement.max_length_ratio <= MAX_LENGTH_RATIO
+    least, mean = _least(a, b) if same_origin else (EXPORT_MIN_COSINE, -1.0)
+    close = (
+        agreement.min_cosine >= least
+        and agreement.mean_cosine >= mean
+        and agreement.max_length_ratio <= MAX_LENGTH_RATIO
+    )
     verdict = "agree" if close else "do not agree"
     return Compatibility(
         close, f"{_kind(a, b, same_origin)}, and the probes {verdict}: {agreement}", agreement
     )
+
+
+def _least(a: EncoderSpec, b: EncoderSpec) -> tuple[float, float]:
+    """Least and mean cosine of encoders that were made from the same weights."""
+    if a.precision == b.precision and not (a.precision or "").startswith("int8"):
+        return EXPORT_MIN_COSINE, -1.0
+    return PRECISION_MIN_COSINE, PRECISION_MEAN_COSINE
 
 
 def _kind(a: EncoderSpec, b: EncoderSpec, same_origin: bool) -> str:

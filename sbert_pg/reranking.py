@@ -114,22 +114,30 @@ def _ranked(
     done: set[int] = set()
     with_text = [position for position, some in enumerate(texts) if some]
     for positions in _turns(with_text, at_most):
-        pairs = [(position, one) for position in positions for one in texts[position]]
-        scores = np.asarray(reranker.score(question, [one for _, one in pairs]))
-        if scores.shape != (len(pairs),):
-            raise DeclarationError(
-                f"{reranker!r} gives numbers of shape {scores.shape} for {len(pairs)} texts; a "
-                "reranker gives one for each."
-            )
-        best: dict[int, tuple[float, str]] = {}
-        for (position, one), score in zip(pairs, scores.tolist(), strict=True):
-            if position not in best or score > best[position][0]:
-                best[position] = (score, one)
+        best = _best(question, reranker, positions, texts)
         scored += [Ranked(rows[position], *best[position]) for position in positions]
         done.update(positions)
     scored.sort(key=lambda ranked: ranked.score or 0.0, reverse=True)
     rest = [Ranked(row, None, None) for number, row in enumerate(rows) if number not in done]
     return [*scored, *rest][:limit]
+
+
+def _best(
+    question: str, reranker: Scorer, positions: Sequence[int], texts: Sequence[list[str]]
+) -> dict[int, tuple[float, str]]:
+    """The best score of each row, and the text that has it."""
+    pairs = [(position, one) for position in positions for one in texts[position]]
+    scores = np.asarray(reranker.score(question, [one for _, one in pairs]))
+    if scores.shape != (len(pairs),):
+        raise DeclarationError(
+            f"{reranker!r} gives numbers of shape {scores.shape} for {len(pairs)} texts; a "
+            "reranker gives one for each."
+        )
+    best: dict[int, tuple[float, str]] = {}
+    for (position, one), score in zip(pairs, scores.tolist(), strict=True):
+        if position not in best or score > best[position][0]:
+            best[position] = (score, one)
+    return best
 
 
 def _turns(positions: Sequence[int], at_most: float | None) -> Iterator[Sequence[int]]:
@@ -179,17 +187,32 @@ def diverse(
     if not kept or limit < 1:
         return []
     matrix = np.asarray([values[number] for number in kept], np.float32)
-    relevance = similarity_matrix(_question(question, vector)[None], matrix, "cosine")[0]
-    similarity = similarity_matrix(matrix, matrix, "cosine")
+    chosen = by_marginal_relevance(matrix, _question(question, vector), limit, trade)
+    return [rows[kept[number]] for number in chosen]
+
+
+def by_marginal_relevance(
+    vectors: Vectors, question: Vectors, limit: int, trade: float
+) -> list[int]:
+    """Numbers of the vectors that ``diverse`` takes, in the order in which it takes them.
+
+    Args:
+        vectors: of shape ``(n, dimensions)``.
+        question: of shape ``(dimensions,)``.
+        limit: how many at most.
+        trade: as for ``diverse``.
+    """
+    gain = trade * similarity_matrix(question[None], vectors, "cosine")[0]
+    similarity = similarity_matrix(vectors, vectors, "cosine")
+    nearest = np.full(len(vectors), -np.inf, np.float32)
     chosen: list[int] = []
-    gain, nearest = trade * relevance, np.full(len(kept), -np.inf, np.float32)
-    while len(chosen) < min(limit, len(kept)):
+    while len(chosen) < min(limit, len(vectors)):
         penalty = (1 - trade) * nearest if chosen else 0
         best = int(np.argmax(gain - penalty))
         chosen.append(best)
         gain[best] = -np.inf
         nearest = np.maximum(nearest, similarity[best])
-    return [rows[kept[number]] for number in chosen]
+    return chosen
 
 
 def _question(question: Any, vector: Any) -> Vectors:
@@ -217,7 +240,7 @@ def _some(value: Any, number: int) -> list[str]:
         texts = [getattr(part, "text", part) for part in parts]
     except TypeError:
         texts = [value]
-    wrong = [part for part in texts if not isinstance(part, str) and part is not None]
+    wrong = [part for part in texts if not isinstance(part, (str, type(None)))]
     if wrong:
         raise DeclarationError(
             f"The text of row {number} is {type(wrong[0]).__name__} and not a text, nor something "
@@ -235,16 +258,22 @@ def _value(row: Any, of: Any, *, loaded: bool = False) -> Any:
         raise DeclarationError(f"{of!r} is neither an attribute of a class nor a function.")
     owner = getattr(of, "class_", None)
     for place in (row, *(row if isinstance(row, sa.Row) else ())):
-        if isinstance(place, owner) if owner is not None else hasattr(place, key):
-            if loaded and owner is not None and key in sa.inspect(place).unloaded:
-                raise DeclarationError(
-                    f"{of} is not loaded, and reading it would ask the database for each row. "
-                    f"Load it with the rows: select.options(undefer({of}))."
-                )
+        if hasattr(place, key) if owner is None else isinstance(place, owner):
+            if loaded:
+                _require_loaded(place, of)
             return getattr(place, key)
-    if isinstance(row, sa.Row) and hasattr(row, key):
-        return getattr(row, key)
-    raise DeclarationError(f"The rows have no {of}; a row is {type(row).__name__}.")
+    if not (isinstance(row, sa.Row) and hasattr(row, key)):
+        raise DeclarationError(f"The rows have no {of}; a row is {type(row).__name__}.")
+    return getattr(row, key)
 
 
-__all__ = ["Ranked", "Scorer", "diverse", "rerank", "rerank_async"]
+def _require_loaded(entity: Any, attribute: Any) -> None:
+    state = sa.inspect(entity, raiseerr=False)
+    if attribute.key in getattr(state, "unloaded", ()):
+        raise DeclarationError(
+            f"{attribute} is not loaded, and reading it would ask the database for each row. "
+            f"Load it with the rows: select.options(undefer({attribute}))."
+        )
+
+
+__all__ = ["Ranked", "Scorer", "by_marginal_relevance", "diverse", "rerank", "rerank_async"]

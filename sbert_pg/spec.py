@@ -58,6 +58,12 @@ class KnownEncoder:
     good_for: str
     matryoshka: bool = False
 
+    def gives(self, dimensions: int | None) -> bool:
+        """Whether its vectors have, or can be truncated to, so many dimensions."""
+        if dimensions in (None, self.dimensions):
+            return True
+        return self.matryoshka and dimensions is not None and dimensions < self.dimensions
+
 
 KNOWN_ENCODERS: tuple[KnownEncoder, ...] = (
     KnownEncoder(
@@ -210,15 +216,7 @@ class EncoderSpec:
                 ``dimensions`` contradicts what is known.
         """
         if isinstance(encoder, EncoderSpec):
-            changes: dict[str, Any] = {}
-            if dimensions is not None and dimensions != encoder.dimensions:
-                raise DeclarationError(
-                    f"The spec of {encoder.name!r} says {encoder.dimensions} dimensions and the "
-                    f"declaration says {dimensions}; leave one of them out."
-                )
-            if similarity is not None:
-                changes["similarity"] = similarity
-            return replace(encoder, **changes) if changes else encoder
+            return encoder._confirmed(dimensions, similarity)
         known = known_encoder(encoder)
         if known is None:
             if dimensions is None:
@@ -228,10 +226,7 @@ class EncoderSpec:
                     f"{encoder!r}, dimensions=384, ...); 'sbert-pg encoder show' prints them."
                 )
             return cls(name=encoder, dimensions=dimensions, similarity=similarity or "cosine")
-        possible = dimensions in (None, known.dimensions) or (
-            known.matryoshka and dimensions is not None and dimensions < known.dimensions
-        )
-        if not possible:
+        if not known.gives(dimensions):
             raise DeclarationError(
                 f"Encoder {encoder!r} gives {known.dimensions} dimensions and cannot give "
                 f"{dimensions}."
@@ -243,6 +238,14 @@ class EncoderSpec:
             normalized=known.normalized,
             max_seq_length=known.max_seq_length,
         )
+
+    def _confirmed(self, dimensions: int | None, similarity: Similarity | None) -> EncoderSpec:
+        if dimensions not in (None, self.dimensions):
+            raise DeclarationError(
+                f"The spec of {self.name!r} says {self.dimensions} dimensions and the "
+                f"declaration says {dimensions}; leave one of them out."
+            )
+        return self if similarity is None else replace(self, similarity=similarity)
 
     @property
     def fingerprint(self) -> str | None:

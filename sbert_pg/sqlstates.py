@@ -39,18 +39,6 @@ QUERY_CANCELED = "57014"
 _INSUFFICIENT_PRIVILEGE = "42501"
 _UNDEFINED_FUNCTION = "42883"
 _INVALID_SCHEMA = "3F000"
-_TRANSACTION_TIMEOUT = "25P04"
-_READ_ONLY = "25006"
-_IDLE_TIMEOUTS = ("25P03", "57P05")
-
-#: Class 57 without 57014: the server shuts down, crashes, starts up, or drops the database.
-_LOST = ("08", "57")
-#: 40 rollback, 53 insufficient resources (53100 is a full disk), 55 not in prerequisite state
-#: (locks), 58 system error (input and output), XX internal error.
-_BUSY = ("40", "53", "55", "58", "XX")
-#: 42 syntax error or access rule violation (missing table, missing right), 3D and 3F missing
-#: catalog or schema, SB this library's own.
-_COLUMN = ("42", "3D", "3F", "SB", "28", "0A")
 
 
 def sqlstate_of(error: BaseException | None) -> str | None:
@@ -83,6 +71,22 @@ class Fault(enum.Enum):
     ROW = "row"
 
 
+#: By the SQLSTATE, or by the class that it begins with; the first that fits.
+_FAULTS: tuple[tuple[Fault, tuple[str, ...]], ...] = (
+    (Fault.SLOW, (QUERY_CANCELED,)),
+    # Timeouts of a transaction and of an idle session.
+    (Fault.LOST, ("25P03", "25P04", "57P05")),
+    # 25006 read-only, 40 rollback, 53 insufficient resources (53100 is a full disk), 55 not in
+    # prerequisite state (locks), 58 system error (input and output), XX internal error.
+    (Fault.BUSY, ("25006", "40", "53", "55", "58", "XX")),
+    # 57 without 57014: the server shuts down, crashes, starts up, or drops the database.
+    (Fault.LOST, ("08", "57")),
+    # 42 syntax error or access rule violation (missing table, missing right), 3D and 3F missing
+    # catalog or schema, SB this library's own.
+    (Fault.COLUMN, ("42", "3D", "3F", "SB", "28", "0A")),
+)
+
+
 def fault_of(error: BaseException) -> Fault:
     """Classify what a statement raised.
 
@@ -95,20 +99,12 @@ def fault_of(error: BaseException) -> Fault:
     if not isinstance(error, sa.exc.DBAPIError):
         return Fault.COLUMN
     state = sqlstate_of(error)
-    if state == QUERY_CANCELED:
-        return Fault.SLOW
-    if state in (_TRANSACTION_TIMEOUT, *_IDLE_TIMEOUTS):
-        return Fault.LOST
-    if error.connection_invalidated or state is None:
+    if error.connection_invalidated:
+        return Fault.SLOW if state == QUERY_CANCELED else Fault.LOST
+    if state is None:
         lost = isinstance(error, (sa.exc.OperationalError, sa.exc.InterfaceError))
-        return Fault.LOST if lost or error.connection_invalidated else Fault.COLUMN
-    if state == _READ_ONLY or state.startswith(_BUSY):
-        return Fault.BUSY
-    if state.startswith(_LOST):
-        return Fault.LOST
-    if state.startswith(_COLUMN):
-        return Fault.COLUMN
-    return Fault.ROW
+        return Fault.LOST if lost else Fault.COLUMN
+    return next((fault for fault, states in _FAULTS if state.startswith(states)), Fault.ROW)
 
 
 def words_of(error: BaseException) -> str:

@@ -203,19 +203,21 @@ class Comparison:
         place = (*key, op.column_name)
         table = self.tables.get(key)
         column = None if table is None else _column_named(table, op.column_name)
-        is_vector = column is not None and isinstance(column.type, VectorType)
-        if place in self.bindings or (column is not None and isinstance(column.type, Embedding)):
-            if op.modify_type is not None and is_vector:
-                if place not in self.bindings:
-                    changes.refuse_width(place, op.existing_type, op.modify_type)
-                # What became of a bound column is found by comparing it with its binding.
-                op.modify_type = None
-            if op.modify_nullable is False:
-                self.before.append(self._require(place, 0))
-            return not op.has_changes()
-        if is_vector and op.modify_type is not None:
-            self._refuse_if_filled(place, op)
-        return False
+        type_ = None if column is None else column.type
+        changes_vector = op.modify_type is not None and isinstance(type_, VectorType)
+        bound = place in self.bindings
+        if not bound and not isinstance(type_, Embedding):
+            if changes_vector:
+                self._refuse_if_filled(place, op)
+            return False
+        if changes_vector:
+            if not bound:
+                changes.refuse_width(place, op.existing_type, op.modify_type)
+            # What became of a bound column is found by comparing it with its binding.
+            op.modify_type = None
+        if op.modify_nullable is False:
+            self.before.append(self._require(place, 0))
+        return not op.has_changes()
 
     def _refuse_if_filled(self, place: Place, op: alembic_ops.AlterColumnOp) -> None:
         old, new = op.existing_type, op.modify_type
@@ -339,16 +341,20 @@ class Comparison:
             existing = stored if stored is not None and stored.valid else None
             if existing is not None and same_index(self.connection, definition, existing):
                 continue
-            place = (*key, definition.column)
-            column = _column_named(table, definition.column)
-            if column is not None and isinstance(column.type, Embedding):
-                if place not in self.required:
-                    self.after.append(self._require(place, MAX_MISSING))
-                self.required.add(place)
+            self._require_filled(key, _column_named(table, definition.column))
             self.after.append(
                 CreateVectorIndexOp.of(definition, existing=existing, name=index.name)
             )
         self._superfluous(key, superfluous)
+
+    def _require_filled(self, key: Key, column: sa.Column[Any] | None) -> None:
+        """An index on an embedding column is built once its rows have vectors."""
+        if column is None or not isinstance(column.type, Embedding):
+            return
+        place = (*key, column.name)
+        if place not in self.required:
+            self.after.append(self._require(place, MAX_MISSING))
+        self.required.add(place)
 
     def _superfluous(self, key: Key, found: dict[str, StoredIndex]) -> None:
         """Indexes that the models do not have any more."""

@@ -12,6 +12,7 @@ which are one transaction, or operations that can be repeated.
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, fields
 from graphlib import CycleError, TopologicalSorter
@@ -218,6 +219,13 @@ def _message(message: str | None, operations: list[MigrateOperation]) -> str | N
     return f"{message} (embeddings)"
 
 
+def _table_of(op: MigrateOperation, key: Callable[[str | None, str], Key]) -> Key | None:
+    # What is done to a table before it goes, such as dropping its indexes, stays before it.
+    if isinstance(op, (DropTableOp, ModifyTableOps)):
+        return key(op.schema, op.table_name)
+    return None
+
+
 def in_drop_order(
     operations: Sequence[MigrateOperation], key: Callable[[str | None, str], Key]
 ) -> list[MigrateOperation]:
@@ -232,18 +240,16 @@ def in_drop_order(
     """
     drops = {key(op.schema, op.table_name): op for op in operations if isinstance(op, DropTableOp)}
     ordered = _sorted({table: _referred(op, key) & set(drops) for table, op in drops.items()})
-    groups: dict[Key, list[MigrateOperation]] = {table: [] for table in ordered}
+    groups: defaultdict[Key, list[MigrateOperation]] = defaultdict(list)
     others: list[MigrateOperation] = []
     place: int | None = None
     for op in operations:
-        # What is done to a table before it goes, such as dropping its indexes, stays before it.
-        if isinstance(op, (DropTableOp, ModifyTableOps)):
-            group = groups.get(key(op.schema, op.table_name))
-            if group is not None:
-                place = len(others) if place is None else place
-                group.append(op)
-                continue
-        others.append(op)
+        table = _table_of(op, key)
+        if table in drops:
+            place = len(others) if place is None else place
+            groups[table].append(op)
+        else:
+            others.append(op)
     if place is not None:
         others[place:place] = [op for table in ordered for op in groups[table]]
     return others

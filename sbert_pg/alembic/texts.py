@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Set
 from typing import Any
 
 import sqlalchemy as sa
@@ -33,17 +34,23 @@ def changed_texts(connection: sa.Connection, table: sa.Table) -> list[ops.Migrat
     present = {index["name"] for index in inspector.get_indexes(table.name, schema=table.schema)}
     changed: list[ops.MigrateOperation] = []
     for column in declared:
-        if column.name not in stored or _same(stored[column.name], column):
-            continue
-        indexes = [i for i in table.indexes if column.name in i.columns and i.name in present]
-        made: list[Any] = [ops.DropIndexOp.from_index(index) for index in indexes]
-        computed = sa.Computed(stored[column.name].replace(":", r"\:"), persisted=True)
-        old = sa.Column(column.name, TSVECTOR(), computed)
-        for step, one in ((ops.DropColumnOp, old), (ops.AddColumnOp, column)):
-            made.append(step.from_column_and_tablename(table.schema, table.name, one))
-        made += [ops.CreateIndexOp.from_index(index) for index in indexes]
-        changed.append(ops.ModifyTableOps(table.name, made, schema=table.schema))
+        if column.name in stored and not _same(stored[column.name], column):
+            changed.append(_remade(table, column, stored[column.name], present))
     return changed
+
+
+def _remade(
+    table: sa.Table, column: sa.Column[Any], stored: str, present: Set[str | None]
+) -> ops.ModifyTableOps:
+    """What drops a text column with its indexes, and makes them again."""
+    indexes = [i for i in table.indexes if column.name in i.columns and i.name in present]
+    computed = sa.Computed(stored.replace(":", r"\:"), persisted=True)
+    old = sa.Column(column.name, TSVECTOR(), computed)
+    operations: list[Any] = [ops.DropIndexOp.from_index(index) for index in indexes]
+    for step, one in ((ops.DropColumnOp, old), (ops.AddColumnOp, column)):
+        operations.append(step.from_column_and_tablename(table.schema, table.name, one))
+    operations += [ops.CreateIndexOp.from_index(index) for index in indexes]
+    return ops.ModifyTableOps(table.name, operations, schema=table.schema)
 
 
 def _same(stored: str, column: sa.Column[Any]) -> bool:

@@ -123,40 +123,37 @@ def search(
         embedding = resolve(connection, target).column
         criteria = common.criteria(where)
         options: dict[str, Any] = {"limit": limit, "where": criteria}
-        if by != "meaning":
-            if min_similarity is not None:
-                raise DeclarationError("--min-similarity belongs to a search by meaning alone.")
-            text = text_column_of(embedding.table, words)
         if by == "meaning":
             statement: Any = nearest(embedding, query, min_similarity=min_similarity, **options)
+        elif min_similarity is not None:
+            raise DeclarationError("--min-similarity belongs to a search by meaning alone.")
         elif by == "words":
-            statement = matching(text, query, **options)
+            statement = matching(text_column_of(embedding.table, words), query, **options)
         else:
+            text = text_column_of(embedding.table, words)
             statement = hybrid(embedding, text, query, **options)
         rows = [dict(row) for row in connection.execute(statement).mappings()]
         explained: Any = explain_search if by == "meaning" else explain_words
-        explanation = explained(connection, statement) if explain else None
-    if explanation is None:
-        data: Any = rows
-    else:
-        data = {"rows": rows, "explanation": asdict(explanation)}
-        if not json:
-            common.note(str(explanation))
+        explanation: Any = explained(connection, statement) if explain else None
     if json:
-        common.print_json(data)
-    else:
-        _print_answers(rows)
+        answers: Any = {"rows": rows, "explanation": asdict(explanation)} if explain else rows
+        common.print_json(answers)
+        return
+    if explain:
+        common.note(str(explanation))
+    _print_answers(rows)
 
 
 def _print_answers(rows: list[Row]) -> None:
     if not rows:
         common.note("Nothing found.")
         return
-    scores = [name for name in _SCORES if name in rows[0]]
-    for row in rows:
-        row.update((n, round(row[n], 3)) for n in scores if isinstance(row[n], float))
-    names = [*scores, *(name for name in rows[0] if name not in scores)]
-    common.print_rows(names, [[row[name] for name in names] for row in rows])
+    names = list(dict.fromkeys([*(name for name in _SCORES if name in rows[0]), *rows[0]]))
+    common.print_rows(names, [[_shown(name, row[name]) for name in names] for row in rows])
+
+
+def _shown(name: str, value: Any) -> Any:
+    return round(value, 3) if name in _SCORES and isinstance(value, float) else value
 
 
 def duplicates(
@@ -243,17 +240,23 @@ def _pairs(
     ]
     if not (texts and pairs):
         return rows
-    keys = list(target.table.primary_key)
-    left = keys[0] if len(keys) == 1 else sa.tuple_(*keys)
-    text = sa.func.left(target.binding.source.expression(target.table), 80)
-    among = left.in_(list({key for pair in pairs for key in (pair.a, pair.b)}))
-    text_of = {
-        key[0] if len(keys) == 1 else tuple(key): " ".join((shown or "").split())
-        for *key, shown in connection.execute(sa.select(*keys, text).where(among))
-    }
+    text_of = _beginnings(connection, target, {key for pair in pairs for key in (pair.a, pair.b)})
     for row in rows:
         row["texts"] = f"{text_of.get(row['a'], '')}\n{text_of.get(row['b'], '')}"
     return rows
+
+
+def _beginnings(connection: sa.Connection, target: Side, keys: set[Any]) -> dict[Any, str]:
+    """The beginning of each row's text, by its key."""
+    columns = list(target.table.primary_key)
+    one = len(columns) == 1
+    left = columns[0] if one else sa.tuple_(*columns)
+    text = sa.func.left(target.binding.source.expression(target.table), 80)
+    statement = sa.select(*columns, text).where(left.in_(list(keys)))
+    return {
+        key[0] if one else tuple(key): " ".join((shown or "").split())
+        for *key, shown in connection.execute(statement)
+    }
 
 
 def _create(

@@ -270,6 +270,12 @@ def _report(filling: Filling) -> str:
     )
 
 
+def _state(failure: Any) -> str:
+    if not failure.failed:
+        return "again"
+    return "skipped" if failure.skipped else "failed"
+
+
 def failed(
     target: common.TargetArgument,
     database: common.DatabaseOption = None,
@@ -306,10 +312,7 @@ def failed(
     if json:
         common.print_json([asdict(failure) for failure in failures])
         return
-    state = ("failed", "skipped")
-    rows = [
-        [f.key, f.attempts, state[f.skipped] if f.failed else "again", f.error] for f in failures
-    ]
+    rows = [[f.key, f.attempts, _state(f), f.error] for f in failures]
     common.print_table(["key", "attempts", "state", "error"], rows)
 
 

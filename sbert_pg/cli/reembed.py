@@ -154,13 +154,11 @@ def status(
             lib.require_ready(engine, metadata)
             common.note("Ready.")
             return
-        columns = changes(engine) if target is None else [change_or_column(engine, target)]
-        reports = [lib.status(engine, column.identity) for column in columns]
+        reports = [lib.status(engine, column.identity) for column in changes(engine, target)]
     if not reports:
         common.note("No change is under way.")
-    text = "\n".join(str(each) for each in reports)
-    common.show(text, [each.to_json() for each in reports], json)
-    if check and any(each.state != "ready" for each in reports):
+    common.show("\n".join(map(str, reports)), [each.to_json() for each in reports], json)
+    if check and {each.state for each in reports} - {"ready"}:
         raise typer.Exit(common.EXIT_FAILED)
 
 

@@ -194,10 +194,7 @@ def edited(source: str, name: str = "env.py") -> str:
     Raises:
         DeclarationError: it is no Python, or nothing in it calls ``context.configure``.
     """
-    try:
-        tree = ast.parse(source)
-    except SyntaxError as error:
-        raise DeclarationError(f"{name} cannot be read: {error}.") from error
+    tree = _parsed(source, name)
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and _configures(node)]
     if not calls:
         raise DeclarationError(
@@ -211,6 +208,13 @@ def edited(source: str, name: str = "env.py") -> str:
     if missing and IMPORT not in source:
         _add_import(lines, tree)
     return "".join(lines)
+
+
+def _parsed(source: str, name: str) -> ast.Module:
+    try:
+        return ast.parse(source)
+    except SyntaxError as error:
+        raise DeclarationError(f"{name} cannot be read: {error}.") from error
 
 
 def _configures(node: ast.Call) -> bool:

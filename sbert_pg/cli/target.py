@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -29,11 +30,7 @@ def resolve(connection: sa.Connection, name: str) -> Side:
         DeclarationError: no column that is bound here has the name, or several have.
     """
     bindings = catalog.all_bindings(connection)
-    matching = [binding for binding in bindings if name in _spellings(binding)]
-    if len(matching) > 1:
-        # A name without its schema means what it means in SQL.
-        visible = [binding for binding in matching if _is_visible(connection, binding)]
-        matching = visible or matching
+    matching = _called(connection, bindings, name)
     if len(matching) != 1:
         names = ", ".join(sorted(map(str, matching or bindings))) or "none"
         problem = "means several embedding columns" if matching else "is no embedding column"
@@ -43,6 +40,14 @@ def resolve(connection: sa.Connection, name: str) -> Side:
         )
     binding = matching[0]
     return side_of(connection, reflect(connection, binding.schema, binding.table), binding)
+
+
+def _called(connection: sa.Connection, bindings: Sequence[Binding], name: str) -> list[Binding]:
+    """The bindings of a name; one without its schema means what it means in SQL."""
+    matching = [binding for binding in bindings if name in _spellings(binding)]
+    if len(matching) < 2:
+        return matching
+    return [binding for binding in matching if _is_visible(connection, binding)] or matching
 
 
 def change_or_column(engine: sa.Engine, target: str) -> Binding:
@@ -58,8 +63,10 @@ def change_or_column(engine: sa.Engine, target: str) -> Binding:
         return resolve(connection, target).binding
 
 
-def changes(engine: sa.Engine) -> list[Binding]:
-    """The new columns of all changes under way."""
+def changes(engine: sa.Engine, target: str | None = None) -> list[Binding]:
+    """The new columns of all changes under way; of a target, as ``change_or_column``."""
+    if target is not None:
+        return [change_or_column(engine, target)]
     with engine.connect() as connection:
         catalog.require_current(connection)
         return [b for b in catalog.all_bindings(connection) if b.replaces is not None]

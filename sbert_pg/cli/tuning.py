@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -88,11 +89,11 @@ def evaluate(
         others = [_encoder(name) for name in encoder or ()]
         text = _words(found, words)
         searches: dict[str, Any] = {
-            **lib.searches_for(engine, found.column, text, where=criteria, encoders=others, limit=k)
+            **lib.searches_for(
+                engine, found.column, text, where=criteria, encoders=others, limit=k
+            ),
+            **_runs(run or ()),
         }
-        for named in run or ():
-            name, _, file = named.rpartition("=")
-            searches[name or file] = lib.read_run(file)
         report = lib.evaluate(engine, searches, queries, k=k, slices=slice_by)
     if write_to is not None:
         _write(write_to, report)
@@ -104,6 +105,12 @@ def evaluate(
     for name, rows in misses.items():
         for miss in rows:
             print(f"\n{name}: {miss}")
+
+
+def _runs(named: Sequence[str]) -> dict[str, Any]:
+    """TREC runs by their names, each given as name=file or file."""
+    parts = [each.rpartition("=") for each in named]
+    return {name or file: lib.read_run(file) for name, _, file in parts}
 
 
 def _write(folder: Path, report: lib.Evaluation) -> None:

@@ -126,6 +126,21 @@ def centroids_of(clustering: Clustering, run_id: int) -> sa.CTE:
     )
 
 
+def _aside(keys: Sequence[sa.Column[Any]], columns: Sequence[sa.Column[Any]]) -> sa.Table:
+    """A temporary table for rows whose keys are as they travel."""
+    return sa.Table(
+        "sbert_pg_staged",
+        sa.MetaData(),
+        *(
+            sa.Column(f"key_{number}", sa.BigInteger() if is_integer(column) else sa.Text())
+            for number, column in enumerate(keys)
+        ),
+        *(sa.Column(column.name, column.type) for column in columns),
+        prefixes=["TEMPORARY"],
+        postgresql_on_commit="DROP",
+    )
+
+
 def insert_referring(
     connection: sa.Connection,
     rows: RowSet,
@@ -154,17 +169,7 @@ def insert_referring(
     table, data = own[0].table, [*keys, *values]
     if _copied_at_once(connection, table, own, [*own, *columns], data):
         return len(keys[0])
-    staged = sa.Table(
-        "sbert_pg_staged",
-        sa.MetaData(),
-        *(
-            sa.Column(f"key_{number}", sa.BigInteger() if is_integer(column) else sa.Text())
-            for number, column in enumerate(own)
-        ),
-        *(sa.Column(column.name, column.type) for column in columns),
-        prefixes=["TEMPORARY"],
-        postgresql_on_commit="DROP",
-    )
+    staged = _aside(own, columns)
     staged.create(connection, checkfirst=False)
     write_block(connection, staged, list(staged.columns), data)
     typed = [sa.cast(staged.c[f"key_{n}"], column.type) for n, column in enumerate(own)]

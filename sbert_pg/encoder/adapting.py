@@ -20,7 +20,7 @@ from sbert_pg.encoder import directory as converted
 from sbert_pg.encoder.encoder import Encoder
 from sbert_pg.encoder.layers import Dense, Layer, Normalize, layer_text
 from sbert_pg.encoder.runner import OUTPUT, QUERY_OUTPUT
-from sbert_pg.errors import ConversionError, DeclarationError, MissingExtraError
+from sbert_pg.errors import ConversionError, DeclarationError, needing
 from sbert_pg.probes import SAMPLE_TEXTS
 from sbert_pg.spec import Vectors
 
@@ -104,16 +104,12 @@ def refuse_taken(place: Path) -> None:
 
 def _add_output(model: Path, layers: list[Layer], path: Path) -> None:
     """Write a model with one output more: the layers after its vectors of queries."""
-    try:
+    with needing("onnx", "convert", "fold a matrix into an encoder"):
         import onnx
         from onnx import helper
 
         from sbert_pg.encoder.graph import add_layers
         from sbert_pg.encoder.writer import FLOAT, Writer, save
-    except ImportError as error:
-        if (error.name or "").startswith("sbert_pg"):
-            raise
-        raise MissingExtraError("onnx", "convert", "fold a matrix into an encoder") from error
     loaded = onnx.load(model)
     graph = loaded.graph
     outputs = {value.name: value for value in graph.output}

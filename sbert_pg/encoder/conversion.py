@@ -29,12 +29,7 @@ from sbert_pg.encoder.layers import layer_text
 from sbert_pg.encoder.providers import CPU, Provider, Providers
 from sbert_pg.encoder.static import describe_encoder
 from sbert_pg.encoder.tokenizer_files import tokenizer_content, truncation_side
-from sbert_pg.errors import (
-    ConversionError,
-    DeclarationError,
-    EncoderError,
-    MissingExtraError,
-)
+from sbert_pg.errors import ConversionError, DeclarationError, EncoderError, needing
 from sbert_pg.probes import PROBES, SAMPLE_TEXTS, Agreement, agreement_of
 from sbert_pg.spec import DOCUMENT, QUERY, EncoderSpec, Vectors, json_digest
 
@@ -98,30 +93,44 @@ def prepare(
     name = str(name_or_path)
     path = home_of(name)
     if converted.is_converted(path):
-        held = Manifest.read(path).precision
-        if precision not in (None, held):
-            raise DeclarationError(
-                f"{path} holds an encoder in {held} and cannot be loaded in {precision}. Leave the "
-                "precision out, or convert the model again from its own directory or name."
-            )
+        _require_precision(path, precision)
         return path
     precision = precision or Providers.of(providers).precision
     if output is not None:
         _convert_to(output, name, revision, precision, kind)
         return output
-    root = converted.cache_root(cache_dir)
-    local = is_path(name)
-    if local:
-        require_model(path)
-    model = path.resolve().name if local else repository_of(name)
-    version = converted.state_of(path) if local else revision
-    place = converted.slot(root, model, version, precision, kind)
+    place = _slot(name, path, revision, precision, kind, cache_dir)
     if not again and converted.is_converted(place):
         return place
     with converted.locked(place):
         if again or not converted.is_converted(place):
             _convert_to(place, name, revision, precision, kind)
     return place
+
+
+def _require_precision(path: Path, precision: str | None) -> None:
+    held = Manifest.read(path).precision
+    if precision not in (None, held):
+        raise DeclarationError(
+            f"{path} holds an encoder in {held} and cannot be loaded in {precision}. Leave the "
+            "precision out, or convert the model again from its own directory or name."
+        )
+
+
+def _slot(
+    name: str,
+    path: Path,
+    revision: str | None,
+    precision: str,
+    kind: str,
+    cache_dir: str | Path | None,
+) -> Path:
+    """The place of a conversion in the cache."""
+    root = converted.cache_root(cache_dir)
+    if not is_path(name):
+        return converted.slot(root, repository_of(name), revision, precision, kind)
+    require_model(path)
+    return converted.slot(root, path.resolve().name, converted.state_of(path), precision, kind)
 
 
 def _convert_to(place: Path, name: str, revision: str | None, precision: str, kind: str) -> None:
@@ -190,15 +199,11 @@ def build(description: Description, precision: str, path: Path) -> tuple[tuple[s
 
     The graph gives all dimensions; a caller may ask for more than the model keeps by itself.
     """
-    try:
+    with needing("onnx", "convert", "convert an encoder"):
         import onnx  # noqa: F401  (a missing package is said before anything is read)
 
         from sbert_pg.encoder import graph
         from sbert_pg.encoder.writer import save
-    except ImportError as error:
-        if (error.name or "").startswith("sbert_pg"):
-            raise
-        raise MissingExtraError("onnx", "convert", "convert an encoder") from error
     description = replace(description, truncate_dim=None)
     if description.architecture in graph.ARCHITECTURES:
         model, exporter = graph.build(description, precision), "graph"

@@ -228,6 +228,30 @@ def padding_id(config: Settings) -> int:
     return config.integer("pad_token_id", 1, least=0)
 
 
+def _module(listing: Path, number: int, entry: Any) -> tuple[str, str]:
+    """Class name and path of one module of ``modules.json``."""
+    if not isinstance(entry, dict):
+        raise DamagedEncoderError(f"{listing}: module {number} is not an object.")
+    module = Settings(entry, listing)
+    type_name, path = module.text("type"), module.text("path")
+    package, _, name = type_name.rpartition(".")
+    if package.partition(".")[0] != "sentence_transformers":
+        raise UnsupportedEncoderError(
+            f"{listing} names the module {type_name!r}, which is code of the model repository. "
+            "Code from model repositories is never run."
+        )
+    return name, path
+
+
+def _require_supported(listing: Path, names: Sequence[str]) -> None:
+    if names[:1] != [STATIC] and names[:2] != ["Transformer", "Pooling"]:
+        raise UnsupportedEncoderError(
+            f"{listing} lists the modules {', '.join(names) or 'none'}. Supported is a Transformer "
+            f"followed by Pooling, or {STATIC}, and then any of Dense and Normalize. A Transformer "
+            "alone may be a cross-encoder, which Reranker.load loads."
+        )
+
+
 def modules_of(root: Path) -> list[tuple[str, str]]:
     """Class name and path of each module, in order; dropout does nothing and is left out."""
     listing = root / "modules.json"
@@ -236,27 +260,9 @@ def modules_of(root: Path) -> list[tuple[str, str]]:
     data = parse_json(read_bytes(listing), str(listing))
     if not isinstance(data, list) or len(data) > _MODULES_LIMIT:
         raise DamagedEncoderError(f"{listing} holds no list of at most {_MODULES_LIMIT} modules.")
-    modules = []
-    for number, entry in enumerate(data):
-        if not isinstance(entry, dict):
-            raise DamagedEncoderError(f"{listing}: module {number} is not an object.")
-        module = Settings(entry, listing)
-        type_name, path = module.text("type"), module.text("path")
-        package, _, name = type_name.rpartition(".")
-        if package.partition(".")[0] != "sentence_transformers":
-            raise UnsupportedEncoderError(
-                f"{listing} names the module {type_name!r}, which is code of the model repository. "
-                "Code from model repositories is never run."
-            )
-        if name != "Dropout":
-            modules.append((name, path))
-    names = [name for name, _ in modules]
-    if names[:1] != [STATIC] and names[:2] != ["Transformer", "Pooling"]:
-        raise UnsupportedEncoderError(
-            f"{listing} lists the modules {', '.join(names) or 'none'}. Supported is a Transformer "
-            f"followed by Pooling, or {STATIC}, and then any of Dense and Normalize. A Transformer "
-            "alone may be a cross-encoder, which Reranker.load loads."
-        )
+    modules = [_module(listing, number, entry) for number, entry in enumerate(data)]
+    modules = [(name, path) for name, path in modules if name != "Dropout"]
+    _require_supported(listing, [name for name, _ in modules])
     return modules
 
 
@@ -380,12 +386,17 @@ def _limit(settings: Settings, key: str) -> int | None:
     return None if limit >= _NO_LIMIT else limit
 
 
+def _is_relative(config: Settings) -> bool:
+    """Whether positions are turned or weighed, and none has a vector of its own."""
+    if config.get("position_embedding_type") in ("rope", "rotary", "alibi"):
+        return True
+    return any(key.startswith(("rope_", "rotary_")) or key.endswith("rope_theta")
+               for key, value in config.items() if value)  # fmt: skip
+
+
 def _positions(config: Settings) -> int | None:
     """Tokens that the transformer has positions for, or ``None`` where nothing but memory ends."""
-    rotary = any(key.startswith(("rope_", "rotary_")) or key.endswith("rope_theta")
-                 for key, value in config.items() if value)  # fmt: skip
-    relative = config.get("position_embedding_type") in ("rope", "rotary", "alibi")
-    if rotary or relative or config["model_type"] in ("modernbert", "nomic_bert", "gte"):
+    if config["model_type"] in ("modernbert", "nomic_bert", "gte") or _is_relative(config):
         return None
     positions = config.integer("max_position_embeddings", None, least=-1)
     if positions is None or positions <= 0:  # DeBERTa writes -1 or 0 for none

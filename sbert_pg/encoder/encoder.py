@@ -194,16 +194,14 @@ class Encoder(Converted):
         cleaned = clean(texts)
         chosen = self._prompt(prompt_name, prompt)
         engine = self._engine.get()
-        positions: dict[str, int] = {}
-        inverse = [positions.setdefault(text, len(positions)) for text in cleaned]
-        unique = list(positions)
-        blocks = []
+        unique, inverse = _unique(cleaned)
+        blocks, done = [], 0
         chunks = (unique[i : i + CHUNK] for i in range(0, len(unique), CHUNK))
         output = self._output(prompt_name)
         for vectors in engine.blocks(chunks, chosen, lambda at: cleaned.index(unique[at]), output):
             blocks.append(self._cut(vectors))
+            done += len(vectors)
             if progress is not None:
-                done = sum(len(block) for block in blocks)
                 progress(len(cleaned) if done == len(unique) else done, len(cleaned))
         matrix = np.concatenate(blocks) if blocks else np.empty((0, self.dimensions), np.float32)
         if len(unique) != len(cleaned):
@@ -350,6 +348,13 @@ def load_declared(encoder: EncoderSpec | str) -> Encoder:
         )
     # A directory may have been made under another name; columns know it by the declared one.
     return loaded._named(spec.name)
+
+
+def _unique(texts: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Each text once, and where each of ``texts`` stands among them."""
+    positions: dict[str, int] = {}
+    inverse = [positions.setdefault(text, len(positions)) for text in texts]
+    return list(positions), inverse
 
 
 def _normalized(matrix: Vectors) -> Vectors:

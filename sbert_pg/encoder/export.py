@@ -26,8 +26,8 @@ from sbert_pg.encoder.writer import OPSET, Writer
 from sbert_pg.errors import (
     ConversionError,
     DamagedEncoderError,
-    MissingExtraError,
     UnsupportedEncoderError,
+    needing,
 )
 
 #: Bounds of what a configuration may ask transformers for.
@@ -52,16 +52,10 @@ def export(description: Description, precision: str) -> onnx.ModelProto:
             f"{precision!r} is for the architectures that are built from their weights. "
             "Load it with precision='fp32'."
         )
-    try:
+    with needing(None, "export", f"convert the architecture {description.architecture!r}"):
         import onnxscript  # noqa: F401  (torch.onnx.export needs it)
         import torch
         from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise MissingExtraError(
-            error.name or "sentence-transformers",
-            "export",
-            f"convert the architecture {description.architecture!r}",
-        ) from error
     with _quiet():
         _require_weights(torch, description)
         try:
@@ -93,7 +87,7 @@ def _require_weights(torch: Any, description: Description) -> None:
         DamagedEncoderError: a number in the configuration makes no sense, or weights are missing.
     """
     import transformers
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
+    from transformers import CONFIG_MAPPING
 
     config = description.config
     if description.architecture not in CONFIG_MAPPING:
@@ -104,30 +98,37 @@ def _require_weights(torch: Any, description: Description) -> None:
             "of a model repository, which is never run, or of a newer transformers. Take a model "
             "of another architecture, or a newer transformers."
         )
+    asked = _parameters(torch, description)
+    weights = Weights(description.weights)
+    stored = sum(weights.size(name) for name in weights.names())
+    if asked > stored * _MOST_MADE_UP:
+        raise DamagedEncoderError(
+            f"{config.path} describes a model of {asked:,} parameters; its weights have {stored:,}."
+        )
+
+
+def _parameters(torch: Any, description: Description) -> int:
+    """How many numbers the model of a configuration has, but for the pooler."""
+    from transformers import AutoConfig, AutoModel
+
+    config = description.config
     for key, value in config.items():
-        if isinstance(value, int) and not -1 <= value <= _LARGEST and "token_id" not in key:
-            config.refuse(key, f"a number up to {_LARGEST:,}")
-        if "layers" in key and isinstance(value, int) and value > _MOST_LAYERS:
-            config.refuse(key, f"a number up to {_MOST_LAYERS}")
+        most = _MOST_LAYERS if "layers" in key else _LARGEST
+        if isinstance(value, int) and not -1 <= value <= most and "token_id" not in key:
+            config.refuse(key, f"a number up to {most:,}")
     try:
         settings = AutoConfig.from_pretrained(
             str(description.transformer_path), trust_remote_code=False, local_files_only=True
         )
         with torch.device("meta"):
             needed = dict(AutoModel.from_config(settings).named_parameters())
-    # As above; the architecture is among what it may not know.
+    # transformers raises whatever its many models raise.
     except Exception as error:
         raise UnsupportedEncoderError(
             f"{config.path}: transformers cannot build architecture "
             f"{description.architecture!r}: {type(error).__name__}: {str(error)[:500]}"
         ) from error
-    weights = Weights(description.weights)
-    stored = sum(weights.size(name) for name in weights.names())
-    asked = sum(parameter.numel() for name, parameter in needed.items() if "pooler" not in name)
-    if asked > stored * _MOST_MADE_UP:
-        raise DamagedEncoderError(
-            f"{config.path} describes a model of {asked:,} parameters; its weights have {stored:,}."
-        )
+    return sum(parameter.numel() for name, parameter in needed.items() if "pooler" not in name)
 
 
 def _exported(torch: Any, transformer: Any, description: Description) -> onnx.ModelProto:

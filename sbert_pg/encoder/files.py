@@ -260,6 +260,20 @@ def inside(root: Path, name: str) -> Path:
     return root / relative
 
 
+#: What a message says of weights that are there as pickle alone.
+NO_PICKLE = (
+    "as pickle only, which can run code when it is read. Take a revision of the model that has "
+    "model.safetensors, or save it again with SentenceTransformer(...).save_pretrained(...) where "
+    "you trust it."
+)
+
+
+def _refuse_pickle(directory: Path) -> None:
+    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
+        if (directory / name).is_file():
+            raise UnsupportedEncoderError(f"{directory} holds its weights ({name}) {NO_PICKLE}")
+
+
 def find_weights(directory: Path) -> tuple[Path, ...]:
     """The safetensors files of a module, one or a sharded set.
 
@@ -268,22 +282,15 @@ def find_weights(directory: Path) -> tuple[Path, ...]:
         DamagedEncoderError: there are none, or a shard is missing.
     """
     index = directory / "model.safetensors.index.json"
+    files: tuple[Path, ...] = (directory / "model.safetensors",)
     if index.is_file():
         shards = read_json(index).object("weight_map")
         files = tuple(inside(directory, name) for name in sorted({shards.text(k) for k in shards}))
-    else:
-        files = (directory / "model.safetensors",)
     missing = [file.name for file in files if not file.is_file()]
-    if not missing and files:
+    if files and not missing:
         return files
-    pickled = [name for name in ("pytorch_model.bin", "pytorch_model.bin.index.json")
-               if (directory / name).is_file()]  # fmt: skip
-    if not index.is_file() and pickled:
-        raise UnsupportedEncoderError(
-            f"{directory} holds its weights as {pickled[0]}, a pickle file, which can run code "
-            "when it is read. Take a revision of the model that has model.safetensors, or save it "
-            "again with SentenceTransformer(...).save_pretrained(...) where you trust it."
-        )
+    if not index.is_file():
+        _refuse_pickle(directory)
     raise DamagedEncoderError(
         f"{directory} lacks {', '.join(missing) or 'its weights'}; the directory is incomplete."
     )

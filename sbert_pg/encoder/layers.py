@@ -84,6 +84,13 @@ class Normalize:
 Layer = Dense | Normalize
 
 
+def _pooling_modes(settings: Settings) -> list[Any]:
+    modes = settings.get("pooling_mode")
+    if modes is None:
+        return [m for key, m in _POOLING_KEYS.items() if settings.flag(key, False)] or ["mean"]
+    return modes if isinstance(modes, list) else [modes]
+
+
 def read_pooling(settings: Settings, width: int | None) -> tuple[PoolingMode, ...]:
     """Pooling modes, in the order in which their vectors are concatenated.
 
@@ -95,13 +102,9 @@ def read_pooling(settings: Settings, width: int | None) -> tuple[PoolingMode, ..
         DamagedEncoderError: it names another width.
         UnsupportedEncoderError: it names no mode, or one that is not implemented.
     """
-    modes = settings.get("pooling_mode")
-    if modes is None:
-        modes = [mode for key, mode in _POOLING_KEYS.items() if settings.flag(key, False)]
-        modes = modes or ["mean"]
-    modes = modes if isinstance(modes, list) else [modes]
-    known = [mode for mode in modes if mode in POOLING_MODES]
-    if not modes or known != modes or len(modes) > len(POOLING_MODES):
+    modes = _pooling_modes(settings)
+    unknown = any(mode not in POOLING_MODES for mode in modes)
+    if not modes or unknown or len(modes) > len(POOLING_MODES):
         raise UnsupportedEncoderError(
             f"{settings.path}: 'pooling_mode' is {str(modes)[:80]}; supported are one or "
             f"several of {', '.join(POOLING_MODES)}."

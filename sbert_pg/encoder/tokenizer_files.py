@@ -18,7 +18,7 @@ from sbert_pg.encoder.description import STATIC, Description
 from sbert_pg.encoder.files import JSON_LIMIT, read_if_there, read_json
 from sbert_pg.encoder.static import static_tokenizer
 from sbert_pg.encoder.tokenizing import MODEL2VEC, own_errors, require_bounded
-from sbert_pg.errors import DamagedEncoderError, MissingExtraError, UnsupportedEncoderError
+from sbert_pg.errors import DamagedEncoderError, UnsupportedEncoderError, needing
 
 #: Classes of transformers that rebuild BERT's normaliser from ``tokenizer_config.json`` with these
 #: defaults (transformers ``models/bert/tokenization_bert.py``, and the same in DistilBERT, MPNet).
@@ -120,24 +120,25 @@ def _sentencepiece(normalizer: Mapping[str, Any], prefix: Any) -> dict[str, Any]
 def _follow_prefix(part: dict[str, Any], name: str, prefix: Any, path: Path) -> None:
     """Whether a blank is put before a text: by the class, where it builds this part again."""
     rebuilt: tuple[str, ...]
-    if part["type"] == "ByteLevel":
+    is_byte_level = part["type"] == "ByteLevel"
+    if is_byte_level:
         stored, rebuilt, default = part.get("add_prefix_space", True), _BYTE_LEVEL, False
     elif part["type"] == "Metaspace":
         stored, rebuilt, default = part.get("prepend_scheme") != "never", _METASPACE, True
     else:
         return
     asked = default if prefix is None else bool(prefix)
-    if name not in rebuilt:
-        if name not in _GENERIC and prefix is not None and asked != stored:
-            raise UnsupportedEncoderError(
-                f"{path.with_name('tokenizer_config.json')}: 'add_prefix_space' is {prefix!r}, "
-                f"which {path.name} contradicts, and which of them {name} follows is not known. "
-                "Make them agree."
-            )
-    elif part["type"] == "ByteLevel":
-        part["add_prefix_space"] = asked
-    elif asked != stored:
-        part["prepend_scheme"] = "always" if asked else "never"
+    if asked == stored:
+        return
+    if name in rebuilt:
+        scheme = {"prepend_scheme": "always" if asked else "never"}
+        part.update({"add_prefix_space": asked} if is_byte_level else scheme)
+    elif name not in _GENERIC and prefix is not None:
+        raise UnsupportedEncoderError(
+            f"{path.with_name('tokenizer_config.json')}: 'add_prefix_space' is {prefix!r}, "
+            f"which {path.name} contradicts, and which of them {name} follows is not known. "
+            "Make them agree."
+        )
 
 
 def _pre_tokenizers(pre_tokenizer: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
@@ -202,12 +203,9 @@ def _with_lower_case(normalizer: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _converted_by_transformers(directory: Path) -> dict[str, Any]:
-    try:
+    purpose = f"make {directory / 'tokenizer.json'} from older files"
+    with needing("transformers", "export", purpose):
         from transformers import AutoTokenizer
-    except ImportError as error:
-        raise MissingExtraError(
-            "transformers", "export", f"make {directory / 'tokenizer.json'} from older files"
-        ) from error
     try:
         backend = AutoTokenizer.from_pretrained(str(directory)).backend_tokenizer
         content: dict[str, Any] = json.loads(backend.to_str())

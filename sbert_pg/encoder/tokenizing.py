@@ -89,9 +89,8 @@ class TextTokenizer:
         self._from_right = side == "left"
         self._local = side == "right" and _is_local(parts.get("pre_tokenizer"))
         self._added = self._tokenizer.num_special_tokens_to_add(False)
+        _require_room(max_seq_length, self._added)
         if max_seq_length is not None:
-            if max_seq_length <= self._added:
-                raise DamagedEncoderError(_no_room(max_seq_length, self._added))
             self._tokenizer.enable_truncation(max_seq_length, direction=side)
 
     def encode(self, texts: Sequence[str]) -> Tokens:
@@ -106,24 +105,26 @@ class TextTokenizer:
 
     def _encode(self, texts: Sequence[str]) -> Tokens:
         heads = [self._head(text) for text in texts]
-        encodings = self._batch(heads)
         ids, truncated = [], []
-        limit = self._limit
-        for position, encoding in enumerate(encodings):
-            tokens = encoding.ids
-            whole = len(heads[position]) == len(texts[position])
-            if limit is not None and (not whole or len(tokens) >= limit):
-                beyond = sum(len(part) for part in encoding.overflowing)
-                if not whole and len(tokens) + beyond < limit + _SPARE_TOKENS:
-                    longer = self._longest(texts[position])
-                    if len(longer) > len(heads[position]):
-                        encoding = self._batch([longer])[0]
-                    tokens, beyond = encoding.ids, len(encoding.overflowing)
-                    whole = len(longer) == len(texts[position])
-                if beyond or not whole:
-                    truncated.append(position)
+        for position, encoding in enumerate(self._batch(heads)):
+            tokens, is_cut = self._kept(texts[position], heads[position], encoding)
             ids.append(tokens)
+            if is_cut:
+                truncated.append(position)
         return Tokens(ids, truncated)
+
+    def _kept(self, text: str, head: str, encoding: Any) -> tuple[list[int], bool]:
+        """Tokens that are kept of a text, of which ``head`` was encoded; whether it is cut."""
+        whole = len(head) == len(text)
+        if self._limit is None or (whole and len(encoding.ids) < self._limit):
+            return encoding.ids, False
+        beyond = sum(len(part) for part in encoding.overflowing)
+        if not whole and len(encoding.ids) + beyond < self._limit + _SPARE_TOKENS:
+            longer = self._longest(text)
+            if len(longer) > len(head):
+                encoding = self._batch([longer])[0]
+            beyond, whole = len(encoding.overflowing), len(longer) == len(text)
+        return encoding.ids, bool(beyond) or not whole
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> Pairs:
         """Token ids of pairs that ``clean`` has seen; of the longer text more is cut.
@@ -132,9 +133,7 @@ class TextTokenizer:
             DamagedEncoderError: the limit leaves no room for a pair.
             EncodingError: a pair has no tokens.
         """
-        added = self._tokenizer.num_special_tokens_to_add(True)
-        if self._limit is not None and self._limit <= added:
-            raise DamagedEncoderError(_no_room(self._limit, added))
+        _require_room(self._limit, self._tokenizer.num_special_tokens_to_add(True))
         heads = [(self._head(first), self._head(second)) for first, second in pairs]
         encodings = self._batch(heads)
         ids, truncated, begins = [], [], []
@@ -199,11 +198,12 @@ class TextTokenizer:
         return text[-most:] if self._from_right else text[:most]
 
 
-def _no_room(limit: int, added: int) -> str:
-    return (
-        f"'max_seq_length' is {limit}, and the tokenizer adds {added} special tokens, so that "
-        "nothing of a text would be read."
-    )
+def _require_room(limit: int | None, added: int) -> None:
+    if limit is not None and limit <= added:
+        raise DamagedEncoderError(
+            f"'max_seq_length' is {limit}, and the tokenizer adds {added} special tokens, so that "
+            "nothing of a text would be read."
+        )
 
 
 @contextmanager

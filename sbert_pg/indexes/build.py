@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from sqlalchemy.ext.compiler import compiles
 
 from sbert_pg import system
 from sbert_pg.errors import DeclarationError, StepStoppedError, TableBusyError
-from sbert_pg.indexes.read import index_state, same_index, vector_indexes
+from sbert_pg.indexes.read import StoredIndex, index_state, same_index, vector_indexes
 from sbert_pg.locks import (
     ATTEMPTS,
     LOCK_TIMEOUT,
@@ -252,26 +252,30 @@ class IndexBuilder:
         beside = name_beside(wanted.name)
         stored = vector_indexes(self.connection, self.table, schema=self.schema)
         by_name = {index.name: index for index in stored}
-        old, new = by_name.get(wanted.name), by_name.get(beside)
-        if old is not None and old.valid:
-            if keep_valid or same_index(self.connection, wanted, old):
-                self.drop(beside)
-                return False
-        elif old is not None:
-            self.drop(wanted.name)
-            old = None
-        if new is not None and not (new.valid and same_index(self.connection, wanted, new)):
+        old, new = self._valid(by_name, wanted.name), self._valid(by_name, beside)
+        if old is not None and (keep_valid or same_index(self.connection, wanted, old)):
+            self.drop(beside)
+            return False
+        if new is not None and not same_index(self.connection, wanted, new):
             self.drop(beside)
             new = None
-        if new is None and old is None:
-            return self.create(wanted.to_index())
         if new is None:
+            if old is None:
+                return self.create(wanted.to_index())
             self.create(wanted.to_index(name=beside))
         if old is not None:
             self.drop(wanted.name)
         rename = RenameIndex(beside, self.schema, wanted.name)
         self._retried(lambda: self.connection.execute(rename))
         return True
+
+    def _valid(self, stored: Mapping[str, StoredIndex], name: str) -> StoredIndex | None:
+        """The index of a name; one that is not valid is dropped."""
+        index = stored.get(name)
+        if index is None or index.valid:
+            return index
+        self.drop(name)
+        return None
 
     def drop(self, name: str) -> None:
         """Drop an index, if it is there, without stopping readers and writers.

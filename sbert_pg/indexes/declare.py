@@ -154,6 +154,15 @@ def _index(
     return index
 
 
+def _require_width(where: str, width: int, kind: str) -> None:
+    limit = MAX_INDEXED_DIMENSIONS[kind]
+    if width > limit:
+        raise DeclarationError(
+            f"{where}: {width} dimensions are too many for an index on {kind}, which takes "
+            f"{limit}. Use form='halfvec' (up to 4000) or form='binary' (up to 64000)."
+        )
+
+
 def _indexed(
     method: IndexMethod,
     table: sa.Table,
@@ -170,12 +179,8 @@ def _indexed(
         )
     kinds = {"halfvec": "halfvec", "binary": "bit"}
     kind = kinds.get(form.name, type_.storage)
-    width, limit = form.dimensions or type_.dimensions, MAX_INDEXED_DIMENSIONS[kind]
-    if width > limit:
-        raise DeclarationError(
-            f"{where}: {width} dimensions are too many for an index on {kind}, which takes "
-            f"{limit}. Use form='halfvec' (up to 4000) or form='binary' (up to 64000)."
-        )
+    width = form.dimensions or type_.dimensions
+    _require_width(where, width, kind)
     if not 0 < width <= type_.dimensions or len(form.mean or [0] * width) != width:
         raise DeclarationError(
             f"{where}: the column has {type_.dimensions} dimensions; a subvector has fewer, and a "

@@ -198,6 +198,10 @@ def same_index(connection: sa.Connection, wanted: VectorIndex, stored: VectorInd
         normal = _normalized(connection, wanted)
         if normal is not None:
             return _essence(normal) == _essence(stored)
+    return _same_text(wanted, stored)
+
+
+def _same_text(wanted: VectorIndex, stored: VectorIndex) -> bool:
     if wanted.opclass not in (None, stored.opclass):
         return False
     if wanted.element is None or stored.element is None:
@@ -216,7 +220,7 @@ def _normalized(connection: sa.Connection, wanted: VectorIndex) -> VectorIndex |
     table = f"sbert_{uuid.uuid4().hex[:16]}"
     try:
         with _rolled_back(connection):
-            connection.execute(_CopyTable(table, wanted))
+            connection.execute(CopyTable(table, wanted.schema, wanted.table))
             try:
                 copy = wanted.to_index(name=f"{table}_i", table=("pg_temp", table))
                 copy.dialect_options["postgresql"]["tablespace"] = None
@@ -242,18 +246,17 @@ def _rolled_back(connection: sa.Connection) -> Iterator[None]:
         savepoint.rollback()
 
 
-class _CopyTable(sa.schema.ExecutableDDLElement):
-    def __init__(self, name: str, wanted: VectorIndex) -> None:
-        self.name = name
-        self.wanted = wanted
+class CopyTable(sa.schema.ExecutableDDLElement):
+    """An empty temporary table with the columns of another."""
+
+    def __init__(self, name: str, schema: str | None, table: str) -> None:
+        self.name, self.schema, self.table = name, schema, table
 
 
-@compiles(_CopyTable)
-def _copy_table(element: _CopyTable, compiler: Any, **_: Any) -> str:
-    wanted = element.wanted
-    source = system.ddl_name(compiler, wanted.schema, wanted.table)
-    name = compiler.preparer.quote(element.name)
-    return f"CREATE TEMPORARY TABLE {name} (LIKE {source})"
+@compiles(CopyTable)
+def _copy_table(element: CopyTable, compiler: Any, **_: Any) -> str:
+    source = system.ddl_name(compiler, element.schema, element.table)
+    return f"CREATE TEMPORARY TABLE {compiler.preparer.quote(element.name)} (LIKE {source})"
 
 
 class _DropTable(sa.schema.ExecutableDDLElement):

@@ -15,7 +15,7 @@ from sqlalchemy.engine import Dialect
 
 from sbert_pg.catalog.embedding import default_of
 from sbert_pg.errors import LoadError
-from sbert_pg.row_vectors import embedding_columns
+from sbert_pg.row_vectors import EmbeddingColumn, embedding_columns
 from sbert_pg.source import NOT_KNOWN, Text
 
 #: Types of plain values of a source.
@@ -35,6 +35,14 @@ _FROM_TEXT: dict[type, Callable[[str], Any]] = {
     datetime.datetime: datetime.datetime.fromisoformat,
     datetime.time: datetime.time.fromisoformat,
 }
+
+
+def _embedded(table: sa.Table, mapped: Set[sa.Column[Any]]) -> tuple[EmbeddingColumn, ...]:
+    return tuple(
+        each
+        for each in embedding_columns(table)
+        if not each.is_cut and mapped >= {each.column, *each.source_columns}
+    )
 
 
 class Plan:
@@ -57,20 +65,12 @@ class Plan:
         first: Mapping[str, Any],
     ) -> None:
         _require_mapping(first, 0)
-        mapped = set(names.values())
-        self.embedded = tuple(
-            embedded
-            for embedded in embedding_columns(table)
-            if not embedded.is_cut
-            and mapped.issuperset((embedded.column, *embedded.source_columns))
-        )
-        vectors = [embedded.column for embedded in self.embedded]
-        companions = {embedded.companion for embedded in self.embedded}
+        self.embedded = _embedded(table, set(names.values()))
+        vectors = [each.column for each in self.embedded]
+        companions = {each.companion for each in self.embedded}
         _refuse_keys(table, names, companions, first)
         plain = _without(names, companions.union(vectors))
-        written = {
-            key: column for key, column in plain.items() if key in first or _has_default(column)
-        }
+        written = {key: plain[key] for key in plain if key in first or _has_default(plain[key])}
         self.columns = tuple(written.values())
         #: Whether rows have to go through INSERT, since SQLAlchemy computes a default of theirs.
         self.inserts = any(_is_computed(plain[key]) for key in plain.keys() - first.keys())
@@ -81,12 +81,12 @@ class Plan:
         self._getters = _getters(self._keys, first)
         self._vector_getters = _getters(self._vector_keys, first)
         self._convert: list[_Conversion] = []
-        position = {column: i for i, column in enumerate(self.columns)}
         #: For each embedding column where its source stands, or what an absent column holds.
-        self._sources: list[list[tuple[int | None, Any]]] = [
-            [(position.get(column), default_of(column)) for column in embedded.source_columns]
-            for embedded in self.embedded
-        ]
+        self._sources = [self._places(each.source_columns) for each in self.embedded]
+
+    def _places(self, columns: Sequence[sa.Column[Any]]) -> list[tuple[int | None, Any]]:
+        position = {column: i for i, column in enumerate(self.columns)}
+        return [(position.get(column), default_of(column)) for column in columns]
 
     def convert_for(self, dialect: Dialect, copies: bool) -> None:
         """Decide how values are converted; what goes through INSERT is converted there."""

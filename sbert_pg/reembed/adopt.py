@@ -247,12 +247,17 @@ def _examine(
     screened = _screen(column, fitting, sources)
     if not screened:
         return unproven("the table has no text that could be a source")
+    return _judged(column, screened, min_share)
+
+
+def _judged(column: _Column, screened: Sequence[Candidate], min_share: float) -> Proof:
+    """The proof, or what it lacks, of the best candidate, by the whole sample."""
     text = screened[0].text
     best = column.compared(screened[0].encoder, text)
     some = bool(best.comparison.agreeing)
     return Proof(
-        table=table,
-        column=name,
+        table=column.table.fullname,
+        column=column.column.name,
         rows=column.rows,
         best=best,
         source=text.source,

@@ -60,6 +60,13 @@ class IndexRecall:
     mean: float
     worst: float
 
+    def __str__(self) -> str:
+        under = f" where {self.filter} ({self.selectivity:.1%} of rows)" if self.filter else ""
+        return (
+            f"{self.mean:.3f}{under}, worst {self.worst:.2f}, {self.queries} rows against exact "
+            "search"
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
@@ -153,17 +160,12 @@ class Verification:
         yield f"{self.table}.{self.new} ({self.new_encoder}){replaced}"
         yield f"  coverage   {self.coverage}"
         yield f"  index      {self.index or 'none'}"
-        for r in self.recalls:
-            under = f" where {r.filter} ({r.selectivity:.1%} of rows)" if r.filter else ""
-            yield (
-                f"  recall@{self.k}  {r.mean:.3f}{under}, worst {r.worst:.2f}, "
-                f"{r.queries} rows against exact search"
-            )
+        for recall in self.recalls:
+            yield f"  recall@{self.k}  {recall}"
         if self.agreement is not None:
             yield f"  texts      encoded again: {self.agreement}"
-            if self.agreement.doubtful:
-                doubtful = ", ".join(self.agreement.doubtful[:20])
-                yield f"             doubtful rows: {doubtful}"
+        if self.agreement is not None and self.agreement.doubtful:
+            yield f"             doubtful rows: {', '.join(self.agreement.doubtful[:20])}"
         if self.overlap is not None:
             yield f"  overlap@{self.k} {self.overlap:.3f} of neighbours are the old column's too"
         for q in self.quality:
@@ -171,36 +173,44 @@ class Verification:
                 f"  quality    {q.column}: nDCG@{self.k} {q.ndcg:.4f}, recall {q.recall:.4f}, "
                 f"MRR {q.mrr:.4f} ({q.queries} labelled queries)"
             )
-        for note in self.notes:
-            yield f"  note       {note}"
-        for failure in self.failures:
-            yield f"  FAILED     {failure}"
+        yield from map("  note       {}".format, self.notes)
+        yield from map("  FAILED     {}".format, self.failures)
         yield f"  {'passed' if self.passed else 'not passed'}, in {self.seconds:.1f} s"
 
 
 def judge(report: Verification, thresholds: Thresholds, *, old_has_index: bool) -> tuple[str, ...]:
     """The thresholds that a verification misses, in words."""
-    limits, coverage, k = thresholds, report.coverage, report.k
+    limits, coverage = thresholds, report.coverage
     missed = list(replace(coverage, backfill=0).reasons(limits.max_pending, limits.max_failed))
-    share = 1 - coverage.missing / coverage.rows if coverage.rows else 1.0
-    if limits.coverage is not None and share < limits.coverage:
-        missed.append(
-            f"{coverage.count(coverage.missing)} rows wait for their vector (coverage {share:.4f}, "
-            f"and {limits.coverage:g} is asked for)"
-        )
+    missed += _uncovered(coverage, limits.coverage)
     if limits.need_index and old_has_index and report.index is None:
         missed.append("there is no valid index on the new column, and the old one has one")
     for what, value, least in _figures(report, limits):
         if value is not None and least is not None and value < least:
             missed.append(f"{what} is {value:.4g}, and {least:g} is asked for")
-    if len(report.quality) > 1 and limits.quality_loss is not None:
-        loss = report.quality[1].ndcg - report.quality[0].ndcg
-        if loss > limits.quality_loss:
-            missed.append(
-                f"nDCG@{k} is {loss:.4f} below the old column's, and at most "
-                f"{limits.quality_loss:g} may be lost"
-            )
+    missed += _worse(report, limits.quality_loss)
     return tuple(missed)
+
+
+def _uncovered(coverage: Coverage, least: float | None) -> Iterator[str]:
+    share = 1 - coverage.missing / coverage.rows if coverage.rows else 1.0
+    if least is not None and share < least:
+        yield (
+            f"{coverage.count(coverage.missing)} rows wait for their vector (coverage {share:.4f}, "
+            f"and {least:g} is asked for)"
+        )
+
+
+def _worse(report: Verification, most: float | None) -> Iterator[str]:
+    """Whether the labelled queries lose more by the new column than they may."""
+    if len(report.quality) < 2 or most is None:
+        return
+    loss = report.quality[1].ndcg - report.quality[0].ndcg
+    if loss > most:
+        yield (
+            f"nDCG@{report.k} is {loss:.4f} below the old column's, and at most {most:g} may be "
+            "lost"
+        )
 
 
 def _figures(

@@ -235,8 +235,13 @@ class _Exact:
         self.passing = dict.fromkeys(of.filters, 0)
         self.vectors: dict[str, Vectors] = {}
 
-    def read(self, wanted: set[str]) -> None:
-        """Read the table once; keep the vectors of the wanted keys."""
+    def _keep(self, block: exact.Block, kept: set[str]) -> None:
+        for label, vector in zip(block.labels, block.vectors[0], strict=True):
+            if label in kept:
+                self.vectors[label] = vector
+
+    def read(self, kept: set[str]) -> None:
+        """Read the table once; keep the vectors of some keys."""
         of, first = self.of, 0
         findable = [of.proven(side) for side in of.sides]
         for block in exact.blocks(
@@ -246,20 +251,18 @@ class _Exact:
             sa.or_(*findable),
             [*findable, *of.filters.values()],
         ):
-            found, filters = block.flags[: len(of.sides)], block.flags[len(of.sides) :]
+            proven, filters = block.flags[: len(of.sides)], block.flags[len(of.sides) :]
             scores = self._scores(0, self.sampled[0], block)
-            self.by_filter[None].add(scores, first, found[0])
+            self.by_filter[None].add(scores, first, proven[0])
             for name, flag in zip(of.filters, filters, strict=True):
-                self.by_filter[name].add(scores, first, flag & found[0])
+                self.by_filter[name].add(scores, first, flag & proven[0])
                 self.passing[name] += int(flag.sum())
             if len(of.sides) > 1:
-                self.old.add(self._scores(1, self.sampled[1], block), first, found[1])
+                self.old.add(self._scores(1, self.sampled[1], block), first, proven[1])
             for i, (vectors, best) in enumerate(zip(self.labelled, self.by_query, strict=True)):
                 if vectors is not None and best is not None:
-                    best.add(self._scores(i, vectors, block), first, found[i])
-            for position, label in enumerate(block.labels):
-                if label in wanted:
-                    self.vectors[label] = block.vectors[0][position]
+                    best.add(self._scores(i, vectors, block), first, proven[i])
+            self._keep(block, kept)
             self.read_labels.extend(block.labels)
             first += len(block.labels)
 

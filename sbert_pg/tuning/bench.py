@@ -11,9 +11,9 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import TSVECTOR
 from sqlalchemy.ext.compiler import compiles
 
-from sbert_pg import system
 from sbert_pg.catalog import rows as catalog_rows
 from sbert_pg.errors import DeclarationError
+from sbert_pg.indexes.read import CopyTable
 from sbert_pg.types.encoding import query_vectors
 from sbert_pg.types.vector import VectorType, plain_type
 
@@ -55,7 +55,7 @@ class Bench:
         if not chosen:
             raise DeclarationError(f"{table.fullname}.{base.name} has too few vectors to measure.")
         self.rows = len(chosen)
-        connection.execute(_TemporaryCopy(self.name, table))
+        connection.execute(CopyTable(self.name, table.schema, table.name))
         copy = self.table()
         for i in range(0, len(chosen), _CHUNK):
             part = sa.select(*self.columns()).where(
@@ -93,40 +93,38 @@ class Bench:
     def usual_filters(self) -> dict[str, sa.ColumnElement[bool]]:
         """Equality with common values of the column that an index of the table begins with."""
         table: Any = self.base.table
+        for name in self._leading():
+            column = table.c[name]
+            if column.primary_key or isinstance(column.type, (sa.LargeBinary, sa.JSON)):
+                continue
+            values = self._common_values(name)
+            if len(values) > 1:
+                return {
+                    f"{name} = {value}"[:40]: column == sa.literal(value, column.type)
+                    for value in (values[0], values[-1])
+                }
+        return {}
+
+    def _leading(self) -> list[str]:
+        """Columns that an index begins with, but vectors and texts."""
+        table: Any = self.base.table
         indexes = sa.inspect(self.connection).get_indexes(table.name, schema=table.schema)
         first = (index["column_names"][0] for index in indexes if index["column_names"])
         names = {c.name for c in table.c if not isinstance(c.type, (VectorType, TSVECTOR))}
-        leading = [name for name in dict.fromkeys(first) if name is not None and name in names]
-        filters: dict[str, sa.ColumnElement[bool]] = {}
-        for name in leading:
-            column, own = table.c[name], self.table().c[name]
-            if column.primary_key or isinstance(column.type, (sa.LargeBinary, sa.JSON)):
-                continue
-            rows = self.connection.execute(
-                sa.select(own)
-                .where(own.is_not(None))
-                .group_by(own)
-                .having(sa.func.count() >= max(2, self.rows // 1000))
-                .order_by(sa.func.count().desc(), own)
-                .limit(50)
-            )
-            values = list(rows.scalars())
-            for value in (values[0], values[-1]) if len(values) > 1 else ():
-                filters[f"{name} = {value}"[:40]] = column == sa.literal(value, column.type)
-            if filters:
-                break
-        return filters
+        return [name for name in dict.fromkeys(first) if name is not None and name in names]
 
-
-class _TemporaryCopy(sa.schema.ExecutableDDLElement):
-    def __init__(self, name: str, table: sa.Table) -> None:
-        self.name, self.table = name, table
-
-
-@compiles(_TemporaryCopy)
-def _copy(element: _TemporaryCopy, compiler: Any, **_: Any) -> str:
-    source = system.ddl_name(compiler, element.table.schema, element.table.name)
-    return f"CREATE TEMPORARY TABLE {compiler.preparer.quote(element.name)} (LIKE {source})"
+    def _common_values(self, name: str) -> list[Any]:
+        """Values of a column that a thousandth of the rows have at least, the commonest first."""
+        own = self.table().c[name]
+        rows = self.connection.execute(
+            sa.select(own)
+            .where(own.is_not(None))
+            .group_by(own)
+            .having(sa.func.count() >= max(2, self.rows // 1000))
+            .order_by(sa.func.count().desc(), own)
+            .limit(50)
+        )
+        return list(rows.scalars())
 
 
 class _Analyze(sa.schema.ExecutableDDLElement):

@@ -225,6 +225,16 @@ def _changed(text: str, change: Callable[[str], str]) -> Triple | None:
     return None if first in (same, other) else Triple(first, same, other)
 
 
+def _separated(encoder: Encoder, texts: Sequence[str]) -> tuple[int, int]:
+    """Of the texts with 8 words and more, those whose halves are nearest to each other; and all."""
+    split = [(w[: len(w) // 2], w[len(w) // 2 :]) for w in map(str.split, texts) if len(w) >= 8]
+    if not split:
+        return 0, 0
+    first, second = (encoder.encode_document([" ".join(pair[n]) for pair in split]) for n in (0, 1))
+    near = encoder.similarity(first, second)
+    return int((near.argmax(axis=1) == np.arange(len(split))).sum()), len(split)
+
+
 def _own(encoder: Encoder, texts: Sequence[str]) -> OwnTexts:
     from tokenizers import Tokenizer
 
@@ -240,20 +250,14 @@ def _own(encoder: Encoder, texts: Sequence[str]) -> OwnTexts:
     limit = encoder.max_seq_length
     lengths = encoder.count_tokens(texts)
     words = max(sum(len(text.split()) for text in texts), 1)
-    split = [(w[: len(w) // 2], w[len(w) // 2 :]) for w in map(str.split, texts) if len(w) >= 8]
-    right = 0
-    if split:
-        first = encoder.encode_document([" ".join(a) for a, _ in split])
-        second = encoder.encode_document([" ".join(b) for _, b in split])
-        near = encoder.similarity(first, second)
-        right = int((near.argmax(axis=1) == np.arange(len(split))).sum())
+    right, halves = _separated(encoder, texts)
     return OwnTexts(
         texts=len(texts),
         tokens_per_word=count / words,
         unknown=sum(part.count(unknown) for part in tokens) / count if unknown else 0.0,
         cut=sum(limit is not None and n > limit for n in lengths) / len(texts),
-        halves=len(split),
-        separated=share(right, len(split)) if split else Figure(0.0, 0.0, 1.0),
+        halves=halves,
+        separated=share(right, halves) if halves else Figure(0.0, 0.0, 1.0),
     )
 
 

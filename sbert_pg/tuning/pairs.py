@@ -131,7 +131,7 @@ def hard_negatives(
         Their keys, nearest first.
     """
     most = max((len(query.gains) for query in queries), default=0)
-    found: list[list[str]] = []
+    negatives: list[list[str]] = []
     with engine.connect() as connection:
         for first in range(0, len(queries), _BATCH):
             batch = queries[first : first + _BATCH]
@@ -142,10 +142,14 @@ def hard_negatives(
             for row in connection.execute(with_answers(statement)):
                 answers[row.query].append(row)
             for query, rows in zip(batch, answers, strict=True):
-                known = {row.text for row in rows if query.gains.get(row.key, 0) > 0}
-                others = (row for row in rows if row.key not in query.gains)
-                found.append([row.key for row in others if row.text not in known][:count])
-    return found
+                negatives.append(_unlabelled(query, rows)[:count])
+    return negatives
+
+
+def _unlabelled(query: LabelledQuery, rows: Sequence[Any]) -> list[str]:
+    """Keys of the rows that no label names, and that do not begin as a labelled one does."""
+    known = {row.text for row in rows if query.gains.get(row.key, 0) > 0}
+    return [row.key for row in rows if row.key not in query.gains and row.text not in known]
 
 
 def split_pairs(
