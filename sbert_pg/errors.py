@@ -74,12 +74,9 @@ class MissingExtraError(SbertPgError, ImportError):
 
 @contextmanager
 def needing(package: str | None, extra: str, purpose: str) -> Iterator[None]:
-    """Imports of an optional dependency; arguments as for ``MissingExtraError``.
+    """Imports of an optional dependency: arguments as for ``MissingExtraError``.
 
-    Args:
-        package: ``None`` for the one that is missing, where several are imported.
-        extra: see there.
-        purpose: see there.
+    Without a package the one is named that is missing.
     """
     try:
         yield

@@ -10,10 +10,9 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.ext.compiler import compiles
 
 from sbert_pg import system
 from sbert_pg.errors import TableBusyError
@@ -49,9 +48,6 @@ def retried(
         attempts: how often to try.
         between: called after each failure, before the pause.
 
-    Returns:
-        What the function returns.
-
     Raises:
         TableBusyError: the lock was not to be had.
     """
@@ -80,14 +76,10 @@ def in_short_transactions(
     """Run one step in a transaction of its own that never waits long for a lock.
 
     Args:
-        engine: where.
-        step: what to do; called anew at each attempt, and committed as a whole or not at all.
+        step: what to do; called again at each attempt, and committed as a whole or not at all.
         relation: table that the step locks, as text for ``to_regclass``, for the message.
         lock_timeout: seconds that a statement waits for a lock.
         attempts: how often to try.
-
-    Returns:
-        What the step returns.
 
     Raises:
         TableBusyError: the lock was not to be had; the message names who holds it.
@@ -103,21 +95,6 @@ def in_short_transactions(
             return busy_message(connection, relation, attempts, lock_timeout)
 
     return retried(attempt, busy=busy, attempts=attempts)
-
-
-class LockTable(sa.schema.ExecutableDDLElement):
-    """``LOCK TABLE ... IN ... MODE``."""
-
-    def __init__(
-        self, table: sa.Table, mode: Literal["ACCESS EXCLUSIVE", "SHARE UPDATE EXCLUSIVE"]
-    ) -> None:
-        self.table = table
-        self.mode = mode
-
-
-@compiles(LockTable, "postgresql")
-def _lock_table(element: LockTable, compiler: Any, **_: Any) -> str:
-    return f"LOCK TABLE {compiler.preparer.format_table(element.table)} IN {element.mode} MODE"
 
 
 def milliseconds(seconds: float) -> str:
@@ -211,7 +188,6 @@ def busy_message(
 __all__ = [
     "ATTEMPTS",
     "LOCK_TIMEOUT",
-    "LockTable",
     "busy_message",
     "holders",
     "in_short_transactions",

@@ -43,7 +43,6 @@ def use_encoder(encoder: TextEncoder, *, name: str | None = None) -> TextEncoder
     """Use this encoder, in this process, for every column that names it.
 
     Args:
-        encoder: the encoder.
         name: the name under which columns declare it; its own name by default.
 
     Returns:

@@ -67,7 +67,6 @@ def rerank(
 
     Args:
         rows: rows in the order in which they were found, with which the time is spent first.
-        question: the question.
         reranker: scores pairs, see ``sbert_pg.Reranker``.
         text: what a row says: an attribute of its class, or a function of the row. Where it gives
             several texts, or objects with a ``text`` such as ``Document.passages``, the best of
@@ -196,11 +195,7 @@ def by_marginal_relevance(
 ) -> list[int]:
     """Numbers of the vectors that ``diverse`` takes, in the order in which it takes them.
 
-    Args:
-        vectors: of shape ``(n, dimensions)``.
-        question: of shape ``(dimensions,)``.
-        limit: how many at most.
-        trade: as for ``diverse``.
+    ``vectors`` are of shape ``(n, dimensions)`` and ``question`` of ``(dimensions,)``.
     """
     gain = trade * similarity_matrix(question[None], vectors, "cosine")[0]
     similarity = similarity_matrix(vectors, vectors, "cosine")

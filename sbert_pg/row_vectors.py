@@ -192,7 +192,6 @@ def encode_documents(
 
     Args:
         spec: the encoder.
-        texts: the texts.
         label: what an error calls the text at a position.
 
     Returns:

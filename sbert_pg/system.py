@@ -33,8 +33,6 @@ ATTRIBUTE = _catalog(
     attnotnull=_B,
 )  # fmt: skip
 TYPE = _catalog("pg_type", oid=_O, typname=_T, typtype=_T, typcategory=_T, typbasetype=_O)
-TRIGGER = _catalog("pg_trigger", tgrelid=_O, tgtype=sa.SmallInteger, tgisinternal=_B, tgenabled=_T)
-INHERITS = _catalog("pg_inherits", inhrelid=_O, inhparent=_O)
 EXTENSION = _catalog("pg_extension", extname=_T, extversion=_T)
 CONSTRAINT = _catalog("pg_constraint", conrelid=_O, confrelid=_O, contype=_T)
 DEPEND = _catalog("pg_depend", classid=_O, objid=_O, refclassid=_O, refobjid=_O, refobjsubid=_I)
@@ -73,3 +71,9 @@ def ddl_name(compiler: Any, schema: str | None, name: str) -> str:
     table = sa.Table(name, sa.MetaData(), schema=schema or None)
     formatted: str = compiler.preparer.format_table(table)
     return formatted
+
+
+def ddl(statement: str, table: sa.Table) -> sa.schema.ExecutableDDLElement:
+    """A statement that SQLAlchemy has no construct for; ``%(fullname)s`` in it is the table."""
+    element: sa.DDL = sa.DDL(statement)  # type: ignore[no-untyped-call]
+    return element.against(table)

@@ -37,10 +37,8 @@ class IndexOperation(SbertOperation):
 
     Args:
         index_name: its name; marked by ``op.f()`` where a naming convention has been applied.
-        table_name: the table.
         concurrently: whether it leaves the migration's transaction.
         lock_timeout: seconds to wait for transactions in its way, at each of three attempts.
-        schema: schema of the table.
     """
 
     index_name: str
@@ -79,7 +77,6 @@ class CreateVectorIndexOp(IndexOperation):
 
     Args:
         index_name: its name.
-        table_name: the table.
         element: name of the column, or ``sa.text()`` of an expression such as
             ``(embedding::halfvec(384))``.
         using: ``"hnsw"`` or ``"ivfflat"``.
@@ -96,7 +93,6 @@ class CreateVectorIndexOp(IndexOperation):
         lock_timeout: seconds that a concurrent build waits for transactions that were there before
             it, at each of three attempts. While it waits it stops neither readers nor writers, and
             giving up throws the build away, so it is long.
-        schema: schema of the table.
 
     Raises:
         TableBusyError: a lock could not be had; the message says who holds it.
@@ -185,10 +181,8 @@ class DropVectorIndexOp(IndexOperation):
 
     Args:
         index_name: its name.
-        table_name: the table.
         concurrently: ``False`` drops it in the migration's transaction, under a lock on the table.
         lock_timeout: as in ``create_vector_index``.
-        schema: schema of the table.
 
     Raises:
         TableBusyError: a lock could not be had; the message says who holds it.

@@ -177,8 +177,6 @@ class ColumnOperation(SbertOperation):
     """An operation on one column.
 
     Args:
-        table_name: the table.
-        column_name: the column.
         schema: schema of the table, ``None`` for the search path's.
     """
 
@@ -258,11 +256,9 @@ class AddEmbeddingColumnOp(DeclaringOperation):
     before is committed first. Done twice it changes nothing.
 
     Args:
-        table_name: the table.
         column_name: the new column.
         encoder, source, separator, storage, dimensions, similarity: as in ``embedding_column``.
         replaces: see ``begin_reembedding``, which says it.
-        schema: schema of the table.
 
     Raises:
         TableBusyError: the table's lock could not be had; the message says who holds it.
@@ -285,11 +281,9 @@ class BeginReembeddingOp(AddEmbeddingColumnOp):
     Both are kept fresh from now on. Otherwise as ``add_embedding_column``.
 
     Args:
-        table_name: the table.
         column_name: the new column.
         replaces: the old column, which is bound.
         encoder, source, separator, storage, dimensions, similarity: as in ``embedding_column``.
-        schema: schema of the table.
 
     Raises:
         NotBoundError: the old column is not bound.
@@ -307,11 +301,6 @@ class DropEmbeddingColumnOp(ColumnOperation):
     """Drop an embedding column with its companion, its binding, triggers and indexes.
 
     Works as ``add_embedding_column`` does: in short transactions, with retries, and again.
-
-    Args:
-        table_name: the table.
-        column_name: the column.
-        schema: schema of the table.
 
     Raises:
         TableBusyError: the table's lock could not be had; the message says who holds it.
@@ -333,9 +322,7 @@ class AbortReembeddingOp(DropEmbeddingColumnOp):
     """Abort a change of encoder: drop the new column; the old one stays as if alone.
 
     Args:
-        table_name: the table.
         column_name: the new column.
-        schema: schema of the table.
 
     Raises:
         TableBusyError: the table's lock could not be had; the message says who holds it.
@@ -350,11 +337,9 @@ class FinishReembeddingOp(DropEmbeddingColumnOp):
     Everything is checked before anything is committed or dropped.
 
     Args:
-        table_name: the table.
         column_name: the old column.
         force: drop it although it is still read or written.
         quiet: seconds for which it must not have been used.
-        schema: schema of the table.
 
     Raises:
         BackfillIncompleteError: the new column is not complete, or lacks its index.
@@ -389,10 +374,8 @@ class ResumeReembeddingOp(ColumnOperation):
     vectors, and is said again to replace the old one. Done twice it changes nothing.
 
     Args:
-        table_name: the table.
         column_name: the new column, which is bound.
         replaces: the old column, which is bound again.
-        schema: schema of the table.
 
     Raises:
         NotBoundError: one of the two is not bound.
@@ -417,15 +400,12 @@ class BindEmbeddingColumnOp(DeclaringOperation):
     ``sbert-pg adopt`` does, and binds it. Done twice it mends what is missing of the binding.
 
     Args:
-        table_name: the table.
-        column_name: the column.
         encoder, source, separator, storage, dimensions, similarity: as in ``embedding_column``.
         replaces: the column that this one is to replace, which is bound.
         discard_vectors: bind a column that holds vectors, each of which a worker makes again.
         concurrently: commit what came before, bind in a short transaction that is tried again where
             its lock cannot be had, and build the queue beside reads and writes; else in the
             migration's transaction, which keeps writers out until its end.
-        schema: schema of the table.
 
     Raises:
         AlreadyBoundError: it is bound to another encoder or source.
@@ -455,10 +435,7 @@ class UnbindEmbeddingColumnOp(ColumnOperation):
     Its companion goes, which says nothing without the binding.
 
     Args:
-        table_name: the table.
-        column_name: the column.
         concurrently: see ``bind_embedding_column``.
-        schema: schema of the table.
     """
 
     concurrently: bool = False
@@ -481,11 +458,8 @@ class RebindEmbeddingColumnOp(ColumnOperation):
     stay as they are, and an encoder that has been proven stays proven.
 
     Args:
-        table_name: the table.
-        column_name: the column.
         encoder: the further encoder, which this process can load.
         dimensions: as in ``embedding_column``.
-        schema: schema of the table.
 
     Raises:
         EncoderMismatchError: the spaces differ; such a change is a new column.
@@ -514,10 +488,8 @@ class RenameBoundColumnOp(ColumnOperation):
     embedded again. Within the migration's transaction; done twice it changes nothing.
 
     Args:
-        table_name: the table.
         column_name: the column's old name.
         new_name: its new name.
-        schema: schema of the table.
     """
 
     new_name: str = field(kw_only=False)
@@ -542,11 +514,8 @@ class RequireBackfillOp(ColumnOperation):
     so the column can be filled and the same ``alembic upgrade`` run again.
 
     Args:
-        table_name: the table.
-        column_name: the column.
         max_missing: rows that may be without a vector. Before an index is built some thousands do
             no harm: they only cost more when they are written.
-        schema: schema of the table.
 
     Raises:
         BackfillIncompleteError: more rows are without; with the figures and the command to run.
@@ -563,11 +532,6 @@ class BackfillEmbeddingsOp(ColumnOperation):
 
     The encoder is loaded in this process. Progress is shown where standard error is a terminal; an
     interrupted backfill continues when the migration is run again.
-
-    Args:
-        table_name: the table.
-        column_name: the column.
-        schema: schema of the table.
 
     Raises:
         EncoderError: the encoder cannot be loaded.

@@ -19,7 +19,6 @@ def changed_texts(connection: sa.Connection, table: sa.Table) -> list[ops.Migrat
     The column and its indexes are dropped and made; PostgreSQL rewrites the table.
 
     Args:
-        connection: where the table is.
         table: as the models declare it.
     """
     declared = [c for c in table.columns if isinstance(c.type, TextSearch)]

@@ -271,9 +271,7 @@ def _report(filling: Filling) -> str:
 
 
 def _state(failure: Any) -> str:
-    if not failure.failed:
-        return "again"
-    return "skipped" if failure.skipped else "failed"
+    return ("skipped" if failure.skipped else "failed") if failure.failed else "again"
 
 
 def failed(

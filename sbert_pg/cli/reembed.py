@@ -6,6 +6,7 @@ import datetime as dt
 import json as json_module
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -35,6 +36,7 @@ EncoderOption = Annotated[
         show_default=False,
     ),
 ]
+_file = partial(typer.Option, exists=True, dir_okay=False, show_default=False)
 SourceOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -176,21 +178,11 @@ def verify(
     ] = None,
     queries: Annotated[
         Path | None,
-        typer.Option(
-            help='Labelled queries, a JSON object a line: {"query": "...", "relevant": ["17"]}.',
-            exists=True,
-            dir_okay=False,
-            show_default=False,
-        ),
+        _file(help='Labelled queries, a JSON object a line: {"query": "...", "relevant": ["17"]}.'),
     ] = None,
     thresholds: Annotated[
         Path | None,
-        typer.Option(
-            help='What has to be reached, a JSON object: {"recall": 0.97, "max_pending": 20}.',
-            exists=True,
-            dir_okay=False,
-            show_default=False,
-        ),
+        _file(help='What has to be reached, a JSON object: {"recall": 0.97, "max_pending": 20}.'),
     ] = None,
     json: common.JsonOption = False,
 ) -> None:

@@ -22,7 +22,6 @@ def resolve(connection: sa.Connection, name: str) -> Side:
     """The embedding column that a name means, on its reflected table.
 
     Args:
-        connection: a connection.
         name: ``table``, ``schema.table``, ``table.column`` or ``schema.table.column``; a table
             alone stands for its only embedding column.
 

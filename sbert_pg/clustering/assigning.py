@@ -131,7 +131,6 @@ def drift(
     count.
 
     Args:
-        connection: a connection.
         clustering: what is clustered.
         where: the criteria that the run was given beside the declared ones.
 

@@ -262,7 +262,6 @@ def groups_of(pairs: Iterable[Pair], grouping: Grouping = "chained") -> list[lis
     """Groups of rows that are nearly the same, as sorted lists of keys, largest group first.
 
     Args:
-        pairs: the pairs.
         grouping: ``"chained"`` puts rows together that hang together by pairs, so that the ends of
             a chain can be unlike. ``"centred"`` forms a group of a row and those that it makes a
             pair with, beginning with the row that has the most; a row goes to the first that has

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sbert_pg.errors import MissingExtraError
+from sbert_pg.errors import needing
 from sbert_pg.process import usable_cores
 from sbert_pg.spec import Vectors
 
@@ -83,11 +83,9 @@ def need(module: str, purpose: str, extra: str = "clustering") -> Any:
     Raises:
         MissingExtraError: it is not installed; the message names the extra that brings it.
     """
-    try:
+    root = module.partition(".")[0]
+    with needing(_PACKAGES.get(root, root), extra, purpose):
         return importlib.import_module(module)
-    except ImportError as error:
-        root = module.partition(".")[0]
-        raise MissingExtraError(_PACKAGES.get(root, root), extra, purpose) from error
 
 
 def normalize(vectors: Vectors) -> Vectors:

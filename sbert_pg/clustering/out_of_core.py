@@ -79,7 +79,6 @@ def fit_in_database(
 
     Args:
         connection: the run's transaction.
-        rows: the rows.
         algorithm: its parameters, with one number of clusters.
         seed: seed of the draws.
         total: how many rows there are.

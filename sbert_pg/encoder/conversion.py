@@ -74,14 +74,11 @@ def prepare(
 ) -> Path:
     """The converted directory of a name or path, made now where it is not there yet.
 
-    Processes that ask for the same one at the same time convert it once.
+    Processes that ask for the same one at the same time convert it once. Arguments are those of
+    ``Encoder.load``, and:
 
     Args:
-        name_or_path: as for ``Encoder.load``.
-        precision: as for ``Encoder.load``.
-        revision: as for ``Encoder.load``.
-        cache_dir: as for ``Encoder.load``.
-        providers: as for ``Encoder.load``; they decide which precision is the default.
+        providers: they decide which precision is the default.
         output: put it here and not into the cache.
         again: convert again even where it is there.
         kind: ``"encoder"``, or ``"reranker"`` for a cross-encoder.

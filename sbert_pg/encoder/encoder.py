@@ -117,13 +117,7 @@ class Encoder(Converted):
         threads: int | None = None,
         providers: Sequence[Provider] | None = None,
     ) -> Encoder:
-        """Open a converted directory, verified against its digests.
-
-        Args:
-            directory: the directory.
-            dimensions: as for ``load``.
-            threads: as for ``load``.
-            providers: as for ``load``.
+        """Open a converted directory, verified against its digests; options as for ``load``.
 
         Raises:
             DamagedEncoderError: files are missing or do not match their digests.
@@ -233,9 +227,7 @@ class Encoder(Converted):
         consumed. The texts are read in the caller's thread.
 
         Args:
-            texts: any iterable; it may be endless.
-            prompt_name: as for ``encode``.
-            prompt: as for ``encode``.
+            texts: any iterable; it may be endless. Prompts are those of ``encode``.
             chunk_size: texts that are sorted by length together.
             progress: called with ``(done, None)``.
         """

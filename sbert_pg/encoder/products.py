@@ -130,7 +130,6 @@ class Products:
         Args:
             writer: receives the nodes.
             x: the input that the layers share.
-            layers: the layers.
             names: a name for each; the first one names the input.
         """
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""How well and how fast an encoder does on given texts: ``sbert-pg encoder compare`` and ``bench``.
+"""How well and how fast an encoder does on given texts: ``sbert-pg encoder compare``.
 
 The measures are those of MTEB.
 
@@ -19,14 +19,9 @@ import numpy.typing as npt
 
 from sbert_pg.distance import similarity_matrix
 from sbert_pg.encoder.encoder import Encoder
-from sbert_pg.probes import SAMPLE_TEXTS
 from sbert_pg.spec import TextEncoder, Vectors
 
 Floats = npt.NDArray[np.float64]
-
-#: Queries whose latency is measured, after some to warm up.
-QUERIES = 200
-WARM_UP = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +108,6 @@ def retrieval(encoder: TextEncoder, questions: Sequence[str], answers: Sequence[
 
     Args:
         encoder: questions go through ``encode_query``, answers through ``encode_document``.
-        questions: the questions.
         answers: the answer of each; equal answers count as one text.
     """
     positions: dict[str, int] = {}
@@ -137,7 +131,6 @@ def compare_on_pairs(
 
     Args:
         name: how the encoder was asked for.
-        encoder: the encoder.
         rows: two texts and their score.
     """
     left, right, scores = zip(*rows, strict=True)
@@ -153,7 +146,6 @@ def compare_on_questions(
 
     Args:
         name: how the encoder was asked for.
-        encoder: the encoder.
         rows: question and answer.
     """
     questions, answers = zip(*rows, strict=True)
@@ -179,57 +171,4 @@ def _row(name: str, encoder: Encoder, quality: dict[str, float], speed: float) -
         "texts/s": speed,
         "truncated": encoder.statistics.truncated,
         "MB": round(sum(file.stat().st_size for file in files) / 1e6, 1),
-    }
-
-
-def measure_speed(encoder: Encoder, seconds: float) -> dict[str, Any]:
-    """Throughput on short, medium and long texts, and the latency of one query.
-
-    Args:
-        encoder: the encoder.
-        seconds: least time for each length.
-    """
-    words = " ".join(SAMPLE_TEXTS).split()
-    throughput = [
-        _throughput(encoder, words, label, length, seconds)
-        for label, length in (("short", 9), ("medium", 55), ("long", 180))
-    ]
-    milliseconds = []
-    for number in range(QUERIES + WARM_UP):
-        text = _passage(words, number, 8)
-        started = time.perf_counter()
-        encoder.encode_query([text])
-        milliseconds.append(1000 * (time.perf_counter() - started))
-    p50, p95 = np.percentile(milliseconds[WARM_UP:], [50, 95])
-    return {
-        "precision": encoder.manifest.precision,
-        "throughput": throughput,
-        "query_ms": {"p50": float(p50), "p95": float(p95)},
-    }
-
-
-def _passage(words: Sequence[str], number: int, length: int) -> str:
-    """Words from somewhere, with a number that makes the text one of its kind."""
-    begin = number * 7 % max(1, len(words) - length)
-    return f"{number} {' '.join(words[begin : begin + length])}"
-
-
-def _throughput(
-    encoder: Encoder, words: Sequence[str], label: str, length: int, seconds: float
-) -> dict[str, Any]:
-    size = max(64, 12_000 // length)
-    encoder.encode_document([_passage(words, i, length) for i in range(32)])
-    before, texts, elapsed = encoder.statistics, 0, 0.0
-    while elapsed < seconds:
-        batch = [_passage(words, texts + i, length) for i in range(size)]
-        started = time.perf_counter()
-        encoder.encode_document(batch)
-        elapsed += time.perf_counter() - started
-        texts += size
-    tokens = encoder.statistics.tokens - before.tokens
-    return {
-        "texts": label,
-        "tokens_per_text": tokens / texts,
-        "texts_per_s": texts / elapsed,
-        "tokens_per_s": tokens / elapsed,
     }

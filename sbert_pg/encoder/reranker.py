@@ -38,16 +38,11 @@ class Reranker(Converted):
         providers: Sequence[Provider] | None = None,
         cache_dir: str | Path | None = None,
     ) -> Reranker:
-        """Load a cross-encoder, converting it at the first time.
+        """Load a cross-encoder, converting it at the first time; options as for ``Encoder.load``.
 
         Args:
             name_or_path: a directory that this project converted, one of a cross-encoder, or a name
                 on the hub, such as ``"cross-encoder/ms-marco-MiniLM-L6-v2"``.
-            precision: as for ``Encoder.load``.
-            revision: as for ``Encoder.load``.
-            threads: as for ``Encoder.load``.
-            providers: as for ``Encoder.load``.
-            cache_dir: as for ``Encoder.load``.
 
         Raises:
             EncoderNotFoundError: there is no such directory or repository.

@@ -24,7 +24,6 @@ from sbert_pg.indexes.read import StoredIndex, index_state, same_index, vector_i
 from sbert_pg.locks import (
     ATTEMPTS,
     LOCK_TIMEOUT,
-    LockTable,
     busy_message,
     in_short_transactions,
     milliseconds,
@@ -65,7 +64,6 @@ def build_index(
     behind, is dropped first.
 
     Args:
-        engine: where.
         index: the index, with its table; of any access method.
         maintenance_work_mem: memory for the build, as in ``"2GB"``; an HNSW graph that fits builds
             several times faster. The server's own setting by default.
@@ -89,6 +87,7 @@ def build_index(
     if table is None or index.name is None:
         raise DeclarationError("build_index needs an index with a name, attached to its table.")
     relation = system.name_of(engine.dialect, table.schema, table.name)
+    lock = system.ddl("LOCK TABLE %(fullname)s IN SHARE UPDATE EXCLUSIVE MODE", table)
     # A connection of its own, which goes when the build has been cancelled.
     with engine.connect() as plain:
         connection = plain.execution_options(isolation_level="AUTOCOMMIT")
@@ -108,7 +107,7 @@ def build_index(
                     return False
                 in_short_transactions(
                     engine,
-                    lambda locked: locked.execute(LockTable(table, "SHARE UPDATE EXCLUSIVE")),
+                    lambda locked: locked.execute(lock),
                     relation=relation,
                     lock_timeout=lock_timeout,
                     attempts=attempts,
@@ -133,17 +132,14 @@ def index_builder(
 ) -> Iterator[IndexBuilder]:
     """Build and drop indexes of one table, with the session's time-outs set aside.
 
+    Arguments that are not described are those of ``build_index``.
+
     Args:
         connection: where; every statement commits itself (``AUTOCOMMIT``).
-        table: the table.
         schema: its schema, ``None`` for the search path's.
         lock_timeout: seconds that a statement waits for a lock at an attempt; without limit by
             default. While it waits it holds up nobody but other DDL and vacuum.
         attempts: how often to try where a lock cannot be had.
-        maintenance_work_mem: see ``build_index``.
-        parallel_workers: see ``build_index``.
-        on_progress: see ``build_index``.
-        stop: see ``build_index``.
     """
     values = {
         "lock_timeout": "0" if lock_timeout is None else milliseconds(lock_timeout),

@@ -97,9 +97,7 @@ def ivfflat_index(
         column: the column: its name, a ``Column``, or the result of ``embedding_column``.
         lists: inverted lists, 1 to 32768; pgvector advises ``rows / 1000`` up to a million rows and
             ``sqrt(rows)`` beyond.
-        form: see ``hnsw_index``.
-        similarity: see ``hnsw_index``.
-        where: predicate of a partial index.
+        form, similarity, where: as for ``hnsw_index``.
 
     Raises:
         DeclarationError: as ``hnsw_index``; or for manhattan distance, which IVFFlat lacks.

@@ -50,8 +50,6 @@ def vector_indexes(
     """The HNSW and IVFFlat indexes of a table, by name; none where there is no such table.
 
     Args:
-        connection: where.
-        table: the table.
         column: only those on this column, or on an expression of it.
         schema: schema of the table, ``None`` for the search path's.
     """
@@ -165,7 +163,6 @@ def index_state(connection: sa.Connection, relation: str, name: str) -> IndexSta
     """State of an index of any kind.
 
     Args:
-        connection: where.
         relation: its table, as text for ``to_regclass``.
         name: its name.
     """
@@ -228,7 +225,8 @@ def _normalized(connection: sa.Connection, wanted: VectorIndex) -> VectorIndex |
                 return vector_indexes(connection, table, schema="pg_temp")[0]
             finally:
                 if not connection.in_nested_transaction():
-                    connection.execute(_DropTable(table))
+                    copied = sa.Table(table, sa.MetaData(), schema="pg_temp")
+                    connection.execute(sa.schema.DropTable(copied, if_exists=True))
     except sa.exc.DBAPIError:
         return None
 
@@ -257,16 +255,6 @@ class CopyTable(sa.schema.ExecutableDDLElement):
 def _copy_table(element: CopyTable, compiler: Any, **_: Any) -> str:
     source = system.ddl_name(compiler, element.schema, element.table)
     return f"CREATE TEMPORARY TABLE {compiler.preparer.quote(element.name)} (LIKE {source})"
-
-
-class _DropTable(sa.schema.ExecutableDDLElement):
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-
-@compiles(_DropTable)
-def _drop_table(element: _DropTable, compiler: Any, **_: Any) -> str:
-    return f"DROP TABLE IF EXISTS pg_temp.{compiler.preparer.quote(element.name)}"
 
 
 def _squeezed(expression: str | None) -> str:

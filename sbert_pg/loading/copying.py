@@ -40,7 +40,6 @@ class Writer:
 
     Args:
         connection: the connection, synchronous, or an asynchronous one's within ``run_sync``.
-        table: the table.
         columns: the columns that rows have, in order.
         inserts: whether rows have to go through INSERT.
     """

@@ -49,7 +49,6 @@ class Plan:
     """Which columns are written, decided by the first row; all rows are to have the same.
 
     Args:
-        table: the table.
         names: by the names that rows use, its columns.
         first: the first row.
 

@@ -206,7 +206,6 @@ def examine(
 
     Args:
         engine: where; the schema ``sbert`` has to be installed.
-        column: the column.
         encoders: candidates, loaded. Those of another width are passed over.
         sources: candidates; found by trying where left out.
         sample: rows to encode again.
@@ -331,16 +330,10 @@ def adopt(
 
     A digest is an update of the row. With a vector index on the column each costs an insertion into
     its graph, about two milliseconds: half an hour for a million rows, instead of seconds. Where
-    that is too long drop the index first, and build it again afterwards.
+    that is too long drop the index first, and build it again afterwards. Arguments are those of
+    ``examine``, and:
 
     Args:
-        engine: where.
-        column: the column.
-        encoders: candidates, loaded.
-        sources: candidate sources; found by trying where left out.
-        sample: see ``examine``.
-        min_share: see ``examine``.
-        seed: see ``examine``.
         lock_timeout: seconds to wait for the table's lock at an attempt; it is held for an instant.
         attempts: how often to try.
         progress: called with the number of rows adopted so far.

@@ -205,7 +205,6 @@ def rebind(
     documents, of ``max_seq_length``, source or weights is a change of space and is refused.
 
     Args:
-        engine: where.
         column: the column; it has an encoder already.
         encoder: the further encoder.
         sample: rows to encode again.
@@ -308,7 +307,6 @@ def copy_vectors(
     """Fill a new column from the old one without encoding a text; digests are computed with it.
 
     Args:
-        engine: where.
         old: the old column; only its fresh vectors are copied.
         new: the new column, which the server computes.
         encoder: the new column's encoder; for fewer dimensions the truncated one.

@@ -228,7 +228,6 @@ def begin(
     for both columns whether it is fresh, whichever version of the application writes it.
 
     Args:
-        engine: where.
         request: the change.
         lock_timeout: seconds to wait for the table's lock at an attempt.
         attempts: how often to try.
@@ -343,16 +342,11 @@ def build_indexes(
     """Build the new column's indexes concurrently, after the bulk of its vectors is there.
 
     Building afterwards is many times faster than keeping an index up to date during the backfill.
+    The other arguments are those of ``build_index``.
 
     Args:
-        engine: where.
         column: the new column, or the old one.
         indexes: the indexes to build, as declared; by default one like each of the old column's.
-        maintenance_work_mem: see ``build_index``.
-        parallel_workers: see ``build_index``.
-        wait: see ``build_index``.
-        on_progress: see ``build_index``.
-        stop: see ``build_index``.
 
     Returns:
         Names of the new column's indexes, those that were there included.

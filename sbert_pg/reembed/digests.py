@@ -61,7 +61,6 @@ def adopt_rows(
     """Write the digest of each row that belongs to a snapshot, for the vector that it has.
 
     Args:
-        engine: where.
         binding: the column; its vectors are proven to be its encoder's.
         snapshot: of the moment at which that was so. A row written since may have another text.
         apart: keys of rows that are left out.
@@ -103,7 +102,6 @@ def write_digests(
     Rows that others hold locked are tried again, some times, and then left.
 
     Args:
-        engine: where.
         binding: the column that is written.
         table: its table, with all columns that the other arguments read.
         vector: the vector, of the column's type.

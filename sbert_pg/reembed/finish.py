@@ -12,7 +12,7 @@ from sbert_pg import catalog, system
 from sbert_pg.catalog import Binding
 from sbert_pg.catalog.record import qualified
 from sbert_pg.errors import BackfillIncompleteError, ReembeddingError, StillInUseError
-from sbert_pg.locks import ATTEMPTS, LOCK_TIMEOUT, LockTable, in_short_transactions
+from sbert_pg.locks import ATTEMPTS, LOCK_TIMEOUT, in_short_transactions
 from sbert_pg.reembed.ready import joined
 from sbert_pg.reembed.status import (
     QUIET,
@@ -44,7 +44,6 @@ def finish(
     an instant, rewrites nothing and waits for the lock no longer than ``lock_timeout`` at a time.
 
     Args:
-        engine: where.
         column: the new column, or the old one.
         force: drop it although it is still in use. Completeness is required all the same.
         quiet: how long the old column must not have been used.
@@ -140,7 +139,6 @@ def abort(
     One transaction; afterwards nothing is left of the change. The old column was fresh throughout.
 
     Args:
-        engine: where.
         column: the new column.
         lock_timeout: seconds to wait for the table's lock at an attempt.
         attempts: how often to try.
@@ -223,7 +221,7 @@ def drop_bound_column(connection: sa.Connection, binding: Binding) -> None:
 def _lock(connection: sa.Connection, binding: Binding) -> None:
     """Lock a bound column's table against everybody until the transaction ends."""
     table = sa.Table(binding.table, sa.MetaData(), schema=binding.schema)
-    connection.execute(LockTable(table, "ACCESS EXCLUSIVE"))
+    connection.execute(system.ddl("LOCK TABLE %(fullname)s IN ACCESS EXCLUSIVE MODE", table))
 
 
 __all__ = ["abort", "drop_bound_column", "finish", "require_finishable", "resume"]

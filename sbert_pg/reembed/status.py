@@ -199,7 +199,6 @@ def status(
     """Where a change stands, and what to do next.
 
     Args:
-        engine: where.
         column: the new column, or the old one.
         quiet: how far back the use of the old column counts.
         watch: seconds to watch it now; at least ten before PostgreSQL 16.

@@ -56,7 +56,6 @@ def verify(
     """Measure a new column, and the one that it replaces beside it.
 
     Args:
-        engine: where.
         column: the new column, or the old one.
         filters: the application's usual criteria, by name, on its own table or as SQL.
         queries: labelled queries.

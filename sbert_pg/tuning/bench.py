@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import TSVECTOR
-from sqlalchemy.ext.compiler import compiles
 
+from sbert_pg import system
 from sbert_pg.catalog import rows as catalog_rows
 from sbert_pg.errors import DeclarationError
 from sbert_pg.indexes.read import CopyTable
@@ -62,7 +62,7 @@ class Bench:
                 sa.tuple_(*key_columns).in_(chosen[i : i + _CHUNK])
             )
             connection.execute(sa.insert(copy).from_select([c.name for c in copy.c], part))
-        connection.execute(_Analyze(self.name))
+        connection.execute(system.ddl("ANALYZE %(fullname)s", copy))
 
     def take_queries(self, questions: Sequence[str]) -> None:
         """Search for texts in place of rows."""
@@ -125,16 +125,6 @@ class Bench:
             .limit(50)
         )
         return list(rows.scalars())
-
-
-class _Analyze(sa.schema.ExecutableDDLElement):
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-
-@compiles(_Analyze)
-def _analyze(element: _Analyze, compiler: Any, **_: Any) -> str:
-    return f"ANALYZE pg_temp.{compiler.preparer.quote(element.name)}"
 
 
 __all__ = ["Bench"]

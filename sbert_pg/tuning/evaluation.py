@@ -152,7 +152,6 @@ def evaluate(
     Questions go to the database some 200 in one statement, in one snapshot.
 
     Args:
-        engine: where.
         searches: by name, each a function from a list of questions to its statement, such as
             ``lambda q: nearest(Article.embedding, q)`` (a select of other making has the columns
             ``query``, ``key`` and ``score``); or a run as ``read_run`` gives it. ``searches_for``

@@ -220,7 +220,6 @@ class _Table:
     """The rows that questions are ranked against: their keys and vectors.
 
     Args:
-        engine: where.
         base: the embedding column.
         where: criteria of the rows.
     """

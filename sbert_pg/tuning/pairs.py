@@ -74,7 +74,6 @@ def own_pairs(
     or its words stand in the text that is searched.
 
     Args:
-        engine: where.
         column: the embedding column.
         question: name of the column whose text asks.
         where: criteria of the rows.
@@ -121,7 +120,6 @@ def hard_negatives(
     Rows that begin with the text of a labelled one are left out: they answer as well.
 
     Args:
-        engine: where.
         column: the embedding column.
         queries: the questions.
         count: rows for each; fewer where the table has fewer.

@@ -80,7 +80,6 @@ def fit_weight(
     """Fit ``hybrid``'s weight to labelled questions.
 
     Args:
-        engine: where.
         column: an embedding column.
         words: a text column of the same class or table.
         pairs: labelled questions, as for ``evaluate``. Fifty or more of them say something.
