@@ -21,7 +21,11 @@ FUNCTIONS = (
     "companion_v1",
     "caller_v1",
     "name_v1",
+    "may_v1",
+    "vector_type_v1",
+    "is_of_v1",
     "require_owner_v1",
+    "require_seen_v1",
     "require_writer_v1",
     "key_columns_v1",
     "text_sql_v1",
@@ -65,6 +69,7 @@ FUNCTIONS = (
     "saw_v1",
     "is_another_v1",
     "trigger_problems_v1",
+    "faults_v1",
     "health_v1",
     "keep_binding_v1",
     "keep_trace_v1",
@@ -90,17 +95,25 @@ TABLES = (
 #: Which rows of a table a role sees and, where it may write the table at all, writes: those of
 #: bindings of tables that it may read, and write. The owner of the schema sees all.
 READABLE = "binding_id IN (SELECT id FROM sbert.binding)"
-ALLOWED = (
-    "binding_id IN (SELECT id FROM sbert.binding WHERE has_any_column_privilege(relation, '{}'))"
+#: Keys, texts in messages and questions are rows of the table: for who may read them all.
+ROWS = (
+    "binding_id IN (SELECT id FROM sbert.binding WHERE NOT row_security_active(relation) "
+    "AND sbert.may_v1(current_user, relation, key_columns || source_columns, 'SELECT'))"
+)
+WORKED = (
+    "binding_id IN (SELECT id FROM sbert.binding WHERE NOT row_security_active(relation) "
+    "AND sbert.may_v1(current_user, relation, key_columns || source_columns, 'SELECT') "
+    "AND sbert.may_v1(current_user, relation, ARRAY[column_name], 'UPDATE'))"
 )
 POLICIES = {
+    "encoder": ("SELECT", "id IN (SELECT encoder_id FROM sbert.binding)"),
     "binding": ("SELECT", "has_any_column_privilege(relation, 'SELECT, INSERT, UPDATE')"),
     "compatible_encoder": ("SELECT", READABLE),
     "reader": ("SELECT", READABLE),
-    "claim": ("SELECT", READABLE, "ALL", ALLOWED.format("UPDATE")),
-    "failure": ("SELECT", ALLOWED.format("SELECT"), "ALL", ALLOWED.format("UPDATE")),
+    "claim": ("SELECT", ROWS, "ALL", WORKED),
+    "failure": ("SELECT", ROWS, "ALL", WORKED),
     "vector_cache": ("ALL", "role = CURRENT_USER"),
-    "question": ("ALL", ALLOWED.format("UPDATE")),
+    "question": ("ALL", WORKED),
 }
 
 
@@ -142,6 +155,9 @@ def downgrade(op: Operations) -> None:
         op.execute(f"DROP TRIGGER keep ON {SCHEMA}.{table}")
     op.execute("DELETE FROM sbert.binding")  # of tables that were dropped, with their traces
     op.execute(f"DROP TRIGGER trace ON {SCHEMA}.binding")
+    for table, policies in POLICIES.items():
+        for command in policies[::2]:
+            op.execute(f"DROP POLICY own_{command.lower()} ON {SCHEMA}.{table}")
     for name in reversed(FUNCTIONS):
         op.execute(f"DROP ROUTINE {SCHEMA}.{name}")
     for table in TABLES:

@@ -243,12 +243,10 @@ def binding_of(connection: Connection, column: ColumnIdentity | sa.Column[Any]) 
     identity = identity_of(column)
     if not installed(connection):
         return None
-    c = tables.binding.c
-    return _first(
-        connection,
-        c.relation == relation_of(connection, identity),
-        c.column_name == identity.column,
+    known = sa.func.sbert.binding_id_v1(
+        relation_of(connection, identity), identity.column, type_=sa.Uuid()
     )
+    return _first(connection, tables.binding.c.id == sa.select(known).scalar_subquery())
 
 
 def require_binding(connection: Connection, column: ColumnIdentity | sa.Column[Any]) -> Binding:

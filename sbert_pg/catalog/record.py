@@ -254,9 +254,8 @@ class Binding:
 
 
 def relation_of(connection: Connection, identity: ColumnIdentity) -> sa.ColumnElement[Any]:
-    """The table as ``regclass``, of a partition its parent; NULL where it is not there."""
-    relation = sa.func.to_regclass(qualified(connection, identity))
-    return sa.func.coalesce(sa.func.pg_partition_root(relation), relation)
+    """The table as ``regclass``; NULL where it is not there."""
+    return sa.func.to_regclass(qualified(connection, identity))
 
 
 def qualified(connection: Connection, identity: ColumnIdentity) -> str:

@@ -125,9 +125,10 @@ def refresh(
     with Database(engine).begin() as connection:
         for binding in worker.bindings():
             try:
-                found = counts(connection, binding)
-            except BindingError:
-                continue  # Rows are hidden from this role, which is among the blocked.
+                with connection.begin_nested():
+                    found = counts(connection, binding)
+            except (BindingError, sa.exc.ProgrammingError):
+                continue  # Rows are hidden from this role, or columns gone: it is blocked.
             left += found.pending + found.backfill
     return Refreshed(
         tally.total("embedded"), tally.total("errors"), tally.total("failed"), left, blocked

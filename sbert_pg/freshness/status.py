@@ -121,14 +121,8 @@ def note_caught_up(connection: Connection, binding: Binding) -> bool:
 
 def queue_fault(connection: Connection, binding: Binding) -> str | None:
     """Why a column's queue cannot be trusted or would be read in full, or ``None``."""
-    for index in catalog.queue_indexes(connection, binding):
-        if index.kind == "queue" and not (index.existing and index.valid):
-            what = "is not valid" if index.existing else "does not exist"
-            return (
-                f"the index of its pending rows {what}. Wait for its build, or bind the column "
-                "again (SELECT sbert.bind_v1(...), or the migration that did), which makes it"
-            )
-    return None
+    fault = sa.func.sbert.faults_v1(binding.id).column_valued("fault")
+    return connection.execute(sa.select(fault)).scalars().first()
 
 
 @dataclass(frozen=True, slots=True)

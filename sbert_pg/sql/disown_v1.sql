@@ -9,9 +9,14 @@ AS $body$
 DECLARE
     v_companion text;
 BEGIN
-    SELECT b.companion INTO v_companion FROM sbert.binding b WHERE b.id = TG_ARGV[0]::uuid;
+    -- The column is looked at too: a cast to whatever type it has would run with the owner's rights.
+    SELECT b.companion INTO v_companion
+      FROM sbert.binding b
+      JOIN pg_attribute a ON a.attrelid = TG_RELID AND a.attname = b.companion
+                         AND a.atttypid = 'uuid'::regtype AND NOT a.attisdropped
+     WHERE b.id = TG_ARGV[0]::uuid AND sbert.is_of_v1(TG_RELID, b.id);
     IF v_companion IS NULL THEN
-        RETURN NEW;  -- A trigger without its binding, as from a dump of the table alone.
+        RETURN NEW;  -- Without its binding, as from a dump of the table alone.
     END IF;
     RETURN jsonb_populate_record(
         NEW, jsonb_build_object(v_companion, 'ffffffff-ffff-ffff-ffff-ffffffffffff'));

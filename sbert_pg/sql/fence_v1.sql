@@ -16,17 +16,21 @@ BEGIN
     SELECT b.id, b.encoder_name, e.fingerprint INTO v_id, v_encoder, v_sealed
       FROM sbert.binding b LEFT JOIN sbert.encoder e ON e.id = b.encoder_id
      WHERE b.relation = fence_v1.relation AND b.column_name = fence_v1.column_name;
-    IF v_sealed = fence_v1.fingerprint OR fence_v1.fingerprint IS NULL THEN
+    IF fence_v1.fingerprint IS NULL
+        OR (v_sealed = fence_v1.fingerprint
+            AND coalesce(pg_partition_root(fence_v1.relation), fence_v1.relation) = fence_v1.relation)
+    THEN
         RETURN true;
     END IF;
-    IF v_id IS NULL THEN
+    IF v_id IS NULL OR v_id <> sbert.binding_id_v1(fence_v1.relation, fence_v1.column_name) THEN
         RETURN sbert.fence_unbound_v1(fence_v1.relation, fence_v1.column_name, fence_v1.fingerprint);
     END IF;
-    IF EXISTS (SELECT FROM sbert.compatible_encoder c
+    IF v_sealed = fence_v1.fingerprint OR EXISTS (SELECT FROM sbert.compatible_encoder c
                 WHERE c.binding_id = v_id AND c.fingerprint = fence_v1.fingerprint)
     THEN
         RETURN true;
     END IF;
+    PERFORM sbert.require_seen_v1(fence_v1.relation);
     RAISE EXCEPTION USING ERRCODE = 'SB001',
         MESSAGE = format('column %I of table %s belongs to encoder "%s" (fingerprint %s), and this '
             'process has an encoder with fingerprint %s', fence_v1.column_name,

@@ -12,6 +12,7 @@ DECLARE
     v sbert.binding;
     v_sealed text;
     v_digest uuid;
+    v_schema name;
 BEGIN
     SELECT b.* INTO v FROM sbert.binding b
      WHERE b.id = sbert.binding_id_v1(proof_v1.relation, proof_v1.column_name);
@@ -23,6 +24,7 @@ BEGIN
     END IF;
     SELECT e.fingerprint INTO v_sealed FROM sbert.encoder e WHERE e.id = v.encoder_id;
     IF v_sealed IS NULL OR proof_v1.fingerprint IS NULL THEN
+        PERFORM sbert.require_seen_v1(v.relation);
         RAISE EXCEPTION USING ERRCODE = 'SB001',
             MESSAGE = format('column %I of table %s belongs to encoder "%s", whose fingerprint is %s',
                 v.column_name, v.relation::text, v.encoder_name,
@@ -31,8 +33,18 @@ BEGIN
                    'the encoder that made the vector.';
     END IF;
     PERFORM sbert.fence_v1(v.relation, v.column_name, proof_v1.fingerprint);
+    -- Functions over any other type would be somebody else's, and run with the owner's rights.
+    IF sbert.vector_type_v1(pg_typeof(proof_v1.embedding)) IS NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'SB003',
+            MESSAGE = format('the vector for column %I of table %s has type %s', v.column_name,
+                             v.relation::text, pg_typeof(proof_v1.embedding)),
+            HINT = format('Cast it to %s.', v.storage);
+    END IF;
+    SELECT n.nspname INTO v_schema FROM pg_extension x JOIN pg_namespace n ON n.oid = x.extnamespace
+     WHERE x.extname = 'vector';
     EXECUTE format('SELECT (%s || %s)::uuid',
-                   sbert.proof_sql_v1(v.id, v.storage, v.dimensions, '$1'),
+                   sbert.proof_sql_v1(v.id, v.storage, v.dimensions,
+                                      format('$1::%I.%I', v_schema, v.storage)),
                    -- A document is cut by workers, so its row stays pending.
                    CASE WHEN v.source ? 'passages' THEN '''0000000000000000'''
                         ELSE sbert.of_sql_v1(v.id, '$2') END)

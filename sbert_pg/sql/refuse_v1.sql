@@ -8,9 +8,10 @@ DECLARE
     v sbert.binding;
     v_fingerprint text;
 BEGIN
-    SELECT b.* INTO v FROM sbert.binding b WHERE b.id = TG_ARGV[0]::uuid;
+    SELECT b.* INTO v FROM sbert.binding b
+     WHERE b.id = TG_ARGV[0]::uuid AND sbert.is_of_v1(TG_RELID, b.id);
     IF v.id IS NULL THEN
-        RETURN NULL;  -- A trigger without its binding, as from a dump of the table alone.
+        RETURN NULL;  -- Without its binding, as from a dump of the table alone, or on another table.
     END IF;
     SELECT e.fingerprint INTO v_fingerprint FROM sbert.encoder e WHERE e.id = v.encoder_id;
     RAISE EXCEPTION USING ERRCODE = 'SB001',

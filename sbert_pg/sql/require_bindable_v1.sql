@@ -32,14 +32,14 @@ BEGIN
                    'or use declarative partitioning.';
     END IF;
 
-    SELECT t.typname, a.atttypmod INTO v_type, v_width
-      FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+    SELECT sbert.vector_type_v1(a.atttypid), a.atttypmod, a.atttypid::regtype::text
+      INTO v_type, v_width, v_name
+      FROM pg_attribute a
      WHERE a.attrelid = p_relation AND a.attname = p_column AND NOT a.attisdropped;
-    IF v_type IS NULL OR v_type NOT IN ('vector', 'halfvec') THEN
+    IF v_type IS NULL THEN
         RAISE EXCEPTION USING ERRCODE = 'SB003',
             MESSAGE = format('table %s has no vector column %I', p_relation::text, p_column),
-            DETAIL = CASE WHEN v_type IS NULL THEN 'There is no such column.'
-                          ELSE format('The column has type %s.', v_type) END,
+            DETAIL = coalesce(format('The column has type %s.', v_name), 'There is no such column.'),
             HINT = 'Add a column of pgvector''s type vector or halfvec first.';
     END IF;
     IF (p_declared @? 'strict $.name ? (@.type() == "string" && @ != "")'

@@ -24,7 +24,7 @@ from sbert_pg.freshness import refresh
 from sbert_pg.search import nearest
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
-from sbert_pg.sqlstates import translated
+from sbert_pg.sqlstates import sqlstate_of, translated
 from sbert_pg.testing import DeterministicEncoder
 from sbert_pg.types.identity import ColumnIdentity
 
@@ -146,6 +146,49 @@ def test_attach_partition(place: Place, come: str) -> None:
         place.run(f"ALTER TABLE p ATTACH PARTITION other{bounds}")
         assert place.forgotten("p") == []
         assert refresh(place.engine).embedded == 4
+
+
+@pytest.mark.parametrize("parent_is_bound", [False, True])
+def test_a_bound_table_becomes_a_partition(bound: Place, parent_is_bound: bool) -> None:
+    """Of a table without a binding it stays what it is; else the parent's binding is the one."""
+    bound.run(
+        "CREATE TABLE p (LIKE t INCLUDING DEFAULTS, PRIMARY KEY (id)) PARTITION BY RANGE (id)"
+    )
+    if parent_is_bound:
+        bound.bind("p")
+        with bound.engine.begin() as connection:
+            p = catalog.require_binding(connection, ColumnIdentity(None, "p", "v"))
+            catalog.seal(connection, p, bound.encoder)
+    bound.run("ALTER TABLE p ATTACH PARTITION t DEFAULT")
+    # A process that has not asked before, with an encoder of another space.
+    registry.forget_encoders()
+    registry.use_encoder(DeterministicEncoder(dimensions=8, salt="another"))
+    other = sa.create_engine(bound.engine.url)
+    with pytest.raises(EncoderMismatchError), other.connect() as connection:
+        connection.execute(nearest(mapped().c.v, "before", limit=1))
+    other.dispose()
+    registry.use_encoder(bound.encoder)
+    bound.run("UPDATE t SET title = 'changed' WHERE id = 1")
+    done = refresh(bound.engine)
+    if parent_is_bound:
+        assert "partition of a bound table now, public.p: unbind it" in done.blocked["public.t.v"]
+        assert not bound.noticing()
+        assert bound.forgotten("p") == []
+        with bound.engine.begin() as connection:
+            connection.execute(sa.text("SELECT sbert.unbind_v1('t', 'v')"))
+        assert (refresh(bound.engine).left, bound.forgotten("p"), bound.missing("p")) == (0, [], 0)
+    else:
+        assert (done.embedded, done.left, done.blocked) == (1, 0, {})
+        assert bound.forgotten() == []
+
+
+def test_a_table_inherits_from_a_bound_one(bound: Place) -> None:
+    bound.run("CREATE TABLE kid () INHERITS (t)")
+    bound.run(f"INSERT INTO kid (id, title, v) VALUES (1, 'twin', '{FOREIGN}'), (7, 'kid', NULL)")
+    assert any("tables inherit from it" in problem for problem in bound.problems())
+    assert bound.forgotten() == []
+    assert refresh(bound.engine).embedded == 2
+    assert (bound.forgotten(), bound.missing()) == ([], 0)
 
 
 # ---------------------------------------------------------------- table_swap
@@ -434,6 +477,10 @@ def test_rename_readd(bound: Place, change: str) -> None:
     assert bound.forgotten() == []
     bound.run("UPDATE t SET title = 'two' WHERE id = 7")
     assert bound.forgotten() == []
+    before = bound.run("SELECT v::text FROM t ORDER BY 1")
+    done = refresh(bound.engine)
+    assert (done.embedded, list(done.blocked)) == (0, ["public.t.v"])
+    assert bound.run("SELECT v::text FROM t ORDER BY 1") == before
 
 
 @pytest.mark.parametrize(("old", "new"), [("title", "heading"), ("id", "number"), ("v", "vector")])
@@ -504,6 +551,43 @@ def test_alter_type_of_bound_columns(place: Place, before: str, change: str) -> 
     refresh(place.engine)
     assert place.forgotten() == []
     assert place.missing() == 0
+
+
+@pytest.mark.parametrize(
+    "type_", ["bytea USING title::bytea", "int USING length(title)", "jsonb USING to_jsonb(title)"]
+)
+def test_a_source_that_is_no_text_any_more(bound: Place, type_: str) -> None:
+    """Its text would depend on settings of the session."""
+    bound.run(f"ALTER TABLE t ALTER title TYPE {type_}")
+    [problem] = bound.problems()
+    assert problem.startswith("title has type ")
+    done = refresh(bound.engine)
+    assert (done.embedded, list(done.blocked)) == (0, ["public.t.v"])
+    bound.run("ALTER TABLE t ALTER title TYPE text USING 'text again'")
+    assert (refresh(bound.engine).embedded, bound.problems(), bound.forgotten()) == (2, [], [])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "ALTER v TYPE halfvec(8)",
+        "ALTER v TYPE vector",
+        "ALTER v_of TYPE text",
+        "DROP v",
+        "DROP v_of",
+    ],
+)
+def test_the_vector_and_its_companion_stay_as_they_are(bound: Place, change: str) -> None:
+    with pytest.raises(sa.exc.DBAPIError, match="sbert_refuse_update_") as raised:
+        bound.run(f"ALTER TABLE t {change}")
+    assert sqlstate_of(raised.value) in ("0A000", "2BP01")
+    assert (bound.problems(), bound.forgotten(), bound.missing()) == ([], [], 0)
+
+
+def test_the_extension_is_dropped(bound: Place) -> None:
+    bound.run("DROP EXTENSION vector CASCADE")
+    assert any("there is no column v" in problem for problem in bound.problems())
+    assert "there is no column v" in refresh(bound.engine).blocked["public.t.v"]
 
 
 def test_a_dropped_column_is_said(bound: Place) -> None:

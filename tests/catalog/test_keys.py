@@ -31,6 +31,7 @@ KEYS = [
     ("positive", "5", "6"),
     ("instant", "'2024-02-03 04:05:06+02'", "now()"),
 ]
+NO_KEY = r"no key by which a row could be named\. Its primary key is made of id \(.+\)\. Give it"
 TYPES = (
     "CREATE TYPE mood AS ENUM ('so so', 'fine')",
     "CREATE DOMAIN positive AS int CHECK (value > 0)",
@@ -86,7 +87,7 @@ def test_keys_of_several_columns(types: None, make: Any) -> None:
 
 @pytest.mark.parametrize("type_", ["percentage", "numbers"])
 def test_what_a_domain_is_made_of_counts(types: None, make: Any, type_: str) -> None:
-    with pytest.raises(BindingError, match=r"has no key by which a row could be named\. Give it"):
+    with pytest.raises(BindingError, match=NO_KEY):
         make(f"note (id {type_} PRIMARY KEY, title text, e vector(3))", ("title",))
 
 
@@ -99,7 +100,7 @@ def test_a_label_of_a_key_may_be_renamed(types: None, make: Any) -> None:
 
 @pytest.mark.parametrize("type_", ["float8", "int[]", "money", "pg_am"])
 def test_types_without_a_text_of_their_own_are_refused(make: Any, type_: str) -> None:
-    with pytest.raises(BindingError, match=r"has no key by which a row could be named\. Give it"):
+    with pytest.raises(BindingError, match=NO_KEY):
         make(f"note (id {type_} PRIMARY KEY, title text, e vector(3))", ("title",))
 
 

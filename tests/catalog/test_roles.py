@@ -11,6 +11,7 @@ from sqlalchemy import Connection
 
 from sbert_pg import catalog
 from sbert_pg.errors import CatalogError
+from sbert_pg.registry import use_encoder
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
 from sbert_pg.sqlstates import translated
@@ -243,14 +244,13 @@ def test_a_binder_reaches_nobody_elses_binding(
 
 
 def test_borrowed_triggers_do_no_harm(note: Any, binder: str) -> None:
-    """Anybody may put the two on a table of theirs: one wakes, the other refuses."""
+    """Anybody may put them on a table of theirs: one wakes, the others do nothing there."""
     note.run("CREATE TABLE trap (id int, title text, e vector(3))")
     note.run(
         "CREATE TRIGGER t AFTER INSERT ON trap FOR EACH ROW "
         f"EXECUTE FUNCTION sbert.refuse_v1('{note.id}')"
     )
-    with pytest.raises(sa.exc.DBAPIError), note.connection.begin_nested():
-        note.run("INSERT INTO trap VALUES (1)")
+    note.run("INSERT INTO trap VALUES (1)")
     note.run("DROP TRIGGER t ON trap")
     for argument in (str(uuid.uuid4()), "no id"):
         note.run(
@@ -259,6 +259,137 @@ def test_borrowed_triggers_do_no_harm(note: Any, binder: str) -> None:
         )
         note.run("INSERT INTO trap VALUES (1)")
         note.run("DROP TRIGGER t ON trap")
+
+
+#: Each has a function of the role's own called where a right of the owner's might be in use.
+TRAPS = {
+    "a type with functions of the library's names": (
+        (
+            "CREATE TYPE trap AS (x int); CREATE FUNCTION subvector(trap, int, int) RETURNS vector "
+            "LANGUAGE sql AS 'SELECT (who() || ''[1,0,0]'')::vector'"
+        ),
+        "SELECT sbert.proof_v1('note', 'e', 'f', 'text', ROW(1)::trap)",
+    ),
+    "a cast": (
+        (
+            "CREATE TYPE trap AS (x int); CREATE FUNCTION made(trap) RETURNS vector "
+            "LANGUAGE sql AS 'SELECT (who() || ''[1,0,0]'')::vector'; "
+            "CREATE CAST (trap AS vector) WITH FUNCTION made(trap) AS IMPLICIT"
+        ),
+        "SELECT sbert.proof_v1('note', 'e', 'f', 'text', ROW(1)::trap)",
+    ),
+    "a domain": (
+        "CREATE DOMAIN trap AS vector CHECK (who() = '')",
+        "SELECT sbert.proof_v1('note', 'e', 'f', 'text', CAST(NULL AS trap))",
+    ),
+    "a companion of another type": (
+        (
+            "CREATE TABLE own (id int PRIMARY KEY, title text, e vector(3)); "
+            "CREATE TABLE other (id int, e_of text); INSERT INTO other VALUES (1); "
+            "CREATE DOMAIN trap AS text CHECK (value IS NULL OR who() = ''); "
+            "ALTER TABLE other ALTER e_of TYPE trap, ADD CHECK (id = 1)"
+        ),
+        (
+            "SELECT sbert.bind_v1('own', 'e', jsonb_build_object('name', 'd', 'dimensions', 3), "
+            "jsonb_build_object('columns', ARRAY['title'])); "
+            "DO $$ BEGIN EXECUTE format('CREATE TRIGGER t BEFORE UPDATE ON other FOR EACH ROW "
+            "EXECUTE FUNCTION sbert.disown_v1(%L)', sbert.binding_id_v1('own', 'e')); END $$; "
+            "UPDATE other SET id = 2"
+        ),
+    ),
+    "a column of a type called vector": (
+        (
+            "CREATE SCHEMA theirs; CREATE TYPE theirs.vector AS (x int); "
+            "CREATE TABLE own (id int PRIMARY KEY, title text, e theirs.vector); "
+            "CREATE FUNCTION subvector(theirs.vector, int, int) RETURNS vector "
+            "LANGUAGE sql IMMUTABLE AS 'SELECT ''[1,0,0]''::vector'"
+        ),
+        (
+            "SELECT sbert.bind_v1('own', 'e', jsonb_build_object('name', 'd', 'dimensions', 3), "
+            "jsonb_build_object('columns', ARRAY['title'])); SELECT 'runs as owner'::int"
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("trap", TRAPS.values(), ids=TRAPS)
+def test_nothing_of_a_callers_runs_with_the_owners_rights(
+    note: Any, binder: str, trap: tuple[str, str]
+) -> None:
+    act_as(note.connection, None)
+    database = note.connection.engine.url.database
+    note.run(f'GRANT CREATE ON DATABASE "{database}" TO {binder}')
+    note.run(f"GRANT SELECT, INSERT ON note TO {binder}")
+    note.run(
+        "SELECT sbert.seal_v1(:id, 'f', NULL, jsonb_build_object('name', 'x', 'dimensions', 3, "
+        "'similarity', 'cosine'), decode(repeat('00', 12), 'hex'))", id=note.id
+    )  # fmt: skip
+    act_as(note.connection, binder)
+    run = note.connection.exec_driver_sql
+    run(
+        "CREATE FUNCTION who() RETURNS text LANGUAGE plpgsql AS "
+        "$$ BEGIN RAISE 'runs as %%', current_user; END $$"
+    )
+    prepare, spring = (part.replace("%L", "%%L") for part in trap)
+    run(prepare)
+    with pytest.raises(sa.exc.DBAPIError) as raised, note.connection.begin_nested():
+        run(spring)
+    said = str(raised.value.orig)
+    assert "runs as" not in said or f"runs as {binder}" in said
+
+
+def test_rights_on_some_columns_are_rights_on_these(note: Any, role: str) -> None:
+    catalog.seal(note.connection, note.binding, DeterministicEncoder(dimensions=3))
+    note.run(
+        "INSERT INTO sbert.failure (binding_id, key, error) VALUES (:id, '[1]', 'x')", id=note.id
+    )
+    note.run(f"GRANT SELECT (views), INSERT (views), UPDATE (title, views) ON note TO {role}")
+    grant(note, role, "worker")
+    for statement in (
+        "SELECT sbert.note_v1(:id, now())",
+        "SELECT sbert.add_compatible_v1(:id, 'x', CAST('{}' AS jsonb), CAST('{}' AS jsonb))",
+        "SELECT sbert.set_state_v1(:id, 'active', 'replaced')",
+        "INSERT INTO sbert.claim VALUES (:id, 'w', '{}', now())",
+        "INSERT INTO sbert.failure (binding_id, key) VALUES (:id, '[2]')",
+    ):
+        denied(note, statement, id=note.id)
+    assert note.run("SELECT key FROM sbert.failure").all() == []
+    assert note.run("DELETE FROM sbert.failure").rowcount == 0
+    act_as(note.connection, None)
+    note.run(f"GRANT UPDATE (e, e_of), SELECT ON note TO {role}")
+    act_as(note.connection, role)
+    note.run("SELECT sbert.note_v1(:id, now())", id=note.id)
+    assert note.run("DELETE FROM sbert.failure").rowcount == 1
+
+
+def test_rows_that_a_policy_hides_are_hidden_here_too(note: Any, role: str) -> None:
+    note.run(
+        "INSERT INTO sbert.failure (binding_id, key, error) VALUES (:id, '[1]', 'x')", id=note.id
+    )
+    note.run("INSERT INTO sbert.claim VALUES (:id, 'w', '{1}', now())", id=note.id)
+    note.run("ALTER TABLE note ENABLE ROW LEVEL SECURITY")
+    grant(note, role, "worker", "SELECT", "UPDATE")
+    for table in ("failure", "claim"):
+        assert note.run(f"SELECT count(*) FROM sbert.{table}").scalar_one() == 0
+
+
+def test_no_message_says_what_a_table_of_others_belongs_to(note: Any, role: str) -> None:
+    encoder = DeterministicEncoder("their encoder", dimensions=3)
+    use_encoder(encoder, name="deterministic")
+    catalog.seal(note.connection, note.binding, encoder)
+    grant(note, role, "worker")
+    assert note.run("SELECT count(*) FROM sbert.encoder").scalar_one() == 0
+    for statement in (
+        "SELECT sbert.fence_v1('note', 'e', 'x')",
+        "SELECT sbert.proof_v1('note', 'e', 'x', 'text', CAST('[1,0,0]' AS vector))",
+        "SELECT sbert.proof_v1('note', 'e', NULL, 'text', CAST('[1,0,0]' AS vector))",
+        "SELECT sbert.asked_v1('note.e')",
+        "SELECT sbert.seal_v1(:id, 'x', NULL, '{}', '')",
+    ):
+        with pytest.raises(sa.exc.DBAPIError) as raised, note.connection.begin_nested():
+            note.run(statement, **({"id": note.id} if ":id" in statement else {}))
+        assert "their" not in str(raised.value)
+        assert encoder.spec.fingerprint not in str(raised.value)
 
 
 def test_unbinding_anothers_column_is_refused_and_not_done_nothing(note: Any, binder: str) -> None:

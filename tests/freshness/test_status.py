@@ -176,7 +176,7 @@ def test_a_queue_that_is_gone_is_said_and_nothing_is_counted(
     insert(connection, binding, (1, False))
     [name] = [i.existing for i in catalog.queue_indexes(connection, binding) if i.kind == "queue"]
     connection.exec_driver_sql(f"DROP INDEX {name}")
-    assert "does not exist" in str(queue_fault(connection, binding))
+    assert "is missing" in str(queue_fault(connection, binding))
     (found,) = status(connection)
     assert found.problems != ()
     assert found.capped, "what is not counted is not called nothing"
