@@ -17,6 +17,7 @@ from sbert_pg.cli import (
     doctor,
     encoder,
     freshness,
+    passages,
     reembed,
     schema,
     serve,
@@ -41,7 +42,7 @@ GROUPS: dict[str, tuple[str, tuple[Callable[..., None], ...]]] = {
         "A change of encoder: begin, backfill, verify, switch, finish.",
         (reembed.begin, reembed.status, reembed.verify, reembed.finish, reembed.abort),
     ),
-    "passages": ("Passages of long documents.", (data.show,)),
+    "passages": ("Passages of long documents.", (passages.show,)),
     "cluster": (
         "Topics of a table: runs, clusters and assignments as rows of tables.",
         (cluster.run, cluster.show, cluster.label, cluster.assign, cluster.map_),

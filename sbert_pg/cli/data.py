@@ -15,11 +15,11 @@ from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
 import typer
-from rich.markup import escape
+from sqlalchemy.orm import Session
 
 from sbert_pg import clustering as lib
 from sbert_pg.catalog.embedding import Embedding
-from sbert_pg.cli import common
+from sbert_pg.cli import common, passages
 from sbert_pg.cli.target import resolve, table_named, text_column_of
 from sbert_pg.clustering.duplicates import DuplicateMethod, Grouping
 from sbert_pg.errors import ClusteringError, DeclarationError, LoadError
@@ -60,32 +60,47 @@ def load(
     dimensions: Annotated[
         int | None, typer.Option(help="With --create: width, for an encoder not known by name.")
     ] = None,
+    in_passages: Annotated[
+        bool,
+        typer.Option(
+            "--passages",
+            help="With --create: cut the last source into passages; those before it are headings.",
+        ),
+    ] = False,
     json: common.JsonOption = False,
 ) -> None:
     """Load rows with their embeddings, through binary COPY.
 
-    All rows or none: a bad row, an error or Ctrl-C leaves the table as it was.
+    All rows or none: a bad row, an error or Ctrl-C leaves the table as it was. Documents are then
+    cut into passages, as a worker does.
 
     [b]sbert-pg load articles.csv -t article --create -s title -s body[/]
+    [b]sbert-pg load manuals.jsonl -t manual --create --passages -s title -s body[/]
     [b]cat more.jsonl | sbert-pg load - -t article[/]
     """
     from sbert_pg.loading import load as load_rows
 
     rows_read = _rows_of(file)
     first = list(itertools.islice(rows_read, 1))
-    with common.database(database) as engine, engine.begin() as connection:
-        started = time.perf_counter()
-        if create:
-            target = _create(connection, table, list(*first), source, encoder, dimensions)
-        else:
-            target = table_named(connection, table)
-        with common.progress() as advance:
-            show = partial(advance, "encoding and writing")
-            rows = load_rows(connection, target, itertools.chain(first, rows_read), progress=show)
-        if create:
-            for index in target.indexes:
+    started = time.perf_counter()
+    with common.database(database) as engine:
+        with engine.begin() as connection:
+            if create:
+                columns: list[str] = list(*first)
+                target = _create(
+                    connection, table, columns, source, encoder, dimensions, in_passages
+                )
+            else:
+                target = table_named(connection, table)
+            with common.progress() as advance:
+                show = partial(advance, "encoding and writing")
+                rows = load_rows(
+                    connection, target, itertools.chain(first, rows_read), progress=show
+                )
+            for index in target.indexes if create else ():
                 connection.execute(sa.schema.CreateIndex(index))
-        seconds = time.perf_counter() - started
+        passages.cut_all(engine, target)
+    seconds = time.perf_counter() - started
     if json:
         common.print_json({"table": table, "rows": rows, "seconds": round(seconds, 3)})
     else:
@@ -116,14 +131,20 @@ def search(
 ) -> None:
     """Find the rows nearest in meaning to a text, or those with its words.
 
+    Documents that are cut into passages are shown with their best one.
+
     [b]sbert-pg search article "how do I get my money back"[/]
     [b]sbert-pg search article "XJ-4711 manual" --by both --explain[/]
     [b]sbert-pg search article "refunds" --where "lang = 'en'" --json[/]
     """
     with common.database(database) as engine, engine.connect() as connection:
-        embedding = resolve(connection, target).column
+        side = resolve(connection, target)
+        embedding: Any = side.column
+        cut = side.binding.source.passages is not None and by != "words"
         criteria = common.criteria(where)
         options: dict[str, Any] = {"limit": limit, "where": criteria}
+        if cut:
+            embedding = passages.attribute_of(connection, side)
         if by == "meaning":
             statement: Any = nearest(embedding, query, min_similarity=min_similarity, **options)
         elif min_similarity is not None:
@@ -131,9 +152,13 @@ def search(
         elif by == "words":
             statement = matching(text_column_of(embedding.table, words), query, **options)
         else:
-            text = text_column_of(embedding.table, words)
+            text: Any = text_column_of(side.table, words)
+            text = getattr(embedding.class_, text.key) if cut else text
             statement = hybrid(embedding, text, query, **options)
-        rows = [dict(row) for row in connection.execute(statement).mappings()]
+        if cut:
+            rows = passages.found(Session(connection), embedding, statement)
+        else:
+            rows = [dict(row) for row in connection.execute(statement).mappings()]
         explained: Any = explain_search if by == "meaning" else explain_words
         explanation: Any = explained(connection, statement) if explain else None
     if json:
@@ -205,38 +230,6 @@ def duplicates(
         common.print_table(list(shown[0]), [list(row.values()) for row in shown[:limit]])
 
 
-def show(
-    name: common.TargetArgument,
-    key: Annotated[str, typer.Argument(help='Its key: 17, or ["eu", "17"] where it has parts.')],
-    database: common.DatabaseOption = None,
-) -> None:
-    """Print a document with the borders of its passages.
-
-    [b]sbert-pg passages show document 17[/]
-    """
-    from sbert_pg.freshness.labels import Row, label_from
-    from sbert_pg.freshness.rows import rows_of
-
-    with common.database(database) as engine, engine.begin() as connection:
-        binding = resolve(connection, name).binding
-        rows = rows_of(connection, binding)
-        if rows.passages is None:
-            raise DeclarationError(f"{binding} is not cut into passages; name a column that is.")
-        document = rows.find(connection, label_from(key))
-        if document is None:
-            raise DeclarationError(f"{binding.table} has no document with the key {key}.")
-        body = rows.table.c[binding.source.columns[-1]]
-        columns = [body, binding.is_stale(rows.table), rows.passages.as_json(rows.table)]
-        row = Row(document.key, document.label)
-        values: list[Any] = list(rows.columns_of(connection, [row], columns)[0])
-    _, text, stale, passages = values
-    if stale:
-        common.note("The document has changed since; a worker is to cut it again.")
-    for ordinal, (start, stop, heading, _) in enumerate(passages or []):
-        common.out.print(f"[bold]── {ordinal}  {start}:{stop}  {escape(heading)}[/]")
-        common.out.print(escape((text or "")[start:stop]))
-
-
 def _require_index(target: Side) -> None:
     """Leave the table the indexes that find duplicates, of those that the column has.
 
@@ -299,6 +292,7 @@ def _create(
     source: Sequence[str] | None,
     encoder: str,
     dimensions: int | None,
+    in_passages: bool,
 ) -> sa.Table:
     """A table of text columns with an embedding column, bound; its index is left to the caller."""
     from sbert_pg import catalog
@@ -313,16 +307,23 @@ def _create(
     if sa.inspect(connection).has_table(table_name, schema=schema or None):
         raise DeclarationError(f"--create: table {name!r} exists already; leave --create out.")
     own = [sa.Column(column, sa.Text) for column in columns if column != "id"]
+    embedding: list[Any] = []
+    if not in_passages:
+        type_ = Embedding(encoder, Source.of(list(source)), dimensions=dimensions)
+        index = hnsw_index(f"{table_name}_{EMBEDDING}", EMBEDDING)
+        embedding = [sa.Column(EMBEDDING, type_), index]
     table = sa.Table(
         table_name,
         sa.MetaData(),
         sa.Column("id", sa.BigInteger, sa.Identity(), primary_key=True),
         *own,
-        sa.Column(EMBEDDING, Embedding(encoder, Source.of(list(source)), dimensions=dimensions)),
-        hnsw_index(f"{table_name}_{EMBEDDING}", EMBEDDING),
+        *embedding,
         schema=schema or None,
     )
     Source.of(list(source)).resolve(table)
+    if in_passages:
+        passages.create(connection, table, source, encoder, dimensions)
+        return table
     connection.execute(sa.schema.CreateTable(table))
     catalog.bind(connection, table.c[EMBEDDING])
     return table

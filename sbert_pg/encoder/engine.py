@@ -90,8 +90,8 @@ class Counter:
         if report:
             logger.warning(
                 "%d %s longer than the %s tokens that encoder %r reads and cut; "
-                "embed long texts in parts. This is reported at most once a minute, and "
-                "Encoder.statistics.truncated counts all.",
+                "passages_of() embeds long texts in parts. This is reported at most once a minute, "
+                "and Encoder.statistics.truncated counts all.",
                 report, "text was" if report == 1 else "texts were", self._limit, self._name,
             )  # fmt: skip
 

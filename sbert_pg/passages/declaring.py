@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from sqlalchemy import event
-from sqlalchemy.orm import InstrumentedAttribute, Mapper, deferred, relationship
+from sqlalchemy.dialects.postgresql import TSVECTOR
+from sqlalchemy.orm import InstrumentedAttribute, Mapper, deferred, registry, relationship
 
 from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.digest import companion_name
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 _INFO = "sbert_pg.passages"
 #: Columns of a passage table beside its key, the document's and the embedding.
 PASSAGE_COLUMNS = ("ordinal", "start", "stop", "heading", "digest")
+#: Attribute of passages of a table that has no class; no column is called so.
+_OF_TABLES = "sbert_pg_passages"
 #: Column of the text, where it is copied.
 CONTENT = "content"
 
@@ -253,25 +256,7 @@ class _Passages:
             self.chunker, keys,
         )  # fmt: skip
         passage.declared = declared  # type: ignore[attr-defined]
-        embedding = passage_table.c.embedding
-        mapper.registry.map_imperatively(
-            passage,
-            passage_table,
-            properties={
-                "embedding": deferred(embedding),
-                "embedding_of": deferred(passage_table.c[companion_name("embedding")]),
-                "document": relationship(mapper.class_, back_populates=name),
-            },
-        )
-        own = relationship(
-            passage,
-            back_populates="document",
-            order_by=passage_table.c.ordinal,
-            cascade="all, delete-orphan",
-            passive_deletes=True,
-            info={_INFO: declared},
-        )
-        mapper.add_property(name, own)
+        _map(mapper, name, declared, passage_table)
         return declared
 
     def _whole(
@@ -321,6 +306,62 @@ class _Passages:
         )
 
 
+def _map(mapper: Mapper[Any], name: str, declared: Declared, table: sa.Table) -> None:
+    """Map the class of the passages, and give that of the documents its attribute."""
+    same: dict[str, Any] = {
+        "primaryjoin": sa.and_(*(ours == theirs for ours, theirs in declared.keys)),
+        "foreign_keys": [ours for ours, _ in declared.keys],
+    }
+    mapper.registry.map_imperatively(
+        declared.passage,
+        table,
+        properties={
+            "embedding": deferred(table.c.embedding),
+            "embedding_of": deferred(table.c[companion_name("embedding")]),
+            "document": relationship(mapper.class_, back_populates=name, **same),
+        },
+    )
+    own = relationship(
+        declared.passage,
+        back_populates="document",
+        order_by=table.c.ordinal,
+        cascade="all, delete-orphan",
+        passive_deletes=True,
+        info={_INFO: declared},
+        **same,
+    )
+    mapper.add_property(name, own)
+
+
+def passages_between(whole: sa.Column[Any], passages: sa.Table) -> Any:
+    """The attribute of passages of tables that are in the database, for searching it.
+
+    Args:
+        whole: the column that embeds documents as a whole, of a reflected table; its source says
+            how they are cut.
+        passages: the reflected table of their passages.
+    """
+    documents: Any = whole.table
+    type_: Any = whole.type
+    settings = json.loads(type_.source.passages)
+    mapper: Any = registry().map_imperatively(
+        type("Document", (), {}),
+        documents,
+        properties={c.key: deferred(c) for c in documents.c if isinstance(c.type, TSVECTOR)},
+    )
+    passage = type("DocumentPassage", (Passage,), {})
+    keys = tuple((passages.c[ours], documents.c[theirs]) for ours, theirs in settings["key"])
+    # Nobody cuts by it: that chunker need not be known here.
+    chunker: Any = None
+    declared = Declared(
+        mapper.class_, _OF_TABLES, passage, whole.key, type_.source.columns, settings["copy"],
+        type_.encoder, chunker, keys,
+    )  # fmt: skip
+    passage.declared = declared  # type: ignore[attr-defined]
+    _map(mapper, _OF_TABLES, declared, passages)
+    return getattr(mapper.class_, _OF_TABLES)
+
+
 def _key_name(table: sa.Table, key: sa.Column[Any]) -> str:
     return f"{table.name}_{key.name}"
 
@@ -340,5 +381,6 @@ __all__ = [
     "Passage",
     "add_passages",
     "declared_passages",
+    "passages_between",
     "passages_of",
 ]

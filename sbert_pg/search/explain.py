@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from sbert_pg.errors import DeclarationError
 from sbert_pg.search.fusion import HybridSearch, weight_of
+from sbert_pg.search.passages import DocumentSearch, first_look
 from sbert_pg.search.statement import Nearest, Search, parts_of
 from sbert_pg.search.words import WordSearch, words_of
 
@@ -124,13 +125,16 @@ def explain_search(session: Session | sa.Connection, statement: Nearest) -> Sear
 
     Args:
         session: a session or connection of the database; its transaction goes on.
-        statement: what ``nearest`` has given, with all that was added to it.
+        statement: what ``nearest`` has given, with all that was added to it. Of documents by their
+            passages it is the first look at these.
 
     Raises:
         DeclarationError: the statement is no search, or is one of several queries or of each row
             of another table.
     """
     search = getattr(statement, "search", None)
+    if isinstance(search, DocumentSearch):
+        search = first_look(search).search
     if not isinstance(search, Search):
         raise DeclarationError(
             "explain_search() takes what nearest() has given; explain_words() the others."

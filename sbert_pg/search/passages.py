@@ -196,12 +196,7 @@ def _found(
     """
     if search.limit is None:
         return [], _near(search, target, right, names, None)
-    needed = search.limit + search.offset
-    depth = max(_LEAST, _EACH * needed)
-    if search.asked.score != "best":
-        # In few steps, so that pages that follow each other are ranked from the same documents.
-        usual = (size for most, size in _DEPTHS if needed <= most)
-        depth = next(usual, max(depth, 1_001))
+    needed, depth = search.limit + search.offset, _depth(search)
     stages: list[sa.CTE] = []
     further = _FILTERED if search.narrowing else _FURTHER
     for number, size in enumerate((depth, *([further] if further > depth else []), None)):
@@ -217,18 +212,36 @@ def _found(
     return stages, sa.union_all(*(sa.select(*stage.c) for stage in stages))
 
 
+def _depth(search: DocumentSearch) -> int:
+    """Passages that are looked at first."""
+    needed = (search.limit or 0) + search.offset
+    depth = max(_LEAST, _EACH * needed)
+    if search.asked.score == "best":
+        return depth
+    # In few steps, so that pages that follow each other are ranked from the same documents.
+    return next((size for most, size in _DEPTHS if needed <= most), max(depth, 1_001))
+
+
+def first_look(search: DocumentSearch) -> Nearest:
+    """The search for the nearest passages, which a search for documents begins with."""
+    target = target_of(search.declared.passage.embedding)
+    depth = None if search.limit is None else _depth(search)
+    return _passages(search, target, _operand(target, search.asked), depth)
+
+
+def _passages(search: DocumentSearch, target: Target, right: Any, size: int | None) -> Nearest:
+    near = _search(target, search.asked, right, size)
+    return statement_of(replace(near, narrowing=_joined(search.declared, search.narrowing)))
+
+
 def _near(
     search: DocumentSearch, target: Target, right: Any, names: Sequence[str], size: int | None
 ) -> sa.Select[Any]:
     """The nearest passages that pass: key of the document, and similarity."""
-    declared = search.declared
-    near = _search(target, search.asked, right, size)
-    made: Any = statement_of(replace(near, narrowing=_joined(declared, search.narrowing)))
     # As a subquery, of which the planner leaves out the columns that nobody asks for.
-    rows = made.subquery()
-    keys = [
-        rows.c[ours.key].label(name) for (ours, _), name in zip(declared.keys, names, strict=True)
-    ]
+    rows = _passages(search, target, right, size).subquery()
+    own = zip(search.declared.keys, names, strict=True)
+    keys = [rows.c[ours.key].label(name) for (ours, _), name in own]
     return sa.select(*keys, rows.c[target.label].label("similarity"))
 
 
@@ -310,6 +323,7 @@ __all__ = [
     "Asked",
     "DocumentSearch",
     "Score",
+    "first_look",
     "nearest_documents",
     "nearest_passages",
 ]

@@ -133,6 +133,46 @@ def test_load_and_search(database_url: sa.URL, articles: Path, minilm: Any) -> N
     assert line.split("│")[3].strip() == "4", "rows are counted"
 
 
+def test_documents_are_loaded_cut_and_found_by_passages(
+    database_url: sa.URL, tmp_path: Path, minilm: Any
+) -> None:
+    filler = "The kettle stands on its base, and its lid closes with a click. " * 30
+    manuals = [
+        {"title": "Kettle", "body": f"{filler}\n\n## Cleaning\n\nRemove limescale by citric acid."},
+        {"title": "Radio XJ-4711", "body": "Turn the knob to find a station."},
+    ]
+    path = tmp_path / "manuals.jsonl"
+    path.write_text("".join(json.dumps(manual) + "\n" for manual in manuals))
+    loaded = sbert_pg(
+        "load", str(path), "-t", "manual", "--create", "--passages", "-s", "title", "-s", "body",
+        url=database_url,
+    )  # fmt: skip
+    assert loaded.returncode == 0, loaded.stderr
+    arguments = ("search", "manual", "how do I get rid of limescale", "--json", "--explain")
+    found = sbert_pg(*arguments, "-n", "1", url=database_url)
+    assert found.returncode == 0, found.stderr
+    row = json.loads(found.stdout)["rows"][0]
+    assert (row["title"], row["heading"]) == ("Kettle", "Kettle > Cleaning")
+    assert row["text"] == "Remove limescale by citric acid."
+    assert row["start"] > 1900
+    assert "embedding" not in found.stdout.replace("passages_embedding", "").split('"sql"')[0]
+    with sa.create_engine(database_url).begin() as connection:
+        connection.exec_driver_sql(
+            "ALTER TABLE manual ADD words tsvector GENERATED ALWAYS AS "
+            "(to_tsvector('simple', coalesce(title, ''))) STORED"
+        )
+    where = ("--where", "title <> 'Kettle'")
+    both = sbert_pg("search", "manual", "XJ-4711", "--by", "both", "--explain", *where,
+                    url=database_url)  # fmt: skip
+    assert both.returncode == 0, both.stderr
+    assert "Radio XJ-4711" in both.stdout
+    assert "weight of meaning" in both.stderr
+    more = '{"title": "Toaster", "body": "Empty the crumb tray."}\n'
+    assert sbert_pg("load", "-", "-t", "manual", url=database_url, stdin=more).returncode == 0
+    found = sbert_pg("search", "manual", "crumbs", "-n", "1", url=database_url)
+    assert "Empty the crumb tray." in found.stdout
+
+
 def test_a_column_is_named_the_same_way_everywhere(database_url: sa.URL, minilm: Any) -> None:
     """By its table while that is enough; with its schema or column where it is not."""
     from sbert_pg.cli.target import resolve
