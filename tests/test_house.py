@@ -72,7 +72,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "orm": (5, 926),
     "passages": (6, 1155),
     "reembed": (12, 3239),
-    "search": (12, 3352),
+    "search": (12, 3427),
     "serving": (12, 2097),
     "tuning": (12, 2918),
     "types": (9, 1643),

@@ -12,6 +12,7 @@ from sbert_pg.errors import DeclarationError
 from sbert_pg.search.fusion import HybridSearch, weight_of
 from sbert_pg.search.passages import DocumentSearch, first_look
 from sbert_pg.search.statement import Nearest, Search, parts_of
+from sbert_pg.search.ways import HEAD, LOCAL, Ways
 from sbert_pg.search.words import WordSearch, words_of
 
 Way = Literal["index", "exact"]
@@ -162,10 +163,10 @@ def explain_search(session: Session | sa.Connection, statement: Nearest) -> Sear
         return SearchExplanation(
             "index", reason, False, share, ways.second.most, row["passed"], sql
         )
-    if row["accepted"]:
+    if row["taken"]:
         return SearchExplanation("index", counts, False, share, looked, row["passed"], sql)
     return SearchExplanation(
-        "exact", _refused(row, counts, search), True, share, looked, row["passed"], sql
+        "exact", _refused(row, counts, looked, ways), True, share, looked, row["passed"], sql
     )
 
 
@@ -179,12 +180,22 @@ def _without(search: Any) -> str:
     return f"limit {search.limit} is more than an index finds reliably, or it holds other rows"
 
 
-def _refused(row: Any, counts: str, search: Any) -> str:
-    if row["passed"] < search.limit:
-        return f"{counts}, fewer than the {search.limit} asked for"
+def _refused(row: Any, counts: str, looked: int, ways: Ways) -> str:
+    """Why the rows of the looks are no answer."""
+    if row["accepted"]:
+        return f"{counts}, but fewer than {ways.shape.size} of them are proven to be the encoder's"
+    if row["passed"] < ways.shape.size:
+        return f"{counts}, fewer than the {ways.shape.size} that are needed"
     if not row["spread"]:
         return f"{counts}, and are equally far: an island of equal vectors"
-    return f"{counts}, the first at place {row['head']}: fewer or later than in the whole table"
+    if row["seen"] < (ways.whole() if ways.index.quantized else looked):
+        return (
+            f"the index gave {row['seen']} of the {looked} rows looked for: there are no more, or "
+            "deleted ones stand in their way"
+        )
+    if row["head"] > HEAD * looked or row["passed"] < LOCAL * row["share"] * looked:
+        return f"{counts}, the first at place {row['head']}: fewer or later than in the whole table"
+    return f"{counts}, but a row of the sample is nearer, which the index has not found"
 
 
 __all__ = [

@@ -29,8 +29,15 @@ CANDIDATE_COST = 15
 SCAN_COST = 0.2
 #: Times the cost of a look that comparing has to cost for the look to be worth its risk.
 WORTH = 1.5
+#: The same of a look that is wide enough only where more rows pass near the query than elsewhere.
+PROBE = 4
 #: Rows compared that cost more than a second look, which may be in vain.
 MANY = 30_000
+#: Lists that IVFFlat looks into, as a power of their number: 7 of 10, 40 of 100, 252 of 1,000. On
+#: real texts recall@10 is .98 with these (10 to 700 lists), and .90 to .93 with the square root.
+PROBED = 0.8
+#: The same under a filter and for later pages, which need rows that are farther away.
+PROBED_FAR = 0.85
 #: Numbers of rows that a search by index is prepared for; beyond, every row is compared.
 SIZES = (10, 25, 50, 100, 250, 500, 1000)
 
@@ -154,11 +161,11 @@ def far_look(index: VectorIndex, shape: Shape) -> Look | None:
 
 
 def _probes(index: VectorIndex, shape: Shape) -> int | None:
-    """Lists to look into: under a filter and for later pages more, since the last are poor."""
-    if index.method != "ivfflat" or shape.probes is not None or not index.lists:
-        return shape.probes if index.method == "ivfflat" else None
-    root = math.isqrt(index.lists)
-    return min(index.lists, 4 * root if shape.filtered or shape.deep else root)
+    """Lists to look into; the larger the index, the smaller a part of it."""
+    if index.method != "ivfflat":
+        return None
+    power = PROBED_FAR if shape.filtered or shape.deep else PROBED
+    return shape.probes or (math.ceil(index.lists**power) if index.lists else None)
 
 
 def planned(sample: sa.FromClause, look: Look, shape: Shape) -> sa.Select[Any]:
@@ -177,13 +184,15 @@ def planned(sample: sa.FromClause, look: Look, shape: Shape) -> sa.Select[Any]:
     some = sa.func.nullif(whole.c.share, number(0), type_=sa.Float())
     enough = sa.func.ceil(number(2 * shape.size) / some)
     clamped = sa.func.least(number(look.most), sa.func.greatest(number(look.least), enough))
-    looked = sa.case((enough <= number(1.2 * look.most), clamped), else_=number(look.least))
+    wide = enough <= number(1.2 * look.most)
+    looked = sa.case((wide, clamped), else_=number(look.least))
+    risk = sa.case((wide, number(WORTH)), else_=number(PROBE)).label("risk")
     effort: Any = whole.c.share * whole.c.rows
     if not shape.indexed:
         effort = effort + number(SCAN_COST) * whole.c.rows
     size = sa.cast(looked, sa.Integer).label("looked")
-    made = sa.select(*whole.c, effort.label("effort"), size).subquery("nearest_effort")
-    worth = made.c.effort > number(WORTH) * look.cost(made.c.looked, made.c.rows)
+    made = sa.select(*whole.c, effort.label("effort"), size, risk).subquery("nearest_effort")
+    worth = made.c.effort > made.c.risk * look.cost(made.c.looked, made.c.rows)
     use = sa.func.coalesce(worth, sa.false()).label("by_index")
     many = (made.c.effort >= number(MANY)).label("many")
     return sa.select(made.c.share, made.c.closest, made.c.looked, use, many)

@@ -281,12 +281,13 @@ def _within_part(search: Search) -> sa.CTE:
     target = search.target
     names = key_names(KEY, len(target.key))
     keys = [key.label(name) for key, name in zip(target.key, names, strict=True)]
-    rows = sa.select(*keys, target.column.label(VECTOR)).where(*target.present)
-    if search.exact or target.index is None:
-        rows = rows.where(*_others(search))
+    rows = sa.select(*keys, target.column.label(VECTOR))
     if target.entity is not None:
         rows = rows.select_from(target.entity)
-    rows = replayed(rows, search.narrowing)
+    # The caller's criteria first, since the vector is far behind in the row.
+    rows = replayed(rows, search.narrowing).where(*target.present)
+    if search.exact or target.index is None:
+        rows = rows.where(*_others(search))
     outer = search.outer()
     if outer:
         rows = rows.correlate(*outer)
@@ -343,13 +344,12 @@ def _taken(target: Target, ways: Ways) -> Nearest:
     """The same where the page is a condition on the rows themselves."""
     assert ways.taken is not None
     distance = target.distance(target.column, ways.vector)
-    made = Nearest(*target.selected, target.similarity_from(distance))
-    made = made.where(ways.taken, *target.proof)
-    # Adding zero keeps the index, which has no settings here, from serving the order.
-    order = distance + number(0)
+    similarity = target.similarity_from(distance)
+    made = Nearest(*target.selected, similarity).where(ways.taken)
     if ways.shape.bounded:
-        made = made.where(order <= ways.furthest)
-    return made.order_by(order, *target.key)  # type: ignore[no-any-return]
+        made = made.where(distance <= ways.furthest)
+    # By the similarity, since the index, which has no settings here, would serve the distance.
+    return made.order_by(similarity.desc(), *target.key)  # type: ignore[no-any-return]
 
 
 def _cut(made: Any, search: Search, parts: list[sa.CTE]) -> Any:

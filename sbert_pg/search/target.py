@@ -22,6 +22,10 @@ from sbert_pg.types.wire import WireVector
 
 #: Pages of the table that are tried to estimate how many rows pass.
 PAGES = 48
+#: The same where vectors are stored apart from their rows, so that a page holds many of these.
+PAGES_OF_WIDE = 24
+#: Bytes of a row from which PostgreSQL stores its large values apart.
+WIDE = 2000
 #: The same of a partitioned table, as one row in so many.
 PARTITIONED = 200
 #: How many of the nearest rows may lack a proof before a page is short by them.
@@ -193,16 +197,24 @@ class Target:
         )
 
     def sample_times(self) -> sa.ColumnElement[float]:
-        """How many times as large as a sample of ``PAGES`` pages the table is."""
+        """How many times as large as the sample the table is."""
         assert self.table is not None
         own = sa.func.pg_relation_size(guard.relation(self.table.schema, self.table.name))
         block = sa.literal_column(
-            f"({PAGES:d} * current_setting('block_size')::float8)", sa.Float()
+            f"({PAGES_OF_WIDE if self.wide else PAGES:d} * current_setting('block_size')::float8)",
+            sa.Float(),
         )
         size = sa.type_coerce(sa.func.nullif(own, sa.literal_column("0")), sa.Float()) / block
         # A partitioned table has no pages of its own; a part of each partition is tried.
         times = sa.func.coalesce(size, sa.literal_column(f"{PARTITIONED:d}"))
         return sa.func.greatest(sa.literal_column("1"), times, type_=sa.Float())
+
+    @property
+    def wide(self) -> bool:
+        """Whether the vectors are likely stored apart, where fetching one costs more than a row."""
+        type_: Any = self.column.type
+        size = 2 if getattr(type_, "storage", "vector") == "halfvec" else 4
+        return size * (getattr(type_, "dimensions", None) or 0) > WIDE
 
     def comparable(self) -> list[sa.ColumnElement[bool]]:
         """That a row has a vector, and a similarity to something."""

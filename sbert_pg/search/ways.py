@@ -26,7 +26,9 @@ from collections.abc import Callable
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.sql import visitors
 
+from sbert_pg.catalog.embedding import companion_of
 from sbert_pg.search.looks import (
     Look,
     Shape,
@@ -44,12 +46,15 @@ HEAD = 0.3
 #: fewer pass here than elsewhere the filter is related to the vectors, and the rows that the index
 #: has missed are likely those that pass.
 LOCAL = 0.5
+#: One row in so many of a sample is compared where its vector is stored apart.
+EIGHTH = 8
 #: Spread of distances below which all rows are taken for one island.
 ISLAND = 1e-6
 
 # Names in the statement. Criteria given as text may name columns without their table, so these are
 # none that a table has.
 KEY, SELF, VECTOR = "nearest_key", "nearest_self", "nearest_vector"
+COMPANION = "nearest_companion"
 DISTANCE, PLACE, PASSES, WAY = "nearest_distance", "nearest_place", "nearest_passes", "nearest_way"
 NEAR, FAR, EXACT = 1, 2, 3
 
@@ -112,7 +117,12 @@ class Ways:
         self.vector, self.furthest = self._asked("vector"), self._asked("furthest")
         #: Neither pages nor filters: what the index gives is the answer as it is, or none.
         self.plain = shape.keyed and not shape.filtered
-        columns = [*self.names, DISTANCE, *([] if self.plain else [PLACE, PASSES])]
+        #: What the proof is asked of, where it is asked of a look's rows later.
+        self.carried: dict[str, Any] = {}
+        if self.proof and shape.keyed:
+            column = target.row_column(self.row)
+            self.carried = {VECTOR: column, COMPANION: companion_of(column)}
+        columns = [*self.names, DISTANCE, *self.carried, *([] if self.plain else [PLACE, PASSES])]
         self.found = {name: named(f"nearest_{name}", *columns) for name in ("near", "far")}
         self.plan = self._plan() if self.tested else None
         self.near_rows = self._rows(self.first, self.plan)
@@ -121,6 +131,8 @@ class Ways:
         if self.second is not None:
             self.far_rows = self._rows(self.second, self.near)
             self.far = self._judged_far(self.second)
+        #: The keys that each look gives, ``NULL`` where it is no answer.
+        self.best: dict[str, sa.ScalarSelect[Any]] = {}
         self.taken = self._taken() if shape.keyed else None
         self.page = sa.select() if shape.keyed else self._page()
         self.verdict = self._verdict()
@@ -174,9 +186,13 @@ class Ways:
     def _sample(self, passes: Any) -> sa.CTE:
         """How many rows of a few pages pass, and how near the nearest of them is."""
         hits = sa.func.count().filter(passes).label("hits")
-        return self.sample.add_columns(hits, self.closest.filter(passes).label("closest")).cte(
-            "nearest_sample"
-        )
+        few = passes
+        if self.target.wide:
+            key = self.tried.c[self.target.row_key[0].key]
+            part = sa.func.hashtext(sa.cast(key, sa.Text)) % number(EIGHTH)
+            few = sa.and_(passes, part == number(0))
+        closest = self.closest.filter(few).label("closest")
+        return self.sample.add_columns(hits, closest).cte("nearest_sample")
 
     def _plan(self) -> sa.CTE:
         """From a few pages of the table; it decides what a search costs, never what it finds."""
@@ -198,7 +214,10 @@ class Ways:
         vector = self._asked("vector")
         # Made once, ahead of the scan, which reads its settings when its first row is asked for;
         # not at all where the look is not to be taken or there is no vector to look for.
-        made = sa.select(settings(self.index, look, self._looked(look)))
+        looked = self._looked(look)
+        if condition is not None and condition is self.plan:
+            looked = condition.c.looked
+        made = sa.select(settings(self.index, look, looked))
         if condition is not None:
             allows = condition.c["by_index" if condition is self.plan else "further"]
             made = made.select_from(condition).where(allows)
@@ -207,11 +226,12 @@ class Ways:
         row: Any = self.within if self.partial else self.row
         column = row.c[VECTOR] if self.partial else self.target.row_column(row)
         keys = [key.label(n) for key, n in zip(self._keys(row), self.names, strict=True)]
-        present = self._present(row, column)
+        carried = [column.label(name) for name, column in self.carried.items()]
+        present = [column.is_not(None)] if carried else self._present(row, column)
         if self.plain:
-            present = [column.is_not(None), *self.proof, *self._others(row)]
+            present += self._others(row)
         return (
-            sa.select(*keys, self.target.distance(column, vector).label(DISTANCE))
+            sa.select(*keys, self.target.distance(column, vector).label(DISTANCE), *carried)
             .where(made.scalar_subquery().is_not(None), *present)
             .order_by(self.target.index_distance(column, self.index, vector))
             .limit(number(look.fetched))
@@ -224,20 +244,19 @@ class Ways:
         if self.tested:
             assert passes is not None
             criteria.append(passes(row))
-        # Last, since it hashes.
-        criteria += self.proof
+        if not self.shape.keyed:
+            # Last, since it hashes.
+            criteria += self.proof
         if name == "far" and self.shape.deep:
             known = sa.not_(self._accepted("near"))
             criteria.append(sa.or_(known, self._not_among("near", row)))
         rows = rows.add_columns(sa.and_(sa.true(), *criteria).label(PASSES))
         given = rows.subquery("nearest_rows")
-        columns = [given.c[column] for column in (*self.names, DISTANCE)]
+        columns = [given.c[column] for column in (*self.names, DISTANCE, *self.carried)]
         place = sa.func.row_number().over(order_by=[given.c[DISTANCE], *self._keys(given)])
-        columns += [place.label(PLACE), given.c[PASSES]]
-        placed = sa.select(*columns).subquery("nearest_placed")
         look = self.first if name == "near" else self.second
-        taken = sa.and_(placed.c[PASSES], placed.c[PLACE] <= self._looked(look))
-        return self._part(name, sa.select(*list(placed.c)[:-1], taken.label(PASSES)))
+        taken = sa.and_(given.c[PASSES], place <= self._looked(look))
+        return self._part(name, sa.select(*columns, place.label(PLACE), taken.label(PASSES)))
 
     def _looked(self, look: Look | None) -> Any:
         assert look is not None
@@ -263,7 +282,7 @@ class Ways:
         columns += [value.filter(found.c[PASSES]).label(key) for key, value in more.items()]
         return sa.select(*columns).select_from(found).subquery("nearest_counts")
 
-    def _whole(self) -> int:
+    def whole(self) -> int:
         """Rows that the index gives where none is missing.
 
         Deleted rows that are not vacuumed are kept by the index and seen by nobody: where they
@@ -280,7 +299,7 @@ class Ways:
             more["distances"] = sa.func.array_agg(found.c[DISTANCE])
         counts = self._counted("near", **more)
         source: Any = counts
-        whole: Any = number(self._whole())
+        whole: Any = number(self.whole())
         criteria: list[Any] = [counts.c.spread, counts.c.passed >= number(self.shape.size)]
         if plan is not None:
             source = sa.join(counts, plan, sa.true())
@@ -374,25 +393,45 @@ class Ways:
         """That a row is one of the nearest by the index, or where that is no answer, of all."""
         (key,), (name,) = self.target.key, self.names
         type_ = sa.ARRAY(key.type)
-        cases = []
         for look in ("near",) if self.second is None else ("near", "far"):
             found = self.found[look]
-            near = sa.select(found.c[name]).order_by(found.c[DISTANCE], found.c[name])
-            near = near.limit(number(self.shape.size))
+            rows = sa.select(*(found.c[n] for n in (name, DISTANCE, *self.carried)))
             if self.plain:
                 accepted = sa.select(self._plain_verdict()[0]).select_from(found).scalar_subquery()
             else:
-                near, accepted = near.where(found.c[PASSES]), self._accepted(look)
-            cases.append((accepted, sa.func.array(near.scalar_subquery(), type_=type_)))
-        limit = number(self.shape.size + self.target.margin)
-        exact = self._compared([], limit).subquery("nearest_exact")
-        # The distance to a vector of zeros is no number under cosine: such a row is not similar.
-        keys = sa.select(exact.c[name]).where(exact.c[DISTANCE] != NAN).scalar_subquery()
-        page = sa.case(*cases, else_=sa.func.array(keys, type_=type_))
+                rows, accepted = rows.where(found.c[PASSES]), self._accepted(look)
+            rows = rows.order_by(found.c[DISTANCE], found.c[name])
+            best = self._proven(rows.limit(number(self.first.most))).subquery("nearest_best")
+            keys = sa.select(sa.func.array_agg(best.c[name], type_=type_)).where(accepted)
+            full = sa.func.count() >= number(self.shape.size)
+            self.best[look] = keys.having(full).scalar_subquery()
+        rows = self._compared([], number(self.shape.size + self.target.margin))
+        exact = self._proven(rows).subquery("nearest_best")
+        compared = sa.func.array(sa.select(exact.c[name]).scalar_subquery(), type_=type_)
+        page = sa.func.coalesce(*self.best.values(), compared)
         return key == sa.any_(page)  # type: ignore[no-any-return]
 
+    def _proven(self, rows: sa.Select[Any]) -> sa.Select[Any]:
+        """The nearest of some rows that are proven; one is asked after the other, since it hashes.
+
+        The distance to a vector of zeros is no number under cosine: such a row is not similar.
+        """
+        given = rows.subquery("nearest_given")
+        (row_key,), (name,) = self._keys(self.row), self.names
+        proven: list[Any] = [given.c[DISTANCE] != NAN]
+        if VECTOR in given.c:
+            own: dict[Any, Any] = {column: given.c[n] for n, column in self.carried.items()}
+            traverse: Any = visitors.replacement_traverse
+            proven += [traverse(one, {}, lambda e, **_: own.get(e)) for one in self.proof]
+        elif self.proof:
+            proof = sa.select(*self.proof).where(row_key == given.c[name])
+            proven.append(proof.correlate(given).scalar_subquery())
+        chosen = sa.select(given.c[name], given.c[DISTANCE]).where(*proven)
+        chosen = chosen.order_by(given.c[DISTANCE], given.c[name])
+        return chosen.limit(number(self.shape.size))
+
     def _plain_verdict(self) -> list[sa.ColumnElement[Any]]:
-        full = sa.func.count() >= number(max(self._whole(), self.shape.size))
+        full = sa.func.count() >= number(max(self.whole(), self.shape.size))
         spread = _spread(self.found["near"].c[DISTANCE])
         return [sa.and_(full, spread).label("accepted"), spread.label("spread")]
 
@@ -418,21 +457,25 @@ class Ways:
         return page.order_by(*([rows.c[WAY]] if self.shape.deep else []), *order)
 
     def _verdict(self) -> sa.Select[Any]:
+        found = self.found["near"]
+        source: Any = None if self.plain else self.near
         if self.plain:
-            more = [
-                sa.func.count().label("passed"),
-                sa.null().label("head"),
-                sa.false().label("far"),
-            ]
-            return sa.select(*self._plain_verdict(), *more).select_from(self.found["near"])
-        near = self.near.c
-        columns: list[Any] = [near.accepted, near.passed, near.head, near.spread]
-        source: Any = self.near
-        columns.append((self._accepted("far") if self.second else sa.false()).label("far"))
+            counted = [sa.func.count().label("passed"), sa.null().label("head")]
+            counts = sa.select(*self._plain_verdict(), *counted).select_from(found)
+            source = counts.subquery("nearest_counts")
+        columns = [source.c[name] for name in ("accepted", "passed", "head", "spread")]
+        seen = sa.select(sa.func.count()).select_from(found).scalar_subquery().label("seen")
+        far = sa.false() if self.second is None else self._answers("far")
+        columns += [seen, self._answers("near").label("taken"), far.label("far")]
         if self.plan is not None:
             columns += [*self.plan.c]
             source = sa.join(source, self.plan, sa.true())
         return sa.select(*columns).select_from(source)
+
+    def _answers(self, look: str) -> sa.ColumnElement[bool]:
+        """Whether the rows of a look are the answer."""
+        best = self.best.get(look)
+        return self._accepted(look) if best is None else best.is_not(None)
 
 
 def among(key: list[Any]) -> sa.ColumnElement[bool]:

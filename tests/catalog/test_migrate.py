@@ -267,9 +267,8 @@ def test_every_sql_file_is_used_and_says_what_it_is_for() -> None:
         if name != "status":
             kind = "PROCEDURE" if name == "embed" else "FUNCTION"
             assert f"{kind} sbert.{name}(" in load(name)
-            # bm25_v1 runs SQL of its caller's, by the caller's rights and path; proven_v1 is parsed
-            # when it is made, and no part of a caller's plan if it had a path of its own; a
-            # procedure that sets its path cannot commit.
+            # bm25_v1 runs SQL of its caller's, by the caller's rights and path; a procedure that
+            # sets its path cannot commit.
             owns_path = "SET search_path = pg_catalog, pg_temp" in load(name)
-            assert owns_path == (name not in ("bm25_v1", "proven_v1", "embed"))
+            assert owns_path == (name not in ("bm25_v1", "embed"))
             assert owns_path or "SECURITY DEFINER" not in load(name)

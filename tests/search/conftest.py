@@ -154,11 +154,15 @@ def plan(engine: sa.Engine) -> Plan:
 
 
 class Corpus(NamedTuple):
-    """Real texts with their vectors, and queries in words with theirs."""
+    """Real texts with their vectors, and queries in words with theirs.
+
+    ``kinds`` are the texts' own: the package that a docstring is of, the intent of a question.
+    """
 
     texts: list[str]
     vectors: npt.NDArray[np.float32]
     queries: npt.NDArray[np.float32]
+    kinds: list[str]
 
     def nearest(self, query: Any, keep: Any = None, limit: int = 10) -> list[int]:
         """Numbers of the rows nearest by exact search in numpy."""
@@ -187,15 +191,16 @@ cancel a task that runs | look up the address of a host | cache the results of a
 @pytest.fixture(scope="session")
 def corpus(_minilm: Any) -> Corpus:
     """Paragraphs of the docstrings of the standard library."""
-    seen: dict[str, None] = {}
+    seen: dict[str, str] = {}
     for entry in standard_library():
         for paragraph in entry.docstring.split("\n\n"):
             text = " ".join(paragraph.split())
             if 20 <= len(text) <= 400:
-                seen[text] = None
+                seen[text] = entry.module.partition(".")[0]
     texts = list(seen)[:6000]
     return Corpus(
         texts,
         _minilm.encode_document(texts),
         _minilm.encode_query([question.strip() for question in QUESTIONS.split("|")]),
+        list(seen.values())[:6000],
     )

@@ -41,6 +41,7 @@ def documents(form: str) -> Any:
         text: Mapped[str]
         part: Mapped[int]
         topic: Mapped[int] = mapped_column(index=form != "halfvec")
+        kind: Mapped[str] = mapped_column(index=form != "binary")
         embedding = embedding_column(MINILM, source="text", nullable=True)
 
     return Document
@@ -55,12 +56,17 @@ def topics_of(vectors: Any, corpus: Corpus) -> Any:
 def loaded(engine: sa.Engine, form: str, corpus: Corpus) -> Any:
     document = documents(form)
     table = document.__table__
-    found = zip(
-        corpus.texts, corpus.vectors, topics_of(corpus.vectors, corpus).tolist(), strict=True
-    )
+    topics = topics_of(corpus.vectors, corpus).tolist()
     rows = (
-        {"id": n, "text": text, "part": n % PARTS, "topic": topic, "embedding": vector}
-        for n, (text, vector, topic) in enumerate(found)
+        {
+            "id": n,
+            "text": text,
+            "part": n % PARTS,
+            "topic": topics[n],
+            "kind": corpus.kinds[n],
+            "embedding": corpus.vectors[n],
+        }
+        for n, text in enumerate(corpus.texts)
     )
     with engine.begin() as connection:
         connection.execute(sa.schema.CreateTable(table))
@@ -101,8 +107,10 @@ def recall(session: Session, document: Any, corpus: Corpus, keep: Any, **options
     return float(np.mean(shares))
 
 
-def related(document: Any, corpus: Corpus, own: int) -> dict[str, tuple[Any, Any]]:
+def related(document: Any, corpus: Corpus, query: Any, own: int) -> dict[str, tuple[Any, Any]]:
     """Filters that know where the query is, each as a criterion and as a mask."""
+    kinds, near = np.array(corpus.kinds), corpus.nearest(query, None, 300)
+    kind, nearby = str(kinds[near[0]]), sorted(set(kinds[near].tolist()))
     topics, parts = topics_of(corpus.vectors, corpus), np.arange(len(corpus.texts)) % PARTS
     other, tenant = (own + 7) % TOPICS, [(own + n) % TOPICS for n in (3, 4, 5)]
     later = topics > own if own < TOPICS // 2 else topics < own
@@ -113,6 +121,13 @@ def related(document: Any, corpus: Corpus, own: int) -> dict[str, tuple[Any, Any
         "another tenant": (document.topic.in_(tenant), np.isin(topics, tenant)),
         "all but the own topic": (document.topic != own, topics != own),
         "later topics": (criterion, later),
+        "the own kind": (document.kind == kind, kinds == kind),
+        "all but the own kind": (document.kind != kind, kinds != kind),
+        "the kinds that are not near": (document.kind.not_in(nearby), ~np.isin(kinds, nearby)),
+        "not near, or one in a hundred": (
+            sa.or_(document.kind.not_in(nearby), document.part == 7),
+            ~np.isin(kinds, nearby) | (parts == 7),
+        ),
         "two at once": (
             sa.and_(document.topic != own, document.part < 10),
             (topics != own) & (parts < 10),
@@ -133,7 +148,7 @@ def assert_right_under_related_filters(session: Session, document: Any, corpus: 
         shares.setdefault(name, []).append(len(same) / len(right))
 
     for query, own in zip(queries, topics_of(queries, corpus).tolist(), strict=True):
-        for name, (criterion, keep) in related(document, corpus, own).items():
+        for name, (criterion, keep) in related(document, corpus, query, own).items():
             ask(name, nearest(document.embedding, query).where(criterion), query, keep)
     for query, own in zip(queries[:4], topics_of(queries[:4], corpus).tolist(), strict=True):
         session.execute(sa.delete(document).where(document.topic == own))
@@ -189,14 +204,14 @@ def test_words_find_what_they_mean(standard: sa.Engine, corpus: Corpus, minilm: 
 @pytest.fixture(scope="module")
 def customers(data_dir: Path, _minilm: Any) -> Corpus:
     """Short questions about few topics, which are hard to tell apart."""
-    texts: list[str] = []
+    asked: list[tuple[str, str]] = []
     for name in ("train.csv", "test.csv"):
         with (data_dir / "banking77" / name).open(encoding="utf-8") as file:
-            texts += [row["text"].strip() for row in csv.DictReader(file)]
-    chosen = np.random.default_rng(0).permutation(len(texts))[:8060]
-    texts = [texts[n] for n in chosen]
+            asked += [(row["text"].strip(), row["category"]) for row in csv.DictReader(file)]
+    chosen = np.random.default_rng(0).permutation(len(asked))[:8060]
+    texts, intents = (list(column) for column in zip(*(asked[n] for n in chosen), strict=True))
     vectors = _minilm.encode_document(texts)
-    return Corpus(texts[60:], vectors[60:], vectors[:60])
+    return Corpus(texts[60:], vectors[60:], vectors[:60], intents[60:])
 
 
 @pytest.mark.slow
@@ -210,3 +225,4 @@ def test_recall_on_questions_of_customers(
     with Session(standard) as session:
         assert recall(session, document, customers, None) >= FLOOR
         assert recall(session, document, customers, [7]) >= FLOOR
+        assert_right_under_related_filters(session, document, customers)

@@ -62,7 +62,9 @@ def test_by_an_hnsw_index() -> None:
         "ORDER BY nearest_row.vec <=> (SELECT nearest_query.vector FROM nearest_query) LIMIT 50"
     ) in text
     assert "nearest_within" not in text
-    assert "WHERE thing.id = ANY (CASE WHEN (SELECT count(*) >= 50 AND min(" in text
+    assert "WHERE thing.id = ANY (coalesce((SELECT array_agg(nearest_best.nearest_key_0)" in text
+    assert "WHERE (SELECT count(*) >= 50 AND min(nearest_near.nearest_distance) + 1e-06 <" in text
+    assert text.endswith("ORDER BY similarity DESC, thing.id LIMIT 10")
     assert text.count("JOIN") == 0
 
 
@@ -70,8 +72,8 @@ def test_a_filter_chooses_the_rows_once_and_its_share_is_estimated() -> None:
     text = sql(nearest(table(hnsw_index("i", "vec")).c.vec, QUERY).where(sa.column("lang") == "de"))
     assert (
         "nearest_within AS NOT MATERIALIZED (SELECT thing.id AS nearest_key_0, "
-        "thing.vec AS nearest_vector FROM thing WHERE thing.vec IS NOT NULL AND "
-        "lang = %(lang_1)s::VARCHAR)"
+        "thing.vec AS nearest_vector FROM thing WHERE lang = %(lang_1)s::VARCHAR AND "
+        "thing.vec IS NOT NULL)"
     ) in text
     assert text.count("lang_1") == 1
     assert "FROM thing AS nearest_tried TABLESAMPLE system(" in text
@@ -89,6 +91,15 @@ def test_criteria_about_columns_of_the_row_are_asked_of_it_as_they_are() -> None
     other = sa.table("other", sa.column("thing_id"))
     known = sa.exists().where(other.c.thing_id == thing.c.id)
     assert sql(nearest(thing.c.vec, QUERY).where(known)).count("FROM other") == 1
+
+
+@pytest.mark.parametrize("width", [384, 768])
+def test_vectors_that_are_stored_apart_are_rarely_fetched_for_an_estimate(width: int) -> None:
+    thing = table(hnsw_index("i", "vec"), type_=Vector(width))
+    text = sql(nearest(thing.c.vec, [1.0] * width).where(thing.c.id > 3))
+    part = "AND hashtext(CAST(nearest_tried.id AS TEXT)) %% 8 = 0) AS closest"
+    assert (part in text) == (width == 768)
+    assert f"({48 if width == 384 else 24} * current_setting" in text
 
 
 def test_by_a_binary_index_an_exact_distance_ranks() -> None:
@@ -114,7 +125,7 @@ def test_by_an_ivfflat_index() -> None:
     thing = table(ivfflat_index("i", "vec", lists=100))
     text = sql(nearest(thing.c.vec, QUERY))
     assert "set_config('ivfflat.iterative_scan', 'off', true)" in text
-    assert "set_config('ivfflat.probes', '10', true)" in text
+    assert "set_config('ivfflat.probes', '40', true)" in text
     assert "set_config('ivfflat.probes', '3', true)" in sql(nearest(thing.c.vec, QUERY, probes=3))
 
 
