@@ -65,7 +65,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "catalog": (9, 2507),
     "cli": (17, 4362),
     "clustering": (14, 4642),
-    "encoder": (25, 6595),
+    "encoder": (26, 6928),
     "freshness": (23, 5217),
     "indexes": (4, 998),
     "loading": (4, 941),

@@ -54,6 +54,7 @@ class Norm:
         scale: by channel.
         bias: by channel.
         epsilon: added to the variance.
+        centred: whether the mean is taken off first; without that it is called RMS normalisation.
         smoothing: what ``scale`` and ``bias`` were divided by for quantisation, or ``None``.
     """
 
@@ -61,6 +62,7 @@ class Norm:
     bias: Array
     epsilon: float
     smoothing: Array | None = None
+    centred: bool = True
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from sbert_pg.encoder import architectures, rotary, transformer
+from sbert_pg.encoder import architectures, decoders, rotary, transformer
 from sbert_pg.encoder.architectures import ARCHITECTURES as ABSOLUTE
 from sbert_pg.encoder.classification import SAMPLE_PAIRS
 from sbert_pg.encoder.description import STATIC, Description
@@ -41,13 +41,14 @@ from sbert_pg.encoder.static import table
 from sbert_pg.encoder.tokenizer_files import tokenizer_content, truncation_side
 from sbert_pg.encoder.tokenizing import TextTokenizer
 from sbert_pg.encoder.transformer import Attention, Fused, FusedByLength, Plain
-from sbert_pg.encoder.writer import FLOAT, INT32, INT64, Writer, activate
+from sbert_pg.encoder.writer import FLOAT, INT32, INT64, Writer, activate, even_blocks
 from sbert_pg.probes import PROBES, SAMPLE_TEXTS
 
 __all__ = ["ARCHITECTURES", "build"]
 
+_ROTARY = {**rotary.READERS, **decoders.READERS}
 #: ``model_type`` of the architectures whose graph is built here.
-ARCHITECTURES = ABSOLUTE | rotary.READERS.keys() | {STATIC}
+ARCHITECTURES = ABSOLUTE | _ROTARY.keys() | {STATIC}
 
 #: A transformer that was read.
 Model = architectures.Transformer | rotary.Rotary
@@ -77,8 +78,8 @@ def build(description: Description, precision: str) -> onnx.ModelProto:
     model: Model
     if description.architecture == STATIC:
         return _static(description, precision)
-    if description.architecture in rotary.READERS:
-        read = rotary.READERS[description.architecture]
+    if description.architecture in _ROTARY:
+        read = _ROTARY[description.architecture]
         model = read(Weights(description.weights), description.config)
     else:
         model = architectures.read(description)
@@ -153,12 +154,7 @@ def _summed(writer: Writer, rows: Array, products: Products) -> str:
     zero, one = writer.ints(0), writer.ints(1)
     shape = writer.node("Shape", [INPUT_IDS])
     length = writer.node("Slice", [shape, one, writer.ints(2)], "length")
-    # As many blocks as are needed, all of one size and none longer than it must be.
-    count = writer.node("Add", [length, writer.ints(_BLOCK - 1)])
-    count = writer.node("Div", [count, writer.ints(_BLOCK)], "blocks")
-    size = writer.node("Sub", [writer.node("Add", [length, count]), one])
-    size = writer.node("Div", [size, count], "size")
-    rest = writer.node("Sub", [writer.node("Mul", [count, size]), length], "rest")
+    count, size, rest = even_blocks(writer, length, _BLOCK)
     pads = writer.node("Concat", [zero, zero, zero, rest], "pads", axis=0)
     blocks = writer.node("Concat", [zero, count, size], "block_shape", axis=0)
     parts = [
@@ -173,7 +169,8 @@ def _summed(writer: Writer, rows: Array, products: Products) -> str:
     tokens = Pooled(products.embed(body, rows, ids), mask, prompt_excluded=False)
     total = body.node("Add", [state, _sum(body, tokens, weights)], "total")
     start = writer.node("ConstantOfShape", [sums], "start")
-    return writer.scan(start, parts, body, [state, ids, mask], total, "sum")
+    inputs = [(start, FLOAT), *((part, INT64) for part in parts)]
+    return writer.scan(inputs, body, [state, ids, mask], total, "sum", state=True)
 
 
 def finish(writer: Writer, description: Description, tokens: str) -> tuple[list[Any], Any]:

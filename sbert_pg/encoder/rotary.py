@@ -17,7 +17,7 @@ from sbert_pg.encoder.architectures import ACTIVATIONS, Linear, Norm
 from sbert_pg.encoder.files import Array, Settings, Weights
 from sbert_pg.encoder.products import Products, Range, Seen, best_range, whole_range
 from sbert_pg.encoder.transformer import Attention, Batch, write_norm
-from sbert_pg.encoder.writer import FLOAT, FLOAT16, Writer, activate
+from sbert_pg.encoder.writer import BOOL, FLOAT, FLOAT16, INT64, Writer, activate, even_blocks
 from sbert_pg.errors import UnsupportedEncoderError
 
 
@@ -37,6 +37,10 @@ class Layer:
         norm: before the feed-forward part, or after it and its addition.
         theta: base of the rotary frequencies.
         window: tokens to each side that a token sees, or ``None`` for all.
+        query_norm: of each head of the queries, before they are turned; or ``None``.
+        key_norm: the same for keys.
+        attention_end: of what attention gives, before it is added; or ``None``.
+        end: the same for the feed-forward part.
     """
 
     query: Linear
@@ -50,6 +54,10 @@ class Layer:
     norm: Norm
     theta: float
     window: int | None = None
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
+    attention_end: Norm | None = None
+    end: Norm | None = None
 
 
 @dataclass(slots=True)
@@ -58,21 +66,36 @@ class Rotary:
 
     Attributes:
         words: word embeddings, with the row of token type 0 added, ``(vocabulary, width)``.
-        norm: normalisation of the embeddings.
+        norm: normalisation of the embeddings, or ``None``.
         layers: the layers.
-        heads: attention heads.
+        heads: attention heads of the queries; several may share a key and a value.
         activation: one of ``architectures.ACTIVATIONS``.
         norm_first: whether normalisations stand before their parts or after the additions.
         final_norm: after the last layer, or ``None``.
+        causal: whether a token sees those before it alone.
+        blocked: whether attention without a window goes through the queries in blocks, and not
+            through onnxruntime's operator, which has no form of these that holds no square.
     """
 
     words: Array = field(repr=False)
-    norm: Norm
+    norm: Norm | None
     layers: list[Layer]
     heads: int
     activation: str
     norm_first: bool
     final_norm: Norm | None
+    causal: bool = False
+    blocked: bool = False
+
+    @property
+    def head(self) -> int:
+        """Width of a head."""
+        return len(self.layers[0].query.bias) // self.heads
+
+    @property
+    def shared(self) -> int:
+        """Heads that share a key and a value."""
+        return len(self.layers[0].query.bias) // len(self.layers[0].key.bias)
 
     @property
     def width(self) -> int:
@@ -80,6 +103,8 @@ class Rotary:
         return int(self.words.shape[1])
 
 
+#: Queries whose scores are held at a time where attention goes through them in blocks.
+_BLOCK = 256
 #: Settings that say nothing about what is computed, or are about training and other tasks.
 _IGNORED = frozenset(
     {"model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "id2label",
@@ -99,7 +124,12 @@ _READ = frozenset(
 )  # fmt: skip
 
 
-def _require_known(config: Settings, more: Sequence[str]) -> None:
+def require_known(config: Settings, more: Sequence[str]) -> None:
+    """Refuse settings that neither the tables here nor ``more`` know.
+
+    Raises:
+        UnsupportedEncoderError: there are some.
+    """
     unknown = set(config) - _IGNORED - _READ - set(more)
     if unknown:
         raise UnsupportedEncoderError(
@@ -108,33 +138,48 @@ def _require_known(config: Settings, more: Sequence[str]) -> None:
         )
 
 
-class _Reader:
-    """Reads tensors; a missing bias is zeros, where the table says that there is none."""
+class Reader:
+    """Reads tensors; a missing bias is zeros, where the table says that there is none.
 
-    def __init__(self, weights: Weights, config: Settings) -> None:
+    Args:
+        weights: the tensors.
+        config: the settings.
+        free: whether the heads may be wider or narrower, together, than the model.
+    """
+
+    def __init__(self, weights: Weights, config: Settings, *, free: bool = False) -> None:
         self._weights = weights
         self.config = config
         self.width = config.integer("hidden_size")
         self.inner = config.integer("intermediate_size")
         self.count = config.integer("num_hidden_layers")
         self.heads = config.integer("num_attention_heads")
-        head = config.integer("head_dim", self.width // self.heads)
-        if self.width % self.heads or head * self.heads != self.width or head % 2:
+        self.head = config.integer("head_dim", self.width // self.heads)
+        made = self.head * self.heads
+        if self.head % 2 or not (free or made == self.width):
             raise UnsupportedEncoderError(
-                f"{config.path}: {self.heads} heads of {head} do not make the width {self.width}."
+                f"{config.path}: {self.heads} heads of {self.head} do not make the width "
+                f"{self.width}."
             )
 
+    def get(self, name: str, shape: tuple[int, ...]) -> Array:
+        """A tensor."""
+        return self._weights.get(name, shape)
+
     def words(self, name: str, types: str | None = None) -> Array:
+        """The word embeddings, with the row of token type 0."""
         words = self._weights.get(name, (self.config.integer("vocab_size"), self.width))
         rows = self.config.integer("type_vocab_size", 0, least=0) if types else 0
         return words + self._weights.get(types, (rows, self.width))[0] if types and rows else words
 
     def norm(self, name: str, epsilon: float, *, bias: bool = True) -> Norm:
+        """A normalisation of the model's width."""
         shape = (self.width,)
         offset = self._weights.get(f"{name}.bias", shape) if bias else np.zeros(shape, np.float32)
         return Norm(self._weights.get(f"{name}.weight", shape), offset, epsilon)
 
     def linear(self, name: str, inputs: int, outputs: int, *, bias: bool) -> Linear:
+        """A linear layer."""
         weight = self._weights.get(f"{name}.weight", (outputs, inputs))
         offset = self._weights.get(f"{name}.bias", (outputs,)) if bias else None
         return Linear(
@@ -143,7 +188,7 @@ class _Reader:
         )
 
 
-def _theta(config: Settings, rope: Settings, default: float) -> float:
+def theta_of(config: Settings, rope: Settings, default: float) -> float:
     """The base of rotary frequencies; no scaling of them is implemented."""
     rope.only("rope_type", ["default"], "default")
     unknown = set(rope) - {"rope_type", "rope_theta"}
@@ -155,13 +200,13 @@ def _theta(config: Settings, rope: Settings, default: float) -> float:
 
 
 def _modernbert(weights: Weights, config: Settings) -> Rotary:
-    _require_known(
+    require_known(
         config,
         ["hidden_activation", "norm_eps", "norm_bias", "attention_bias", "mlp_bias", "layer_types",
          "global_attn_every_n_layers", "local_attention", "global_rope_theta", "local_rope_theta",
          "layer_norm_eps", "position_embedding_type"],
     )  # fmt: skip
-    reader, ropes = _Reader(weights, config), config.object("rope_parameters")
+    reader, ropes = Reader(weights, config), config.object("rope_parameters")
     epsilon = config.number("norm_eps", 1e-5, above=0, below=1)
     norm_bias, biases = config.flag("norm_bias", False), config.flag("attention_bias", False)
     mlp_bias, width = config.flag("mlp_bias", False), reader.width
@@ -169,9 +214,11 @@ def _modernbert(weights: Weights, config: Settings) -> Rotary:
     for kind, key, base in (("full_attention", "global_rope_theta", 160_000.0),
                             ("sliding_attention", "local_rope_theta", 10_000.0)):  # fmt: skip
         default = config.number(key, base, above=1, below=1e9)
-        thetas[kind] = _theta(config, ropes.object(kind), default)
+        thetas[kind] = theta_of(config, ropes.object(kind), default)
+    every = config.integer("global_attn_every_n_layers", 3)
+    kinds = kinds_of(config, list(thetas), lambda n: list(thetas)[bool(n % every)])
     layers = []
-    for number, kind in enumerate(_kinds(config, reader.count)):
+    for number, kind in enumerate(kinds):
         at = f"layers.{number}."
         qkv = reader.linear(f"{at}attn.Wqkv", width, 3 * width, bias=biases)
         wide = reader.linear(f"{at}mlp.Wi", width, 2 * reader.inner, bias=mlp_bias)
@@ -203,14 +250,14 @@ def _modernbert(weights: Weights, config: Settings) -> Rotary:
     )
 
 
-def _kinds(config: Settings, count: int) -> list[str]:
-    """The kind of attention of each layer."""
-    every = config.integer("global_attn_every_n_layers", 3)
-    kinds = config.get("layer_types")
+def kinds_of(
+    config: Settings, known: Sequence[str], default: Callable[[int], str]
+) -> Sequence[str]:
+    """The kind of attention of each layer; ``default`` gives it by the layer's number."""
+    count, kinds = config.integer("num_hidden_layers"), config.get("layer_types")
     if kinds is None:
-        return ["sliding_attention" if n % every else "full_attention" for n in range(count)]
-    known = ("full_attention", "sliding_attention")
-    if not isinstance(kinds, list) or len(kinds) != count or set(kinds) - set(known):
+        return [default(number) for number in range(count)]
+    if not isinstance(kinds, list) or len(kinds) != count or set(map(str, kinds)) - set(known):
         config.refuse("layer_types", f"a list of {count} of {', '.join(known)}")
     return kinds
 
@@ -251,11 +298,11 @@ def _norm_last(
     weights: Weights, config: Settings, names: _Names, theta: float, activation: str
 ) -> Rotary:
     """NomicBERT and GTE, with transformers' settings and the tensors' names on the hub."""
-    _require_known(config, ["hidden_act", "layer_norm_eps"])
-    reader = _Reader(weights, config)
+    require_known(config, ["hidden_act", "layer_norm_eps"])
+    reader = Reader(weights, config)
     width, inner, bias = reader.width, reader.inner, names.bias
     epsilon = config.number("layer_norm_eps", 1e-12, above=0, below=1)
-    theta = _theta(config, config.object("rope_parameters"), theta)
+    theta = theta_of(config, config.object("rope_parameters"), theta)
     layers = []
     for number in range(reader.count):
         at = names.layer.format(number)
@@ -322,15 +369,14 @@ def write(
     sizes = writer.node("Shape", [ids], "sizes")
     shape = writer.node("Concat", [sizes, writer.ints(model.width)], "shape", axis=0)
     batch = Batch(shape, mask, "")
-    words = products.embed(writer, model.words, ids)
-    x = writer.node(
-        "Reshape", [write_norm(writer, words, model.norm), writer.ints(-1, model.width)]
-    )
+    x = products.embed(writer, model.words, ids)
+    x = x if model.norm is None else write_norm(writer, x, model.norm)
+    x = writer.node("Reshape", [x, writer.ints(-1, model.width)])
     half = products.dtype == np.float16
     if half:
         x = writer.node("Cast", [x], "half", to=FLOAT16)
-    written = _Layers(writer, model, products, attention(writer, batch, model.heads, model.width),
-                      batch)  # fmt: skip
+    attend = None if model.blocked else attention(writer, batch, model.heads, model.width)
+    written = _Layers(writer, model, products, attend, batch)
     for number, layer in enumerate(model.layers):
         x = written.layer(x, layer, f"layer{number}")
     if half:
@@ -344,16 +390,22 @@ class _Layers:
     """Writes layers; what they share is written once."""
 
     def __init__(
-        self, writer: Writer, model: Rotary, products: Products, attend: Attention, batch: Batch
+        self,
+        writer: Writer,
+        model: Rotary,
+        products: Products,
+        attend: Attention | None,
+        batch: Batch,
     ) -> None:
         self._writer, self._model, self._products = writer, model, products
         self._attend, self._batch = attend, batch
-        self._head = model.width // model.heads
+        self._head = model.head
         two = writer.node("Slice", [batch.shape, writer.ints(0), writer.ints(2)], "two")
-        per_head = writer.ints(model.heads, self._head)
+        per_head = writer.ints(-1, self._head)
         self._heads = writer.node("Concat", [two, per_head], "head_shape", axis=0)
         self._length = writer.node("Slice", [batch.shape, writer.ints(1), writer.ints(2)], "length")
         self._turns: dict[float, tuple[str, str]] = {}
+        self._ranges: dict[str, str] = {}
 
     def layer(self, x: str, layer: Layer, name: str) -> str:
         """``x``, real ``(batch * tokens, width)``, through a layer."""
@@ -364,10 +416,12 @@ class _Layers:
             writer, inner, [layer.query, layer.key, layer.value],
             [f"{name}.query", f"{name}.key", f"{name}.value"],
         )  # fmt: skip
-        context = writer.node(
-            "Reshape", [self._context(qkv, layer), writer.ints(-1, self._model.width)], "context"
-        )
+        flat = writer.ints(-1, len(layer.query.bias))
+        context = writer.node("Reshape", [self._context(qkv, layer), flat], "context")
         (output,) = products.linear(writer, context, [layer.output], [f"{name}.output"])
+        output = (
+            output if layer.attention_end is None else self._normed(output, layer.attention_end)
+        )
         x = writer.node("Add", [x, output], "residual")
         if not first and layer.attention_norm is not None:
             x = self._normed(x, layer.attention_norm)
@@ -378,6 +432,7 @@ class _Layers:
         active = activate(writer, gate, ACTIVATIONS[self._model.activation])
         wide = writer.node("Mul", [active, up], "gated")
         (down,) = products.linear(writer, wide, [layer.down], [f"{name}.down"])
+        down = down if layer.end is None else self._normed(down, layer.end)
         x = writer.node("Add", [x, down], "residual")
         return x if first else self._normed(x, layer.norm)
 
@@ -388,10 +443,79 @@ class _Layers:
         query, key, value = (
             self._writer.node("Reshape", [part, self._heads], "heads") for part in qkv
         )
+        query = query if layer.query_norm is None else self._normed(query, layer.query_norm)
+        key = key if layer.key_norm is None else self._normed(key, layer.key_norm)
         query, key = self._turned(query, layer.theta), self._turned(key, layer.theta)
-        if layer.window is None:
-            return self._attend.apply([query, key, value])
-        return self._windowed([query, key, value], layer.window)
+        qkv = [query, self._for_all(key), self._for_all(value)]
+        if layer.window is not None and not self._model.causal:
+            return self._windowed(qkv, layer.window)
+        return self._blocked(qkv, layer.window) if self._attend is None else self._attend.apply(qkv)
+
+    def _for_all(self, x: str) -> str:
+        """Keys or values, once for each head that shares them."""
+        writer, shared = self._writer, self._model.shared
+        if shared == 1:
+            return x
+        column = writer.node("Unsqueeze", [x, writer.ints(3)])
+        wide = writer.node("Expand", [column, writer.ints(1, 1, 1, shared, 1)], "shared")
+        return writer.node("Reshape", [wide, self._heads], "heads")
+
+    def _blocked(self, qkv: Sequence[str], window: int | None) -> str:
+        """Attention that goes through the queries in blocks; each sees all keys that it may.
+
+        All values are ``(batch, tokens, heads, width of a head)``. Blocks are of one size and no
+        longer than they must be; what is held grows with the length of a text.
+        """
+        writer, real = self._writer, self._products.dtype
+        kind = FLOAT16 if real == np.float16 else FLOAT
+        key = writer.node("Transpose", [qkv[1]], "key", perm=[0, 2, 3, 1])
+        value = writer.node("Transpose", [qkv[2]], "value", perm=[0, 2, 1, 3])
+        count, size, rest = even_blocks(writer, self._length, _BLOCK)
+        pads = self._joined([writer.ints(0, 0, 0, 0, 0), rest, writer.ints(0, 0)])
+        query = writer.node("Pad", [qkv[0], pads], "padded_query")
+        shape = self._joined([writer.ints(0), count, size, writer.ints(-1, self._head)])
+        query = writer.node("Reshape", [query, shape], "blocks")
+        scale = writer.tensor(np.array(self._head**-0.5, real), "scale")
+        query = writer.node("Mul", [query, scale], "query")
+        end = writer.node("Add", [self._length, rest])
+        numbers = self._joined([writer.ints(1), count, size])
+        numbers = writer.node("Reshape", [self._range(end), numbers], "numbers")
+        body = writer.inner()
+        some, at = body.name("queries"), body.name("at")
+        rows = body.node("Transpose", [some], "rows", perm=[0, 2, 1, 3])
+        scores = body.node("MatMul", [rows, key], "scores")
+        nothing = body.tensor(np.array(-60_000, real), "nothing")
+        scores = body.node("Where", [self._seen(body, at, window), scores, nothing], "scores")
+        weights = body.node("Softmax", [scores], "weights", axis=-1)
+        context = body.node("MatMul", [weights, value], "context")
+        out = body.node("Transpose", [context], "part", perm=[0, 2, 1, 3])
+        parts = writer.scan([(query, kind), (numbers, INT64)], body, [some, at], out, "parts",
+                            state=False)  # fmt: skip
+        heads = writer.ints(0, -1, self._model.heads, self._head)
+        joined = writer.node("Reshape", [parts, heads], "context")
+        return writer.node("Slice", [joined, writer.ints(0), self._length, writer.ints(1)])
+
+    def _seen(self, body: Writer, at: str, window: int | None) -> str:
+        """Which keys the queries at ``at``, ``(1, queries)``, see; true or false."""
+        if not self._model.causal:
+            seen = body.node("Cast", [self._batch.mask], "seen", to=BOOL)
+            return body.node("Unsqueeze", [seen, body.ints(1, 2)], "seen")
+        # What stands before a token is no padding.
+        column = body.node("Unsqueeze", [at, body.ints(2)], "column")
+        distance = body.node("Sub", [column, self._range(self._length)], "distance")
+        seen = body.node("GreaterOrEqual", [distance, body.ints(0)], "seen")
+        if window is None:
+            return seen
+        near = body.node("LessOrEqual", [distance, body.ints(window)], "near")
+        return body.node("And", [seen, near], "seen")
+
+    def _range(self, end: str) -> str:
+        """0, 1, 2... before ``end``, a vector of one; made once for each."""
+        if end not in self._ranges:
+            zero, one = (self._writer.tensor(np.array(n, np.int64), "int") for n in (0, 1))
+            last = self._writer.node("Squeeze", [end, self._writer.ints(0)], "end")
+            self._ranges[end] = self._writer.node("Range", [zero, last, one], "range")
+        return self._ranges[end]
 
     def _turned(self, x: str, theta: float) -> str:
         """Rotary positions on ``(batch, tokens, heads, width of a head)``."""
@@ -414,9 +538,7 @@ class _Layers:
             exponents = np.arange(0, self._head, 2, dtype=np.float32) / np.float32(self._head)
             frequencies = (np.float32(1) / np.float32(theta) ** exponents).astype(np.float32)
             both = writer.tensor(np.concatenate([frequencies, frequencies]), "frequencies")
-            length = writer.node("Squeeze", [self._length, writer.ints(0)], "end")
-            zero, one = (writer.tensor(np.array(n, np.int64), "int") for n in (0, 1))
-            positions = writer.node("Range", [zero, length, one], "range")
+            positions = self._range(self._length)
             positions = writer.node("Cast", [positions], "positions", to=FLOAT)
             column = writer.node("Unsqueeze", [positions, writer.ints(0, 2, 3)], "column")
             angles = writer.node("Mul", [column, both], "angles")
@@ -464,7 +586,7 @@ class _Layers:
         # The mask of the keys, in the same blocks.
         mask = writer.node("Pad", [self._batch.mask, self._joined([nothing, size, nothing, end])])
         seen = self._neighbours(mask, padded, window, writer.ints(0, -1, window))
-        absent = writer.node("Not", [writer.node("Cast", [seen], to=9)])
+        absent = writer.node("Not", [writer.node("Cast", [seen], to=BOOL)])
         absent = writer.node("Unsqueeze", [absent, writer.ints(1, 3)], "absent")
         least = writer.tensor(np.array(-60_000, real), "least")
         scores = writer.node("Where", [absent, least, scores], "scores")

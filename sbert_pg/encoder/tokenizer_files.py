@@ -31,7 +31,8 @@ _BERT_KEYS = {
 }
 #: Classes that rebuild the pre-tokenizer from ``add_prefix_space`` there: with ``ByteLevel``, and
 #: with ``Metaspace`` (``models/roberta/tokenization_roberta.py``, ``models/xlm_roberta``...).
-_BYTE_LEVEL = ("RobertaTokenizer", "GPT2Tokenizer", "DebertaTokenizer", "LukeTokenizer")
+_BYTE_LEVEL = ("RobertaTokenizer", "GPT2Tokenizer", "DebertaTokenizer", "LukeTokenizer",
+               "Qwen2Tokenizer")  # fmt: skip
 _METASPACE = ("XLMRobertaTokenizer", "CamembertTokenizer", "AlbertTokenizer", "BarthezTokenizer",
               "RemBertTokenizer", "DebertaV2Tokenizer", "BigBirdTokenizer")  # fmt: skip
 #: Classes that, from transformers 5 on, build normaliser and pre-tokenizer again and take nothing

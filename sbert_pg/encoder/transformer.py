@@ -199,11 +199,25 @@ def write_norm(
     writer: Writer, x: str, norm: Norm, dtype: type[np.floating[Any]] = np.float32
 ) -> str:
     """A layer normalisation of ``x``, with its parameters in ``dtype``."""
+    if not norm.centred:
+        return _write_rms(writer, x, norm, dtype)
     scale = writer.tensor(norm.scale.astype(dtype), "norm.scale")
     bias = writer.tensor(norm.bias.astype(dtype), "norm.bias")
     return writer.node(
         "LayerNormalization", [x, scale, bias], "norm", axis=-1, epsilon=norm.epsilon
     )
+
+
+def _write_rms(writer: Writer, x: str, norm: Norm, dtype: type[np.floating[Any]]) -> str:
+    """In float32, since the squares are too large for half precision."""
+    half = dtype == np.float16
+    x = writer.node("Cast", [x], "single", to=FLOAT) if half else x
+    square = writer.node("Mul", [x, x], "square")
+    mean = writer.node("ReduceMean", [square, writer.ints(-1)], "mean", keepdims=1)
+    bounded = writer.node("Add", [mean, writer.scalar(norm.epsilon)], "mean")
+    x = writer.node("Div", [x, writer.node("Sqrt", [bounded], "rms")], "norm")
+    x = writer.node("Mul", [x, writer.tensor(norm.scale, "norm.scale")], "norm")
+    return writer.node("Cast", [x], "norm", to=FLOAT16) if half else x
 
 
 def _residual(writer: Writer, x: str, skip: str, norm: Norm) -> str:

@@ -21,6 +21,7 @@ FLOAT = TensorProto.FLOAT
 FLOAT16 = TensorProto.FLOAT16
 INT32 = TensorProto.INT32
 INT64 = TensorProto.INT64
+BOOL = TensorProto.BOOL
 
 #: Bytes of weights from which they lie in a file of their own; a protobuf message ends at 2 GiB.
 EXTERNAL_FROM = 1_500_000_000
@@ -107,26 +108,39 @@ class Writer:
             )  # fmt: skip
         return self.node("If", [condition], hint, then_branch=graphs[0], else_branch=graphs[1])
 
-    def scan(self, state: str, parts: Sequence[str], body: Writer, ins: Sequence[str], out: str,
-             hint: str) -> str:  # fmt: skip
-        """``Scan`` over axis 1 of some values, of int64: the state after the last part.
+    def scan(
+        self,
+        inputs: Sequence[tuple[str, int]],
+        body: Writer,
+        names: Sequence[str],
+        out: str,
+        hint: str,
+        *,
+        state: bool,
+    ) -> str:
+        """``Scan`` over axis 1 of some values.
 
         Args:
-            state: at the beginning.
-            parts: what is gone through.
-            body: computes the next state, and may use any value of this writer.
-            ins: names in ``body`` of the state and of a part of each of ``parts``.
-            out: name in ``body`` of the next state.
+            inputs: what is gone through, with its types; the state at the beginning comes first.
+            body: computes one step, and may use any value of this writer.
+            names: of the inputs in ``body``.
+            out: name in ``body`` of the next state, or of a part of the result.
             hint: names the result.
+            state: whether there is one; it is then the result, and otherwise all parts along axis 1
+                are. The result has the type of the first input.
         """
         values = [
-            helper.make_tensor_value_info(name, FLOAT if name == ins[0] else INT64, None)
-            for name in ins
+            helper.make_tensor_value_info(name, kind, None)
+            for name, (_, kind) in zip(names, inputs, strict=True)
         ]
-        result = [helper.make_tensor_value_info(out, FLOAT, None)]
-        graph = helper.make_graph(body.nodes, hint, values, result, body.initializers)
-        return self.node("Scan", [state, *parts], hint, body=graph, num_scan_inputs=len(parts),
-                         scan_input_axes=[1] * len(parts))  # fmt: skip
+        result = helper.make_tensor_value_info(out, inputs[0][1], None)
+        graph = helper.make_graph(body.nodes, hint, values, [result], body.initializers)
+        axes: dict[str, Any] = {} if state else {"scan_output_axes": [1]}
+        through = len(inputs) - state
+        return self.node(
+            "Scan", [name for name, _ in inputs], hint, body=graph, num_scan_inputs=through,
+            scan_input_axes=[1] * through, **axes,
+        )  # fmt: skip
 
     def inner(self) -> Writer:
         """A writer for a branch: its own constants, names that differ from this one's."""
@@ -160,6 +174,19 @@ def open_session(model: onnx.ModelProto, options: Any) -> Any:
         path = Path(folder) / "model.onnx"
         save(model, path)
         return load_onnxruntime().InferenceSession(str(path), options, providers=[CPU])
+
+
+def even_blocks(writer: Writer, length: str, most: int) -> tuple[str, str, str]:
+    """Blocks of one size for a length, an int64 vector of one: how many, their size, what is left.
+
+    No block is larger than ``most`` or than it must be.
+    """
+    one = writer.ints(1)
+    count = writer.node("Add", [length, writer.ints(most - 1)])
+    count = writer.node("Div", [count, writer.ints(most)], "blocks")
+    size = writer.node("Sub", [writer.node("Add", [length, count]), one])
+    size = writer.node("Div", [size, count], "size")
+    return count, size, writer.node("Sub", [writer.node("Mul", [count, size]), length], "rest")
 
 
 def activate(writer: Writer, x: str, activation: Activation) -> str:

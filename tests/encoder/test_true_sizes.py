@@ -47,7 +47,30 @@ MODELS = {
         max_seq_length=128,
         scale=0.03,
     ),
-}
+    "embeddinggemma-300m": Wish(
+        "gemma3_text",
+        config={"hidden_size": 768, "num_hidden_layers": 24, "num_attention_heads": 3,
+                "num_key_value_heads": 1, "head_dim": 256, "intermediate_size": 1152,
+                "sliding_window": 512, "use_bidirectional_attention": True,
+                "query_pre_attn_scalar": 256, "max_position_embeddings": 2048},
+        vocabulary=20_000,
+        layers=((3072, "Identity", False), (768, "Identity", False), "normalize"),
+        max_seq_length=1024,
+        scale=0.03,
+    ),
+    # A quarter of its 28 layers.
+    "Qwen3-Embedding-0.6B": Wish(
+        "qwen3",
+        config={"hidden_size": 1024, "num_hidden_layers": 7, "num_attention_heads": 16,
+                "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 3072,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+                "max_position_embeddings": 32_768},
+        vocabulary=20_000,
+        pooling="lasttoken",
+        max_seq_length=1024,
+        scale=0.03,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.slow
