@@ -18,6 +18,9 @@ _OWN_CGROUP = Path("/proc/self/cgroup")
 def usable_cores(cgroup: Path = _CGROUP, own: Path = _OWN_CGROUP) -> int:
     """Cores by affinity, no more than the container's share of CPU time, at least 1.
 
+    ``OMP_NUM_THREADS`` limits them as it limits other numerical libraries; Ray and batch systems
+    set it to what a process was given.
+
     Args:
         cgroup: where control groups are mounted.
         own: the file that names the groups of this process.
@@ -26,6 +29,9 @@ def usable_cores(cgroup: Path = _CGROUP, own: Path = _OWN_CGROUP) -> int:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS and Windows
         cores = os.cpu_count() or 1
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    if limit.isdigit() and int(limit) > 0:
+        cores = min(cores, int(limit))
     shares = [share for group in _groups(cgroup, own) if (share := _share(group)) is not None]
     return max(1, min(cores, math.ceil(min(shares, default=cores))))
 

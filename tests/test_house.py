@@ -60,25 +60,25 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 
 #: Most modules and lines of each room: a new capability raises its own, and nobody else's.
 ROOMS: dict[str, tuple[int, int]] = {
-    "adapters": (4, 760),
+    "adapters": (5, 934),
     "alembic": (9, 2729),
-    "catalog": (9, 2507),
-    "cli": (17, 4362),
+    "catalog": (9, 2501),
+    "cli": (17, 4389),
     "clustering": (14, 4642),
     "encoder": (26, 6928),
-    "freshness": (23, 5217),
+    "freshness": (23, 5238),
     "indexes": (4, 998),
     "loading": (4, 941),
     "orm": (5, 926),
     "passages": (6, 1155),
-    "reembed": (12, 3239),
-    "search": (12, 3427),
+    "reembed": (12, 3250),
+    "search": (12, 3429),
     "serving": (12, 2097),
     "tuning": (12, 2918),
-    "types": (9, 1643),
+    "types": (9, 1642),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3134
+MOST_LINES_OF_THE_REST = 3140
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, fields
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import sqlalchemy as sa
@@ -18,7 +19,7 @@ from sbert_pg.errors import DeclarationError
 from sbert_pg.registry import get_encoder
 
 if TYPE_CHECKING:
-    from sbert_pg.freshness import Companion, Progress, WorkerSettings
+    from sbert_pg.freshness import Companion, Filler, WorkerSettings
     from sbert_pg.reembed import Filling
 
 SetOption = Annotated[
@@ -200,6 +201,17 @@ def backfill(
             metavar="SIZE",
         ),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Have processes of a Ray cluster encode: its address, auto for the one that runs, "
+            "or local for one of this machine.",
+            metavar="ADDRESS",
+            show_default=False,
+        ),
+    ] = None,
+    actors: Annotated[int, typer.Option(help="With --ray, how many.", min=1)] = 2,
+    gpus: Annotated[float, typer.Option(help="With --ray, GPUs for each.", min=0)] = 0,
     settings: SetOption = None,
     json: common.JsonOption = False,
     log: common.LogOption = "warning",
@@ -216,11 +228,13 @@ def backfill(
 
     [b]sbert-pg backfill article.embedding --set rows_per_second=500 --set max_replica_lag=5[/]
     [b]sbert-pg backfill article --memory 2GB[/]
+    [b]sbert-pg backfill article --ray auto --actors 16[/]
     """
-    from sbert_pg import freshness, reembed
+    from sbert_pg import reembed
 
     metadata = common.prepare(app, log)
     chosen = _settings(settings)
+    fill = _filler(ray, actors, gpus, partial(common.prepare, app, log))
     with (
         common.database(database, lasting=True) as engine,
         common.stoppable() as stop,
@@ -228,12 +242,8 @@ def backfill(
     ):
         binding = change_or_column(engine, target)
         if binding.replaces is None:
-
-            def show(progress: Progress) -> None:
-                paused = f" (paused: {progress.paused})" if progress.paused else ""
-                advance(f"backfill{paused}", progress.rows, progress.total)
-
-            done = freshness.backfill(engine, binding, chosen, on_progress=show, stop=stop)
+            show = reembed.as_step(advance)
+            done = fill(engine, binding, chosen, on_progress=show, stop=stop)
             filling = reembed.Filling(done, 0, ())
         else:
             change = None
@@ -243,15 +253,32 @@ def backfill(
                 engine,
                 binding.identity,
                 chosen,
+                encode_by=fill,
                 indexes=None if change is None else change[1],
                 maintenance_work_mem=memory,
                 on_progress=advance,
                 stop=stop,
             )
+    _end(filling, str(binding), json, stopped=stop.is_set())
+
+
+def _filler(ray: str | None, actors: int, gpus: float, setup: Callable[[], object]) -> Filler:
+    """What encodes: this process, or a fleet."""
+    if ray is None:
+        from sbert_pg.freshness import backfill
+
+        return backfill
+    from sbert_pg.adapters.ray import backfill as by_fleet
+
+    return partial(by_fleet, actors=actors, address=ray, gpus=gpus, setup=setup)
+
+
+def _end(filling: Filling, column: str, json: bool, *, stopped: bool) -> None:
+    """Say what was done, and leave with an exit code that says it too."""
     done = filling.encoded
-    data = {"column": str(binding), "computed": filling.computed, "indexes": filling.indexes}
+    data = {"column": column, "computed": filling.computed, "indexes": filling.indexes}
     common.show(_report(filling), asdict(done) | data, json)
-    if stop.is_set():
+    if stopped:
         raise typer.Exit(common.EXIT_INTERRUPTED)
     if not done.complete or done.failed:
         raise typer.Exit(common.EXIT_FAILED)

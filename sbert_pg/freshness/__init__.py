@@ -5,7 +5,7 @@ Whether a row is fresh is a state of the row, and a partial index is the queue o
 """
 
 from sbert_pg.freshness.audit import Audit, Finding, audit
-from sbert_pg.freshness.running import Filled, Refreshed, backfill, refresh, worker_thread
+from sbert_pg.freshness.running import Filled, Filler, Refreshed, backfill, refresh, worker_thread
 from sbert_pg.freshness.settings import Progress, WorkerSettings
 from sbert_pg.freshness.status import (
     ColumnStatus,
@@ -27,6 +27,7 @@ __all__ = [
     "Counts",
     "Failure",
     "Filled",
+    "Filler",
     "Finding",
     "Health",
     "Progress",

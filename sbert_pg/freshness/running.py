@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import sqlalchemy as sa
 
@@ -156,6 +157,21 @@ class Filled:
     seconds: float
 
 
+class Filler(Protocol):
+    """What fills a column as ``backfill`` does."""
+
+    def __call__(
+        self,
+        engine: sa.Engine,
+        column: Binding,
+        settings: WorkerSettings | None = None,
+        *,
+        on_progress: Callable[[Progress], None] | None = None,
+        stop: threading.Event | None = None,
+    ) -> Filled:
+        """See ``backfill``."""
+
+
 def backfill(
     engine: sa.Engine,
     column: ColumnIdentity | sa.Column[object] | Binding,
@@ -201,7 +217,7 @@ def backfill(
         _warn_of_index(connection, binding)
     settings = replace(settings or WorkerSettings(), listen=False, columns=())
     worker = Worker(engine, settings, only=(binding.id,))
-    watch = _Watch(database, binding, worker, on_progress)
+    watch = Watch(database, binding, on_progress, lambda: worker.throttle.reason)
     with _stopping(worker, stop), watch:
         tally = worker.run(until_empty=True, await_others=True)
     blocked = worker.blocked().get(str(binding))
@@ -210,18 +226,7 @@ def backfill(
             f"Cannot write column {binding}: {blocked}. What was written stays; run the backfill "
             "again when that is mended."
         )
-    found = watch.last
-    left = found.pending + found.backfill
-    # Another process may have written a row since its failure was recorded.
-    waiting = min(watch.waiting, left)
-    return Filled(
-        tally.total("embedded"),
-        tally.total("texts"),
-        found.failed + waiting,
-        left,
-        left <= waiting,
-        time.monotonic() - started,
-    )
+    return watch.filled(tally.total("embedded"), tally.total("texts"), started)
 
 
 @contextmanager
@@ -244,30 +249,42 @@ def _stopping(worker: Worker, stop: threading.Event | None) -> Iterator[None]:
         thread.join()
 
 
-class _Watch:
-    """A thread that looks at how far a backfill has come, by all processes together."""
+class Watch:
+    """A thread that looks at how far a backfill has come, by all processes together.
+
+    Args:
+        database: the database.
+        binding: the column that is filled.
+        on_progress: called every second or so, in the thread.
+        paused: says why this process holds back, if it does.
+
+    Attributes:
+        total: rows that were to be done at the beginning.
+        last: what was seen last.
+        waiting: rows that are put off, to be tried again by a worker.
+    """
 
     def __init__(
         self,
         database: Database,
         binding: Binding,
-        worker: Worker,
         on_progress: Callable[[Progress], None] | None,
+        paused: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._database = database
         self._binding = binding
-        self._worker = worker
+        self._paused = paused
         self._on_progress = on_progress
-        self._total: int | None = None
         self._seen: deque[tuple[float, int]] = deque()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sbert-pg-progress", daemon=True)
+        self.total = 0
         self.last = Counts(0, 0, 0, 0, True, None)
         self.waiting = 0
 
-    def __enter__(self) -> _Watch:
-        self._look()
-        self._total = self.last.pending + self.last.backfill
+    def __enter__(self) -> Watch:
+        self.look()
+        self.total = self.last.pending + self.last.backfill
         self._report()
         if self._on_progress is not None:
             self._thread.start()
@@ -278,20 +295,32 @@ class _Watch:
         if self._thread.is_alive():
             self._thread.join(timeout=10)
         # A connection that was dropped while it lay in the pool is noticed by the first use.
-        if not self._look():
-            self._look()
+        if not self.look():
+            self.look()
         self._report()
+
+    def filled(self, rows: int, texts: int, started: float) -> Filled:
+        """What was done, by what is left; ``started`` is a ``time.monotonic()``."""
+        left = self.last.pending + self.last.backfill
+        # Another process may have written a row since its failure was recorded.
+        failed = self.last.failed + min(self.waiting, left)
+        return Filled(rows, texts, failed, left, self.complete, time.monotonic() - started)
 
     def _run(self) -> None:
         wait = _INTERVAL
         while not self._stop.wait(wait):
             started = time.monotonic()
-            if self._look():
+            if self.look():
                 self._report()
             wait = max(_INTERVAL, _SHARE * (time.monotonic() - started))
 
-    def _look(self) -> bool:
-        """Whether the database answered."""
+    @property
+    def complete(self) -> bool:
+        """Whether nothing was left but rows that are put off, when it was seen last."""
+        return self.last.pending + self.last.backfill <= self.waiting
+
+    def look(self) -> bool:
+        """See how far it is; returns whether the database answered."""
         try:
             with self._database.begin() as connection:
                 self.last = counts(connection, self._binding)
@@ -306,20 +335,20 @@ class _Watch:
             return
         left = self.last.pending + self.last.backfill
         now = time.monotonic()
-        done = max((self._total or 0) - left, 0)
+        done = max(self.total - left, 0)
         self._seen.append((now, done))
         while now - self._seen[0][0] > _WINDOW:
             self._seen.popleft()
         seconds = now - self._seen[0][0]
         rate = max(done - self._seen[0][1], 0) / seconds if seconds > 0 else 0.0
-        complete = left <= self.waiting
+        complete = self.complete
         self._on_progress(
             Progress(
                 done,
-                self._total,
+                self.total,
                 rate,
                 0.0 if complete else left / rate if rate > 0 else None,
-                self._worker.throttle.reason,
+                self._paused(),
                 complete,
             )
         )
@@ -338,4 +367,4 @@ def _warn_of_index(connection: sa.Connection, binding: Binding) -> None:
         say(logger, logging.WARNING, words, fields)
 
 
-__all__ = ["Filled", "Refreshed", "backfill", "refresh", "worker_thread"]
+__all__ = ["Filled", "Filler", "Refreshed", "Watch", "backfill", "refresh", "worker_thread"]

@@ -1,7 +1,7 @@
 """A change of encoder without a wrong answer: begin, backfill, verify, switch, finish."""
 
 from sbert_pg.reembed.adopt import Adoption, Proof, adopt, examine
-from sbert_pg.reembed.backfill import Filling, Rebinding, backfill, rebind
+from sbert_pg.reembed.backfill import Filling, Rebinding, as_step, backfill, rebind
 from sbert_pg.reembed.change import Request, begin, build_indexes, request_of
 from sbert_pg.reembed.finish import abort, finish, resume
 from sbert_pg.reembed.plan import Plan, plan
@@ -25,6 +25,7 @@ __all__ = [
     "Verification",
     "abort",
     "adopt",
+    "as_step",
     "backfill",
     "begin",
     "build_indexes",

@@ -20,7 +20,7 @@ from sbert_pg import catalog
 from sbert_pg.catalog import Binding
 from sbert_pg.catalog.holding import compatibility, recorded_encoder
 from sbert_pg.errors import EncoderError, EncoderMismatchError, ReembeddingError, StepStoppedError
-from sbert_pg.freshness import Filled, Progress, WorkerSettings
+from sbert_pg.freshness import Filled, Filler, Progress, WorkerSettings
 from sbert_pg.freshness import backfill as encode_rows
 from sbert_pg.freshness.comparing import Comparison, compare_rows
 from sbert_pg.probes import (
@@ -68,6 +68,7 @@ def backfill(
     settings: WorkerSettings | None = None,
     *,
     encode: bool = False,
+    encode_by: Filler = encode_rows,
     indexes: Sequence[sa.Index] | None = None,
     maintenance_work_mem: str | None = None,
     on_progress: OnProgress | None = None,
@@ -85,6 +86,8 @@ def backfill(
         column: the new column, or the old one.
         settings: of the encoding; see ``WorkerSettings``.
         encode: encode every text, even where the vectors could be computed from the old ones.
+        encode_by: what encodes, ``freshness.backfill`` or one with its interface, such as that of
+            ``sbert_pg.adapters.ray`` with its fleet.
         indexes: indexes to build, as declared; by default one like each of the old column's.
         maintenance_work_mem: memory for the build of the index, as in ``"2GB"``.
         on_progress: called as it proceeds, in several threads, with the step, what is done, and of
@@ -108,7 +111,7 @@ def backfill(
     computed = 0
     if way.scaling is not None and not encode:
         computed = copy_vectors(engine, old, new, encoder, way.scaling, progress=steps.copied)
-    first = steps.encode(engine, new, settings)
+    first = steps.encode(encode_by, engine, new, settings)
     steps.advance("index")
     names = build_indexes(
         engine,
@@ -121,7 +124,7 @@ def backfill(
     )
     steps.check("index")
     # What the application has changed meanwhile.
-    last = steps.encode(engine, new, settings)
+    last = steps.encode(encode_rows, engine, new, settings)
     encoded = replace(
         last,
         rows=first.rows + last.rows,
@@ -129,6 +132,16 @@ def backfill(
         seconds=first.seconds + last.seconds,
     )
     return Filling(encoded, computed, tuple(names))
+
+
+def as_step(advance: OnProgress) -> Callable[[Progress], None]:
+    """The progress of a backfill, as a step of something longer."""
+
+    def show(progress: Progress) -> None:
+        paused = f" (paused: {progress.paused})" if progress.paused else ""
+        advance(f"backfill{paused}", progress.rows, progress.total)
+
+    return show
 
 
 class _Steps:
@@ -156,14 +169,11 @@ class _Steps:
         self.check("backfill")
         self.advance("compute", rows)
 
-    def encode(self, engine: sa.Engine, column: Binding, settings: WorkerSettings | None) -> Filled:
+    def encode(
+        self, by: Filler, engine: sa.Engine, column: Binding, settings: WorkerSettings | None
+    ) -> Filled:
         """Encode what waits, together with whoever else does it."""
-
-        def show(progress: Progress) -> None:
-            paused = f" (paused: {progress.paused})" if progress.paused else ""
-            self.advance(f"backfill{paused}", progress.rows, progress.total)
-
-        filled = encode_rows(engine, column, settings, on_progress=show, stop=self.stop)
+        filled = by(engine, column, settings, on_progress=as_step(self.advance), stop=self.stop)
         self.check("backfill")
         return filled
 

@@ -64,6 +64,8 @@ class Changeable:
 
     def narrowed(self, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Nearest:
         """The search, with one more call that chooses rows."""
+        if name in _CRITERIA and not arguments and not options:
+            return self.statement()
         return self._with(narrowing=(*self.narrowing, (name, arguments, options)))
 
     def shaped(self, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Nearest:

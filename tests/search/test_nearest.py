@@ -144,6 +144,16 @@ def test_filters_reach_the_index(
     assert found == keys(exact(fake_encoder, "gift returns", lambda number: number % 3 == 0))[:9]
 
 
+@pytest.mark.parametrize("criteria", [(), (sa.true(),), (sa.and_(True),)], ids=str)
+def test_criteria_that_turn_nothing_away(
+    indexed: Shop, session: Session, fake_encoder: DeterministicEncoder, criteria: Any
+) -> None:
+    statement = nearest(indexed.Article.embedding, "refund returns", limit=5).where(*criteria)
+    expected = keys(exact(fake_encoder, "refund returns"))[:5]
+    assert [row.Article.id for row in session.execute(statement)] == expected
+    assert session.execute(statement.filter_by().filter()).first().Article.id == expected[0]
+
+
 def test_joins_and_columns_added_by_the_caller(
     indexed: Shop, session: Session, fake_encoder: DeterministicEncoder
 ) -> None:

@@ -1,0 +1,209 @@
+"""What grows with a table, and how: each figure at several sizes, with its exponent beside.
+
+    pip install 'sbert-pg[embedded,clustering]'
+    python benchmarks/scale.py [--rows 10000 100000 1000000] [--dimensions 384] [--seed 1]
+
+Vectors are mixtures of a thousand centres, given to the library by an encoder that only looks them
+up, so that the time goes into the database and not into a model. An exponent is the slope between
+the first and the last size on logarithms: 1 grows as the rows do, 0 does not grow. Milliseconds are
+medians. Runs on an embedded server of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import sqlalchemy as sa
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from sbert_pg import create_all, embedding_column, hnsw_index, load, nearest, use_encoder
+from sbert_pg.embedded import embedded_server
+from sbert_pg.freshness import backfill, status
+from sbert_pg.indexes.build import build_index
+from sbert_pg.testing import DeterministicEncoder
+
+SETTINGS = {
+    "shared_buffers": "4GB", "maintenance_work_mem": "4GB", "max_wal_size": "16GB",
+    "synchronous_commit": "off",
+}  # fmt: skip
+CENTRES, QUERIES, TOPICS = 1_000, 40, 200
+
+
+class GivenVectors(DeterministicEncoder):
+    """Gives the vectors that belong to texts ``row N``."""
+
+    def __init__(self, dimensions: int, seed: int) -> None:
+        super().__init__(dimensions=dimensions)
+        rng = np.random.default_rng(seed)
+        self._centres = rng.standard_normal((CENTRES, dimensions), dtype=np.float32)
+
+    def vectors(self, numbers: np.ndarray) -> np.ndarray:
+        """Vectors of rows, each near the centre of its topic."""
+        noise = np.stack(
+            [
+                np.random.default_rng(n).standard_normal(self._centres.shape[1], dtype=np.float32)
+                for n in numbers
+            ]
+        )
+        mixed = self._centres[numbers % CENTRES] + 0.7 * noise
+        return np.asarray(mixed / np.linalg.norm(mixed, axis=1, keepdims=True))
+
+    def encode_document(self, texts):  # noqa: D102
+        if all(text.startswith("row ") for text in texts):
+            return self.vectors(np.array([int(text[4:]) for text in texts]))
+        return super().encode_document(texts)
+
+
+class Figures:
+    """What was measured, by name, one number a size."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, list[float]] = {}
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """Seconds of a block."""
+        started = time.perf_counter()
+        yield
+        self.add(name, time.perf_counter() - started)
+
+    def median(self, name: str, call: Callable[[int], object], times: int = QUERIES) -> None:
+        """Median seconds of calls."""
+        spent = []
+        for number in range(times):
+            started = time.perf_counter()
+            call(number)
+            spent.append(time.perf_counter() - started)
+        self.add(name, statistics.median(spent))
+
+    def add(self, name: str, value: float) -> None:
+        """A figure of the size at hand."""
+        self.rows.setdefault(name, []).append(value)
+
+    def report(self, sizes: list[int]) -> None:
+        """A table in Markdown."""
+        print("| | " + " | ".join(f"{size:,}" for size in sizes) + " | exponent |")
+        print("|---" * (len(sizes) + 2) + "|")
+        for name, values in self.rows.items():
+            shown = " | ".join(f"{value:.3g}" for value in values)
+            grown = (
+                ""
+                if len(values) < 2 or values[0] <= 0
+                else (f"{math.log(values[-1] / values[0]) / math.log(sizes[-1] / sizes[0]):.2f}")
+            )
+            print(f"| {name} | {shown} | {grown} |", flush=True)
+
+
+def measure(engine: sa.Engine, encoder: GivenVectors, rows: int, figures: Figures) -> None:
+    """One size, on an empty database."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Item(Base):
+        __tablename__ = "item"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        topic: Mapped[int]
+        body: Mapped[str]
+        embedding = embedding_column(
+            "deterministic", source="body", dimensions=encoder.spec.dimensions
+        )
+
+    with engine.begin() as connection:
+        create_all(connection, Base.metadata)
+    table = Item.__table__
+    given = (
+        {"id": n, "topic": n % CENTRES % TOPICS, "body": f"row {n}", "embedding": vector}
+        for first in range(0, rows, 1_000)
+        for n, vector in zip(
+            range(first, first + 1_000),
+            encoder.vectors(np.arange(first, first + 1_000)),
+            strict=True,
+        )
+    )
+    with figures.of("load with vectors given, s"), engine.begin() as connection:
+        load(connection, Item, given)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("ANALYZE item")
+
+    queries = encoder.vectors(np.arange(10**9, 10**9 + QUERIES))
+    with Session(engine) as session:
+
+        def ask(number: int, *criteria: sa.ColumnElement[bool], exact: bool = False) -> set[int]:
+            statement = nearest(Item.embedding, queries[number], limit=10, exact=exact)
+            found = {row.Item.id for row in session.execute(statement.where(*criteria))}
+            session.rollback()
+            return found
+
+        right = [ask(number, exact=True) for number in range(QUERIES)]
+        figures.median("exact search, s", lambda n: ask(n, exact=True), 10)
+        index = hnsw_index("ix_item_embedding", table.c.embedding)
+        with figures.of("HNSW build, s"):
+            build_index(engine, index)
+        figures.median("nearest, s", ask)
+        shares = [len(ask(n) & right[n]) / 10 for n in range(QUERIES)]
+        figures.add("nearest, recall@10", statistics.mean(shares))
+
+        def filtered(filters: list[sa.ColumnElement[bool]], number: int) -> set[int]:
+            return ask(number, filters[number])
+
+        own = [Item.topic == int((10**9 + n) % CENTRES % TOPICS) for n in range(QUERIES)]
+        other = [Item.topic == int((10**9 + n + 7) % CENTRES % TOPICS) for n in range(QUERIES)]
+        for name, filters in (("own", own), ("another", other)):
+            exact = [ask(n, filters[n], exact=True) for n in range(QUERIES)]
+            figures.median(f"nearest of {name} topic, s", partial(filtered, filters))
+            shares = [len(ask(n, filters[n]) & exact[n]) / 10 for n in range(QUERIES)]
+            figures.add(f"nearest of {name} topic, recall@10", statistics.mean(shares))
+    with engine.connect() as connection:
+        figures.median("status, s", lambda _: status(connection), 5)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DROP INDEX ix_item_embedding")
+        with figures.of("make all pending, s"):
+            connection.exec_driver_sql("UPDATE item SET embedding_of = NULL")
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql("VACUUM ANALYZE item")
+    with figures.of("backfill without an index, s"):
+        backfill(engine, table.c.embedding)
+    with engine.begin() as connection:
+        Base.metadata.drop_all(connection)
+        connection.exec_driver_sql("SELECT sbert.prune_v1()")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--dimensions", type=int, default=384)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    encoder = GivenVectors(options.dimensions, options.seed)
+    use_encoder(encoder)
+    figures = Figures()
+    with tempfile.TemporaryDirectory(prefix="sbert-pg-scale-") as name:
+        os.chmod(name, 0o755)
+        with embedded(Path(name) / "data") as engine:
+            for rows in options.rows:
+                measure(engine, encoder, rows, figures)
+    figures.report(options.rows)
+
+
+@contextmanager
+def embedded(path: Path) -> Iterator[sa.Engine]:
+    """An engine on a server of its own."""
+    with embedded_server(path, settings=SETTINGS) as server:
+        engine = sa.create_engine(server.ensure_database("bench"))
+        yield engine
+        engine.dispose()
+
+
+if __name__ == "__main__":
+    main()
