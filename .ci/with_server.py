@@ -11,7 +11,13 @@ from pathlib import Path
 from sbert_pg.embedded import embedded_server
 
 #: As the tests have them on a server of their own.
-SETTINGS = {"max_connections": "100", "autovacuum": "off"}
+SETTINGS = {
+    "autovacuum": "off",
+    "fsync": "off",
+    "synchronous_commit": "off",
+    "full_page_writes": "off",
+    "max_connections": "100",
+}
 
 with tempfile.TemporaryDirectory(prefix="sbert-pg-ci-") as folder:
     os.chmod(folder, 0o755)

@@ -94,7 +94,7 @@ def test_where_the_fault_lies(
         if "timeout" in first:
             # A time-out counts from the statement's beginning, so it is set before.
             bare_database_url = bare_database_url.set(
-                database=_with_timeout(bare_database_url, "30ms")
+                database=_with_timeout(bare_database_url, "500ms")
             )
             statement = second
     error = error_of(bare_database_url, driver, statement)

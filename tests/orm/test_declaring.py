@@ -69,7 +69,7 @@ assert A.__table__.c.embedding.type.dimensions == 384
 for name in ("onnxruntime", "tokenizers", "torch", "sbert_pg.encoder"):
     assert name not in sys.modules, name
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 def test_dataclass(engine: sa.Engine) -> None:

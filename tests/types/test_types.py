@@ -123,7 +123,7 @@ else:
         connection.execute(sa.text("SELECT 1"))
         use(connection)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 def _list_dumper() -> Any:
@@ -394,7 +394,7 @@ A.embedding.distance([1.0] * 384)
 assert state() == before
 assert psycopg.adapters.get_dumper(WireVector, psycopg.adapt.PyFormat.AUTO) is not WireVectorDumper
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 @pytest.mark.parametrize(
