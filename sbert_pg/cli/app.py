@@ -30,7 +30,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     demo.demo, schema.init, schema.migrate, schema.status, doctor.doctor,
     data.load, data.search, data.duplicates, tuning.evaluate, tuning.fit_weight, tuning.tune,
     freshness.worker, freshness.backfill, freshness.failed, freshness.audit, reembed.adopt,
-    serve.serve, serve.mcp,
+    serve.serve, serve.mcp, serve.explore,
 )  # fmt: skip
 GROUPS: dict[str, tuple[str, tuple[Callable[..., None], ...]]] = {
     "index": ("Vector indexes, measured.", (tuning.advise,)),

@@ -174,7 +174,14 @@ def assign(
 
 def map_(
     target: common.TargetArgument,
-    file: Annotated[Path, typer.Argument(help="File to write: .html or .png.")],
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            help="File to write: .html or .png. Without it, places are stored beside the clusters, "
+            "where 'sbert-pg explore' reads them.",
+            show_default=False,
+        ),
+    ] = None,
     database: common.DatabaseOption = None,
     app: common.AppOption = None,
     projection: Annotated[
@@ -182,15 +189,23 @@ def map_(
         typer.Option(help="How; auto is UMAP where umap-learn is installed, else t-SNE."),
     ] = "auto",
 ) -> None:
-    """Draw the rows in two dimensions, coloured by cluster; a sample of 5,000 of a larger table.
+    """Place the rows in two dimensions, coloured by cluster.
 
+    On a file a sample of 5,000 rows of a larger table; stored, up to 100,000.
+
+    [b]sbert-pg cluster map article[/]
     [b]sbert-pg cluster map article topics.html[/]
     [b]sbert-pg cluster map article topics.png --projection pca[/]
     """
-    if file.suffix.lower() not in (".html", ".png"):
+    if file is not None and file.suffix.lower() not in (".html", ".png"):
         raise DeclarationError(f"The map {str(file)!r} has to end in .html or .png.")
     with common.database(database) as engine:
         topics = _clustering(engine, target, app)
+        if file is None:
+            with engine.begin() as connection:
+                placed = lib.store_map(connection, topics, projection=projection)
+            common.note(f"{placed:,} rows have their place; 'sbert-pg explore' shows them.")
+            return
         with engine.connect() as connection:
             plane = lib.cluster_map(connection, topics, projection=projection)
     if file.suffix.lower() == ".html":
@@ -224,7 +239,11 @@ def _clustering(
 
 def _default(engine: sa.Engine, target: str) -> lib.Clustering:
     with engine.connect() as connection:
-        column = resolve(connection, target).column
+        return clustering_on(resolve(connection, target).column)
+
+
+def clustering_on(column: sa.Column[Any]) -> lib.Clustering:
+    """The clustering of a column of a reflected table, by its default names."""
     row = type("Row", (), {})
     registry(metadata=column.table.metadata).map_imperatively(row, column.table)
     return lib.clusters_of(getattr(row, column.key), attribute="sbert_pg_clusters")

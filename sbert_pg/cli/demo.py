@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import sqlalchemy as sa
 import typer
@@ -37,6 +37,9 @@ from sbert_pg.orm import embedding_column
 from sbert_pg.search import nearest
 from sbert_pg.source import Source
 from sbert_pg.types.text import text_column, text_index
+
+if TYPE_CHECKING:
+    from sbert_pg.clustering import Clustering
 
 QUESTIONS = (
     "parse a date from text",
@@ -100,6 +103,9 @@ def demo(
     ] = None,
     limit: common.LimitOption = 5,
     json: common.JsonOption = False,
+    explore: Annotated[
+        bool, typer.Option("--explore", help="Open the pages of its database in a browser instead.")
+    ] = False,
 ) -> None:
     """A tour on Python's standard library: search, passages, topics, a change of encoder.
 
@@ -108,10 +114,14 @@ def demo(
 
     [b]sbert-pg demo[/]
     [b]sbert-pg demo "read a zip file without unpacking it"[/]
+    [b]sbert-pg demo --explore[/]
     """
     # What is cut of a long text is the point of one of the steps, and no news there.
     common.prepare(None, "error")
     with common.database(database, data_dir) as engine:
+        if explore:
+            _explore(engine)
+            return
         if question is None and not json:
             tour(engine, limit)
             return
@@ -326,14 +336,14 @@ def _passages(engine: sa.Engine, entries: list[Documented]) -> None:
         )
 
 
-def _topics(engine: sa.Engine, mapped: Any) -> None:
+def _topics(engine: sa.Engine, mapped: Any, topics: Clustering | None = None) -> None:
     """Clusters of everything, with their keywords."""
     try:
         from sbert_pg.clustering import KMeans, cluster, clusters_of
     except ImportError:
         common.note("Topics are left out: pip install 'sbert-pg[clustering]' brings them.")
         return
-    topics = clusters_of(getattr(mapped, _column_of(mapped)))
+    topics = topics or clusters_of(getattr(mapped, _column_of(mapped)))
     tables = [t for name, t in mapped.metadata.tables.items() if name != TABLE]
     with engine.begin() as connection:
         mapped.metadata.create_all(connection, tables=tables)
@@ -350,6 +360,26 @@ def _topics(engine: sa.Engine, mapped: Any) -> None:
             for each in session.scalars(topics.clusters())
         ]
     common.print_table(["rows", "keywords", "typical"], rows)
+
+
+def _explore(engine: sa.Engine) -> None:
+    """The pages of the demo's tables, with topics and their map."""
+    import webbrowser
+
+    from sbert_pg.cli.serve import show_pages
+    from sbert_pg.clustering import clusters_of, store_map
+
+    mapped = prepared(engine)
+    topics = clusters_of(getattr(mapped, COLUMN))
+    with engine.connect() as connection:
+        there = sa.inspect(connection).has_table(topics.run_table.name)
+        current = there and connection.execute(topics.current_run()).first()
+    if not current:
+        _topics(engine, mapped, topics)
+        common.note("Placing the rows on a map.")
+        with engine.begin() as connection:
+            store_map(connection, topics)
+    show_pages(engine, [], opened=webbrowser.open)
 
 
 def _title(text: str, more: str) -> None:

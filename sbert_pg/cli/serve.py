@@ -1,7 +1,8 @@
-"""``serve`` and ``mcp``: embeddings and searches for other programs."""
+"""``serve``, ``mcp`` and ``explore``: embeddings and searches for other programs, and pages."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import sqlalchemy as sa
 import typer
 
+from sbert_pg import catalog
 from sbert_pg.cli import common
 from sbert_pg.cli.freshness import address_of
 from sbert_pg.cli.target import resolve, text_column_of
@@ -18,6 +20,7 @@ from sbert_pg.row_vectors import embedding_columns
 from sbert_pg.search.target import readable_columns
 
 if TYPE_CHECKING:
+    from sbert_pg.clustering import Clustering
     from sbert_pg.serving.exposed import Exposed
 
 TablesArgument = Annotated[
@@ -105,6 +108,70 @@ def _require_some(served: list[str]) -> None:
         )
 
 
+def explore(
+    tables: TablesArgument = None,
+    database: common.DatabaseOption = None,
+    app: common.AppOption = None,
+    http: Annotated[
+        str, typer.Option(help="HOST:PORT to listen on.", envvar="SBERT_PG_HTTP")
+    ] = "127.0.0.1:8080",
+    token: Annotated[
+        str | None,
+        typer.Option(
+            help="Password that a browser is asked for, with any name; needed where HOST is not "
+            "this machine alone.",
+            envvar="SBERT_PG_TOKEN",
+            show_default=False,
+        ),
+    ] = None,
+    log: common.LogOption = "warning",
+) -> None:
+    """See a database in a browser: search, topics, map, change of encoder, health.
+
+    All tables with embeddings, or those that are named; nothing is ever written. With --app
+    MODULE:BASE the clusterings that the application declares are shown.
+
+    [b]sbert-pg explore -d postgresql://localhost/shop[/]
+    [b]sbert-pg explore article:id,title,lang -d postgresql://reader@localhost/shop[/]
+    """
+    metadata = common.prepare(app, log)
+    with common.database(database, lasting=True) as engine:
+        show_pages(engine, list(tables or ()), metadata, http, token)
+
+
+def show_pages(
+    engine: sa.Engine,
+    targets: list[str],
+    metadata: sa.MetaData | None = None,
+    http: str = "127.0.0.1:8080",
+    token: str | None = None,
+    opened: Callable[[str], object] | None = None,
+) -> None:
+    """Serve the pages of some tables until the command is stopped; of all, if none is named.
+
+    ``opened`` is given their address, as a browser's ``open`` is.
+    """
+    from sbert_pg.cli.doctor import diagnose
+    from sbert_pg.serving.explore import Explorer
+    from sbert_pg.serving.exposed import Shown
+    from sbert_pg.serving.server import serving
+
+    host, port = address_of(http)
+    reading = engine.execution_options(postgresql_readonly=True)
+
+    def look(connection: sa.Connection) -> list[Exposed]:
+        return [_exposed(connection, name) for name in targets or _all_bound(connection)]
+
+    explorer = Explorer(Shown(reading, look), _clusterings(metadata), diagnose)
+    with serving({}, None, host=host, port=port, token=token, views=explorer.views()) as bound:
+        address = f"http://{host}:{bound}/explore"
+        common.note(f"Open {address} in a browser; Ctrl-C ends it.")
+        if opened is not None:
+            opened(address)
+        with common.stoppable() as stop:
+            stop.wait()
+
+
 def mcp(
     tables: Annotated[
         list[str],
@@ -137,6 +204,53 @@ def mcp(
     with common.database(database, lasting=True) as engine:
         reading = engine.execution_options(postgresql_readonly=True)
         mcp_server(Shown(reading, looking(tables))).run()
+
+
+def _all_bound(connection: sa.Connection) -> list[str]:
+    """All embedding columns of a database, as targets, each as short as it can be.
+
+    Raises:
+        DeclarationError: there are none.
+    """
+    bindings = sorted(catalog.all_bindings(connection), key=str)
+    if not bindings:
+        raise DeclarationError(
+            "No embedding column is bound in this database; 'sbert-pg load FILE -t TABLE --create' "
+            "makes a table with one, and 'sbert-pg demo --explore' fills one to look at."
+        )
+    tables = [b.table for b in bindings]
+    columns = [(b.table, b.column) for b in bindings]
+    return [
+        b.table
+        if tables.count(b.table) == 1
+        else f"{b.table}.{b.column}"
+        if columns.count((b.table, b.column)) == 1
+        else str(b)
+        for b in bindings
+    ]
+
+
+def _clusterings(
+    metadata: sa.MetaData | None,
+) -> Callable[[sa.Connection, Exposed], Clustering | None]:
+    """The clustering of a table that has a current run: as declared, else by its default names."""
+    from sbert_pg.cli.cluster import clustering_on
+    from sbert_pg.clustering import declared_clusterings
+
+    lock, known = threading.Lock(), {}
+    for topics in declared_clusterings(metadata) if metadata is not None else ():
+        known[topics.rows.name, topics.column.name] = topics
+
+    def of(connection: sa.Connection, exposed: Exposed) -> Clustering | None:
+        column = exposed.embedding
+        with lock:
+            place = (column.table.name, column.name)
+            topics = known[place] = known.get(place) or clustering_on(column)
+        table = topics.run_table
+        there = sa.inspect(connection).has_table(table.name, schema=table.schema)
+        return topics if there and connection.execute(topics.current_run()).first() else None
+
+    return of
 
 
 def _declared(metadata: sa.MetaData) -> list[str]:

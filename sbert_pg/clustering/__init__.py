@@ -14,7 +14,7 @@ from sbert_pg.clustering.duplicates import (
     groups_of,
     index_recall,
 )
-from sbert_pg.clustering.mapping import ClusterMap, cluster_map
+from sbert_pg.clustering.mapping import ClusterMap, cluster_map, mapped_rows, store_map
 from sbert_pg.clustering.runs import cluster, fail_lost_runs, make_current, prune
 from sbert_pg.clustering.summary import find_keywords, name_cluster
 from sbert_pg.clustering.tables import Assignment, Cluster, ClusterRun
@@ -54,6 +54,8 @@ __all__ = [
     "groups_of",
     "index_recall",
     "make_current",
+    "mapped_rows",
     "name_cluster",
     "prune",
+    "store_map",
 ]

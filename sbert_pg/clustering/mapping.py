@@ -14,16 +14,24 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY
 
 from sbert_pg.clustering.declaration import Clustering
 from sbert_pg.clustering.kmeans import need, normalize
-from sbert_pg.clustering.rows import RowSet, read_rows
+from sbert_pg.clustering.rows import Block, RowSet, read_rows, wire_key
 from sbert_pg.errors import ClusteringError, DeclarationError
+from sbert_pg.spec import Vectors
 
 Projection = Literal["auto", "tsne", "umap", "pca"]
 
 #: Rows on a map; more are hard to look at and slow to project.
 SAMPLE_ROWS = 5_000
+#: Rows whose place is stored: what a browser still draws at once.
+STORED_ROWS = 100_000
+#: Projected rows that another row stands between.
+_NEIGHBOURS = 3
+#: Rows that are compared with the projected ones at a time.
+_TOGETHER = 2_000
 #: Characters of a text that the map shows.
 TEXT_LENGTH = 240
 #: Principal components that t-SNE and UMAP begin with.
@@ -58,10 +66,10 @@ class ClusterMap:
         """One page with everything in it; hovering shows a row's text, the legend hides
         clusters.
         """
-        colours = _colours(len(self.clusters))
+        shades = colours(len(self.clusters))
         legend: list[dict[str, Any]] = [
             {"number": number, "label": label, "size": size, "colour": colour}
-            for (number, label, size), colour in zip(self.clusters, colours, strict=True)
+            for (number, label, size), colour in zip(self.clusters, shades, strict=True)
         ]
         if None in self.numbers:
             outliers = self.numbers.count(None)
@@ -105,9 +113,9 @@ class ClusterMap:
         dot = max(2.0, 20_000 / max(len(numbers), 1) ** 1.05)
         outside = numbers < 0
         axes.scatter(*self.points[outside].T, s=dot, c="#9ca3af", alpha=0.5, linewidths=0)
-        colours = _colours(len(self.clusters))
+        shades = colours(len(self.clusters))
         for rank, ((number, label, _), colour) in enumerate(
-            zip(self.clusters, colours, strict=True)
+            zip(self.clusters, shades, strict=True)
         ):
             inside = self.points[numbers == number]
             if not len(inside):
@@ -154,20 +162,9 @@ def cluster_map(
         MissingExtraError: scikit-learn or umap-learn is needed and not installed.
     """
     run = clustering.require_current(connection)
-    assignment = clustering.assignment_table
-    placed = sa.exists().where(clustering.row_is_assigned(), assignment.c.run_id == run.id)
-    shown = RowSet(
-        clustering.column,
-        [placed.correlate(clustering.rows)],
-        spherical=clustering.metric == "cosine",
-    ).sample(rows, run.rows)
-    keys, vectors = read_rows(connection, shown)
-    if len(keys) == 0:
-        raise ClusteringError(f"The current run of {clustering.column} has no rows left to show.")
-    if shown.spherical:
-        normalize(vectors)
+    keys, vectors = _rows_of(connection, clustering, run, rows)
     points, name = project(vectors, projection, seed)
-    place = _places(connection, clustering, run.id, shown, text)
+    place = _places(connection, clustering, run.id, _shown(clustering, run, rows), text)
     places = [place.get(key, (None, "")) for key in keys.tuples()]
     return ClusterMap(
         title=title or f"{clustering.rows.name} by {clustering.column.name}",
@@ -178,6 +175,109 @@ def cluster_map(
         projection=name,
         rows=run.rows,
     )
+
+
+def store_map(
+    connection: sa.Connection,
+    clustering: Clustering,
+    *,
+    rows: int = STORED_ROWS,
+    projection: Projection = "auto",
+    seed: int = 0,
+) -> int:
+    """Project the rows of the current run onto a plane, and keep their places with the run.
+
+    ``SAMPLE_ROWS`` of them are projected; each other one is placed between those that it is most
+    similar to. ``Assignment.x`` and ``.y`` have the places, ``ClusterRun.projection`` says how.
+
+    Args:
+        connection: a connection in a transaction.
+        clustering: what is clustered.
+        rows: rows to place at most, a sample by a hash of the keys.
+        projection: as in ``cluster_map``.
+        seed: seed of the projection.
+
+    Returns:
+        Rows that were placed.
+
+    Raises:
+        ClusteringError: there is no current run, or it has no rows left.
+        DeclarationError: a projection of another name.
+        MissingExtraError: scikit-learn or umap-learn is needed and not installed.
+    """
+    run = clustering.require_current(connection)
+    keys, vectors = _rows_of(connection, clustering, run, rows)
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(keys))[:SAMPLE_ROWS])
+    points, name = project(vectors[chosen], projection, seed)
+    places = _between(vectors, vectors[chosen], points)
+    places[chosen] = points
+    assignment, runs = clustering.assignment_table, clustering.run_table
+    mine = assignment.c.run_id == run.id
+    connection.execute(sa.update(assignment).where(mine).values(x=None, y=None))
+    names = [f"key{number}" for number in range(len(clustering.row_keys))]
+    columns = [*keys.columns, *places.T]
+    types = [*(wire_key(key).type for key in clustering.row_keys), sa.REAL(), sa.REAL()]
+    placed = sa.func.unnest(
+        *(sa.cast(c.tolist(), ARRAY(t)) for c, t in zip(columns, types, strict=True))
+    ).table_valued(*(sa.column(n, t) for n, t in zip([*names, "x", "y"], types, strict=True)))
+    placed = placed.render_derived(name="placed")
+    same = [wire_key(k) == placed.c[n] for k, n in zip(clustering.row_keys, names, strict=True)]
+    connection.execute(sa.update(assignment).where(mine, *same).values(x=placed.c.x, y=placed.c.y))
+    connection.execute(sa.update(runs).where(runs.c.id == run.id).values(projection=name))
+    return len(keys)
+
+
+def mapped_rows(clustering: Clustering) -> sa.Select[Any]:
+    """Cluster's id, ``x``, ``y`` and key of each row of the current run that has a place."""
+    assignment, run = clustering.assignment_table, clustering.run_table
+    return (
+        sa.select(assignment.c.cluster_id, assignment.c.x, assignment.c.y, *clustering.row_keys)
+        .join(run, run.c.id == assignment.c.run_id)
+        .where(clustering.is_current(), assignment.c.x.is_not(None))
+    )
+
+
+def _rows_of(
+    connection: sa.Connection, clustering: Clustering, run: sa.Row[Any], rows: int
+) -> Block:
+    """Keys and vectors of at most so many rows of a run.
+
+    Raises:
+        ClusteringError: it has none left.
+    """
+    keys, vectors = read_rows(connection, _shown(clustering, run, rows))
+    if len(keys) == 0:
+        raise ClusteringError(f"The current run of {clustering.column} has no rows left to show.")
+    if clustering.metric == "cosine":
+        normalize(vectors)
+    return keys, vectors
+
+
+def _shown(clustering: Clustering, run: sa.Row[Any], rows: int) -> RowSet:
+    assignment = clustering.assignment_table
+    placed = sa.exists().where(clustering.row_is_assigned(), assignment.c.run_id == run.id)
+    return RowSet(
+        clustering.column,
+        [placed.correlate(clustering.rows)],
+        spherical=clustering.metric == "cosine",
+    ).sample(rows, run.rows)
+
+
+def _between(
+    vectors: Vectors, projected: Vectors, points: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Each vector's place: the mean of those of its nearest, nearer ones counting for more."""
+    count = min(_NEIGHBOURS, len(projected))
+    places = np.empty((len(vectors), 2))
+    squares = (projected**2).sum(axis=1)
+    for start in range(0, len(vectors), _TOGETHER):
+        block = vectors[start : start + _TOGETHER]
+        distances = squares + (block**2).sum(axis=1)[:, None] - 2 * block @ projected.T
+        near = np.argpartition(distances, count - 1, axis=1)[:, :count]
+        weights = 1 / (np.maximum(np.take_along_axis(distances, near, axis=1), 0) + 1e-6)
+        weights /= weights.sum(axis=1, keepdims=True)
+        places[start : start + _TOGETHER] = (weights[..., None] * points[near]).sum(axis=1)
+    return places
 
 
 def project(
@@ -254,11 +354,12 @@ def _clusters(connection: sa.Connection, clustering: Clustering) -> list[tuple[i
     return [(row.number, row.label or f"cluster {row.number}", row.size) for row in rows]
 
 
-def _colours(number: int) -> list[str]:
-    colours = []
+def colours(number: int) -> list[str]:
+    """Colours for so many clusters, each far from the one before."""
+    chosen = []
     for rank in range(number):
         red, green, blue = colorsys.hls_to_rgb(
             (0.58 + rank * _HUE_STEP) % 1.0, (0.45, 0.58, 0.36)[rank % 3], 0.62
         )
-        colours.append(f"#{int(255 * red):02x}{int(255 * green):02x}{int(255 * blue):02x}")
-    return colours
+        chosen.append(f"#{int(255 * red):02x}{int(255 * green):02x}{int(255 * blue):02x}")
+    return chosen

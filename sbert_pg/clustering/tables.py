@@ -56,6 +56,7 @@ class ClusterRun:
         curve: what was tried for that: a list of ``{"n_clusters", "score", "inertia"}``.
         mean_distance: mean distance of the clustered rows to their centroids.
         far_distance: distance that 1 in 100 of them exceeded.
+        projection: how its rows were placed on the map, if they were.
         error: why the run failed.
         started_at: time of its start.
         finished_at: time of its end.
@@ -83,6 +84,7 @@ class ClusterRun:
     curve: Mapped[list[dict[str, Any]] | None] = mapped_column(JSONB(none_as_null=True))
     mean_distance: Mapped[float | None] = mapped_column(sa.Double)
     far_distance: Mapped[float | None] = mapped_column(sa.Double)
+    projection: Mapped[str | None] = mapped_column(sa.Text)
     error: Mapped[str | None] = mapped_column(sa.Text)
     started_at: Mapped[datetime.datetime] = mapped_column(
         sa.DateTime(timezone=True), server_default=sa.func.clock_timestamp()
@@ -145,6 +147,8 @@ class Assignment:
         cluster_id: the cluster; ``None`` for an outlier.
         distance: distance to the centroid; for an outlier to the nearest one.
         is_fitted: whether the row took part in the run; ``False`` for rows assigned afterwards.
+        x: its place on the map, from 0 to 1; ``None`` for rows without one.
+        y: the same upwards.
         run: the run.
         cluster: the cluster, or ``None``.
         row: the row.
@@ -152,6 +156,8 @@ class Assignment:
 
     distance: Mapped[float] = mapped_column(sa.REAL)
     is_fitted: Mapped[bool] = mapped_column(sa.Boolean)
+    x: Mapped[float | None] = mapped_column(sa.REAL)
+    y: Mapped[float | None] = mapped_column(sa.REAL)
     if TYPE_CHECKING:
         run_id: Mapped[int]
         cluster_id: Mapped[int | None]

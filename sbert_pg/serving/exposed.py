@@ -5,13 +5,15 @@ The HTTP server and the MCP server ask here, so what is shown and how a filter r
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import eq, ge, gt, le, lt
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.types import NullType
@@ -22,6 +24,7 @@ from sbert_pg.search.target import readable_columns
 from sbert_pg.spec import EncoderSpec
 
 By = Literal["meaning", "words", "both"]
+T = TypeVar("T")
 
 #: Rows of an answer, and values of a list in a filter.
 MOST_ROWS, MOST_VALUES = 100, 1_000
@@ -50,6 +53,7 @@ class Question:
         limit: rows wanted.
         where: by column, a value, a list of values, or operators with a value each.
         key: primary key of a row, a value for each of its columns.
+        exact: whether a search by meaning compares every row, and leaves indexes aside.
     """
 
     text: str | None
@@ -57,6 +61,7 @@ class Question:
     limit: int = 10
     where: Mapping[str, Any] | None = None
     key: Mapping[str, Any] | None = None
+    exact: bool = False
 
     def __post_init__(self) -> None:
         if self.text is not None and (not isinstance(self.text, str) or not self.text.strip()):
@@ -81,10 +86,12 @@ class Found:
     Attributes:
         scores: how well it fits, by name.
         row: its listed columns, as plain data.
+        key: its primary key as one text, which ``Exposed.rows`` reads.
     """
 
     scores: dict[str, float | None]
     row: dict[str, Any]
+    key: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,25 +121,61 @@ class Exposed:
             DeclarationError: the question cannot be asked of this table.
             sqlalchemy.exc.DataError: a value of a filter does not fit its column.
         """
-        result = connection.execute(self._statement(connection, question))
+        return self.read(connection, self.statement(connection, question))
+
+    def rows(self, connection: sa.Connection, keys: Sequence[str]) -> list[Found]:
+        """Rows by their keys, in their order; those that are gone are left out.
+
+        Raises:
+            DeclarationError: a key is none of this table.
+            sqlalchemy.exc.DataError: a value of one does not fit its column.
+        """
+        columns = list(self.embedding.table.primary_key)
+        parts = [_parts(key, len(columns)) for key in keys]
+        criteria = [
+            sa.and_(*(_compared(c, "=", v) for c, v in zip(columns, values, strict=True)))
+            for values in parts
+        ]
+        readable = readable_columns(self.embedding.table)
+        statement = sa.select(*readable).where(sa.or_(sa.false(), *criteria))
+        by_key = {found.key: found for found in self.read(connection, statement)}
+        return [by_key[key] for key in keys if key in by_key]
+
+    def key_of(self, values: Sequence[Any]) -> str:
+        """A primary key as one text, from its values in their order."""
+        texts = [str(_plain(value)) for value in values]
+        return texts[0] if len(texts) == 1 else json.dumps(texts, ensure_ascii=False)
+
+    def read(self, connection: sa.Connection, statement: Any) -> list[Found]:
+        """The rows of a statement that selects the table's readable columns, and then scores."""
+        result = connection.execute(statement)
         names = list(result.keys())
         # The table's columns come first, then the scores, whatever they are called.
-        first = len(readable_columns(self.embedding.table))
+        readable = readable_columns(self.embedding.table)
+        first = len(readable)
+        places = [[c.name for c in readable].index(c.name)
+                  for c in self.embedding.table.primary_key]  # fmt: skip
         return [
             Found(
                 {name: _plain(v) for name, v in zip(names[first:], row[first:], strict=True)},
                 {n: _plain(v) for n, v in zip(names, row[:first], strict=False)
                  if n in self.columns},
+                self.key_of([row[place] for place in places]),
             )
             for row in result
         ]  # fmt: skip
 
-    def _statement(self, connection: sa.Connection, question: Question) -> Any:
+    def statement(self, connection: sa.Connection, question: Question) -> Any:
+        """The search that a question means.
+
+        Raises:
+            DeclarationError: the question cannot be asked of this table.
+        """
         options: dict[str, Any] = {"limit": question.limit, "where": self._criteria(question.where)}
         if question.text is None:
             return self._like(connection, question, options)
         if question.by == "meaning":
-            return nearest(self.embedding, question.text, **options)
+            return nearest(self.embedding, question.text, exact=question.exact, **options)
         if self.text is None:
             raise DeclarationError(
                 f"{self.name} has no text column, so it is searched by meaning alone."
@@ -205,6 +248,19 @@ def _value(column: sa.Column[Any], value: Any) -> sa.ColumnElement[Any]:
     return text if isinstance(column.type, NullType) else sa.cast(text, column.type)
 
 
+def _parts(key: str, count: int) -> list[Any]:
+    """The values of a key that ``key_of`` made."""
+    if count == 1:
+        return [key]
+    try:
+        parts = json.loads(key)
+    except ValueError:
+        parts = None
+    if not isinstance(parts, list) or len(parts) != count:
+        raise DeclarationError(f"{key[:100]!r} is no key of {count} values.")
+    return parts
+
+
 def _plain(value: Any) -> Any:
     """A value as JSON has it; what has no form there is text."""
     if value is None or isinstance(value, (str, bool, int)):
@@ -262,11 +318,19 @@ class Shown:
             DeclarationError: there is no such table, or it cannot be asked so.
             BindingError: the column has no encoder that this process has.
         """
+        return self.within(name, lambda connection, table: table.found(connection, question))
+
+    def within(self, name: Any, work: Callable[[sa.Connection, Exposed], T]) -> T:
+        """What some work on a table gives, in a transaction whose statements are ended in time.
+
+        Raises:
+            DeclarationError: there is no such table.
+        """
         try:
-            return self._ask(self._table(name, afresh=False), question)
+            return self._within(self._table(name, afresh=False), work)
         except BindingError:
             # The column changed hands since it was looked at.
-            return self._ask(self._table(name, afresh=True), question)
+            return self._within(self._table(name, afresh=True), work)
 
     def _table(self, name: Any, *, afresh: bool) -> Exposed:
         tables = self.tables(afresh=afresh)
@@ -274,12 +338,18 @@ class Shown:
             raise DeclarationError(f"'table' is one of {', '.join(tables)}.")
         return tables[name]
 
-    def _ask(self, table: Exposed, question: Question) -> list[Found]:
+    def _within(self, table: Exposed, work: Callable[[sa.Connection, Exposed], T]) -> T:
+        with self.connected() as connection:
+            return work(connection, table)
+
+    @contextmanager
+    def connected(self) -> Iterator[sa.Connection]:
+        """A transaction whose statements are ended in time."""
         with self.engine.begin() as connection:
             milliseconds = str(int(self._timeout * 1000))
             limit = sa.func.set_config("statement_timeout", milliseconds, sa.true())
             connection.execute(sa.select(limit))
-            return table.found(connection, question)
+            yield connection
 
 
 __all__ = ["By", "Exposed", "Found", "Question", "Shown"]

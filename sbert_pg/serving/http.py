@@ -13,6 +13,8 @@ that has to hold for all of them is here:
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 import hmac
 import ipaddress
 import json
@@ -38,6 +40,7 @@ from sbert_pg.sqlstates import Fault, fault_of, words_of
 
 try:
     from starlette.applications import Starlette
+    from starlette.datastructures import QueryParams
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import Response
     from starlette.routing import Route
@@ -50,6 +53,8 @@ logger = logging.getLogger("sbert_pg.serve")
 Handler = Callable[[dict[str, Any]], Awaitable[bytes]]
 #: A handler of ``GET``: nothing to status, body and content type.
 Page = Callable[[], tuple[int, bytes, str]]
+#: A handler of ``GET`` for people and their browser: the query to the answer.
+View = Callable[["QueryParams"], Awaitable["Response"]]
 #: Called after each answer with path, status and seconds.
 Observer = Callable[[str, int, float], None]
 
@@ -112,6 +117,7 @@ class Service:
     Attributes:
         posts: handlers of ``POST`` by path.
         pages: handlers of ``GET`` and ``HEAD`` by path.
+        views: the same for browsers, which may send the token as HTTP's basic password, too.
         open_pages: paths that need no token, such as probes of an orchestrator.
         token: what clients have to send, as ``Authorization: Bearer TOKEN``; ``None`` for none.
         limits: see ``Limits``.
@@ -120,6 +126,7 @@ class Service:
 
     posts: dict[str, Handler] = field(default_factory=dict)
     pages: dict[str, Page] = field(default_factory=dict)
+    views: dict[str, View] = field(default_factory=dict)
     open_pages: frozenset[str] = frozenset()
     token: str | None = None
     limits: Limits = field(default_factory=Limits)
@@ -162,8 +169,10 @@ def application(service: Service) -> Starlette:
           for path, handler in service.posts.items()),
         *(Route(path, _get(service, path, page), methods=["GET"])
           for path, page in service.pages.items()),
+        *(Route(path, _view(service, path, view), methods=["GET"])
+          for path, view in service.views.items()),
     ]  # fmt: skip
-    known = sorted([*service.posts, *service.pages])
+    known = sorted([*service.posts, *service.pages, *service.views])
 
     async def no_such_path(request: Request, error: Exception) -> Response:
         return _refused(RefusedError(404, f"There are {', '.join(known)}.", "not_found"))
@@ -184,6 +193,17 @@ def _get(service: Service, path: str, page: Page) -> Callable[[Request], Awaitab
             _require_allowed(service, request)
         status, body, kind = await asyncio.to_thread(page)
         return Response(body, status, media_type=kind)
+
+    return _answering(service, path, answer)
+
+
+def _view(service: Service, path: str, view: View) -> Callable[[Request], Awaitable[Response]]:
+    async def answer(request: Request) -> Response:
+        _require_allowed(service, request, browser=True)
+        site, mode = (request.headers.get(f"sec-fetch-{name}") for name in ("site", "mode"))
+        if site == "cross-site" and mode != "navigate":
+            raise RefusedError(403, "Another site's page may not read this.", "forbidden")
+        return await view(request.query_params)
 
     return _answering(service, path, answer)
 
@@ -216,7 +236,7 @@ def _answering(
         except ClientDisconnect:
             response = Response(status_code=499)
         except Exception as error:
-            response = _refused(_refusal_of(error))
+            response = _refused(refusal_of(error))
         service.observe(path, response.status_code, time.perf_counter() - started)
         return response
 
@@ -227,7 +247,7 @@ def _refused(refusal: RefusedError) -> Response:
     return Response(refusal.body(), refusal.status, refusal.headers, media_type=JSON)
 
 
-def _refusal_of(error: Exception) -> RefusedError:
+def refusal_of(error: Exception) -> RefusedError:
     """What a client is told of an error; of one that it did not cause, as little as it needs."""
     if isinstance(error, RefusedError):
         return error
@@ -261,7 +281,7 @@ def _require_small_head(service: Service, request: Request) -> None:
         raise RefusedError(431, "The head of the request is too large.", "request_too_large")
 
 
-def _require_allowed(service: Service, request: Request) -> None:
+def _require_allowed(service: Service, request: Request, *, browser: bool = False) -> None:
     """Refuse who has no token, or where there is none, a web page that a browser runs here."""
     if service.token is None:
         host = request.headers.get("host", "")
@@ -272,11 +292,21 @@ def _require_allowed(service: Service, request: Request) -> None:
             )
         return
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    if browser and scheme.lower() == "basic":
+        scheme, given = "bearer", _password(given)
     right = hmac.compare_digest(given.strip().encode(), service.token.encode())
     if scheme.lower() != "bearer" or not right:
         message = "Send the token of this server as 'Authorization: Bearer ...'."
-        challenge = {"WWW-Authenticate": "Bearer"}
+        basic = 'Basic realm="sbert-pg: the token is the password"'
+        challenge = {"WWW-Authenticate": basic if browser else "Bearer"}
         raise RefusedError(401, message, "invalid_api_key", headers=challenge)
+
+
+def _password(given: str) -> str:
+    """The password of HTTP's basic scheme; empty where there is none."""
+    with suppress(binascii.Error, UnicodeDecodeError):
+        return base64.b64decode(given, validate=True).decode().partition(":")[2]
+    return ""
 
 
 async def _read(service: Service, request: Request, body: bytearray) -> dict[str, Any]:
@@ -384,6 +414,7 @@ __all__ = [
     "json_bytes",
     "only_known",
     "parsed",
+    "refusal_of",
     "require_safe",
     "wrong",
 ]

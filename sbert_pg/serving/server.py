@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
 
 import sqlalchemy as sa
 
@@ -27,6 +28,9 @@ from sbert_pg.serving.metrics import ServerMetrics
 from sbert_pg.serving.rerank import Reranking, Reranks
 from sbert_pg.spec import TextEncoder
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 #: Searches at a time, and those that wait for one of these to end.
 SEARCHES, MOST_SEARCHES = 8, 64
 
@@ -41,6 +45,7 @@ def serving(
     port: int = 8080,
     token: str | None = None,
     limits: Limits | None = None,
+    views: Mapping[str, Callable[[Any], Any]] | None = None,
 ) -> Iterator[int]:
     """Serve encoders, and searches of tables, over HTTP while the block runs; docs/serve.md.
 
@@ -52,6 +57,7 @@ def serving(
         port: port; 0 takes a free one.
         token: what clients have to send; needed for other addresses.
         limits: see ``Limits``.
+        views: pages for browsers by path, such as ``Explorer.views``: query to response.
 
     Yields:
         The port.
@@ -82,8 +88,11 @@ def serving(
         rerank = Reranking(rerankers, encoding, metrics).answer
         service.posts |= {"/rerank": rerank, "/v1/rerank": rerank}
     executor = ThreadPoolExecutor(SEARCHES, thread_name_prefix="sbert-pg-search")
+    turns = _Turns(executor)
     if shown is not None:
-        service.posts["/search"] = _Searches(shown, executor).answer
+        service.posts["/search"] = partial(_search, shown, turns)
+    for path, view in (views or {}).items():
+        service.views[path] = turns.taking(view)
     try:
         with listening(application(service), service.limits, host, port) as bound:
             yield bound
@@ -103,35 +112,51 @@ def _ready(shown: Shown | None) -> tuple[int, bytes, str]:
     return 200, b'{"ready": true}\n', JSON
 
 
-class _Searches:
-    """``/search``: as many at a time as there are threads, and a bounded number that waits."""
+class _Turns:
+    """Work on the database: as much at a time as there are threads, and a bounded number waits."""
 
-    def __init__(self, shown: Shown, executor: ThreadPoolExecutor) -> None:
-        self._shown = shown
+    def __init__(self, executor: ThreadPoolExecutor) -> None:
         self._executor = executor
         self._under_way = 0
 
-    async def answer(self, body: dict[str, Any]) -> bytes:
-        only_known(body, ("table", "query", "by", "limit", "where"))
-        if "query" not in body or "table" not in body:
-            raise RefusedError(400, "A search has 'table' and 'query'.", "missing_parameter")
-        question = Question(
-            body["query"] if body["query"] is not None else "",
-            body.get("by", "meaning"),
-            body.get("limit", 10),
-            body.get("where"),
-        )
+    async def take(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What some work gives, when its turn comes.
+
+        Raises:
+            RefusedError: too many wait.
+        """
         if self._under_way >= MOST_SEARCHES:
             raise busy("Too many searches wait")
         self._under_way += 1
         try:
-            found = await asyncio.get_running_loop().run_in_executor(
-                self._executor, self._shown.ask, body["table"], question
-            )
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._executor, partial(work, *args, **kwargs))
         finally:
             self._under_way -= 1
-        results = [{**one.scores, "row": one.row} for one in found]
-        return json_bytes({"table": body["table"], "results": results})
+
+    def taking(self, view: Callable[[Any], Any]) -> Callable[[Any], Awaitable[Any]]:
+        """A view that waits for its turn."""
+
+        async def answer(query: Any) -> Any:
+            return await self.take(view, query)
+
+        return answer
+
+
+async def _search(shown: Shown, turns: _Turns, body: dict[str, Any]) -> bytes:
+    """``/search``."""
+    only_known(body, ("table", "query", "by", "limit", "where"))
+    if "query" not in body or "table" not in body:
+        raise RefusedError(400, "A search has 'table' and 'query'.", "missing_parameter")
+    question = Question(
+        body["query"] if body["query"] is not None else "",
+        body.get("by", "meaning"),
+        body.get("limit", 10),
+        body.get("where"),
+    )
+    found = await turns.take(shown.ask, body["table"], question)
+    results = [{**one.scores, "row": one.row} for one in found]
+    return json_bytes({"table": body["table"], "results": results})
 
 
 __all__ = ["serving"]

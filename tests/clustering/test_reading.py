@@ -181,3 +181,24 @@ def test_the_commands(engine: sa.Engine, tmp_path: Path, fake_encoder: Any) -> N
     wrong = command(engine, "cluster", "run", "note", "-k", "many")
     assert wrong.returncode == 1
     assert "10,20,40" in wrong.stderr
+
+
+def test_places_are_stored_with_the_run(engine: sa.Engine, app: Any, monkeypatch: Any) -> None:
+    vectors, _ = blobs(150)
+    app.fill(engine, vectors)
+    cl.cluster(engine, app.topics, cl.KMeans(5))
+    # Most rows are not projected themselves, and stand among their own all the same.
+    monkeypatch.setattr("sbert_pg.clustering.mapping.SAMPLE_ROWS", 40)
+    with engine.begin() as connection:
+        assert cl.store_map(connection, app.topics, projection="pca") == 150
+        rows = connection.execute(cl.mapped_rows(app.topics)).all()
+        run = app.topics.require_current(connection)
+    assert run.projection == "principal components"
+    points = np.array([(x, y) for _, x, y, *_ in rows])
+    clusters = np.array([row[0] for row in rows])
+    assert 0 <= points.min() <= points.max() <= 1
+    middles = {c: points[clusters == c].mean(axis=0) for c in set(clusters.tolist())}
+    within = np.mean(
+        [np.linalg.norm(p - middles[c]) for p, c in zip(points, clusters, strict=True)]
+    )
+    assert within < 0.5 * np.linalg.norm(points - points.mean(axis=0), axis=1).mean()

@@ -1,0 +1,296 @@
+"""One question to several kinds of search, side by side, with the reason and the code of each."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
+from starlette.datastructures import QueryParams
+
+from sbert_pg.errors import SbertPgError
+from sbert_pg.search import explain_search, explain_words
+from sbert_pg.search.explain import WordsExplanation
+from sbert_pg.serving.exposed import By, Exposed, Found, Question, Shown
+from sbert_pg.serving.html import Html, h
+from sbert_pg.serving.http import refusal_of
+from sbert_pg.types.comparator import metric_for
+
+OPERATORS = ("=", "!=", "<", "<=", ">", ">=")
+#: Characters of a value that are shown.
+SHOWN = 400
+#: Kinds of search by their title: what is compared, and whether with every row.
+KINDS: dict[str, tuple[By, bool]] = {
+    "meaning": ("meaning", False),
+    "words": ("words", False),
+    "both": ("both", False),
+    "exact": ("meaning", True),
+}
+Where = Mapping[str, Mapping[str, str]]
+#: A parameter style that leaves percent signs alone.
+_NAMED = postgresql.dialect(paramstyle="named")  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What one kind of search has given.
+
+    Attributes:
+        kind: its title.
+        found: its rows, best first.
+        milliseconds: what they took, without the explanation.
+        why: how they were found, in words.
+        sql: the statement that ran.
+        lexemes: words of the question as PostgreSQL knows them.
+        error: what went wrong instead.
+    """
+
+    kind: str
+    found: Sequence[Found] = ()
+    milliseconds: float = 0.0
+    why: str = ""
+    sql: str = ""
+    lexemes: tuple[str, ...] = ()
+    error: str = ""
+
+
+def filters_of(query: QueryParams) -> dict[str, dict[str, str]]:
+    """The filters of a form, as ``Question.where`` has them; those without a column are none."""
+    where: dict[str, dict[str, str]] = {}
+    parts = (query.getlist(name) for name in ("c", "o", "v"))
+    for column, operator, value in zip(*parts, strict=False):
+        if column:
+            where.setdefault(column, {})[operator] = value
+    return where
+
+
+def compared(
+    shown: Shown,
+    exposed: Exposed,
+    question: str,
+    where: Where,
+    only: Sequence[str] = (),
+    title: str | None = None,
+) -> Iterator[Html]:
+    """A column for each kind of search that the table has.
+
+    Args:
+        shown: asks it.
+        exposed: the table.
+        question: the question.
+        where: filters.
+        only: kinds to ask; all by default.
+        title: what stands above a single one.
+    """
+    kinds = only or [
+        k for k, (by, _) in KINDS.items() if by == "meaning" or exposed.text is not None
+    ]
+    answers = [_asked(shown, exposed.name, kind, question, where) for kind in kinds]
+    lexemes = {lexeme for answer in answers for lexeme in answer.lexemes}
+    marked = shown.within(exposed.name, lambda c, t: _marks(c, t, answers, lexemes))
+    for answer in answers:
+        yield h(
+            "section",
+            h("h2", title or answer.kind, h("small", f" {answer.milliseconds:.0f} ms")),
+            h("p", answer.error, class_="fault", role="alert") if answer.error else None,
+            None if title else _agreement(answer, answers),
+            h("ol", [_row(exposed, f, answer, answers, marked) for f in answer.found]),
+            h("p", "Nothing is found.", class_="faint")
+            if not answer.found and not answer.error else None,
+            _reasons(exposed, answer, question, where),
+            data_kind=answer.kind,
+        )  # fmt: skip
+
+
+def _asked(shown: Shown, name: str, kind: str, question: str, where: Where) -> _Answer:
+    by, exact = KINDS[kind]
+
+    def work(connection: sa.Connection, table: Exposed) -> _Answer:
+        statement = table.statement(
+            connection, Question(question, by, 10, dict(where), exact=exact)
+        )
+        started = time.perf_counter()
+        found = table.read(connection, statement)
+        milliseconds = (time.perf_counter() - started) * 1000
+        explain: Any = explain_search if by == "meaning" else explain_words
+        why = explain(connection, statement)
+        words = why.words if isinstance(why, WordsExplanation) else ()
+        lexemes = tuple(word.lexeme for word in words)
+        return _Answer(kind, found, milliseconds, str(why), why.sql, lexemes)
+
+    try:
+        return shown.within(name, work)
+    except (SbertPgError, sa.exc.SQLAlchemyError) as error:
+        return _Answer(kind, error=str(refusal_of(error)))
+
+
+def _agreement(answer: _Answer, answers: Sequence[_Answer]) -> Html | None:
+    """How much of the exact answer the one by the index has."""
+    meaning = next((a for a in answers if a.kind == "meaning"), None)
+    if answer.kind != "exact" or meaning is None or answer.error or meaning.error:
+        return None
+    keys = {found.key for found in answer.found}
+    same = len(keys & {found.key for found in meaning.found})
+    return h("p", f"{same} of these {len(keys)} are in the answer by meaning.", class_="faint")
+
+
+def _row(
+    exposed: Exposed,
+    found: Found,
+    answer: _Answer,
+    answers: Sequence[_Answer],
+    marked: Mapping[str, Html],
+) -> Html:
+    scores = [
+        f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in found.scores.items()
+        if value is not None and not name.endswith("_rank")
+    ]
+    places = [
+        h("span", f"{other.kind} {rank}", class_="rank")
+        for other in answers
+        if other is not answer
+        for rank, one in enumerate(other.found, 1)
+        if one.key == found.key
+    ]
+    return h(
+        "li",
+        h("p", excerpt(exposed, found, marked), dir="auto", class_="text"),
+        h("p", _others(exposed, found), dir="auto", class_="faint"),
+        h("p", h("span", " · ".join(scores), class_="score"), places),
+    )
+
+
+def excerpt(exposed: Exposed, found: Found, marked: Mapping[str, Html] | None = None) -> list[Any]:
+    """The text of a row as far as its columns are shown, words of the question marked."""
+    texts = [_cut(found.row[c]) for c in _text_columns(exposed) if found.row.get(c) is not None]
+    if not texts:
+        return [_cut(found.key)]
+    parts: list[Any] = []
+    for number, text in enumerate(texts):
+        shown = (marked or {}).get(text, text)
+        parts += [h("b", shown) if number == 0 and len(texts) > 1 else shown, " "]
+    return parts
+
+
+def _others(exposed: Exposed, found: Found) -> str:
+    texts = _text_columns(exposed)
+    values = {c: v for c, v in found.row.items() if c not in texts and v is not None}
+    return " · ".join(f"{name} {_cut(value, 60)}" for name, value in values.items())
+
+
+def _text_columns(exposed: Exposed) -> list[str]:
+    source = getattr(exposed.embedding.type, "source", None)
+    return [c for c in (source.columns if source is not None else ()) if c in exposed.columns]
+
+
+def _cut(value: Any, width: int = SHOWN) -> str:
+    text = str(value)
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _marks(
+    connection: sa.Connection, exposed: Exposed, answers: Sequence[_Answer], lexemes: set[str]
+) -> dict[str, Html]:
+    """The texts that are shown, with the words of the question marked by PostgreSQL itself."""
+    texts = sorted({
+        _cut(found.row[column])
+        for answer in answers for found in answer.found for column in _text_columns(exposed)
+        if found.row.get(column) is not None
+    })  # fmt: skip
+    if exposed.text is None or not lexemes or not texts:
+        return {}
+    language = exposed.text.type.language  # type: ignore[attr-defined]
+    begin, end = secrets.token_hex(8), secrets.token_hex(8)
+    quoted = ("'" + one.replace("\\", "\\\\").replace("'", "''") + "'" for one in sorted(lexemes))
+    texts_ = sa.func.unnest(sa.cast(texts, postgresql.ARRAY(sa.Text)))
+    given = texts_.table_valued(sa.column("text", sa.Text)).render_derived(name="given")
+    marked = sa.func.ts_headline(
+        sa.cast(language, postgresql.REGCONFIG),
+        given.c.text,
+        sa.cast(" | ".join(quoted), postgresql.TSQUERY),
+        f"HighlightAll=true, StartSel={begin}, StopSel={end}",
+    )
+    pattern = re.compile(f"{begin}(.*?){end}", re.DOTALL)
+    shown = {}
+    for text, with_marks in connection.execute(sa.select(given.c.text, marked).select_from(given)):
+        parts = pattern.split(with_marks)
+        shown[text] = Html(
+            "".join(h("mark", part) if i % 2 else h("span", part) for i, part in enumerate(parts))
+        )
+    return shown
+
+
+def _reasons(exposed: Exposed, answer: _Answer, question: str, where: Where) -> Html | None:
+    if answer.error:
+        return None
+    blocks = [("SQLAlchemy", _orm(exposed, answer.kind, question, where))]
+    if answer.kind in ("meaning", "exact"):
+        blocks.append(("psql", _psql(exposed, question, where)))
+    blocks.append(("The statement that ran", answer.sql))
+    return h(
+        "details",
+        h("summary", "Why, and the code"),
+        h("p", [[line, h("br")] for line in answer.why.splitlines()], class_="why", dir="auto"),
+        [
+            [h("h3", name, h("button", "Copy", type="button", class_="copy")), h("pre", code)]
+            for name, code in blocks
+        ],
+    )
+
+
+def _orm(exposed: Exposed, kind: str, question: str, where: Where) -> str:
+    """The search as an application writes it."""
+    table = exposed.embedding.table
+    entity = "".join(part.capitalize() for part in table.name.split("_"))
+    column = f"{entity}.{exposed.embedding.name}"
+    words = f"{entity}.{exposed.text.name}" if exposed.text is not None else ""
+    call = {
+        "meaning": f"nearest({column}, {question!r}, limit=10)",
+        "exact": f"nearest({column}, {question!r}, limit=10, exact=True)",
+        "words": f"matching({words}, {question!r}, limit=10)",
+        "both": f"hybrid({column}, {words}, {question!r}, limit=10)",
+    }[kind]
+    filters = "".join(
+        f"\n    .where({entity}.{name} {'==' if op == '=' else op} {_python(table.c[name], value)})"
+        for name, values in where.items()
+        for op, value in values.items()
+    )
+    return f"session.execute(\n    {call}{filters}\n).all()"
+
+
+def _python(column: sa.Column[Any], value: str) -> str:
+    number = isinstance(column.type, (sa.Integer, sa.Numeric)) and re.fullmatch(
+        r"-?\d+(\.\d+)?", value
+    )
+    return value if number else repr(value)
+
+
+def _psql(exposed: Exposed, question: str, where: Where) -> str:
+    """The ranking in plain SQL, for psql: docs/serve.md."""
+    table, column = exposed.embedding.table, exposed.embedding
+    literal: Any = sa.String().literal_processor(_NAMED)  # type: ignore[no-untyped-call]
+    storage = column.type.storage  # type: ignore[attr-defined]
+    vector: sa.ColumnElement[Any] = sa.literal_column(f":'embedding'::{storage}")
+    ranked = (
+        sa.select(*(table.c[name] for name in exposed.columns))
+        .where(
+            *(
+                table.c[name].op("<>" if op == "!=" else op)(sa.literal_column(literal(value)))
+                for name, values in where.items()
+                for op, value in values.items()
+            )
+        )
+        .order_by(column.op(metric_for(column).operator)(vector))
+        .limit(sa.literal_column("10"))
+    )
+    call = f"CALL sbert.embed({literal(exposed.bound)}, {literal(question)}, NULL) \\gset"
+    return f"{call}\n{ranked.compile(dialect=_NAMED)};"
+
+
+__all__ = ["KINDS", "OPERATORS", "compared", "excerpt", "filters_of"]

@@ -1,0 +1,351 @@
+"""``sbert-pg explore``: pages on a database, for the people who build on it.
+
+Search, topics, map, a running change of encoder, and health. Nothing here knows a fact of its own:
+rows come from the tables that are shown, everything else from its owner. The pages work without
+scripts, but for the map and the buttons that copy.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cache, partial
+from importlib import resources
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+from starlette.datastructures import QueryParams
+from starlette.responses import Response
+
+from sbert_pg.clustering import Clustering, mapped_rows
+from sbert_pg.clustering.mapping import colours
+from sbert_pg.clustering.tables import EXEMPLAR_PREFIX
+from sbert_pg.errors import MissingExtraError
+from sbert_pg.serving.comparing import OPERATORS, compared, excerpt, filters_of
+from sbert_pg.serving.exposed import Exposed, Found, Question, Shown
+from sbert_pg.serving.html import Html, guarded, h, page, table
+from sbert_pg.serving.http import JSON, RefusedError, json_bytes, refusal_of
+from sbert_pg.serving.states import changes, health
+
+#: Rows of a list, and rows that a lasso shows.
+LISTED = 20
+LASSOED = 50
+_VIEWS = {"": "Search", "/topics": "Topics", "/map": "Map", "/change": "Change",
+          "/health": "Health"}  # fmt: skip
+
+
+class Explorer:
+    """The pages of some tables.
+
+    Args:
+        shown: the tables; its engine's transactions should be read-only.
+        topics: the clustering of a table, or ``None`` where it has none.
+        diagnose: what is wrong with a database: findings with ``level``, ``subject``, ``what`` and
+            ``remedy``.
+    """
+
+    def __init__(
+        self,
+        shown: Shown,
+        topics: Callable[[sa.Connection, Exposed], Clustering | None],
+        diagnose: Callable[[sa.Connection], Iterable[Any]],
+    ) -> None:
+        self._shown = shown
+        self._topics = topics
+        self._diagnose = diagnose
+
+    def views(self) -> dict[str, Callable[[QueryParams], Response]]:
+        """The pages and what they load, by path."""
+        pages = {
+            "": self.search,
+            "/topics": self.topics,
+            "/map": self.map,
+            "/change": self.change,
+            "/health": self.health,
+        }
+        data = {"points": self.points, "rows": self.rows, "hits": self.hits}
+        files = {"explore.css": "text/css", "explore.js": "text/javascript"}
+        own = resources.files("sbert_pg.serving")
+        return {
+            **{f"/explore{path}": partial(self._page, path, view) for path, view in pages.items()},
+            **{f"/explore/{name}": partial(_data, view) for name, view in data.items()},
+            **{
+                f"/explore/{name}": partial(_file, own.joinpath(name).read_bytes(), kind)
+                for name, kind in files.items()
+            },
+            "/explore/plotly.js": lambda query: _file(_plotly(), "text/javascript", query),
+        }
+
+    def _page(
+        self, path: str, view: Callable[[QueryParams, str], Iterable[Any]], query: QueryParams
+    ) -> Response:
+        """A page, or in its place what went wrong."""
+        tables = self._shown.tables()
+        name = query.get("table") or next(iter(tables))
+        code, scripts = 200, [h("script", src="/explore/explore.js", defer=True)]
+        plotly = path == "/map"
+        if plotly:
+            scripts.insert(0, h("script", src="/explore/plotly.js", defer=True))
+        try:
+            body: Any = list(view(query, name))
+        except Exception as error:
+            refusal = refusal_of(error)
+            code, body = refusal.status, [h("p", str(refusal), class_="fault", role="alert")]
+        return page(
+            f"{_VIEWS[path]} - sbert-pg",
+            _header(path, name, list(tables)),
+            h("main", body, class_=_VIEWS[path].lower()),
+            head=scripts,
+            status=code,
+            plotly=plotly,
+        )
+
+    def search(self, query: QueryParams, name: str) -> Iterator[Any]:
+        """One question to every kind of search."""
+        exposed = self._table(name)
+        question = query.get("q", "").strip()
+        where = filters_of(query)
+        yield _search_form(exposed, name, question, where)
+        if not question:
+            yield h("p", _introduction(exposed), class_="faint")
+            return
+        yield h(
+            "div", compared(self._shown, exposed, question, where), class_="columns", id="answers"
+        )
+
+    def topics(self, query: QueryParams, name: str) -> Iterator[Any]:
+        """The current clusters, or the rows of one."""
+        number = query.get("number")
+        with self._shown.connected() as connection:
+            exposed = self._table(name)
+            topics = self._topics(connection, exposed)
+            if topics is None:
+                yield _no_topics(name)
+                return
+            if number is not None:
+                yield from _members(connection, exposed, topics, _whole(number))
+                return
+            run = topics.require_current(connection)
+            clusters = Session(connection).scalars(topics.clusters()).all()
+            typical = exposed.rows(
+                connection, [exposed.key_of(_exemplar(topics, c)) for c in clusters]
+            )
+        yield h(
+            "p", f"{len(clusters)} clusters of {run.rows:,} rows by {run.algorithm}, "
+            f"{run.outliers:,} outliers; run {run.id} of {run.started_at:%Y-%m-%d %H:%M}.",
+        )  # fmt: skip
+        yield [h("p", warning, class_="advice") for warning in run.warnings]
+        rows_by_key = {found.key: found for found in typical}
+        yield h(
+            "ol",
+            [
+                _topic(c, name, rows_by_key.get(exposed.key_of(_exemplar(topics, c))), exposed,
+                       max(one.size for one in clusters))
+                for c in clusters
+            ],
+            class_="topics",
+        )  # fmt: skip
+
+    def map(self, query: QueryParams, name: str) -> Iterator[Any]:
+        """The frame that the script draws the map in."""
+        with self._shown.connected() as connection:
+            exposed = self._table(name)
+            topics = self._topics(connection, exposed)
+            if topics is None:
+                yield _no_topics(name)
+                return
+        yield h(
+            "form",
+            h("input", type="search", name="q", placeholder="Light up what a question finds",
+              aria_label="Question", dir="auto"),
+            h("button", "Search"),
+            h("span", "Drag to lasso rows, scroll to zoom, hover for the row.", class_="faint"),
+            id="light",
+        )  # fmt: skip
+        yield h("div", id="map", data_table=name, role="img", aria_label=f"Rows of {name}")
+        yield h("div", id="tip", class_="tip", hidden=True)
+        yield h("p", "Loading ...", id="said", role="status")
+        yield h("section", id="chosen", aria_live="polite")
+
+    def points(self, query: QueryParams) -> Any:
+        """Where the rows of a map are, cluster by cluster."""
+        with self._shown.connected() as connection:
+            exposed = self._table(query.get("table", ""))
+            topics = self._topics(connection, exposed)
+            if topics is None:
+                raise RefusedError(404, "There are no clusters of this table.", "not_found")
+            return _points(connection, exposed, topics)
+
+    def rows(self, query: QueryParams) -> Any:
+        """Rows of a table by their keys."""
+        keys = query.getlist("key")[:LASSOED]
+        found = self._shown.within(query.get("table"), lambda c, shown: shown.rows(c, keys))
+        return [{"key": one.key, "row": one.row} for one in found]
+
+    def hits(self, query: QueryParams) -> Any:
+        """Keys of the rows that a question finds, best first."""
+        by = "meaning" if self._table(query.get("table", "")).text is None else "both"
+        question = Question(query.get("q", ""), by, LISTED)  # type: ignore[arg-type]
+        return [one.key for one in self._shown.ask(query.get("table"), question)]
+
+    def change(self, query: QueryParams, name: str) -> Iterator[Any]:
+        """Changes of encoder that are under way."""
+        return changes(self._shown, query)
+
+    def health(self, query: QueryParams, name: str) -> Iterator[Any]:
+        """Columns, failed rows, and what the doctor finds."""
+        return health(self._shown, self._diagnose)
+
+    def _table(self, name: str) -> Exposed:
+        return self._shown.within(name, lambda _, exposed: exposed)
+
+
+def _header(path: str, name: str, tables: Sequence[str]) -> Html:
+    links = [
+        h("a", label, href=f"/explore{view}?{urlencode({'table': name})}",
+          aria_current="page" if view == path else None)
+        for view, label in _VIEWS.items()
+    ]  # fmt: skip
+    choice = h(
+        "form",
+        h("select", [h("option", t, value=t, selected=t == name) for t in tables], name="table",
+          aria_label="Table"),
+        h("button", "Show"),
+        class_="choice",
+    )  # fmt: skip
+    return h("header", h("b", "sbert-pg"), h("nav", links), choice if len(tables) > 1 else None)
+
+
+def _search_form(
+    exposed: Exposed, name: str, question: str, where: Mapping[str, Mapping[str, str]]
+) -> Html:
+    filters = [(c, o, v) for c, values in where.items() for o, v in values.items()]
+    lines = [
+        h(
+            "div",
+            h("select", h("option", "filter by ...", value=""),
+              [h("option", c, value=c, selected=c == column) for c in exposed.columns],
+              name="c", aria_label="Column"),
+            h("select", [h("option", o, value=o, selected=o == operator) for o in OPERATORS],
+              name="o", aria_label="Operator"),
+            h("input", name="v", value=value, aria_label="Value", dir="auto"),
+            class_="filter",
+        )
+        for column, operator, value in [*filters, ("", "=", "")]
+    ]  # fmt: skip
+    return h(
+        "form",
+        h("input", type="hidden", name="table", value=name),
+        h("div", h("input", type="search", name="q", value=question, dir="auto", autofocus=True,
+                   placeholder="What are you looking for?", aria_label="Question", required=True),
+          h("button", "Search"), class_="ask"),
+        h("div", lines, class_="filters"),
+        role="search",
+    )  # fmt: skip
+
+
+def _introduction(exposed: Exposed) -> str:
+    kinds = "by meaning, by words, by both" if exposed.text is not None else "by meaning"
+    more = "" if exposed.text is not None else (
+        " A text column, declared with text_column(), adds words and both."
+    )  # fmt: skip
+    return f"{exposed.bound} is asked {kinds}, and compared with the exact answer.{more}"
+
+
+def _topic(cluster: Any, name: str, typical: Found | None, exposed: Exposed, largest: int) -> Html:
+    link = f"/explore/topics?{urlencode({'table': name, 'number': cluster.number})}"
+    return h(
+        "li",
+        h("a", cluster.label or f"cluster {cluster.number}", href=link, dir="auto"),
+        h("small", f" {cluster.size:,} rows", class_="faint"),
+        h("meter", max=largest, value=cluster.size, aria_label="share of the largest"),
+        h("p", " · ".join(cluster.keywords), class_="faint", dir="auto"),
+        None if typical is None else h("p", excerpt(exposed, typical), dir="auto"),
+    )
+
+
+def _members(
+    connection: sa.Connection, exposed: Exposed, topics: Clustering, number: int
+) -> Iterator[Any]:
+    """Rows of a cluster, nearest to its centroid first."""
+    session = Session(connection)
+    cluster = session.scalars(topics.clusters().where(topics.Cluster.number == number)).first()
+    if cluster is None:
+        yield h("p", f"There is no current cluster {number}.", class_="fault", role="alert")
+        return
+    mapper = sa.inspect(topics.entity)
+    properties = [mapper.get_property_by_column(key).key for key in topics.keys]
+    members = session.execute(topics.members(cluster).limit(LISTED)).all()
+    keys = [exposed.key_of([getattr(row, each) for each in properties]) for row, _ in members]
+    yield h("h2", cluster.label or f"cluster {number}", dir="auto")
+    yield h("p", f"{cluster.size:,} rows; the {len(keys)} nearest to their middle.",
+            class_="faint")  # fmt: skip
+    rows = exposed.rows(connection, keys)
+    yield table(exposed.columns, ([found.row[c] for c in exposed.columns] for found in rows))
+
+
+def _points(connection: sa.Connection, exposed: Exposed, topics: Clustering) -> dict[str, Any]:
+    """A group for each cluster, outliers last: keys, and places in the unit square."""
+    clusters = Session(connection).scalars(topics.clusters()).all()
+    groups: dict[int | None, dict[str, Any]] = {
+        c.id: {"number": c.number, "label": c.label or f"cluster {c.number}", "colour": colour}
+        for c, colour in zip(clusters, colours(len(clusters)), strict=True)
+    }
+    groups[None] = {"number": None, "label": "outliers", "colour": "#9ca3af"}
+    for group in groups.values():
+        group.update(keys=[], x=[], y=[])
+    for cluster, x, y, *key in connection.execute(mapped_rows(topics)):
+        group = groups[cluster]
+        group["keys"].append(exposed.key_of(key))
+        group["x"].append(round(x, 4))
+        group["y"].append(round(y, 4))
+    run = topics.require_current(connection)
+    return {
+        "groups": [group for group in groups.values() if group["keys"]],
+        "projection": run.projection,
+        "rows": run.rows,
+        "command": f"sbert-pg cluster map {exposed.name}",
+    }
+
+
+@cache
+def _plotly() -> bytes:
+    """Plotly's script, as its package brings it."""
+    spec = importlib.util.find_spec("plotly")
+    if spec is None or spec.origin is None:
+        raise MissingExtraError("plotly", "explore", "draw the map")
+    return Path(spec.origin).with_name("package_data").joinpath("plotly.min.js").read_bytes()
+
+
+def _exemplar(topics: Clustering, cluster: Any) -> list[Any]:
+    return [getattr(cluster, EXEMPLAR_PREFIX + key.name) for key in topics.keys]
+
+
+def _no_topics(name: str) -> Html:
+    return h(
+        "p", "There are no clusters of this table yet. ",
+        h("code", f"sbert-pg cluster run {name} --create", class_="command"), " makes them, and ",
+        h("code", f"sbert-pg cluster map {name}", class_="command"), " their map.",
+    )  # fmt: skip
+
+
+def _whole(text: str) -> int:
+    with suppress(ValueError):
+        return int(text[:20])
+    raise RefusedError(400, "A cluster's number is a whole number.", "invalid_value")
+
+
+def _data(view: Callable[[QueryParams], Any], query: QueryParams) -> Response:
+    return Response(json_bytes(view(query)), headers=guarded(), media_type=JSON)
+
+
+def _file(content: bytes, kind: str, query: QueryParams) -> Response:
+    headers = guarded() | {"Cache-Control": "max-age=3600"}
+    return Response(content, headers=headers, media_type=kind)
+
+
+__all__ = ["Explorer"]

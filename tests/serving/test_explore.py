@@ -1,0 +1,264 @@
+"""``sbert-pg explore`` in a real browser: what is seen, and that no row is ever read as markup."""
+
+from __future__ import annotations
+
+import base64
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from sbert_pg import create_all, embedding_column, hnsw_index, refresh, text_column, use_encoder
+from sbert_pg.cli.doctor import diagnose
+from sbert_pg.cli.serve import _clusterings, looking
+from sbert_pg.clustering import KMeans, cluster, clusters_of, store_map
+from sbert_pg.serving.explore import Explorer
+from sbert_pg.serving.exposed import Shown
+from sbert_pg.serving.server import serving
+
+#: Seconds that a browser on a busy machine may need for anything.
+PATIENCE = 120_000
+ARGUMENTS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+HOSTILE = [
+    "<script>document.title='taken'</script>",
+    "<img src=x onerror=\"document.title='taken'\">",
+    "\"><b id=taken>' OR 1=1; --",
+    "%s %(name)s {{x}} :name \\ '",
+    "كيف أستعيد نقودي بعد الشراء",
+    "x" * 3000,
+    "</textarea></title><script src=//example.com/x.js></script>",
+    "money <a href='javascript:document.title=1'>back</a> refund",
+]
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Note(Base):
+    __tablename__ = "note"
+    __table_args__ = (hnsw_index("note_embedding", "embedding"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    title: Mapped[str]
+    body: Mapped[str]
+    year: Mapped[int]
+    secret: Mapped[str] = mapped_column(default="hush")
+    embedding = embedding_column("all-MiniLM-L6-v2", source=["title", "body"], nullable=True)
+    words = text_column("title", "body", language="english")
+
+
+topics = clusters_of(Note.embedding)
+TEXTS = [
+    *((f"Refund {n}", "How to get your money back after a purchase", 2020 + n) for n in range(8)),
+    *((f"Opening {n}", "When the shop is open on Sundays", 2020 + n) for n in range(8)),
+    *((text, text, 2000) for text in HOSTILE),
+]
+
+
+@pytest.fixture(scope="module")
+def notes(databases: Any, _minilm: Any) -> Iterator[sa.Engine]:
+    """A table with clusters, a map, and texts that would like to be markup."""
+    url = databases.clone("catalog")
+    engine = sa.create_engine(url)
+    use_encoder(_minilm, name="all-MiniLM-L6-v2")
+    with engine.begin() as connection:
+        create_all(connection, Base.metadata)
+    with Session(engine) as session, session.begin():
+        session.add_all(Note(title=t, body=b, year=year) for t, b, year in TEXTS)
+    assert refresh(engine).embedded == len(TEXTS)
+    run = cluster(engine, topics, KMeans(3), seed=0)
+    assert run.n_clusters == 3
+    with engine.begin() as connection:
+        assert store_map(connection, topics, projection="pca") == len(TEXTS)
+        # A name that somebody gave, and that is markup.
+        connection.execute(
+            sa.update(topics.cluster_table)
+            .where(topics.cluster_table.c.id == 1)
+            .values(label=HOSTILE[0], is_named=True)
+        )
+    yield engine
+    engine.dispose()
+    databases.drop(url.database)
+
+
+def explorer(engine: sa.Engine, target: str = "note:id,title,body,year") -> Explorer:
+    reading = engine.execution_options(postgresql_readonly=True)
+    return Explorer(Shown(reading, looking([target])), _clusterings(Base.metadata), diagnose)
+
+
+@pytest.fixture
+def port(notes: sa.Engine, minilm: Any) -> Iterator[int]:
+    with serving({}, None, port=0, views=explorer(notes).views()) as port:
+        yield port
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    program = shutil.which("chromium")
+    if program is None:
+        pytest.skip("no chromium is installed: apt-get install chromium")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=program, args=ARGUMENTS, timeout=PATIENCE
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def tab(browser: Any, port: int) -> Iterator[Any]:
+    """A tab in which no request leaves the server, and no error goes unnoticed."""
+    context = browser.new_context(base_url=f"http://127.0.0.1:{port}")
+    context.set_default_timeout(PATIENCE)
+    page = context.new_page()
+    wrong: list[str] = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("request", lambda request: wrong.append(request.url) if not request.url.startswith(
+        (f"http://127.0.0.1:{port}/", "data:", "blob:")) else None)  # fmt: skip
+    yield page
+    assert page.title() == "" or page.title().endswith(" - sbert-pg"), "a script of a row ran"
+    assert page.locator("#taken").count() == 0
+    context.close()
+    assert wrong == []
+
+
+def test_search(tab: Any) -> None:
+    tab.goto("/explore")
+    tab.get_by_label("Question").fill("money back")
+    tab.get_by_label("Column").select_option("year")
+    tab.get_by_label("Operator").select_option("<=")
+    tab.get_by_label("Value").fill("2024")
+    tab.get_by_role("button", name="Search").click()
+    tab.locator("section[data-kind=exact] li").first.wait_for()
+    kinds = tab.locator("#answers section")
+    assert [k.get_attribute("data-kind") for k in kinds.all()] == [
+        "meaning", "words", "both", "exact"
+    ]  # fmt: skip
+    for kind in ("meaning", "words", "both"):
+        first = tab.locator(f"section[data-kind={kind}] li").first
+        assert "money" in first.inner_text()
+    assert "similarity 0." in kinds.nth(0).locator("li").first.inner_text()
+    assert tab.locator("section[data-kind=words] mark").first.inner_text() == "money"
+    # The filter holds, and stands in the form and in the code.
+    assert "Refund 7" not in tab.locator("#answers").inner_text()
+    assert tab.get_by_label("Value").first.input_value() == "2024"
+    tab.locator("section[data-kind=both] summary").click()
+    code = tab.locator("section[data-kind=both] pre")
+    assert "hybrid(Note.embedding, Note.words, 'money back', limit=10)" in code.first.inner_text()
+    assert ".where(Note.year <= 2024)" in code.first.inner_text()
+    assert "weight of meaning" in tab.locator("section[data-kind=both] .why").inner_text()
+    tab.locator("section[data-kind=exact] summary").click()
+    why = tab.locator("section[data-kind=exact] .why").inner_text()
+    assert "exact=True was asked for" in why
+    assert "hush" not in tab.content()
+
+
+@pytest.mark.parametrize("question", HOSTILE)
+def test_what_looks_like_markup_is_text(tab: Any, question: str) -> None:
+    tab.goto("/explore")
+    tab.get_by_label("Question").fill(question)
+    tab.get_by_role("button", name="Search").click()
+    tab.locator("section[data-kind=exact] li").first.wait_for()
+    assert tab.get_by_label("Question").input_value() == question
+    texts = tab.locator("section[data-kind=exact] li .text").all_inner_texts()
+    shown = question if len(question) < 400 else question[:300]
+    assert any(shown in text for text in texts)
+    assert tab.locator("#answers .fault").count() == 0
+    assert tab.locator("script:not([src])").count() == 0
+    # Nothing makes the page wider than its window, be it as narrow as a telephone's.
+    tab.set_viewport_size({"width": 420, "height": 800})
+    assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_topics(tab: Any) -> None:
+    tab.goto("/explore/topics")
+    topics = tab.locator("ol.topics li")
+    assert topics.count() == 3
+    tab.get_by_text(HOSTILE[0], exact=True).first.wait_for()
+    tab.get_by_role("link", name="money").first.click()
+    tab.get_by_role("cell", name="Refund 1", exact=True).wait_for()
+
+
+def test_map(tab: Any) -> None:
+    tab.goto("/explore/map")
+    tab.locator(f"#map[data-rows='{len(TEXTS)}']").wait_for()
+    tab.get_by_label("Question").fill("money back")
+    tab.get_by_role("button", name="Search").click()
+    tab.locator("#map[data-lit='20']").wait_for()
+    box = tab.locator("#map .nsewdrag").first.bounding_box()
+    corners = [(0.01, 0.01), (0.99, 0.01), (0.99, 0.99), (0.01, 0.99)]
+    places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in corners]
+    tab.mouse.move(*places[0])
+    tab.mouse.down()
+    for place in [*places[1:], places[0]]:
+        tab.mouse.move(*place, steps=4)
+    tab.mouse.up()
+    tab.locator(f"#chosen[data-rows='{len(TEXTS)}']").wait_for()
+    rows = tab.locator("#chosen tr")
+    assert rows.count() == len(TEXTS) + 1
+    assert HOSTILE[0] in tab.locator("#chosen").inner_text()
+    # Where a row is, its text appears.
+    x, y = tab.evaluate(
+        """() => { const m = document.getElementById("map"), l = m._fullLayout, t = m.data[0];
+        const b = m.getBoundingClientRect();
+        return [b.x + l.xaxis._offset + l.xaxis.d2p(t.x[0]),
+                b.y + l.yaxis._offset + l.yaxis.d2p(t.y[0])]; }"""
+    )
+    tab.mouse.move(x + 3, y + 3)
+    tab.mouse.move(x, y)
+    tab.locator("#tip p").first.wait_for()
+
+
+def test_health_and_change(tab: Any, notes: sa.Engine) -> None:
+    tab.goto("/explore/health")
+    tab.get_by_role("cell", name="public.note.embedding").wait_for()
+    tab.goto("/explore/change")
+    tab.get_by_text("No change of encoder is under way.").wait_for()
+
+
+def test_who_may_ask(notes: sa.Engine, minilm: Any, client: Any) -> None:
+    views = explorer(notes).views()
+    with serving({}, None, port=0, views=views) as port:
+        http: httpx.Client = client(port)
+        page = http.get("/explore")
+        assert page.status_code == 200
+        assert "script-src 'self';" in page.headers["content-security-policy"]
+        assert "'unsafe-inline'" not in page.headers["content-security-policy"]
+        policy = http.get("/explore/map").headers["content-security-policy"]
+        assert "script-src 'self' 'unsafe-eval';" in policy, "and none of a row's"
+        assert http.get("/explore", headers={"Host": "evil.example"}).status_code == 403
+        other = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}
+        assert http.get("/explore/points?table=note", headers=other).status_code == 403
+        assert http.get("/explore/rows?table=pg_authid&key=1").status_code == 400
+        assert http.get("/explore/topics?number=x").status_code == 400
+        assert http.get("/explore/topics?number=99").status_code == 200
+        wrong = http.get("/explore?q=x&c=secret&o=%3D&v=hush")
+        assert "no column &#x27;secret&#x27;" in wrong.text
+        assert http.get("/explore?table=nothing").status_code == 400
+        assert http.get("/explore/hits?table=note&q=%20").status_code == 400
+    with serving({}, None, port=0, views=views, token="a-token-that-is-long") as port:
+        http = client(port)
+        refused = http.get("/explore")
+        assert refused.status_code == 401
+        assert refused.headers["www-authenticate"].startswith("Basic")
+        assert http.get("/explore", auth=("me", "a-token-that-is-long")).status_code == 200
+        assert http.get("/explore", auth=("me", "another")).status_code == 401
+        bad = {"Authorization": "Basic " + base64.b64encode(b"\xff").decode()}
+        assert http.get("/explore", headers=bad).status_code == 401
+        # Programs send it as ever, and only pages take a password.
+        assert http.get("/metrics", auth=("me", "a-token-that-is-long")).status_code == 401
+
+
+def test_nothing_can_be_written(notes: sa.Engine, minilm: Any) -> None:
+    shown = explorer(notes)._shown
+    with shown.connected() as connection, pytest.raises(sa.exc.InternalError, match="read-only"):
+        connection.execute(sa.delete(Note))
