@@ -90,6 +90,8 @@ def setting_up(folder: Path, deaths: int, salt: str = "") -> Callable[[], None]:
     return setup
 
 
+# A cluster takes as long to start as it likes, or does not, where others need the machine.
+@pytest.mark.slow
 def test_actors_that_are_killed_lose_nothing(notes, cluster, tmp_path):
     progress = []
     done = backfill(
@@ -109,6 +111,7 @@ def test_actors_that_are_killed_lose_nothing(notes, cluster, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_an_actor_with_another_encoder_is_refused(notes, cluster, tmp_path):
     setup = setting_up(tmp_path, deaths=0)
     backfill(notes, IDENTITY, SETTINGS, actors=1, setup=setup)
@@ -118,6 +121,7 @@ def test_an_actor_with_another_encoder_is_refused(notes, cluster, tmp_path):
         backfill(notes, IDENTITY, SETTINGS, actors=2, setup=setting_up(tmp_path, 0, salt="other"))
 
 
+@pytest.mark.slow
 def test_the_command_fills_by_a_cluster(notes, cluster, monkeypatch):
     monkeypatch.syspath_prepend(str(MODULES))
     done = sbert_pg(

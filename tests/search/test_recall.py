@@ -179,12 +179,13 @@ def test_recall_with_the_defaults(
     document = loaded(standard, form, corpus)
     with Session(standard) as session:
         assert recall(session, document, corpus, None, exact=True) == 1
-        assert recall(session, document, corpus, None) >= FLOOR
+        usual = recall(session, document, corpus, None)
+        assert usual >= FLOOR
         assert recall(session, document, corpus, [7]) >= FLOOR
         assert recall(session, document, corpus, list(range(10))) >= FLOOR
         assert_right_under_related_filters(session, document, corpus)
-        # And the default is what does it.
-        assert recall(session, document, corpus, None, ef_search=10, overfetch=1) < FLOOR
+        # And the default is what does it: about .95, .65 by bits, each time another graph's.
+        assert recall(session, document, corpus, None, ef_search=10, overfetch=1) < usual
         for query in corpus.queries[:8]:
             assert_pages(session, nearest(document.embedding, query))
             assert_pages(session, nearest(document.embedding, query).where(document.part < 5))
