@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB, insert
-from sqlalchemy.orm import ColumnProperty, Session, undefer
+from sqlalchemy.orm import ColumnProperty, Session, sessionmaker, undefer
 
 from sbert_pg.adapters.filters import condition
 from sbert_pg.catalog.embedding import Embedding
@@ -21,6 +22,7 @@ from sbert_pg.spec import EncoderSpec
 from sbert_pg.types.wire import VectorValue
 
 T = TypeVar("T")
+Work = Callable[[Session], T]
 
 
 @dataclass
@@ -41,6 +43,41 @@ class Row:
     metadata: dict[str, Any] = field(default_factory=dict)
     similarity: float | None = None
     vector: VectorValue | None = None
+
+
+class Runner:
+    """Does work in a session of its own, a transaction a call.
+
+    Args:
+        sessions: a ``sessionmaker``, for both synchronous calls and asynchronous ones, which run in
+            a thread; or an ``async_sessionmaker``, for asynchronous calls alone.
+    """
+
+    def __init__(self, sessions: Any) -> None:
+        self._sessions = sessions
+        self._is_async = not isinstance(sessions, sessionmaker)
+
+    def run(self, work: Work[T]) -> T:
+        """The result of some work.
+
+        Raises:
+            DeclarationError: the sessions are asynchronous.
+        """
+        if self._is_async:
+            raise DeclarationError(
+                "This store has an async_sessionmaker; call its asynchronous functions, or give it "
+                "a sessionmaker."
+            )
+        with self._sessions.begin() as session:
+            return work(session)
+
+    async def arun(self, work: Work[T]) -> T:
+        """The result of some work, in this event loop or a thread."""
+        if not self._is_async:
+            return await asyncio.to_thread(self.run, work)
+        async with self._sessions.begin() as session:
+            result: T = await session.run_sync(work)
+            return result
 
 
 class Documents:
@@ -106,7 +143,7 @@ class Documents:
         spec: EncoderSpec = self.column.type.encoder
         return spec
 
-    def upsert(self, rows: Sequence[Row]) -> Callable[[Session], list[str]]:
+    def upsert(self, rows: Sequence[Row]) -> Work[list[str]]:
         """Write rows, those with the id of an existing row in its place; their ids, in order."""
         values = [self._values(row) for row in rows]
 
@@ -130,7 +167,56 @@ class Documents:
 
         return work
 
-    def get(self, ids: Iterable[str]) -> Callable[[Session], list[Row]]:
+    def add(self, rows: Sequence[Row]) -> Work[int]:
+        """Write the rows whose ids no row has; how many those are."""
+        values = [self._values(row) for row in rows]
+
+        def work(session: Session) -> int:
+            embedded = embed_rows(self.class_, values)
+            key = getattr(self.class_, self.key)
+            statement = insert(self.class_).on_conflict_do_nothing().returning(key)
+            return sum(
+                len(session.scalars(statement, same).all()) for same in _by_attributes(embedded)
+            )
+
+        return work
+
+    def matching(self, conditions: Any = None) -> Work[list[Row]]:
+        """The rows that meet conditions, by their keys."""
+        order = getattr(self.class_, self.key)
+        statement = sa.select(self.class_).where(self.where(conditions)).order_by(order)
+        return lambda session: [self._row(entity) for entity in session.scalars(statement)]
+
+    def count(self, conditions: Any = None) -> Work[int]:
+        """How many rows meet conditions."""
+        statement = sa.select(sa.func.count()).select_from(self.class_)
+        statement = statement.where(self.where(conditions))
+        return lambda session: session.scalar(statement) or 0
+
+    def remove(self, conditions: Any = None) -> Work[int]:
+        """Delete the rows that meet conditions; how many those were."""
+        return self._changed(sa.delete(self.class_).where(self.where(conditions)))
+
+    def update(self, conditions: Any, metadata: Mapping[str, Any]) -> Work[int]:
+        """Set fields of the metadata of the rows that meet conditions; how many those are."""
+        values, rest = self._split(metadata)
+        if rest:
+            whole = sa.cast(getattr(self.class_, self.metadata or ""), JSONB)
+            values[self.metadata or ""] = whole.concat(sa.cast(rest, JSONB))
+        if not values:
+            return self.count(conditions)
+        return self._changed(sa.update(self.class_).where(self.where(conditions)).values(values))
+
+    def _changed(self, statement: Any) -> Work[int]:
+        key = getattr(self.class_, self.key)
+        statement = statement.returning(key).execution_options(synchronize_session=False)
+        return lambda session: len(session.execute(statement).all())
+
+    def where(self, conditions: Any) -> sa.ColumnElement[bool]:
+        """Conditions as ``filters.condition`` takes them, as SQL; none for ``None``."""
+        return sa.true() if conditions is None else condition(conditions, self.field)
+
+    def get(self, ids: Iterable[str]) -> Work[list[Row]]:
         """The rows of some ids, in their order; ids that no row has are left out."""
         keys = [key for key in map(self._key_of, ids) if key is not None]
         statement = sa.select(self.class_).where(getattr(self.class_, self.key).in_(keys))
@@ -141,7 +227,7 @@ class Documents:
 
         return work
 
-    def delete(self, ids: Iterable[str]) -> Callable[[Session], None]:
+    def delete(self, ids: Iterable[str]) -> Work[None]:
         """Delete the rows of some ids; those that no row has are passed over."""
         keys = [key for key in map(self._key_of, ids) if key is not None]
         statement = sa.delete(self.class_).where(getattr(self.class_, self.key).in_(keys))
@@ -153,7 +239,7 @@ class Documents:
 
     def search(
         self, query: Any, limit: int, conditions: Any = None, *, vectors: bool = False, **how: Any
-    ) -> Callable[[Session], list[Row]]:
+    ) -> Work[list[Row]]:
         """The rows nearest to a text or vector, nearest first.
 
         Args:
@@ -163,7 +249,7 @@ class Documents:
             vectors: whether to read their vectors as well.
             **how: further arguments of ``nearest``.
         """
-        where = () if conditions is None else condition(conditions, self.field)
+        where = () if conditions is None else self.where(conditions)
         statement: Any = nearest(self.column, query, limit=limit, where=where, **how)
         if vectors:
             statement = statement.options(undefer(self.column))
@@ -195,15 +281,8 @@ class Documents:
 
     def _values(self, row: Row) -> dict[str, Any]:
         """A row by attributes."""
-        values: dict[str, Any] = {self.content: row.text}
-        rest = {}
-        for name, value in row.metadata.items():
-            if name in self.own:
-                values[name] = value
-            elif self.metadata is None:
-                raise DeclarationError(self._unknown(name))
-            else:
-                rest[name] = value
+        values, rest = self._split(row.metadata)
+        values[self.content] = row.text
         if self.metadata is not None:
             values[self.metadata] = rest
         if row.id is not None:
@@ -216,6 +295,14 @@ class Documents:
         elif issubclass(self._key_type, (str, uuid.UUID)):
             values[self.key] = self._key_type(str(uuid.uuid4()))
         return values
+
+    def _split(self, metadata: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What has an attribute of its own, and what goes into the JSON attribute."""
+        values = {name: value for name, value in metadata.items() if name in self.own}
+        rest = {name: value for name, value in metadata.items() if name not in self.own}
+        if rest and self.metadata is None:
+            raise DeclarationError(self._unknown(next(iter(rest))))
+        return values, rest
 
     def _row(self, entity: Any, similarity: float | None = None, vector: bool = False) -> Row:
         own = {name: getattr(entity, name) for name in self.own}
@@ -254,4 +341,4 @@ def _by_attributes(rows: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, 
     return list(groups.values())
 
 
-__all__ = ["Documents", "Row"]
+__all__ = ["Documents", "Row", "Runner", "Work"]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Session
 
-from sbert_pg.adapters.documents import Documents, Row
+from sbert_pg.adapters.documents import Documents, Row, Runner, Work
 from sbert_pg.errors import DeclarationError, MissingExtraError
 from sbert_pg.registry import get_encoder
 from sbert_pg.spec import EncoderSpec, TextEncoder
@@ -17,16 +17,12 @@ from sbert_pg.types.encoding import query_vector
 try:
     from langchain_core.documents import Document
     from langchain_core.embeddings import Embeddings
-    from langchain_core.runnables import run_in_executor
     from langchain_core.vectorstores import VectorStore
     from langchain_core.vectorstores.utils import maximal_marginal_relevance
 except ImportError as error:
     raise MissingExtraError(
         "langchain-core", "langchain", "offer a table as LangChain's vector store"
     ) from error
-
-T = TypeVar("T")
-Work = Callable[[Session], T]
 
 
 class SbertEmbeddings(Embeddings):
@@ -85,29 +81,13 @@ class SbertVectorStore(VectorStore):
         metadata: str | None = None,
     ) -> None:
         self.documents = Documents(column, content=content, metadata=metadata)
-        self.sessions = sessions
-        self._is_async = not isinstance(sessions, sessionmaker)
+        runner = Runner(sessions)
+        self._run, self._arun = runner.run, runner.arun
 
     @property
     def embeddings(self) -> Embeddings:
         """The column's encoder."""
         return SbertEmbeddings(self.documents.encoder)
-
-    def _run(self, work: Work[T]) -> T:
-        if self._is_async:
-            raise DeclarationError(
-                "This store has an async_sessionmaker; call its asynchronous functions, or give it "
-                "a sessionmaker."
-            )
-        with self.sessions.begin() as session:
-            return work(session)
-
-    async def _arun(self, work: Work[T]) -> T:
-        if not self._is_async:
-            return await run_in_executor(None, self._run, work)
-        async with self.sessions.begin() as session:
-            result: T = await session.run_sync(work)
-            return result
 
     def add_texts(
         self,

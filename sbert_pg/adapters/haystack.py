@@ -1,0 +1,274 @@
+"""Haystack's ``DocumentStore`` and a retriever over a mapped class; extra ``haystack``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from sbert_pg.adapters.documents import Documents, Row, Runner, Work
+from sbert_pg.adapters.filters import Condition, condition
+from sbert_pg.errors import DeclarationError, MissingExtraError
+
+try:
+    from haystack import Document, component
+    from haystack.document_stores.errors import DuplicateDocumentError
+    from haystack.document_stores.types import DuplicatePolicy
+    from haystack.errors import FilterError
+except ImportError as error:
+    raise MissingExtraError(
+        "haystack-ai", "haystack", "offer a table as Haystack's document store"
+    ) from error
+
+_OPERATORS = {
+    "==": "$eq", "!=": "$ne", ">": "$gt", ">=": "$gte", "<": "$lt", "<=": "$lte",
+    "in": "$in", "not in": "$nin",
+}  # fmt: skip
+
+
+class SbertDocumentStore:
+    """The rows of a mapped class as Haystack's ``DocumentStore``.
+
+    Ids are the primary key as text; ``meta`` is what the row's other attributes hold. Vectors are
+    made by the column's own encoder, so an ``embedding`` that a document brings is not stored. Each
+    call is a transaction of its own. Functions ending in ``_async`` are for pipelines that run so.
+
+    Args:
+        column: the embedding column, as in ``Article.embedding``.
+        sessions: a ``sessionmaker``, or an ``async_sessionmaker`` for asynchronous calls alone.
+        content: name of the attribute that is the text; the embedding's source by default.
+        metadata: name of a JSON attribute for fields of ``meta`` without an attribute.
+
+    Raises:
+        DeclarationError: what the class declares cannot be used so.
+    """
+
+    def __init__(
+        self,
+        column: Any,
+        sessions: Any,
+        *,
+        content: str | None = None,
+        metadata: str | None = None,
+    ) -> None:
+        self.documents = Documents(column, content=content, metadata=metadata)
+        runner = Runner(sessions)
+        self.run, self.arun = runner.run, runner.arun
+
+    def to_dict(self) -> dict[str, Any]:
+        """Refuse to be saved.
+
+        Raises:
+            DeclarationError: always.
+        """
+        raise DeclarationError(
+            "A store holds the application's class and sessions, which cannot be saved with a "
+            "pipeline. Build the part of the pipeline that uses it in Python."
+        )
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> SbertDocumentStore:
+        """Refuse to be read, as ``to_dict`` does.
+
+        Raises:
+            DeclarationError: always.
+        """
+        raise DeclarationError("A store is not read with a pipeline: build it in Python.")
+
+    def count_documents(self) -> int:
+        """How many there are."""
+        return self.run(self.documents.count())
+
+    async def count_documents_async(self) -> int:
+        """As ``count_documents``."""
+        return await self.arun(self.documents.count())
+
+    def filter_documents(self, filters: dict[str, Any] | None = None) -> list[Document]:
+        """The documents that pass filters, by their ids."""
+        return _documents(self.run(self._matching(filters)))
+
+    async def filter_documents_async(self, filters: dict[str, Any] | None = None) -> list[Document]:
+        """As ``filter_documents``."""
+        return _documents(await self.arun(self._matching(filters)))
+
+    def _matching(self, filters: dict[str, Any] | None) -> Work[list[Row]]:
+        return self.documents.matching(self.translated(filters))
+
+    def write_documents(
+        self, documents: list[Document], policy: DuplicatePolicy = DuplicatePolicy.NONE
+    ) -> int:
+        """Embed and write documents; how many were written.
+
+        Raises:
+            DuplicateDocumentError: a row has the id of one; by default, as by ``FAIL``. None is
+                written then.
+        """
+        return self.run(self._writing(documents, policy))
+
+    async def write_documents_async(
+        self, documents: list[Document], policy: DuplicatePolicy = DuplicatePolicy.NONE
+    ) -> int:
+        """As ``write_documents``."""
+        return await self.arun(self._writing(documents, policy))
+
+    def _writing(self, documents: list[Document], policy: DuplicatePolicy) -> Work[int]:
+        if not isinstance(documents, list) or any(not isinstance(d, Document) for d in documents):
+            raise ValueError("write_documents() takes a list of documents.")
+        rows = [Row(d.id, d.content or "", d.meta) for d in documents]
+        if policy == DuplicatePolicy.OVERWRITE:
+            upsert = self.documents.upsert(rows)
+            return lambda session: len(upsert(session))
+        add = self.documents.add(rows)
+
+        def work(session: Any) -> int:
+            written = add(session)
+            if written < len(rows) and policy != DuplicatePolicy.SKIP:
+                raise DuplicateDocumentError(
+                    f"{len(rows) - written} of {len(rows)} documents have the id of a row, or of "
+                    "each other. Write them with DuplicatePolicy.OVERWRITE or SKIP."
+                )
+            return written
+
+        return work
+
+    def delete_documents(self, document_ids: list[str]) -> None:
+        """Delete documents by their ids; those that no row has are passed over."""
+        self.run(self.documents.delete(document_ids))
+
+    async def delete_documents_async(self, document_ids: list[str]) -> None:
+        """As ``delete_documents``."""
+        await self.arun(self.documents.delete(document_ids))
+
+    def delete_all_documents(self) -> None:
+        """Delete every row of the table."""
+        self.run(self.documents.remove())
+
+    async def delete_all_documents_async(self) -> None:
+        """As ``delete_all_documents``."""
+        await self.arun(self.documents.remove())
+
+    def delete_by_filter(self, filters: dict[str, Any]) -> int:
+        """Delete the documents that pass filters; how many those were."""
+        return self.run(self.documents.remove(self.translated(filters)))
+
+    async def delete_by_filter_async(self, filters: dict[str, Any]) -> int:
+        """As ``delete_by_filter``."""
+        return await self.arun(self.documents.remove(self.translated(filters)))
+
+    def update_by_filter(self, filters: dict[str, Any], meta: dict[str, Any]) -> int:
+        """Set fields of ``meta`` of the documents that pass filters; how many those are."""
+        return self.run(self.documents.update(self.translated(filters), meta))
+
+    async def update_by_filter_async(self, filters: dict[str, Any], meta: dict[str, Any]) -> int:
+        """As ``update_by_filter``."""
+        return await self.arun(self.documents.update(self.translated(filters), meta))
+
+    def translated(self, filters: dict[str, Any] | None) -> Condition | None:
+        """Haystack's filters as SQL; ``None`` for none.
+
+        Raises:
+            FilterError: they are malformed.
+        """
+        return condition(_translated(filters), self._field) if filters else None
+
+    def _field(self, name: str) -> sa.ColumnElement[Any]:
+        own = {"id": self.documents.key, "content": self.documents.content}
+        if name in own:
+            column: sa.ColumnElement[Any] = getattr(self.documents.class_, own[name])
+            return column
+        return self.documents.field(name.removeprefix("meta."))
+
+
+@component
+class SbertRetriever:
+    """Finds the documents nearest in meaning to a text.
+
+    Args:
+        document_store: the store.
+        top_k: how many to find.
+        filters: conditions for every search; those of a call are taken in their place.
+    """
+
+    def __init__(
+        self,
+        document_store: SbertDocumentStore,
+        top_k: int = 10,
+        filters: dict[str, Any] | None = None,
+    ) -> None:
+        self.document_store = document_store
+        self.top_k = top_k
+        self.filters = filters
+
+    @component.output_types(documents=list[Document])
+    def run(
+        self, query: str, top_k: int | None = None, filters: dict[str, Any] | None = None
+    ) -> dict[str, list[Document]]:
+        """The documents nearest to a text, nearest first; ``score`` is their similarity."""
+        search = self._search(query, top_k, filters)
+        return {"documents": _documents(self.document_store.run(search))}
+
+    @component.output_types(documents=list[Document])
+    async def run_async(
+        self, query: str, top_k: int | None = None, filters: dict[str, Any] | None = None
+    ) -> dict[str, list[Document]]:
+        """As ``run``."""
+        search = self._search(query, top_k, filters)
+        return {"documents": _documents(await self.document_store.arun(search))}
+
+    def _search(self, query: str, top_k: int | None, filters: Any) -> Work[list[Row]]:
+        store = self.document_store
+        conditions = store.translated(filters or self.filters)
+        return store.documents.search(query, top_k or self.top_k, conditions)
+
+
+def _documents(rows: Sequence[Row]) -> list[Document]:
+    return [
+        Document(id=row.id or "", content=row.text, meta=row.metadata, score=row.similarity)
+        for row in rows
+    ]
+
+
+def _translated(filters: Any) -> dict[str, Any]:
+    """Haystack's filters in the form that ``filters.condition`` takes."""
+    if not isinstance(filters, dict) or "operator" not in filters:
+        raise FilterError(f"A filter is a dictionary with an 'operator', and not {filters!r}.")
+    operator = filters["operator"]
+    if "field" in filters:
+        return {filters["field"]: _comparison(operator, filters)}
+    if operator not in ("AND", "OR", "NOT") or "conditions" not in filters:
+        raise FilterError(
+            f"{filters!r} has neither 'field' and 'value', nor 'conditions' with AND, OR or NOT."
+        )
+    parts = [_translated(part) for part in filters["conditions"]]
+    if operator == "NOT":
+        return {"$not": {"$and": parts}}
+    return {"$or" if operator == "OR" else "$and": parts}
+
+
+def _comparison(operator: Any, filters: dict[str, Any]) -> dict[str, Any]:
+    if operator not in _OPERATORS or "value" not in filters:
+        raise FilterError(f"{filters!r} lacks a 'value', or has an operator that does not exist.")
+    value = filters["value"]
+    if operator in ("in", "not in") and not isinstance(value, list):
+        raise FilterError(f"'{operator}' takes a list, and was given {value!r}.")
+    if operator in (">", ">=", "<", "<="):
+        if value is None:
+            return {"$in": []}  # Nothing is more or less than None.
+        if isinstance(value, list) or (isinstance(value, str) and not _is_date(value)):
+            raise FilterError(
+                f"'{operator}' takes a number or a date in the form of ISO 8601, not {value!r}."
+            )
+    return {_OPERATORS[operator]: value}
+
+
+def _is_date(text: str) -> bool:
+    try:
+        datetime.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
+
+
+__all__ = ["SbertDocumentStore", "SbertRetriever"]
