@@ -11,8 +11,9 @@ MINILM = sentence-transformers/all-MiniLM-L6-v2
 REFERENCE ?= torch==2.13.0 sentence-transformers>=5 onnxscript>=0.1
 DEMO_MODELS = $(DEMO_VENV)/bin/sbert-pg encoder convert $(MINILM) && $(DEMO_VENV)/bin/python -c \
   'from sbert_pg.cli.demo_data import use_old_encoder as use; raise SystemExit(not use())'
-# A file of tests stays in one process, which has a server of its own.
-WORKERS ?= 2
+# A file of tests stays in one process, which has a server of its own. They also wait, for locks,
+# leases and processes, so three keep two cores busy.
+WORKERS ?= 3
 PYTEST_ARGS ?=
 
 .PHONY: help demo docs test slow lint format wheel bench clean
