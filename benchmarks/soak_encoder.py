@@ -110,12 +110,12 @@ def _write_without_looking(self: Rows, vector_type: str) -> sa.UpdateBase:
     """The plain update of a batch: whatever text the row has now is called the vector's."""
     given = self._given(
         "sbert_of", "sbert_digest", "sbert_vector",
-        of=sa.bindparam("of", type_=ArrayOf("text")),
-        digest=sa.bindparam("digest", type_=ArrayOf("uuid")),
-        vector=sa.bindparam("vector", type_=ArrayOf(vector_type)),
+        of=sa.bindparam("sbert_of", type_=ArrayOf("text")),
+        digest=sa.bindparam("sbert_digest", type_=ArrayOf("uuid")),
+        vector=sa.bindparam("sbert_vector", type_=ArrayOf(vector_type)),
     )  # fmt: skip
     bare = sa.func.replace(sa.cast(given.c.sbert_digest, sa.Text), "-", "")
-    now = sa.cast(sa.func.substr(bare, 1, 16).concat(self._of), sa.Uuid)
+    now = sa.cast(sa.func.substr(bare, 1, 16).concat(self.of), sa.Uuid)
     return (
         sa.update(self.table)
         .values({self.binding.column: given.c.sbert_vector, self.binding.companion: now})

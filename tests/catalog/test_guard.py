@@ -16,7 +16,9 @@ from sbert_pg.catalog.embedding import Embedding, companion_of
 from sbert_pg.errors import EncoderMismatchError
 from sbert_pg.orm import embed_on_flush, embedding_column
 from sbert_pg.registry import forget_encoders, use_encoder
+from sbert_pg.search import hybrid, matching, nearest
 from sbert_pg.testing import DeterministicEncoder
+from sbert_pg.types.text import text_column
 
 
 class Base(DeclarativeBase):
@@ -28,6 +30,7 @@ class Note(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     body: Mapped[str | None]
     embedding = embedding_column("deterministic", source="body", dimensions=384)
+    search = text_column("body")
 
 
 COLUMN = Note.__table__.c.embedding
@@ -170,11 +173,26 @@ def test_a_writer_in_the_middle_of_a_transaction(bound: sa.Engine) -> None:
         sa.update(Note).values(body="x").where(Note.embedding.distance("apple") > 5),
         sa.delete(Note).where(Note.embedding.distance("apple") > 5),
         sa.select(Note.id).union_all(sa.select(Note.id).where(Note.embedding.distance("q") < 2)),
+        nearest(Note.embedding, "apple", limit=3),
+        nearest(Note.embedding, ["apple", "pear"], limit=3),
+        nearest(Note.embedding, np.ones(384, np.float32), where=Note.body != "x"),
+        nearest(aliased(Note).embedding, "apple", exact=True),
+        hybrid(Note.embedding, Note.search, "apple"),
+        hybrid(Note.embedding, Note.search, ["apple", "a"], fusion="rrf"),
+        matching(Note.search, "apple").where(Note.embedding.distance("apple") < 3),
+        sa.select(sa.select(Note.id).where(Note.embedding.distance("q") < 2).scalar_subquery()),
+        sa.insert(Note).from_select(
+            ["body"], sa.select(Note.body).where(Note.embedding.distance("q") < 2)
+        ),
     ],
-    ids=["order", "vector", "where", "select", "op", "func", "alias", "update", "delete", "union"],
+    ids=[
+        *("order", "vector", "where", "select", "op", "func", "alias", "update", "delete", "union"),
+        *("nearest", "several", "ready made", "exact", "hybrid", "several hybrid", "matching"),
+        *("subquery", "insert"),
+    ],
 )
 def test_a_reader_notices_that_the_column_changed_hands(bound: sa.Engine, statement: Any) -> None:
-    write(bound, "a")
+    write(bound, "apple")
     for _ in range(2):
         with bound.begin() as connection:
             connection.execute(statement)

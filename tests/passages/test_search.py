@@ -11,8 +11,8 @@ import sqlalchemy as sa
 from passage_documents import Document, Passage, text, work
 from sqlalchemy.orm import Session
 
-from sbert_pg import nearest
-from sbert_pg.errors import DeclarationError
+from sbert_pg import catalog, nearest
+from sbert_pg.errors import DeclarationError, EncoderMismatchError
 from sbert_pg.testing import DeterministicEncoder
 
 QUESTION = "sentence topic13 topic26 text"
@@ -204,3 +204,24 @@ def test_passages_of_another_encoder_are_left_out(filled: Session) -> None:
     found = filled.execute(nearest(Document.passages, QUESTION, limit=60, per_document=99)).all()
     assert key not in {row.DocumentPassage.id for row in found}
     filled.rollback()
+
+
+@pytest.mark.parametrize("score", ["best", "sum"])
+def test_a_reader_notices_that_passages_changed_hands(
+    filled: Session, documents: sa.Engine, score: Any
+) -> None:
+    """Also one who takes a passage of one encoder beside a document of another."""
+    statement = nearest(Document.passages, QUESTION, limit=3, score=score)
+    filled.execute(statement)
+    filled.commit()
+    other = sa.create_engine(documents.url)
+    with other.begin() as connection:
+        column = Passage.__table__.c.embedding
+        catalog.unbind(connection, column)
+        binding = catalog.bind(connection, column)
+        catalog.seal(connection, binding, DeterministicEncoder(dimensions=32, salt="another"))
+    other.dispose()
+    for _ in range(2):
+        with pytest.raises(EncoderMismatchError):
+            filled.execute(statement)
+        filled.rollback()
