@@ -3,7 +3,8 @@
 Writers change rows in every way that SQL and the ORM have (``soak_writers.py``), at every isolation
 level, in an ordinary and a partitioned table and one that follows by foreign keys, with triggers of
 the application's that rewrite texts; strangers write foreign vectors, past triggers too. Readers
-search a column that changes hands (``soak_shelf.py``). Workers are killed, paused beyond their
+search a column that changes hands (``soak_shelf.py``). Documents are edited while they are cut, and
+plain SQL asks questions (``soak_documents.py``). Workers are killed, paused beyond their
 leases and stopped; backends are terminated and killed, the server is restarted in mode immediate;
 leases are ended early or left behind, rows made pending again, partitions attached and detached,
 columns renamed, retyped and replaced (``soak_harm.py``). Meanwhile one snapshot after the other is
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soak_documents
 import soak_encoder
 import soak_shelf
 import sqlalchemy as sa
@@ -53,9 +55,12 @@ from soak_writers import (
 
 from sbert_pg import catalog, create_all
 from sbert_pg.embedded import EmbeddedServer, embedded_server
-from sbert_pg.freshness import WorkerSettings, counts, refresh
+from sbert_pg.freshness import WorkerSettings, claims, counts, refresh
+from sbert_pg.freshness.labels import CHANGED
+from sbert_pg.freshness.rows import rows_of
 from sbert_pg.sqlstates import sqlstate_of
-from sbert_pg.types.wire import from_text
+from sbert_pg.types.identity import ColumnIdentity
+from sbert_pg.types.wire import from_text, to_wire
 
 SETTINGS = {"fsync": "off", "max_connections": "60", "shared_buffers": "128MB"}
 #: A kind of write or harm of which more are expected than this must have come up by its share.
@@ -67,6 +72,8 @@ FLOORS = {
     "snapshots checked": 1 / 15,
     "rows seen fresh": 10.0,
     "leases seen": 1 / 5,
+    "question answered": 1 / 30,
+    **{f"write: document: {what}": 1 / 60 for what in soak_documents.EDITS},
     "read answered": 1.0,
     "read refused": 1 / 2,
     "replacement filled": 1 / 200,
@@ -153,6 +160,7 @@ class Soak:
         """Check one snapshot after the other."""
         while not self.stop.wait(0.5):
             try:
+                self.try_claims()
                 self.check()
             except LOST:
                 self.count("checks lost")
@@ -184,6 +192,30 @@ class Soak:
         self.count("snapshots checked")
         return states
 
+    def try_claims(self) -> None:
+        """Two claims of one column, and a write of a text that has changed since it was read.
+
+        In the transaction that makes something pending, since a worker might be faster else.
+        """
+        quiet = ColumnIdentity(None, "quiet", "embedding")
+        unseen, seen = (f"SET LOCAL session_replication_role = {r}" for r in ("replica", "origin"))
+        with self.engine.begin() as connection:
+            run = connection.exec_driver_sql
+            rows = rows_of(connection, catalog.require_binding(connection, quiet))
+            run(f"{unseen}; INSERT INTO quiet (title) VALUES ('claimed'); {seen}")
+            lease = timedelta(minutes=1)
+            chosen = [
+                *claims.claim(connection, rows, CHANGED, token="one", most=16, lease=lease),
+                *claims.claim(connection, rows, CHANGED, token="another", most=16, lease=lease),
+            ]
+            read = rows.read(connection, chosen)
+            run(f"{unseen}; UPDATE quiet SET title = 'changed since' WHERE title = 'claimed'")
+            vectors = {row.label: to_wire(self.vector(str(row.text)), "vector") for row in read}
+            rows.write(connection, read, vectors)
+            run(seen)
+            for token in ("one", "another"):
+                claims.release(connection, rows.binding, token)
+
     def check_leases(self, connection: sa.Connection) -> None:
         """No row is leased twice, unless its lease has ended or its worker."""
         for keys, twice in connection.exec_driver_sql("DELETE FROM leased RETURNING keys, twice"):
@@ -212,6 +244,10 @@ class Soak:
             if "unencodable" not in str(row.text):
                 self.wrong(f"{name}: {row.text!r} failed without a cause")
             return "failed"
+        if binding.source.passages is not None:
+            return "embedded"  # How it is cut is checked at the end.
+        if row.text is None and binding.source.document is not None:
+            return "pending"  # A passage of a document that was edited and is not cut again yet.
         if row.text is None:
             right = row.vector is None
         else:
@@ -236,6 +272,7 @@ class Soak:
         writers = Writers(self.url, self.stop, self.count, self.vector, self.wrong)
         threads = writers.all(seed, self.options.writers)
         threads += soak_shelf.Readers(self.url, self.stop, self.count, self.wrong).all(seed)
+        threads += soak_documents.Documents(self.url, self.stop, self.count, self.wrong).all(seed)
         threads += self.harm.all(seed)
         threads.append(threading.Thread(target=self.watch, daemon=True))
         for _ in range(self.options.workers):
@@ -293,6 +330,8 @@ class Soak:
             time.sleep(0.3)
         engine.dispose()
         states = self.check()
+        for key in soak_documents.torn(self.engine):
+            self.wrong(f"document {key} has passages of another text")
         with self.engine.begin() as connection:
             orphans = connection.execute(
                 sa.text(
