@@ -17,10 +17,9 @@ from sqlalchemy.engine import Connection
 from sbert_pg.catalog import Binding
 from sbert_pg.catalog.holding import hold_encoder
 from sbert_pg.catalog.rows import sample as sample_rows
-from sbert_pg.errors import DimensionError
 from sbert_pg.freshness.comparing import compare
 from sbert_pg.freshness.cutting import is_cut_as
-from sbert_pg.freshness.encoding import encode_each
+from sbert_pg.freshness.encoding import encode_for
 from sbert_pg.freshness.labels import shown
 from sbert_pg.freshness.rows import Rows, rows_of
 from sbert_pg.freshness.status import wake
@@ -194,6 +193,30 @@ def _pages(
         yield page
 
 
+#: By label what is wrong with a row, and the cosine that says so.
+_Wrong = dict[str, tuple[Kind, float | None]]
+
+
+def _texts_of(
+    page: Sequence[sa.Row[Any]], rows: Rows, result: Audit, wrong: _Wrong
+) -> list[tuple[str, str, bytes | None]]:
+    """Label, text and vector of the rows to encode; notes what is wrong without encoding."""
+    width = 5 + len(rows.binding.source.columns)
+    texts: list[tuple[str, str, bytes | None]] = []
+    for row in page:
+        if row.waiting:
+            result.waiting += 1
+            continue
+        result.rows += 1
+        if rows.passages is not None and not is_cut_as(rows, row[5:width], row.passages):
+            wrong[row.label] = ("stale", None)
+        elif row.text is not None:
+            texts.append((row.label, row.text, row.vector))
+        elif row.vector is not None:
+            wrong[row.label] = ("superfluous", None)
+    return texts
+
+
 def _compare(
     page: Sequence[sa.Row[Any]],
     rows: Rows,
@@ -203,27 +226,9 @@ def _compare(
 ) -> list[tuple[str, Finding]]:
     """Compare one page; returns and counts what is wrong, by label."""
     binding = rows.binding
-    width = 5 + len(binding.source.columns)
-    wrong: dict[str, tuple[Kind, float | None]] = {}
-    texts: list[tuple[str, str, bytes | None]] = []
-    for row in page:
-        if row.waiting:
-            result.waiting += 1
-            continue
-        result.rows += 1
-        if rows.passages is not None and not is_cut_as(rows, row[5:width], row.passages):
-            wrong[row.label] = ("stale", None)
-            continue
-        if row.text is not None:
-            texts.append((row.label, row.text, row.vector))
-        elif row.vector is not None:
-            wrong[row.label] = ("superfluous", None)
-    encoded, faults = encode_each(encoder, [text for _, text, _ in texts])
-    if encoded.shape[1] != binding.dimensions:
-        raise DimensionError(
-            f"Encoder {encoder.spec.name!r} gives {encoded.shape[1]} dimensions where column "
-            f"{binding} has {binding.dimensions}."
-        )
+    wrong: _Wrong = {}
+    texts = _texts_of(page, rows, result, wrong)
+    encoded, faults = encode_for(binding, encoder, [text for _, text, _ in texts])
     good = []
     for position, (label, _, payload) in enumerate(texts):
         if position in faults:
@@ -244,7 +249,7 @@ def _compare(
     return _noted(wrong, result)
 
 
-def _noted(wrong: dict[str, tuple[Kind, float | None]], result: Audit) -> list[tuple[str, Finding]]:
+def _noted(wrong: _Wrong, result: Audit) -> list[tuple[str, Finding]]:
     found = [(label, Finding(shown(label), *what)) for label, what in wrong.items()]
     for _, finding in found:
         setattr(result, finding.kind, getattr(result, finding.kind) + 1)

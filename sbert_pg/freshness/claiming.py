@@ -27,7 +27,6 @@ class Claimer:
     """Claims and reads batches; used by one thread.
 
     Args:
-        database: the database.
         settings: the worker's.
         tally: where it is counted.
         columns: the worker's.

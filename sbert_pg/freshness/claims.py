@@ -190,10 +190,10 @@ def expire(
         reasons = dict.fromkeys(labels, ENDED)
         if len(labels) == 1:
             most = max(max_attempts, _LEAST_ATTEMPTS)
-            failed += _record(connection, binding, reasons, {}, most, backoff)
+            failed += fail(connection, binding, reasons, {}, max_attempts=most, backoff=backoff)
         else:
             # In company each may have been the victim of another, so nobody has to wait.
-            _record(connection, binding, reasons, {}, _NEVER, timedelta(0))
+            fail(connection, binding, reasons, {}, max_attempts=_NEVER, backoff=timedelta(0))
     return failed
 
 
@@ -240,17 +240,6 @@ def fail(
     Returns:
         Labels of the rows that are failed for good.
     """
-    return _record(connection, binding, reasons, texts, max_attempts, backoff)
-
-
-def _record(
-    connection: Connection,
-    binding: Binding,
-    reasons: Mapping[str, str],
-    texts: Mapping[str, str | None],
-    max_attempts: int,
-    backoff: timedelta,
-) -> list[str]:
     if not reasons:
         return []
     labels = sorted(reasons)

@@ -168,26 +168,27 @@ class Columns:
             bindings = _chosen(catalog.all_bindings(connection), self._wanted)
             faults = {binding.id: queue_fault(connection, binding) for binding in bindings}
         for binding in bindings:
-            known = self._served.get(binding.id)
-            blocked = self._blocked.get(binding.id)
             fault = faults[binding.id]
             if fault is not None:
                 self.block(binding, fault)
-                continue
-            if known is not None and _same(known.binding, binding):
-                continue
-            if (
-                blocked is not None
-                and blocked.until > time.monotonic()
-                and _same(blocked.binding, binding)
-            ):
-                continue
-            self._admit(database, binding)
-        ids = {binding.id for binding in bindings}
+            elif not self._is_settled(binding):
+                self._admit(database, binding)
+        ids = faults.keys()
         with self._lock:
             self._bindings = {binding.id: binding for binding in bindings}
             self._served = {i: s for i, s in self._served.items() if i in ids}
             self._blocked = {i: b for i, b in self._blocked.items() if i in ids}
+
+    def _is_settled(self, binding: Binding) -> bool:
+        """Whether a column is served as it is now, or is to be left alone for a while."""
+        served, blocked = self._served.get(binding.id), self._blocked.get(binding.id)
+        if served is not None and _same(served.binding, binding):
+            return True
+        return (
+            blocked is not None
+            and blocked.until > time.monotonic()
+            and _same(blocked.binding, binding)
+        )
 
     def _admit(self, database: Database, binding: Binding) -> None:
         """Load the column's encoder and hold it against the column."""
@@ -239,7 +240,7 @@ def _same(a: Binding, b: Binding) -> bool:
 def _chosen(bindings: Sequence[Binding], wanted: Sequence[str | UUID]) -> list[Binding]:
     if not wanted:
         return list(bindings)
-    chosen: list[Binding] = []
+    chosen: dict[UUID, Binding] = {}
     for name in wanted:
         matching = [b for b in bindings if b.id == name or name in names_of(b)]
         if not matching:
@@ -248,8 +249,8 @@ def _chosen(bindings: Sequence[Binding], wanted: Sequence[str | UUID]) -> list[B
                 f"No bound column is called {name!r}; name one as table, table.column or "
                 f"schema.table.column. Bound columns: {known}."
             )
-        chosen += [binding for binding in matching if binding not in chosen]
-    return chosen
+        chosen.update((binding.id, binding) for binding in matching)
+    return list(chosen.values())
 
 
 def names_of(binding: Binding) -> tuple[str, ...]:

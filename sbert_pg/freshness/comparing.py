@@ -137,9 +137,7 @@ def compare_rows(
     the return the transaction stays open, while the texts are encoded.
 
     Args:
-        connection: where.
         binding: the column.
-        encoder: the encoder.
         size: rows to compare; fewer where the column has fewer.
         seed: another seed compares other rows.
     """

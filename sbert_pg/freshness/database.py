@@ -83,7 +83,6 @@ class Patience:
     """Runs transactions until the database lets them through.
 
     Args:
-        database: the database.
         logger: where waiting is reported.
         stop: once it is set, there is little patience left.
         after_stop: how much, in seconds.
@@ -116,9 +115,6 @@ class Patience:
         Args:
             what: what it is, to be read after "Cannot".
             do: what to do; may be called several times.
-
-        Returns:
-            What it returned.
 
         Raises:
             Exception: what it raised, where waiting does not help or patience is out.

@@ -63,13 +63,7 @@ def embed(binding: Binding, encoder: TextEncoder, batch: Sequence[Row]) -> Embed
         else:
             labels_of.setdefault(row.text, []).append(row.label)
     texts = list(labels_of)
-    vectors, faults = encode_each(encoder, texts)
-    width = binding.dimensions
-    if vectors.shape[1] != width:
-        raise DimensionError(
-            f"Encoder {encoder.spec.name!r} gave vectors of {vectors.shape[1]} dimensions where "
-            f"column {binding} has {width}. Use the encoder that the column was declared for."
-        )
+    vectors, faults = encode_for(binding, encoder, texts)
     payloads = wire.to_wire_rows(vectors, binding.storage)
     faults = _unfit(binding, vectors) | faults
     for position, labels in enumerate(labels_of.values()):
@@ -80,6 +74,27 @@ def embed(binding: Binding, encoder: TextEncoder, batch: Sequence[Row]) -> Embed
             else:
                 result.failures[label] = fault
     return Embedded(result.vectors, result.failures, len(texts))
+
+
+def _require_shape(encoder: TextEncoder, encoded: Vectors, texts: int, dimensions: int) -> None:
+    if encoded.shape != (texts, dimensions):
+        raise DimensionError(
+            f"Encoder {encoder.spec.name!r} gave an array of shape {encoded.shape} for {texts} "
+            f"texts of {dimensions} dimensions. The encoder is at fault."
+        )
+
+
+def encode_for(
+    binding: Binding, encoder: TextEncoder, texts: Sequence[str]
+) -> tuple[Vectors, dict[int, str]]:
+    """As ``encode_each``; ``DimensionError`` where the column has another width."""
+    vectors, faults = encode_each(encoder, texts)
+    if vectors.shape[1] != binding.dimensions:
+        raise DimensionError(
+            f"Encoder {encoder.spec.name!r} gives {vectors.shape[1]} dimensions where column "
+            f"{binding} has {binding.dimensions}. Use the encoder that the column was declared for."
+        )
+    return vectors, faults
 
 
 def encode_each(encoder: TextEncoder, texts: Sequence[str]) -> tuple[Vectors, dict[int, str]]:
@@ -111,11 +126,7 @@ def encode_each(encoder: TextEncoder, texts: Sequence[str]) -> tuple[Vectors, di
             last = error
             spans += _without(span, error, faults)
             continue
-        if encoded.shape[1:] != vectors.shape[1:] or encoded.shape[0] != len(span):
-            raise DimensionError(
-                f"Encoder {encoder.spec.name!r} gave an array of shape {encoded.shape} for "
-                f"{len(span)} texts of {vectors.shape[1]} dimensions. The encoder is at fault."
-            )
+        _require_shape(encoder, encoded, len(span), vectors.shape[1])
         vectors[span] = encoded
     if last is not None and not isinstance(last, EncodingError) and 1 < len(texts) == len(faults):
         raise EncoderError(
@@ -176,7 +187,6 @@ class CachedEncoder:
     and holds none while encoding. A text that the encoder refuses is refused as without a cache.
 
     Args:
-        encoder: the encoder.
         engine: an engine of the database whose cache is used.
         max_rows: rows kept of this role, over all encoders; the least recently used go first. A
             row of 384 dimensions takes about 1.7 kB.

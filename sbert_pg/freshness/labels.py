@@ -64,6 +64,14 @@ class Written:
     busy: tuple[str, ...]
     again: tuple[str, ...] = ()
 
+    def __add__(self, other: Written) -> Written:
+        return Written(
+            self.rows + other.rows,
+            self.changed + other.changed,
+            self.busy + other.busy,
+            self.again + other.again,
+        )
+
 
 def label_of(keys: Sequence[sa.ColumnElement[Any]]) -> sa.ColumnElement[str]:
     """What a row is called in leases and failures: a JSON array of its key's parts as text."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,18 @@ class Cut:
 
     passages: Sequence[Passage]
     body: str | None = None
+
+
+def _by_digest(rows: Iterable[Any], vectors: Mapping[str, bytes]) -> defaultdict[str, deque[Any]]:
+    """Passages that are there by the digest of their text, those with a vector first."""
+    present: defaultdict[str, deque[Any]] = defaultdict(deque)
+    for row in rows:
+        if row.fresh:
+            present[row.digest].appendleft(row)
+        else:
+            # What has no vector is of use only where there is none for it now either.
+            present["" if row.digest in vectors else row.digest].append(row)
+    return present
 
 
 class StoredPassages:
@@ -142,13 +154,7 @@ class StoredPassages:
             vectors: vectors in pgvector's binary format, by digest.
         """
         own = self._key(key)
-        before: defaultdict[str, deque[Any]] = defaultdict(deque)
-        for row in connection.execute(self._stored, own):
-            # What has no vector is of use only where there is none for it now either.
-            if row.fresh or row.digest not in vectors:
-                (before[row.digest].appendleft if row.fresh else before[row.digest].append)(row)
-            else:
-                before[""].append(row)
+        before = _by_digest(connection.execute(self._stored, own), vectors)
         moved, new = [], []
         for ordinal, passage in enumerate(cut.passages):
             if before[passage.digest]:
@@ -183,18 +189,18 @@ class StoredPassages:
         body: str | None,
         vectors: Mapping[str, bytes],
     ) -> None:
-        passages = [passage for _, passage in new]
-        payloads = [vectors.get(passage.digest) for passage in passages]
+        ordinals, passages = zip(*new, strict=True)
+        starts, stops, headings, digests = zip(*passages, strict=True)
+        payloads = [vectors.get(digest) for digest in digests]
+        proofs = [self._proof(p, v) for p, v in zip(passages, payloads, strict=True)]
         values: dict[str, Any] = {
-            "sbert_ordinal": [ordinal for ordinal, _ in new],
-            "sbert_start": [passage.start for passage in passages],
-            "sbert_stop": [passage.stop for passage in passages],
-            "sbert_heading": TextArray([passage.heading for passage in passages]),
-            "sbert_digest": TextArray([passage.digest for passage in passages]),
+            "sbert_ordinal": list(ordinals),
+            "sbert_start": list(starts),
+            "sbert_stop": list(stops),
+            "sbert_heading": TextArray(headings),
+            "sbert_digest": TextArray(digests),
             "sbert_vector": WireArray(payloads, self._oid),
-            "sbert_proof": WireArray(
-                [self._proof(p, v) for p, v in zip(passages, payloads, strict=True)], UUID_OID
-            ),
+            "sbert_proof": WireArray(proofs, UUID_OID),
         }
         if self.settings["copy"]:
             values[f"sbert_{CONTENT}"] = TextArray(

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
+from operator import itemgetter
 from typing import Any
 
 import sqlalchemy as sa
@@ -278,7 +279,6 @@ class Rows:
         """Those of the rows that are still pending, with their texts.
 
         Args:
-            connection: a connection.
             wanted: the rows.
             to_skip: rows that failed as well, and all locked; waits for whoever holds one.
         """
@@ -331,32 +331,58 @@ class Rows:
             passages: vectors of passages by digest.
         """
         chosen = [row for row in rows if row.label in vectors]
-        payloads = [vectors[row.label] for row in chosen]
-        values: dict[str, Any] = dict(self._key_arrays([row.key for row in chosen]))
-        values[_OF] = TextArray([row.of for row in chosen])
-        values[_DIGEST] = WireArray(
-            [self._digest(row, v) for row, v in zip(chosen, payloads, strict=True)], UUID_OID
-        )
-        values[_VECTOR] = WireArray(payloads, self._vector_oid)
         register(connection)
-        written = {number: bool(again) for number, again in connection.execute(self._write, values)}
-        if self.passages is not None:
-            for number in sorted(written):
-                row = chosen[number - 1]
-                cut = cuts.get(row.label, Cut(()))
-                self.passages.exchange(connection, row.key, cut, passages)
-        left = [row for number, row in enumerate(chosen, 1) if number not in written]
-        busy: set[int] = set()
-        if left:
-            values = dict(self._key_arrays([row.key for row in left]))
-            values[_OF] = TextArray([row.of for row in left])
-            busy = set(connection.execute(self._held, values).scalars())
+        results = connection.execute(self._write, self._written(chosen, vectors))
+        in_order = sorted(results, key=itemgetter(0))
+        written = {chosen[number - 1].label: bool(again) for number, again in in_order}
+        self._exchange(connection, chosen, written, cuts, passages)
+        left = [row for row in chosen if row.label not in written]
+        busy = self._busy(connection, left)
         return Written(
-            tuple(row.label for number, row in enumerate(chosen, 1) if number in written),
-            tuple(row.label for number, row in enumerate(left, 1) if number not in busy),
-            tuple(row.label for number, row in enumerate(left, 1) if number in busy),
-            tuple(row.label for number, row in enumerate(chosen, 1) if written.get(number)),
+            tuple(written),
+            tuple(row.label for row in left if row.label not in busy),
+            tuple(busy),
+            tuple(label for label, again in written.items() if again),
         )
+
+    def _written(self, rows: Sequence[Row], vectors: Mapping[str, bytes | None]) -> dict[str, Any]:
+        """What the statement that writes takes."""
+        payloads = [vectors[row.label] for row in rows]
+        digests = [self._digest(row, v) for row, v in zip(rows, payloads, strict=True)]
+        return {
+            **self._as_read(rows),
+            _DIGEST: WireArray(digests, UUID_OID),
+            _VECTOR: WireArray(payloads, self._vector_oid),
+        }
+
+    def _as_read(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Rows as they were read: their keys, and of which text."""
+        return {
+            **self._key_arrays([row.key for row in rows]),
+            _OF: TextArray([row.of for row in rows]),
+        }
+
+    def _exchange(
+        self,
+        connection: Connection,
+        rows: Sequence[Row],
+        written: Collection[str],
+        cuts: Mapping[str, Cut],
+        vectors: Mapping[str, bytes],
+    ) -> None:
+        """Give documents that were written the passages of their text."""
+        if self.passages is None:
+            return
+        for row in rows:
+            if row.label in written:
+                self.passages.exchange(connection, row.key, cuts.get(row.label, Cut(())), vectors)
+
+    def _busy(self, connection: Connection, rows: Sequence[Row]) -> list[str]:
+        """Labels of the rows that others hold, and whose text has not changed."""
+        if not rows:
+            return []
+        held = set(connection.execute(self._held, self._as_read(rows)).scalars())
+        return [row.label for number, row in enumerate(rows, 1) if number in held]
 
     def prepare(self, connection: Connection, *, plans: bool = True) -> None:
         """Set, for this transaction, how keys are spelt and how plans are chosen."""
@@ -392,10 +418,7 @@ class Rows:
     def requeue(self, connection: Connection, *where: sa.ColumnElement[bool]) -> int:
         """Make rows pending whose vector is wrong or is to be made again; the caller commits.
 
-        Their vector stays where it is until the new one is written.
-
-        Returns:
-            The number of rows.
+        Their vector stays where it is until the new one is written. Returns how many there are.
         """
         companion = self.table.c[self.binding.companion]
         locked = (

@@ -188,7 +188,6 @@ def backfill(
 
     Args:
         engine: an engine with the driver psycopg 3; up to four connections are used at a time.
-        column: the column.
         settings: see ``WorkerSettings``; its ``columns`` are not used.
         on_progress: called every second or so, in a thread.
         stop: once it is set, what is in hand is finished and the rest left to others.

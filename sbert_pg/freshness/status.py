@@ -50,7 +50,6 @@ def counts(connection: Connection, binding: Binding, cap: int | None = None) -> 
     """Count by the queue's own index, at a cost that depends on what is counted alone.
 
     Args:
-        connection: a connection.
         binding: the column.
         cap: where to stop counting each; by default everything is counted, about 90 to 300 ms for a
             million pending rows.
@@ -176,7 +175,6 @@ def status(connection: Connection, *, exact: bool = False) -> list[ColumnStatus]
     planner's estimates, and what is not fresh is counted up to 100,000.
 
     Args:
-        connection: a connection.
         exact: count instead. Reads every bound table in full: seconds for each million rows.
 
     Raises:
@@ -197,45 +195,49 @@ def status(connection: Connection, *, exact: bool = False) -> list[ColumnStatus]
 def _status(
     connection: Connection, binding: Binding, row: sa.Row[Any], exact: bool
 ) -> ColumnStatus:
-    problems = list(row.problems or ())
     # Without its index a count would read the whole table.
     lost = queue_fault(connection, binding) is not None and not exact
-    found = (
+    counted = (
         Counts(0, 0, 0, 0, True, None)
         if lost
         else counts(connection, binding, None if exact else COUNTED)
     )
-    audit = row.last_audit or {}
-    truncated = None
-    if audit.get("truncated") is not None and audit.get("rows") and row.estimated_rows is not None:
-        truncated = round(row.estimated_rows * audit["truncated"] / audit["rows"])
     index: IndexState = "none"
     if row.index_names:
         index = "ready" if row.index_ready else "not ready"
-    made = ColumnStatus(
+    status = ColumnStatus(
         column=str(binding),
         encoder=row.encoder_name,
         fingerprint=row.fingerprint,
         state=row.state,
         rows=row.estimated_rows,
         embedded=row.estimated_embedded,
-        pending=found.pending,
-        backfill=found.backfill,
-        capped=found.capped,
-        failed=found.failed,
-        skipped=found.skipped,
-        age=found.age,
-        truncated=truncated,
-        problems=tuple(problems),
+        pending=counted.pending,
+        backfill=counted.backfill,
+        capped=counted.capped,
+        failed=counted.failed,
+        skipped=counted.skipped,
+        age=counted.age,
+        truncated=_truncated(row),
+        problems=tuple(row.problems or ()),
         index=index,
         counted=exact,
     )
     if not exact:
-        return made
+        return status
     table = binding.clause()
     whole = sa.select(sa.func.count(), sa.func.count(table.c[binding.column])).select_from(table)
     total, embedded = connection.execute(whole).one()
-    return replace(made, rows=total, embedded=embedded)
+    return replace(status, rows=total, embedded=embedded)
+
+
+def _truncated(row: sa.Row[Any]) -> int | None:
+    """About how many texts are longer than the encoder reads, by the last audit's sample."""
+    audit = row.last_audit or {}
+    if audit.get("truncated") is None or not audit.get("rows") or row.estimated_rows is None:
+        return None
+    share: float = audit["truncated"] / audit["rows"]
+    return round(float(row.estimated_rows) * share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +267,6 @@ def failures(
     """Rows of a column that could not be embedded, in the order of their keys.
 
     Args:
-        connection: a connection.
         binding: the column.
         limit: most rows to return.
         skipped: include rows that an operator has decided to leave.
@@ -302,16 +303,13 @@ def failures(
 
 
 def retry(connection: Connection, binding: Binding, keys: Sequence[str] | None = None) -> int:
-    """Let workers try rows again that could not be embedded; the caller commits.
+    """Let workers try rows again that could not be embedded, and count them; the caller commits.
 
     Args:
         connection: a connection of a role that may update the table.
         binding: the column.
         keys: which rows, skipped ones too, as ``failures`` names them; by default all that have
             failed and are not skipped.
-
-    Returns:
-        The number of rows.
     """
     rows = rows_of(connection, binding)
     rows.prepare(connection)
@@ -336,7 +334,7 @@ def retry(connection: Connection, binding: Binding, keys: Sequence[str] | None =
 
 
 def skip(connection: Connection, binding: Binding, keys: Sequence[str] | None = None) -> int:
-    """Leave rows that cannot be embedded without a vector; the caller commits.
+    """Leave rows that cannot be embedded without a vector, and count them; the caller commits.
 
     An older vector is cleared, so that a search does not find the row by a text it no longer has.
     The row stays visible as skipped until its text changes or it is tried again.
@@ -345,9 +343,6 @@ def skip(connection: Connection, binding: Binding, keys: Sequence[str] | None = 
         connection: a connection of a role that may update the table.
         binding: the column.
         keys: which rows, pending or failed; by default all that could not be embedded.
-
-    Returns:
-        The number of rows.
     """
     rows = rows_of(connection, binding)
     rows.prepare(connection)

@@ -48,7 +48,6 @@ class Keeper:
     """A thread that renews the leases of what is being worked on, and looks at the backlog.
 
     Args:
-        database: the database.
         settings: the worker's.
         tally: where the backlog is noted.
         columns: the worker's.
@@ -129,7 +128,6 @@ class Store:
     """Writes batches; called in one thread.
 
     Args:
-        database: the database.
         settings: the worker's.
         tally: where it is counted.
         columns: the worker's.
@@ -222,22 +220,19 @@ class Store:
         reasons: Mapping[str, str],
     ) -> None:
         """Count, and record what was not written."""
-        changed = [label for part in written for label in part.changed]
-        busy = [label for part in written for label in part.busy]
-        again = [label for part in written for label in part.again]
-        reasons = {**reasons, **self._rewritten_too_often(column, rows, again)}
+        done = sum(written, Written((), (), ()))
+        reasons = {**reasons, **self._rewritten_too_often(column, rows, done.again)}
         without_text = {row.label for row in rows if row.of is None}
         with self._tally.of(column.name) as tally:
-            done = [label for part in written for label in part.rows]
-            tally.embedded += sum(label not in without_text for label in done)
-            tally.changed += len(changed)
-            tally.busy += len(busy)
-        if busy:
+            tally.embedded += sum(label not in without_text for label in done.rows)
+            tally.changed += len(done.changed)
+            tally.busy += len(done.busy)
+        if done.busy:
             self._put_off(self._settings.busy_wait)
         if reasons:
             self._fail(column, rows, reasons)
             self._put_off(self._settings.backoff)
-        if changed or again:
+        if done.changed or done.again:
             self._put_off(timedelta(0))
 
     def _rewritten_too_often(

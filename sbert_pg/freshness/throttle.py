@@ -19,7 +19,6 @@ class Throttle:
     """Asked by the thread that claims, before it claims rows of a backfill.
 
     Args:
-        database: the database.
         rows_per_second: most rows a second, in bursts of at most one second's worth; ``None`` for
             no limit.
         max_replica_lag: seconds that the slowest replica may be behind; ``None`` for no limit.

@@ -150,18 +150,21 @@ def operand(left: sa.ColumnElement[Any], other: Any) -> sa.ColumnElement[Any]:
             "a row without a vector is found with column.is_(None)."
         )
     type_ = query_type(left)
-    if isinstance(other, str):
-        vector = wire.vector_in(other, type_.dimensions or 0)
-        other = other if vector is None else vector
-    if not isinstance(other, str):
+    return sa.literal(_value(left, other, type_), type_)
+
+
+def _value(left: sa.ColumnElement[Any], other: Any, type_: Any) -> Any:
+    """A vector in its finished form, or a text that is encoded when the statement runs."""
+    vector = wire.vector_in(other, type_.dimensions or 0) if isinstance(other, str) else other
+    if vector is not None:
         # Checked where the mistake is made; the bind processor takes the finished form as it is.
-        other = wire.WireVector(type_.checked(other), type_.storage)
-    elif type_ is left.type:
+        return wire.WireVector(type_.checked(vector), type_.storage)
+    if type_ is left.type:
         raise DeclarationError(
             f"Column {left} was compared with the text {other[:40]!r} and has no encoder. Declare "
             "it with embedding_column() or the type Embedding, or give a vector."
         )
-    return sa.literal(other, type_)
+    return other
 
 
 def _check_same_space(left: sa.ColumnElement[Any], right: Any) -> None:

@@ -30,6 +30,16 @@ def query_vector(spec: EncoderSpec, text: str) -> Vectors:
     return query_vectors(spec, [text])[0]
 
 
+def _encoded(encoder: TextEncoder, texts: list[str]) -> dict[str, Vectors]:
+    vectors: dict[str, Vectors] = {}
+    encoded = np.array(off_loop(lambda: encoder.encode_query(texts)), dtype=np.float32)
+    for text, vector in zip(texts, encoded, strict=True):
+        # A copy each, so that one that is kept does not keep its whole batch.
+        vectors[text] = vector.copy()
+        vectors[text].setflags(write=False)
+    return vectors
+
+
 def query_vectors(spec: EncoderSpec, texts: Sequence[str]) -> list[Vectors]:
     """The vectors of queries, from the cache or encoded now, in one batch.
 
@@ -55,11 +65,7 @@ def query_vectors(spec: EncoderSpec, texts: Sequence[str]) -> list[Vectors]:
     missing = [text for text in dict.fromkeys(texts) if text not in vectors]
     if missing:
         # Outside the lock: two threads may encode the same text, and neither waits for the other.
-        encoded = np.array(off_loop(lambda: encoder.encode_query(missing)), dtype=np.float32)
-        for text, vector in zip(missing, encoded, strict=True):
-            # A copy each, so that one that is kept does not keep its whole batch.
-            vectors[text] = vector.copy()
-            vectors[text].setflags(write=False)
+        vectors |= _encoded(encoder, missing)
         with _lock:
             recent.update((text, vectors[text]) for text in missing)
             while len(recent) > SIZE:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
@@ -215,30 +215,38 @@ def method_of(index: sa.Index) -> IndexMethod | None:
     return cast("IndexMethod", using) if using in INDEX_METHODS else None
 
 
+def _expression_of(index: sa.Index) -> tuple[Any, Any]:
+    """The only expression of an index without its label, and its operator class."""
+    element: Any = index.expressions[0]
+    operators = index.dialect_options["postgresql"]["ops"] or {}
+    opclass = operators.get(getattr(element, "key", None)) or next(iter(operators.values()), None)
+    while isinstance(element, sa.Label):
+        element = element.element
+    return element, opclass
+
+
 def description_of(index: sa.Index) -> VectorIndex | None:
     """The description of an index, where it is an HNSW or IVFFlat index on one expression."""
     method, table = method_of(index), index.table
     if method is None or table is None or len(index.expressions) != 1:
         return None
     options = index.dialect_options["postgresql"]
-    element: Any = index.expressions[0]
-    operators = options["ops"] or {}
-    opclass = operators.get(getattr(element, "key", None)) or next(iter(operators.values()), None)
-    while isinstance(element, sa.Label):
-        element = element.element
+    element, opclass = _expression_of(index)
     column, form, cast_to, centre = _parts(element)
+    name: str = getattr(column, "name", "")
     if column is None:
         # Something that no query of ours is served by; a migration knows its text.
         element, opclass = _with_opclass(sql_of(element), opclass)
+        name, form = _vector_column(index), form_of(element)
     type_ = getattr(column, "type", None)
     spec = getattr(type_, "encoder", None)
     return VectorIndex(
         name=str(index.name),
         table=table.name,
         schema=table.schema,
-        column=_vector_column(index) if column is None else column.name,
+        column=name,
         method=method,
-        form=form_of(element) if column is None else form,
+        form=form,
         opclass=opclass,
         options={str(key): as_number(value) for key, value in (options["with"] or {}).items()},
         element=None if element is column else element,
@@ -295,34 +303,41 @@ def _rank(index: VectorIndex, column: Any) -> tuple[Any, ...]:
     return foreign, index.partial, _PREFERENCE.index(index.form), index.method != "hnsw"
 
 
-def _parts(
-    expression: Any,
-) -> tuple[
-    sa.Column[Any] | None,
-    Form,
-    sa.types.TypeEngine[Any] | None,
-    sa.ColumnElement[Any] | None,
-]:
+class _Parts(NamedTuple):
     """The column under an index expression, its form, the cast's type, and the centre of signs."""
+
+    column: sa.Column[Any] | None = None
+    form: Form = "column"
+    cast_to: sa.types.TypeEngine[Any] | None = None
+    centre: sa.ColumnElement[Any] | None = None
+
+
+def _parts(expression: Any) -> _Parts:
     expression = _ungrouped(expression)
     if isinstance(expression, sa.Column):
-        return expression, "column", None, None
+        return _Parts(expression)
     if not isinstance(expression, sa.Cast):
-        return None, "column", None, None
+        return _Parts()
     inner, to = _ungrouped(expression.clause), expression.type
     if isinstance(inner, sa.Column) and getattr(to, "storage", None) == "halfvec":
-        return inner, "halfvec", to, None
+        return _Parts(inner, "halfvec", to)
+    return _of_function(inner, to)
+
+
+def _of_function(inner: Any, to: sa.types.TypeEngine[Any]) -> _Parts:
     arguments = [_ungrouped(each) for each in getattr(inner, "clauses", ())]
     if not isinstance(inner, FunctionElement) or not arguments:
-        return None, "column", None, None
+        return _Parts()
     first, centre = arguments[0], None
     if isinstance(to, BIT) and isinstance(first, sa.BinaryExpression):
         first, centre = _ungrouped(first.left), first.right
-    if isinstance(first, sa.Column) and isinstance(to, BIT) and len(arguments) == 1:
-        return first, "binary", None, centre
-    if isinstance(first, sa.Column) and getattr(inner, "name", "") == "subvector":
-        return first, "subvector", to, None
-    return None, "column", None, None
+    if not isinstance(first, sa.Column):
+        return _Parts()
+    if isinstance(to, BIT) and len(arguments) == 1:
+        return _Parts(first, "binary", None, centre)
+    if getattr(inner, "name", "") == "subvector":
+        return _Parts(first, "subvector", to)
+    return _Parts()
 
 
 def _ungrouped(expression: Any) -> Any:
