@@ -12,7 +12,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from sbert_pg import catalog, registry
 from sbert_pg import clustering as cl
-from sbert_pg.clustering.summary import class_tfidf, count_words
+from sbert_pg.clustering.summary import _stems, class_tfidf, count_words
 from sbert_pg.errors import ClusteringError, DeclarationError, EncoderMismatchError
 from sbert_pg.orm import embed_on_flush, embedding_column
 from sbert_pg.testing import DeterministicEncoder
@@ -212,8 +212,9 @@ def test_a_clustering_belongs_to_its_encoder(engine: sa.Engine) -> None:
     assert run.fingerprint == DeterministicEncoder("old").spec.fingerprint
     with Session(engine) as session:
         for cluster in session.scalars(topics.clusters()):
-            (topic,) = [t for t, words in WORDS.items() if cluster.keywords[0] in words.split()]
-            assert set(cluster.keywords) == set(WORDS[topic].split())
+            keywords = " ".join(cluster.keywords).split()
+            (topic,) = [t for t, words in WORDS.items() if keywords[0] in words.split()]
+            assert set(keywords) == set(WORDS[topic].split())
             assert cluster.label == ", ".join(cluster.keywords[:3])
             with engine.begin() as connection:
                 cl.name_cluster(connection, topics, cluster.number, topic)
@@ -303,16 +304,43 @@ def test_keywords_by_hand(engine: sa.Engine, app: Any) -> None:
             connection, app.topics, run.id, text=app.row.title, stop_words={"rain", "oven"}
         )
     with Session(engine) as session:
-        found = [set(c.keywords) for c in session.scalars(app.topics.clusters())]
+        found = [set(" ".join(c.keywords).split()) for c in session.scalars(app.topics.clusters())]
     expected = [set(words.split()) - {"rain", "oven"} for words in WORDS.values()]
     assert all(words in found for words in expected)
 
 
-def test_class_tfidf_weighs_by_class() -> None:
-    counts = count_words(
-        [(1, "The cat and the cat sat"), (1, "cat food"), (2, "dog food"), (2, None), (2, "dog")]
-    )
-    assert counts[1] == {"cat": 3, "sat": 1, "food": 1}
-    assert class_tfidf(counts) == {1: ["cat", "sat", "food"], 2: ["dog", "food"]}
-    assert class_tfidf(counts, 1) == {1: ["cat"], 2: ["dog"]}
+def test_terms_are_counted_by_text_and_weighed_by_class() -> None:
+    texts = [
+        (1, "The cat and the cat sat"),
+        (1, "cat food"),
+        (2, "dog food"),
+        (2, None),
+        (2, "dog"),
+    ]
+    counts = count_words(texts)
+    assert counts[1] == {"cat": 2, "sat": 1, "food": 1, "cat sat": 1, "cat food": 1}
+    # What one text alone has is no keyword of several; of few it is.
+    assert class_tfidf(counts) == {1: ["cat"], 2: ["dog"]}
+    assert class_tfidf(count_words(texts[1:3])) == {1: ["cat food"], 2: ["dog food"]}
     assert class_tfidf({}) == {}
+
+
+def test_terms_of_a_class_do_not_repeat_each_other(engine: sa.Engine) -> None:
+    texts = [
+        (1, "I cannot verify my identity; verification hasn't worked"),
+        (1, "Verifying my identity, and identities of others, for verification"),
+        (1, "verified Mr. Zorro's identity"),
+        (2, "top up by bank transfer"),
+        (2, "my bank transfers"),
+        (2, "a bank transfer"),
+    ]
+    counts = count_words(texts)
+    with engine.connect() as connection:
+        stems = _stems(connection, counts, "english")
+        assert _stems(connection, counts, {"und"}) == {}
+    keywords = class_tfidf(counts, stems=stems)
+    assert keywords[2] == ["bank transfer"]
+    assert len(keywords[1]) == 2, keywords
+    assert {word[:4] for word in keywords[1]} == {"veri", "iden"}
+    assert "hasn" not in counts[1]
+    assert class_tfidf(counts)[2] == ["bank", "transfer"], "without stems, each form is a word"
