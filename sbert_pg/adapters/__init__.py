@@ -1,6 +1,6 @@
 """Interfaces of other libraries, each over the application's own mapped class.
 
-``adapters.langchain``: a vector store and embeddings; ``adapters.haystack``: a document store and a
-retriever. What they share is here: ``documents`` reads and writes rows as texts with metadata,
-``filters`` translates conditions on metadata.
+``adapters.langchain`` and ``adapters.llamaindex``: a vector store and embeddings;
+``adapters.haystack``: a document store and a retriever. What they share is here: ``documents``
+reads and writes rows as texts with metadata, ``filters`` translates conditions on metadata.
 """

@@ -229,8 +229,7 @@ class Documents:
 
     def delete(self, ids: Iterable[str]) -> Work[None]:
         """Delete the rows of some ids; those that no row has are passed over."""
-        keys = [key for key in map(self._key_of, ids) if key is not None]
-        statement = sa.delete(self.class_).where(getattr(self.class_, self.key).in_(keys))
+        statement = sa.delete(self.class_).where(self.has_id(ids))
 
         def work(session: Session) -> None:
             session.execute(statement)
@@ -257,6 +256,12 @@ class Documents:
             self._row(entity, similarity, vectors)
             for entity, similarity in session.execute(statement)
         ]
+
+    def has_id(self, ids: Iterable[str]) -> sa.ColumnElement[bool]:
+        """Whether a row has one of some ids."""
+        keys = [key for key in map(self._key_of, ids) if key is not None]
+        criterion: sa.ColumnElement[bool] = getattr(self.class_, self.key).in_(keys)
+        return criterion
 
     def field(self, name: str) -> sa.ColumnElement[Any]:
         """The column of a field of the metadata, or its value within the JSON attribute.

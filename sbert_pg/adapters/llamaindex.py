@@ -1,0 +1,294 @@
+"""LlamaIndex's vector store and embedding over a mapped class; extra ``llamaindex``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import JSONB
+
+from sbert_pg.adapters.documents import Documents, Row, Runner, Work
+from sbert_pg.adapters.filters import Condition, condition
+from sbert_pg.errors import DeclarationError, MissingExtraError
+from sbert_pg.registry import get_encoder
+from sbert_pg.spec import EncoderSpec, TextEncoder
+
+try:
+    from llama_index.core.base.embeddings.base import BaseEmbedding
+    from llama_index.core.bridge.pydantic import PrivateAttr
+    from llama_index.core.schema import BaseNode, MetadataMode, TextNode
+    from llama_index.core.vector_stores.types import (
+        BasePydanticVectorStore,
+        FilterOperator,
+        MetadataFilter,
+        MetadataFilters,
+        VectorStoreQuery,
+        VectorStoreQueryMode,
+        VectorStoreQueryResult,
+    )
+    from llama_index.core.vector_stores.utils import metadata_dict_to_node, node_to_metadata_dict
+except ImportError as error:
+    raise MissingExtraError(
+        "llama-index-core", "llamaindex", "offer a table as LlamaIndex's vector store"
+    ) from error
+
+#: What LlamaIndex keeps of a node beside its text and metadata.
+_OF_NODE = ("_node_content", "_node_type", "document_id", "doc_id", "ref_doc_id")
+_OPERATORS = {
+    FilterOperator.EQ: "$eq", FilterOperator.NE: "$ne", FilterOperator.GT: "$gt",
+    FilterOperator.GTE: "$gte", FilterOperator.LT: "$lt", FilterOperator.LTE: "$lte",
+    FilterOperator.IN: "$in", FilterOperator.NIN: "$nin",
+}  # fmt: skip
+_MATCHES = {FilterOperator.TEXT_MATCH: "$like", FilterOperator.TEXT_MATCH_INSENSITIVE: "$ilike"}
+
+
+class SbertEmbedding(BaseEmbedding):
+    """An encoder of this library as LlamaIndex's embedding.
+
+    Args:
+        encoder: a name or path as ``Encoder.load`` takes it, the spec of a column, or an encoder.
+            A name is loaded at the first text.
+    """
+
+    _encoder: Any = PrivateAttr()
+
+    def __init__(self, encoder: str | EncoderSpec | TextEncoder) -> None:
+        name = encoder if isinstance(encoder, str) else getattr(encoder, "name", "")
+        super().__init__(model_name=name or "unknown")
+        self._encoder = encoder
+
+    def _get_query_embedding(self, query: str) -> list[float]:
+        vectors: list[list[float]] = np.asarray(self._loaded().encode_query([query])).tolist()
+        return vectors[0]
+
+    async def _aget_query_embedding(self, query: str) -> list[float]:
+        return self._get_query_embedding(query)
+
+    def _get_text_embedding(self, text: str) -> list[float]:
+        return self._get_text_embeddings([text])[0]
+
+    def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
+        vectors: list[list[float]] = np.asarray(self._loaded().encode_document(texts)).tolist()
+        return vectors
+
+    def _loaded(self) -> TextEncoder:
+        if isinstance(self._encoder, (str, EncoderSpec)):
+            return get_encoder(self._encoder)
+        encoder: TextEncoder = self._encoder
+        return encoder
+
+
+class SbertVectorStore(BasePydanticVectorStore):
+    """The rows of a mapped class as LlamaIndex's vector store.
+
+    Ids of nodes are the primary key as text. Vectors are made by the column's own encoder, of nodes
+    as well as of questions; those that an index brings are not stored. Each call is a transaction
+    of its own.
+
+    Args:
+        column: the embedding column, as in ``Article.embedding``.
+        sessions: a ``sessionmaker``, or an ``async_sessionmaker`` for asynchronous calls alone.
+        metadata: name of a JSON attribute, for what LlamaIndex keeps of a node and for metadata
+            that has no attribute of its own.
+        content: name of the attribute that is the text; the embedding's source by default.
+
+    Raises:
+        DeclarationError: what the class declares cannot be used so.
+    """
+
+    stores_text: bool = True
+    is_embedding_query: bool = False
+
+    _documents: Documents = PrivateAttr()
+    _runner: Runner = PrivateAttr()
+
+    def __init__(
+        self, column: Any, sessions: Any, *, metadata: str, content: str | None = None
+    ) -> None:
+        super().__init__(stores_text=True)
+        self._documents = Documents(column, content=content, metadata=metadata)
+        self._runner = Runner(sessions)
+
+    @classmethod
+    def class_name(cls) -> str:
+        """The name under which LlamaIndex knows it."""
+        return "SbertVectorStore"
+
+    @property
+    def client(self) -> Any:
+        """The mapped class."""
+        return self._documents.class_
+
+    def add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
+        """Embed and write nodes; one with the id of a row is written in its place."""
+        return self._runner.run(self._documents.upsert(_rows(nodes)))
+
+    async def async_add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
+        """As ``add``."""
+        return await self._runner.arun(self._documents.upsert(_rows(nodes)))
+
+    def get_nodes(
+        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None
+    ) -> list[BaseNode]:
+        """The nodes of some ids that pass filters, by their ids."""
+        return _nodes(self._runner.run(self._documents.matching(self._where(node_ids, filters))))
+
+    async def aget_nodes(
+        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None
+    ) -> list[BaseNode]:
+        """As ``get_nodes``."""
+        work = self._documents.matching(self._where(node_ids, filters))
+        return _nodes(await self._runner.arun(work))
+
+    def delete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
+        """Delete the nodes of a document."""
+        self._runner.run(self._documents.remove({"ref_doc_id": ref_doc_id}))
+
+    async def adelete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
+        """As ``delete``."""
+        await self._runner.arun(self._documents.remove({"ref_doc_id": ref_doc_id}))
+
+    def delete_nodes(
+        self,
+        node_ids: list[str] | None = None,
+        filters: MetadataFilters | None = None,
+        **delete_kwargs: Any,
+    ) -> None:
+        """Delete the nodes of some ids that pass filters.
+
+        Raises:
+            DeclarationError: neither is given, which would be every row; ``clear`` deletes those.
+        """
+        self._runner.run(self._deleting(node_ids, filters))
+
+    async def adelete_nodes(
+        self,
+        node_ids: list[str] | None = None,
+        filters: MetadataFilters | None = None,
+        **delete_kwargs: Any,
+    ) -> None:
+        """As ``delete_nodes``."""
+        await self._runner.arun(self._deleting(node_ids, filters))
+
+    def _deleting(self, node_ids: list[str] | None, filters: MetadataFilters | None) -> Work[int]:
+        if node_ids is None and filters is None:
+            raise DeclarationError(
+                "delete_nodes() was given neither ids nor filters, which is every row of the "
+                "table; clear() deletes those."
+            )
+        return self._documents.remove(self._where(node_ids, filters))
+
+    def clear(self) -> None:
+        """Delete every row of the table."""
+        self._runner.run(self._documents.remove())
+
+    async def aclear(self) -> None:
+        """As ``clear``."""
+        await self._runner.arun(self._documents.remove())
+
+    def query(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
+        """The nodes nearest to a question, nearest first.
+
+        Raises:
+            DeclarationError: a mode other than the default one, or no question.
+        """
+        return _result(self._runner.run(self._search(query)))
+
+    async def aquery(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
+        """As ``query``."""
+        return _result(await self._runner.arun(self._search(query)))
+
+    def _search(self, query: VectorStoreQuery) -> Work[list[Row]]:
+        if query.mode != VectorStoreQueryMode.DEFAULT:
+            raise DeclarationError(
+                f"This store has no mode {query.mode.value!r}; it has the default one. See "
+                "hybrid() and diverse() of sbert_pg for words and for diversity."
+            )
+        question = query.query_str or query.query_embedding
+        if question is None:
+            raise DeclarationError("A query has query_str or query_embedding.")
+        where = self._where(query.node_ids or None, query.filters)  # an index gives []
+        if query.doc_ids:
+            of_documents = condition({"ref_doc_id": {"$in": query.doc_ids}}, self._documents.field)
+            where = sa.and_(where, of_documents)
+        return self._documents.search(question, query.similarity_top_k, where)
+
+    def _where(self, node_ids: list[str] | None, filters: MetadataFilters | None) -> Condition:
+        where = sa.true() if filters is None else self._translated(filters)
+        if node_ids is None:
+            return sa.and_(where)
+        return sa.and_(where, self._documents.has_id(node_ids))
+
+    def _translated(self, filters: MetadataFilters) -> Condition:
+        parts = [
+            self._translated(part) if isinstance(part, MetadataFilters) else self._one(part)
+            for part in filters.filters
+        ]
+        how = "and" if filters.condition is None else filters.condition.value
+        whole = {"$not": {"$and": parts}} if how == "not" else {f"${how}": parts}
+        return condition(whole if parts else {}, self._documents.field)
+
+    def _one(self, part: MetadataFilter) -> Condition:
+        field, value = self._documents.field(part.key), part.value
+        if part.operator in _OPERATORS:
+            given: dict[str, Any] = {_OPERATORS[part.operator]: value}
+        elif part.operator in _MATCHES:
+            escaped = str(value).replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_")
+            given = {_MATCHES[part.operator]: f"%{escaped}%"}
+        elif part.operator == FilterOperator.IS_EMPTY:
+            given = {"$in": [None, []] if isinstance(field.type, JSONB) else [None]}
+        else:
+            return self._in_array(field, part)
+        return condition({part.key: given}, self._documents.field)
+
+    def _in_array(self, field: sa.ColumnElement[Any], part: MetadataFilter) -> Condition:
+        """``contains``, ``any`` and ``all``: values of an array within JSON."""
+        if not isinstance(field.type, JSONB):
+            raise DeclarationError(
+                f"{part.operator.value!r} looks into arrays of the JSON attribute, and "
+                f"{part.key!r} is an attribute of its own."
+            )
+        values = part.value if isinstance(part.value, list) else [part.value]
+        found = [field.contains(sa.cast([value], JSONB)) for value in values]
+        return (
+            sa.or_(sa.false(), *found)
+            if part.operator == FilterOperator.ANY
+            else (sa.and_(sa.true(), *found))
+        )
+
+
+def _rows(nodes: Sequence[BaseNode]) -> list[Row]:
+    return [
+        Row(
+            node.node_id,
+            node.get_content(metadata_mode=MetadataMode.NONE),
+            node_to_metadata_dict(node, remove_text=True),
+        )
+        for node in nodes
+    ]
+
+
+def _nodes(rows: Sequence[Row]) -> list[BaseNode]:
+    nodes: list[BaseNode] = []
+    for row in rows:
+        plain = {name: value for name, value in row.metadata.items() if name not in _OF_NODE}
+        if "_node_content" in row.metadata:
+            node = metadata_dict_to_node(row.metadata, text=row.text)
+            node.metadata = plain  # as the row has it now
+        else:
+            node = TextNode(id_=row.id or "", text=row.text, metadata=plain)
+        nodes.append(node)
+    return nodes
+
+
+def _result(rows: list[Row]) -> VectorStoreQueryResult:
+    return VectorStoreQueryResult(
+        nodes=_nodes(rows),
+        similarities=[row.similarity or 0.0 for row in rows],
+        ids=[row.id or "" for row in rows],
+    )
+
+
+__all__ = ["SbertEmbedding", "SbertVectorStore"]

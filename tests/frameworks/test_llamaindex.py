@@ -1,0 +1,213 @@
+"""LlamaIndex's vector store over a mapped class: as its stores are used, and through an index."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+from llama_index.core import VectorStoreIndex
+from llama_index.core.schema import NodeRelationship, RelatedNodeInfo, TextNode
+from llama_index.core.vector_stores.types import (
+    FilterCondition,
+    FilterOperator,
+    MetadataFilter,
+    MetadataFilters,
+    VectorStoreQuery,
+    VectorStoreQueryMode,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
+
+from sbert_pg import create_all, embedding_column, registry
+from sbert_pg.adapters.llamaindex import SbertEmbedding, SbertVectorStore
+from sbert_pg.errors import DeclarationError
+from sbert_pg.testing import DeterministicEncoder
+
+
+class Base(DeclarativeBase):
+    type_annotation_map = {dict[str, Any]: JSONB}
+
+
+class Note(Base):
+    __tablename__ = "note"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    body: Mapped[str]
+    topic: Mapped[str | None]
+    extra: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
+    embedding = embedding_column("deterministic", "body", nullable=True, dimensions=384)
+
+
+@pytest.fixture(autouse=True)
+def encoder(fake_encoder: DeterministicEncoder) -> DeterministicEncoder:
+    return fake_encoder
+
+
+@pytest.fixture(scope="module")
+def database(databases: Any) -> Iterator[sa.Engine]:
+    """One for all tests of this module: its table is emptied, which is far faster."""
+    engine = sa.create_engine(databases.clone("catalog"))
+    registry.use_encoder(DeterministicEncoder())
+    with engine.begin() as connection:
+        create_all(connection, Base.metadata)
+    yield engine
+    engine.dispose()
+    databases.drop(str(engine.url.database))
+
+
+def node(id_: str, text: str, document: str, **metadata: Any) -> TextNode:
+    source = RelatedNodeInfo(node_id=document)
+    return TextNode(
+        id_=id_, text=text, metadata=metadata, relationships={NodeRelationship.SOURCE: source}
+    )
+
+
+NODES = [
+    node("1", "trams at night", "city", topic="traffic", year=2021, tags=["tram", "night"]),
+    node("2", "bread at six", "shop", topic="food", year=2022, tags=["bread"]),
+    node("3", "100% rye_bread", "shop", topic="food", tags=[]),
+]
+
+
+@pytest.fixture
+def store(database: sa.Engine) -> SbertVectorStore:
+    with database.begin() as connection:
+        connection.execute(sa.text("TRUNCATE note"))
+    made = SbertVectorStore(Note.embedding, sessionmaker(database), metadata="extra")
+    assert made.add(NODES) == ["1", "2", "3"]
+    return made
+
+
+def filters(*parts: Any, condition: str = "and") -> MetadataFilters:
+    """Of ``(key, operator, value)``, or of filters."""
+    return MetadataFilters(
+        filters=[
+            MetadataFilter(key=p[0], operator=FilterOperator(p[1]), value=p[2])
+            if isinstance(p, tuple)
+            else p
+            for p in parts
+        ],
+        condition=FilterCondition(condition),
+    )
+
+
+def ids(nodes: Any) -> list[str]:
+    return [n.node_id for n in nodes]
+
+
+def test_nodes_come_back_as_they_were(store: SbertVectorStore, database: sa.Engine) -> None:
+    for was, read in zip(NODES, store.get_nodes(), strict=True):
+        assert (read.node_id, read.get_content(), read.metadata, read.ref_doc_id) == (
+            was.node_id, was.text, was.metadata, was.ref_doc_id,
+        )  # fmt: skip
+    with database.begin() as connection:
+        connection.execute(sa.text("UPDATE note SET topic = 'changed' WHERE id = '1'"))
+        connection.execute(sa.text("INSERT INTO note (id, body) VALUES ('4', 'by SQL')"))
+    first, last = store.get_nodes(["1", "4", "none"])
+    assert first.metadata["topic"] == "changed"
+    assert (last.get_content(), last.metadata) == ("by SQL", {})
+
+
+def test_querying(store: SbertVectorStore, encoder: DeterministicEncoder) -> None:
+    found = store.query(VectorStoreQuery(query_str="bread at six", similarity_top_k=2))
+    assert found.ids is not None
+    assert found.similarities is not None
+    assert found.ids[0] == "2"
+    assert len(found.ids) == 2
+    assert found.similarities[0] == pytest.approx(1)
+    vector = encoder.encode_document(["trams at night"])[0].tolist()
+    found = store.query(VectorStoreQuery(query_embedding=vector, similarity_top_k=1))
+    assert found.ids == ["1"]
+    for limited in (
+        {"doc_ids": ["shop"]},
+        {"node_ids": ["2", "3"]},
+        {"filters": filters(("topic", "==", "food"))},
+    ):
+        query = VectorStoreQuery(query_str="trams", similarity_top_k=5, **limited)
+        assert sorted(store.query(query).ids or []) == ["2", "3"]
+    for refused in (
+        VectorStoreQuery(query_str="a", mode=VectorStoreQueryMode.HYBRID),
+        VectorStoreQuery(similarity_top_k=1),
+    ):
+        with pytest.raises(DeclarationError):
+            store.query(refused)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        (filters(("topic", "==", "food"), ("year", ">", 2021)), ["2"]),
+        (filters(("topic", "==", "traffic"), ("year", ">=", 2022), condition="or"), ["1", "2"]),
+        (filters(("topic", "==", "food"), ("year", "==", 2022), condition="not"), ["1", "3"]),
+        (filters(filters(("year", "<", 2022)), filters(("topic", "!=", "food"))), ["1"]),
+        (filters(("year", "in", [2021, 2022])), ["1", "2"]),
+        (filters(("year", "nin", [2021])), ["2", "3"]),
+        (filters(("year", "is_empty", None)), ["3"]),
+        (filters(("tags", "is_empty", None)), ["3"]),
+        (filters(("tags", "contains", "bread")), ["2"]),
+        (filters(("tags", "any", ["bread", "night"])), ["1", "2"]),
+        (filters(("tags", "all", ["tram", "night"])), ["1"]),
+        (filters(("topic", "text_match", "oo")), ["2", "3"]),
+        (filters(("topic", "text_match", "OO")), []),
+        (filters(("topic", "text_match_insensitive", "OO")), ["2", "3"]),
+        (filters(("topic", "text_match", "%")), []),
+        (filters(), ["1", "2", "3"]),
+    ],
+)
+def test_filters(store: SbertVectorStore, wanted: MetadataFilters, found: list[str]) -> None:
+    assert ids(store.get_nodes(filters=wanted)) == found
+
+
+def test_what_no_filter_can_be(store: SbertVectorStore) -> None:
+    with pytest.raises(DeclarationError, match="arrays"):
+        store.get_nodes(filters=filters(("topic", "contains", "food")))
+
+
+def test_deleting(store: SbertVectorStore) -> None:
+    store.delete_nodes(["1"], filters(("topic", "==", "food")))
+    store.delete_nodes([])
+    assert ids(store.get_nodes()) == ["1", "2", "3"]
+    store.delete_nodes(filters=filters(("year", "==", 2022)))
+    assert ids(store.get_nodes()) == ["1", "3"]
+    with pytest.raises(DeclarationError, match=r"clear\(\)"):
+        store.delete_nodes()
+    store.delete("shop")
+    assert ids(store.get_nodes()) == ["1"]
+    store.clear()
+    assert store.get_nodes() == []
+
+
+def test_an_index_of_it(store: SbertVectorStore) -> None:
+    index = VectorStoreIndex.from_vector_store(store, embed_model=SbertEmbedding("deterministic"))
+    index.insert_nodes([node("4", "jam and honey", "shop", topic="food")])
+    found = index.as_retriever(similarity_top_k=2).retrieve("jam and honey")
+    assert found[0].node.node_id == "4"
+    assert found[0].score == pytest.approx(1)
+    assert len(found) == 2
+
+
+def test_embedding(encoder: DeterministicEncoder) -> None:
+    for given in ("deterministic", encoder, encoder.spec):
+        embedding = SbertEmbedding(given)
+        texts = embedding.get_text_embedding_batch(["a", "b"])
+        assert np.allclose(texts, encoder.encode_document(["a", "b"]))
+        assert np.allclose(embedding.get_query_embedding("a"), encoder.encode_query(["a"])[0])
+
+
+async def test_over_asyncpg(database: sa.Engine, store: SbertVectorStore) -> None:
+    engine = create_async_engine(database.url.set(drivername="postgresql+asyncpg"))
+    other = SbertVectorStore(Note.embedding, async_sessionmaker(engine), metadata="extra")
+    await other.async_add([node("4", "jam", "shop", topic="food")])
+    query = VectorStoreQuery(query_str="jam", similarity_top_k=1)
+    assert (await other.aquery(query)).ids == ["4"]
+    await other.adelete_nodes(["4"])
+    await other.adelete("city")
+    assert ids(await other.aget_nodes()) == ["2", "3"]
+    await other.aclear()
+    assert await other.aget_nodes() == []
+    with pytest.raises(DeclarationError, match="asynchronous"):
+        other.clear()
+    await engine.dispose()
