@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import shutil
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,8 @@ from sbert_pg.serving.server import serving
 PATIENCE = 120_000
 ARGUMENTS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    # Containers have little of it.
+    "--disable-dev-shm-usage",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
 HOSTILE = [
@@ -213,9 +216,13 @@ def test_map(tab: Any) -> None:
         return [b.x + l.xaxis._offset + l.xaxis.d2p(t.x[0]),
                 b.y + l.yaxis._offset + l.yaxis.d2p(t.y[0])]; }"""
     )
-    tab.mouse.move(x + 3, y + 3)
-    tab.mouse.move(x, y)
-    tab.locator("#tip p").first.wait_for()
+    # While the map is being drawn, it takes no notice of the mouse.
+    tip, until = tab.locator("#tip p").first, time.monotonic() + PATIENCE / 1000
+    while not tip.is_visible():
+        assert time.monotonic() < until
+        tab.mouse.move(x + 3, y + 3)
+        tab.mouse.move(x, y)
+        tab.wait_for_timeout(100)
 
 
 def test_health_and_change(tab: Any, notes: sa.Engine) -> None:
