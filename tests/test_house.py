@@ -64,7 +64,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "alembic": (9, 2729),
     "catalog": (9, 2501),
     "cli": (17, 4552),
-    "clustering": (14, 4829),
+    "clustering": (15, 4835),
     "encoder": (26, 6928),
     "freshness": (23, 5261),
     "indexes": (4, 998),

@@ -18,17 +18,12 @@ from sqlalchemy.orm import Session
 from sbert_pg import catalog, system
 from sbert_pg.clustering.algorithms import Algorithm, KMeans, fit_in_memory
 from sbert_pg.clustering.declaration import Clustering
+from sbert_pg.clustering.keywords import StopWords, find_keywords
 from sbert_pg.clustering.kmeans import Progress, need
 from sbert_pg.clustering.out_of_core import fit_in_blocks, fit_in_database
 from sbert_pg.clustering.placing import store_fit, store_in_database
 from sbert_pg.clustering.rows import Criteria, RowSet, read_rows
-from sbert_pg.clustering.summary import (
-    StopWords,
-    find_keywords,
-    number_clusters,
-    previous_run,
-    summarize,
-)
+from sbert_pg.clustering.summary import number_clusters, previous_run, summarize
 from sbert_pg.clustering.tables import ClusterRun
 from sbert_pg.errors import ClusteringError
 

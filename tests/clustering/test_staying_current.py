@@ -12,7 +12,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from sbert_pg import catalog, registry
 from sbert_pg import clustering as cl
-from sbert_pg.clustering.summary import _stems, class_tfidf, count_words
+from sbert_pg.clustering.keywords import _stems, class_tfidf, count_words
 from sbert_pg.errors import ClusteringError, DeclarationError, EncoderMismatchError
 from sbert_pg.orm import embed_on_flush, embedding_column
 from sbert_pg.testing import DeterministicEncoder

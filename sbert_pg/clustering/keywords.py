@@ -1,0 +1,249 @@
+"""What clusters are about: words and pairs of words that tell each from the others, and names."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from itertools import pairwise
+from typing import Any, Literal, cast
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY
+
+from sbert_pg.clustering.declaration import Clustering
+from sbert_pg.clustering.kmeans import need
+from sbert_pg.errors import ClusteringError
+
+StopWords = Literal["english"] | Collection[str]
+
+#: Keywords kept for each cluster.
+KEYWORDS = 10
+#: Keywords that make the label of a cluster without a name of its user's.
+_LABEL_WORDS = 3
+#: Texts fetched at a time.
+_FETCH = 5_000
+#: Texts of a cluster that have to have a term.
+_LEAST_TEXTS = 2
+#: Terms of a cluster beyond which the pairs that were seen once are forgotten.
+_MOST_TERMS = 300_000
+#: Of scikit-learn's stop words those that often say what a text is about.
+_NO_STOP_WORDS = frozenset({
+    "amount", "back", "bill", "bottom", "call", "computer", "cry", "describe", "detail", "empty",
+    "fill", "find", "fire", "full", "interest", "mill", "mine", "move", "name", "show", "system",
+    "thick", "thin", "top",
+})  # fmt: skip
+# Two characters at least, as scikit-learn's CountVectorizer; a word begins with a letter.
+# What stands before n't says nothing.
+_WORD = re.compile(r"\b[^\W\d_]\w+\b(?!['’]t\b)")
+
+
+def class_tfidf(
+    counts: Mapping[int, Mapping[str, int]],
+    number: int = KEYWORDS,
+    *,
+    stems: Mapping[str, str] | None = None,
+) -> dict[int, list[str]]:
+    """The words and pairs of words that tell each class from the others, best first.
+
+    A term of a class weighs ``tf * log(1 + A / f)``: ``tf`` its share of the class's words, ``f``
+    its frequency in all classes, ``A`` the mean number of words in a class (class-based TF-IDF,
+    Grootendorst 2022, "BERTopic"). What only one text of a class has is left out where there is
+    more. No two terms of a class share a word, or a form of it.
+
+    Args:
+        counts: for each class in how many of its texts each term is, as ``count_words`` gives it.
+        number: terms for each class, at most.
+        stems: what forms of a word have in common; a word stands for itself where it is not named.
+    """
+    known = stems or {}
+    forms: dict[str, Counter[str]] = {}
+    folded: dict[int, Counter[str]] = {}
+    for cluster, terms in counts.items():
+        own = folded.setdefault(cluster, Counter())
+        for term, count in terms.items():
+            stem = " ".join(known.get(word, word) for word in term.split(" "))
+            own[stem] += count
+            forms.setdefault(stem, Counter())[term] += count
+    everywhere: Counter[str] = Counter()
+    for own in folded.values():
+        everywhere.update(own)
+    sizes = {
+        cluster: sum(count for stem, count in own.items() if " " not in stem)
+        for cluster, own in folded.items()
+    }
+    mean = sum(sizes.values()) / max(len(sizes), 1)
+    keywords: dict[int, list[str]] = {}
+    for cluster, own in folded.items():
+        weights = {
+            stem: count / sizes[cluster] * math.log1p(mean / everywhere[stem])
+            for stem, count in own.items()
+            if count >= _LEAST_TEXTS or max(own.values()) < _LEAST_TEXTS
+        }
+        # Of a pair and its words, all as frequent, the pair says more.
+        ranked = sorted(weights, key=lambda stem: (-weights[stem], -stem.count(" "), stem))
+        keywords[cluster] = [
+            max(sorted(forms[stem]), key=forms[stem].__getitem__)
+            for stem in _without_repetition(ranked, number)
+        ]
+    return keywords
+
+
+def _without_repetition(stems: Iterable[str], number: int) -> list[str]:
+    """The first terms of which none has a word of another."""
+    chosen: list[str] = []
+    # Stemmers leave relatives apart, as "verif" and "verifi": a beginning of four
+    # letters makes them one.
+    taken: list[str] = []
+    for stem in stems:
+        words = stem.split(" ")
+        if len(chosen) == number:
+            break
+        if not any(_related(word, other) for word in words for other in taken):
+            chosen.append(stem)
+            taken += words
+    return chosen
+
+
+def _related(a: str, b: str) -> bool:
+    return a == b or (min(len(a), len(b)) >= 4 and (a.startswith(b) or b.startswith(a)))
+
+
+def count_words(
+    texts: Iterable[tuple[int, str | None]], stop_words: StopWords = "english"
+) -> dict[int, Counter[str]]:
+    """In how many texts of each class each word is, and each pair of neighbours, in lower case.
+
+    Args:
+        texts: a class and a text, in any order.
+        stop_words: words to leave out, which part their neighbours; ``"english"`` is
+            scikit-learn's list but for words that often say what a text is about.
+    """
+    stop: Collection[str] = (
+        need("sklearn.feature_extraction.text", "find keywords").ENGLISH_STOP_WORDS - _NO_STOP_WORDS
+        if stop_words == "english"
+        else frozenset(stop_words)
+    )
+    counts: dict[int, Counter[str]] = {}
+    for cluster, text in texts:
+        words = [w if w not in stop else "" for w in _WORD.findall((text or "").lower())]
+        pairs = {f"{a} {b}" for a, b in pairwise(words) if a and b and a != b}
+        own = counts.setdefault(cluster, Counter())
+        own.update({*words, *pairs} - {""})
+        if len(own) > _MOST_TERMS:
+            counts[cluster] = Counter({t: n for t, n in own.items() if n > 1 or " " not in t})
+    return counts
+
+
+def _stems(
+    connection: sa.Connection, counts: Mapping[int, Mapping[str, int]], stop_words: StopWords
+) -> dict[str, str]:
+    """What PostgreSQL's dictionary makes of each English word; nothing of other languages."""
+    if stop_words != "english":
+        return {}
+    words = sorted({term for own in counts.values() for term in own if " " not in term})
+    given = sa.func.unnest(sa.cast(words, ARRAY(sa.Text))).table_valued(sa.column("word", sa.Text))
+    given = given.render_derived(name="given")
+    lexemes = sa.func.ts_lexize(
+        sa.literal_column("'english_stem'"), given.c.word, type_=ARRAY(sa.Text)
+    )
+    found = connection.execute(sa.select(given.c.word, lexemes))
+    return {word: stems[0] for word, stems in found if stems}
+
+
+def find_keywords(
+    connection: sa.Connection,
+    clustering: Clustering,
+    run_id: int,
+    *,
+    text: sa.ColumnElement[str] | None = None,
+    stop_words: StopWords = "english",
+) -> None:
+    """Find keywords of the clusters of a run, and label those without a name by them.
+
+    The texts are read in blocks; what is kept is the frequency of each word, and of each pair of
+    neighbours, in each cluster.
+
+    Args:
+        connection: a connection in a transaction.
+        clustering: what is clustered.
+        run_id: the run.
+        text: the text of a row; the source of an embedding column by default.
+        stop_words: words to leave out, ``"english"`` or a collection.
+
+    Raises:
+        ClusteringError: the column has no source, and no text is given.
+        MissingExtraError: the English stop words come with scikit-learn, which is not installed.
+    """
+    if text is None:
+        if clustering.source is None:
+            raise ClusteringError(
+                f"{clustering.column} is a plain vector column, so nothing says what its texts "
+                "are. Give text=, as in text=Article.title."
+            )
+        text = clustering.source.expression(clustering.rows)
+    assignment, cluster = clustering.assignment_table, clustering.cluster_table
+    statement = (
+        sa.select(assignment.c.cluster_id, text)
+        .join_from(assignment, clustering.rows, clustering.row_is_assigned())
+        .where(assignment.c.run_id == run_id, assignment.c.cluster_id.is_not(None))
+        .execution_options(yield_per=_FETCH)
+    )
+    rows = connection.execute(statement)
+    counts = count_words(((row[0], row[1]) for row in rows), stop_words)
+    stems = _stems(connection, counts, stop_words)
+    values: list[dict[str, Any]] = [
+        {"this": cluster_id, "words": words, "name": ", ".join(words[:_LABEL_WORDS]) or None}
+        for cluster_id, words in class_tfidf(counts, stems=stems).items()
+    ]
+    if values:
+        connection.execute(
+            sa.update(cluster)
+            .where(cluster.c.id == sa.bindparam("this"))
+            .values(
+                keywords=sa.bindparam("words", type_=cluster.c.keywords.type),
+                label=sa.case((cluster.c.is_named, cluster.c.label), else_=sa.bindparam("name")),
+            ),
+            values,
+        )
+
+
+def name_cluster(
+    connection: sa.Connection, clustering: Clustering, number: int, name: str | None
+) -> None:
+    """Name a current cluster; later runs keep the name where the cluster matches.
+
+    Args:
+        connection: a connection in a transaction.
+        clustering: what is clustered.
+        number: the cluster's number.
+        name: its name, or ``None`` to go back to its keywords.
+
+    Raises:
+        ClusteringError: there is no current cluster with this number, or the name is empty.
+    """
+    if name is not None and not name.strip():
+        raise ClusteringError("A cluster's name cannot be empty; None takes it back.")
+    cluster, run = clustering.cluster_table, clustering.run_table
+    keywords = sa.func.array_to_string(
+        cast("Any", cluster.c.keywords)[1:_LABEL_WORDS], ", ", type_=sa.Text
+    )
+    named = connection.execute(
+        sa.update(cluster)
+        .where(
+            cluster.c.number == number,
+            cluster.c.run_id == run.c.id,
+            run.c.is_current,
+            run.c.column_name == clustering.column.name,
+        )
+        .values(
+            label=sa.func.nullif(keywords, "") if name is None else name,
+            is_named=name is not None,
+        )
+    )
+    if named.rowcount == 0:
+        raise ClusteringError(
+            f"There is no current cluster {number} of {clustering.column}. "
+            "'sbert-pg cluster show' lists them."
+        )
