@@ -194,6 +194,11 @@ def _write(exported: Path, out: Path) -> None:
         (out / name).write_text(json.dumps(content), encoding="utf-8")
 
 
+def _biases(node: Any, prefix: str) -> list[str]:
+    names = node.input if node.op_type == "Add" else ()
+    return [n for n in names if n.startswith(prefix) and n.endswith(".bias")]
+
+
 def _weights(exported: Path) -> dict[str, Any]:
     """BERT's weights by their names in safetensors, from a graph that torch has exported.
 
@@ -212,15 +217,12 @@ def _weights(exported: Path) -> dict[str, Any]:
     made_by = {output: node for node in graph.node for output in node.output}
     prefix = "model.0.auto_model."
     named = {n.removeprefix(prefix): w for n, w in stored.items() if n.startswith(prefix)}
-    for node in graph.node:
-        if node.op_type != "Add":
-            continue
-        bias = next((n for n in node.input if n.startswith(prefix) and n.endswith(".bias")), None)
+    biased = ((node, bias) for node in graph.node for bias in _biases(node, prefix))
+    for node, bias in biased:
         products = [made_by[n] for n in node.input if n in made_by]
-        if bias is None or not products or products[0].op_type != "MatMul":
-            continue
-        weight = bias.removeprefix(prefix).removesuffix("bias") + "weight"
-        named[weight] = stored[products[0].input[1]].T
+        if products and products[0].op_type == "MatMul":
+            weight = bias.removeprefix(prefix).removesuffix("bias") + "weight"
+            named[weight] = stored[products[0].input[1]].T
     if len(named) != 5 + 3 * 16:
         raise EncoderNotFoundError(
             f"The package {OLD_PACKAGE} holds another model than {OLD_ENCODER}; uninstall it, and "

@@ -81,17 +81,15 @@ def evaluate(
     """
     with common.database(database) as engine:
         with engine.connect() as connection:
-            found = resolve(connection, target)
+            side = resolve(connection, target)
         queries = _queries(engine, pairs, topics)
         if slice_by is not None:
-            queries = _sliced(engine, found, queries, slice_by)
+            queries = _sliced(engine, side, queries, slice_by)
         criteria = common.criteria(where)
         others = [_encoder(name) for name in encoder or ()]
-        text = _words(found, words)
+        text = _words(side, words)
         searches: dict[str, Any] = {
-            **lib.searches_for(
-                engine, found.column, text, where=criteria, encoders=others, limit=k
-            ),
+            **lib.searches_for(engine, side.column, text, where=criteria, encoders=others, limit=k),
             **_runs(run or ()),
         }
         report = lib.evaluate(engine, searches, queries, k=k, slices=slice_by)
@@ -137,11 +135,11 @@ def fit_weight(
     """
     with common.database(database) as engine:
         with engine.connect() as connection:
-            found = resolve(connection, target)
-        text = text_column_of(found.table, words)
+            side = resolve(connection, target)
+        text = text_column_of(side.table, words)
         criteria = common.criteria(where)
         queries = _queries(engine, pairs, topics)
-        print(lib.fit_weight(engine, found.column, text, queries, where=criteria, k=k))
+        print(lib.fit_weight(engine, side.column, text, queries, where=criteria, k=k))
 
 
 def tune(
@@ -191,15 +189,15 @@ def tune(
     """
     with common.database(database) as engine:
         with engine.connect() as connection:
-            found = resolve(connection, target)
+            side = resolve(connection, target)
         criteria = common.criteria(where)
-        if pairs in found.table.columns and not Path(pairs).exists():
-            queries = lib.own_pairs(engine, found.column, pairs, where=criteria, seed=seed)
+        if pairs in side.table.columns and not Path(pairs).exists():
+            queries = lib.own_pairs(engine, side.column, pairs, where=criteria, seed=seed)
         else:
             queries = _queries(engine, pairs, topics)
         report = lib.tune(
             engine,
-            found.column,
+            side.column,
             queries,
             out=out,
             method=method,
@@ -208,12 +206,12 @@ def tune(
             time=time,
             seed=seed,
         )
-    _show_next(report, found, json)
+    _show_next(report, side, json)
 
 
-def _show_next(report: lib.Tuning, found: Side, json: bool) -> None:
+def _show_next(report: lib.Tuning, side: Side, json: bool) -> None:
     """Print what was proven, and the steps from here."""
-    binding = found.binding
+    binding = side.binding
     declared = Embedding(report.spec, binding.source, storage=binding.storage)
     line = f"{binding.column} = {declaration_line(declared)}"
     common.show(report, report.to_json() | {"declaration": line}, json)
@@ -255,11 +253,11 @@ def advise(
     """
     with common.database(database) as engine:
         with engine.connect() as connection:
-            found = resolve(connection, target)
+            side = resolve(connection, target)
         filters: dict[str, Any] = {text: common.criterion(text) for text in where or ()}
         advice = lib.advise_index(
             engine,
-            found.column,
+            side.column,
             filters=filters or None,
             questions=question or (),
             sample=sample,
@@ -300,8 +298,8 @@ def limits(
     own = [] if texts is None else _lines_of(texts)
     if table is not None:
         with common.database(database) as engine, engine.connect() as connection:
-            found = resolve(connection, table)
-            own += lib.own_texts(connection, found.column)
+            side = resolve(connection, table)
+            own += lib.own_texts(connection, side.column)
     report = lib.limits_of(_encoder(encoder, precision), own)
     common.show(report, report.to_json(), json)
 
@@ -320,10 +318,10 @@ def _queries(engine: sa.Engine, pairs: str, topics: Path | None) -> list[Labelle
     return lib.read_pairs(pairs, topics)
 
 
-def _words(found: Side, name: str | None) -> sa.Column[Any] | None:
+def _words(side: Side, name: str | None) -> sa.Column[Any] | None:
     """The text column, where there is one."""
     try:
-        return text_column_of(found.table, name)
+        return text_column_of(side.table, name)
     except DeclarationError:
         if name is not None:
             raise
@@ -337,11 +335,11 @@ def _encoder(name: str, precision: str | None = None) -> Any:
 
 
 def _sliced(
-    engine: sa.Engine, found: Side, queries: list[LabelledQuery], name: str
+    engine: sa.Engine, side: Side, queries: list[LabelledQuery], name: str
 ) -> list[LabelledQuery]:
     """Questions with an attribute: as the pairs have it, or of the first row that is relevant."""
     if any(name in query.attributes for query in queries):
         return queries
-    if name not in found.table.columns:
+    if name not in side.table.columns:
         raise DeclarationError(f"--slice: neither the pairs nor the table has a column {name!r}.")
-    return lib.with_attribute(engine, found.table, queries, name)
+    return lib.with_attribute(engine, side.table, queries, name)

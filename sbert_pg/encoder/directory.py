@@ -204,13 +204,13 @@ def verified(directory: Path, manifest: Manifest, opened: Callable[[], T]) -> T:
         # Hashing and making the session both leave the interpreter to others.
         checked = pool.submit(verify_files, directory, manifest)
         try:
-            made = opened()
+            encoder = opened()
         except Exception:
             # Damage explains whatever else went wrong.
             checked.result()
             raise
         checked.result()
-    return made
+    return encoder
 
 
 def read_probes(directory: Path, dimensions: int) -> Vectors:

@@ -155,8 +155,8 @@ class Reader:
         self.count = config.integer("num_hidden_layers")
         self.heads = config.integer("num_attention_heads")
         self.head = config.integer("head_dim", self.width // self.heads)
-        made = self.head * self.heads
-        if self.head % 2 or not (free or made == self.width):
+        width = self.head * self.heads
+        if self.head % 2 or not (free or width == self.width):
             raise UnsupportedEncoderError(
                 f"{config.path}: {self.heads} heads of {self.head} do not make the width "
                 f"{self.width}."

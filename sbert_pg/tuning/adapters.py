@@ -90,9 +90,9 @@ class Candidates:
         """At most so many rows by chance, and all that are labelled."""
         if len(self.keys) <= most:
             return self
-        wanted = {key for query in labelled for key in query.gains}
+        answers = {key for query in labelled for key in query.gains}
         drawn = np.random.default_rng(seed).random(len(self.keys)) < most / len(self.keys)
-        kept = [i for i, key in enumerate(self.keys) if drawn[i] or key in wanted]
+        kept = [i for i, key in enumerate(self.keys) if drawn[i] or key in answers]
         return Candidates([self.keys[i] for i in kept], self.vectors[kept], self.similarity)
 
     def ndcg(

@@ -83,8 +83,8 @@ class Miss:
 
     def __str__(self) -> str:
         came = (f"  {a.key}  {a.score:.3f}  {' '.join(a.text.split())[:90]}" for a in self.answers)
-        wanted = f"{self.question!r} wants {', '.join(self.relevant)}; came:"
-        return "\n".join([wanted, *list(came)[:3]])
+        question = f"{self.question!r} wants {', '.join(self.relevant)}; came:"
+        return "\n".join([question, *list(came)[:3]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +175,8 @@ def evaluate(
         connection = None
         for name, search in searches.items():
             if isinstance(search, Mapping):
-                found = [search.get(n) or search.get(t) or [] for n, t in _named(queries)]
-                answers[name] = [[Answer(*row[:2]) for row in rows] for rows in found]
+                lists = [search.get(n) or search.get(t) or [] for n, t in _named(queries)]
+                answers[name] = [[Answer(*row[:2]) for row in rows] for rows in lists]
                 continue
             if connection is None:
                 opened = engine.connect().execution_options(isolation_level="REPEATABLE READ")
@@ -206,10 +206,10 @@ def _answers(
             continue
         encode_together(statement, batch)
         started = time.perf_counter()
-        found = connection.execute(with_answers(statement)).all()
+        rows = connection.execute(with_answers(statement)).all()
         seconds += time.perf_counter() - started
         of_batch: list[list[Answer]] = [[] for _ in batch]
-        for row in found:
+        for row in rows:
             of_batch[row.query].append(
                 Answer(str(row.key), float(row.score), getattr(row, "text", "") or "")
             )

@@ -244,8 +244,8 @@ class _Table:
 
     def among(self, keys: Iterable[str]) -> sa.ColumnElement[bool]:
         """Whether a row is one of these."""
-        wanted = sa.cast(sa.literal(sorted(keys), ARRAY(sa.Text)), ARRAY(sa.Text))
-        return self.label == sa.any_(wanted)
+        array = sa.cast(sa.literal(sorted(keys), ARRAY(sa.Text)), ARRAY(sa.Text))
+        return self.label == sa.any_(array)
 
     def known(self, queries: Sequence[LabelledQuery]) -> list[LabelledQuery]:
         """The questions, each with those of its answers that are there and have a vector.

@@ -138,13 +138,13 @@ def limits_of(encoder: Encoder, texts: Sequence[str] = ()) -> Limits:
     if any(not text.strip() for text in texts):
         raise DeclarationError("limits_of() was given an empty text; leave such texts out.")
     own = list(dict.fromkeys(texts))[:MOST_TEXTS]
-    found = [_limit(encoder, name, "library", triples) for name, triples in TRIPLES.items()]
-    found.append(_limit(encoder, LONG, "library", _long(encoder)))
+    limits = [_limit(encoder, name, "library", triples) for name, triples in TRIPLES.items()]
+    limits.append(_limit(encoder, LONG, "library", _long(encoder)))
     for name, change in _CHANGES.items():
         triples = [triple for text in own if (triple := _changed(text, change)) is not None]
         if len(triples) >= LEAST_TEXTS:
-            found.append(_limit(encoder, name, "yours", triples))
-    return Limits(encoder.spec.name, tuple(found), _own(encoder, own) if own else None)
+            limits.append(_limit(encoder, name, "yours", triples))
+    return Limits(encoder.spec.name, tuple(limits), _own(encoder, own) if own else None)
 
 
 def own_texts(connection: sa.Connection, column: Any, seed: int = 0) -> list[str]:

@@ -276,8 +276,8 @@ def of_keys(
     # Times as seconds, which no setting of the session spells in its own way.
     timed = isinstance(column.type, (sa.DateTime, sa.Date))
     value = sa.cast(sa.extract("epoch", column) if timed else column, sa.Text)
-    wanted = sa.cast(sa.literal(keys, ARRAY(sa.Text)), ARRAY(sa.Text))
-    chosen = sa.select(label, value).where(label == sa.any_(wanted), value.is_not(None))
+    array = sa.cast(sa.literal(keys, ARRAY(sa.Text)), ARRAY(sa.Text))
+    chosen = sa.select(label, value).where(label == sa.any_(array), value.is_not(None))
     with engine.connect() as connection:
         return {key: str(said) for key, said in connection.execute(chosen)}
 

@@ -147,10 +147,10 @@ def _asked(connection: sa.Connection, statement: Any, questions: Sequence[str]) 
     place = sa.func.row_number().over(order_by=search.key).label("place")
     # Of this very statement: the method of a search would make another, with other columns.
     select = sa.Select.with_only_columns(statement, label, place, *chosen)
-    found: list[list[Any]] = [[] for _ in questions]
+    answers: list[list[Any]] = [[] for _ in questions]
     for row in connection.execute(select):
-        found[row.query].append(row)
-    for of_one in found:
+        answers[row.query].append(row)
+    for of_one in answers:
         of_one.sort(key=lambda row: row.place)
     return [
         _Rows(
@@ -159,7 +159,7 @@ def _asked(connection: sa.Connection, statement: Any, questions: Sequence[str]) 
             _share([row.similarity for row in of_one]),
             _share([row.words_score for row in of_one]),
         )
-        for of_one in found
+        for of_one in answers
     ]
 
 
