@@ -25,7 +25,10 @@ Loader = Callable[["EncoderSpec | str"], TextEncoder]
 
 # A process that forks while one of its threads loads an encoder must not hand the lock down.
 _lock = ProcessLock()
-_encoders: dict[tuple[str, int], TextEncoder] = {}
+#: Put into use by the application, by name and dimensions: for every column that names one.
+_used: dict[tuple[str, int], TextEncoder] = {}
+#: Loaded for declarations, by their precision too, ``None`` for what suits the machine.
+_loaded: dict[tuple[str, int, str | None], TextEncoder] = {}
 
 
 def _load_declared(encoder: EncoderSpec | str) -> TextEncoder:
@@ -40,7 +43,7 @@ _loader: Loader | None = _load_declared
 
 
 def use_encoder(encoder: TextEncoder, *, name: str | None = None) -> TextEncoder:
-    """Use this encoder, in this process, for every column that names it.
+    """Use this encoder, in this process, for every column that names it, in whatever precision.
 
     Args:
         name: the name under which columns declare it; its own name by default.
@@ -50,25 +53,28 @@ def use_encoder(encoder: TextEncoder, *, name: str | None = None) -> TextEncoder
     """
     key = canonical_name(name or encoder.spec.name), encoder.spec.dimensions
     with _lock:
-        _encoders[key] = encoder
+        _used[key] = encoder
     return encoder
 
 
 def forget_encoders() -> None:
     """Forget every encoder of this process, registered or loaded."""
     with _lock:
-        _encoders.clear()
+        _used.clear()
+        _loaded.clear()
 
 
 def find_encoder(spec: EncoderSpec) -> TextEncoder | None:
     """The encoder that a declaration names, if it is registered or loaded already."""
-    return _encoders.get((canonical_name(spec.name), spec.dimensions))
+    key = canonical_name(spec.name), spec.dimensions
+    return _used.get(key) or _loaded.get((*key, spec.precision))
 
 
 def find_named(name: str) -> TextEncoder | None:
     """An encoder registered or loaded under a name, whatever its dimensions; the first one."""
     own = canonical_name(name)
-    return next((encoder for (key, _), encoder in _encoders.items() if key == own), None)
+    both = [*_used.items(), *_loaded.items()]
+    return next((encoder for key, encoder in both if key[0] == own), None)
 
 
 def get_encoder(encoder: str | EncoderSpec) -> TextEncoder:
@@ -95,7 +101,8 @@ def get_encoder(encoder: str | EncoderSpec) -> TextEncoder:
                 "sbert_pg.use_encoder(encoder)."
             )
         loaded = _loader(encoder)
-        _encoders[canonical_name(name), loaded.spec.dimensions] = loaded
+        precision = None if isinstance(encoder, str) else encoder.precision
+        _loaded[canonical_name(name), loaded.spec.dimensions, precision] = loaded
         return loaded
 
 

@@ -27,6 +27,9 @@ _NOT_IN_FINGERPRINT = frozenset({"name", "revision"})
 #: documents' own has one.
 _QUERY_SIDE = frozenset({"prompts", "default_prompt_name", "query_layers"})
 
+#: Numeric forms that an encoder can be converted to.
+PRECISIONS = ("fp32", "int8", "fp16", "fp32-plain")
+
 #: Names of the prompts of search queries and of texts to be found, as in sentence-transformers.
 QUERY = "query"
 DOCUMENT = "document"
@@ -205,6 +208,7 @@ class EncoderSpec:
         *,
         dimensions: int | None = None,
         similarity: Similarity | None = None,
+        precision: str | None = None,
     ) -> EncoderSpec:
         """The spec of a name, path or spec, without touching the disk.
 
@@ -212,9 +216,13 @@ class EncoderSpec:
         model a smaller ``dimensions`` means truncated vectors.
 
         Raises:
-            DeclarationError: the name is not a known one and ``dimensions`` is missing, or
-                ``dimensions`` contradicts what is known.
+            DeclarationError: the name is not a known one and ``dimensions`` is missing,
+                ``dimensions`` or ``precision`` contradicts what is known, or there is no such
+                precision.
         """
+        if precision is not None:
+            spec = cls.of(encoder, dimensions=dimensions, similarity=similarity)
+            return _in_precision(spec, precision)
         if isinstance(encoder, EncoderSpec):
             return encoder._confirmed(dimensions, similarity)
         known = known_encoder(encoder)
@@ -295,6 +303,22 @@ class EncoderSpec:
             values[name] = tuple(values.get(name) or ())
         values["prompts"] = tuple(sorted((values.get("prompts") or {}).items()))
         return cls(**values)
+
+
+def _in_precision(spec: EncoderSpec, precision: str) -> EncoderSpec:
+    if precision == spec.precision:
+        return spec
+    if precision not in PRECISIONS:
+        raise DeclarationError(
+            f"There is no precision {precision!r} for encoder {spec.name!r}; there are "
+            f"{', '.join(PRECISIONS)}."
+        )
+    if spec.precision is not None:
+        raise DeclarationError(
+            f"The spec of {spec.name!r} says {spec.precision} and the declaration says "
+            f"{precision}; leave one of them out."
+        )
+    return replace(spec, precision=precision)
 
 
 def json_digest(data: Any) -> str:

@@ -61,24 +61,24 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 #: Most modules and lines of each room: a new capability raises its own, and nobody else's.
 ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (7, 1575),
-    "alembic": (9, 2729),
-    "catalog": (9, 2501),
-    "cli": (17, 4552),
+    "alembic": (9, 2732),
+    "catalog": (9, 2510),
+    "cli": (17, 4553),
     "clustering": (15, 4835),
-    "encoder": (26, 6928),
+    "encoder": (26, 6926),
     "freshness": (23, 5261),
     "indexes": (4, 998),
     "loading": (4, 941),
     "orm": (5, 926),
     "passages": (6, 1155),
-    "reembed": (12, 3250),
+    "reembed": (12, 3259),
     "search": (12, 3429),
     "serving": (16, 3141),
     "tuning": (12, 2918),
     "types": (9, 1666),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3140
+MOST_LINES_OF_THE_REST = 3171
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60

@@ -14,7 +14,7 @@ from sbert_pg.catalog import Binding, tables
 from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.errors import EncoderMismatchError
 from sbert_pg.source import Source
-from sbert_pg.spec import EncoderSpec, known_encoder, same_encoder_name
+from sbert_pg.spec import PRECISIONS, EncoderSpec, known_encoder, same_encoder_name
 
 #: Fields that make a vector space, where a declaration spells them out.
 _DECIDING = (
@@ -177,8 +177,11 @@ def declaration_line(type_: Embedding, replaces: str | None = None) -> str:
             f"replaces={str(replaces).removesuffix('_embedding')!r}, ...)"
         )
     arguments = [repr(spec.name)]
-    if known_encoder(spec.name) is None or spec != EncoderSpec.of(spec.name):
+    usual = None if known_encoder(spec.name) is None else EncoderSpec.of(spec.name)
+    if usual is None or replace(spec, precision=None) != usual:
         arguments.append(f"dimensions={spec.dimensions}")
+    if spec.precision in PRECISIONS:
+        arguments.append(f"precision={spec.precision!r}")
     if source.pattern is not None:
         arguments.append(f"source=Source.template({source.pattern!r})")
     else:

@@ -24,7 +24,7 @@ from sbert_pg.digest import HALF, NIL, PROVEN_DIMENSIONS, companion_name, digest
 from sbert_pg.distance import STORAGES, Similarity, Storage
 from sbert_pg.errors import DeclarationError, DimensionError, SbertPgError, ZeroVectorError
 from sbert_pg.source import NOT_KNOWN, Source, Text
-from sbert_pg.spec import EncoderSpec
+from sbert_pg.spec import PRECISIONS, EncoderSpec
 from sbert_pg.types import drivers, wire
 from sbert_pg.types.encoding import query_vector
 from sbert_pg.types.identity import ColumnIdentity, identity_behind, identity_of
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         dimensions: int | None
         similarity: Similarity | None
         replaces: str | None
+        precision: str | None
 
 
 class Embedding(VectorType):
@@ -59,6 +60,8 @@ class Embedding(VectorType):
         dimensions: width; needed where ``encoder`` is a name that the library does not know.
         similarity: similarity function, where it is not the encoder's own.
         replaces: name of the embedding column of the same table that this one is to replace.
+        precision: numeric form in which the encoder is loaded for the column, by workers too; what
+            is fastest where it runs by default. See docs/encoder.md.
 
     Raises:
         DeclarationError: the declaration contradicts itself or leaves the dimensions unknown.
@@ -79,19 +82,23 @@ class Embedding(VectorType):
         dimensions: int | None = None,
         similarity: Similarity | None = None,
         replaces: str | None = None,
+        precision: str | None = None,
     ) -> None:
         if storage not in STORAGES:
             raise DeclarationError(
                 f"An embedding column cannot be stored as {storage!r}; use one of "
                 f"{', '.join(STORAGES)}."
             )
-        self.encoder = EncoderSpec.of(encoder, dimensions=dimensions, similarity=similarity)
+        self.encoder = EncoderSpec.of(
+            encoder, dimensions=dimensions, similarity=similarity, precision=precision
+        )
         self.source = Source.of(source, separator)
         self.separator = self.source.separator
         self.storage = storage
         self.dimensions = self.encoder.dimensions
         self.similarity = self.encoder.similarity
         self.replaces = replaces
+        self.precision = self.encoder.precision
         #: The columns of tables that have this very type.
         self.attached: set[ColumnIdentity] = set()
         self._query_types: dict[ColumnIdentity | None, QueryVector] = {}
@@ -121,6 +128,8 @@ class Embedding(VectorType):
             parts.append(f"similarity={self.similarity!r}")
         if self.replaces is not None:
             parts.append(f"replaces={self.replaces!r}")
+        if self.precision in PRECISIONS:
+            parts.append(f"precision={self.precision!r}")
         return f"Embedding({', '.join(parts)})"
 
     def checked(self, value: Any) -> Array:

@@ -318,7 +318,8 @@ def _spec_of(name: str) -> EncoderSpec:
         if encoder is None:
             from sbert_pg.encoder import Encoder
 
-            encoder = registry.use_encoder(Encoder.load(name, precision=precision), name=name)
+            # Kept by the registry only in the precision that columns of this declaration mean.
+            encoder = Encoder.load(name, precision=precision) if precision else get_encoder(name)
         spec = EncoderSpec(
             name=name, dimensions=encoder.spec.dimensions, similarity=encoder.spec.similarity
         )

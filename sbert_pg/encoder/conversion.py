@@ -31,11 +31,9 @@ from sbert_pg.encoder.static import describe_encoder
 from sbert_pg.encoder.tokenizer_files import tokenizer_content, truncation_side
 from sbert_pg.errors import ConversionError, DeclarationError, EncoderError, needing
 from sbert_pg.probes import PROBES, SAMPLE_TEXTS, Agreement, agreement_of
-from sbert_pg.spec import DOCUMENT, QUERY, EncoderSpec, Vectors, json_digest
+from sbert_pg.spec import DOCUMENT, PRECISIONS, QUERY, EncoderSpec, Vectors, json_digest
 
 FP32 = "fp32"
-#: Numeric forms that can be made.
-PRECISIONS = ("fp32", "int8", "fp16", "fp32-plain")
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,8 +65,8 @@ def embedding_column(
             that may be left out; it does by default. Give it where the class becomes a dataclass
             by a decorator, which cannot be known here. The attribute is never part of ``repr`` or
             of comparison.
-        **options: ``separator``, ``storage``, ``dimensions``, ``similarity`` and ``replaces``, as
-            ``Embedding`` takes them.
+        **options: ``separator``, ``storage``, ``dimensions``, ``similarity``, ``replaces`` and
+            ``precision``, as ``Embedding`` takes them.
 
     Raises:
         DeclarationError: the declaration contradicts itself or leaves the dimensions unknown.

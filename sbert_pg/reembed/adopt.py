@@ -8,7 +8,7 @@ this library. ``sbert-pg audit`` looks at every row afterwards.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -31,8 +31,9 @@ from sbert_pg.reembed.candidates import (
 )
 from sbert_pg.reembed.change import build_queue, reflect
 from sbert_pg.reembed.digests import Progress, adopt_rows, current_snapshot
+from sbert_pg.registry import find_encoder
 from sbert_pg.source import Source
-from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors, known_encoder
+from sbert_pg.spec import PRECISIONS, EncoderSpec, TextEncoder, Vectors, known_encoder
 from sbert_pg.types.identity import ColumnIdentity
 from sbert_pg.types.vector import VectorType
 
@@ -377,9 +378,17 @@ def _declared(encoder: TextEncoder) -> EncoderSpec:
     """What a class would declare: the name, and what cannot be known from it."""
     spec = encoder.spec
     known = known_encoder(spec.name)
+    # Workers go on in the form that made the vectors, where it is not what they would take anyway.
+    usual = find_encoder(replace(spec, precision=None)) is encoder
+    precision = spec.precision if spec.precision in PRECISIONS and not usual else None
     if known is not None and known.dimensions == spec.dimensions:
-        return EncoderSpec.of(spec.name)
-    return EncoderSpec(name=spec.name, dimensions=spec.dimensions, similarity=spec.similarity)
+        return EncoderSpec.of(spec.name, precision=precision)
+    return EncoderSpec(
+        name=spec.name,
+        dimensions=spec.dimensions,
+        similarity=spec.similarity,
+        precision=precision,
+    )
 
 
 __all__ = ["Adoption", "Proof", "adopt", "examine"]
