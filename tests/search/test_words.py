@@ -177,6 +177,43 @@ def test_statistics_change_no_order_that_matters(library: Session, question: str
         assert a == pytest.approx(b, rel=0.03)
 
 
+@pytest.mark.parametrize("table", ["analysed", "emptied", "of another role"])
+def test_rows_left_out_change_nothing(session: Session, table: str) -> None:
+    """Equal texts, a giant one, words of every frequency; pages, and tables with few rows left."""
+    random = np.random.default_rng(5)
+
+    def text(length: int) -> str:
+        return " ".join(f"w{min(int(n), 999)}" for n in random.pareto(0.6, length))
+
+    bodies = [text(length) for length in random.choice([5, 30, 120], 2_000)]
+    bodies += ["w1 w2 w3 equal text"] * 200
+    bodies.append(" ".join(f"w{n} w{n % 50} giant" for n in range(20_000)))
+    # Long texts, whose only rare word weighs less than a common one in a short text.
+    bodies += ["scarce " + " ".join(f"f{n}" for n in range(3_000))] * 15
+    rows = [{"id": n, "body": body, "kind": "abc"[n % 3]} for n, body in enumerate(bodies)]
+    session.execute(sa.insert(Note), rows)
+    session.commit()
+    if table == "emptied":
+        session.execute(sa.delete(Note).where(Note.id < 1_900))
+    session.execute(sa.text("ANALYZE note"))
+    if table == "of another role":
+        role = f"reader_{id(session)}"
+        for statement in (
+            f"CREATE ROLE {role}", f"GRANT SELECT ON note TO {role}", f"SET LOCAL ROLE {role}",
+        ):  # fmt: skip
+            session.execute(sa.text(statement))
+    for question in (
+        "scarce w5", "w0", "w7 w0", "w0 w1 w2 w3", "w999 w1", "equal text w0", "giant w5 w0",
+        "w1 -w2 w5", '"w1 w2" w9', "unknown", "w0 " * 300,
+        " ".join(f"w{n}" for n in range(0, 999, 20)),
+    ):  # fmt: skip
+        for options in ({}, {"limit": 3, "offset": 7}, {"where": Note.kind == "b"}):
+            found = answers(session, matching(Note.search, question, **options))
+            every = matching(Note.search, question, exhaustive=True, **options)
+            assert found == answers(session, every), question
+    session.rollback()
+
+
 @pytest.mark.slow
 def test_a_hundred_thousand_rows_with_and_without_pruning(session: Session) -> None:
     """The ten best are the same rows with the same scores."""
