@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from sbert_pg.adapters.documents import Documents, Row, Runner, Work
 from sbert_pg.errors import DeclarationError, MissingExtraError
 from sbert_pg.registry import get_encoder
+from sbert_pg.reranking import by_marginal_relevance
 from sbert_pg.spec import EncoderSpec, TextEncoder
 from sbert_pg.types.encoding import query_vector
 
@@ -18,7 +19,6 @@ try:
     from langchain_core.documents import Document
     from langchain_core.embeddings import Embeddings
     from langchain_core.vectorstores import VectorStore
-    from langchain_core.vectorstores.utils import maximal_marginal_relevance
 except ImportError as error:
     raise MissingExtraError(
         "langchain-core", "langchain", "offer a table as LangChain's vector store"
@@ -227,12 +227,11 @@ class SbertVectorStore(VectorStore):
             rows = search(session)
             text = isinstance(query, str)
             vector = query_vector(self.documents.encoder, query) if text else query
-            chosen = maximal_marginal_relevance(
-                np.asarray(vector, dtype=np.float32),
-                [row.vector for row in rows],  # type: ignore[misc]
-                lambda_mult,
-                k,
-            )
+            if not rows:
+                return []
+            vectors = np.asarray([row.vector for row in rows], dtype=np.float32)
+            asked = np.asarray(vector, dtype=np.float32)
+            chosen = by_marginal_relevance(vectors, asked, k, lambda_mult)
             return _documents([rows[position] for position in chosen])
 
         return work
