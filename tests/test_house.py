@@ -63,7 +63,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (7, 1575),
     "alembic": (9, 2732),
     "catalog": (9, 2510),
-    "cli": (17, 4553),
+    "cli": (17, 4564),
     "clustering": (15, 4835),
     "encoder": (26, 6926),
     "freshness": (23, 5261),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -43,13 +44,16 @@ EXIT_INTERRUPTED = 130
 #: Database that commands use on the embedded server.
 EMBEDDED_DATABASE = "sbert_pg"
 
+#: Variables of libpq that say which database is meant.
+_OF_LIBPQ = ("PGHOST", "PGHOSTADDR", "PGDATABASE", "PGSERVICE")
 DatabaseOption = Annotated[
     str | None,
     typer.Option(
         "--database",
         "-d",
         envvar=["SBERT_PG_DATABASE_URL", "DATABASE_URL"],
-        help="URL of the database. Without one, the embedded server is started for the command.",
+        help="URL of the database. Without one it is that of PGHOST, PGDATABASE and the like, as "
+        "for psql; else the embedded server is started for the command.",
         show_default=False,
     ),
 ]
@@ -134,7 +138,11 @@ def normalized_url(url: str) -> sa.URL:
 
 @contextmanager
 def database(
-    url: str | None, data_dir: Path | None = None, *, lasting: bool = False
+    url: str | None,
+    data_dir: Path | None = None,
+    *,
+    lasting: bool = False,
+    variables: bool = True,
 ) -> Iterator[sa.Engine]:
     """An engine on the given database, or on the embedded server while the block runs.
 
@@ -142,10 +150,13 @@ def database(
     only changed by commands that say so.
 
     Args:
-        url: the database, ``None`` for the embedded one.
+        url: the database; ``None`` for the one that PGHOST and the like name, else the embedded.
         data_dir: directory of the embedded server.
         lasting: whether the command may run for months; see ``LASTING``.
+        variables: whether PGHOST and the like are asked.
     """
+    if url is None and variables and any(os.environ.get(name) for name in _OF_LIBPQ):
+        url = "postgresql://"  # libpq takes the rest from its variables too
     if url is not None:
         options = {"pool_pre_ping": True, "connect_args": LASTING} if lasting else {}
         engine = sa.create_engine(normalized_url(url), **options)

@@ -118,7 +118,7 @@ def demo(
     """
     # What is cut of a long text is the point of one of the steps, and no news there.
     common.prepare(None, "error")
-    with common.database(database, data_dir) as engine:
+    with common.database(database, data_dir, variables=False) as engine:
         if explore:
             _explore(engine)
             return

@@ -13,7 +13,7 @@ import pytest
 import sqlalchemy as sa
 from command_line import process, sbert_pg
 
-from sbert_pg import Embedding, bind, load
+from sbert_pg import Embedding, bind, create_all, load
 from sbert_pg.cli import app
 
 ROOT = Path(__file__).parents[2]
@@ -342,3 +342,22 @@ def test_an_interrupt_in_a_copy_is_no_error_of_the_database(
     monkeypatch.setattr(app, "build_app", lambda: interrupted)
     assert app.run([]) == 130
     assert "Interrupted" in capsys.readouterr().err
+
+
+def test_the_database_may_be_named_as_for_psql(database_url: sa.URL) -> None:
+    given = {
+        "PGHOST": database_url.host or database_url.query.get("host"),
+        "PGPORT": database_url.port,
+        "PGUSER": database_url.username,
+        "PGPASSWORD": database_url.password,
+        "PGDATABASE": database_url.database,
+    }
+    embedding = sa.Column("embedding", Embedding("deterministic", source="title", dimensions=384))
+    title = sa.Column("title", sa.Text, primary_key=True)
+    table = sa.Table("only_here", sa.MetaData(), title, embedding)
+    engine = sa.create_engine(database_url)
+    with engine.begin() as connection:
+        create_all(connection, table.metadata)
+    engine.dispose()
+    result = sbert_pg("status", "--json", **{k: str(v) for k, v in given.items() if v})
+    assert "only_here" in result.stdout, result
