@@ -100,7 +100,7 @@ BEGIN
     IF v_rows IS NOT NULL THEN
         EXECUTE format('SELECT avg(%s) FROM (SELECT %I AS vector, row_number() OVER () AS place FROM %s '
                        'TABLESAMPLE system (least(100, 1600 / $1)) REPEATABLE (0)) AS r '
-                       'WHERE place %% greatest(1, floor($2 * 16 / $1 / 128))::bigint = 0',
+                       'WHERE mod(place, greatest(1, floor($2 * 16 / $1 / 128))::bigint) = 0',
                        format(v_length, 'r.vector'), column_name, v_relation)
            INTO v_mean USING v_pages, v_rows;
     END IF;
