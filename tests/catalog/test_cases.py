@@ -237,6 +237,30 @@ def test_table_swap(bound: Place, make: str) -> None:
     assert bound.noticing()
 
 
+def test_names_that_are_swapped_twice(bound: Place) -> None:
+    before = bound.run("SELECT id FROM sbert.binding")
+    bound.run("CREATE TABLE t_new (LIKE t INCLUDING ALL)", SWAP)
+    bound.run("ALTER TABLE t RENAME TO t_new", "ALTER TABLE t_old RENAME TO t")
+    assert bound.noticing()
+    bound.bind()
+    assert bound.run("SELECT id FROM sbert.binding") == before
+    assert (refresh(bound.engine).embedded, bound.forgotten()) == (0, [])
+
+
+def test_a_table_of_its_name_where_it_was(bound: Place) -> None:
+    """It moved to another schema, and that was renamed."""
+    bound.run("CREATE SCHEMA one; ALTER TABLE t SET SCHEMA one; ALTER SCHEMA one RENAME TO two")
+    assert bound.noticing()
+    bound.run("CREATE TABLE t (LIKE two.t INCLUDING ALL)")
+    assert not bound.noticing()
+    with pytest.raises(EncoderMismatchError), bound.engine.connect() as connection:
+        connection.execute(nearest(mapped().c.v, "before", limit=1))
+    with pytest.raises(BindingError, match="give the old one up first"):
+        bound.bind()
+    bound.run("UPDATE two.t SET title = 'changed' WHERE id = 1")
+    assert refresh(bound.engine).embedded == 1
+
+
 def test_a_renamed_table_is_the_bound_one(bound: Place) -> None:
     bound.run("ALTER TABLE t RENAME TO renamed")
     assert bound.noticing("renamed")

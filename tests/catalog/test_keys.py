@@ -14,6 +14,7 @@ from sbert_pg.sqlstates import translated
 KEYS = [
     ("bigint", "42", "43"),
     ("numeric(10,2)", "1.5", "2"),
+    ("numeric", "'NaN'", "'-0'"),
     ("text", "'it''s \"x\"'", "''"),
     ('text COLLATE "C"', "repeat('x', 2000)", "'x'"),
     ("char(5)", "'ab'", "'b'"),

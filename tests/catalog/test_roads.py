@@ -201,6 +201,66 @@ def test_triggers_of_the_application(
     assert note.pending() == pending
 
 
+@pytest.mark.parametrize(
+    "road",
+    [
+        "CREATE VIEW seen AS SELECT id, title FROM note; {}",
+        (
+            "CREATE VIEW seen AS SELECT id, title FROM note; "
+            "CREATE FUNCTION instead() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+            "UPDATE note SET title = NEW.title WHERE id = NEW.id; RETURN NEW; END $$; "
+            "CREATE TRIGGER t INSTEAD OF UPDATE ON seen FOR EACH ROW EXECUTE FUNCTION instead(); {}"
+        ),
+        (
+            "CREATE TABLE seen (id int, title text); INSERT INTO seen VALUES (1, 'a'); "
+            "CREATE RULE r AS ON UPDATE TO seen DO ALSO "
+            "UPDATE note SET title = NEW.title WHERE id = NEW.id; {}"
+        ),
+        (
+            "CREATE TABLE seen (id int, title text); INSERT INTO seen VALUES (1, 'a'); "
+            "CREATE FUNCTION later() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+            "UPDATE note SET title = NEW.title WHERE id = NEW.id; RETURN NULL; END $$; "
+            "CREATE CONSTRAINT TRIGGER t AFTER UPDATE ON seen DEFERRABLE INITIALLY DEFERRED "
+            "FOR EACH ROW EXECUTE FUNCTION later(); {}; SET CONSTRAINTS ALL IMMEDIATE"
+        ),
+        (
+            "CREATE TABLE seen (id int, title text); INSERT INTO seen VALUES (1, 'a'); "
+            "CREATE FUNCTION later() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+            "MERGE INTO note USING changed ON note.id = changed.id "
+            "WHEN MATCHED THEN UPDATE SET title = changed.title; RETURN NULL; END $$; "
+            "CREATE TRIGGER t AFTER UPDATE ON seen REFERENCING NEW TABLE AS changed "
+            "FOR EACH STATEMENT EXECUTE FUNCTION later(); {}"
+        ),
+        (
+            "CREATE FUNCTION seen() RETURNS void LANGUAGE plpgsql AS $$ BEGIN "
+            "BEGIN UPDATE note SET title = 'lost'; RAISE 'back'; EXCEPTION WHEN others THEN "
+            "UPDATE note SET title = 'new' WHERE id = 1; END; END $$; SELECT seen()"
+        ),
+        (
+            "CREATE TABLE copy (LIKE note INCLUDING ALL); INSERT INTO copy TABLE note; "
+            "UPDATE copy SET title = 'new' WHERE id = 1; TRUNCATE note; INSERT INTO note TABLE copy"
+        ),
+    ],
+    ids=["view", "instead", "rule", "deferred", "transition", "savepoint", "there and back"],
+)
+def test_texts_that_come_by_a_detour(note: Any, road: str) -> None:
+    note.fill("a", "b")
+    change = "UPDATE seen SET title = 'new' WHERE id = 1"
+    note.connection.exec_driver_sql(road.replace("{}", change))
+    assert note.pending() == ["1"]
+    note.run("UPDATE note SET title = 'a' WHERE id = 1")
+    assert note.pending() == []
+
+
+def test_copy_freeze(make: Any) -> None:
+    note = make()
+    note.run("TRUNCATE note")
+    raw = note.connection.connection.driver_connection
+    with raw.cursor() as cursor, cursor.copy("COPY note (title) FROM STDIN (FREEZE)") as copy:
+        copy.write_row(["frozen"])
+    assert len(note.pending()) == 1
+
+
 def test_what_no_trigger_sees(note: Any) -> None:
     note.fill("a", "b", "c", "d")
     note.run("SET LOCAL session_replication_role = replica")
