@@ -62,7 +62,7 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (7, 1575),
     "alembic": (9, 2732),
-    "catalog": (9, 2510),
+    "catalog": (9, 2535),
     "cli": (17, 4564),
     "clustering": (15, 4835),
     "encoder": (26, 6926),

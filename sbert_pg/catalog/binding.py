@@ -243,10 +243,15 @@ def binding_of(connection: Connection, column: ColumnIdentity | sa.Column[Any]) 
     identity = identity_of(column)
     if not installed(connection):
         return None
-    known = sa.func.sbert.binding_id_v1(
-        relation_of(connection, identity), identity.column, type_=sa.Uuid()
-    )
-    return _first(connection, tables.binding.c.id == sa.select(known).scalar_subquery())
+    known = binding_id_of(connection, identity)
+    return None if known is None else binding_by_id(connection, known)
+
+
+def binding_id_of(connection: Connection, identity: ColumnIdentity) -> uuid.UUID | None:
+    """Identity of a column's binding, where the catalog is installed and there is one."""
+    relation = relation_of(connection, identity)
+    known = sa.func.sbert.binding_id_v1(relation, identity.column, type_=sa.Uuid())
+    return connection.execute(sa.select(known)).scalar_one()
 
 
 def require_binding(connection: Connection, column: ColumnIdentity | sa.Column[Any]) -> Binding:

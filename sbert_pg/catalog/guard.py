@@ -18,6 +18,7 @@ import secrets
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -29,10 +30,11 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeEngine, UserDefinedType
 
+from sbert_pg.catalog.binding import binding_id_of
 from sbert_pg.catalog.holding import Held, hold
-from sbert_pg.catalog.record import Binding, relation_of, translated
+from sbert_pg.catalog.record import Binding, translated
 from sbert_pg.digest import PROVEN_DIMENSIONS
-from sbert_pg.errors import SbertPgError
+from sbert_pg.errors import EncoderMismatchError, SbertPgError
 from sbert_pg.process import ProcessLock
 from sbert_pg.spec import EncoderSpec
 from sbert_pg.sqlstates import as_error, sqlstate_of
@@ -92,7 +94,7 @@ def watch(dialect: Dialect) -> None:
         if dialect in _memories:
             return
         for name in ("do_execute", "do_executemany", "do_execute_no_params"):
-            event.listen(dialect, name, _before_execute)
+            event.listen(dialect, name, partial(_before_execute, name))
         event.listen(dialect, "handle_error", _on_error)
         # Last: a thread that sees it goes on to execute, and must not find half of the listeners.
         _memories[dialect] = _Memory()
@@ -137,13 +139,8 @@ def binding_for_write(
     def look() -> Binding | None:
         held = None
         if memory.installed:
-            statement = sa.select(
-                sa.func.sbert.binding_id_v1(
-                    relation_of(connection, identity), identity.column, type_=sa.Uuid()
-                )
-            )
-            known = connection.execute(statement).scalar_one()
-            held = memory.bindings.get((known, spec))
+            known = binding_id_of(connection, identity)
+            held = None if known is None else memory.bindings.get((known, spec))
         if held is None:
             held = _compare(memory, connection, key)
         if held is None:
@@ -346,20 +343,24 @@ def _write_claimed(element: _Claimed, compiler: SQLCompiler, **options: Any) -> 
 # ---------------------------------------------------------------- what is executed
 
 
-def _before_execute(cursor: Any, statement: str, *rest: Any) -> None:
+def _before_execute(name: str, cursor: Any, statement: str, *rest: Any) -> bool:
+    """Compare and prove what a statement uses; true where it was executed here."""
     context = rest[-1]
     compiled = getattr(context, "compiled", None)
     if compiled is None or context.isddl:
-        return
+        return False
     memory = _memories[context.dialect]
     uses = memory.uses.get(compiled)
     if uses is None:
         uses = memory.uses[compiled] = tuple(dict.fromkeys(_uses(compiled)))
     connection = context.root_connection
+    compared = []
     for use in uses:
         try:
             if not use.stored:
-                _check(memory, connection, use, use.fenced and _FENCE in statement)
+                held = _check(memory, connection, use, use.fenced and _FENCE in statement)
+                if held is not None:
+                    compared.append((use, held.binding.id))
             elif any(
                 row.get(name) is not None
                 for row in context.compiled_parameters
@@ -368,6 +369,20 @@ def _before_execute(cursor: Any, statement: str, *rest: Any) -> None:
                 binding_for_write(connection, use.identity, use.spec)
         except SbertPgError as error:
             raise unwrapped(error) from error.__cause__
+    if not compared:
+        return False
+    # It was compiled before anything was known to ask for, so it cannot ask. An identity never
+    # returns: what it is before and after, it was meanwhile.
+    getattr(context.dialect, name)(cursor, statement, *rest)
+    for use, binding_id in compared:
+        if binding_id_of(connection, use.identity) != binding_id:
+            forget(context.dialect)
+            raise unwrapped(
+                EncoderMismatchError(
+                    f"Column {use.identity} changed hands while this search began. Try once more."
+                )
+            )
+    return True
 
 
 def _uses(compiled: Any) -> Iterator[_Use]:
@@ -396,13 +411,17 @@ def _uses(compiled: Any) -> Iterator[_Use]:
             yield _Use(ColumnIdentity(table.schema, table.name, column.name), spec, stored)
 
 
-def _check(memory: _Memory, connection: Connection, use: _Use, fence: bool) -> None:
-    """Compare this process with a column, unless that was done and the statement asks itself."""
+def _check(memory: _Memory, connection: Connection, use: _Use, fence: bool) -> Held | None:
+    """Compare this process with a column, unless that was done and the statement asks itself.
+
+    Returns:
+        What it was compared with, where the statement does not ask.
+    """
     key = (translated(connection, use.identity), use.spec)
     held = memory.held.get(key)
     if held is not None and fence and (use.identity, use.spec) in memory.fingerprints:
         _leave_trace(memory, connection, held.binding.id, wrote=False)
-        return
+        return None
 
     def look() -> Held | None:
         if held is None and time.monotonic() - memory.unbound.get(key, -1e9) < UNBOUND_RECHECK:
@@ -414,6 +433,7 @@ def _check(memory: _Memory, connection: Connection, use: _Use, fence: bool) -> N
         _leave_trace(memory, connection, held.binding.id, wrote=False)
     if held is not None and held.final:
         memory.fingerprints[use.identity, use.spec] = held.fingerprint or held.binding.fingerprint
+    return held
 
 
 def _compare(memory: _Memory, connection: Connection, key: _Key) -> Held | None:

@@ -202,6 +202,31 @@ def test_a_reader_notices_that_the_column_changed_hands(bound: sa.Engine, statem
             connection.execute(statement)
 
 
+@pytest.mark.parametrize("knows", [False, True], ids=["new process", "asks again"])
+def test_a_column_that_changes_hands_while_a_reader_compares_itself(
+    bound: sa.Engine, knows: bool
+) -> None:
+    """Its first search cannot ask by itself; nothing comes between the two unnoticed."""
+    write(bound, "a")
+    reader = sa.create_engine(bound.url)
+    if knows:
+        read(reader)
+        guard.forget(reader.dialect)
+    before = []
+
+    @event.listens_for(reader, "after_cursor_execute")
+    def change_hands(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
+        if "probes" in statement and not before:
+            before.append(statement)
+            rebind(bound, DeterministicEncoder(salt="another"))
+
+    for _ in range(2):
+        with pytest.raises(EncoderMismatchError):
+            read(reader)
+    assert before
+    reader.dispose()
+
+
 def test_a_reader_that_compiled_before_there_was_a_catalog(
     bare_database_url: sa.URL, fake_encoder: DeterministicEncoder
 ) -> None:
@@ -235,7 +260,9 @@ def test_a_table_in_another_ones_place(bound: sa.Engine) -> None:
     other = sa.create_engine(bound.url)
     with other.begin() as connection:
         connection.exec_driver_sql(
-            "CREATE TABLE note_new (LIKE note INCLUDING ALL); INSERT INTO note_new TABLE note; "
+            "CREATE TABLE note_new (LIKE note INCLUDING ALL); "
+            "INSERT INTO note_new (body, embedding, embedding_of) "
+            "SELECT body, embedding, embedding_of FROM note; "
             "ALTER TABLE note RENAME TO note_old; "
             "ALTER TABLE note_new RENAME TO note"
         )
