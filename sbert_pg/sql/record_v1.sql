@@ -45,12 +45,12 @@ BEGIN
         RAISE EXCEPTION USING ERRCODE = 'SB003',
             MESSAGE = format('table %s has no key by which a row could be named',
                              record_v1.relation::text),
-            DETAIL = (SELECT format('Its primary key is made of %s.',
-                                    string_agg(format('%I (%s)', a.attname, a.atttypid::regtype), ', '))
-                        FROM pg_index i JOIN pg_attribute a
-                          ON a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey)
-                       WHERE i.indrelid = record_v1.relation AND i.indisprimary
-                      HAVING count(*) > 0),
+            DETAIL = coalesce(
+                (SELECT format('Its primary key is made of %s.',
+                               string_agg(format('%I (%s)', a.attname, a.atttypid::regtype), ', '))
+                   FROM pg_index i JOIN pg_attribute a
+                     ON a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey)
+                  WHERE i.indrelid = record_v1.relation AND i.indisprimary), 'It has no primary key.'),
             HINT = 'Give it a primary key, or a unique index over NOT NULL columns. Columns of the '
                    'types float, money, array and composite cannot be part of it.';
     END IF;
