@@ -144,7 +144,9 @@ def test_filters_reach_the_index(
     assert found == keys(exact(fake_encoder, "gift returns", lambda number: number % 3 == 0))[:9]
 
 
-@pytest.mark.parametrize("criteria", [(), (sa.true(),), (sa.and_(True),)], ids=str)
+@pytest.mark.parametrize(
+    "criteria", [(), (sa.true(),), (sa.and_(True),)], ids=["none", "true", "and"]
+)
 def test_criteria_that_turn_nothing_away(
     indexed: Shop, session: Session, fake_encoder: DeterministicEncoder, criteria: Any
 ) -> None:
