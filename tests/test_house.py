@@ -60,7 +60,7 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 
 #: Most modules and lines of each room: a new capability raises its own, and nobody else's.
 ROOMS: dict[str, tuple[int, int]] = {
-    "adapters": (7, 1575),
+    "adapters": (7, 1574),
     "alembic": (9, 2732),
     "catalog": (9, 2535),
     "cli": (17, 4564),
@@ -72,13 +72,13 @@ ROOMS: dict[str, tuple[int, int]] = {
     "orm": (5, 926),
     "passages": (6, 1155),
     "reembed": (12, 3259),
-    "search": (12, 3429),
+    "search": (12, 3432),
     "serving": (16, 3141),
     "tuning": (12, 2918),
     "types": (9, 1666),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3171
+MOST_LINES_OF_THE_REST = 3183
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60

@@ -18,10 +18,10 @@ from sbert_pg.catalog import tables
 from sbert_pg.catalog.migrate import upgrade
 from sbert_pg.catalog.record import (
     Binding,
+    binding_id_of,
     expressions_of,
     qualified,
     read_expressions,
-    relation_of,
 )
 from sbert_pg.catalog.tables import SCHEMA
 from sbert_pg.distance import Storage
@@ -245,13 +245,6 @@ def binding_of(connection: Connection, column: ColumnIdentity | sa.Column[Any]) 
         return None
     known = binding_id_of(connection, identity)
     return None if known is None else binding_by_id(connection, known)
-
-
-def binding_id_of(connection: Connection, identity: ColumnIdentity) -> uuid.UUID | None:
-    """Identity of a column's binding, where the catalog is installed and there is one."""
-    relation = relation_of(connection, identity)
-    known = sa.func.sbert.binding_id_v1(relation, identity.column, type_=sa.Uuid())
-    return connection.execute(sa.select(known)).scalar_one()
 
 
 def require_binding(connection: Connection, column: ColumnIdentity | sa.Column[Any]) -> Binding:

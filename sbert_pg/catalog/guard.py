@@ -30,9 +30,8 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeEngine, UserDefinedType
 
-from sbert_pg.catalog.binding import binding_id_of
 from sbert_pg.catalog.holding import Held, hold
-from sbert_pg.catalog.record import Binding, translated
+from sbert_pg.catalog.record import Binding, binding_id_of, translated
 from sbert_pg.digest import PROVEN_DIMENSIONS
 from sbert_pg.errors import EncoderMismatchError, SbertPgError
 from sbert_pg.process import ProcessLock

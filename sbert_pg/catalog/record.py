@@ -258,6 +258,13 @@ def relation_of(connection: Connection, identity: ColumnIdentity) -> sa.ColumnEl
     return sa.func.to_regclass(qualified(connection, identity))
 
 
+def binding_id_of(connection: Connection, identity: ColumnIdentity) -> uuid.UUID | None:
+    """Identity of a column's binding, where the catalog is installed and there is one."""
+    relation = relation_of(connection, identity)
+    known = sa.func.sbert.binding_id_v1(relation, identity.column, type_=sa.Uuid())
+    return connection.execute(sa.select(known)).scalar_one()
+
+
 def qualified(connection: Connection, identity: ColumnIdentity) -> str:
     """The table's name as ``regclass`` reads it, every part quoted."""
     schema, table, _ = translated(connection, identity)
@@ -278,6 +285,7 @@ __all__ = [
     "Binding",
     "Expressions",
     "Named",
+    "binding_id_of",
     "expressions_of",
     "qualified",
     "read_expressions",

@@ -420,7 +420,10 @@ class Ways:
         (row_key,), (name,) = self._keys(self.row), self.names
         proven: list[Any] = [given.c[DISTANCE] != NAN]
         if VECTOR in given.c:
-            own: dict[Any, Any] = {column: given.c[n] for n, column in self.carried.items()}
+            own: dict[Any, Any] = {
+                column: sa.type_coerce(given.c[n], column.type)
+                for n, column in self.carried.items()
+            }
             traverse: Any = visitors.replacement_traverse
             proven += [traverse(one, {}, lambda e, **_: own.get(e)) for one in self.proof]
         elif self.proof:

@@ -130,6 +130,15 @@ def test_more_like_a_row_without_a_vector_finds_nothing(shop: Shop, session: Ses
         nearest(shop.Article.embedding, shop.Article(title="new"))
 
 
+def test_columns_of_half_precision(engine: sa.Engine, fake_encoder: DeterministicEncoder) -> None:
+    half = make_shop(hnsw(), storage="halfvec")
+    fill(engine, half)
+    with Session(engine) as session:
+        session.execute(sa.text("SET enable_seqscan = off"))
+        found = session.scalars(nearest(half.Article.embedding, "gift returns", limit=9)).all()
+    assert [article.id for article in found] == keys(exact(fake_encoder, "gift returns"))[:9]
+
+
 @pytest.mark.parametrize("added", ["where=", "where()"])
 def test_filters_reach_the_index(
     indexed: Shop, session: Session, fake_encoder: DeterministicEncoder, added: str

@@ -82,11 +82,14 @@ def test_transactions_are_read_only(articles):
 
 
 def test_rows_cannot_leave_their_borders_and_are_bounded():
-    text = mcp._marked_rows([Found({"similarity": 0.5}, {"id": 1, "title": EVIL})])
+    text = mcp._marked_rows([Found({"similarity": 0.5}, {"id": 1, "title": EVIL}, "1")])
     _, border, line, last = text.splitlines()
     assert border == last
     assert json.loads(line)["row"]["title"] == EVIL
-    many = [Found({}, {"id": n, "body": "x" * 100_000, "more": ["y" * 5_000]}) for n in range(50)]
+    many = [
+        Found({}, {"id": n, "body": "x" * 100_000, "more": ["y" * 5_000]}, str(n))
+        for n in range(50)
+    ]
     text = mcp._marked_rows(many)
     assert len(text) < mcp.MOST_OF_AN_ANSWER + 1_000
     assert "further rows were left out" in text
