@@ -34,7 +34,8 @@ the class derives from it too, so that existing handlers keep working.
     │   ├── VerificationError
     │   ├── StillInUseError
     │   ├── NotProvenError           an existing column's encoder or source could not be proven
-    │   └── TableBusyError           a lock could not be had
+    │   ├── TableBusyError           a lock could not be had
+    │   └── StepStoppedError         a step was called off; it goes on where it stopped
     ├── BackfillError            a column cannot be filled
     ├── ClusteringError
     ├── TuningError              an encoder cannot be fitted to labelled questions
@@ -49,9 +50,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+#: Where each class has a section with its remedies, in the repository and on the site.
+PAGE = "docs/reference/errors.md"
+
 
 class SbertPgError(Exception):
-    """Root of the tree."""
+    """Root of the tree.
+
+    From Python 3.11 on a traceback ends with a line that says where the page is.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        if hasattr(self, "add_note"):
+            self.add_note(f"Background on this error: {self.page}")
+
+    @property
+    def page(self) -> str:
+        """The section on this kind of error, with what to do about it."""
+        kind = next(kind for kind in type(self).__mro__ if kind.__module__ == __name__)
+        return f"{PAGE}#{kind.__name__.lower()}"
 
 
 class MissingExtraError(SbertPgError, ImportError):

@@ -113,6 +113,7 @@ def run(arguments: list[str] | None = None) -> int:
         return common.EXIT_INTERRUPTED
     except SbertPgError as error:
         common.err.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}")
+        common.err.print(f"[dim]Background: {error.page}[/]", highlight=False, soft_wrap=True)
         return common.EXIT_FAILED
     except sa.exc.OperationalError as error:
         if _interrupted(error):

@@ -6,17 +6,22 @@ import os
 import re
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 
+from sbert_pg import errors
+from sbert_pg.cli.app import run as run_command
+
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 #: ```python, and not ```python no-run, which is for fragments of other people's files.
 _BLOCK = re.compile(r"^```python *\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _ANY_BLOCK = re.compile(r"^```(\S*)([^\n]*)\n.*?^```", re.MULTILINE | re.DOTALL)
-_LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+_LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
+_HEADING = re.compile(r"^#+ +(.+?) *$", re.MULTILINE)
 
 
 def blocks(page: Path) -> list[tuple[int, str]]:
@@ -67,17 +72,70 @@ def run(page: Path, directory: Path, url: sa.URL | None) -> str:
     return done.stdout
 
 
+def prose(page: Path) -> str:
+    """A page without its blocks of code."""
+    return _ANY_BLOCK.sub("", page.read_text())
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and the site make them."""
+    plain = (re.sub(r"[`*]|\]\([^)]*\)|\[", "", title) for title in _HEADING.findall(prose(page)))
+    return {re.sub(r"[^\w\s-]", "", title).strip().lower().replace(" ", "-") for title in plain}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in _LINK.findall(_ANY_BLOCK.sub("", page.read_text())):
-        if "://" not in target:
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    """To a file that is there, and a heading that it has."""
+    for target, anchor in _LINK.findall(prose(page)):
+        if "://" in target:
+            continue
+        other = page.parent / target if target else page
+        assert other.exists(), f"{page.name} links to {target}"
+        if anchor:
+            assert anchor in anchors(other), f"{page.name}: {other.name} has no heading #{anchor}"
 
 
-def test_readme_names_every_page() -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_every_page_can_be_reached() -> None:
+    """From the README, or from the page on situations; and from the site's menu."""
+    menu = (ROOT / "mkdocs.yml").read_text()
+    above = (ROOT / "README.md").read_text() + (ROOT / "docs" / "howto.md").read_text()
     for page in PAGES[1:]:
-        assert f"docs/{page.name}" in readme, f"README.md does not mention docs/{page.name}"
+        name = page.relative_to(ROOT / "docs").as_posix()
+        assert f"({name})" in above or f"(docs/{name})" in above, f"nothing leads to {name}"
+        assert re.search(rf": {name}$", menu, re.MULTILINE), f"mkdocs.yml does not list {name}"
+
+
+def test_page_of_errors_is_complete() -> None:
+    """It has a section for each class, in the order and depth of the tree, and nothing else."""
+
+    def tree(kind: type[errors.SbertPgError], depth: int) -> list[str]:
+        below = [k for k in kind.__subclasses__() if vars(errors).get(k.__name__) is k]
+        return [f"{'#' * depth} {kind.__name__}", *(t for k in below for t in tree(k, depth + 1))]
+
+    text = (ROOT / errors.PAGE).read_text()
+    headings = re.findall(r"^##+ \w+$", text, re.MULTILINE)
+    root, *others = tree(errors.SbertPgError, 1)
+    assert headings == [f"#{root}", *others]
+    for section in re.split(r"^##+ .*$", text, flags=re.MULTILINE)[1:]:
+        assert section.strip(), "a section is empty"
+    assert errors.__doc__ is not None
+    drawn = set(re.findall(r"\w+Error", errors.__doc__)) - {"ValueError", "ImportError"}
+    assert drawn == {heading.lstrip("# ") for heading in headings}
+
+
+def test_messages_lead_to_the_page_of_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    class Own(errors.TableBusyError):
+        """Of an application, or made by this package for Alembic or SQLAlchemy."""
+
+    error = Own("The table is busy.")
+    path, _, anchor = error.page.partition("#")
+    assert anchor == "tablebusyerror"
+    assert anchor in anchors(ROOT / path)
+    assert str(error) == "The table is busy."
+    if sys.version_info >= (3, 11):
+        assert traceback.format_exception(error)[-1].endswith(f"error: {error.page}\n")
+    assert run_command(["search", "article", "x", "-d", "mysql://localhost/shop"]) == 1
+    assert f"Background: {errors.PAGE}#declarationerror" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("minilm")
