@@ -63,7 +63,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (7, 1574),
     "alembic": (9, 2732),
     "catalog": (9, 2535),
-    "cli": (17, 4564),
+    "cli": (17, 4565),
     "clustering": (15, 4835),
     "encoder": (26, 6926),
     "freshness": (23, 5261),
@@ -78,7 +78,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "types": (9, 1666),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3183
+MOST_LINES_OF_THE_REST = 3201
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60
