@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import JSONB, insert
-from sqlalchemy.orm import ColumnProperty, Session, sessionmaker, undefer
+from sqlalchemy.dialects.postgresql import JSONB, Insert, insert
+from sqlalchemy.orm import ColumnProperty, Mapper, Session, sessionmaker, undefer
 
 from sbert_pg.adapters.filters import condition
 from sbert_pg.catalog.embedding import Embedding
@@ -98,18 +98,7 @@ class Documents:
     def __init__(
         self, column: Any, *, content: str | None = None, metadata: str | None = None
     ) -> None:
-        type_ = getattr(column, "type", None)
-        mapper = getattr(column, "parent", None)
-        if not isinstance(type_, Embedding) or mapper is None:
-            raise DeclarationError(
-                f"{column} is no embedding column of a mapped class; give one, as in "
-                "Article.embedding."
-            )
-        if len(mapper.primary_key) != 1:
-            raise DeclarationError(
-                f"{mapper.class_.__name__} has a primary key of {len(mapper.primary_key)} columns, "
-                "and the id of a document is one value."
-            )
+        mapper = _mapper_of(column)
         self.column = column
         self.class_: Any = mapper.class_
         self.key: str = mapper.get_property_by_column(mapper.primary_key[0]).key
@@ -117,17 +106,14 @@ class Documents:
         self.content = content or self._source()
         self.metadata = metadata
         attributes = {a.key for a in mapper.attrs if isinstance(a, ColumnProperty)}
-        for name in (self.content, metadata):
-            if name is not None and name not in attributes:
-                raise DeclarationError(f"{self.class_.__name__} has no attribute {name!r}.")
+        taken = {self.content, *filter(None, [metadata])}
+        if missing := taken - attributes:
+            raise DeclarationError(f"{self.class_.__name__} has no attribute {min(missing)!r}.")
         # What the other embeddings of the class say of their rows is written with them too.
         self._companions = [a.companion_key for a in attributes_of(mapper)]
         #: Attributes that are metadata under their own names.
-        self.own = [
-            name
-            for name in plain_attributes(self.class_)
-            if name in attributes and name not in (self.key, self.content, metadata)
-        ]
+        own = attributes - taken - {self.key}
+        self.own = [name for name in plain_attributes(self.class_) if name in own]
 
     def _source(self) -> str:
         if self._attribute is None or len(self._attribute.source_keys) != 1:
@@ -151,21 +137,22 @@ class Documents:
             embedded = embed_rows(self.class_, values)
             keyed = {row[self.key]: row for row in embedded if self.key in row}  # the last one wins
             for same in _by_attributes(keyed.values()):
-                statement = insert(self.class_)
-                names = {*same[0], *self._companions} - {self.key}
-                columns = [self._column(name) for name in names]
-                statement = statement.on_conflict_do_update(
-                    index_elements=[self._column(self.key)],
-                    set_={column: statement.excluded[column.key] for column in columns},
-                )
-                session.execute(statement, same)
-            ids = [row.get(self.key) for row in embedded]
-            for row, position in [(r, i) for i, r in enumerate(embedded) if self.key not in r]:
-                new = insert(self.class_).returning(getattr(self.class_, self.key))
-                ids[position] = session.execute(new, [row]).scalar_one()
-            return [str(one) for one in ids]
+                session.execute(self._upserting(same[0]), same)
+            new = insert(self.class_).returning(getattr(self.class_, self.key))
+            return [
+                str(row[self.key] if self.key in row else session.execute(new, [row]).scalar_one())
+                for row in embedded
+            ]
 
         return work
+
+    def _upserting(self, names: Iterable[str]) -> Insert:
+        statement = insert(self.class_)
+        columns = [self._column(name) for name in {*names, *self._companions} - {self.key}]
+        return statement.on_conflict_do_update(
+            index_elements=[self._column(self.key)],
+            set_={column: statement.excluded[column.key] for column in columns},
+        )
 
     def add(self, rows: Sequence[Row]) -> Work[int]:
         """Write the rows whose ids no row has; how many those are."""
@@ -336,6 +323,20 @@ class Documents:
             return self._key_type(id_)
         except (TypeError, ValueError):
             return None
+
+
+def _mapper_of(column: Any) -> Mapper[Any]:
+    mapper: Mapper[Any] | None = getattr(column, "parent", None)
+    if not isinstance(getattr(column, "type", None), Embedding) or mapper is None:
+        raise DeclarationError(
+            f"{column} is no embedding column of a mapped class; give one, as in Article.embedding."
+        )
+    if len(mapper.primary_key) != 1:
+        raise DeclarationError(
+            f"{mapper.class_.__name__} has a primary key of {len(mapper.primary_key)} columns, "
+            "and the id of a document is one value."
+        )
+    return mapper
 
 
 def _by_attributes(rows: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:

@@ -78,18 +78,9 @@ def compare(field: sa.ColumnElement[Any], operator: str, value: Any) -> Conditio
         if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, set, frozenset)):
             raise DeclarationError(f"{operator} takes a list, and was given {value!r}.")
         return _among(field, operator, list(value))
-    is_json = isinstance(field.type, JSONB)
-    if operator in ("$eq", "$ne"):
-        own = None if value is None else _operand(field, value)
-        if operator == "$eq":
-            return field.is_(None) if own is None else field == own
-        return field.is_not(None) if own is None else field.is_distinct_from(own)
-    if operator == "$exists":
-        return field.is_not(None) if value else field.is_(None)
-    if operator in ("$like", "$ilike"):
-        text = field[()].astext if is_json else field
-        matches: Condition = text.like(value) if operator == "$like" else text.ilike(value)
-        return matches
+    simple = {"$eq": _equal, "$ne": _unequal, "$exists": _there, "$like": _like, "$ilike": _ilike}
+    if operator in simple:
+        return simple[operator](field, value)
     if operator not in _ORDER:
         raise DeclarationError(
             f"A filter has no operator {operator!r}; it has $eq, $ne, $lt, $lte, $gt, $gte, $in, "
@@ -98,10 +89,35 @@ def compare(field: sa.ColumnElement[Any], operator: str, value: Any) -> Conditio
     if value is None:
         raise DeclarationError(f"{operator} compares with a value, and was given None.")
     ordered: Condition = _ORDER[operator](field, _operand(field, value))
-    if is_json:
+    if isinstance(field.type, JSONB):
         # PostgreSQL orders any two values of JSON, a number before every text.
         return sa.and_(sa.func.jsonb_typeof(field) == _json_type(value), ordered)
     return ordered
+
+
+def _equal(field: sa.ColumnElement[Any], value: Any) -> Condition:
+    return field.is_(None) if value is None else field == _operand(field, value)
+
+
+def _unequal(field: sa.ColumnElement[Any], value: Any) -> Condition:
+    return field.is_not(None) if value is None else field.is_distinct_from(_operand(field, value))
+
+
+def _there(field: sa.ColumnElement[Any], value: Any) -> Condition:
+    return field.is_not(None) if value else field.is_(None)
+
+
+def _like(field: sa.ColumnElement[Any], value: Any) -> Condition:
+    return _text(field).like(value)
+
+
+def _ilike(field: sa.ColumnElement[Any], value: Any) -> Condition:
+    return _text(field).ilike(value)
+
+
+def _text(field: sa.ColumnElement[Any]) -> sa.ColumnElement[str]:
+    text: sa.ColumnElement[str] = field[()].astext if isinstance(field.type, JSONB) else field
+    return text
 
 
 def _among(field: sa.ColumnElement[Any], operator: str, values: list[Any]) -> Condition:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -176,25 +177,30 @@ def declaration_line(type_: Embedding, replaces: str | None = None) -> str:
             f"passages_of({spec.name!r}, source={source.columns[-1]!r}, "
             f"replaces={str(replaces).removesuffix('_embedding')!r}, ...)"
         )
-    arguments = [repr(spec.name)]
-    usual = None if known_encoder(spec.name) is None else EncoderSpec.of(spec.name)
-    if usual is None or replace(spec, precision=None) != usual:
-        arguments.append(f"dimensions={spec.dimensions}")
-    if spec.precision in PRECISIONS:
-        arguments.append(f"precision={spec.precision!r}")
-    if source.pattern is not None:
-        arguments.append(f"source=Source.template({source.pattern!r})")
-    else:
-        names = list(source.columns)
-        arguments.append(f"source={(names[0] if len(names) == 1 else names)!r}")
-        if len(names) > 1 and source.separator != "\n\n":
-            arguments.append(f"separator={source.separator!r}")
+    arguments = [repr(spec.name), *_encoder_arguments(spec), *_source_arguments(source)]
     if type_.storage != "vector":
         arguments.append(f"storage={type_.storage!r}")
     if replaces is not None:
         arguments.append(f"replaces={replaces!r}")
-    arguments.append("nullable=True")
-    return f"embedding_column({', '.join(arguments)})"
+    return f"embedding_column({', '.join(arguments)}, nullable=True)"
+
+
+def _encoder_arguments(spec: EncoderSpec) -> Iterator[str]:
+    usual = None if known_encoder(spec.name) is None else EncoderSpec.of(spec.name)
+    if usual is None or replace(spec, precision=None) != usual:
+        yield f"dimensions={spec.dimensions}"
+    if spec.precision in PRECISIONS:
+        yield f"precision={spec.precision!r}"
+
+
+def _source_arguments(source: Source) -> Iterator[str]:
+    if source.pattern is not None:
+        yield f"source=Source.template({source.pattern!r})"
+        return
+    names = list(source.columns)
+    yield f"source={(names[0] if len(names) == 1 else names)!r}"
+    if len(names) > 1 and source.separator != "\n\n":
+        yield f"separator={source.separator!r}"
 
 
 def next_name(column: str) -> str:

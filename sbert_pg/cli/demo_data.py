@@ -13,7 +13,7 @@ import json
 import shutil
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -194,9 +194,18 @@ def _write(exported: Path, out: Path) -> None:
         (out / name).write_text(json.dumps(content), encoding="utf-8")
 
 
-def _biases(node: Any, prefix: str) -> list[str]:
-    names = node.input if node.op_type == "Add" else ()
-    return [n for n in names if n.startswith(prefix) and n.endswith(".bias")]
+def _weighted(nodes: Sequence[Any], prefix: str) -> dict[str, str]:
+    """The weights that are products, each with the name of its matrix in the graph.
+
+    A product's weight is named after the bias that its result is added to.
+    """
+    matrix_of = {node.output[0]: node.input[1] for node in nodes if node.op_type == "MatMul"}
+    return {
+        bias.removeprefix(prefix).removesuffix("bias") + "weight": matrix_of[product]
+        for a, b in (node.input for node in nodes if node.op_type == "Add")
+        for bias, product in ((a, b), (b, a))
+        if bias.startswith(prefix) and bias.endswith(".bias") and product in matrix_of
+    }
 
 
 def _weights(exported: Path) -> dict[str, Any]:
@@ -214,15 +223,9 @@ def _weights(exported: Path) -> dict[str, Any]:
 
     graph = onnx.load(str(exported)).graph
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    made_by = {output: node for node in graph.node for output in node.output}
     prefix = "model.0.auto_model."
     named = {n.removeprefix(prefix): w for n, w in stored.items() if n.startswith(prefix)}
-    biased = ((node, bias) for node in graph.node for bias in _biases(node, prefix))
-    for node, bias in biased:
-        products = [made_by[n] for n in node.input if n in made_by]
-        if products and products[0].op_type == "MatMul":
-            weight = bias.removeprefix(prefix).removesuffix("bias") + "weight"
-            named[weight] = stored[products[0].input[1]].T
+    named |= {n: stored[matrix].T for n, matrix in _weighted(graph.node, prefix).items()}
     if len(named) != 5 + 3 * 16:
         raise EncoderNotFoundError(
             f"The package {OLD_PACKAGE} holds another model than {OLD_ENCODER}; uninstall it, and "

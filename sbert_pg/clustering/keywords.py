@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from itertools import pairwise
 from typing import Any, Literal, cast
@@ -57,15 +57,7 @@ def class_tfidf(
         number: terms for each class, at most.
         stems: what forms of a word have in common; a word stands for itself where it is not named.
     """
-    known = stems or {}
-    forms: dict[str, Counter[str]] = {}
-    folded: dict[int, Counter[str]] = {}
-    for cluster, terms in counts.items():
-        own = folded.setdefault(cluster, Counter())
-        for term, count in terms.items():
-            stem = " ".join(known.get(word, word) for word in term.split(" "))
-            own[stem] += count
-            forms.setdefault(stem, Counter())[term] += count
+    folded, forms = _folded(counts, stems or {})
     everywhere: Counter[str] = Counter()
     for own in folded.values():
         everywhere.update(own)
@@ -76,10 +68,11 @@ def class_tfidf(
     mean = sum(sizes.values()) / max(len(sizes), 1)
     keywords: dict[int, list[str]] = {}
     for cluster, own in folded.items():
+        least = min(_LEAST_TEXTS, max(own.values(), default=0))
         weights = {
             stem: count / sizes[cluster] * math.log1p(mean / everywhere[stem])
             for stem, count in own.items()
-            if count >= _LEAST_TEXTS or max(own.values()) < _LEAST_TEXTS
+            if count >= least
         }
         # Of a pair and its words, all as frequent, the pair says more.
         ranked = sorted(weights, key=lambda stem: (-weights[stem], -stem.count(" "), stem))
@@ -88,6 +81,20 @@ def class_tfidf(
             for stem in _without_repetition(ranked, number)
         ]
     return keywords
+
+
+def _folded(
+    counts: Mapping[int, Mapping[str, int]], stems: Mapping[str, str]
+) -> tuple[dict[int, Counter[str]], dict[str, Counter[str]]]:
+    """How often each stem is in each class, and how often it stands there in which form."""
+    folded: dict[int, Counter[str]] = {cluster: Counter() for cluster in counts}
+    forms: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for cluster, terms in counts.items():
+        for term, count in terms.items():
+            stem = " ".join(stems.get(word, word) for word in term.split(" "))
+            folded[cluster][stem] += count
+            forms[stem][term] += count
+    return folded, forms
 
 
 def _without_repetition(stems: Iterable[str], number: int) -> list[str]:
@@ -127,13 +134,17 @@ def count_words(
     )
     counts: dict[int, Counter[str]] = {}
     for cluster, text in texts:
-        words = [w if w not in stop else "" for w in _WORD.findall((text or "").lower())]
-        pairs = {f"{a} {b}" for a, b in pairwise(words) if a and b and a != b}
         own = counts.setdefault(cluster, Counter())
-        own.update({*words, *pairs} - {""})
+        own.update(_terms(text or "", stop))
         if len(own) > _MOST_TERMS:
             counts[cluster] = Counter({t: n for t, n in own.items() if n > 1 or " " not in t})
     return counts
+
+
+def _terms(text: str, stop: Collection[str]) -> set[str]:
+    words = [word if word not in stop else "" for word in _WORD.findall(text.lower())]
+    pairs = {f"{a} {b}" for a, b in pairwise(words) if a and b and a != b}
+    return {*words, *pairs} - {""}
 
 
 def _stems(
