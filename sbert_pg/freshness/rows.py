@@ -304,6 +304,8 @@ class Rows:
         columns: Sequence[sa.ColumnElement[Any]],
     ) -> Sequence[sa.Row[Any]]:
         """Columns of rows: the number of the row from 1 on, and what is asked for of ``table``."""
+        if not rows:
+            return ()
         given = self._given()
         statement = sa.select(given.c[_N], *columns)
         statement = statement.select_from(given.join(self.table, self._same(given)))
@@ -331,6 +333,8 @@ class Rows:
             passages: vectors of passages by digest.
         """
         chosen = [row for row in rows if row.label in vectors]
+        if not chosen:
+            return Written((), (), ())
         register(connection)
         results = connection.execute(self._write, self._written(chosen, vectors))
         in_order = sorted(results, key=itemgetter(0))

@@ -1,5 +1,6 @@
 -- What is wrong with a binding, in words; no rows where nothing is: what keeps workers from it, whether
--- another table has taken the name, and whether the other index and the triggers are there and fire.
+-- another table has taken the name, and whether the companion's default and the other index are there
+-- and the triggers fire.
 CREATE FUNCTION sbert.health_v1(binding_id uuid)
 RETURNS SETOF text
 LANGUAGE plpgsql STABLE SECURITY DEFINER
@@ -25,6 +26,9 @@ BEGIN
     THEN
         RETURN NEXT 'tables inherit from it, whose rows are in no index of it: bind those instead';
     END IF;
+    RETURN QUERY SELECT format('column %I does not default to the nil uuid, by which a new row is '
+                               'known: bind the column again', v.companion)
+      WHERE sbert.lacks_default_v1(v.relation, v.companion);
     RETURN QUERY SELECT format('the index of rows that failed is %s: bind the column again',
                                CASE WHEN q.existing IS NULL THEN 'missing' ELSE 'not valid' END)
       FROM sbert.queue_ddl_v1(v.id) q WHERE q.kind = 'failed' AND q.valid IS NOT TRUE;

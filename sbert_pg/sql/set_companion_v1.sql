@@ -9,13 +9,11 @@ DECLARE
     v sbert.binding;
     v_table text;
     v_type oid;
-    v_default text;
 BEGIN
     SELECT b.* INTO STRICT v FROM sbert.binding b WHERE b.id = binding_id;
     v_table := sbert.name_v1(v.relation);
-    SELECT a.atttypid, pg_get_expr(d.adbin, d.adrelid) INTO v_type, v_default
+    SELECT a.atttypid INTO v_type
       FROM pg_attribute a
-      LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
      WHERE a.attrelid = v.relation AND a.attname = v.companion AND NOT a.attisdropped;
     IF v_type IS NULL THEN
         EXECUTE format('ALTER TABLE %s ADD COLUMN %I uuid', v_table, v.companion);
@@ -26,7 +24,7 @@ BEGIN
                 v_type::regtype::text, v.column_name),
             HINT = 'Rename the embedding column, or the other one.';
     END IF;
-    IF v_default IS DISTINCT FROM '''00000000-0000-0000-0000-000000000000''::uuid' THEN
+    IF sbert.lacks_default_v1(v.relation, v.companion) THEN
         EXECUTE format('ALTER TABLE %s ALTER COLUMN %I SET DEFAULT %L::uuid', v_table, v.companion,
                        '00000000-0000-0000-0000-000000000000');
     END IF;

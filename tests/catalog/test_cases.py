@@ -338,6 +338,8 @@ def test_enum_key(place: Place) -> None:
         "UPDATE pg_index SET indisvalid = false WHERE indexrelid = CAST('{queue}' AS regclass)",
         "DROP INDEX {failed}; CREATE INDEX {failed} ON t (id)",
         "DROP INDEX {queue}; CREATE INDEX {queue} ON t (((v_of IS NULL)::int), id) WHERE v IS NULL",
+        "ALTER TABLE t ALTER v_of DROP DEFAULT",
+        "ALTER TABLE t ALTER v_of SET DEFAULT 'ffffffff-ffff-ffff-ffff-ffffffffffff'",
     ],
 )
 def test_enable_replica(bound: Place, harm: str) -> None:
@@ -367,8 +369,11 @@ def test_enable_replica_of_a_replacing_column_and_of_one_partition(place: Place)
     )
     place.bind("p")
     assert place.noticing("p")
-    place.run("ALTER TABLE p1 DISABLE TRIGGER ALL")
-    assert not place.noticing("p")
+    for harm in ("DISABLE TRIGGER ALL", "ALTER v_of DROP DEFAULT"):
+        place.run(f"ALTER TABLE p1 {harm}")
+        assert not place.noticing("p")
+        place.bind("p")
+        assert place.noticing("p")
 
 
 # ---------------------------------------------------------------- names as data

@@ -177,6 +177,15 @@ def test_a_text_that_changed_meanwhile_is_not_overwritten(engine, rows, plain, e
     assert put(engine, rows, again, encoder).rows == ('["1"]',)
 
 
+def test_nothing_to_write_is_written(engine, rows, plain, encoder):
+    plain.execute("INSERT INTO note (body) VALUES ('text')")
+    read = take(engine, rows)
+    assert put(engine, rows, [], encoder) == Written((), (), ())
+    with engine.begin() as connection:
+        assert rows.write(connection, read, {}) == Written((), (), ())
+        assert rows.columns_of(connection, [], [rows.label]) == ()
+
+
 def test_a_change_of_something_else_does_not_matter(engine, rows, plain, encoder):
     plain.execute("ALTER TABLE note ADD views int DEFAULT 0")
     plain.execute("INSERT INTO note (body) VALUES ('text')")
