@@ -335,4 +335,13 @@ def _vectors(directory: Path, manifest: Manifest) -> Vectors:
             f"{manifest.spec.name} in {manifest.precision} gives values that are not finite; its "
             "weights cannot be used."
         )
+    if manifest.kind == "encoder":
+        queries = engine.run_any(PROBES[:4], dict(manifest.spec.prompts).get(QUERY, ""))
+        for side, each in (("document", vectors), ("query", queries)):
+            if not np.ptp(each, axis=0).any():
+                raise ConversionError(
+                    f"{manifest.spec.name} in {manifest.precision} gives every {side} the same "
+                    "vector: its weights are empty, or the prompt is longer than the "
+                    f"{manifest.spec.max_seq_length} tokens that it reads."
+                )
     return vectors

@@ -23,6 +23,7 @@ from sbert_pg.encoder.files import (
     Settings,
     find_weights,
     inside,
+    is_there,
     parse_json,
     read_bytes,
     read_if_there,
@@ -255,7 +256,7 @@ def _require_supported(listing: Path, names: Sequence[str]) -> None:
 def modules_of(root: Path) -> list[tuple[str, str]]:
     """Class name and path of each module, in order; dropout does nothing and is left out."""
     listing = root / "modules.json"
-    if not listing.is_file():
+    if not is_there(listing):
         return _lone_transformer(root)
     data = parse_json(read_bytes(listing), str(listing))
     if not isinstance(data, list) or len(data) > _MODULES_LIMIT:
@@ -279,6 +280,14 @@ def _lone_transformer(root: Path) -> list[tuple[str, str]]:
         raise UnsupportedEncoderError(
             f"{root} is a {kind} without modules.json: a cross-encoder or another task's model, "
             "which gives scores and no vectors. Reranker.load loads cross-encoders."
+        )
+    companions = ("config_sentence_transformers.json", *TRANSFORMER_FILES, "1_Pooling/config.json")
+    left = [name for name in companions if is_there(root / name)]
+    if left:
+        raise DamagedEncoderError(
+            f"{root} holds {left[0]} and no modules.json, which sentence-transformers writes with "
+            "it: a copy in part. Copy that file too, with the directories that it names; a plain "
+            "transformer has neither."
         )
     logger.warning(
         "%s has no modules.json. It is read as sentence-transformers reads a plain transformer, "

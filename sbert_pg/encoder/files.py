@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -41,6 +42,7 @@ _INTEGERS = {"I8": "|i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
 #: What a checkpoint of a task model puts before the names of its transformer.
 _PREFIX = re.compile(r"^(?:bert|roberta|distilbert|mpnet|camembert|electra|model|new)\.")
 _REQUIRED: Any = object()
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
 
 
@@ -53,7 +55,11 @@ def parse_json(content: bytes, what: str) -> Any:
     try:
         if _depth(content) > _DEPTH_LIMIT:
             raise ValueError(f"it is nested more than {_DEPTH_LIMIT} deep")
-        return json.loads(content.decode("utf-8-sig"), parse_constant=_no_number)
+        value = json.loads(content.decode("utf-8-sig"), parse_constant=_no_number)
+        if _SURROGATE.search(content):
+            # A pair is one character; half of one is no text that could be written or encoded.
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError) as error:
         raise DamagedEncoderError(f"{what} cannot be read as JSON: {error}.") from error
 
@@ -83,7 +89,9 @@ def read_bytes(path: Path, limit: int = SETTINGS_LIMIT) -> bytes:
     """
     try:
         size = path.stat().st_size
-        if not path.is_file() or size > limit:
+        if not path.is_file():
+            raise DamagedEncoderError(f"{path} is no ordinary file.")
+        if size > limit:
             raise DamagedEncoderError(
                 f"{path} has {size:,} bytes; no file of its kind has more than {limit:,}."
             )
@@ -222,9 +230,17 @@ def read_json(path: Path, limit: int = SETTINGS_LIMIT) -> Settings:
     return Settings(data, path)
 
 
+def is_there(path: Path) -> bool:
+    """Whether a file has this name, a link to nothing included, which is not the same as no file.
+
+    The hub's cache consists of links; where what one points to is gone, a setting is lost.
+    """
+    return os.path.lexists(path)
+
+
 def read_if_there(path: Path) -> Settings:
     """As ``read_json``; an empty object where there is no such file."""
-    return read_json(path) if path.exists() else Settings({}, path)
+    return read_json(path) if is_there(path) else Settings({}, path)
 
 
 def require_model(root: Path) -> None:

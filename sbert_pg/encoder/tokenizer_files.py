@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sbert_pg.encoder.description import STATIC, Description
-from sbert_pg.encoder.files import JSON_LIMIT, read_if_there, read_json
+from sbert_pg.encoder.files import JSON_LIMIT, is_there, read_if_there, read_json
 from sbert_pg.encoder.static import static_tokenizer
 from sbert_pg.encoder.tokenizing import MODEL2VEC, own_errors, require_bounded
 from sbert_pg.errors import DamagedEncoderError, UnsupportedEncoderError, needing
@@ -59,18 +59,41 @@ def tokenizer_content(description: Description) -> dict[str, Any]:
         content = static_tokenizer(description)
         with own_errors(DamagedEncoderError, f"{path} cannot be read"):
             require_bounded(content)
-    elif path.is_file():
+    elif is_there(path):
         content = dict(read_json(path, JSON_LIMIT))
         with own_errors(DamagedEncoderError, f"{path} cannot be read"):
             content = _as_configured(content, config, path)
             require_bounded(content)
     else:
         content = _converted_by_transformers(directory)
+    with own_errors(DamagedEncoderError, f"{path} cannot be read"):
+        _require_vocabulary(content, description, path)
     content["truncation"] = content["padding"] = None
     if description.do_lower_case:
         content["normalizer"] = _with_lower_case(content.get("normalizer"))
     _try_expressions(content, path)
     return content
+
+
+def _require_vocabulary(content: Mapping[str, Any], description: Description, path: Path) -> None:
+    """Refuse a tokenizer that knows no words, or words that the model has no vectors for.
+
+    transformers makes one without words where the files that list them are missing.
+    """
+    words = content["model"]["vocab"]
+    ids = words.values() if isinstance(words, dict) else range(len(words))
+    names = set(words) if isinstance(words, dict) else {word for word, _ in words}
+    if not names.difference(token["content"] for token in content.get("added_tokens") or ()):
+        raise DamagedEncoderError(
+            f"{path.parent} has no vocabulary: {path.name} or the files that it is made from "
+            "(vocab.txt, a sentencepiece model...) are missing or empty. Copy them too."
+        )
+    rows = description.config.get("vocab_size")
+    if description.architecture != STATIC and isinstance(rows, int) and max(ids) >= rows:
+        raise DamagedEncoderError(
+            f"{path}: 'vocab' has the id {max(ids)}, and the model has vectors for {rows} tokens, "
+            "0 to the last; the tokenizer is of another model."
+        )
 
 
 def truncation_side(description: Description) -> str:

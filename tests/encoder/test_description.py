@@ -171,10 +171,42 @@ def test_a_cross_encoder_without_a_list_of_modules_is_refused(model: Path, kind:
         describe(model)
 
 
+#: What sentence-transformers writes beside the transformer's own files.
+BESIDE = (
+    "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json",
+    "1_Pooling/config.json",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("left", BESIDE[1:])
+@pytest.mark.parametrize("gone", ["copied in part", "a link to nothing"])
+def test_a_copy_in_part_is_not_read_as_a_plain_transformer(
+    model: Path, left: str, gone: str
+) -> None:
+    for name in BESIDE:
+        if name != left:
+            (model / name).unlink()
+    if gone == "a link to nothing":
+        content = (model / left).rename(model / "moved")
+        (model / left).symlink_to(content)
+        content.unlink()
+    with pytest.raises(DamagedEncoderError, match=rf"{left}.*copy in part"):
+        describe(model)
+
+
+@pytest.mark.parametrize("name", [*BESIDE, "tokenizer_config.json"])
+def test_a_link_to_nothing_is_no_missing_setting(model: Path, name: str) -> None:
+    (model / name).unlink()
+    (model / name).symlink_to("/nowhere/at/all")
+    with pytest.raises(DamagedEncoderError, match=name):
+        describe(model)
+
+
 def test_a_plain_transformer_is_read_with_a_warning(
     model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (model / "modules.json").unlink()
+    for name in BESIDE:
+        (model / name).unlink()
     assert describe(model).pooling == ("mean",)
     assert "modules.json" in caplog.text
 

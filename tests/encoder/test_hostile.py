@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import struct
@@ -18,7 +19,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from tiny_model import FILES, edit, write_tiny
+from safetensors.numpy import load_file, save_file
+from tiny_model import FILES, TOKENIZER, edit, write_tiny
 
 from sbert_pg.encoder import Encoder
 from sbert_pg.errors import EncoderError, EncodingError, SbertPgError
@@ -79,6 +81,20 @@ def at(name: str, key: str, value: Any) -> Callable[[dict[str, Any]], None]:
     return lambda content: content[name].__setitem__(key, value)
 
 
+def instead(name: str, make: Callable[[Path], object]) -> Change:
+    def apply(path: Path) -> None:
+        (path / name).unlink()
+        make(path / name)
+
+    return apply
+
+
+def zeros(path: Path) -> None:
+    for file in path.rglob("*.safetensors"):
+        save_file({name: np.zeros_like(t) for name, t in load_file(file).items()}, file)
+
+
+VOCABULARY = TOKENIZER["model"]["vocab"]
 NORM, BIAS = "embeddings.LayerNorm.weight", "embeddings.LayerNorm.bias"
 TYPES = "embeddings.token_type_embeddings.weight"
 CONFIG, GENERAL, LIMITS = (
@@ -187,6 +203,25 @@ CASES: dict[str, tuple[Change, str]] = {
     "tokenizer model": (in_tokenizer(model={"type": "WordPiece"}), "tokenizer"),
     "tokenizer pieces": (in_tokenizer(pre_tokenizer={"type": "Sequence", "pretokenizers": 5}),
                          r"tokenizer\.json"),
+    "half a character": (in_file(GENERAL, prompts={"document": "\ud800"}), GENERAL),
+    "half a character in a name": (in_file(GENERAL, prompts={"\udfff": "x"}), GENERAL),
+    "half a character in a word": (
+        in_tokenizer(model={**TOKENIZER["model"], "vocab": {"[UNK]": 0, "a\ud83d": 1}}),
+        r"tokenizer\.json"),
+    "no words": (in_tokenizer(model={**TOKENIZER["model"], "vocab": {}}), "no vocabulary"),
+    "words of another model": (
+        in_tokenizer(model={**TOKENIZER["model"], "vocab": {**VOCABULARY, "other": 9999}}),
+        "'vocab' has the id 9999"),
+    "a prompt that leaves no room": (in_file(GENERAL, prompts={"document": "the " * 40}),
+                                     "every document the same"),
+    "a prompt that leaves questions no room": (in_file(GENERAL, prompts={"query": "a" * 10**6}),
+                                               "every query the same"),
+    "weights of zeros": (zeros, "the same vector"),
+    "a directory in a file's place": (instead("tokenizer.json", Path.mkdir), "no ordinary file"),
+    "a pipe in a file's place": (instead("modules.json", os.mkfifo), "no ordinary file"),
+    "a device in a file's place": (instead(CONFIG, lambda path: path.symlink_to("/dev/zero")),
+                                   "no ordinary file"),
+    "a link to itself": (instead(CONFIG, lambda path: path.symlink_to(path.name)), CONFIG),
     "truncation side": (in_file("tokenizer_config.json", truncation_side="up"),
                         "'truncation_side'"),
 }  # fmt: skip

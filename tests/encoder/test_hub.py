@@ -198,6 +198,22 @@ def test_a_snapshot_that_lacks_what_decides_is_not_taken(
 
 
 @pytest.mark.parametrize("by_path", [False, True])
+@pytest.mark.parametrize(
+    "name", ["modules.json", "tokenizer.json", "1_Pooling/config.json", "model.safetensors",
+             "sentence_bert_config.json"],
+)  # fmt: skip
+def test_a_link_to_a_blob_that_is_gone_is_no_file(
+    hub_cache: Path, minilm_path: Path, name: str, by_path: bool
+) -> None:
+    """As after a clean-up of the cache by hand."""
+    snapshot = cached(hub_cache, "org/links", minilm_path)
+    (snapshot / name).unlink()
+    (snapshot / name).symlink_to(snapshot.parents[1] / "blobs" / "gone")
+    with pytest.raises((EncoderNotFoundError, DamagedEncoderError)):
+        Encoder.load(str(snapshot) if by_path else "org/links", cache_dir=hub_cache / "converted")
+
+
+@pytest.mark.parametrize("by_path", [False, True])
 def test_a_file_that_the_repository_is_known_to_lack_is_not_missed(
     hub_cache: Path, minilm_path: Path, by_path: bool
 ) -> None:
