@@ -340,7 +340,13 @@ class Rows:
         in_order = sorted(results, key=itemgetter(0))
         written = {chosen[number - 1].label: bool(again) for number, again in in_order}
         self._exchange(connection, chosen, written, cuts, passages)
-        left = [row for row in chosen if row.label not in written]
+        return self._outcome(connection, chosen, written)
+
+    def _outcome(
+        self, connection: Connection, rows: Sequence[Row], written: Mapping[str, bool]
+    ) -> Written:
+        """What became of rows, given which were written and whether they are pending again."""
+        left = [row for row in rows if row.label not in written]
         busy = self._busy(connection, left)
         return Written(
             tuple(written),
