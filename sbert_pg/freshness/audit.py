@@ -26,6 +26,7 @@ from sbert_pg.freshness.status import wake
 from sbert_pg.probes import PRECISION_MIN_COSINE
 from sbert_pg.spec import TextEncoder
 from sbert_pg.types import wire
+from sbert_pg.types.vector import sent
 
 Kind = Literal["missing", "superfluous", "stale", "unencodable"]
 
@@ -151,12 +152,11 @@ def audit(
 
 def _columns(rows: Rows) -> list[sa.ColumnElement[Any]]:
     binding, table = rows.binding, rows.table
-    send = sa.func.vector_send if binding.storage == "vector" else sa.func.halfvec_send
     waiting = sa.or_(binding.is_stale(table), binding.expressions.on(table, "failed"))
     return [
         rows.label.label("label"),
         binding.expressions.on(table, "text").label("text"),
-        send(table.c[binding.column], type_=sa.LargeBinary).label("vector"),
+        sent(table.c[binding.column], binding.storage).label("vector"),
         waiting.label("waiting"),
         *_cut_columns(rows),
     ]

@@ -19,6 +19,7 @@ from sbert_pg.catalog import Binding, rows
 from sbert_pg.probes import MAX_LENGTH_RATIO, PRECISION_MIN_COSINE
 from sbert_pg.spec import TextEncoder, Vectors
 from sbert_pg.types import wire
+from sbert_pg.types.vector import sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +144,6 @@ def compare_rows(
     """
     table = binding.clause()
     vector, text = table.c[binding.column], binding.expressions.on(table, "text")
-    send = sa.func.vector_send if binding.storage == "vector" else sa.func.halfvec_send
     drawn = rows.sample(
         connection,
         table,
@@ -151,7 +151,7 @@ def compare_rows(
         [
             rows.label([table.c[name] for name in binding.key_columns]),
             text,
-            send(vector, type_=sa.LargeBinary()),
+            sent(vector, binding.storage),
         ],
         where=[vector.is_not(None), text.is_not(None), binding.is_fresh(table)],
         size=size,

@@ -71,8 +71,8 @@ def nearest(
         max_distance: largest distance, in the units of the encoder's distance.
         min_similarity: least similarity; another way to say the same.
         ef_search: HNSW candidates, 1 to 1000; by default 100, or as many as the filter needs.
-        probes: IVFFlat lists to look into; by default ``lists ** 0.8`` of the index's,
-            ``lists ** 0.85`` under a filter.
+        probes: IVFFlat lists to look into; by default ``lists ** 0.85`` of the index's,
+            ``lists ** 0.9`` under a filter.
         overfetch: rows fetched by a quantised index for each row wanted, and then ranked exactly;
             40 by default. Other indexes rank by themselves.
         exact: whether to leave indexes aside and compare with every row.

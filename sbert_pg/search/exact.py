@@ -21,6 +21,7 @@ import sqlalchemy as sa
 from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.spec import Vectors
 from sbert_pg.types import wire
+from sbert_pg.types.vector import sent
 
 Floats = npt.NDArray[np.float32]
 Positions = npt.NDArray[np.int64]
@@ -81,7 +82,8 @@ def blocks(
         flags: criteria to evaluate for each of them.
     """
     met = [sa.func.coalesce(flag, False) for flag in flags]
-    statement = sa.select(label, *(_sent(column) for column in columns), *met).where(where)
+    vectors = [sent(column, getattr(column.type, "storage", "vector")) for column in columns]
+    statement = sa.select(label, *vectors, *met).where(where)
     result = connection.execute(statement, execution_options={"yield_per": BLOCK})
     end = 1 + len(columns)
     for page in result.partitions():
@@ -92,11 +94,6 @@ def blocks(
             vectors=[_vectors(parts, column) for parts, column in payloads],
             flags=[np.asarray(flag, bool) for flag in values[end - 1 :]],
         )
-
-
-def _sent(column: sa.Column[Any]) -> sa.ColumnElement[bytes]:
-    half = getattr(column.type, "storage", "vector") == "halfvec"
-    return (sa.func.halfvec_send if half else sa.func.vector_send)(column, type_=sa.LargeBinary())
 
 
 def _vectors(payloads: Sequence[bytes | None], column: sa.Column[Any]) -> Vectors:

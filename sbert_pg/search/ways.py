@@ -378,7 +378,8 @@ class Ways:
             found: Any = number(0)
             for judged in looks:
                 found = found + sa.case((judged.c.accepted, judged.c.passed), else_=number(0))
-            short: Any = found < limit
+            # What the looks have found is proven already.
+            short: Any = found < self._asked("needed")
         else:
             short = sa.not_(sa.or_(*(judged.c.accepted for judged in looks)))
         source: Any = looks[0] if len(looks) == 1 else sa.join(self.near, self.far, sa.true())

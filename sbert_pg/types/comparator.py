@@ -69,6 +69,18 @@ class VectorComparator(UserDefinedType.Comparator[Any]):
         # Not "-value", which SQLAlchemy 2.0 gives the type of its left-hand column.
         return sa.literal(metric.offset, sa.Float()) - value
 
+    def avg(self) -> sa.Function[Any]:
+        """The mean of a group's vectors, as an array.
+
+        ``func.avg(column)`` gives pgvector's text, since SQLAlchemy knows no type for it, and a
+        library that gave it one would do so for all of the process.
+        """
+        return sa.func.avg(self.expr, type_=self.expr.type)
+
+    def sum(self) -> sa.Function[Any]:
+        """The sum of a group's vectors, as an array; the same as ``func.sum(column)``."""
+        return sa.func.sum(self.expr)
+
     def operate(self, op: Any, *other: Any, **options: Any) -> Any:
         """``column.op("<=>")(vector)`` as the method of that operator: checked, typed, fenced."""
         if isinstance(op, custom_op) and op.opstring in _OPERATORS and len(other) == 1:

@@ -187,6 +187,16 @@ class _Sent(FunctionElement[Any]):
         super().__init__(column)
 
 
+def sent(vector: sa.ColumnElement[Any], storage: Storage) -> sa.ColumnElement[bytes]:
+    """A vector as the bytes of pgvector's binary form, which ``wire.from_wire`` reads.
+
+    Args:
+        vector: a column or an expression.
+        storage: the type that it has in the database.
+    """
+    return sa.type_coerce(_Sent(vector, plain_type(storage, None)), sa.LargeBinary())
+
+
 @compiles(_Sent)
 def _as_it_is(element: _Sent, compiler: Any, **options: Any) -> str:
     return str(compiler.process(element.clauses.clauses[0], **options))

@@ -178,6 +178,48 @@ def test_pages_repeat_nothing_whichever_way_found_them(form: str, engine: sa.Eng
             assert total is None or len(seen) == 10 * len(offsets)
 
 
+@pytest.mark.parametrize("lists", [8, 60])
+@pytest.mark.parametrize("kept", [None, 0.7, 0.2])
+def test_pages_by_lists_follow_each_other(lists: int, kept: Any, engine: sa.Engine) -> None:
+    """Rows that belong to no topic, of which lists hold neighbours apart."""
+    random = np.random.default_rng(9)
+    v = unit(random.normal(size=(ROWS, 24)))
+    part = random.random(ROWS)
+    item = sa.Table(
+        "listed",
+        sa.MetaData(),
+        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("part", sa.Float),
+        sa.Column("v", Vector(24)),
+        ivfflat_index("listed_v", "v", lists=lists),
+    )
+    with engine.begin() as connection:
+        connection.execute(sa.text("DROP TABLE IF EXISTS listed"))
+        connection.execute(sa.schema.CreateTable(item))
+        load(connection, item, ({"id": n, "part": part[n], "v": v[n]} for n in range(ROWS)))
+        connection.execute(sa.schema.CreateIndex(next(iter(item.indexes))))
+        connection.execute(sa.text("ANALYZE listed"))
+    keep = np.ones(ROWS, dtype=bool) if kept is None else part < kept
+    with engine.connect() as connection:
+        for query in unit(random.normal(size=(2, 24))):
+            statement = nearest(item.c.v, query)
+            if kept is not None:
+                statement = statement.where(item.c.part < kept)
+            pages = [
+                [row.id for row in connection.execute(statement.offset(10 * number))]
+                for number in range(31)
+            ]
+            rows = [number for page in pages for number in page]
+            exact = np.argsort(np.where(keep, -(v @ query), np.inf))[:310].tolist()
+            assert len(rows) == len(set(rows)) == 310
+            assert keep[rows].all()
+            # What the lists have missed of the first rows comes later, and nothing is left out.
+            assert len(set(rows) & set(exact)) >= 300
+            assert len(set(pages[20]) & set(exact[195:215])) >= 8
+            whole = [row.id for row in connection.execute(statement.limit(310))]
+            assert len(set(whole) & set(rows)) >= 250
+
+
 def test_a_large_limit_and_none(engine: sa.Engine) -> None:
     world = World(engine, "hnsw", island=0.1)
     _, query = world.queries(1)[0]

@@ -174,6 +174,14 @@ def assert_pages(session: Session, statement: Any) -> None:
     assert len(seen) == len(set(seen)) == 60
 
 
+def rows_read(session: Session, document: Any) -> int:
+    """Rows of the table that this transaction has read so far."""
+    reads = sa.text(
+        "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relname = :name"
+    )
+    return int(session.scalar(reads, {"name": document.__tablename__}) or 0)
+
+
 @pytest.mark.parametrize("form", ["vector", "halfvec", "binary"])
 def test_recall_with_the_defaults(
     form: str, standard: sa.Engine, corpus: Corpus, minilm: Any
@@ -191,6 +199,11 @@ def test_recall_with_the_defaults(
         for query in corpus.queries[:8]:
             assert_pages(session, nearest(document.embedding, query))
             assert_pages(session, nearest(document.embedding, query).where(document.part < 5))
+        # The second page is another look at the index, and no comparison of all rows.
+        for offset in (10, 100) if form != "binary" else ():
+            before = rows_read(session, document)
+            session.execute(nearest(document.embedding, corpus.queries[0], offset=offset)).all()
+            assert 50 <= rows_read(session, document) - before < len(corpus.texts) // 2
 
 
 def test_words_find_what_they_mean(standard: sa.Engine, corpus: Corpus, minilm: Any) -> None:

@@ -144,8 +144,11 @@ def test_in_subqueries_unions_and_functions(bare_database_url: sa.URL) -> None:
         assert connection.scalar(sa.select(cte.c.vec).where(cte.c.id == 2)).tolist() == [3, 4]
         both = sa.union_all(sa.select(table.c.vec), sa.select(table.c.vec))
         assert len(connection.execute(both).scalars().all()) == 4
-        mean = sa.select(sa.func.avg(table.c.vec, type_=Vector(2)))
-        assert connection.scalar(mean).tolist() == [2, 3]
+        for name, values in (("avg", [2, 3]), ("sum", [4, 6])):
+            for vector in (table.c.vec, table.alias().c.vec):
+                assert connection.scalar(sa.select(getattr(vector, name)())).tolist() == values
+            mean = getattr(table.c.vec, name)().filter(table.c.id == 2)
+            assert connection.scalar(sa.select(mean)).tolist() == [3, 4]
         assert connection.scalar(sa.text("SELECT '[1,2]'::vector").columns(v=Vector(2))) is not None
     engine.dispose()
 
