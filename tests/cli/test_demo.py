@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from standard_docstrings import toured
 
 from sbert_pg import catalog, registry
 from sbert_pg.cli import demo, demo_change, demo_data
@@ -22,7 +23,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     entries = [
         entry
         for module, most in wanted.items()
-        for entry in [e for e in demo_data.searchable() if e.module == module][:most]
+        for entry in [e for e in toured() if e.module == module][:most]
     ]
     monkeypatch.setattr(demo, "searchable", lambda: entries)
     monkeypatch.setattr(demo_change, "_SIDE_BY_SIDE", 0.4)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
+from standard_docstrings import documented
 
-from sbert_pg.cli.demo_data import standard_library
 from sbert_pg.search.words import matching
 from tests.search.test_words import QUESTIONS, Base, Note, Odd, Spoken, Weighed
 
@@ -37,7 +37,7 @@ def test_the_same_as_matching(session: Session, analysed: bool) -> None:
         sa.insert(Note),
         [
             {"id": n, "title": entry.name, "body": entry.docstring, "kind": "abc"[n % 3]}
-            for n, entry in zip(range(1, 1001), standard_library(), strict=False)
+            for n, entry in enumerate(documented(1000), start=1)
         ],
     )
     if analysed:

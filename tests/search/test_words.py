@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from standard_docstrings import documented
 
 from sbert_pg.cli.demo_data import standard_library
 from sbert_pg.errors import DeclarationError
@@ -81,7 +82,7 @@ def library(session: Session) -> Session:
         sa.insert(Note),
         [
             {"id": n, "title": entry.name, "body": entry.docstring, "kind": "abc"[n % 3]}
-            for n, entry in zip(range(1, 1001), standard_library(), strict=False)
+            for n, entry in enumerate(documented(1000), start=1)
         ],
     )
     session.commit()
