@@ -13,7 +13,13 @@ if TYPE_CHECKING:
     from sbert_pg.catalog.embedding import Embedding
     from sbert_pg.encoder import Encoder, Reranker
     from sbert_pg.freshness import WorkerSettings, backfill, refresh, worker_thread
-    from sbert_pg.indexes import hnsw_index, ivfflat_index
+    from sbert_pg.indexes import (
+        diskann_index,
+        hnsw_index,
+        indexes_per,
+        ivfflat_index,
+        vchordrq_index,
+    )
     from sbert_pg.loading import load
     from sbert_pg.orm import embed_on_flush, embedding_column, leave_to_workers
     from sbert_pg.passages import add_passages, passages_of, use_chunker
@@ -32,7 +38,13 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
     "catalog.embedding": ("Embedding",),
     "encoder": ("Encoder", "Reranker"),
     "freshness": ("WorkerSettings", "backfill", "refresh", "worker_thread"),
-    "indexes": ("hnsw_index", "ivfflat_index"),
+    "indexes": (
+        "diskann_index",
+        "hnsw_index",
+        "indexes_per",
+        "ivfflat_index",
+        "vchordrq_index",
+    ),
     "loading": ("load",),
     "orm": ("embed_on_flush", "embedding_column", "leave_to_workers"),
     "passages": ("add_passages", "passages_of", "use_chunker"),
@@ -63,6 +75,7 @@ __all__ = [
     "backfill",
     "bind",
     "create_all",
+    "diskann_index",
     "diverse",
     "embed_on_flush",
     "embed_rows",
@@ -75,6 +88,7 @@ __all__ = [
     "get_encoder",
     "hnsw_index",
     "hybrid",
+    "indexes_per",
     "ivfflat_index",
     "leave_to_workers",
     "load",
@@ -90,6 +104,7 @@ __all__ = [
     "tune",
     "use_chunker",
     "use_encoder",
+    "vchordrq_index",
     "worker_thread",
 ]
 

@@ -17,11 +17,11 @@ from sbert_pg.errors import DeclarationError
 
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 Storage = Literal["vector", "halfvec"]
-IndexMethod = Literal["hnsw", "ivfflat"]
+IndexMethod = Literal["hnsw", "ivfflat", "diskann", "vchordrq"]
 
 SIMILARITIES: tuple[Similarity, ...] = get_args(Similarity)
 STORAGES: tuple[Storage, ...] = get_args(Storage)
-#: Access methods of pgvector.
+#: Access methods of pgvector, pgvectorscale and VectorChord.
 INDEX_METHODS: tuple[IndexMethod, ...] = get_args(IndexMethod)
 
 #: Widest column that an index takes, by what is indexed (pgvector 0.8).

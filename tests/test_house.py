@@ -67,18 +67,18 @@ ROOMS: dict[str, tuple[int, int]] = {
     "clustering": (15, 4846),
     "encoder": (26, 6983),
     "freshness": (23, 5271),
-    "indexes": (4, 998),
+    "indexes": (5, 1248),
     "loading": (4, 941),
     "orm": (5, 926),
     "passages": (6, 1155),
-    "reembed": (12, 3259),
-    "search": (12, 3436),
+    "reembed": (12, 3258),
+    "search": (12, 3500),
     "serving": (16, 3141),
     "tuning": (12, 2918),
-    "types": (9, 1688),
+    "types": (9, 1724),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3201
+MOST_LINES_OF_THE_REST = 3216
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60

@@ -79,8 +79,8 @@ class CreateVectorIndexOp(IndexOperation):
         index_name: its name.
         element: name of the column, or ``sa.text()`` of an expression such as
             ``(embedding::halfvec(384))``.
-        using: ``"hnsw"`` or ``"ivfflat"``.
-        opclass: pgvector's operator class.
+        using: access method: ``"hnsw"``, ``"ivfflat"``, ``"diskann"`` or ``"vchordrq"``.
+        opclass: its operator class.
         options: storage parameters, such as ``{"m": 16, "ef_construction": 128}``.
         where: predicate of a partial index, as text.
         tablespace: tablespace, where it is not the default one.
@@ -96,7 +96,7 @@ class CreateVectorIndexOp(IndexOperation):
 
     Raises:
         TableBusyError: a lock could not be had; the message says who holds it.
-        DeclarationError: ``using`` is neither of the two.
+        DeclarationError: ``using`` is none of these.
     """
 
     element: Any = field(kw_only=False)
@@ -113,7 +113,7 @@ class CreateVectorIndexOp(IndexOperation):
     def __post_init__(self) -> None:
         if self.using not in INDEX_METHODS:
             raise DeclarationError(
-                f"create_vector_index: {self.using!r} is no method of pgvector's; use one of "
+                f"create_vector_index: {self.using!r} makes no vector index; use one of "
                 f"{', '.join(INDEX_METHODS)}, or op.create_index for other indexes."
             )
         text = None if isinstance(self.element, str) else sql_of(self.element)

@@ -1,4 +1,4 @@
-"""``hnsw_index`` and ``ivfflat_index``: plain SQLAlchemy indexes with pgvector's options.
+"""``hnsw_index`` and its like: plain SQLAlchemy indexes with the options of their extension.
 
 They are ordinary ``Index`` objects: given in ``__table_args__`` they are created with the table and
 Alembic sees them. ``distance`` and ``nearest`` read off them which expression they serve.
@@ -6,8 +6,10 @@ Alembic sees them. ``distance`` and ``nearest`` read off them which expression t
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast, get_args
 
 import sqlalchemy as sa
@@ -24,10 +26,24 @@ from sbert_pg.distance import (
     metric_of,
 )
 from sbert_pg.errors import DeclarationError
-from sbert_pg.types.indexed import Form, VectorIndex, signs, subvector
+from sbert_pg.types.indexed import Form, VectorIndex, quoted, signs, subvector
 from sbert_pg.types.vector import HalfVector, VectorType, plain_type
 
 VectorColumn = sa.Column[Any] | MappedColumn[Any] | str
+#: A predicate, or what makes it of the table, where there is none yet.
+Predicate = ColumnElement[bool] | Callable[[sa.Table], ColumnElement[bool]]
+#: Storage parameters, or what makes them of the column's type and the metric.
+Options = Mapping[str, int | str] | Callable[[VectorType, Metric], Mapping[str, int | str]]
+
+#: Forms that an access method can index.
+_FORMS: dict[IndexMethod, tuple[Form, ...]] = {
+    "hnsw": get_args(Form),
+    "ivfflat": ("column", "halfvec", "binary"),
+    "diskann": ("column",),
+    "vchordrq": ("column", "halfvec"),
+}
+#: What makes an access method, where it is not pgvector.
+_EXTENSIONS: dict[IndexMethod, str] = {"diskann": "pgvectorscale", "vchordrq": "VectorChord"}
 
 
 def hnsw_index(
@@ -40,7 +56,7 @@ def hnsw_index(
     ef_construction: int = 128,
     dimensions: int | None = None,
     mean: Sequence[float] | None = None,
-    where: ColumnElement[bool] | None = None,
+    where: Predicate | None = None,
 ) -> sa.Index:
     """An HNSW index on a vector column.
 
@@ -59,7 +75,8 @@ def hnsw_index(
         mean: of the form ``"binary"``, the mean of the vectors, which is taken from them before
             their signs are: recall then suffers less where they share a direction. It is written
             into the index, so it stays as it is until the index is built again.
-        where: predicate of a partial index.
+        where: predicate of a partial index, or a function that makes it of the table; see
+            ``indexes_per`` for one index a tenant.
 
     Raises:
         DeclarationError: a parameter is out of its range; or, when the index meets its table, the
@@ -78,7 +95,9 @@ def hnsw_index(
             f"form is {form!r}."
         )
     options = {"m": m, "ef_construction": ef_construction}
-    return _index("hnsw", name, column, _Form(form, dimensions, mean), similarity, options, where)
+    return vector_index(
+        "hnsw", name, column, FormOf(form, dimensions, mean), similarity, options, where
+    )
 
 
 def ivfflat_index(
@@ -88,7 +107,7 @@ def ivfflat_index(
     lists: int,
     form: Form = "column",
     similarity: Similarity | None = None,
-    where: ColumnElement[bool] | None = None,
+    where: Predicate | None = None,
 ) -> sa.Index:
     """An IVFFlat index on a vector column; build it after the table has its rows.
 
@@ -104,10 +123,70 @@ def ivfflat_index(
     """
     if not 1 <= lists <= 32_768:
         raise DeclarationError(f"ivfflat_index: lists is {lists}; pgvector takes 1 to 32768.")
-    return _index("ivfflat", name, column, _Form(form), similarity, {"lists": lists}, where)
+    return vector_index("ivfflat", name, column, FormOf(form), similarity, {"lists": lists}, where)
 
 
-class _Form(NamedTuple):
+def indexes_per(
+    column: VectorColumn,
+    values: Iterable[Any],
+    make: Callable[..., sa.Index],
+    name: str,
+    vectors: VectorColumn,
+    **options: Any,
+) -> list[sa.Index]:
+    """A partial index for each of some values of a column, such as one a tenant.
+
+    A search with ``where`` the column is one of the values is served by that value's index; rows of
+    other values, such as small tenants, are in none, and a search among them compares each. An
+    index that is taken out of the list, or added, is dropped or built by the next migration.
+
+    ::
+
+        __table_args__ = (
+            *indexes_per("tenant_id", [1, 2, 3], hnsw_index, "ix_article_embedding", "embedding"),
+        )
+
+    Args:
+        column: the column: its name, a ``Column``, or a mapped column.
+        values: its values.
+        make: ``hnsw_index``, ``ivfflat_index``, ``diskann_index`` or ``vchordrq_index``.
+        name: what the names of the indexes begin with; the value follows.
+        vectors: the vector column.
+        options: further arguments for ``make``; with ``where``, an index holds rows that meet both.
+
+    Raises:
+        DeclarationError: as ``make``; or, when an index meets its table, there is no such column.
+    """
+    given = options.pop("where", None)
+
+    def predicate(value: Any) -> Callable[[sa.Table], ColumnElement[bool]]:
+        def made(table: sa.Table) -> ColumnElement[bool]:
+            real = column.column if isinstance(column, MappedColumn) else column
+            key = real if isinstance(real, str) else real.key
+            if key not in table.c:
+                raise DeclarationError(f"indexes_per: {table.name} has no column {key!r}.")
+            own: ColumnElement[bool] = table.c[key] == value
+            rest = given(table) if callable(given) else given
+            return own if rest is None else sa.and_(own, rest)
+
+        return made
+
+    return [
+        make(_name_for(name, value), vectors, where=predicate(value), **options) for value in values
+    ]
+
+
+def _name_for(name: str, value: Any) -> str:
+    """A name that says a value; with a digest, where it cannot say all of it."""
+    text = value.hex if isinstance(value, uuid.UUID) else str(value)
+    word = re.sub(r"[^a-z0-9_]+", "_", text.lower())
+    if word == text and len(f"{name}_{word}") <= 63:
+        return f"{name}_{word}"
+    digest = hashlib.blake2s(text.encode(), digest_size=4).hexdigest()
+    return f"{name.encode()[:45].decode(errors='ignore')}_{word[:8]}_{digest}"
+
+
+class FormOf(NamedTuple):
     """A form with what belongs to it."""
 
     name: Form
@@ -115,36 +194,42 @@ class _Form(NamedTuple):
     mean: Sequence[float] | None = None
 
 
-def _index(
+def vector_index(
     method: IndexMethod,
     name: str | None,
     column: VectorColumn,
-    form: _Form,
+    form: FormOf,
     similarity: Similarity | None,
-    options: dict[str, int],
-    where: ColumnElement[bool] | None,
+    options: Options,
+    where: Predicate | None,
 ) -> sa.Index:
-    if form.name not in get_args(Form) or (form.name == "subvector" and method == "ivfflat"):
+    """A vector index of any access method; see the functions of their names."""
+    if form.name not in _FORMS[method]:
         raise DeclarationError(
-            f"{method}_index: form is {form.name!r}; use one of {', '.join(get_args(Form))}."
+            f"{method}_index: form is {form.name!r}; use one of {', '.join(_FORMS[method])}."
         )
     index = sa.Index(
         name,
         column.column if isinstance(column, MappedColumn) else column,
         postgresql_using=method,
-        postgresql_with=options,
-        postgresql_where=where,
+        postgresql_where=None if callable(where) else where,
     )
 
     def complete(index: sa.Index, table: sa.Table) -> None:
         # A column of a mapped class gets its name, and a name its column, when the table is made.
         real = next(iter(index.columns))
-        expression, opclass = _indexed(method, table, real, form, similarity)
+        expression, opclass, metric = _indexed(method, table, real, form, similarity)
+        type_ = cast("VectorType", real.type)
+        given = options(type_, metric) if callable(options) else options
         if form.name != "column":
             expression = expression.label(f"{real.key}_{form.name}")
             # In place, since copies to other metadata are made from a second name of the list.
             cast("list[Any]", index.expressions)[:] = [expression]
-        index.dialect_options["postgresql"]["ops"] = {expression.key: opclass}
+        own = index.dialect_options["postgresql"]
+        own["ops"] = {expression.key: opclass}
+        own["with"] = {key: quoted(value) for key, value in given.items()}
+        if callable(where):
+            own["where"] = where(table)
 
     event.listen(index, "after_parent_attach", complete)
     if index.table is not None:
@@ -152,9 +237,9 @@ def _index(
     return index
 
 
-def _require_width(where: str, width: int, kind: str) -> None:
+def _require_width(where: str, width: int, kind: str, method: IndexMethod) -> None:
     limit = MAX_INDEXED_DIMENSIONS[kind]
-    if width > limit:
+    if width > limit and method not in _EXTENSIONS:
         raise DeclarationError(
             f"{where}: {width} dimensions are too many for an index on {kind}, which takes "
             f"{limit}. Use form='halfvec' (up to 4000) or form='binary' (up to 64000)."
@@ -165,10 +250,10 @@ def _indexed(
     method: IndexMethod,
     table: sa.Table,
     column: sa.Column[Any],
-    form: _Form,
+    form: FormOf,
     similarity: Similarity | None,
-) -> tuple[Any, str]:
-    """The expression to index, and the operator class for it."""
+) -> tuple[Any, str, Metric]:
+    """The expression to index, the operator class for it, and the metric."""
     type_, where = column.type, f"{method}_index on {table.name}.{column.name}"
     if not isinstance(type_, VectorType) or type_.dimensions is None:
         raise DeclarationError(
@@ -178,7 +263,7 @@ def _indexed(
     kinds = {"halfvec": "halfvec", "binary": "bit"}
     kind = kinds.get(form.name, type_.storage)
     width = form.dimensions or type_.dimensions
-    _require_width(where, width, kind)
+    _require_width(where, width, kind, method)
     if not 0 < width <= type_.dimensions or len(form.mean or [0] * width) != width:
         raise DeclarationError(
             f"{where}: the column has {type_.dimensions} dimensions; a subvector has fewer, and a "
@@ -186,12 +271,13 @@ def _indexed(
         )
     metric = _metric(where, method, type_, similarity)
     if form.name == "binary":
-        return signs(column, width, _centre(form.mean, type_.storage)), "bit_hamming_ops"
+        return signs(column, width, _centre(form.mean, type_.storage)), "bit_hamming_ops", metric
     if form.name == "halfvec":
-        return sa.cast(column, HalfVector(width)), metric.opclass("halfvec")
+        return sa.cast(column, HalfVector(width)), metric.opclass("halfvec"), metric
+    expression: Any = column
     if form.name == "subvector":
-        return subvector(column, plain_type(type_.storage, width)), metric.opclass(type_.storage)
-    return column, metric.opclass(type_.storage)
+        expression = subvector(column, plain_type(type_.storage, width))
+    return expression, metric.opclass(type_.storage), metric
 
 
 def _centre(mean: Sequence[float] | None, storage: Storage) -> Any:
@@ -210,7 +296,8 @@ def _metric(
     metric = metric_of(name)
     if method not in metric.index_methods:
         raise DeclarationError(
-            f"{where}: pgvector has no {method} operator class for {name} distance; use "
+            f"{where}: {_EXTENSIONS.get(method, 'pgvector')} has no {method} operator class for "
+            f"{name} distance; use "
             f"{' or '.join(f'{other}_index' for other in metric.index_methods)}."
         )
     return metric
@@ -225,19 +312,20 @@ def index_like(index: VectorIndex, column: sa.Column[Any], name: str) -> sa.Inde
     own = column.name == index.column
     form: Form = "column" if index.form == "subvector" and not own else index.form
     where = None if index.where is None else sa.literal_column(index.where, sa.Boolean())
-    options = {key: int(value) for key, value in index.effective_options.items()}
+    options = index.effective_options
     if index.method == "hnsw":
+        m = int(options["m"])
         return hnsw_index(
             name,
             column,
             form=form,
-            m=options["m"],
-            ef_construction=max(options["ef_construction"], 2 * options["m"]),
+            m=m,
+            ef_construction=max(int(options["ef_construction"]), 2 * m),
             dimensions=index.width if own else None,
             mean=index.mean if own else None,
             where=where,
         )
-    return ivfflat_index(name, column, lists=options["lists"], form=form, where=where)
+    return vector_index(index.method, name, column, FormOf(form), None, options, where)
 
 
 def index_name(existing: str, old: str, new: str, table: str) -> str:
@@ -254,4 +342,11 @@ def index_name(existing: str, old: str, new: str, table: str) -> str:
     return name[-63:]
 
 
-__all__ = ["hnsw_index", "index_like", "index_name", "ivfflat_index"]
+__all__ = [
+    "hnsw_index",
+    "index_like",
+    "index_name",
+    "indexes_per",
+    "ivfflat_index",
+    "vector_index",
+]

@@ -47,7 +47,7 @@ class StoredIndex(VectorIndex):
 def vector_indexes(
     connection: sa.Connection, table: str, column: str | None = None, *, schema: str | None = None
 ) -> tuple[StoredIndex, ...]:
-    """The HNSW and IVFFlat indexes of a table, by name; none where there is no such table.
+    """The vector indexes of a table, by name; none where there is no such table.
 
     Args:
         column: only those on this column, or on an expression of it.

@@ -11,11 +11,11 @@ import sqlalchemy as sa
 
 from sbert_pg import catalog
 from sbert_pg.catalog import Binding
-from sbert_pg.distance import INDEX_METHODS
 from sbert_pg.errors import BackfillIncompleteError, NotBoundError
 from sbert_pg.freshness import counts
 from sbert_pg.indexes import vector_indexes
 from sbert_pg.row_vectors import EmbeddingColumn, embedding_columns
+from sbert_pg.types.indexed import method_of
 
 #: Rows up to which a check counts what is missing; beyond, "more than" is enough.
 COUNTED = 10_000
@@ -200,8 +200,7 @@ def declared_indexes(column: sa.Column[Any]) -> list[sa.Index]:
     return [
         index
         for index in column.table.indexes
-        if index.dialect_options["postgresql"]["using"] in INDEX_METHODS
-        and column.name in index.columns
+        if method_of(index) is not None and column.name in index.columns
     ]
 
 

@@ -70,9 +70,10 @@ def nearest(
         where: criteria that a row has to meet; the same as ``.where()`` on the result.
         max_distance: largest distance, in the units of the encoder's distance.
         min_similarity: least similarity; another way to say the same.
-        ef_search: HNSW candidates, 1 to 1000; by default 100, or as many as the filter needs.
+        ef_search: HNSW candidates, or pgvectorscale's search list, 1 to 1000; by default 100, or as
+            many as the filter needs.
         probes: IVFFlat lists to look into; by default ``lists ** 0.85`` of the index's,
-            ``lists ** 0.9`` under a filter.
+            ``lists ** 0.9`` under a filter. Of VectorChord's last level; by default the index's.
         overfetch: rows fetched by a quantised index for each row wanted, and then ranked exactly;
             40 by default. Other indexes rank by themselves.
         exact: whether to leave indexes aside and compare with every row.

@@ -91,6 +91,11 @@ class WordsExplanation:
         return "\n".join(lines)
 
 
+def _written_out(statement: Nearest, connection: sa.Connection) -> str:
+    """A statement as it is sent, with values that are part of its text."""
+    return str(statement.compile(connection, compile_kwargs={"render_postcompile": True}))
+
+
 def explain_words(session: Session | sa.Connection, statement: Nearest) -> WordsExplanation:
     """Say what a search by ``matching`` or ``hybrid`` makes of its question.
 
@@ -115,7 +120,7 @@ def explain_words(session: Session | sa.Connection, statement: Nearest) -> Words
     if isinstance(search, HybridSearch):
         weight = session.execute(weight_of(search)).scalar()
         meaning = explain_search(session, search.meaning)
-    sql = str(statement.compile(connection))
+    sql = _written_out(statement, connection)
     return WordsExplanation(tuple(Word(*row) for row in found), weight, meaning, sql)
 
 
@@ -145,7 +150,7 @@ def explain_search(session: Session | sa.Connection, statement: Nearest) -> Sear
             "explain_search() explains one query; give nearest() one of them as a text or vector."
         )
     connection = session.connection() if isinstance(session, Session) else session
-    sql = str(statement.compile(connection))
+    sql = _written_out(statement, connection)
     made = parts_of(search)
     if made is None:
         return SearchExplanation("exact", _without(search), True, None, 0, 0, sql)

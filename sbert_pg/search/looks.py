@@ -8,7 +8,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from sbert_pg.types.indexed import VectorIndex
+from sbert_pg.types.indexed import PROBED_FAR, VectorIndex
 
 MAX_EF_SEARCH = 1000
 #: Candidates that HNSW keeps for a search without a filter. With pgvector's default of 40 recall@10
@@ -36,8 +36,6 @@ MANY = 30_000
 #: Lists that IVFFlat looks into, as a power of their number: 8 of 10, 51 of 100, 355 of 1,000. On
 #: real texts recall@10 is .98 with these (10 to 700 lists), and .90 to .93 with the square root.
 PROBED = 0.85
-#: The same under a filter, which needs rows that are farther away.
-PROBED_FAR = 0.9
 #: Numbers of rows that a search by index is prepared for; beyond, every row is compared.
 SIZES = (10, 25, 50, 100, 250, 500, 1000)
 
@@ -167,6 +165,8 @@ def far_look(index: VectorIndex, shape: Shape) -> Look | None:
 
 def _probes(index: VectorIndex, shape: Shape) -> int | None:
     """Lists to look into; the larger the index, the smaller a part of it."""
+    if index.method == "vchordrq":
+        return shape.probes or (index.probes[-1] if index.probes else None)
     if index.method != "ivfflat":
         return None
     # The same for each page of a search, so that they follow each other.
@@ -212,28 +212,38 @@ def settings(index: VectorIndex, look: Look, looked: Any) -> sa.ColumnElement[st
         look: the look that they are for.
         looked: rows that it takes, as an expression.
     """
-    iterative = "'relaxed_order'" if look.fetched > MAX_EF_SEARCH else "'off'"
-    values: dict[str, Any]
-    if index.method == "hnsw":
-        candidates: Any = f"'{look.ef_search}'"
-        if look.ef_search is None:
-            candidates = sa.cast(looked * sa.literal_column(f"{CANDIDATES:d}"), sa.Text)
-        values = {"'hnsw.ef_search'": candidates, "'hnsw.iterative_scan'": iterative}
-    else:
-        values = {"'ivfflat.iterative_scan'": iterative}
-        if look.probes is not None:
-            values["'ivfflat.probes'"] = f"'{look.probes}'"
     return sa.func.concat(
         *(
             sa.func.set_config(
-                sa.literal_column(name),
+                sa.literal_column(f"'{index.method}.{name}'"),
                 sa.literal_column(value) if isinstance(value, str) else value,
                 sa.true(),
                 type_=sa.Text(),
             )
-            for name, value in values.items()
+            for name, value in _values(index, look, looked).items()
         )
     )
+
+
+def _values(index: VectorIndex, look: Look, looked: Any) -> dict[str, Any]:
+    """Settings of an access method by their names: SQL as text, or expressions."""
+    candidates: Any = f"'{look.ef_search}'"
+    if look.ef_search is None:
+        candidates = sa.cast(looked * sa.literal_column(f"{CANDIDATES:d}"), sa.Text)
+    if index.method == "diskann":
+        # It goes on by itself while rows are asked for; what is rescored comes in its true order.
+        return {"query_search_list_size": candidates, "query_rescore": candidates}
+    if index.method == "vchordrq":
+        values = {"max_scan_tuples": "'-1'"}
+        # Only where the caller says so: it counts for other indexes of the transaction as well, and
+        # these refuse a number of levels that is not theirs.
+        if look.probes is not None and (look.probes,) != index.probes[-1:]:
+            values["probes"] = "'" + ",".join(map(str, (*index.probes[:-1], look.probes))) + "'"
+        return values
+    values = {"iterative_scan": "'relaxed_order'" if look.fetched > MAX_EF_SEARCH else "'off'"}
+    if index.method == "hnsw":
+        return {"ef_search": candidates, **values}
+    return values if look.probes is None else {**values, "probes": f"'{look.probes}'"}
 
 
 __all__ = [

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import LoaderCriteriaOption
+from sqlalchemy.sql import operators
 
 from sbert_pg.errors import DeclarationError
 from sbert_pg.search.looks import Shape, number, size_for
@@ -32,9 +33,12 @@ from sbert_pg.search.ways import (
     compared_page,
     key_names,
 )
+from sbert_pg.types.comparator import clause_of
 
 #: A method of ``Select`` that was called, and its arguments.
 Call = tuple[str, tuple[Any, ...], dict[str, Any]]
+#: Asked what it can write out.
+_POSTGRESQL: sa.Dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
 #: Methods that take criteria alone; the others that choose rows are joins.
 _CRITERIA = ("where", "filter_by")
 
@@ -287,7 +291,8 @@ def _within_part(search: Search) -> sa.CTE:
     if target.entity is not None:
         rows = rows.select_from(target.entity)
     # The caller's criteria first, since the vector is far behind in the row.
-    rows = replayed(rows, search.narrowing).where(*target.present)
+    narrowing = _spelled_out(search) if target.dividing else search.narrowing
+    rows = replayed(rows, narrowing).where(*target.present)
     if search.exact or target.index is None:
         rows = rows.where(*_others(search))
     outer = search.outer()
@@ -295,6 +300,40 @@ def _within_part(search: Search) -> sa.CTE:
         rows = rows.correlate(*outer)
     part: sa.CTE = rows.cte("nearest_within").prefix_with("NOT MATERIALIZED")
     return part
+
+
+def _spelled_out(search: Search) -> tuple[Call, ...]:
+    """The calls that choose rows, with values that choose a partial index as part of the text.
+
+    A plan that the server makes once for all values, as of a prepared statement from its tenth
+    execution on, cannot use an index of one of them.
+    """
+
+    def spelled(criterion: Any) -> Any:
+        criterion = clause_of(criterion)
+        if isinstance(criterion, sa.BooleanClauseList) and criterion.operator is operators.and_:
+            return sa.and_(*map(spelled, criterion.clauses))
+        if not isinstance(criterion, sa.BinaryExpression) or criterion.operator is not operators.eq:
+            return criterion
+        column, value = criterion.left, criterion.right
+        if getattr(column, "name", None) not in search.target.dividing:
+            return criterion
+        if not isinstance(value, sa.BindParameter) or value.effective_value is None:
+            return criterion
+        if value.type.literal_processor(_POSTGRESQL) is None:
+            return criterion
+        text = sa.bindparam(None, value.effective_value, type_=value.type, literal_execute=True)
+        return sa.BinaryExpression(column, text, operators.eq, type_=criterion.type)
+
+    calls = []
+    for name, criteria, options in search.narrowing:
+        if name == "filter_by" and search.target.entity is not None and not search.joins:
+            named = (getattr(search.target.entity, key) == value for key, value in options.items())
+            name, criteria, options = "where", tuple(named), {}
+        if name == "where":
+            criteria = tuple(map(spelled, criteria))
+        calls.append((name, criteria, options))
+    return tuple(calls)
 
 
 def _passes(search: Search, row: sa.FromClause) -> Any:

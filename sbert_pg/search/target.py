@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from sbert_pg.catalog.embedding import companion_of
 from sbert_pg.distance import HAMMING, Metric
 from sbert_pg.errors import DeclarationError, ZeroVectorError
 from sbert_pg.types.comparator import apply_operator, base_of, clause_of, metric_for, operand
-from sbert_pg.types.indexed import VectorIndex, index_on
+from sbert_pg.types.indexed import VectorIndex, description_of, index_on
 from sbert_pg.types.text import TextSearch
 from sbert_pg.types.vector import VectorType
 from sbert_pg.types.wire import WireVector
@@ -47,6 +48,7 @@ class Target:
         leading: names of columns that an index finds rows by.
         index: the index that serves the column, or ``None``.
         partial: whether that is a partial index.
+        dividing: names of columns that predicates of partial indexes speak of.
         quantized: whether it ranks too coarsely, so that an exact distance ranks again.
         narrows: whether the entity is less than the rows of its table (a mapped subclass).
         label: name of the column of similarities.
@@ -79,6 +81,7 @@ class Target:
         self.leading: set[str] = set()
         self.index: VectorIndex | None = None
         self.partial = self.quantized = False
+        self.dividing: set[str] = set()
         #: That a row has a vector, and one that may be proven.
         self.present = self.claimed(clause)
         if base is not None and isinstance(base.table, sa.Table) and base.table in origin:
@@ -128,6 +131,12 @@ class Target:
         self._base = base
         if self.index is not None:
             self.partial, self.quantized = self.index.partial, self.index.quantized
+        if self.partial:
+            said = " ".join(one.where or "" for one in map(description_of, table.indexes) if one)
+            words = set(re.findall(r"\w+", said))
+            self.dividing = {
+                c.name for c in table.c if words.issuperset(re.findall(r"\w+", c.name))
+            }
         for columns in (index.columns for index in table.indexes):
             self.leading.update(column.name for column in list(columns)[:1])
         self.leading.add(row_key[0].name)

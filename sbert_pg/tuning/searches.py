@@ -19,7 +19,7 @@ from sbert_pg.search.statement import Nearest
 from sbert_pg.spec import TextEncoder
 from sbert_pg.types.comparator import base_of, clause_of
 from sbert_pg.types.encoding import query_vectors
-from sbert_pg.types.indexed import index_on
+from sbert_pg.types.indexed import index_on, method_of
 from sbert_pg.types.text import TextSearch
 
 
@@ -143,7 +143,7 @@ def on_copy(criterion: Any, table: Any, copy: sa.Table) -> Any:
 
 
 def _is_vector_index(index: sa.Index) -> bool:
-    return index.dialect_options["postgresql"]["using"] in ("hnsw", "ivfflat")
+    return method_of(index) is not None
 
 
 class _Encoded:

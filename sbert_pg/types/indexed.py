@@ -28,14 +28,27 @@ _PREFERENCE: tuple[Form, ...] = ("column", "halfvec", "subvector", "binary")
 _VECTOR = re.compile(r"'(\[[-+0-9.,eE\s]+\])'")
 _WIDTH = re.compile(r"subvector\(.*,\s*1,\s*(\d+)\)", re.DOTALL)
 
-#: pgvector's defaults, which an index has that was created without the option.
-DEFAULT_OPTIONS: Mapping[str, Mapping[str, int]] = {
+#: The extensions' defaults, which an index has that was created without the option.
+DEFAULT_OPTIONS: Mapping[str, Mapping[str, int | str]] = {
     "hnsw": {"m": 16, "ef_construction": 64},
     "ivfflat": {"lists": 100},
+    "diskann": {
+        "storage_layout": "memory_optimized",
+        "num_neighbors": 50,
+        "search_list_size": 100,
+        "max_alpha": "1.2",
+    },
 }
 _OPCLASS = re.compile(r"[A-Za-z_][A-Za-z0-9_$.]*\Z")
 _OPTION = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _VALUE = re.compile(r"[A-Za-z0-9_.+-]+\Z")
+#: A value that is a text, as VectorChord's TOML: nothing in it ends a literal, or is a parameter's.
+_TEXT = re.compile(r"[A-Za-z0-9_.+\-=,\[\]{}\"#\s]*\Z")
+#: Lists to look into under a filter, as a power of their number, since rows that pass are farther
+#: away than the nearest; measured with IVFFlat, see ``search.looks``.
+PROBED_FAR = 0.9
+_LINES = re.compile(r"\s*\n\s*")
+_LISTS = re.compile(r"^\s*lists\s*=\s*\[([\d,\s]*)\]", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,14 +102,26 @@ class VectorIndex:
 
     @property
     def effective_options(self) -> dict[str, int | str]:
-        """Storage parameters, with pgvector's defaults for those that were not spelled out."""
-        return {**DEFAULT_OPTIONS.get(self.method, {}), **self.options}
+        """Storage parameters, with the extension's defaults for those that were not spelled out.
+
+        Of a parameter that is a text of several lines, blanks around them do not count.
+        """
+        options = {**DEFAULT_OPTIONS.get(self.method, {}), **self.options}
+        return {key: as_number(_LINES.sub("\n", str(v)).strip()) for key, v in options.items()}
 
     @property
     def lists(self) -> int | None:
-        """Inverted lists of an IVFFlat index."""
-        lists = self.effective_options.get("lists")
+        """Inverted lists of an IVFFlat index; of VectorChord's, those of its last level."""
+        match = _LISTS.search(str(self.options.get("options", "")))
+        levels = re.findall(r"\d+", match[1])[-1:] if match else []
+        lists = self.effective_options.get("lists", *levels)
         return None if lists is None else int(lists)
+
+    @property
+    def probes(self) -> tuple[int, ...]:
+        """Lists that VectorChord looks into at each level, as the index itself says."""
+        own = str(self.options.get("probes", "")) if self.method == "vchordrq" else ""
+        return tuple(int(number) for number in re.findall(r"\d+", own))
 
     @property
     def partial(self) -> bool:
@@ -177,7 +202,7 @@ class VectorIndex:
             element,
             postgresql_using=self.method,
             postgresql_ops={} if self.opclass is None else {element.key: self.opclass},
-            postgresql_with=dict(self.options),
+            postgresql_with={key: quoted(value) for key, value in self.options.items()},
             postgresql_where=None if where is None else sa.literal_column(where),
             postgresql_tablespace=self.tablespace,
             postgresql_concurrently=concurrently,
@@ -188,7 +213,7 @@ class VectorIndex:
     def _check(self) -> None:
         checks = [(_OPCLASS, self.opclass or "vector_l2_ops", "operator class")]
         for key, value in self.options.items():
-            checks += [(_OPTION, key, "option"), (_VALUE, str(value), "value")]
+            checks += [(_OPTION, key, "option"), (_TEXT, str(value), "value")]
         for pattern, value, what in checks:
             if not pattern.match(value):
                 raise DeclarationError(f"Index {self.name!r}: {value!r} is no {what}.")
@@ -210,7 +235,7 @@ def subvector(column: sa.ColumnElement[Any], type_: Any) -> sa.ColumnElement[Any
 
 
 def method_of(index: sa.Index) -> IndexMethod | None:
-    """``hnsw`` or ``ivfflat`` for a vector index, else ``None``."""
+    """The access method of a vector index, else ``None``."""
     using = index.dialect_options["postgresql"]["using"]
     return cast("IndexMethod", using) if using in INDEX_METHODS else None
 
@@ -226,7 +251,7 @@ def _expression_of(index: sa.Index) -> tuple[Any, Any]:
 
 
 def description_of(index: sa.Index) -> VectorIndex | None:
-    """The description of an index, where it is an HNSW or IVFFlat index on one expression."""
+    """The description of an index, where it is a vector index on one expression."""
     method, table = method_of(index), index.table
     if method is None or table is None or len(index.expressions) != 1:
         return None
@@ -248,7 +273,7 @@ def description_of(index: sa.Index) -> VectorIndex | None:
         method=method,
         form=form,
         opclass=opclass,
-        options={str(key): as_number(value) for key, value in (options["with"] or {}).items()},
+        options={str(k): as_number(unquoted(v)) for k, v in (options["with"] or {}).items()},
         element=None if element is column else element,
         predicate=options["where"],
         tablespace=options["tablespace"],
@@ -357,6 +382,17 @@ def form_of(expression: str) -> Form:
 def as_number(value: Any) -> int | str:
     """A storage parameter, as a number where it is one."""
     return int(value) if str(value).isdigit() else str(value)
+
+
+def quoted(value: int | str) -> int | str:
+    """A storage parameter as ``WITH`` takes it."""
+    return value if _VALUE.match(str(value)) else f"'{value}'"
+
+
+def unquoted(value: Any) -> str:
+    """The same as the server keeps it."""
+    match = re.fullmatch(r"('|\$\$)(.*)\1", str(value), flags=re.DOTALL)
+    return str(value) if match is None else match[2]
 
 
 def _with_opclass(expression: str, opclass: str | None) -> tuple[str, str | None]:

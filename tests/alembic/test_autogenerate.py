@@ -232,3 +232,38 @@ def test_index_that_a_failure_left_invalid_is_noticed(app) -> None:
     assert "ix_e" in app.check()
     app.step()
     assert app.scalar("SELECT indisvalid FROM pg_index WHERE indexrelid = 'ix_e'::regclass")
+
+
+def test_an_index_a_tenant(app) -> None:
+    """A tenant that is added or taken out is one index, built or dropped; reversed as well."""
+    indexes = '*indexes_per("lang", {}, hnsw_index, "ix_e", "embedding", m=8)'
+    names = "SELECT array_agg(indexname ORDER BY 1) FROM pg_indexes WHERE indexname LIKE 'ix_e%'"
+    app.models(model(indexes.format(["de", "en"])))
+    app.step()
+    assert app.scalar(names) == ["ix_e_de", "ix_e_en"]
+    assert "'de'" in app.scalar("SELECT indexdef FROM pg_indexes WHERE indexname = 'ix_e_de'")
+    assert app.check() == ""
+    app.models(model(indexes.format(["de", "fr"])))
+    text = app.step()
+    assert text.count("op.create_vector_index(") == text.count("op.drop_vector_index(") == 2
+    assert app.scalar(names) == ["ix_e_de", "ix_e_fr"]
+    assert app.check() == ""
+    app.undo()
+    assert app.scalar(names) == ["ix_e_de", "ix_e_en"]
+
+
+def test_what_is_written_for_other_extensions(app) -> None:
+    """There is no such server: the revision and its SQL, as far as they go without one."""
+    app.models(model())
+    app.step()
+    app.models(model('vchordrq_index("ix_e", "embedding", lists=[9, 80], probes=[3, 8])'))
+    assert "method: hnsw to vchordrq" in app.check()
+    text = app.revision()
+    assert "using='vchordrq'" in text
+    assert "existing=" not in text
+    sql = " ".join(app.sql("head").split())
+    assert (
+        "CREATE INDEX CONCURRENTLY IF NOT EXISTS ix_e ON article USING vchordrq "
+        "(embedding vector_cosine_ops) WITH (options = '[build.internal] lists = [9, 80] "
+        "spherical_centroids = true', probes = '3,8')"
+    ) in sql

@@ -25,7 +25,8 @@ import enum
 import sqlalchemy as sa
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sbert_pg import (
-    EncoderSpec, HalfVector, Source, Vector, embedding_column, hnsw_index, ivfflat_index,
+    EncoderSpec, HalfVector, Source, Vector, diskann_index, embedding_column, hnsw_index,
+    indexes_per, ivfflat_index, vchordrq_index,
 )
 
 ENCODER = EncoderSpec(name="deterministic", dimensions=384)
