@@ -7,6 +7,7 @@ for everything that is in a row already (``sbert.expressions_v1`` has the same r
 from __future__ import annotations
 
 import json
+import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ class NotKnown:
         return "NOT_KNOWN"
 
 
+#: Characters that no text or name of PostgreSQL has, over which drivers fail in their own ways.
+UNSTORABLE = re.compile(r"[\0\ud800-\udfff]")
+NOT_STORED = "which PostgreSQL cannot store: a text holds no NUL and no half of a surrogate pair."
 #: Columns of a passage that say, with its key, where its text stands.
 PLACE = ("heading", "start", "stop")
 #: Stands for a source value that was not given, and for a text that hangs on one.
@@ -65,6 +69,9 @@ class Source:
             )
         if len(set(self.columns)) != len(self.columns):
             raise SourceError(f"The source {self.columns!r} names a column twice.")
+        for text in (*self.columns, self.separator or "", self.pattern or ""):
+            if UNSTORABLE.search(text):
+                raise SourceError(f"A source holds {text!r}, {NOT_STORED}")
 
     @classmethod
     def of(cls, value: str | Sequence[str] | Source, separator: str = "\n\n") -> Source:

@@ -109,6 +109,11 @@ LASTING: dict[str, Any] = {
     "application_name": "sbert-pg",
 }
 
+#: What a URL looks like.
+_LIKE = (
+    "Give one like postgresql://user@host:5432/name, or with several hosts "
+    "postgresql://user@/name?host=one:5432&host=two:5432."
+)
 #: Results go here.
 out = Console()
 #: Progress, notes and errors go here, so that a pipe gets results alone.
@@ -122,11 +127,16 @@ def normalized_url(url: str) -> sa.URL:
         DeclarationError: it is no PostgreSQL URL.
     """
     try:
+        url.encode()
         parsed = sa.make_url(url)
-    except sa.exc.ArgumentError as error:
+    except (sa.exc.ArgumentError, ValueError):
+        # Without its cause, which may show a part of the URL, and so of a password.
+        raise DeclarationError(f"The database URL cannot be read. {_LIKE}") from None
+    if "@" in f"{parsed.host}{parsed.database}":
+        # The end of a password, which an error of the connection would show as a host's name.
         raise DeclarationError(
-            "The database URL cannot be read; give one like postgresql://user@host:5432/name."
-        ) from error
+            f"The database URL has an @ too many; one in a user or password is written %40. {_LIKE}"
+        )
     backend = parsed.drivername.partition("+")[0]
     if backend not in ("postgresql", "postgres"):
         raise DeclarationError(

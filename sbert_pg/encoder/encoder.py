@@ -20,7 +20,7 @@ from sbert_pg.encoder.engine import Converted, opened, resolve_prompt
 from sbert_pg.encoder.providers import Provider
 from sbert_pg.encoder.runner import OUTPUT, QUERY_OUTPUT
 from sbert_pg.encoder.tokenizing import clean, clean_chunks
-from sbert_pg.errors import DeclarationError
+from sbert_pg.errors import DeclarationError, EncoderMismatchError
 from sbert_pg.probes import PROBES
 from sbert_pg.spec import DOCUMENT, QUERY, EncoderSpec, Vectors, known_encoder
 
@@ -281,6 +281,16 @@ class Encoder(Converted):
         # Under the name that it had, which need not be the directory's.
         reopen = partial(type(self).open, dimensions=self.dimensions, **self._arguments)
         return reopen, (self._directory,), {"_spec": self._spec}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        spec: EncoderSpec = state["_spec"]
+        if spec.fingerprint != self._spec.fingerprint:
+            raise EncoderMismatchError(
+                f"{self._directory} holds another encoder (fingerprint {self._spec.fingerprint}) "
+                f"than the one that was pickled, {spec.name!r} (fingerprint {spec.fingerprint}). "
+                "Give every machine the same directory."
+            )
+        self._spec = spec
 
     def __repr__(self) -> str:
         return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -156,7 +157,7 @@ class Engine:
         if second is None:
             yield self._counted(tokens, prompt, output)
             return
-        begin = len(first)
+        begin, process = len(first), os.getpid()
         with ThreadPoolExecutor(1, thread_name_prefix="sbert-pg-encode") as pool:
             running: Future[Vectors] = pool.submit(self._counted, tokens, prompt, output)
             following: list[str] | None = second
@@ -167,6 +168,7 @@ class Engine:
                 vectors = running.result()
                 running = pool.submit(self._counted, tokens, prompt, output)
                 yield vectors
+                _require_process(process)
             yield running.result()
 
     def _some_tokens(
@@ -217,6 +219,15 @@ class Engine:
         vectors = np.zeros((len(texts), self.runner.dimensions), np.float32)
         vectors[some] = self._run(Tokens([tokens.ids[position] for position in some], []), prompt)
         return vectors
+
+
+def _require_process(process: int) -> None:
+    """Refuse to go on with what a thread of another process was making."""
+    if os.getpid() != process:
+        raise EncodingError(
+            "These vectors are made by a thread of the process that began with them, which a fork "
+            "does not take along. Begin again in the child."
+        )
 
 
 class Converted:

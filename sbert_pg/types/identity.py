@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 
 from sbert_pg.errors import DeclarationError
+from sbert_pg.source import NOT_STORED, UNSTORABLE
 
 
 class ColumnIdentity(NamedTuple):
@@ -33,17 +34,24 @@ def identity_of(column: ColumnIdentity | sa.Column[Any]) -> ColumnIdentity:
     """Schema, table and column of a column of a table.
 
     Raises:
-        DeclarationError: it is neither.
+        DeclarationError: it is neither, or its names are none of PostgreSQL's.
     """
     if isinstance(column, ColumnIdentity):
-        return column
+        return _required(column)
     table = getattr(column, "table", None)
     if table is None or not hasattr(table, "name"):
         raise DeclarationError(
             f"{column!r} is no column of a table; pass Article.__table__.c.embedding or a "
             "ColumnIdentity(schema, table, column)."
         )
-    return ColumnIdentity(getattr(table, "schema", None), table.name, column.name)
+    return _required(ColumnIdentity(getattr(table, "schema", None), table.name, column.name))
+
+
+def _required(identity: ColumnIdentity) -> ColumnIdentity:
+    for name in identity:
+        if name is not None and UNSTORABLE.search(name):
+            raise DeclarationError(f"A column is named {name!r}, {NOT_STORED}")
+    return identity
 
 
 __all__ = ["ColumnIdentity", "identity_behind", "identity_of"]

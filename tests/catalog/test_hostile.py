@@ -20,7 +20,7 @@ from hypothesis.extra import numpy as hnp
 
 from sbert_pg import catalog, nearest
 from sbert_pg.catalog.embedding import Embedding
-from sbert_pg.errors import SbertPgError
+from sbert_pg.errors import DeclarationError, SbertPgError
 from sbert_pg.registry import use_encoder
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
@@ -204,3 +204,20 @@ class TestWhateverComes:
             statements(world, statement, a, b, c, d)
 
         test()
+
+
+@pytest.mark.parametrize(
+    "name", ["\0", "e\0", "\ud800", "e\udfff"], ids=["nul", "e nul", "half", "e half"]
+)
+@pytest.mark.parametrize("part", ["schema", "table", "column", "source"])
+def test_what_can_be_no_name(world: Any, name: str, part: str) -> None:
+    spec = EncoderSpec(name="deterministic", dimensions=3)
+    given = {"schema": "public", "table": "note", "column": "e", "source": "title", part: name}
+    names(world, **{**given, "source": "title"})
+    with pytest.raises(DeclarationError, match="cannot store"):
+        catalog.bind(
+            world.connection,
+            ColumnIdentity(given["schema"], given["table"], given["column"]),
+            spec,
+            Source.of(given["source"]),
+        )

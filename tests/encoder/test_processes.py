@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -16,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_model import write_tiny
+from tiny_model import edit, write_tiny
 
 from sbert_pg import registry
 from sbert_pg.encoder import Encoder, directory
-from sbert_pg.errors import EncoderError
+from sbert_pg.errors import EncoderError, EncoderMismatchError, EncodingError
 from sbert_pg.process import PerProcess, ProcessLock, usable_cores
 from sbert_pg.spec import EncoderSpec
 
@@ -111,6 +112,75 @@ def test_a_fork_while_threads_encode(tiny: Encoder) -> None:
         stop.set()
         for thread in threads:
             thread.join()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@pytest.mark.parametrize("begun", [0, 1, 2])
+def test_a_stream_that_was_begun_before_a_fork_is_refused_in_the_child(
+    tiny: Encoder, begun: int
+) -> None:
+    """The thread that makes the next vectors stays with the parent."""
+    stream = tiny.encode_stream(["hello world"] * 64, chunk_size=8)
+    for _ in range(begun):
+        next(stream)
+
+    def work() -> None:
+        if not begun:
+            assert len(list(stream)) == 64
+            return
+        with pytest.raises(EncodingError, match="fork"):
+            list(stream)
+
+    assert in_a_child(work)
+    assert len(list(stream)) == 64 - begun
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_child_of_a_child(tiny: Encoder) -> None:
+    tiny.encode(["hello"])
+
+    def work() -> None:
+        tiny.encode(["hello"])
+        assert in_a_child(lambda: tiny.encode(["hello"]), 60)
+
+    assert in_a_child(work)
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
+def test_a_pool_of_processes_encodes(tiny: Encoder, tmp_path: Path, method: str) -> None:
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"no {method} here")
+    # A file, since what it starts may import it.
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import multiprocessing, sys; from sbert_pg import Encoder\n"
+        "if __name__ == '__main__':\n"
+        "    encoder = Encoder.open(sys.argv[2], threads=1)\n"
+        "    encoder.encode('a')\n"
+        "    with multiprocessing.get_context(sys.argv[1]).Pool(2) as pool:\n"
+        "        print([vector.tolist() for vector in pool.map(encoder.encode, ['a', 'b'])])\n"
+    )
+    command = [sys.executable, str(program), method, str(tiny.directory)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    np.testing.assert_allclose(eval(ended.stdout), tiny.encode(["a", "b"]), atol=1e-5)
+
+
+def test_another_encoder_in_the_directory_of_a_pickled_one(tiny: Encoder, tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    shutil.copytree(tiny.directory, place)
+    pickled = pickle.dumps(Encoder.open(place, threads=1)._named("mine"))
+    assert pickle.loads(pickled).spec.name == "mine"
+    model = write_tiny(tmp_path / "model")
+    edit(model / "sentence_bert_config.json", max_seq_length=8)
+    other = Encoder.load(model, precision="fp32", cache_dir=tmp_path / "cache")
+    shutil.rmtree(place)
+    with pytest.raises(EncoderError, match=str(place)):
+        pickle.loads(pickled)
+    shutil.copytree(other.directory, place)
+    with pytest.raises(EncoderMismatchError, match="another encoder"):
+        pickle.loads(pickled)
 
 
 def test_a_value_is_made_once_in_a_process() -> None:
