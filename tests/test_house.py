@@ -63,9 +63,9 @@ ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (7, 1591),
     "alembic": (9, 2738),
     "catalog": (9, 2535),
-    "cli": (17, 4568),
+    "cli": (17, 4578),
     "clustering": (15, 4846),
-    "encoder": (26, 6983),
+    "encoder": (26, 7004),
     "freshness": (23, 5271),
     "indexes": (5, 1248),
     "loading": (4, 941),
@@ -75,10 +75,10 @@ ROOMS: dict[str, tuple[int, int]] = {
     "search": (12, 3500),
     "serving": (16, 3141),
     "tuning": (12, 2918),
-    "types": (9, 1724),
+    "types": (9, 1732),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3216
+MOST_LINES_OF_THE_REST = 3223
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60
