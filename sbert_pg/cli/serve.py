@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import sqlalchemy as sa
 import typer
@@ -18,6 +19,7 @@ from sbert_pg.errors import DeclarationError
 from sbert_pg.registry import get_encoder
 from sbert_pg.row_vectors import embedding_columns
 from sbert_pg.search.target import readable_columns
+from sbert_pg.tuning.files import read_lines
 
 if TYPE_CHECKING:
     from sbert_pg.clustering import Clustering
@@ -124,6 +126,22 @@ def explore(
             show_default=False,
         ),
     ] = None,
+    reranker: Annotated[
+        str | None,
+        typer.Option(
+            help="Cross-encoder whose order of the rows is shown too.", show_default=False
+        ),
+    ] = None,
+    queries: Annotated[
+        Path | None,
+        typer.Option(
+            help="Labelled questions, as for reembed verify; a change of encoder is held against "
+            "them.",
+            exists=True,
+            dir_okay=False,
+            show_default=False,
+        ),
+    ] = None,
     log: common.LogOption = "warning",
 ) -> None:
     """See a database in a browser: search, topics, map, change of encoder, health.
@@ -134,9 +152,15 @@ def explore(
     [b]sbert-pg explore -d postgresql://localhost/shop[/]
     [b]sbert-pg explore article:id,title,lang -d postgresql://reader@localhost/shop[/]
     """
+    from sbert_pg.encoder import Reranker
+
     metadata = common.prepare(app, log)
+    scorer = None if reranker is None else Reranker.load(reranker)
+    labelled = [] if queries is None else read_lines(queries)
     with common.database(database, lasting=True) as engine:
-        show_pages(engine, list(tables or ()), metadata, http, token)
+        show_pages(
+            engine, list(tables or ()), metadata, http, token, reranker=scorer, queries=labelled
+        )
 
 
 def show_pages(
@@ -146,10 +170,11 @@ def show_pages(
     http: str = "127.0.0.1:8080",
     token: str | None = None,
     opened: Callable[[str], object] | None = None,
+    **more: Any,
 ) -> None:
     """Serve the pages of some tables until the command is stopped; of all, if none is named.
 
-    ``opened`` is given their address, as a browser's ``open`` is.
+    ``opened`` is given their address, as a browser's ``open`` is; ``more`` is for ``Explorer``.
     """
     from sbert_pg.cli.doctor import diagnose
     from sbert_pg.serving.explore import Explorer
@@ -162,7 +187,7 @@ def show_pages(
     def look(connection: sa.Connection) -> list[Exposed]:
         return [_exposed(connection, name) for name in targets or _all_bound(connection)]
 
-    explorer = Explorer(Shown(reading, look), _clusterings(metadata), diagnose)
+    explorer = Explorer(Shown(reading, look), _clusterings(metadata), diagnose, **more)
     with serving({}, None, host=host, port=port, token=token, views=explorer.views()) as bound:
         address = f"http://{host}:{bound}/explore"
         common.note(f"Open {address} in a browser; Ctrl-C ends it.")

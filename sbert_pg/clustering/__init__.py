@@ -14,6 +14,7 @@ from sbert_pg.clustering.duplicates import (
     groups_of,
     index_recall,
 )
+from sbert_pg.clustering.flows import Flow, flows, run_before
 from sbert_pg.clustering.keywords import find_keywords, name_cluster
 from sbert_pg.clustering.mapping import ClusterMap, cluster_map, mapped_rows, store_map
 from sbert_pg.clustering.runs import cluster, fail_lost_runs, make_current, prune
@@ -36,6 +37,7 @@ __all__ = [
     "Duplicate",
     "DuplicateReport",
     "DuplicateTable",
+    "Flow",
     "KMeans",
     "Pair",
     "assign",
@@ -51,11 +53,13 @@ __all__ = [
     "fail_lost_runs",
     "find_duplicates",
     "find_keywords",
+    "flows",
     "groups_of",
     "index_recall",
     "make_current",
     "mapped_rows",
     "name_cluster",
     "prune",
+    "run_before",
     "store_map",
 ]

@@ -30,6 +30,9 @@ from sbert_pg.registry import get_encoder
 from sbert_pg.sqlstates import words_of
 from sbert_pg.types.identity import ColumnIdentity
 
+#: Rows that wait, from which on the order of filling and building an index matters.
+MANY = 10_000
+
 logger = logging.getLogger(LOGGER)
 
 #: Seconds between looks at the progress; a look takes at most a fiftieth of the time.
@@ -354,7 +357,10 @@ class Watch:
 
 
 def _warn_of_index(connection: sa.Connection, binding: Binding) -> None:
-    """Say so where a vector index makes every row many times as dear to write."""
+    """Say so where a vector index makes every row of many many times as dear to write."""
+    waiting = counts(connection, binding, cap=MANY)
+    if waiting.pending + waiting.backfill < MANY:
+        return
     c = catalog.tables.status.c
     names = connection.execute(sa.select(c.index_names).where(c.id == binding.id)).scalar()
     if names:

@@ -6,7 +6,7 @@ import re
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -14,6 +14,7 @@ from sqlalchemy.dialects import postgresql
 from starlette.datastructures import QueryParams
 
 from sbert_pg.errors import SbertPgError
+from sbert_pg.reranking import Scorer, rerank
 from sbert_pg.search import explain_search, explain_words
 from sbert_pg.search.explain import WordsExplanation
 from sbert_pg.serving.exposed import By, Exposed, Found, Question, Shown
@@ -24,11 +25,14 @@ from sbert_pg.types.comparator import metric_for
 OPERATORS = ("=", "!=", "<", "<=", ">", ">=")
 #: Characters of a value that are shown.
 SHOWN = 400
+#: Rows of an answer, and rows that a reranker is given to choose them from.
+ROWS, CANDIDATES = 10, 50
 #: Kinds of search by their title: what is compared, and whether with every row.
 KINDS: dict[str, tuple[By, bool]] = {
     "meaning": ("meaning", False),
     "words": ("words", False),
     "both": ("both", False),
+    "reranked": ("both", False),
     "exact": ("meaning", True),
 }
 Where = Mapping[str, Mapping[str, str]]
@@ -76,6 +80,7 @@ def compared(
     where: Where,
     only: Sequence[str] = (),
     title: str | None = None,
+    reranker: Scorer | None = None,
 ) -> Iterator[Html]:
     """A column for each kind of search that the table has.
 
@@ -86,11 +91,10 @@ def compared(
         where: filters.
         only: kinds to ask; all by default.
         title: what stands above a single one.
+        reranker: chooses a column of its own, of the first rows by both, or by meaning.
     """
-    kinds = only or [
-        k for k, (by, _) in KINDS.items() if by == "meaning" or exposed.text is not None
-    ]
-    answers = [_asked(shown, exposed.name, kind, question, where) for kind in kinds]
+    kinds = only or [kind for kind in KINDS if _is_had(kind, exposed, reranker)]
+    answers = [_asked(shown, exposed.name, kind, question, where, reranker) for kind in kinds]
     lexemes = {lexeme for answer in answers for lexeme in answer.lexemes}
     marked = shown.within(exposed.name, lambda c, t: _marks(c, t, answers, lexemes))
     for answer in answers:
@@ -107,15 +111,26 @@ def compared(
         )  # fmt: skip
 
 
-def _asked(shown: Shown, name: str, kind: str, question: str, where: Where) -> _Answer:
-    by, exact = KINDS[kind]
+def _is_had(kind: str, exposed: Exposed, reranker: Scorer | None) -> bool:
+    if kind == "reranked":
+        return reranker is not None
+    return KINDS[kind][0] == "meaning" or exposed.text is not None
 
+
+def _asked(
+    shown: Shown, name: str, kind: str, question: str, where: Where, reranker: Scorer | None
+) -> _Answer:
     def work(connection: sa.Connection, table: Exposed) -> _Answer:
+        by, exact = KINDS[kind]
+        by = by if table.text is not None else "meaning"
+        limit = CANDIDATES if kind == "reranked" else ROWS
         statement = table.statement(
-            connection, Question(question, by, 10, dict(where), exact=exact)
+            connection, Question(question, by, limit, dict(where), exact=exact)
         )
         started = time.perf_counter()
         found = table.read(connection, statement)
+        if kind == "reranked" and reranker is not None:
+            found = _reranked(table, found, question, reranker)
         milliseconds = (time.perf_counter() - started) * 1000
         explain: Any = explain_search if by == "meaning" else explain_words
         why = explain(connection, statement)
@@ -127,6 +142,19 @@ def _asked(shown: Shown, name: str, kind: str, question: str, where: Where) -> _
         return shown.within(name, work)
     except (SbertPgError, sa.exc.SQLAlchemyError) as error:
         return _Answer(kind, error=str(refusal_of(error)))
+
+
+def _reranked(
+    table: Exposed, found: Sequence[Found], question: str, reranker: Scorer
+) -> list[Found]:
+    """The best of some rows by what a reranker says of the text that is shown."""
+
+    def text(row: Found) -> str | None:
+        texts = [str(row.row[c]) for c in _text_columns(table) if row.row.get(c) is not None]
+        return "\n".join(texts) or None
+
+    best = rerank(found, question, reranker, text=text, limit=ROWS)
+    return [replace(one.row, scores={"reranker": one.score}) for one in best]
 
 
 def _agreement(answer: _Answer, answers: Sequence[_Answer]) -> Html | None:
@@ -251,17 +279,25 @@ def _orm(exposed: Exposed, kind: str, question: str, where: Where) -> str:
     column = f"{entity}.{exposed.embedding.name}"
     words = f"{entity}.{exposed.text.name}" if exposed.text is not None else ""
     call = {
-        "meaning": f"nearest({column}, {question!r}, limit=10)",
-        "exact": f"nearest({column}, {question!r}, limit=10, exact=True)",
-        "words": f"matching({words}, {question!r}, limit=10)",
-        "both": f"hybrid({column}, {words}, {question!r}, limit=10)",
+        "meaning": f"nearest({column}, {question!r}, limit={ROWS})",
+        "exact": f"nearest({column}, {question!r}, limit={ROWS}, exact=True)",
+        "words": f"matching({words}, {question!r}, limit={ROWS})",
+        "both": f"hybrid({column}, {words}, {question!r}, limit={ROWS})",
+        "reranked": f"hybrid({column}, {words}, {question!r}, limit={CANDIDATES})"
+        if words
+        else f"nearest({column}, {question!r}, limit={CANDIDATES})",
     }[kind]
     filters = "".join(
         f"\n    .where({entity}.{name} {'==' if op == '=' else op} {_python(table.c[name], value)})"
         for name, values in where.items()
         for op, value in values.items()
     )
-    return f"session.execute(\n    {call}{filters}\n).all()"
+    code = f"session.execute(\n    {call}{filters}\n).all()"
+    if kind != "reranked":
+        return code
+    source = ", ".join(f"row.{entity}.{name}" for name in _text_columns(exposed))
+    text = f'lambda row: "\\n".join([{source}])'
+    return f"rerank({code}, {question!r}, reranker, text={text}, limit={ROWS})"
 
 
 def _python(column: sa.Column[Any], value: str) -> str:

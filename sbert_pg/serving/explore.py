@@ -23,13 +23,15 @@ from starlette.responses import Response
 
 from sbert_pg.clustering import Clustering, mapped_rows
 from sbert_pg.clustering.mapping import colours
-from sbert_pg.clustering.tables import EXEMPLAR_PREFIX
 from sbert_pg.errors import MissingExtraError
-from sbert_pg.serving.comparing import OPERATORS, compared, excerpt, filters_of
-from sbert_pg.serving.exposed import Exposed, Found, Question, Shown
-from sbert_pg.serving.html import Html, guarded, h, page, table
+from sbert_pg.reranking import Scorer
+from sbert_pg.search.exact import LabelledQuery
+from sbert_pg.serving.comparing import OPERATORS, compared, filters_of
+from sbert_pg.serving.exposed import Exposed, Question, Shown
+from sbert_pg.serving.html import Html, guarded, h, page
 from sbert_pg.serving.http import JSON, RefusedError, json_bytes, refusal_of
 from sbert_pg.serving.states import changes, health
+from sbert_pg.serving.topics import members, no_topics, overview
 
 #: Rows of a list, and rows that a lasso shows.
 LISTED = 20
@@ -46,6 +48,8 @@ class Explorer:
         topics: the clustering of a table, or ``None`` where it has none.
         diagnose: what is wrong with a database: findings with ``level``, ``subject``, ``what`` and
             ``remedy``.
+        reranker: scores the rows of another column of answers, by the text that is shown.
+        queries: labelled questions, by which the encoders of a change are compared.
     """
 
     def __init__(
@@ -53,10 +57,15 @@ class Explorer:
         shown: Shown,
         topics: Callable[[sa.Connection, Exposed], Clustering | None],
         diagnose: Callable[[sa.Connection], Iterable[Any]],
+        *,
+        reranker: Scorer | None = None,
+        queries: Sequence[LabelledQuery] = (),
     ) -> None:
         self._shown = shown
         self._topics = topics
         self._diagnose = diagnose
+        self._reranker = reranker
+        self._queries = queries
 
     def views(self) -> dict[str, Callable[[QueryParams], Response]]:
         """The pages and what they load, by path."""
@@ -113,9 +122,8 @@ class Explorer:
         if not question:
             yield h("p", _introduction(exposed), class_="faint")
             return
-        yield h(
-            "div", compared(self._shown, exposed, question, where), class_="columns", id="answers"
-        )
+        answers = compared(self._shown, exposed, question, where, reranker=self._reranker)
+        yield h("div", answers, class_="columns", id="answers")
 
     def topics(self, query: QueryParams, name: str) -> Iterator[Any]:
         """The current clusters, or the rows of one."""
@@ -124,31 +132,11 @@ class Explorer:
             exposed = self._table(name)
             topics = self._topics(connection, exposed)
             if topics is None:
-                yield _no_topics(name)
-                return
-            if number is not None:
-                yield from _members(connection, exposed, topics, _whole(number))
-                return
-            run = topics.require_current(connection)
-            clusters = Session(connection).scalars(topics.clusters()).all()
-            typical = exposed.rows(
-                connection, [exposed.key_of(_exemplar(topics, c)) for c in clusters]
-            )
-        yield h(
-            "p", f"{len(clusters)} clusters of {run.rows:,} rows by {run.algorithm}, "
-            f"{run.outliers:,} outliers; run {run.id} of {run.started_at:%Y-%m-%d %H:%M}.",
-        )  # fmt: skip
-        yield [h("p", warning, class_="advice") for warning in run.warnings]
-        rows_by_key = {found.key: found for found in typical}
-        yield h(
-            "ol",
-            [
-                _topic(c, name, rows_by_key.get(exposed.key_of(_exemplar(topics, c))), exposed,
-                       max(one.size for one in clusters))
-                for c in clusters
-            ],
-            class_="topics",
-        )  # fmt: skip
+                yield no_topics(name)
+            elif number is not None:
+                yield from members(connection, exposed, topics, _whole(number))
+            else:
+                yield from overview(connection, exposed, topics)
 
     def map(self, query: QueryParams, name: str) -> Iterator[Any]:
         """The frame that the script draws the map in."""
@@ -156,7 +144,7 @@ class Explorer:
             exposed = self._table(name)
             topics = self._topics(connection, exposed)
             if topics is None:
-                yield _no_topics(name)
+                yield no_topics(name)
                 return
         yield h(
             "form",
@@ -194,7 +182,7 @@ class Explorer:
 
     def change(self, query: QueryParams, name: str) -> Iterator[Any]:
         """Changes of encoder that are under way."""
-        return changes(self._shown, query)
+        return changes(self._shown, query, self._queries)
 
     def health(self, query: QueryParams, name: str) -> Iterator[Any]:
         """Columns, failed rows, and what the doctor finds."""
@@ -256,38 +244,6 @@ def _introduction(exposed: Exposed) -> str:
     return f"{exposed.bound} is asked {kinds}, and compared with the exact answer.{more}"
 
 
-def _topic(cluster: Any, name: str, typical: Found | None, exposed: Exposed, largest: int) -> Html:
-    link = f"/explore/topics?{urlencode({'table': name, 'number': cluster.number})}"
-    return h(
-        "li",
-        h("a", cluster.label or f"cluster {cluster.number}", href=link, dir="auto"),
-        h("small", f" {cluster.size:,} rows", class_="faint"),
-        h("meter", max=largest, value=cluster.size, aria_label="share of the largest"),
-        h("p", " · ".join(cluster.keywords), class_="faint", dir="auto"),
-        None if typical is None else h("p", excerpt(exposed, typical), dir="auto"),
-    )
-
-
-def _members(
-    connection: sa.Connection, exposed: Exposed, topics: Clustering, number: int
-) -> Iterator[Any]:
-    """Rows of a cluster, nearest to its centroid first."""
-    session = Session(connection)
-    cluster = session.scalars(topics.clusters().where(topics.Cluster.number == number)).first()
-    if cluster is None:
-        yield h("p", f"There is no current cluster {number}.", class_="fault", role="alert")
-        return
-    mapper = sa.inspect(topics.entity)
-    properties = [mapper.get_property_by_column(key).key for key in topics.keys]
-    members = session.execute(topics.members(cluster).limit(LISTED)).all()
-    keys = [exposed.key_of([getattr(row, each) for each in properties]) for row, _ in members]
-    yield h("h2", cluster.label or f"cluster {number}", dir="auto")
-    yield h("p", f"{cluster.size:,} rows; the {len(keys)} nearest to their middle.",
-            class_="faint")  # fmt: skip
-    rows = exposed.rows(connection, keys)
-    yield table(exposed.columns, ([found.row[c] for c in exposed.columns] for found in rows))
-
-
 def _points(connection: sa.Connection, exposed: Exposed, topics: Clustering) -> dict[str, Any]:
     """A group for each cluster, outliers last: keys, and places in the unit square."""
     clusters = Session(connection).scalars(topics.clusters()).all()
@@ -319,18 +275,6 @@ def _plotly() -> bytes:
     if spec is None or spec.origin is None:
         raise MissingExtraError("plotly", "explore", "draw the map")
     return Path(spec.origin).with_name("package_data").joinpath("plotly.min.js").read_bytes()
-
-
-def _exemplar(topics: Clustering, cluster: Any) -> list[Any]:
-    return [getattr(cluster, EXEMPLAR_PREFIX + key.name) for key in topics.keys]
-
-
-def _no_topics(name: str) -> Html:
-    return h(
-        "p", "There are no clusters of this table yet. ",
-        h("code", f"sbert-pg cluster run {name} --create", class_="command"), " makes them, and ",
-        h("code", f"sbert-pg cluster map {name}", class_="command"), " their map.",
-    )  # fmt: skip
 
 
 def _whole(text: str) -> int:

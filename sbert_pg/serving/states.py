@@ -13,8 +13,9 @@ from sbert_pg import catalog, reembed
 from sbert_pg.catalog import Binding
 from sbert_pg.freshness.status import ColumnStatus, failures, status
 from sbert_pg.reembed.status import change_of, status_of
+from sbert_pg.search.exact import LabelledQuery
 from sbert_pg.serving.comparing import compared
-from sbert_pg.serving.exposed import Exposed, Shown
+from sbert_pg.serving.exposed import Exposed, Question, Shown
 from sbert_pg.serving.html import h, table
 from sbert_pg.types.identity import ColumnIdentity
 
@@ -22,10 +23,14 @@ from sbert_pg.types.identity import ColumnIdentity
 FAILED = 20
 #: Rows up to which a page measures what reads both columns in full.
 MEASURED_ROWS = 200_000
+#: Questions that a page asks both columns, and those that are listed.
+ASKED, CHANGED = 100, 10
 
 
-def changes(shown: Shown, query: QueryParams) -> Iterator[Any]:
-    """Changes of encoder that are under way."""
+def changes(
+    shown: Shown, query: QueryParams, queries: Sequence[LabelledQuery] = ()
+) -> Iterator[Any]:
+    """Changes of encoder that are under way; labelled questions are asked of both columns."""
     with shown.connected() as connection:
         new = [b for b in catalog.all_bindings(connection) if b.replaces is not None]
         states = [
@@ -33,6 +38,7 @@ def changes(shown: Shown, query: QueryParams) -> Iterator[Any]:
             for b in new
         ]
         known = {one.column: one for one in status(connection)}
+        rows = {str(b): _rows(connection, b, known.get(str(b))) for b in new}
     if not states:
         yield h("p", "No change of encoder is under way.")
         yield h("p", "One begins with ", h("code", "sbert-pg reembed begin"), ".",
@@ -40,7 +46,7 @@ def changes(shown: Shown, query: QueryParams) -> Iterator[Any]:
         return
     for binding, state in states:
         yield h("h2", f"{state.table}: {state.old} → {state.new}", dir="auto")
-        yield _changing(shown, state, binding, known, query)
+        yield _changing(shown, state, binding, known, rows[str(binding)], query, queries)
 
 
 def _changing(
@@ -48,7 +54,9 @@ def _changing(
     state: reembed.Status,
     binding: Binding,
     known: Mapping[str, ColumnStatus],
+    rows: int | None,
     query: QueryParams,
+    queries: Sequence[LabelledQuery],
 ) -> Iterator[Any]:
     new = known.get(str(binding))
     old = known.get(f"{binding.schema}.{binding.table}.{state.old}")
@@ -63,38 +71,93 @@ def _changing(
         class_="steps",
     )  # fmt: skip
     missing = state.coverage.missing
-    if new is not None and new.rows:
-        share = max(0.0, 1 - missing / new.rows)
+    if rows:
+        share = max(0.0, 1 - missing / rows)
         yield h("progress", max="1", value=f"{share:.4f}")
-        yield h("p", f"{share:.1%} of about {new.rows:,} rows; {missing:,} to go.")
+        yield h("p", f"{share:.1%} of about {rows:,} rows; {missing:,} to go.")
     yield h("p", "Index: ", ", ".join(state.new_indexes) or "none that is valid", "; ",
             "being built: " + ", ".join(state.building) if state.building else "none is built",
             ".", class_="faint")  # fmt: skip
     yield h("p", "Next: ", h("code", state.next_step, class_="command", dir="auto"))
-    yield _overlap(shown, binding, new, query)
     bound = {t.bound: t for t in shown.tables().values()}
     pair = [bound[one.column] for one in (old, new) if one is not None and one.column in bound]
+    measured = query.get("measure") == str(binding)
+    yield _overlap(shown, binding, rows, queries, measured)
+    if measured and queries and len(pair) == 2:
+        yield _changed(shown, pair, queries[:ASKED])
     if len(pair) == 2:
         yield _both(shown, pair, query)
 
 
+def _rows(connection: sa.Connection, binding: Binding, state: ColumnStatus | None) -> int | None:
+    """About how many rows a table has; counted where it has no statistics and is small."""
+    if state is not None and state.rows is not None:
+        return state.rows
+    some = sa.select(sa.literal(1)).select_from(binding.clause()).limit(MEASURED_ROWS + 1)
+    counted = connection.scalar(sa.select(sa.func.count()).select_from(some.subquery())) or 0
+    return counted if counted <= MEASURED_ROWS else None
+
+
 def _overlap(
-    shown: Shown, binding: Binding, new: ColumnStatus | None, query: QueryParams
+    shown: Shown,
+    binding: Binding,
+    rows: int | None,
+    queries: Sequence[LabelledQuery],
+    measured: bool,
 ) -> Iterator[Any]:
-    """Neighbours that both columns have in common, measured where that is asked for."""
+    """Neighbours that both columns have in common and quality, measured where that is asked for."""
     column = str(binding)
-    if new is None or new.rows is None or new.rows > MEASURED_ROWS:
+    if rows is None or rows > MEASURED_ROWS:
         yield h("p", "Overlap: ", h("code", f"sbert-pg reembed verify {column}"),
                 " measures it; it reads both columns in full.", class_="faint")  # fmt: skip
-    elif query.get("measure") != column:
+        return
+    if not measured:
         link = "/explore/change?" + urlencode({"measure": column})
         yield h("p", h("a", "Measure the overlap of neighbours", href=link))
-    else:
-        report = reembed.verify(shown.engine, _identity(binding), sample_size=50, texts=0)
-        share = "could not be measured" if report.overlap is None else f"{report.overlap:.0%}"
-        yield h("p", f"Overlap of the {report.k} nearest, old and new: ", h("b", share), ".",
-                id="overlap")  # fmt: skip
-        yield [h("p", note, class_="faint") for note in report.notes]
+        return
+    report = reembed.verify(
+        shown.engine, _identity(binding), queries=queries, sample_size=50, texts=0
+    )
+    share = "could not be measured" if report.overlap is None else f"{report.overlap:.0%}"
+    yield h("p", f"Overlap of the {report.k} nearest, old and new: ", h("b", share), ".",
+            id="overlap")  # fmt: skip
+    if report.quality:
+        heads = ("column", "encoder", f"nDCG@{report.k}", f"recall@{report.k}", "MRR")
+        yield h("h3", f"On {len(queries):,} labelled questions, exactly")
+        yield table(heads, (
+            [q.column, q.encoder, f"{q.ndcg:.3f}", f"{q.recall:.3f}", f"{q.mrr:.3f}"]
+            for q in reversed(report.quality)
+        ))  # fmt: skip
+    yield [h("p", note, class_="faint") for note in report.notes]
+
+
+def _changed(
+    shown: Shown, pair: Sequence[Exposed], queries: Sequence[LabelledQuery]
+) -> Iterator[Any]:
+    """The questions whose answers have the least in common, each a link that asks both columns."""
+
+    def answers(exposed: Exposed) -> list[set[str]]:
+        return shown.within(
+            exposed.name,
+            lambda connection, table: [
+                {found.key for found in table.found(connection, Question(one.text))}
+                for one in queries
+            ],
+        )
+
+    same = [
+        (len(old & new), max(len(old), len(new)), one.text)
+        for old, new, one in zip(*map(answers, pair), queries, strict=True)
+    ]
+    same.sort(key=lambda one: one[0] / max(one[1], 1))
+    yield h("h3", f"Answers that change most, of {len(queries):,} questions")
+    yield h(
+        "ol",
+        [h("li", h("a", text, href="/explore/change?" + urlencode({"q": text}), dir="auto"),
+           h("small", f" {common} of {most} rows in common", class_="faint"))
+         for common, most, text in same[:CHANGED]],
+        id="changed",
+    )  # fmt: skip
 
 
 def _both(shown: Shown, tables: Sequence[Exposed], query: QueryParams) -> Iterator[Any]:

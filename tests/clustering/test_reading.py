@@ -203,3 +203,30 @@ def test_places_are_stored_with_the_run(engine: sa.Engine, app: Any, monkeypatch
         [np.linalg.norm(p - middles[c]) for p, c in zip(points, clusters, strict=True)]
     )
     assert within < 0.5 * np.linalg.norm(points - points.mean(axis=0), axis=1).mean()
+
+
+def test_flows_say_where_the_rows_of_clusters_went(engine: sa.Engine, app: Any) -> None:
+    vectors, _ = blobs(60)
+    app.fill(engine, vectors)
+    with engine.connect() as connection, pytest.raises(ClusteringError, match="no current"):
+        cl.flows(connection, app.topics)
+    first = cl.cluster(engine, app.topics, cl.KMeans(5))
+    with engine.connect() as connection, pytest.raises(ClusteringError, match="is the first one"):
+        cl.flows(connection, app.topics)
+    with engine.begin() as connection:
+        connection.execute(sa.delete(app.row).where(app.row.id > 50))
+    before = numbers_of(engine, app.topics)
+    second = cl.cluster(engine, app.topics, cl.KMeans(2), seed=3)
+    after = numbers_of(engine, app.topics)
+    with engine.connect() as connection:
+        found = cl.flows(connection, app.topics)
+        assert found == cl.flows(connection, app.topics, first.id, second.id)
+    counted = {(f.earlier and f.earlier[0], f.later and f.later[0]): f.rows for f in found}
+    expected: dict[Any, int] = {}
+    for key, number in before.items():
+        expected[number, after[key]] = expected.get((number, after[key]), 0) + 1
+    assert counted == expected
+    assert sum(counted.values()) == 50
+    assert [f.rows for f in found] == sorted((f.rows for f in found), reverse=True)
+    for number in set(before.values()):
+        assert sum(f.share for f in found if f.earlier[0] == number) == pytest.approx(1)

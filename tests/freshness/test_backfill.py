@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from sbert_pg import catalog, registry
 from sbert_pg.errors import BackfillError, CatalogError, DeclarationError, EncoderMismatchError
-from sbert_pg.freshness import WorkerSettings, backfill, claims, refresh
+from sbert_pg.freshness import WorkerSettings, backfill, claims, refresh, running
 from sbert_pg.freshness.database import Database
 from sbert_pg.freshness.throttle import Throttle, replica_lag
 from sbert_pg.source import Source
@@ -183,6 +183,17 @@ def test_a_table_that_takes_only_a_few_rows_at_a_time(engine, plain, encoder, in
     assert (done.rows, done.failed, done.complete) == (102, 0, True)
     assert records(plain) == []
     check(plain, encoder)
+
+
+@pytest.mark.parametrize("many", [1000, 1001])
+def test_filling_first_is_advised_where_many_rows_wait(
+    engine, plain, encoder, caplog, monkeypatch, many
+):
+    monkeypatch.setattr(running, "MANY", many)
+    make(engine, plain)
+    plain.execute("CREATE INDEX note_embedding ON note USING hnsw (embedding vector_cosine_ops)")
+    backfill(engine, IDENTITY)
+    assert ("filling first" in caplog.text) == (many == 1000)
 
 
 def test_a_row_that_somebody_holds_is_left_pending(engine, plain, encoder):

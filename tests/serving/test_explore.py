@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import httpx
@@ -13,13 +13,22 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from sbert_pg import create_all, embedding_column, hnsw_index, refresh, text_column, use_encoder
+from sbert_pg import (
+    create_all,
+    embedding_column,
+    hnsw_index,
+    reembed,
+    refresh,
+    text_column,
+    use_encoder,
+)
 from sbert_pg.cli.doctor import diagnose
 from sbert_pg.cli.serve import _clusterings, looking
 from sbert_pg.clustering import KMeans, cluster, clusters_of, store_map
 from sbert_pg.serving.explore import Explorer
 from sbert_pg.serving.exposed import Shown
 from sbert_pg.serving.server import serving
+from sbert_pg.testing import DeterministicEncoder
 
 #: Seconds that a browser on a busy machine may need for anything.
 PATIENCE = 120_000
@@ -77,6 +86,8 @@ def notes(databases: Any, _minilm: Any) -> Iterator[sa.Engine]:
     with Session(engine) as session, session.begin():
         session.add_all(Note(title=t, body=b, year=year) for t, b, year in TEXTS)
     assert refresh(engine).embedded == len(TEXTS)
+    # An earlier run, and rows that came after the current one.
+    assert cluster(engine, topics, KMeans(2), seed=0).n_clusters == 2
     run = cluster(engine, topics, KMeans(3), seed=0)
     assert run.n_clusters == 3
     with engine.begin() as connection:
@@ -84,7 +95,7 @@ def notes(databases: Any, _minilm: Any) -> Iterator[sa.Engine]:
         # A name that somebody gave, and that is markup.
         connection.execute(
             sa.update(topics.cluster_table)
-            .where(topics.cluster_table.c.id == 1)
+            .where(topics.cluster_table.c.run_id == run.id, topics.cluster_table.c.number == 1)
             .values(label=HOSTILE[0], is_named=True)
         )
     yield engine
@@ -92,14 +103,23 @@ def notes(databases: Any, _minilm: Any) -> Iterator[sa.Engine]:
     databases.drop(url.database)
 
 
-def explorer(engine: sa.Engine, target: str = "note:id,title,body,year") -> Explorer:
+class Words:
+    """A reranker that counts the words of the question that a text has."""
+
+    def score(self, question: str, texts: Sequence[str]) -> list[float]:
+        words = set(question.lower().split())
+        return [float(len(words & set(text.lower().split()))) for text in texts]
+
+
+def explorer(engine: sa.Engine, *targets: str, **more: Any) -> Explorer:
     reading = engine.execution_options(postgresql_readonly=True)
-    return Explorer(Shown(reading, looking([target])), _clusterings(Base.metadata), diagnose)
+    shown = Shown(reading, looking(targets or ["note:id,title,body,year"]))
+    return Explorer(shown, _clusterings(Base.metadata), diagnose, **more)
 
 
 @pytest.fixture
 def port(notes: sa.Engine, minilm: Any) -> Iterator[int]:
-    with serving({}, None, port=0, views=explorer(notes).views()) as port:
+    with serving({}, None, port=0, views=explorer(notes, reranker=Words()).views()) as port:
         yield port
 
 
@@ -144,9 +164,9 @@ def test_search(tab: Any) -> None:
     tab.locator("section[data-kind=exact] li").first.wait_for()
     kinds = tab.locator("#answers section")
     assert [k.get_attribute("data-kind") for k in kinds.all()] == [
-        "meaning", "words", "both", "exact"
+        "meaning", "words", "both", "reranked", "exact"
     ]  # fmt: skip
-    for kind in ("meaning", "words", "both"):
+    for kind in ("meaning", "words", "both", "reranked"):
         first = tab.locator(f"section[data-kind={kind}] li").first
         assert "money" in first.inner_text()
     assert "similarity 0." in kinds.nth(0).locator("li").first.inner_text()
@@ -159,6 +179,11 @@ def test_search(tab: Any) -> None:
     assert "hybrid(Note.embedding, Note.words, 'money back', limit=10)" in code.first.inner_text()
     assert ".where(Note.year <= 2024)" in code.first.inner_text()
     assert "weight of meaning" in tab.locator("section[data-kind=both] .why").inner_text()
+    assert "reranker 2.000" in tab.locator("section[data-kind=reranked] li").first.inner_text()
+    tab.locator("section[data-kind=reranked] summary").click()
+    code = tab.locator("section[data-kind=reranked] pre").first.inner_text()
+    assert code.startswith("rerank(session.execute(")
+    assert 'text=lambda row: "\\n".join([row.Note.title, row.Note.body]), limit=10)' in code
     tab.locator("section[data-kind=exact] summary").click()
     why = tab.locator("section[data-kind=exact] .why").inner_text()
     assert "exact=True was asked for" in why
@@ -187,8 +212,16 @@ def test_topics(tab: Any) -> None:
     topics = tab.locator("ol.topics li")
     assert topics.count() == 3
     tab.get_by_text(HOSTILE[0], exact=True).first.wait_for()
+    assert "Since then 0 rows were added and 0 have no place" in tab.locator("#drift").inner_text()
+    # What became of the two clusters of the run before.
+    tab.get_by_role("heading", name="Since run 1").wait_for()
+    assert f"of {len(TEXTS)} rows are in the cluster" in tab.locator("#flows").inner_text()
+    moved = tab.locator("#flows ~ .scroll tbody tr")
+    assert moved.count() >= 1, "three clusters of two: some rows have another number"
     tab.get_by_role("link", name="money").first.click()
     tab.get_by_role("cell", name="Refund 1", exact=True).wait_for()
+    command = tab.locator("code.command").inner_text()
+    assert command.startswith("sbert-pg cluster label note ")
 
 
 def test_map(tab: Any) -> None:
@@ -230,6 +263,81 @@ def test_health_and_change(tab: Any, notes: sa.Engine) -> None:
     tab.get_by_role("cell", name="public.note.embedding").wait_for()
     tab.goto("/explore/change")
     tab.get_by_text("No change of encoder is under way.").wait_for()
+
+
+class Next(DeclarativeBase):
+    pass
+
+
+class NextNote(Next):
+    __tablename__ = "note"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    title: Mapped[str]
+    body: Mapped[str]
+    embedding_next = embedding_column(
+        "next", source=["title", "body"], replaces="embedding", dimensions=384, nullable=True
+    )
+
+
+@pytest.fixture
+def changing(databases: Any, minilm: Any) -> Iterator[sa.Engine]:
+    """A change of encoder in its middle: some rows have a vector of the new one, and some wait."""
+    url = databases.clone("catalog")
+    engine = sa.create_engine(url)
+    use_encoder(DeterministicEncoder("next"))
+    with engine.begin() as connection:
+        create_all(connection, Base.metadata)
+    with Session(engine) as session, session.begin():
+        session.add_all(Note(title=t, body=b, year=year) for t, b, year in TEXTS)
+    refresh(engine)
+    column = reembed.begin(engine, reembed.request_of(NextNote.embedding_next)).identity
+    reembed.backfill(engine, column)
+    with engine.begin() as connection:
+        connection.execute(sa.update(Note).where(Note.id <= 6).values(body="Jobs at the shop"))
+    yield engine
+    engine.dispose()
+    databases.discard(url.database)
+
+
+def test_a_change_under_way(browser: Any, changing: sa.Engine) -> None:
+    """Progress, overlap, quality, what changes most, one question to both, and the next step."""
+    queries = [
+        reembed.LabelledQuery("opened at the weekend", {"10": 1.0}),
+        reembed.LabelledQuery("When the shop is open on Sundays", {"10": 1.0, "11": 1.0}),
+    ]
+    targets = [f"note.{name}:id,title,body,year" for name in ("embedding", "embedding_next")]
+    views = explorer(changing, *targets, queries=queries).views()
+    with serving({}, None, port=0, views=views) as port:
+        context = browser.new_context(base_url=f"http://127.0.0.1:{port}")
+        context.set_default_timeout(PATIENCE)
+        tab = context.new_page()
+        tab.goto("/explore/change")
+        tab.get_by_role("heading", name="embedding → embedding_next").wait_for()
+        tab.get_by_text("all-MiniLM-L6-v2 → next").wait_for()
+        assert "; 6 to go." in tab.locator("main").inner_text()
+        assert float(tab.locator("progress").get_attribute("value")) == pytest.approx(0.75)
+        assert tab.locator(".steps .now").inner_text() == "backfill"
+        assert "sbert-pg backfill" in tab.locator("code.command").first.inner_text()
+        tab.get_by_role("link", name="Measure the overlap of neighbours").click()
+        assert tab.locator("#overlap b").inner_text().endswith("%")
+        heads = tab.locator("table thead").inner_text()
+        assert "nDCG@10" in heads
+        rows = tab.locator("table tbody tr").all_inner_texts()
+        assert [row.split()[0] for row in rows] == ["embedding", "embedding_next"]
+        # A question without a word of its answer is the one that the encoder of words misses.
+        worst = tab.locator("#changed li a").first
+        assert worst.inner_text() == "opened at the weekend"
+        worst.click()
+        tab.get_by_role("heading", name="old", exact=False).wait_for()
+        answers = tab.locator(".columns section")
+        assert answers.count() == 2
+        assert "Opening" in answers.first.locator("li").first.inner_text()
+        refresh(changing)
+        tab.goto("/explore/change")
+        assert "; 0 to go." in tab.locator("main").inner_text()
+        assert "verify" in tab.locator(".steps .now").inner_text()
+        context.close()
 
 
 def test_who_may_ask(notes: sa.Engine, minilm: Any, client: Any) -> None:
