@@ -53,10 +53,7 @@ def condition(conditions: Any, fields: Fields) -> Condition:
 
 def _part(key: str, value: Any, fields: Fields) -> Condition:
     if key in ("$and", "$or"):
-        if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-            raise DeclarationError(f"{key} takes a list of filters, and was given {value!r}.")
-        parts = [condition(part, fields) for part in value]
-        return sa.and_(*parts) if key == "$and" else sa.or_(*parts)
+        return _joined(key, value, fields)
     if key == "$not":
         # Of what is unknown the opposite is unknown: such a row does not meet the condition.
         return sa.not_(sa.func.coalesce(condition(value, fields), sa.false()))
@@ -66,6 +63,13 @@ def _part(key: str, value: Any, fields: Fields) -> Condition:
     if not isinstance(value, Mapping):
         return compare(field, "$eq", value)
     return sa.and_(sa.true(), *(compare(field, name, given) for name, given in value.items()))
+
+
+def _joined(key: str, value: Any, fields: Fields) -> Condition:
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise DeclarationError(f"{key} takes a list of filters, and was given {value!r}.")
+    parts = [condition(part, fields) for part in value]
+    return sa.and_(*parts) if key == "$and" else sa.or_(*parts)
 
 
 def compare(field: sa.ColumnElement[Any], operator: str, value: Any) -> Condition:

@@ -53,10 +53,7 @@ def flows(
     Raises:
         ClusteringError: there is no current run, or none before it.
     """
-    later = clustering.require_current(connection).id if later is None else later
-    earlier = run_before(connection, clustering, later) if earlier is None else earlier
-    if earlier is None:
-        raise ClusteringError(f"Run {later} of {clustering.column} is the first one.")
+    earlier, later = _runs(connection, clustering, earlier, later)
     before, after = (clustering.assignment_table.alias(name) for name in ("earlier", "later"))
     same = (before.c[key.name] == after.c[key.name] for key in clustering.row_keys)
     moved = connection.execute(
@@ -65,14 +62,7 @@ def flows(
         .where(before.c.run_id == earlier, after.c.run_id == later)
         .group_by(before.c.cluster_id, after.c.cluster_id)
     ).all()
-    cluster = clustering.cluster_table.c
-    named = sa.select(cluster.id, cluster.number, cluster.label)
-    clusters = {
-        id_: (number, label or f"cluster {number}")
-        for id_, number, label in connection.execute(
-            named.where(cluster.run_id.in_([earlier, later]))
-        )
-    }
+    clusters = _labels(connection, clustering, [earlier, later])
     totals: dict[int | None, int] = {}
     for was, _, rows in moved:
         totals[was] = totals.get(was, 0) + rows
@@ -81,6 +71,28 @@ def flows(
         for was, now, rows in moved
     ]
     return sorted(found, key=lambda flow: (-flow.rows, flow.earlier or (), flow.later or ()))
+
+
+def _runs(
+    connection: sa.Connection, clustering: Clustering, earlier: int | None, later: int | None
+) -> tuple[int, int]:
+    later = clustering.require_current(connection).id if later is None else later
+    earlier = run_before(connection, clustering, later) if earlier is None else earlier
+    if earlier is None:
+        raise ClusteringError(f"Run {later} of {clustering.column} is the first one.")
+    return earlier, later
+
+
+def _labels(
+    connection: sa.Connection, clustering: Clustering, runs: list[int]
+) -> dict[int | None, tuple[int, str]]:
+    """Number and label of the clusters of some runs, by their keys."""
+    cluster = clustering.cluster_table.c
+    named = sa.select(cluster.id, cluster.number, cluster.label).where(cluster.run_id.in_(runs))
+    return {
+        id_: (number, label or f"cluster {number}")
+        for id_, number, label in connection.execute(named)
+    }
 
 
 __all__ = ["Flow", "flows", "run_before"]

@@ -101,14 +101,21 @@ def compared(
         yield h(
             "section",
             h("h2", title or answer.kind, h("small", f" {answer.milliseconds:.0f} ms")),
-            h("p", answer.error, class_="fault", role="alert") if answer.error else None,
             None if title else _agreement(answer, answers),
-            h("ol", [_row(exposed, f, answer, answers, marked) for f in answer.found]),
-            h("p", "Nothing is found.", class_="faint")
-            if not answer.found and not answer.error else None,
+            _body(exposed, answer, answers, marked),
             _reasons(exposed, answer, question, where),
             data_kind=answer.kind,
-        )  # fmt: skip
+        )
+
+
+def _body(
+    exposed: Exposed, answer: _Answer, answers: Sequence[_Answer], marked: Mapping[str, Html]
+) -> Iterator[Html]:
+    if answer.error:
+        yield h("p", answer.error, class_="fault", role="alert")
+    yield h("ol", [_row(exposed, found, answer, answers, marked) for found in answer.found])
+    if not answer.found and not answer.error:
+        yield h("p", "Nothing is found.", class_="faint")
 
 
 def _is_had(kind: str, exposed: Exposed, reranker: Scorer | None) -> bool:
@@ -226,11 +233,9 @@ def _marks(
     connection: sa.Connection, exposed: Exposed, answers: Sequence[_Answer], lexemes: set[str]
 ) -> dict[str, Html]:
     """The texts that are shown, with the words of the question marked by PostgreSQL itself."""
-    texts = sorted({
-        _cut(found.row[column])
-        for answer in answers for found in answer.found for column in _text_columns(exposed)
-        if found.row.get(column) is not None
-    })  # fmt: skip
+    rows = [found.row for answer in answers for found in answer.found]
+    texts = sorted({_cut(row[column]) for column in _text_columns(exposed) for row in rows
+                    if row.get(column) is not None})  # fmt: skip
     if exposed.text is None or not lexemes or not texts:
         return {}
     language = exposed.text.type.language  # type: ignore[attr-defined]

@@ -62,6 +62,19 @@ def _changing(
     old = known.get(f"{binding.schema}.{binding.table}.{state.old}")
     if new is not None and old is not None:
         yield h("p", f"{old.encoder} → {new.encoder}", class_="faint", dir="auto")
+    yield _progress(state, rows)
+    bound = {t.bound: t for t in shown.tables().values()}
+    pair = [bound[one.column] for one in (old, new) if one is not None and one.column in bound]
+    measured = query.get("measure") == str(binding)
+    yield _overlap(shown, binding, rows, queries, measured)
+    if measured and queries and len(pair) == 2:
+        yield _changed(shown, pair, queries[:ASKED])
+    if len(pair) == 2:
+        yield _both(shown, pair, query)
+
+
+def _progress(state: reembed.Status, rows: int | None) -> Iterator[Any]:
+    """The steps, what is to go, and the command for the next step."""
     steps = ["begin", "backfill", "verify", "switch", "finish"]
     reached = 1 if state.state != "ready" else 2
     yield h(
@@ -79,14 +92,6 @@ def _changing(
             "being built: " + ", ".join(state.building) if state.building else "none is built",
             ".", class_="faint")  # fmt: skip
     yield h("p", "Next: ", h("code", state.next_step, class_="command", dir="auto"))
-    bound = {t.bound: t for t in shown.tables().values()}
-    pair = [bound[one.column] for one in (old, new) if one is not None and one.column in bound]
-    measured = query.get("measure") == str(binding)
-    yield _overlap(shown, binding, rows, queries, measured)
-    if measured and queries and len(pair) == 2:
-        yield _changed(shown, pair, queries[:ASKED])
-    if len(pair) == 2:
-        yield _both(shown, pair, query)
 
 
 def _rows(connection: sa.Connection, binding: Binding, state: ColumnStatus | None) -> int | None:
