@@ -60,11 +60,11 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 
 #: Most modules and lines of each room: a new capability raises its own, and nobody else's.
 ROOMS: dict[str, tuple[int, int]] = {
-    "adapters": (7, 1591),
+    "adapters": (7, 1595),
     "alembic": (9, 2738),
     "catalog": (9, 2535),
     "cli": (17, 4603),
-    "clustering": (16, 4936),
+    "clustering": (16, 4948),
     "encoder": (26, 7004),
     "freshness": (23, 5277),
     "indexes": (5, 1248),
@@ -73,7 +73,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "passages": (6, 1155),
     "reembed": (12, 3258),
     "search": (12, 3500),
-    "serving": (17, 3330),
+    "serving": (17, 3340),
     "tuning": (12, 2918),
     "types": (9, 1732),
 }
