@@ -142,20 +142,21 @@ def _check(
     probes: int | None,
     overfetch: int | None,
 ) -> None:
-    for name, number in (("limit", limit), ("offset", offset)):
-        if number is None and name == "limit":
-            continue
-        if not isinstance(number, (int, np.integer)) or number < 0:
-            raise DeclarationError(
-                f"nearest() was given {name}={number!r}; it takes a whole number from 0 on"
-                + (", or None for all rows." if name == "limit" else ".")
-            )
-    if ef_search is not None and not 1 <= ef_search <= MAX_EF_SEARCH:
-        raise DeclarationError(f"nearest(): ef_search is {ef_search}; pgvector takes 1 to 1000.")
-    if probes is not None and not 1 <= probes <= 32_768:
-        raise DeclarationError(f"nearest(): probes is {probes}; pgvector takes 1 to 32768.")
+    if limit is not None:
+        _require_whole("limit", limit, ", or None for all rows.")
+    _require_whole("offset", offset, ".")
+    for name, number, most in (("ef_search", ef_search, MAX_EF_SEARCH), ("probes", probes, 32_768)):
+        if number is not None and not 1 <= number <= most:
+            raise DeclarationError(f"nearest(): {name} is {number}; pgvector takes 1 to {most}.")
     if overfetch is not None and overfetch < 1:
         raise DeclarationError(f"nearest(): overfetch is {overfetch}; it starts at 1.")
+
+
+def _require_whole(name: str, number: Any, end: str) -> None:
+    if not isinstance(number, (int, np.integer)) or number < 0:
+        raise DeclarationError(
+            f"nearest() was given {name}={number!r}; it takes a whole number from 0 on{end}"
+        )
 
 
 def _furthest(

@@ -156,7 +156,11 @@ def explain_search(session: Session | sa.Connection, statement: Nearest) -> Sear
         return SearchExplanation("exact", _without(search), True, None, 0, 0, sql)
     ways, parts = made
     verdict = sa.select(ways.verdict.subquery("verdict")).add_cte(*parts, nest_here=True)
-    row = session.execute(verdict).mappings().one()
+    return _explained(session.execute(verdict).mappings().one(), ways, sql)
+
+
+def _explained(row: Any, ways: Ways, sql: str) -> SearchExplanation:
+    """What the deciding part has decided, in words."""
     looked = ways.first.least if ways.plan is None else row["looked"]
     share = None if ways.plan is None else float(row["share"])
     if ways.plan is not None and not row["by_index"]:

@@ -178,23 +178,34 @@ def tables_of(element: Any) -> list[Any]:
 def _shape(search: Search) -> Shape | None:
     """What the text of the statement depends on; ``None`` where every row is to be compared."""
     target = search.target
-    if target.index is None or target.table is None or search.exact or not search.limit:
+    usable = target.index is not None and target.table is not None and not search.exact
+    if not usable or not search.limit:
         return None
     size = size_for(search.limit, target.quantized, search.filtered)
-    if size is None:
+    joined, indexed = _criteria_of(search)
+    # A partial index serves criteria on its own rows alone.
+    if size is None or (target.partial and (joined or not search.filtered)):
         return None
+    return _shape_of(search, size, joined, indexed)
+
+
+def _criteria_of(search: Search) -> tuple[bool, bool]:
+    """Whether rows are chosen by more than their own columns, and whether an index finds them."""
+    target = search.target
     columns = [column for criterion in search.criteria for column in columns_of(criterion)]
     own = [column for column in columns if table_behind(column.table) is target.table]
-    indexed = any(column.name in target.leading for column in own)
-    joined = search.joins or (len(own) < len(columns) and not target.narrows)
-    # A partial index serves criteria on its own rows alone.
-    if target.partial and (joined or not search.filtered):
-        return None
+    others = len(own) < len(columns) and not target.narrows
+    return search.joins or others, any(column.name in target.leading for column in own)
+
+
+def _shape_of(search: Search, size: int, joined: bool, indexed: bool) -> Shape:
+    target = search.target
     ef_search, overfetch, probes = search.overrides
     deep = search.offset > 0 or joined
+    apart = deep or search.many or target.partial
     return Shape(
         size,
-        keyed=not (deep or search.many or target.partial) and len(target.key) == 1,
+        keyed=not apart and len(target.key) == 1,
         deep=deep,
         filtered=search.filtered,
         joined=joined,
@@ -228,12 +239,7 @@ def _compared(search: Search) -> Nearest:
     """Every row that passes is compared, and the nearest are taken."""
     target = search.target
     if target.proof and target.key and search.limit and not search.joins:
-        # The proof is asked of the rows that are taken, not of all.
-        bounded = search.furthest is not None
-        if bounded not in target.prepared:
-            target.prepared[bounded] = _around(target, compared_page(target, bounded))
-        parts = [_asked(search).cte("nearest_query"), _within_part(search)]
-        return _finished(_cut(target.prepared[bounded], search, parts), search)
+        return _compared_then_proven(search)
     distance = target.distance(target.column, search.right)
     made = Nearest(*target.selected, target.similarity_from(distance))
     comparable = target.comparable()
@@ -244,9 +250,7 @@ def _compared(search: Search) -> Nearest:
     made = made.where(*comparable, *target.proof, *_others(search))
     if search.furthest is not None:
         made = made.where(distance <= search.furthest)
-    made = replayed(made, search.narrowing)
-    if search.outer():
-        made = made.correlate(*search.outer())
+    made = _correlated(replayed(made, search.narrowing), search)
     # Adding zero keeps an index, whose settings are not made, from serving the order.
     made = made.order_by(distance + sa.literal_column("0"), *target.key)
     if search.limit is not None:
@@ -254,6 +258,15 @@ def _compared(search: Search) -> Nearest:
     if search.offset:
         made = made.offset(search.offset)
     return _finished(made, search)
+
+
+def _compared_then_proven(search: Search) -> Nearest:
+    """The same; the proof is asked of the rows that are taken, not of all."""
+    target, bounded = search.target, search.furthest is not None
+    if bounded not in target.prepared:
+        target.prepared[bounded] = _around(target, compared_page(target, bounded))
+    parts = [_asked(search).cte("nearest_query"), _within_part(search)]
+    return _finished(_cut(target.prepared[bounded], search, parts), search)
 
 
 def _others(search: Search) -> list[sa.ColumnElement[bool]]:
@@ -295,10 +308,7 @@ def _within_part(search: Search) -> sa.CTE:
     rows = replayed(rows, narrowing).where(*target.present)
     if search.exact or target.index is None:
         rows = rows.where(*_others(search))
-    outer = search.outer()
-    if outer:
-        rows = rows.correlate(*outer)
-    part: sa.CTE = rows.cte("nearest_within").prefix_with("NOT MATERIALIZED")
+    part: sa.CTE = _correlated(rows, search).cte("nearest_within").prefix_with("NOT MATERIALIZED")
     return part
 
 
@@ -411,9 +421,14 @@ def _parts(search: Search, shape: Shape, query: sa.Select[Any] | None = None) ->
 
 
 def _asked(search: Search) -> sa.Select[Any]:
-    query = _query_part(search, search.right)
+    query: sa.Select[Any] = _correlated(_query_part(search, search.right), search)
+    return query
+
+
+def _correlated(statement: Any, search: Search) -> Any:
+    """The statement, which takes the query's vector from the enclosing one where it is of there."""
     outer = search.outer()
-    return query.correlate(*outer) if outer else query
+    return statement.correlate(*outer) if outer else statement
 
 
 def parts_of(search: Search) -> tuple[Ways, list[sa.CTE]] | None:

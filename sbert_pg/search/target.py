@@ -120,9 +120,7 @@ class Target:
 
     def _serve(self, table: sa.Table, base: sa.Column[Any]) -> None:
         """Let the index of a table serve the search, where its rows can be told by their key."""
-        row_key = list(table.primary_key)
-        if self.mapper is not None and not all(self.mapper.c.contains_column(c) for c in row_key):
-            row_key = [c for c in self.mapper.primary_key if c.table is table]
+        row_key = self._row_key(table)
         if not row_key or len(row_key) != len(self.key):
             return
         if self.mapper is not None:
@@ -132,14 +130,16 @@ class Target:
         if self.index is not None:
             self.partial, self.quantized = self.index.partial, self.index.quantized
         if self.partial:
-            said = " ".join(one.where or "" for one in map(description_of, table.indexes) if one)
-            words = set(re.findall(r"\w+", said))
-            self.dividing = {
-                c.name for c in table.c if words.issuperset(re.findall(r"\w+", c.name))
-            }
-        for columns in (index.columns for index in table.indexes):
-            self.leading.update(column.name for column in list(columns)[:1])
-        self.leading.add(row_key[0].name)
+            self.dividing = _dividing(table)
+        firsts = [list(index.columns)[:1] for index in table.indexes]
+        self.leading = {column.name for first in [*firsts, row_key[:1]] for column in first}
+
+    def _row_key(self, table: sa.Table) -> list[sa.Column[Any]]:
+        """The primary key; of a subclass in a table of its own, what the mapper's is there."""
+        key = list(table.primary_key)
+        if self.mapper is None or all(self.mapper.c.contains_column(column) for column in key):
+            return key
+        return [column for column in self.mapper.primary_key if column.table is table]
 
     def similarity_from(self, distance: sa.ColumnElement[float]) -> sa.Label[float]:
         """The similarity that belongs to a distance."""
@@ -286,6 +286,13 @@ def _tables_of(selectable: Any) -> list[Any]:
     """The table of a selectable that is one, by its own name or another; else none."""
     table = table_behind(selectable)
     return [table] if isinstance(table, sa.Table) else []
+
+
+def _dividing(table: sa.Table) -> set[str]:
+    """Names of columns that predicates of a table's vector indexes speak of."""
+    said = " ".join(one.where or "" for one in map(description_of, table.indexes) if one)
+    words = set(re.findall(r"\w+", said))
+    return {c.name for c in table.c if words.issuperset(re.findall(r"\w+", c.name))}
 
 
 def readable_columns(table: Any) -> list[Any]:

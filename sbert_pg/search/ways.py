@@ -64,10 +64,17 @@ def key_names(prefix: str, count: int) -> list[str]:
     return [f"{prefix}_{n}" for n in range(count)]
 
 
-def named(name: str, *columns: str) -> sa.TableClause:
-    """A part of the statement that is made elsewhere, by its name."""
-    types = {PASSES: sa.Boolean()}
-    return sa.table(name, *(sa.column(c, types.get(c, sa.Float())) for c in columns))
+def named(name: str, *columns: str, **typed: Any) -> sa.TableClause:
+    """A part of the statement that is made elsewhere, by its name.
+
+    Args:
+        name: its name.
+        columns: names of its columns, whose type does not matter but for ``PASSES``.
+        typed: types of further columns, by name.
+    """
+    types = {PASSES: sa.Boolean(), **typed}
+    names = (*columns, *typed)
+    return sa.table(name, *(sa.column(c, types.get(c, sa.Float())) for c in names))
 
 
 NAN: Any = sa.literal_column("'NaN'::float8")
@@ -113,17 +120,17 @@ class Ways:
         # rows that pass are ordered, by the index where the planner finds that it holds them.
         self.partial = self.index.partial and shape.filtered
         self.tested = shape.filtered and not self.partial
-        self.proof = [] if self.partial else target.proven(target.row_column(self.row))
+        self.proof = self._proof()
         self.vector, self.furthest = self._asked("vector"), self._asked("furthest")
         #: Neither pages nor filters: what the index gives is the answer as it is, or none.
         self.plain = shape.keyed and not shape.filtered
         #: What the proof is asked of, where it is asked of a look's rows later.
-        self.carried: dict[str, Any] = {}
-        if self.proof and shape.keyed:
-            column = target.row_column(self.row)
-            self.carried = {VECTOR: column, COMPANION: companion_of(column)}
-        columns = [*self.names, DISTANCE, *self.carried, *([] if self.plain else [PLACE, PASSES])]
-        self.found = {name: named(f"nearest_{name}", *columns) for name in ("near", "far")}
+        self.carried = self._carried() if self.proof and shape.keyed else {}
+        self.found = {look: self._found(f"nearest_{look}") for look in ("near", "far")}
+        self._make()
+
+    def _make(self) -> None:
+        """The parts, each of which knows those before it."""
         self.plan = self._plan() if self.tested else None
         self.near_rows = self._rows(self.first, self.plan)
         if not self.plain:
@@ -133,8 +140,8 @@ class Ways:
             self.far = self._judged_far(self.second)
         #: The keys that each look gives, ``NULL`` where it is no answer.
         self.best: dict[str, sa.ScalarSelect[Any]] = {}
-        self.taken = self._taken() if shape.keyed else None
-        self.page = sa.select() if shape.keyed else self._page()
+        self.taken = self._taken() if self.shape.keyed else None
+        self.page = sa.select() if self.taken is not None else self._page()
         self.verdict = self._verdict()
 
     def parts(self, passes: Passes | None) -> list[sa.CTE]:
@@ -155,6 +162,18 @@ class Ways:
         return parts
 
     # -- small pieces
+
+    def _proof(self) -> list[sa.ColumnElement[bool]]:
+        return [] if self.partial else self.target.proven(self.target.row_column(self.row))
+
+    def _carried(self) -> dict[str, Any]:
+        column = self.target.row_column(self.row)
+        return {VECTOR: column, COMPANION: companion_of(column)}
+
+    def _found(self, name: str) -> sa.TableClause:
+        """The rows of a look, by its name."""
+        columns = [*self.names, DISTANCE, *([] if self.plain else [PLACE, PASSES])]
+        return named(name, *columns, **{n: column.type for n, column in self.carried.items()})
 
     def _part(self, name: str, statement: sa.Select[Any]) -> sa.CTE:
         return statement.cte(f"nearest_{name}").prefix_with("MATERIALIZED")
@@ -212,17 +231,6 @@ class Ways:
     def _rows(self, look: Look, condition: sa.CTE | None) -> sa.Select[Any]:
         """The rows that the index gives, nearest first."""
         vector = self._asked("vector")
-        # Made once, ahead of the scan, which reads its settings when its first row is asked for;
-        # not at all where the look is not to be taken or there is no vector to look for.
-        looked = self._looked(look)
-        if condition is not None and condition is self.plan:
-            looked = condition.c.looked
-        made = sa.select(settings(self.index, look, looked))
-        if condition is not None:
-            allows = condition.c["by_index" if condition is self.plan else "further"]
-            made = made.select_from(condition).where(allows)
-        if not self.shape.known:
-            made = made.where(vector.is_not(None))
         row: Any = self.within if self.partial else self.row
         column = row.c[VECTOR] if self.partial else self.target.row_column(row)
         keys = [key.label(n) for key, n in zip(self._keys(row), self.names, strict=True)]
@@ -232,10 +240,25 @@ class Ways:
             present += self._others(row)
         return (
             sa.select(*keys, self.target.distance(column, vector).label(DISTANCE), *carried)
-            .where(made.scalar_subquery().is_not(None), *present)
+            .where(self._set(look, condition).is_not(None), *present)
             .order_by(self.target.index_distance(column, self.index, vector))
             .limit(number(look.fetched))
         )
+
+    def _set(self, look: Look, condition: sa.CTE | None) -> sa.ScalarSelect[Any]:
+        """The settings of a look; made once, ahead of the scan, which reads them at its first row.
+
+        Not at all where the look is not to be taken or there is no vector to look for.
+        """
+        first = condition is not None and condition is self.plan
+        looked = condition.c.looked if condition is not None and first else self._looked(look)
+        made = sa.select(settings(self.index, look, looked))
+        if condition is not None:
+            allows = condition.c["by_index" if first else "further"]
+            made = made.select_from(condition).where(allows)
+        if not self.shape.known:
+            made = made.where(self._asked("vector").is_not(None))
+        return made.scalar_subquery()
 
     def _look(self, name: str, rows: sa.Select[Any], passes: Passes | None) -> sa.CTE:
         """The same with their places, and whether they pass."""
@@ -421,10 +444,7 @@ class Ways:
         (row_key,), (name,) = self._keys(self.row), self.names
         proven: list[Any] = [given.c[DISTANCE] != NAN]
         if VECTOR in given.c:
-            own: dict[Any, Any] = {
-                column: sa.type_coerce(given.c[n], column.type)
-                for n, column in self.carried.items()
-            }
+            own: dict[Any, Any] = {column: given.c[n] for n, column in self.carried.items()}
             traverse: Any = visitors.replacement_traverse
             proven += [traverse(one, {}, lambda e, **_: own.get(e)) for one in self.proof]
         elif self.proof:

@@ -125,7 +125,7 @@ def test_by_an_ivfflat_index() -> None:
     thing = table(ivfflat_index("i", "vec", lists=100))
     text = sql(nearest(thing.c.vec, QUERY))
     assert "set_config('ivfflat.iterative_scan', 'off', true)" in text
-    assert "set_config('ivfflat.probes', '40', true)" in text
+    assert "set_config('ivfflat.probes', '51', true)" in text
     assert "set_config('ivfflat.probes', '3', true)" in sql(nearest(thing.c.vec, QUERY, probes=3))
 
 
