@@ -72,7 +72,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "orm": (5, 926),
     "passages": (6, 1155),
     "reembed": (12, 3258),
-    "search": (12, 3500),
+    "search": (12, 3547),
     "serving": (17, 3340),
     "tuning": (12, 2918),
     "types": (9, 1732),
