@@ -3,27 +3,63 @@
 from __future__ import annotations
 
 import re
+import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import psycopg
 import sqlalchemy as sa
 from psycopg import sql
 from psycopg.adapt import Dumper
 from psycopg.pq import Format
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Connection
+from sqlalchemy.ext.compiler import compiles
 
 from sbert_pg import system
 from sbert_pg.catalog.record import qualified
-from sbert_pg.errors import LoadError
+from sbert_pg.errors import DeclarationError, LoadError
 from sbert_pg.types.identity import ColumnIdentity
 from sbert_pg.types.wire import WireVector
+
+#: What becomes of a row whose key is in the table: an error, the table's stays, or it is rewritten.
+Existing = Literal["refuse", "keep", "replace"]
 
 #: What a COPY says of where it was: "COPY article, line 3, column title".
 _LINE = re.compile(r"^COPY .*, line (\d+)", re.MULTILINE)
 #: Types that SQLAlchemy takes as text and psycopg's binary form as objects only.
 _NOT_BY_VALUE = frozenset({"inet", "cidr"})
 _TEXT_OID = psycopg.adapters.types["text"].oid
+
+
+class _CreateStaging(sa.schema.ExecutableDDLElement):
+    """An empty temporary table with some columns of another."""
+
+    def __init__(self, name: str, schema: str | None, table: str, columns: list[str]) -> None:
+        self.name, self.schema, self.table, self.columns = name, schema, table, columns
+
+
+@compiles(_CreateStaging, "postgresql")
+def _create_staging(element: _CreateStaging, compiler: Any, **_: Any) -> str:
+    columns = ", ".join(map(compiler.preparer.quote, element.columns))
+    source = system.ddl_name(compiler, element.schema, element.table)
+    name = compiler.preparer.quote(element.name)
+    of_no_rows = f"SELECT {columns} FROM {source} WITH NO DATA"  # noqa: S608 - all names are quoted
+    return f"CREATE TEMPORARY TABLE {name} AS {of_no_rows}"
+
+
+def _named_table(table: sa.TableClause) -> sa.Table:
+    return sa.Table(table.name, sa.MetaData(), schema=table.schema)
+
+
+def _require_key(table: sa.Table, columns: Sequence[sa.Column[Any]]) -> None:
+    missing = [column.name for column in table.primary_key if column not in columns]
+    if missing or not list(table.primary_key):
+        raise DeclarationError(
+            f"Rows of {table.fullname!r} that are there already are known by the primary key, and "
+            f"{', '.join(missing) or 'it'} is not among what is loaded. Give it, or leave out "
+            "`existing`."
+        )
 
 
 class _BytesDumper(Dumper):
@@ -42,6 +78,11 @@ class Writer:
         connection: the connection, synchronous, or an asynchronous one's within ``run_sync``.
         columns: the columns that rows have, in order.
         inserts: whether rows have to go through INSERT.
+        existing: what becomes of rows whose key is there already; but for ``"refuse"`` a block is
+            copied into a temporary table first, and inserted from there.
+
+    Raises:
+        DeclarationError: rows that are there cannot be known, since the key is not written.
     """
 
     def __init__(
@@ -51,16 +92,23 @@ class Writer:
         columns: Sequence[sa.Column[Any]],
         *,
         inserts: bool = False,
+        existing: Existing = "refuse",
     ) -> None:
         self._connection = connection
         self._table = table
         self._columns = columns
+        self._existing = existing
+        if existing != "refuse":
+            _require_key(table, columns)
         self._driver: Any = connection.connection.driver_connection
         self._dumpers: list[type[Dumper]] = []
         self._oids = None if inserts or not self._is_psycopg() else self._find_types()
         schemas = connection.get_execution_options().get("schema_translate_map") or {}
         schema = schemas.get(table.schema, table.schema)
         names = [table.name] if schema is None else [schema, table.name]
+        self._staging = self._staged(schema) if existing != "refuse" and self.copies else None
+        if self._staging is not None:
+            names = ["pg_temp", self._staging.name]
         self._statement = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT BINARY)").format(
             sql.Identifier(*names), sql.SQL(", ").join(sql.Identifier(c.name) for c in columns)
         )
@@ -98,6 +146,51 @@ class Writer:
                 self._copy(rows, at)
         except (psycopg.Error, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise self._named(error, first, at[0]) from error
+        if self._staging is not None:
+            self._merge(self._staging, first, first + len(rows) - 1)
+
+    def _staged(self, schema: str | None) -> sa.TableClause:
+        """A temporary table for blocks."""
+        name = f"sbert_load_{uuid.uuid4().hex[:12]}"
+        written = [column.name for column in self._columns]
+        self._connection.execute(_CreateStaging(name, schema, self._table.name, written))
+        columns = (sa.column(column.name, column.type) for column in self._columns)
+        return sa.table(name, *columns, schema="pg_temp")
+
+    def close(self) -> None:
+        """Drop what was made for the load."""
+        if self._staging is not None:
+            self._connection.execute(sa.schema.DropTable(_named_table(self._staging)))
+
+    def _merge(self, staging: sa.TableClause, first: int, last: int) -> None:
+        """Insert the rows of the temporary table, which is empty afterwards."""
+        names = [column.name for column in self._columns]
+        statement = postgresql.insert(self._table).from_select(
+            names, sa.select(*(staging.c[name] for name in names)), include_defaults=False
+        )
+        try:
+            self._connection.execute(self._beside_existing(statement))
+        except sa.exc.DBAPIError as error:
+            raise self._named(error.orig or error, first, last) from error
+        self._connection.execute(sa.delete(staging))
+
+    def _beside_existing(self, statement: Any) -> Any:
+        """An insert that says what becomes of rows that are there; equal ones are not rewritten."""
+        if self._existing == "refuse":
+            return statement
+        key = list(self._table.primary_key)
+        rest = [column for column in self._columns if column not in key]
+        if self._existing == "keep" or not rest:
+            return statement.on_conflict_do_nothing(index_elements=key)
+        new, differs = statement.excluded, None
+        # The type json alone cannot be compared.
+        if not any(type(column.type) in (sa.JSON, postgresql.JSON) for column in rest):
+            differs = sa.or_(*(column.is_distinct_from(new[column.key]) for column in rest))
+        return statement.on_conflict_do_update(
+            index_elements=key,
+            set_={column.name: new[column.key] for column in rest},
+            where=differs,
+        )
 
     def _copy(self, rows: Sequence[Sequence[Any]], at: list[int]) -> None:
         with self._driver.cursor() as cursor:
@@ -126,7 +219,7 @@ class Writer:
     def _insert(self, rows: Sequence[Sequence[Any]], first: int) -> None:
         names = [column.key for column in self._columns]
         plain = [dict(zip(names, row, strict=True)) for row in rows]
-        statement = sa.insert(self._table)
+        statement = self._beside_existing(postgresql.insert(self._table))
         try:
             with self._connection.begin_nested():
                 self._connection.execute(statement, plain)

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from sbert_pg.catalog.embedding import digest_for
 from sbert_pg.catalog.record import Binding
 from sbert_pg.errors import DeclarationError, LoadError, VectorError
-from sbert_pg.loading.copying import Writer
+from sbert_pg.loading.copying import Existing, Writer
 from sbert_pg.loading.rows import Plan
 from sbert_pg.row_vectors import EmbeddingColumn, encode_documents, target_of
 from sbert_pg.source import Text
@@ -63,6 +63,7 @@ def load(
     rows: Iterable[Row] | Iterable[Sequence[Any]],
     *,
     columns: Sequence[str] | None = None,
+    existing: Existing = "refuse",
     commit_every: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> int:
@@ -85,6 +86,10 @@ def load(
             same. Columns it lacks take the default of the database, or of their ``Column``. A text
             in a column of numbers, dates or the like is converted, for the sake of CSV files.
         columns: names of the values, where rows are tuples instead of mappings.
+        existing: what becomes of a row whose primary key is in the table: by default an error;
+            ``"keep"`` leaves the table's as it is, ``"replace"`` writes the new one where it
+            differs. With either the same rows can be loaded again, as after a failure; a block may
+            not have one key twice.
         commit_every: rows after which the transaction is committed; never by default. Needs a
             connection that is in no transaction yet, as from ``engine.connect()``.
         progress: is called with the number of rows written so far, after each block.
@@ -96,14 +101,14 @@ def load(
         LoadError: a row cannot be loaded; the message and ``LoadError.row`` say which.
         EncodingError: a text cannot be encoded; the message says which.
         EncoderMismatchError: the column belongs to another encoder.
-        DeclarationError: ``table`` is none, or ``commit_every`` cannot be had here.
+        DeclarationError: ``table`` is none, or ``commit_every`` or ``existing`` cannot be had here.
     """
     target, names = target_of(table)
     if commit_every is not None:
         _require_committable(connection, commit_every)
     if isinstance(connection, Session):
         connection = connection.connection(bind_arguments=_bind_arguments(table, target))
-    loading = _Loading(connection, target, names, commit_every, progress)
+    loading = _Loading(connection, target, names, existing, commit_every, progress)
     with loading.all_or_nothing():
         loading.run(cast("Iterable[Row]", rows) if columns is None else _named(rows, columns))
     return loading.written
@@ -146,12 +151,14 @@ class _Loading:
         connection: Connection,
         table: sa.Table,
         names: dict[str, sa.Column[Any]],
+        existing: Existing,
         commit_every: int | None,
         progress: Callable[[int], None] | None,
     ) -> None:
         self.connection = connection
         self.table = table
         self.names = names
+        self.existing = existing
         self.commit_every = commit_every
         self.progress = progress
         self.written = 0
@@ -195,7 +202,9 @@ class _Loading:
                 if binding is not None and embedded.companion is not None
             ),
         ]
-        writer = Writer(self.connection, self.table, columns, inserts=plan.inserts)
+        writer = Writer(
+            self.connection, self.table, columns, inserts=plan.inserts, existing=self.existing
+        )
         plan.convert_for(self.connection.dialect, writer.copies)
         encoding = _Encoding(plan, bindings, writer.copies)
         waiting: deque[tuple[_Block, Future[list[list[Any]]]]] = deque()
@@ -207,6 +216,7 @@ class _Loading:
                     self._write(encoding, writer, *waiting.popleft())
             while waiting:
                 self._write(encoding, writer, *waiting.popleft())
+            writer.close()
             if self.commit_every is not None:
                 self._commit()
         finally:
