@@ -60,7 +60,7 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 
 #: Most modules and lines of each room: a new capability raises its own, and nobody else's.
 ROOMS: dict[str, tuple[int, int]] = {
-    "adapters": (7, 1595),
+    "adapters": (8, 1952),
     "alembic": (9, 2738),
     "catalog": (9, 2535),
     "cli": (17, 4603),
@@ -68,7 +68,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "encoder": (26, 7004),
     "freshness": (23, 5277),
     "indexes": (5, 1248),
-    "loading": (4, 941),
+    "loading": (4, 1044),
     "orm": (5, 926),
     "passages": (6, 1155),
     "reembed": (12, 3258),
