@@ -85,7 +85,9 @@ def main() -> None:
 def measure(engine: sa.Engine, item, encoder: DeterministicEncoder, rows: int) -> None:
     """Each way in turn."""
     dsn = engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
-    vectors = np.random.default_rng(1).standard_normal((rows, encoder.dimensions), dtype=np.float32)
+    vectors = np.random.default_rng(1).standard_normal(
+        (rows, encoder.spec.dimensions), dtype=np.float32
+    )
     with engine.begin() as connection:
         create_all(connection, Base.metadata)
         given = ({"id": n, "body": f"row {n}", "embedding": v} for n, v in enumerate(vectors))
