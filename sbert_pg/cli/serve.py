@@ -12,7 +12,7 @@ import sqlalchemy as sa
 import typer
 
 from sbert_pg import catalog
-from sbert_pg.cli import common
+from sbert_pg.cli import common, passages
 from sbert_pg.cli.freshness import address_of
 from sbert_pg.cli.target import resolve, text_column_of
 from sbert_pg.errors import DeclarationError
@@ -322,4 +322,5 @@ def _exposed(connection: sa.Connection, target: str) -> Exposed:
             f"{target!r}: {name} has no column {missing[0]!r} to show; there are "
             f"{', '.join(known)}."
         )
-    return Exposed(name, str(side.binding), side.spec, embedding, text, columns)
+    cut = None if side.binding.source.passages is None else passages.attribute_of(connection, side)
+    return Exposed(name, str(side.binding), side.spec, embedding, text, columns, cut)

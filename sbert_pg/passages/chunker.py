@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -17,6 +18,7 @@ Tokens = Callable[[Sequence[str]], list[int]]
 Room = Callable[[tuple[str, ...]], int]
 #: Units counted by one call of the tokenizer.
 _AT_ONCE = 512
+_WORD = re.compile(r"\S+")
 
 
 class Part(NamedTuple):
@@ -71,7 +73,7 @@ class SentenceChunker:
         language: see ``structure.units``.
     """
 
-    least: int = 90
+    least: int = 60
     most: int = 230
     overlap: int = 0
     language: str | None = None
@@ -120,7 +122,8 @@ class SentenceChunker:
             for unit, count in zip(batch, counts, strict=True):
                 most = self._most(unit.headings, room)
                 if unit.level or count <= most:
-                    yield unit, count
+                    # What an encoder sees nothing in counts as well, or it would never be enough.
+                    yield unit, max(1, count)
                     continue
                 for start, stop, number in pieces(text, unit.start, unit.stop, tokens, most):
                     yield Unit(start, stop, unit.headings), number
@@ -251,15 +254,14 @@ class FixedChunker:
 
 def _words(text: str, tokens: Tokens, most: int) -> Iterator[tuple[int, int, int]]:
     """Words with their tokens; those of scripts without blanks in pieces."""
-    position, found = 0, iter(text.split())
+    found = _WORD.finditer(text)
     while batch := list(islice(found, _AT_ONCE)):
-        for word, count in zip(batch, tokens(batch), strict=True):
-            start = text.index(word, position)
-            position = start + len(word)
-            if count <= most // 4 or len(word) < 2:
-                yield start, position, count
+        for word, count in zip(batch, tokens([word[0] for word in batch]), strict=True):
+            start, stop = word.span()
+            if count <= most // 4 or stop - start < 2:
+                yield start, stop, max(1, count)
             else:
-                yield from pieces(text, start, position, tokens, max(1, most // 4))
+                yield from pieces(text, start, stop, tokens, max(1, most // 4))
 
 
 @dataclass(frozen=True, slots=True)

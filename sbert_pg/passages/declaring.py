@@ -87,12 +87,15 @@ class Passage:
     def highlight(self, question: str) -> tuple[int, int, str] | None:
         """The sentence that is nearest to a question: start and stop in the document, and text.
 
-        ``None`` where the document has changed since it was cut.
+        The passage itself where it has no sentence; ``None`` where the document has changed since
+        it was cut.
         """
         text = self.text
         if text is None:
             return None
         spans = sentences(text, getattr(self.declared.chunker, "language", None))
+        if len(spans) < 2:
+            return self.start, self.stop, text
         encoder = get_encoder(self.declared.encoder)
         vectors = encoder.encode_document([text[start:stop] for start, stop in spans])
         start, stop = spans[int((vectors @ encoder.encode_query([question])[0]).argmax())]

@@ -15,23 +15,25 @@ from sbert_pg.errors import DeclarationError
 #: Longest block, in characters, that is looked for behind an opening tag or fence; what is longer
 #: is cut anyway.
 _LONGEST = 20_000
+#: Headings, tables and lists, and the beginnings of blocks whose end is looked for by itself. No
+#: text may take more than a time that is proportional to its length, whatever it is made of.
 _MARKUP = re.compile(
-    rf"""
-      ^[ ]{{0,3}}(?P<fence>`{{3,}}|~{{3,}})[^\n]*\n
-      (?:[\s\S]{{0,{_LONGEST}}}?\n)??[ ]{{0,3}}(?P=fence)[ \t]*$
-    | <(?P<tag>pre|table|ul|ol|dl)\b[^>]{{0,500}}>[\s\S]{{0,{_LONGEST}}}?</(?P=tag)\s*>
-    | <h(?P<html>[1-6])\b[^>]{{0,500}}>(?P<html_text>[\s\S]{{0,1000}}?)</h(?P=html)\s*>
-    | ^[ ]{{0,3}}(?P<atx>\#{{1,6}})[ \t]+(?P<atx_text>[^\n]*?)[ \t]*\#*[ \t]*$
-    | ^(?P<setext_text>\S[^\n]{{0,300}})\n(?P<setext>={{2,}}|-{{3,}})[ \t]*$
+    r"""
+      ^[ ]{0,3}(?P<fence>`{3,16}(?!`)|~{3,16}(?!~))[^\n]*$
+    | <(?P<tag>pre|table|ul|ol|dl)\b[^>]{0,500}>
+    | <h(?P<html>[1-6])\b[^>]{0,500}>(?P<html_text>[\s\S]{0,1000}?)</h(?P=html)\s*>
+    | ^[ ]{0,3}(?P<atx>\#{1,6})(?P<atx_text>[ \t][^\n]*)$
+    | ^(?P<setext_text>\S[^\n]{0,300})\n(?P<setext>={2,}|-{3,})[ \t]*$
     | (?:^[ \t]*\|[^\n]*(?:\n|\Z))+
-    | (?:^[ \t]*(?:[-*+]|\d{{1,9}}[.)])[ \t]+[^\n]*(?:\n|\Z)(?:^[ \t]+\S[^\n]*(?:\n|\Z))*)+
+    | (?:^[ \t]*(?:[-*+]|\d{1,9}[.)])[ \t]+[^\n]*(?:\n|\Z)(?:^[ \t]+\S[^\n]*(?:\n|\Z))*)+
     """,
     re.VERBOSE | re.MULTILINE | re.IGNORECASE,
 )
 _TAG = re.compile(r"<[^>]{0,500}>")
 #: Ends of sentences: with a blank behind them in scripts that have blanks, by themselves in others.
+#: A row of full stops is looked at from its first one alone, or a long one would be n * n steps.
 _END = re.compile(
-    r"""[.!?…]+["'”’»)\]]*(?=\s) | [。！？｡]+[”’」』）】"')]* | [।॥؟۔։።။]+
+    r"""(?<![.!?…])[.!?…]+["'”’»)\]]*(?=\s) | [。！？｡]+[”’」』）】"')]* | [।॥؟۔։።။]+
     | \n[ \t]*\n | </p> | <br\s*/?>""",
     re.VERBOSE | re.IGNORECASE,
 )
@@ -74,27 +76,67 @@ def units(text: str, language: str | None = None) -> Iterator[Unit]:
     """
     path: list[tuple[int, str]] = []
     before = 0
-    for match in _MARKUP.finditer(text):
+    for match, end in _blocks(text):
         headings = tuple(words for _, words in path)
         yield from _sentences(text, before, match.start(), headings, language)
-        before = match.end()
+        before = end
         level, words = _heading(match)
         if level:
             path = [(other, title) for other, title in path if other < level]
             if words:
                 path.append((level, words))
             headings = tuple(title for _, title in path)
-        unit = _trimmed(text, match.start(), match.end(), headings)
+        unit = _trimmed(text, match.start(), end, headings)
         if unit is not None:
             yield unit._replace(level=level)
     headings = tuple(words for _, words in path)
     yield from _sentences(text, before, len(text), headings, language)
 
 
+def _blocks(text: str) -> Iterator[tuple[re.Match[str], int]]:
+    """Headings and blocks: how each begins, and the place behind its end."""
+    closers: dict[str, re.Match[str] | None] = {}
+    place = 0
+    while (match := _MARKUP.search(text, place)) is not None:
+        place = match.end()
+        opening = match["fence"] or match["tag"]
+        if opening:
+            end = _end_of(text, opening.lower(), place, closers)
+            if end is None:
+                continue
+            place = end
+        yield match, place
+
+
+def _end_of(
+    text: str, opening: str, start: int, closers: dict[str, re.Match[str] | None]
+) -> int | None:
+    """Where a block ends; ``None`` where it has no end, or is longer than is looked for.
+
+    Args:
+        text: the text.
+        opening: the fence, or the name of the tag.
+        start: place behind its beginning; it only grows.
+        closers: the next end of each kind of block, so that none is looked for twice.
+    """
+    closer = closers.get(opening)
+    if opening not in closers or (closer is not None and closer.start() < start):
+        if opening[0] in "`~":
+            pattern = rf"^ {{0,3}}{opening[0]}{{{len(opening)},}}[ \t]*$"
+        else:
+            pattern = rf"</{opening}\s*>"
+        closer = re.compile(pattern, re.MULTILINE | re.IGNORECASE).search(text, start)
+        closers[opening] = closer
+    return None if closer is None or closer.start() - start > _LONGEST else closer.end()
+
+
 def _heading(match: re.Match[str]) -> tuple[int, str]:
     """Level and words of a heading; level 0 for another block."""
     if match["atx"]:
-        level, words = len(match["atx"]), match["atx_text"]
+        level, words = len(match["atx"]), match["atx_text"].strip()
+        # Number signs close it where a blank is before them: "# C# #" is "C#".
+        opened = words.rstrip("#")
+        words = opened if not opened or opened[-1].isspace() else words
     elif match["setext"]:
         level, words = (1 if match["setext"][0] == "=" else 2), match["setext_text"]
     elif match["html"]:

@@ -12,7 +12,20 @@ from sqlalchemy.ext.compiler import compiles
 
 from sbert_pg.errors import DeclarationError
 from sbert_pg.passages.cutting import DIGITS, GAP
-from sbert_pg.passages.declaring import PASSAGE_COLUMNS, declared_passages
+from sbert_pg.passages.declaring import PASSAGE_COLUMNS, Declared, declared_passages
+
+
+def text_of(declared: Declared) -> sa.ColumnElement[str]:
+    """A passage's part of its document; ``NULL`` where the document has changed since it was cut.
+
+    For a statement that joins both tables.
+    """
+    passage: Any = sa.inspect(declared.passage).local_table.c
+    body: Any = sa.inspect(declared.document).columns[declared.source_keys[-1]]
+    part = sa.func.substr(body, passage.start + 1, passage.stop - passage.start)
+    whole = sa.func.concat_ws(GAP, sa.func.nullif(passage.heading, ""), part)
+    hashed = sa.func.encode(sa.func.sha256(sa.func.convert_to(whole, "UTF8")), "hex")
+    return sa.case((sa.func.substr(hashed, 1, DIGITS) == passage.digest, part))
 
 
 class PassageView(sa.schema.ExecutableDDLElement):
@@ -43,16 +56,12 @@ class PassageView(sa.schema.ExecutableDDLElement):
         self.schema = table.schema
         mapper = sa.inspect(declared.document)
         body = mapper.columns[declared.source_keys[-1]]
-        part = sa.func.substr(body, table.c.start + 1, table.c.stop - table.c.start)
-        whole = sa.func.concat_ws(GAP, sa.func.nullif(table.c.heading, ""), part)
-        hashed = sa.func.encode(sa.func.sha256(sa.func.convert_to(whole, "UTF8")), "hex")
-        is_same = sa.func.substr(hashed, 1, DIGITS) == table.c.digest
         keys = [ours for ours, _ in declared.keys]
         self.query = sa.select(
             table.c.id,
             *keys,
             *(table.c[name] for name in PASSAGE_COLUMNS),
-            sa.case((is_same, part)).label("text"),
+            text_of(declared).label("text"),
         ).join_from(table, body.table, sa.and_(*(a == b for a, b in declared.keys)))
 
 
@@ -65,4 +74,4 @@ def _create(element: PassageView, compiler: Any, **options: Any) -> str:
     return f"CREATE OR REPLACE VIEW {name} AS {query}"
 
 
-__all__ = ["PassageView"]
+__all__ = ["PassageView", "text_of"]

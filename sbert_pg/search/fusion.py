@@ -76,9 +76,23 @@ class HybridSearch(Changeable):
         return self.words.key
 
     @property
-    def rows_of_an_arm(self) -> int:
-        """Rows of each arm that are fused."""
-        return max(self.depth or DEPTH, 0 if self.depth else 2 * (self.limit + self.offset))
+    def fused(self) -> tuple[int, int]:
+        """Rows of the arms of meaning and words that are fused: the same on each page."""
+        usual = self.depth or max(DEPTH, 2 * self.limit)
+        if isinstance(self.meaning.search, DocumentSearch):
+            # As many as their passages are looked up by the index for.
+            return max(self.limit, MOST_BY_INDEX), usual
+        return usual, usual
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Rows of the arms that are read: those of later pages score nothing, and come behind."""
+        if self.depth:
+            return self.fused
+        needed, pages = self.limit + self.offset, 1
+        while pages * min(self.fused) < needed:
+            pages *= 2
+        return self.fused[0] * pages, self.fused[1] * pages
 
 
 def hybrid(
@@ -151,7 +165,7 @@ def _statement(search: HybridSearch) -> Nearest:
     origin = words.entity if words.entity is not None else words.table
     on = [key == page.c[name] for key, name in zip(words.key, names, strict=True)]
     statement = statement.join_from(origin, page, sa.and_(*on))
-    statement = statement.order_by(*query, page.c.score.desc(), *words.key)
+    statement = statement.order_by(*query, page.c.score.desc(), _first(page), *words.key)
     statement = replayed(statement, search.shaping)
     statement.search = search
     return statement  # type: ignore[no-any-return]
@@ -159,14 +173,16 @@ def _statement(search: HybridSearch) -> Nearest:
 
 def _fused(search: HybridSearch, names: list[str]) -> sa.Select[Any]:
     """Keys, scores and ranks of the rows of each question's page."""
-    meaning = _arm(_meaning_rows(search, names), "hybrid_meaning", names, "similarity")
-    by_words = _arm(_word_rows(search, names), "hybrid_words", names, "score", "held")
+    meaning, by_words = _arms(search, names)
     weight = _weight(search, by_words, meaning)
     same = [meaning.c[n] == by_words.c[n] for n in ("query", *names)]
     query = sa.func.coalesce(meaning.c.query, by_words.c.query)
     if search.fusion == "rrf":
         share: Any = sa.literal(0.5 if search.weight is None else search.weight, _F)
-        parts = [1.0 / (RRF_K + arm.c.rank) for arm in (meaning, by_words)]
+        parts = [
+            sa.case((arm.c.rank <= fused, 1.0 / (RRF_K + arm.c.rank)))
+            for arm, fused in zip((meaning, by_words), search.fused, strict=True)
+        ]
         score = 2 * (share * _or_none(parts[0]) + (1 - share) * _or_none(parts[1]))
     else:
         share = weight.c.weight
@@ -185,7 +201,7 @@ def _fused(search: HybridSearch, names: list[str]) -> sa.Select[Any]:
         .join(weight, weight.c.query == query)
         .subquery("hybrid_either")
     )
-    order = [either.c.score.desc(), *(either.c[n] for n in names)]
+    order = [either.c.score.desc(), _first(either), *(either.c[n] for n in names)]
     place = sa.func.row_number().over(partition_by=either.c.query, order_by=order)
     placed = sa.select(*either.c, place.label("place")).subquery("hybrid_placed")
     return sa.select(*placed.c).where(
@@ -196,49 +212,64 @@ def _fused(search: HybridSearch, names: list[str]) -> sa.Select[Any]:
 def weight_of(search: HybridSearch) -> sa.Select[Any]:
     """The weight of meaning that a search of one question takes; no row where nothing is found."""
     names = [f"hybrid_key_{n}" for n in range(len(search.key))]
-    meaning = _arm(_meaning_rows(search, names), "hybrid_meaning", names, "similarity")
-    words = _arm(_word_rows(search, names), "hybrid_words", names, "score", "held")
+    meaning, words = _arms(search, names)
     return sa.select(_weight(search, words, meaning).c.weight)
+
+
+def _arms(search: HybridSearch, names: list[str]) -> tuple[sa.CTE, sa.CTE]:
+    """What is found by meaning, and by words."""
+    near, far = search.fused
+    meaning = _arm(_meaning_rows(search, names), "hybrid_meaning", names, near, "similarity")
+    words = _arm(_word_rows(search, names), "hybrid_words", names, far, "score", "held")
+    return meaning, words
+
+
+def _first(rows: Any) -> sa.ColumnElement[int]:
+    """The better rank of a row in the two arms, which tells rows of one score apart."""
+    return sa.func.least(rows.c.meaning_rank, rows.c.words_rank)
 
 
 def _meaning_rows(search: HybridSearch, names: list[str]) -> sa.Subquery:
     """Questions, keys and similarities of the nearest rows."""
-    if isinstance(search.meaning.search, DocumentSearch):
-        # As many as their passages are looked up by the index for.
-        needed = search.limit + search.offset
-        statement: Any = search.meaning.limit(max(needed, MOST_BY_INDEX))
-        similarity = statement.selected_columns["score"].label("similarity")
-    else:
-        statement = search.meaning.limit(search.rows_of_an_arm)
-        similarity = statement.selected_columns["similarity"]
-    query = sa.literal_column("0", sa.BigInteger()).label("query")
+    statement: Any = search.meaning.limit(search.rows[0])
+    # Taken by their places: a class may have columns of these names.
+    columns = list(statement.selected_columns)
+    query = sa.literal_column("0", sa.BigInteger())
     if search.words.many:
-        query = statement.selected_columns["query"]
+        query = columns.pop()
+    similarity = columns[-1].label("similarity")
     keys = [key.label(name) for key, name in zip(search.words.key, names, strict=True)]
     # Of this very statement: the method of a search would make another, with columns of its own.
-    rows = sa.Select.with_only_columns(statement, query, *keys, similarity)
+    rows = sa.Select.with_only_columns(statement, query.label("query"), *keys, similarity)
     return rows.subquery("meaning_rows")
 
 
 def _word_rows(search: HybridSearch, names: list[str]) -> sa.Subquery:
     """Questions, keys, scores and held shares of the rows that match best."""
-    page = words_page(search.words, search.rows_of_an_arm)
+    page = words_page(search.words, search.rows[1])
     keys = [page.c[f"key_{n}"].label(name) for n, name in enumerate(names)]
     return sa.select(page.c.query, *keys, page.c.score, page.c.held).subquery("words_rows")
 
 
-def _arm(rows: sa.Subquery, name: str, names: list[str], by: str, *more: str) -> sa.CTE:
-    """The rows of an arm with their rank, and their score as a part of 1."""
-    value, query = rows.c[by], rows.c.query
-    least = sa.func.min(value).over(partition_by=query)
-    most = sa.func.max(value).over(partition_by=query)
-    # Equal scores, or a single row: nothing tells them apart, and each counts as the best.
-    part = sa.case((most > least, (value - least) / sa.func.nullif(most - least, 0)), else_=1.0)
-    order = [value.desc(), *(rows.c[n] for n in names)]
-    rank = sa.func.row_number().over(partition_by=query, order_by=order)
-    keys = [rows.c[n] for n in names]
-    values = [sa.cast(value, _F).label(by), *(rows.c[n] for n in more)]
-    select = sa.select(query, *keys, *values, sa.cast(part, _F).label("part"), rank.label("rank"))
+def _arm(rows: sa.Subquery, name: str, names: list[str], fused: int, by: str, *more: str) -> sa.CTE:
+    """The rows of an arm with their rank, and the scores of those that are fused as parts of 1."""
+    order = [rows.c[by].desc(), *(rows.c[n] for n in names)]
+    place = sa.func.row_number().over(partition_by=rows.c.query, order_by=order)
+    ranked = sa.select(*rows.c, place.label("rank")).subquery(f"{name}_ranked")
+    value, query = ranked.c[by], ranked.c.query
+    least, most = (
+        value_of(value).filter(ranked.c.rank <= fused).over(partition_by=query)
+        for value_of in (sa.func.min, sa.func.max)
+    )
+    part = sa.case(
+        (ranked.c.rank > fused, 0.0),
+        (most > least, (value - least) / sa.func.nullif(most - least, 0)),
+        # Equal scores, or a single row: nothing tells them apart, and each counts as the best.
+        else_=1.0,
+    )
+    columns = [query, *(ranked.c[n] for n in names), sa.cast(value, _F).label(by)]
+    columns += [ranked.c[n] for n in more]
+    select = sa.select(*columns, sa.cast(part, _F).label("part"), ranked.c.rank)
     return select.cte(name).prefix_with("MATERIALIZED")
 
 

@@ -191,16 +191,19 @@ def _found(
 ) -> tuple[list[sa.CTE], Any]:
     """Keys of documents and similarities of passages: the near ones, or as many as it takes.
 
+    Each with the number of its look (``stage``): documents of a later one come behind those of the
+    first, on whatever page. So pages of one limit are parts of one order.
+
     Returns:
         Parts of a statement, and what to take from them.
     """
     if search.limit is None:
-        return [], _near(search, target, right, names, None)
+        return [], _near(search, target, right, names, None, 0)
     needed, depth = search.limit + search.offset, _depth(search)
     stages: list[sa.CTE] = []
     further = _FILTERED if search.narrowing else _FURTHER
     for number, size in enumerate((depth, *([further] if further > depth else []), None)):
-        rows = _near(search, target, right, names, size)
+        rows = _near(search, target, right, names, size, number)
         if stages:
             before = stages[-1].alias(f"passages_before_{number}")
             documents = sa.select(*(before.c[n] for n in names)).distinct().subquery()
@@ -214,12 +217,11 @@ def _found(
 
 def _depth(search: DocumentSearch) -> int:
     """Passages that are looked at first."""
-    needed = (search.limit or 0) + search.offset
-    depth = max(_LEAST, _EACH * needed)
     if search.asked.score == "best":
-        return depth
-    # In few steps, so that pages that follow each other are ranked from the same documents.
-    return next((size for most, size in _DEPTHS if needed <= most), max(depth, 1_001))
+        return max(_LEAST, _EACH * ((search.limit or 0) + search.offset))
+    # By the limit alone: which documents are ranked is the same on each page.
+    most = search.limit or 0
+    return next((size for few, size in _DEPTHS if most <= few), max(_EACH * most, 1_001))
 
 
 def first_look(search: DocumentSearch) -> Nearest:
@@ -235,14 +237,20 @@ def _passages(search: DocumentSearch, target: Target, right: Any, size: int | No
 
 
 def _near(
-    search: DocumentSearch, target: Target, right: Any, names: Sequence[str], size: int | None
+    search: DocumentSearch,
+    target: Target,
+    right: Any,
+    names: Sequence[str],
+    size: int | None,
+    stage: int,
 ) -> sa.Select[Any]:
-    """The nearest passages that pass: key of the document, and similarity."""
+    """The nearest passages that pass: key of the document, similarity, and the given stage."""
     # As a subquery, of which the planner leaves out the columns that nobody asks for.
     rows = _passages(search, target, right, size).subquery()
     own = zip(search.declared.keys, names, strict=True)
     keys = [rows.c[ours.key].label(name) for (ours, _), name in own]
-    return sa.select(*keys, rows.c[target.label].label("similarity"))
+    number = sa.literal_column(str(stage), sa.Integer()).label("stage")
+    return sa.select(*keys, rows.c[target.label].label("similarity"), number)
 
 
 def _page(search: DocumentSearch, found: Any, right: Any, names: Sequence[str]) -> sa.CTE:
@@ -250,11 +258,14 @@ def _page(search: DocumentSearch, found: Any, right: Any, names: Sequence[str]) 
     rows = found.subquery("passages_found")
     keys = [rows.c[name] for name in names]
     best = sa.func.max(rows.c.similarity).label("score")
-    documents: Any = sa.select(*keys, best).group_by(*keys).subquery("passages_documents")
+    # The best passage ranks documents as it finds them, so a later look only adds worse ones.
+    stage = sa.func.min(rows.c.stage).label("stage")
+    documents: Any = sa.select(*keys, best, stage).group_by(*keys).subquery("passages_documents")
     if search.asked.score != "best":
         documents = _with_whole(search, documents, right, names).subquery("passages_scored")
     page: Any = sa.select(*(documents.c[n] for n in names), documents.c.score)
-    page = page.order_by(documents.c.score.desc(), *(documents.c[n] for n in names))
+    order = [documents.c.score.desc(), *(documents.c[n] for n in names)]
+    page = page.order_by(*([] if search.asked.score == "best" else [documents.c.stage]), *order)
     if search.limit is not None:
         page = page.limit(search.limit)
     if search.offset:
@@ -275,25 +286,28 @@ def _with_whole(
     best = found.c.score
     # A document that is being embedded again has its passages, and perhaps not yet its whole.
     similarity = sa.case((usable, offset - distance), else_=best).label("whole")
-    place = sa.func.row_number().over(order_by=[best.desc(), *(found.c[n] for n in names)])
+    order = [found.c.stage, best.desc(), *(found.c[n] for n in names)]
+    place = sa.func.row_number().over(order_by=order)
     keys = [found.c[name] for name in names]
     on = zip(_document_keys(declared), keys, strict=True)
     rows = (
-        sa.select(*keys, best, similarity, place.label("place"))
+        sa.select(*keys, best, found.c.stage, similarity, place.label("place"))
         .join_from(found, declared.document, sa.and_(*(own == key for own, key in on)))
         .correlate(*tables_of(right))
         .subquery("passages_wholes")
     )
     weight: Any = sa.literal(_WHOLE, _F)
     if search.asked.score == "auto":
-        first = sa.func.max(rows.c.whole).filter(rows.c.place <= _JUDGED).over()
+        # Of the first look alone, or a page that takes a further one would be weighted otherwise.
+        judged = sa.and_(rows.c.place <= _JUDGED, rows.c.stage == 0)
+        first = sa.func.max(rows.c.whole).filter(judged).over()
         share = first / sa.func.nullif(sa.func.max(rows.c.score).over(), 0)
         part = sa.func.greatest(0.0, sa.func.least(1.0, (share - _NONE) / (1 - _NONE)))
         positive = sa.func.max(rows.c.score).over() > 0
         weight = sa.case((positive, _WHOLE * part), else_=0.0)
     weight = sa.cast(weight, _F)
     score = (1 - weight) * rows.c.score + weight * rows.c.whole
-    return sa.select(*(rows.c[name] for name in names), score.label("score"))
+    return sa.select(*(rows.c[name] for name in names), score.label("score"), rows.c.stage)
 
 
 def _best(

@@ -19,6 +19,8 @@ import sqlalchemy as sa
 from sqlalchemy.types import NullType
 
 from sbert_pg.errors import BindingError, DeclarationError
+from sbert_pg.passages import declared_passages
+from sbert_pg.passages.view import text_of
 from sbert_pg.search import hybrid, matching, nearest
 from sbert_pg.search.target import readable_columns
 from sbert_pg.spec import EncoderSpec
@@ -30,6 +32,8 @@ T = TypeVar("T")
 MOST_ROWS, MOST_VALUES = 100, 1_000
 #: Characters of a question: more than any encoder reads.
 MOST_CHARACTERS = 100_000
+#: What the columns of a statement begin with that say of a document which passage was nearest.
+_PASSAGE = "passage_"
 #: Seconds after which tables are looked at again: indexes, columns and encoders change.
 _LOOK_AGAIN = 60.0
 
@@ -87,11 +91,20 @@ class Found:
         scores: how well it fits, by name.
         row: its listed columns, as plain data.
         key: its primary key as one text, which ``Exposed.rows`` reads.
+        passage: of a document that was found by its passages, the nearest one: ``start`` and
+            ``stop`` in its text; ``heading`` and ``text`` where the columns are listed that they
+            are made of.
     """
 
     scores: dict[str, float | None]
     row: dict[str, Any]
     key: str
+    passage: dict[str, Any] | None = None
+
+    @property
+    def parts(self) -> dict[str, dict[str, Any]]:
+        """The row and, where there is one, the passage."""
+        return {"row": self.row} | ({} if self.passage is None else {"passage": self.passage})
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +118,7 @@ class Exposed:
         embedding: its embedding column.
         text: its column for searches by words, or ``None``.
         columns: the columns that clients see and filter by.
+        passages: of a table of documents, the attribute of their passages, by which they are found.
     """
 
     name: str
@@ -113,6 +127,7 @@ class Exposed:
     embedding: sa.Column[Any]
     text: sa.Column[Any] | None
     columns: tuple[str, ...]
+    passages: Any = None
 
     def found(self, connection: sa.Connection, question: Question) -> list[Found]:
         """The rows that answer a question, best first.
@@ -155,15 +170,16 @@ class Exposed:
         first = len(readable)
         places = [[c.name for c in readable].index(c.name)
                   for c in self.embedding.table.primary_key]  # fmt: skip
-        return [
-            Found(
-                {name: _plain(v) for name, v in zip(names[first:], row[first:], strict=True)},
-                {n: _plain(v) for n, v in zip(names, row[:first], strict=False)
-                 if n in self.columns},
-                self.key_of([row[place] for place in places]),
-            )
-            for row in result
-        ]  # fmt: skip
+        found = []
+        for row in result:
+            others = {n: _plain(v) for n, v in zip(names[first:], row[first:], strict=True)}
+            passage = {n.removeprefix(_PASSAGE): others.pop(n) for n in list(others)
+                       if n.startswith(_PASSAGE)}  # fmt: skip
+            shown = {n: _plain(v) for n, v in zip(names, row[:first], strict=False)
+                     if n in self.columns}  # fmt: skip
+            key = self.key_of([row[place] for place in places])
+            found.append(Found(others, shown, key, passage or None))
+        return found
 
     def statement(self, connection: sa.Connection, question: Question) -> Any:
         """The search that a question means.
@@ -175,14 +191,44 @@ class Exposed:
         if question.text is None:
             return self._like(connection, question, options)
         if question.by == "meaning":
-            return nearest(self.embedding, question.text, exact=question.exact, **options)
+            options["exact"] = question.exact
+            if self.passages is not None:
+                return self._by_passages(question.text, options)
+            return nearest(self.embedding, question.text, **options)
         if self.text is None:
             raise DeclarationError(
                 f"{self.name} has no text column, so it is searched by meaning alone."
             )
         if question.by == "words":
             return matching(self.text, question.text, **options)
-        return hybrid(self.embedding, self.text, question.text, **options)
+        if self.passages is None:
+            return hybrid(self.embedding, self.text, question.text, **options)
+        words = getattr(self.passages.class_, self.text.key)
+        statement = hybrid(self.passages, words, question.text, **options)
+        return self._of_columns(statement, list(statement.selected_columns)[-5:])
+
+    def _by_passages(self, text: str, options: Mapping[str, Any]) -> Any:
+        """Documents by their passages, with what of the nearest one may be shown."""
+        declared = declared_passages(self.passages)
+        assert declared is not None
+        statement = nearest(self.passages, text, **options)
+        passage, sources = declared.passage, declared.source_keys
+        parts = {"start": passage.start, "stop": passage.stop}
+        if set(sources) <= set(self.columns):
+            parts["heading"] = passage.heading
+        if sources[-1] in self.columns:
+            parts["text"] = text_of(declared)
+        shown = [part.label(f"{_PASSAGE}{name}") for name, part in parts.items()]
+        return self._of_columns(statement, [*list(statement.selected_columns)[-2:], *shown])
+
+    def _of_columns(self, statement: Any, others: Sequence[Any]) -> Any:
+        """A statement of documents as one of the table's readable columns and others.
+
+        Those are its own scores, which it selects last, so that no name of the table's means them.
+        """
+        # Of this very statement: the method of a search would make another, of other parts.
+        columns = readable_columns(self.embedding.table)
+        return sa.Select.with_only_columns(statement, *columns, *others)
 
     def _like(self, connection: sa.Connection, question: Question, options: dict[str, Any]) -> Any:
         """The rows nearest to a row, which is itself left out."""

@@ -75,7 +75,10 @@ def mcp_server(shown: Shown) -> MCPServer[Any]:
         limit: Limit = 10,
         where: Where = None,
     ) -> str:
-        """Find the rows of a table that are nearest to a question, best first."""
+        """Find the rows of a table that are nearest to a question, best first.
+
+        Of a long text that is searched in parts, 'passage' is the nearest part.
+        """
         return _marked_rows(shown.ask(table, Question(query, by, limit, where)))
 
     def similar(
@@ -149,7 +152,9 @@ def _marked_rows(found: list[Found]) -> str:
     rows: list[dict[str, Any]] = []
     size = cut = 0
     for one in found:
-        row = {**one.scores, "row": {name: _short(value) for name, value in one.row.items()}}
+        row = dict[str, Any](one.scores)
+        for part, values in one.parts.items():
+            row[part] = {name: _short(value) for name, value in values.items()}
         size += len(json.dumps(row, ensure_ascii=False, default=str))
         if size > MOST_OF_AN_ANSWER and rows:
             cut = len(found) - len(rows)

@@ -155,7 +155,7 @@ async def _search(shown: Shown, turns: _Turns, body: dict[str, Any]) -> bytes:
         body.get("where"),
     )
     found = await turns.take(shown.ask, body["table"], question)
-    results = [{**one.scores, "row": one.row} for one in found]
+    results = [{**one.scores, **one.parts} for one in found]
     return json_bytes({"table": body["table"], "results": results})
 
 

@@ -330,7 +330,7 @@ class _Measuring:
         answers, times = [], []
         for vector in self.bench.vectors:
             statement: Any = nearest(column, vector, limit=self.k, where=where, exact=made is None)
-            similarity = statement.selected_columns["similarity"]
+            similarity = list(statement.selected_columns)[-1]
             statement = sa.Select.with_only_columns(statement, similarity)
             started = time.perf_counter()
             answers.append(list(self.bench.connection.execute(statement).scalars()))

@@ -139,10 +139,11 @@ class _Rows:
 
 
 def _asked(connection: sa.Connection, statement: Any, questions: Sequence[str]) -> list[_Rows]:
-    search, columns = statement.search, statement.selected_columns
+    search = statement.search
     encode_together(statement, questions)
-    names = ("query", "score", "similarity", "words_score")
-    chosen = [columns[name] for name in names]
+    # By their places, behind those of the class, which may have the same names.
+    score, similarity, _, words_score, _, query = list(statement.selected_columns)[-6:]
+    chosen = [query, score, similarity, words_score]
     label = catalog_rows.label(search.key).label("key")
     place = sa.func.row_number().over(order_by=search.key).label("place")
     # Of this very statement: the method of a search would make another, with other columns.

@@ -189,4 +189,4 @@ def test_what_cannot_be_declared() -> None:
         passages_of("deterministic", source=["a", "b"], dimensions=32)  # type: ignore[arg-type]
     with pytest.raises(DeclarationError, match="PassageView"):
         PassageView(Page.body)
-    assert SentenceChunker() == SentenceChunker(90, 230, 0, None)
+    assert SentenceChunker() == SentenceChunker(60, 230, 0, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
@@ -94,6 +95,34 @@ def test_filters_reach_both_arms_and_pages_follow_each_other(session: Session) -
         )
     ]
     assert sorted(pages) == sorted(TITLES)
+
+
+@pytest.mark.parametrize("options", [{}, {"fusion": "rrf"}, {"weight": 0.5}])
+def test_pages_far_behind_what_is_fused_follow_each_other(session: Session, options: Any) -> None:
+    """260 rows, of which 100 of each arm are fused; half of them have no word of the question."""
+    random = np.random.default_rng(15)
+    vectors = random.normal(size=(250, 384)).astype(np.float32)
+    session.execute(
+        sa.insert(Page),
+        [
+            {"id": 100 + n, "title": "model " * (n % 3) + f"page {n}", "embedding": vector}
+            for n, vector in enumerate(vectors)
+        ],
+    )
+    found: list[int] = []
+    ranks = []
+    for offset in range(0, 270, 30):
+        both = hybrid(
+            Page.embedding, Page.search, "model manual", limit=30, offset=offset, **options
+        )
+        rows = session.execute(both).all()
+        found += [row[0].id for row in rows]
+        if offset == 210:
+            ranks = [min(r for r in (row.meaning_rank, row.words_rank) if r) for row in rows]
+    assert len(found) == len(set(found)) == 260
+    # What an arm alone finds late comes late, and not in the order of the keys.
+    assert ranks == sorted(ranks)
+    assert min(ranks) > 60
 
 
 @pytest.mark.parametrize("options", [{}, {"fusion": "rrf"}, {"weight": 0.4}, {"offset": 1}])
