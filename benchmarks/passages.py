@@ -63,11 +63,14 @@ def xquad(directory: Path) -> tuple[list[Document], Questions]:
 
 
 def medquad(directory: Path) -> tuple[list[Document], Questions]:
-    """829 answers, and their questions."""
+    """820 answers, and 829 questions: equal answers are one document, or one of them is wrong."""
     lines = (directory / "medquad/medquad_cdc_nhlbi.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    documents = [Document(id=n, body=row["answer"]) for n, row in enumerate(rows, 1)]
-    return documents, [(row["question"].strip(), n) for n, row in enumerate(rows, 1)]
+    number: dict[str, int] = {}
+    for row in rows:
+        number.setdefault(row["answer"], len(number) + 1)
+    documents = [Document(id=n, body=answer) for answer, n in number.items()]
+    return documents, [(row["question"].strip(), number[row["answer"]]) for row in rows]
 
 
 def quality(directory: Path) -> None:

@@ -70,6 +70,23 @@ def limit_of(encoder: TextEncoder) -> int:
     return max(8, longest - special - (counter(encoder)([prompt])[0] if prompt else 0))
 
 
+def _path(
+    steps: list[str], tokens: Callable[[Sequence[str]], list[int]], most: int
+) -> tuple[str, int]:
+    """A path of so many tokens at most, and its tokens."""
+    while steps:
+        path = _STEP.join(steps)
+        length = tokens([path])[0]
+        if length <= most:
+            return path, length
+        if len(steps) == 1:
+            start, stop, length = next(pieces(path, 0, len(path), tokens, most))
+            return path[start:stop], length
+        # The innermost says most of the part, the outermost of the document.
+        del steps[len(steps) // 2]
+    return "", 0
+
+
 def cut(
     titles: Sequence[str | None], body: str, chunker: Chunker, encoder: TextEncoder
 ) -> Iterator[Passage]:
@@ -87,17 +104,7 @@ def cut(
     @lru_cache(maxsize=64)
     def path_of(headings: tuple[str, ...]) -> tuple[str, int]:
         steps = [*title, *(words for words in headings if words not in title)]
-        while steps:
-            path = _STEP.join(steps)
-            length = tokens([path])[0]
-            if length <= limit // _PATH_SHARE:
-                return path, length
-            if len(steps) == 1:
-                start, stop, length = next(pieces(path, 0, len(path), tokens, limit // _PATH_SHARE))
-                return path[start:stop], length
-            # The innermost says most of the part, the outermost of the document.
-            del steps[len(steps) // 2]
-        return "", 0
+        return _path(steps, tokens, limit // _PATH_SHARE)
 
     def room(headings: tuple[str, ...]) -> int:
         # One spare, since what two texts have in tokens is not always what they have together.

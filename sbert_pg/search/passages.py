@@ -146,10 +146,11 @@ def _statement(search: DocumentSearch) -> Nearest:
             .render_derived()
         )
         rows: Any = _answer(search, target, queries.c.vector, names).lateral("passages_answer")
+        number = [queries.c.number]
         query = [(queries.c.number - sa.literal_column("1")).label("query")]
     else:
         rows = _answer(search, target, right, names).subquery("passages_answer")
-        query = []
+        number, query = [], []
     made: Any = Nearest(document, passage, rows.c.similarity, rows.c.score, *query)
     if asked.many:
         made = made.select_from(queries).join_from(queries, rows, sa.true())
@@ -157,7 +158,7 @@ def _statement(search: DocumentSearch) -> Nearest:
     made = made.join_from(rows, document, sa.and_(*same))
     made = made.join_from(rows, passage, passage.id == rows.c.id)
     made = made.order_by(
-        *query, rows.c.score.desc(), *(rows.c[n] for n in names), rows.c.similarity.desc(),
+        *number, rows.c.score.desc(), *(rows.c[n] for n in names), rows.c.similarity.desc(),
         rows.c.id,
     )  # fmt: skip
     statement: Nearest = replayed(made, search.shaping)

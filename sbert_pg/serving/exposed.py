@@ -9,7 +9,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import eq, ge, gt, le, lt
@@ -164,7 +164,8 @@ class Exposed:
     def read(self, connection: sa.Connection, statement: Any) -> list[Found]:
         """The rows of a statement that selects the table's readable columns, and then scores."""
         result = connection.execute(statement)
-        names = list(result.keys())
+        # Not as the result calls them, which counts up where a column has a score's name.
+        names = [column.name for column in statement.selected_columns]
         # The table's columns come first, then the scores, whatever they are called.
         readable = readable_columns(self.embedding.table)
         first = len(readable)
@@ -172,13 +173,11 @@ class Exposed:
                   for c in self.embedding.table.primary_key]  # fmt: skip
         found = []
         for row in result:
-            others = {n: _plain(v) for n, v in zip(names[first:], row[first:], strict=True)}
-            passage = {n.removeprefix(_PASSAGE): others.pop(n) for n in list(others)
-                       if n.startswith(_PASSAGE)}  # fmt: skip
-            shown = {n: _plain(v) for n, v in zip(names, row[:first], strict=False)
-                     if n in self.columns}  # fmt: skip
+            values = [*zip(names, map(_plain, row), strict=True)]
+            shown = {name: value for name, value in values[:first] if name in self.columns}
             key = self.key_of([row[place] for place in places])
-            found.append(Found(others, shown, key, passage or None))
+            scores, passage = _scores_and_passage(values[first:])
+            found.append(Found(scores, shown, key, passage))
         return found
 
     def statement(self, connection: sa.Connection, question: Question) -> Any:
@@ -292,6 +291,14 @@ def _value(column: sa.Column[Any], value: Any) -> sa.ColumnElement[Any]:
         raise DeclarationError(f"{column.name}: a value holds NUL, which no text of a row does.")
     text = sa.literal(str(value), sa.Text())
     return text if isinstance(column.type, NullType) else sa.cast(text, column.type)
+
+
+def _scores_and_passage(values: Iterable[tuple[str, Any]]) -> tuple[dict[str, Any], Any]:
+    """What a statement selects behind a row's columns; no passage where it says nothing of one."""
+    scores = dict(values)
+    passage = {name.removeprefix(_PASSAGE): scores.pop(name)
+               for name in list(scores) if name.startswith(_PASSAGE)}  # fmt: skip
+    return scores, passage or None
 
 
 def _parts(key: str, count: int) -> list[Any]:
