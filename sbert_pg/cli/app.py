@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from sbert_pg.cli import (
+    choosing,
     cluster,
     common,
     data,
@@ -36,7 +37,7 @@ GROUPS: dict[str, tuple[str, tuple[Callable[..., None], ...]]] = {
     "index": ("Vector indexes, measured.", (tuning.advise,)),
     "encoder": (
         "Convert, look at and compare encoders.",
-        (encoder.convert, encoder.show, encoder.compare, tuning.limits),
+        (encoder.convert, encoder.show, encoder.compare, choosing.choose, choosing.limits),
     ),
     "reembed": (
         "A change of encoder: begin, backfill, verify, switch, finish.",

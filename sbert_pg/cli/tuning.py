@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import sqlalchemy as sa
 import typer
@@ -13,7 +13,6 @@ from sbert_pg import tuning as lib
 from sbert_pg.alembic.changes import declaration_line
 from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.cli import common
-from sbert_pg.cli.encoder import NameArgument, split_name
 from sbert_pg.cli.target import resolve, text_column_of
 from sbert_pg.errors import DeclarationError
 from sbert_pg.reembed.change import Side
@@ -82,11 +81,11 @@ def evaluate(
     with common.database(database) as engine:
         with engine.connect() as connection:
             side = resolve(connection, target)
-        queries = _queries(engine, pairs, topics)
+        queries = queries_of(engine, pairs, topics)
         if slice_by is not None:
             queries = _sliced(engine, side, queries, slice_by)
         criteria = common.criteria(where)
-        others = [_encoder(name) for name in encoder or ()]
+        others = [encoder_named(name) for name in encoder or ()]
         text = _words(side, words)
         searches: dict[str, Any] = {
             **lib.searches_for(engine, side.column, text, where=criteria, encoders=others, limit=k),
@@ -138,7 +137,7 @@ def fit_weight(
             side = resolve(connection, target)
         text = text_column_of(side.table, words)
         criteria = common.criteria(where)
-        queries = _queries(engine, pairs, topics)
+        queries = queries_of(engine, pairs, topics)
         print(lib.fit_weight(engine, side.column, text, queries, where=criteria, k=k))
 
 
@@ -154,9 +153,31 @@ def tune(
     ],
     out: Annotated[Path, typer.Option(help="The new encoder's directory; it must not exist.")],
     method: Annotated[
-        Literal["linear", "contrastive"],
-        typer.Option(help="Ridge regression in closed form, or contrastive steps."),
+        lib.Method,
+        typer.Option(
+            help="For queries alone, without torch: linear or contrastive. With the extra train: "
+            "full, unlabelled (learns from the texts alone), distill (a smaller model)."
+        ),
     ] = "linear",
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="The model to train, a directory or a name; by default the column's own, and for "
+            "distill a static one.",
+            show_default=False,
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes of training.", show_default=False)
+    ] = None,
+    matryoshka: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Fewer dimensions at which the vectors of full shall be good too; may be "
+            "repeated.",
+            show_default=False,
+        ),
+    ] = None,
     database: common.DatabaseOption = None,
     topics: TopicsOption = None,
     where: common.WhereOption = None,
@@ -178,14 +199,15 @@ def tune(
     seed: Annotated[int, typer.Option(help="Of the split and of learning.")] = 0,
     json: common.JsonOption = False,
 ) -> None:
-    """Fit the column's encoder to labelled questions; its documents keep their vectors.
+    """Fit the column's encoder to labelled questions, and prove it on questions kept back.
 
-    Judged by questions that were kept back. Exits with 1, and writes nothing, where the interval of
-    the gain includes zero, or where there are too few questions to know.
+    linear and contrastive leave the vectors of documents as they are. Exits with 1, and writes
+    nothing, where the interval of the gain includes zero, or where there are too few questions.
 
     [b]sbert-pg tune article.embedding --pairs pairs.csv --out models/article[/]
     [b]sbert-pg tune article --pairs "SELECT question, article_id AS id FROM faq" --out models/a[/]
     [b]sbert-pg tune article --pairs title --method contrastive --out models/article[/]
+    [b]sbert-pg tune article --pairs pairs.csv --method full --out models/article[/]
     """
     with common.database(database) as engine:
         with engine.connect() as connection:
@@ -194,13 +216,16 @@ def tune(
         if pairs in side.table.columns and not Path(pairs).exists():
             queries = lib.own_pairs(engine, side.column, pairs, where=criteria, seed=seed)
         else:
-            queries = _queries(engine, pairs, topics)
+            queries = queries_of(engine, pairs, topics)
         report = lib.tune(
             engine,
             side.column,
             queries,
             out=out,
             method=method,
+            base=base,
+            epochs=epochs,
+            matryoshka=matryoshka or (),
             where=criteria,
             document=document,
             time=time,
@@ -213,15 +238,24 @@ def _show_next(report: lib.Tuning, side: Side, json: bool) -> None:
     """Print what was proven, and the steps from here."""
     binding = side.binding
     declared = Embedding(report.spec, binding.source, storage=binding.storage)
-    line = f"{binding.column} = {declaration_line(declared)}"
+    if report.side == "query":
+        line = f"{binding.column} = {declaration_line(declared)}"
+        heading = "Its vectors stay. Let the column accept the encoder, then deploy:"
+        steps = [f"sbert-pg reembed begin {binding} --encoder {report.spec.name}", line]
+    else:
+        new = f"{binding.column}_tuned"
+        line = f"{new} = {declaration_line(declared, replaces=binding.column)}"
+        heading = "It needs vectors of its own. Declare a column for it, or begin by command:"
+        steps = [
+            line,
+            f"sbert-pg reembed begin {binding} --to {new} --encoder {report.spec.name}",
+            f"sbert-pg backfill {binding.table}.{new}",
+            f"sbert-pg reembed verify {binding.table}.{new} --queries {report.pairs}",
+        ]
     common.show(report, report.to_json() | {"declaration": line}, json)
     if not json:
-        common.note("Its vectors stay. Let the column accept the encoder, then deploy:")
-        common.show(
-            f"    sbert-pg reembed begin {binding} --encoder {report.spec.name}\n    {line}",
-            None,
-            False,
-        )
+        common.note(heading)
+        common.show("\n".join(f"    {step}" for step in steps), None, False)
 
 
 def advise(
@@ -271,47 +305,7 @@ def advise(
         print(advice)
 
 
-def limits(
-    name: NameArgument,
-    texts: Annotated[
-        Path | None,
-        typer.Option(help="A file of your own texts, one a line.", show_default=False),
-    ] = None,
-    table: Annotated[
-        str | None,
-        typer.Option(
-            help="A table or column of the database, whose texts are looked at.",
-            show_default=False,
-        ),
-    ] = None,
-    database: common.DatabaseOption = None,
-    json: common.JsonOption = False,
-) -> None:
-    """Measure where an encoder breaks: word order, negation, numbers, names, languages, length.
-
-    On texts that come with the library and, where given, on your own.
-
-    [b]sbert-pg encoder limits all-MiniLM-L6-v2[/]
-    [b]sbert-pg encoder limits all-MiniLM-L6-v2 --table article[/]
-    """
-    encoder, precision = split_name(name)
-    own = [] if texts is None else _lines_of(texts)
-    if table is not None:
-        with common.database(database) as engine, engine.connect() as connection:
-            side = resolve(connection, table)
-            own += lib.own_texts(connection, side.column)
-    report = lib.limits_of(_encoder(encoder, precision), own)
-    common.show(report, report.to_json(), json)
-
-
-def _lines_of(path: Path) -> list[str]:
-    try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DeclarationError(f"--texts {path} cannot be read: {error}.") from error
-
-
-def _queries(engine: sa.Engine, pairs: str, topics: Path | None) -> list[LabelledQuery]:
+def queries_of(engine: sa.Engine, pairs: str, topics: Path | None) -> list[LabelledQuery]:
     """Labelled questions from a file or by a query."""
     if pairs.lstrip()[:6].upper() in ("SELECT", "VALUES") or pairs.lstrip()[:4].upper() == "WITH":
         return lib.pairs_of(engine, sa.text(pairs.replace(":", r"\:")))
@@ -328,7 +322,8 @@ def _words(side: Side, name: str | None) -> sa.Column[Any] | None:
         return None
 
 
-def _encoder(name: str, precision: str | None = None) -> Any:
+def encoder_named(name: str, precision: str | None = None) -> Any:
+    """The encoder of a name or directory, converted now where it is not yet."""
     from sbert_pg.encoder import Encoder
 
     return Encoder.load(name, precision=precision)

@@ -1,6 +1,7 @@
 """Measured on one's own questions: evaluate searches, fit weights and encoders, choose an index."""
 
 from sbert_pg.tuning.advise import Advice, FormFigures, advise_index
+from sbert_pg.tuning.choosing import Choice, Choosable, choose_encoder, local_encoders
 from sbert_pg.tuning.evaluation import Evaluation, Score, evaluate
 from sbert_pg.tuning.files import (
     pairs_of,
@@ -10,7 +11,7 @@ from sbert_pg.tuning.files import (
     write_qrels,
     write_run,
 )
-from sbert_pg.tuning.fitting import Tuning, tune
+from sbert_pg.tuning.fitting import Method, Tuning, tune
 from sbert_pg.tuning.limits import Limits, limits_of, own_texts
 from sbert_pg.tuning.pairs import Split, hard_negatives, own_pairs, split_pairs
 from sbert_pg.tuning.searches import searches_for
@@ -18,18 +19,23 @@ from sbert_pg.tuning.weight import FittedWeight, fit_weight
 
 __all__ = [
     "Advice",
+    "Choice",
+    "Choosable",
     "Evaluation",
     "FittedWeight",
     "FormFigures",
     "Limits",
+    "Method",
     "Score",
     "Split",
     "Tuning",
     "advise_index",
+    "choose_encoder",
     "evaluate",
     "fit_weight",
     "hard_negatives",
     "limits_of",
+    "local_encoders",
     "own_pairs",
     "own_texts",
     "pairs_of",

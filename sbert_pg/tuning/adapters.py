@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from sbert_pg.search.exact import LabelledQuery
 from sbert_pg.spec import Vectors
 
 Method = Literal["linear", "contrastive"]
+METHODS = get_args(Method)
 Matrix = npt.NDArray[np.float64]
 
 #: Parts of the questions; each is judged by what the others say.
@@ -264,4 +265,13 @@ def _slope(matrix: Vectors, examples: Examples, batch: npt.NDArray[np.int64]) ->
     return slope
 
 
-__all__ = ["Candidates", "Examples", "Learned", "Method", "apply", "examples_of", "learn"]
+__all__ = [
+    "METHODS",
+    "Candidates",
+    "Examples",
+    "Learned",
+    "Method",
+    "apply",
+    "examples_of",
+    "learn",
+]

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from sbert_pg.catalog import rows as catalog_rows
 from sbert_pg.errors import LoadError
 from sbert_pg.search.exact import LabelledQuery
+from sbert_pg.tuning import clicks
 
 #: Keys of the rows that a search found, best first, with their scores; by name of the question.
 Run = dict[str, list[tuple[str, float]]]
@@ -88,7 +89,8 @@ def read_pairs(path: Path | str, topics: Path | str | None = None) -> list[Label
     Args:
         path: ``.csv`` or ``.tsv`` with a header (``question,id`` and perhaps ``gain``; other
             columns are attributes); ``.jsonl`` with those, or with ``query`` and ``relevant`` (a
-            list of keys) or ``gains`` (key and gain); any other name is a TREC qrels file.
+            list of keys) or ``gains`` (key and gain); any other name is a TREC qrels file. With
+            the columns ``position`` and ``clicked`` it is a click log (see ``clicks.of_log``).
         topics: for qrels, the questions: lines of a name, a tab, and the text.
 
     Raises:
@@ -99,9 +101,9 @@ def read_pairs(path: Path | str, topics: Path | str | None = None) -> list[Label
     if suffix in (".csv", ".tsv"):
         with _opened(path, newline="") as file:
             reader = csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",", strict=True)
-            return labelled(_each_of(path, reader, lambda row: [row]))
+            return _together(_each_of(path, reader, lambda row: [row]))
     if suffix in (".jsonl", ".ndjson"):
-        return labelled(read_lines(path))
+        return _together(read_lines(path))
     if topics is None:
         raise LoadError(
             f"{path} is read as TREC qrels, which name questions by number: add topics."
@@ -113,6 +115,11 @@ def read_pairs(path: Path | str, topics: Path | str | None = None) -> list[Label
         return [{"question": texts[name], "id": key, "gain": max(float(gain), 0.0), "name": name}]
 
     return labelled(_each_of(path, _lines(path), judged))
+
+
+def _together(pairs: list[LabelledQuery]) -> list[LabelledQuery]:
+    """Pairs of one question as one question; those of a click log as what it says of them."""
+    return clicks.of_log(pairs) if clicks.is_log(pairs) else labelled(pairs)
 
 
 def read_lines(path: Path) -> list[LabelledQuery]:
@@ -230,15 +237,19 @@ def _unbroken(text: str) -> str:
 
 
 def pairs_of(engine: sa.Engine, pairs: Any) -> list[LabelledQuery]:
-    """Pairs in any form, those of a query included; see ``labelled``.
+    """Pairs in any form, those of a query and of a click log included; see ``labelled``.
 
     Raises:
         LoadError: there are none.
     """
     if isinstance(pairs, sa.sql.base.Executable):
         with engine.connect() as connection:
-            pairs = list(connection.execute(pairs).mappings())
-    queries = labelled(pairs)
+            pairs = connection.execute(pairs).mappings().all()
+    pairs = list(pairs)
+    if pairs and isinstance(pairs[0], Mapping) and set(pairs[0]) >= clicks.COLUMNS:
+        queries = clicks.of_log([query for pair in pairs for query in labelled([pair])])
+    else:
+        queries = labelled(pairs)
     if not queries:
         raise LoadError("There are no labelled questions to measure by.")
     return queries

@@ -123,6 +123,26 @@ class Limits:
         return "\n".join(lines)
 
 
+def beside(reports: Sequence[Limits]) -> str:
+    """The scores of several encoders on the same texts, side by side."""
+    scores: dict[tuple[str, str], dict[str, str]] = {}
+    for report in reports:
+        for limit in report.limits:
+            kind = limit.name, f"{limit.triples} ({limit.of})"
+            scores.setdefault(kind, {})[report.encoder] = str(limit.score)
+    names = [report.encoder for report in reports]
+    rows = [[*kind, *(of.get(name, "") for name in names)] for kind, of in scores.items()]
+    own: dict[str, Callable[[Any], str]] = {
+        "tokens a word": lambda o: f"{o.tokens_per_word:.2f}",
+        "tokens unknown": lambda o: f"{o.unknown:.2%}",
+        "texts cut": lambda o: f"{o.cut:.1%}",
+        "halves that are told apart": lambda o: str(o.separated),
+    }
+    if all(report.own is not None for report in reports):
+        rows += [[name, "(yours)", *(say(r.own) for r in reports)] for name, say in own.items()]
+    return "\n".join(in_columns([["limit", "texts", *names], *rows]))
+
+
 def limits_of(encoder: Encoder, texts: Sequence[str] = ()) -> Limits:
     """Measure where an encoder breaks.
 
@@ -261,4 +281,4 @@ def _own(encoder: Encoder, texts: Sequence[str]) -> OwnTexts:
     )
 
 
-__all__ = ["Limit", "Limits", "OwnTexts", "limits_of", "own_texts", "share"]
+__all__ = ["Limit", "Limits", "OwnTexts", "beside", "limits_of", "own_texts", "share"]

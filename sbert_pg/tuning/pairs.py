@@ -167,7 +167,7 @@ def split_pairs(
         times: when each question was asked, or its row written, as text: ISO dates and times, or
             numbers. The latest groups are then kept back, and nothing that is learned from is later
             than any of them. By chance otherwise.
-        held_out: share of the questions to keep back.
+        held_out: share of the questions to keep back; 1 learns from none.
         seed: another seed draws other groups.
 
     Raises:
@@ -197,13 +197,14 @@ def split_pairs(
         groups,
         "document" if times is None else "document and time",
     )
-    _require_enough(queries, split)
+    _require_enough(queries, split, learned=held_out < 1)
     return split
 
 
-def _require_enough(queries: Sequence[LabelledQuery], split: Split) -> None:
+def _require_enough(queries: Sequence[LabelledQuery], split: Split, learned: bool) -> None:
     largest = int(np.bincount(split.groups).max(initial=0)) if len(queries) else 0
-    for side, positions in (("learn from", split.learning), ("keep back", split.held_out)):
+    sides = [("learn from", split.learning), ("keep back", split.held_out)]
+    for side, positions in sides[0 if learned else 1 :]:
         documents = len({key for i in positions for key in queries[i].gains})
         if len(positions) < LEAST_QUESTIONS or documents < LEAST_DOCUMENTS:
             raise TooFewPairsError(

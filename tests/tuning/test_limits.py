@@ -16,7 +16,7 @@ from sbert_pg.distance import similarity_matrix
 from sbert_pg.errors import DeclarationError
 from sbert_pg.tuning import limits_of
 from sbert_pg.tuning.limit_texts import ADVICE, AT_THE_END, TRIPLES
-from sbert_pg.tuning.limits import share
+from sbert_pg.tuning.limits import beside, share
 
 
 class Oracle:
@@ -62,6 +62,19 @@ def test_no_triple_gives_itself_away() -> None:
     for triples in TRIPLES.values():
         assert len(triples) == 12
         assert all(len({*map(str.casefold, triple)}) == 3 for triple in triples)
+
+
+def test_side_by_side() -> None:
+    """A row for each kind, a column for each encoder."""
+    reports: list[Any] = []
+    for name, blind in (("seeing", False), ("blind", True)):
+        oracle = Oracle(blind)
+        oracle.spec = SimpleNamespace(name=name)
+        reports.append(limits_of(oracle))  # type: ignore[arg-type]
+    header, *rows = beside(reports).splitlines()
+    assert header.split() == ["limit", "texts", "seeing", "blind"]
+    assert len(rows) == len(ADVICE)
+    assert all("1.000 [" in row and "0.000 [" in row for row in rows)
 
 
 def test_intervals_of_shares() -> None:

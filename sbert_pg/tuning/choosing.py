@@ -1,0 +1,309 @@
+"""``choose``: which encoder a table should use, answered on its own texts and questions.
+
+Quality is nDCG@k against the same rows for all; what it costs is measured on this machine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import sqlalchemy as sa
+
+from sbert_pg.errors import DeclarationError
+from sbert_pg.registry import get_encoder
+from sbert_pg.search.exact import LabelledQuery
+from sbert_pg.spec import known_encoder
+from sbert_pg.tuning.adapters import Candidates
+from sbert_pg.tuning.evaluation import CONFIDENCE, Figure, grouped_figures
+from sbert_pg.tuning.files import in_columns, pairs_of
+from sbert_pg.tuning.limits import limits_of, share
+from sbert_pg.tuning.task import Rows
+from sbert_pg.types.comparator import base_of, clause_of
+
+if TYPE_CHECKING:
+    from sbert_pg.encoder import Encoder
+
+#: Rows that questions are ranked against: a sample, with all that are labelled.
+SAMPLE = 2_000
+#: Questions that are asked one by one to time them, and texts by which limits are looked at.
+_TIMED, _TEXTS = 40, 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choosable:
+    """An encoder, as it does on a table.
+
+    Attributes:
+        encoder: its name, with its precision.
+        current: whether it is the column's own.
+        ndcg: nDCG@k of the questions.
+        difference: the same, less that of the column's own encoder.
+        milliseconds: to encode a question alone, the median.
+        texts_per_second: of the table's texts.
+        dimensions: of its vectors.
+        megabytes: of its graph.
+        languages: as published; ``"not known"`` of an encoder that the library does not list.
+        limits: share of the library's hard triples that it gets right.
+        cut: share of the texts that are longer than it reads.
+        seconds: to encode every row; 0 where the rows' vectors stay.
+        within: whether it keeps to the budget.
+    """
+
+    encoder: str
+    current: bool
+    ndcg: Figure
+    difference: Figure
+    milliseconds: float
+    texts_per_second: float
+    dimensions: int
+    megabytes: float
+    languages: str
+    limits: Figure
+    cut: float
+    seconds: float
+    within: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """Encoders side by side, and which to use; printed, a table and the reason.
+
+    Attributes:
+        column: the column.
+        k: rows of an answer that count.
+        questions: how many.
+        rows: rows that they were ranked against, of ``total``.
+        total: rows of the table with a vector.
+        budget: milliseconds that a question may take; ``None`` without a limit.
+        encoders: best first.
+        chosen: name of the one to use; ``None`` where none keeps to the budget.
+        reason: why.
+    """
+
+    column: str
+    k: int
+    questions: int
+    rows: int
+    total: int
+    budget: float | None
+    encoders: tuple[Choosable, ...]
+    chosen: str | None
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        header = [
+            "encoder", f"nDCG@{self.k}", "vs the column's", "ms/question", "texts/s", "dims", "MB",
+            "languages", "limits", "cut", "change",
+        ]  # fmt: skip
+        rows = [
+            [
+                f"{'* ' if e.encoder == self.chosen else ''}{e.encoder}",
+                str(e.ndcg),
+                "its own" if e.current else f"{e.difference:+}",
+                f"{e.milliseconds:.1f}{'' if e.within else ' (over)'}",
+                f"{e.texts_per_second:.0f}",
+                str(e.dimensions),
+                f"{e.megabytes:.0f}",
+                e.languages,
+                str(e.limits),
+                f"{e.cut:.0%}",
+                _time(e.seconds),
+            ]
+            for e in self.encoders
+        ]
+        among = f"{self.rows:,} of {self.total:,} rows"
+        head = f"{self.column}: {self.questions} questions among {among}, on this machine"
+        return "\n".join([head, *in_columns([header, *rows]), self.reason])
+
+
+def choose_encoder(
+    engine: sa.Engine,
+    column: Any,
+    pairs: Any,
+    encoders: Sequence[Encoder],
+    *,
+    budget: float | None = None,
+    where: Sequence[sa.ColumnElement[bool]] = (),
+    sample: int = SAMPLE,
+    k: int = 10,
+    seed: int = 0,
+) -> Choice:
+    """Compare encoders on a table's own texts and questions, and say which to use.
+
+    Chosen is the best within the budget; but the column's own encoder where it keeps to the budget
+    and no other one is better with 95 % confidence, since a change costs work and proves nothing.
+
+    Args:
+        engine: where; nothing is changed there.
+        column: the embedding column; its own encoder is always among those compared.
+        pairs: labelled questions, as for ``evaluate``.
+        encoders: converted encoders.
+        budget: milliseconds that encoding a question may take.
+        where: criteria of the rows.
+        sample: rows to rank against, and all that are labelled.
+        k: rows of an answer that count.
+        seed: of sample and bootstrap.
+
+    Raises:
+        DeclarationError: the column has no converted encoder.
+        TooFewPairsError: no question names a row that has a vector.
+        LoadError: the pairs are not readable, or there are none.
+    """
+    from sbert_pg.encoder import Encoder
+
+    base: Any = base_of(clause_of(column))
+    own = get_encoder(base.type.encoder)
+    if not isinstance(own, Encoder):
+        raise DeclarationError(f"The encoder of {base} is no converted one; nothing compares it.")
+    rows = Rows(engine, base, where, sample)
+    queries = rows.known(pairs_of(engine, pairs))
+    candidates = rows.candidates(set(), seed)
+    texts = rows.texts(candidates.keys)
+    keys = [key for key in candidates.keys if key in texts]
+    measured: list[Choosable] = []
+    first: Any = None
+    for encoder in _different([own, *encoders]):
+        values, cost = _measure(encoder, keys, texts, queries, k)
+        first = values if first is None else first
+        quality, difference = grouped_figures(
+            np.stack([values, values - first], axis=1), np.arange(len(queries)), seed
+        )
+        rebound = encoder.spec.document_fingerprint == own.spec.document_fingerprint
+        measured.append(
+            Choosable(
+                encoder=_name(encoder),
+                current=encoder is own,
+                ndcg=quality,
+                difference=difference,
+                seconds=0.0 if rebound else rows.total / cost["texts_per_second"],
+                within=budget is None or cost["milliseconds"] <= budget,
+                **cost,
+            )
+        )
+    ranked = sorted(measured, key=lambda each: (not each.within, -each.ndcg.value))
+    chosen, reason = _decide(ranked, budget)
+    return Choice(
+        column=rows.name,
+        k=k,
+        questions=len(queries),
+        rows=len(keys),
+        total=rows.total,
+        budget=budget,
+        encoders=tuple(ranked),
+        chosen=chosen,
+        reason=reason,
+    )
+
+
+def local_encoders() -> list[Encoder]:
+    """The encoders that have been converted on this machine: those of the cache."""
+    from sbert_pg.encoder import Encoder
+    from sbert_pg.encoder.directory import Manifest, cache_root, is_converted
+
+    found = sorted(path.parent for path in cache_root().glob("*/*/*/manifest.json"))
+    return [
+        Encoder.open(place)
+        for place in found
+        if is_converted(place) and Manifest.read(place).kind == "encoder"
+    ]
+
+
+def _different(encoders: Sequence[Encoder]) -> list[Encoder]:
+    """Each encoder once, the first of those with one fingerprint."""
+    different: dict[str | None, Encoder] = {}
+    for encoder in encoders:
+        different.setdefault(encoder.spec.fingerprint, encoder)
+    return list(different.values())
+
+
+def _name(encoder: Encoder) -> str:
+    return f"{encoder.spec.name}:{encoder.manifest.precision}"
+
+
+def _measure(
+    encoder: Encoder,
+    keys: Sequence[str],
+    texts: dict[str, str],
+    queries: Sequence[LabelledQuery],
+    k: int,
+) -> tuple[Any, dict[str, Any]]:
+    """nDCG@k of each question, and what the encoder costs and cannot do."""
+    from sbert_pg.encoder.directory import MODEL
+
+    own = [texts[key] for key in keys]
+    vectors, seconds = _timed(partial(encoder.encode_document, own))
+    asked = encoder.encode_query([query.text for query in queries])
+    values = Candidates(keys, vectors, encoder.spec.similarity).ndcg(asked, queries, k)
+    singles = [_timed(partial(encoder.encode_query, [q.text]))[1] for q in queries[:_TIMED]]
+    report = limits_of(encoder, own[:_TEXTS])
+    tried = [limit for limit in report.limits if limit.of == "library"]
+    right = sum(round(limit.score.value * limit.triples) for limit in tried)
+    known = known_encoder(encoder.spec.name)
+    return values, {
+        "milliseconds": 1000 * median(singles),
+        "texts_per_second": len(own) / seconds,
+        "dimensions": encoder.dimensions,
+        "megabytes": (encoder.directory / MODEL).stat().st_size / 1e6,
+        "languages": known.languages if known else "not known",
+        "limits": share(right, sum(limit.triples for limit in tried)),
+        "cut": report.own.cut if report.own else 0.0,
+    }
+
+
+def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    started = time.perf_counter()
+    result = call()
+    return result, time.perf_counter() - started
+
+
+def _decide(ranked: Sequence[Choosable], budget: float | None) -> tuple[str | None, str]:
+    """Which to use, and why."""
+    within = [each for each in ranked if each.within]
+    if not within:
+        fastest = min(ranked, key=lambda each: each.milliseconds)
+        return None, (
+            f"None keeps to {budget:g} ms a question; {fastest.encoder} comes nearest with "
+            f"{fastest.milliseconds:.1f} ms. Allow more, or distil a smaller one: 'sbert-pg tune "
+            "--method distill'."
+        )
+    best = within[0]
+    own = next(each for each in ranked if each.current)
+    if best.current:
+        return best.encoder, f"Stay with {best.encoder}: none within the budget finds more."
+    if not own.within:
+        return best.encoder, (
+            f"Use {best.encoder}: the best within {budget:g} ms, which {own.encoder} does not keep "
+            f"to; nDCG {best.difference:+} against it. The change takes {_time(best.seconds)}."
+        )
+    if best.difference.low > 0:
+        return best.encoder, (
+            f"Use {best.encoder}: nDCG {best.difference:+} against {own.encoder}. The change takes "
+            f"{_time(best.seconds)}."
+        )
+    return own.encoder, (
+        f"Stay with {own.encoder}: {best.encoder} looks better by {best.difference:+}, an interval "
+        f"of {CONFIDENCE:.0%} that includes zero. More questions would tell."
+    )
+
+
+def _time(seconds: float) -> str:
+    """A duration, as people say it."""
+    if seconds == 0:
+        return "none"
+    for size, unit in ((86_400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+__all__ = ["Choice", "Choosable", "choose_encoder", "local_encoders"]

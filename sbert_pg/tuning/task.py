@@ -1,0 +1,192 @@
+"""What an encoder is fitted to and judged by: labelled questions, a split of them, and rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY
+
+from sbert_pg.catalog import rows as catalog_rows
+from sbert_pg.errors import TooFewPairsError
+from sbert_pg.search import exact
+from sbert_pg.search.exact import LabelledQuery
+from sbert_pg.spec import Vectors
+from sbert_pg.tuning.adapters import NEGATIVES, Candidates
+from sbert_pg.tuning.evaluation import Figure, grouped_figures
+from sbert_pg.tuning.pairs import Split, hard_negatives, of_keys, split_pairs
+
+
+class Rows:
+    """The rows that questions are ranked against: their keys, vectors and texts.
+
+    Args:
+        engine: where they are.
+        base: the embedding column.
+        where: criteria of the rows.
+        most: rows to rank against; of a larger table a sample, labelled rows in any case.
+    """
+
+    def __init__(
+        self, engine: sa.Engine, base: Any, where: Sequence[sa.ColumnElement[bool]], most: int
+    ) -> None:
+        self.engine, self.base, self.where, self.most = engine, base, list(where), most
+        self.table: sa.Table = base.table
+        self.name = f"{self.table.fullname}.{base.name}"
+        self.label = catalog_rows.label(list(self.table.primary_key))
+        self.total = 0
+        #: Keys that a question was labelled with as wrong (a gain of 0), by its text.
+        self.wrong: dict[str, list[str]] = {}
+
+    def read(self, *chosen: sa.ColumnElement[bool]) -> tuple[list[str], Vectors]:
+        """Keys and vectors of the rows that meet the criteria and these."""
+        where = sa.and_(self.base.is_not(None), *self.where, *chosen)
+        keys: list[str] = []
+        vectors = [np.empty((0, self.base.type.encoder.dimensions), np.float32)]
+        with self.engine.connect() as connection:
+            for block in exact.blocks(connection, self.label, [self.base], where):
+                keys += block.labels
+                vectors += block.vectors
+        return keys, np.concatenate(vectors)
+
+    def texts(self, keys: Iterable[str]) -> dict[str, str]:
+        """What is embedded of each of these rows; rows that have gone are left out."""
+        text = self.base.type.source.expression(self.table)
+        with self.engine.connect() as connection:
+            found = connection.execute(sa.select(self.label, text).where(self.among(keys)))
+            return {key: said for key, said in found if said}
+
+    def among(self, keys: Iterable[str]) -> sa.ColumnElement[bool]:
+        """Whether a row is one of these."""
+        array = sa.cast(sa.literal(sorted(keys), ARRAY(sa.Text)), ARRAY(sa.Text))
+        return self.label == sa.any_(array)
+
+    def known(self, queries: Sequence[LabelledQuery]) -> list[LabelledQuery]:
+        """The questions, each with those of its answers that are there and have a vector.
+
+        Raises:
+            TooFewPairsError: no question has one.
+        """
+        labels, vectors = self.read(self.among({key for query in queries for key in query.gains}))
+        self.digests = {k: v.tobytes() for k, v in zip(labels, vectors, strict=True)}
+        kept = []
+        for query in queries:
+            gains = {key: g for key, g in query.gains.items() if g > 0 and key in self.digests}
+            if gains:
+                kept.append(replace(query, gains=gains))
+                there = [key for key, gain in query.gains.items() if gain == 0]
+                self.wrong[query.text] = [key for key in there if key in self.digests]
+        if not kept:
+            raise TooFewPairsError(
+                f"None of the {len(queries)} labelled questions names a row of {self.name} that "
+                "has a vector. Pairs name rows by their primary key."
+            )
+        return kept
+
+    def negatives(self, queries: Sequence[LabelledQuery]) -> list[list[str]]:
+        """Of each question the rows that are labelled as wrong, then those that are near it."""
+        near = hard_negatives(self.engine, self.base, queries, count=NEGATIVES, where=self.where)
+        both = ([*self.wrong.get(q.text, ()), *keys] for q, keys in zip(queries, near, strict=True))
+        return [list(dict.fromkeys(keys))[:NEGATIVES] for keys in both]
+
+    def candidates(self, wanted: set[str], seed: int) -> Candidates:
+        """All rows; of many a sample, with the labelled ones and some others."""
+        count = sa.select(sa.func.count()).where(self.base.is_not(None), *self.where)
+        with self.engine.connect() as connection:
+            self.total = connection.execute(count).scalar_one()
+        chosen = []
+        if self.total > self.most:
+            drawn = sa.func.abs(sa.func.hashtextextended(self.label, seed) % self.total) < self.most
+            chosen = [sa.or_(drawn, self.among(wanted | set(self.digests)))]
+        keys, vectors = self.read(*chosen)
+        # In an order that does not depend on how the table lies on the disk.
+        order = sorted(range(len(keys)), key=keys.__getitem__)
+        similarity = self.base.type.encoder.similarity
+        return Candidates([keys[i] for i in order], vectors[order], similarity)
+
+    def split(
+        self,
+        queries: Sequence[LabelledQuery],
+        document: str | None,
+        time: str | None,
+        held_out: float,
+        seed: int,
+    ) -> Split:
+        """The split by document, and by time where that is asked for."""
+
+        def said(name: str) -> list[dict[str, str]]:
+            """What an attribute of each question, else a column of its rows, says."""
+            if any(name in query.attributes for query in queries):
+                return [dict.fromkeys(q.gains, q.attributes.get(name, "")) for q in queries]
+            values = of_keys(self.engine, self.table, name, queries)
+            return [{key: values[key] for key in q.gains if key in values} for q in queries]
+
+        same: list[Mapping[str, Any]] = [self.digests]
+        if document is not None:
+            same.append({key: value for of_one in said(document) for key, value in of_one.items()})
+        times = None if time is None else [max(v.values(), default=None) for v in said(time)]
+        return split_pairs(queries, same, times, held_out=held_out, seed=seed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Task:
+    """Questions to learn from and to be judged by.
+
+    Attributes:
+        rows: what they are ranked against.
+        encoder: the column's.
+        queries: the questions.
+        split: which are learned from.
+        candidates: the rows, with the vectors that they have.
+        wrong: keys of the hard negatives of each question that is learned from.
+        k: rows of an answer that count.
+        seed: of everything that is drawn.
+        before: nDCG@k of each question kept back with the column's own encoder.
+    """
+
+    rows: Rows
+    encoder: Any
+    queries: Sequence[LabelledQuery]
+    split: Split
+    candidates: Candidates
+    wrong: Sequence[Sequence[str]]
+    asked: Vectors
+    k: int
+    seed: int
+    before: npt.NDArray[np.float64] = field(init=False)
+
+    def __post_init__(self) -> None:
+        own = self.asked[self.split.held_out]
+        object.__setattr__(self, "before", self.candidates.ndcg(own, self.judged, self.k))
+
+    @property
+    def learning(self) -> list[LabelledQuery]:
+        """The questions that are learned from."""
+        return [self.queries[i] for i in self.split.learning]
+
+    @property
+    def judged(self) -> list[LabelledQuery]:
+        """The questions kept back."""
+        return [self.queries[i] for i in self.split.held_out]
+
+    def figures(
+        self, before: npt.NDArray[np.float64], after: npt.NDArray[np.float64]
+    ) -> list[Figure]:
+        """Means and intervals of two lists of nDCG of the questions kept back, and of the gain."""
+        values = np.stack([before, after, after - before], axis=1)
+        return grouped_figures(values, self.split.groups[self.split.held_out], self.seed)
+
+    def digest_of_rows(self) -> str:
+        """SHA-256 of the rows' keys and vectors, 32 hexadecimal digits."""
+        content = hashlib.sha256(self.candidates.vectors.tobytes())
+        content.update(json.dumps(list(self.candidates.keys)).encode())
+        return content.hexdigest()[:32]
+
+
+__all__ = ["Rows", "Task"]

@@ -1,0 +1,119 @@
+"""Which encoder to use: what is chosen, what a budget does, what the command says."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+from command_line import sbert_pg
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from sbert_pg import create_all, embed_rows
+from sbert_pg.catalog.embedding import Embedding
+from sbert_pg.encoder import Encoder
+from sbert_pg.encoder.adapting import adapt_queries
+from sbert_pg.tuning import Choice, choose_encoder
+from sbert_pg.tuning.choosing import _decide, _time
+from sbert_pg.tuning.evaluation import Figure
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+THINGS = ("bicycle", "kettle", "umbrella", "violin", "lantern", "carpet", "hammer", "telescope")
+PLACES = ("kitchen", "garden", "attic", "cellar", "garage", "hall")
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Item(Base):
+    __tablename__ = "item"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    body: Mapped[str]
+    embedding: Mapped[Any] = mapped_column(Embedding(MINILM, "body"))
+
+
+@pytest.fixture
+def items(engine: sa.Engine, minilm: Encoder) -> list[tuple[str, int]]:
+    """A table, and questions with the row that answers each."""
+    both = [(thing, place) for thing in THINGS for place in PLACES]
+    rows = [{"id": n, "body": f"The {t} is in the {p}."} for n, (t, p) in enumerate(both, 1)]
+    with engine.begin() as connection:
+        create_all(connection, Base.metadata)
+    with Session(engine) as session:
+        session.execute(sa.insert(Item), embed_rows(Item, rows))
+        session.commit()
+    return [(f"Is there a {t} in our {p}?", n) for n, (t, p) in enumerate(both, 1)]
+
+
+def test_the_better_one_is_chosen(
+    engine: sa.Engine, items: Any, minilm: Encoder, tmp_path: Path
+) -> None:
+    """An encoder with shuffled queries finds nothing: beside it either stays, or is replaced."""
+    shuffled = np.eye(384)[np.random.default_rng(0).permutation(384)]
+    blind = adapt_queries(minilm, shuffled, tmp_path / "blind")
+    choice = choose_encoder(engine, Item.embedding, items, [blind, minilm])
+    assert len(choice.encoders) == 2, "each encoder once"
+    own, other = choice.encoders
+    assert own.current
+    assert not other.current
+    assert choice.chosen == own.encoder == f"{MINILM}:int8"
+    assert "Stay with" in choice.reason
+    assert own.ndcg.value > 0.9 > 0.5 > other.ndcg.value
+    assert other.difference.high < 0
+    assert own.languages == "en"
+    assert other.languages == "not known"
+    assert own.seconds == other.seconds == 0, "the rows' vectors stay with both"
+    assert own.limits.value == other.limits.value or own.limits.value > 0
+    assert choice.rows == choice.total == len(items)
+    assert str(choice).splitlines()[2].startswith("* ")
+    json.dumps(choice.to_json())
+
+
+def test_the_command(engine: sa.Engine, items: Any, minilm: Encoder, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.csv"
+    with pairs.open("w", newline="") as file:
+        csv.writer(file).writerows([("question", "id"), *items])
+    given = ("encoder", "choose", MINILM, "--table", "item", "--pairs", str(pairs))
+    done = sbert_pg(*given, "--budget", "60s", url=engine.url)
+    assert done.returncode == 0, done.stderr
+    assert "Stay with" in done.stdout
+    none = sbert_pg(*given, "--budget", "0.0001ms", "--json", url=engine.url)
+    assert none.returncode == 1, "none keeps to it"
+    assert json.loads(none.stdout)["chosen"] is None
+    wrong = sbert_pg(*given, "--budget", "soon", url=engine.url)
+    assert wrong.returncode != 0
+    assert "2ms" in wrong.stderr
+
+
+def test_what_is_chosen(engine: sa.Engine, items: Any, minilm: Encoder) -> None:
+    """Of measured encoders the best within the budget, but no change that proves nothing."""
+    choice: Choice = choose_encoder(engine, Item.embedding, items, [])
+    own = choice.encoders[0]
+    better = replace(
+        own, encoder="better", current=False, difference=Figure(0.1, 0.05, 0.15), seconds=7200.0
+    )
+    perhaps = replace(better, encoder="perhaps", difference=Figure(0.1, -0.05, 0.15))
+    chosen, reason = _decide([better, own], None)
+    assert chosen == "better"
+    assert f"+0.100 [+0.050, +0.150] against {own.encoder}. The change takes 2 h." in reason
+    chosen, reason = _decide([perhaps, own], None)
+    assert chosen == own.encoder
+    assert "includes zero" in reason
+    slow = replace(own, within=False)
+    chosen, reason = _decide([perhaps, slow], 2.0)
+    assert chosen == "perhaps"
+    assert "best within 2 ms" in reason
+    assert _decide([slow], 2.0)[0] is None
+    assert [_time(s) for s in (0, 5, 150, 7200, 200_000)] == [
+        "none",
+        "5 s",
+        "2 min",
+        "2 h",
+        "2 days",
+    ]
