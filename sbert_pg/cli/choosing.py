@@ -12,7 +12,7 @@ from sbert_pg import tuning as lib
 from sbert_pg.cli import common
 from sbert_pg.cli.encoder import split_name
 from sbert_pg.cli.target import resolve
-from sbert_pg.cli.tuning import PairsOption, TopicsOption, encoder_named, queries_of
+from sbert_pg.cli.tuning import PairsOption, encoder_named, queries_of
 from sbert_pg.errors import DeclarationError
 from sbert_pg.tuning.limits import beside
 
@@ -75,12 +75,7 @@ def choose(
         typer.Option(help="What encoding a question may take, as 2ms.", show_default=False),
     ] = None,
     database: common.DatabaseOption = None,
-    topics: TopicsOption = None,
     where: common.WhereOption = None,
-    sample: Annotated[
-        int, typer.Option(min=10, help="Rows to rank against, besides those labelled.")
-    ] = 2_000,
-    k: Annotated[int, typer.Option("-k", min=1, max=1000, help="Rows that count.")] = 10,
     json: common.JsonOption = False,
 ) -> None:
     """Which encoder should I use? Answered on a table's own texts and questions.
@@ -100,12 +95,10 @@ def choose(
         choice = lib.choose_encoder(
             engine,
             side.column,
-            queries_of(engine, pairs, topics),
+            queries_of(engine, pairs, None),
             given,
             budget=limit,
             where=common.criteria(where),
-            sample=sample,
-            k=k,
         )
     common.show(choice, choice.to_json(), json)
     if choice.chosen is None:

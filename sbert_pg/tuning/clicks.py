@@ -99,7 +99,7 @@ def _examined(read: Floats, row: npt.NDArray[np.int64]) -> tuple[Floats, Floats]
         # Where nothing is ever clicked, nothing is known of the place: as if it were not seen.
         look = by_place / np.maximum(np.bincount(place, shown * rate[row]), 1e-12)
         look = np.maximum(look / max(look[0], 1e-12), 1e-9)
-    return clicks, np.bincount(row, shown * look[place])
+    return np.asarray(clicks, float), np.asarray(np.bincount(row, shown * look[place]), float)
 
 
 def _others(event: LabelledQuery) -> dict[str, str]:
