@@ -30,6 +30,31 @@ TopicsOption = Annotated[
     Path | None,
     typer.Option(help="For qrels: a file of lines with name, tab, question.", show_default=False),
 ]
+MethodOption = Annotated[
+    lib.Method,
+    typer.Option(
+        help="For queries alone, without torch: linear or contrastive. With the extra train: "
+        "full, unlabelled (learns from the texts alone), distill (a smaller model)."
+    ),
+]
+BaseOption = Annotated[
+    str | None,
+    typer.Option(
+        help="The model to train, a directory or a name; by default the column's own, and for "
+        "distill a static one.",
+        show_default=False,
+    ),
+]
+EpochsOption = Annotated[
+    int | None, typer.Option(min=1, help="Passes of training.", show_default=False)
+]
+MatryoshkaOption = Annotated[
+    list[int] | None,
+    typer.Option(
+        help="Fewer dimensions at which the vectors of full shall be good too; may be repeated.",
+        show_default=False,
+    ),
+]
 WordsOption = Annotated[
     str | None,
     typer.Option(help="The text column, where there are several.", show_default=False),
@@ -152,32 +177,10 @@ def tune(
         ),
     ],
     out: Annotated[Path, typer.Option(help="The new encoder's directory; it must not exist.")],
-    method: Annotated[
-        lib.Method,
-        typer.Option(
-            help="For queries alone, without torch: linear or contrastive. With the extra train: "
-            "full, unlabelled (learns from the texts alone), distill (a smaller model)."
-        ),
-    ] = "linear",
-    base: Annotated[
-        str | None,
-        typer.Option(
-            help="The model to train, a directory or a name; by default the column's own, and for "
-            "distill a static one.",
-            show_default=False,
-        ),
-    ] = None,
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="Passes of training.", show_default=False)
-    ] = None,
-    matryoshka: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="Fewer dimensions at which the vectors of full shall be good too; may be "
-            "repeated.",
-            show_default=False,
-        ),
-    ] = None,
+    method: MethodOption = "linear",
+    base: BaseOption = None,
+    epochs: EpochsOption = None,
+    matryoshka: MatryoshkaOption = None,
     database: common.DatabaseOption = None,
     topics: TopicsOption = None,
     where: common.WhereOption = None,

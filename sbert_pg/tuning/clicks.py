@@ -58,26 +58,13 @@ def of_log(events: Sequence[LabelledQuery]) -> list[LabelledQuery]:
     asked = [" ".join(event.text.casefold().split()) for event in events]
     rows = [(text, next(iter(event.gains))) for text, event in zip(asked, events, strict=True)]
     pairs = {pair: i for i, pair in enumerate(dict.fromkeys(rows))}
-    row = np.array([pairs[pair] for pair in rows])
-    clicks, looks = _examined(read, row)
-    usual = clicks.sum() / max(looks.sum(), 1e-12)
-    # As if each had one click more at the usual rate: of few looks little is known.
-    rates = (clicks + 1) / (looks + 1 / max(usual, 1e-12))
-    best: dict[str, float] = defaultdict(float)
-    for (text, _), i in pairs.items():
-        best[text] = max(best[text], rates[i] if clicks[i] >= LEAST_CLICKS else 0.0)
-    gains: dict[str, dict[str, float]] = defaultdict(dict)
-    for (text, key), i in pairs.items():
-        good = rates[i] > usual and rates[i] >= LEAST_SHARE * best[text]
-        if good and clicks[i] >= LEAST_CLICKS:
-            gains[text][key] = 1.0
-        elif clicks[i] == 0 and looks[i] * usual >= SURE:
-            gains[text][key] = 0.0
+    clicks, looks = _examined(read, np.array([pairs[pair] for pair in rows]))
+    known = _gains(list(pairs), clicks, looks)
     last = dict(zip(asked, events, strict=True))
     queries = [
-        replace(last[text], gains=known, attributes=_others(last[text]))
-        for text, known in gains.items()
-        if any(known.values())
+        replace(last[text], gains=gains, attributes=_others(last[text]))
+        for text, gains in known.items()
+        if any(gains.values())
     ]
     if not queries:
         raise LoadError(
@@ -86,6 +73,28 @@ def of_log(events: Sequence[LabelledQuery]) -> list[LabelledQuery]:
             "questions by hand."
         )
     return queries
+
+
+def _gains(
+    pairs: Sequence[tuple[str, str]], clicks: Floats, looks: Floats
+) -> dict[str, dict[str, float]]:
+    """Of each question the rows that answer it, with 1, and those that are wrong, with 0."""
+    usual = max(clicks.sum() / max(looks.sum(), 1e-12), 1e-12)
+    # As if each had one click more at the usual rate: of few looks little is known.
+    rates = (clicks + 1) / (looks + 1 / usual)
+    often = clicks >= LEAST_CLICKS
+    best: dict[str, float] = defaultdict(float)
+    for (text, _), rate in zip(pairs, rates * often, strict=True):
+        best[text] = max(best[text], rate)
+    answers = (
+        often & (rates > usual) & (rates >= LEAST_SHARE * np.array([best[t] for t, _ in pairs]))
+    )
+    wrong = (clicks == 0) & (looks * usual >= SURE)
+    gains: dict[str, dict[str, float]] = defaultdict(dict)
+    for i in np.flatnonzero(answers | wrong).tolist():
+        text, key = pairs[i]
+        gains[text][key] = float(answers[i])
+    return gains
 
 
 def _examined(read: Floats, row: npt.NDArray[np.int64]) -> tuple[Floats, Floats]:

@@ -75,19 +75,19 @@ class Rows:
         """
         labels, vectors = self.read(self.among({key for query in queries for key in query.gains}))
         self.digests = {k: v.tobytes() for k, v in zip(labels, vectors, strict=True)}
-        kept = []
-        for query in queries:
-            gains = {key: g for key, g in query.gains.items() if g > 0 and key in self.digests}
-            if gains:
-                kept.append(replace(query, gains=gains))
-                there = [key for key, gain in query.gains.items() if gain == 0]
-                self.wrong[query.text] = [key for key in there if key in self.digests]
+        there = [self._there(query) for query in queries]
+        self.wrong = {query.text: _wrong(query) for query in there}
+        kept = [replace(q, gains=gains) for q in there if (gains := _answers(q))]
         if not kept:
             raise TooFewPairsError(
                 f"None of the {len(queries)} labelled questions names a row of {self.name} that "
                 "has a vector. Pairs name rows by their primary key."
             )
         return kept
+
+    def _there(self, query: LabelledQuery) -> LabelledQuery:
+        gains = {key: gain for key, gain in query.gains.items() if key in self.digests}
+        return replace(query, gains=gains)
 
     def negatives(self, queries: Sequence[LabelledQuery]) -> list[list[str]]:
         """Of each question the rows that are labelled as wrong, then those that are near it."""
@@ -132,6 +132,16 @@ class Rows:
             same.append({key: value for of_one in said(document) for key, value in of_one.items()})
         times = None if time is None else [max(v.values(), default=None) for v in said(time)]
         return split_pairs(queries, same, times, held_out=held_out, seed=seed)
+
+
+def _wrong(query: LabelledQuery) -> list[str]:
+    """What is labelled as no answer."""
+    return [key for key, gain in query.gains.items() if gain == 0]
+
+
+def _answers(query: LabelledQuery) -> dict[str, float]:
+    """What answers a question, with its gain."""
+    return {key: gain for key, gain in query.gains.items() if gain > 0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -49,6 +49,9 @@ def fit(
     matryoshka: Sequence[int],
 ) -> Proof:
     """Train a model, convert it, and write it where it is proven; arguments as for ``tune``."""
+    from sbert_pg.encoder.adapting import refuse_taken
+
+    refuse_taken(kept_model(place))
     passes = epochs or EPOCHS[method]
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".training-{place.name}-", dir=place.parent) as folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,13 @@ from sbert_pg import create_all, embed_rows, embedding_column, evaluate, nearest
 from sbert_pg.encoder import Encoder
 from sbert_pg.tuning import read_pairs
 
-pytestmark = pytest.mark.slow
-pytest.importorskip("sentence_transformers", reason="the extra 'train' is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not list(importlib.metadata.distributions(name="sentence-transformers")),
+        reason="the extra 'train' is not installed",
+    ),
+]
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 

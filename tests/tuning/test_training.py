@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import json
 import subprocess
@@ -29,7 +30,11 @@ from sbert_pg.errors import (
 from sbert_pg.spec import EncoderSpec
 from sbert_pg.tuning import training, whole
 
-pytest.importorskip("sentence_transformers", reason="the extra 'train' is not installed")
+# By what is installed: an import takes seconds, also where none of these tests is asked for.
+pytestmark = pytest.mark.skipif(
+    not list(importlib.metadata.distributions(name="sentence-transformers")),
+    reason="the extra 'train' is not installed",
+)
 
 #: A text is three letters of the first half; its question the letters 13 places on.
 LETTERS = "abcdefghijklm"
