@@ -54,6 +54,18 @@ def test_fastapi(driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_environment")
+def test_litestar() -> None:
+    testing = pytest.importorskip("litestar.testing")
+    pytest.importorskip("advanced_alchemy")
+    example = imported("litestar_search")
+    with testing.TestClient(example.app) as client:
+        for title in ("Refunds and returns", "Opening hours"):
+            assert client.post("/articles", json={"title": title}).status_code == 201
+        found = client.get("/search", params={"q": "when can I visit the shop?"}).json()
+    assert [row["title"] for row in found] == ["Opening hours", "Refunds and returns"]
+
+
+@pytest.mark.usefixtures("_environment")
 def test_sqlmodel() -> None:
     pytest.importorskip("sqlmodel")
     assert imported("sqlmodel_search").main() == ["Apple pie"]

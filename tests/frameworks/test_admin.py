@@ -165,3 +165,26 @@ def test_pages_and_forms(ask: Ask, engine: sa.Engine) -> None:
     with engine.connect() as connection:
         rows = connection.execute(sa.text("SELECT id, title FROM article ORDER BY id")).all()
     assert rows == [(1, "edited"), (2, "made")]
+
+
+def test_sqladmin_refuses_a_form_with_a_vector(engine: sa.Engine, fake_encoder: Any) -> None:
+    """No page shows a vector in a field that a browser would send back."""
+    module = pytest.importorskip("sqladmin")
+    from fastapi import FastAPI
+    from fastapi.testclient import TestClient
+    from sqladmin.exceptions import NoConverterFound
+
+    with engine.begin() as connection:
+        create_all(connection, Base.metadata)
+    with Session(engine) as session:
+        embed_on_flush(session)
+        session.add(Article(id=1, title="first"))
+        session.commit()
+    view = type("View", (module.ModelView,), {}, model=Article)
+    app = FastAPI()
+    module.Admin(app, session_maker=sessionmaker(engine)).add_view(view)
+    client = TestClient(app)
+    for path in ("create", "edit/1"):
+        for ask in (client.get, client.post):
+            with pytest.raises(NoConverterFound, match="embedding"):
+                ask(f"/admin/article/{path}")
