@@ -111,14 +111,16 @@ def _guarded(limits: Limits) -> type[H11Protocol]:
     """Uvicorn's protocol with a bound on connections, and on the time of each of their phases.
 
     uvicorn bounds the time between two requests only. Here a timer runs while a request's head is
-    awaited, and another while it is answered; a connection that lasts longer is cut.
+    awaited, and another until its answer has been taken; a connection that lasts longer is cut.
     """
     # Connections that have no request under way, the one that has waited longest first.
     waiting: dict[H11Protocol, None] = {}
 
     class Guarded(H11Protocol):
         timer: asyncio.TimerHandle | None = None
+        unread: asyncio.TimerHandle | None = None
         answering = False
+        deadline = 0.0
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -138,6 +140,9 @@ def _guarded(limits: Limits) -> type[H11Protocol]:
         def on_response_complete(self) -> None:
             self.answering = False
             self.set_timer(None)
+            if self.transport.get_write_buffer_size():
+                # Complete for uvicorn, which has handed it on; the client has yet to take it.
+                self.unread = self.loop.call_at(self.deadline, self.give_up_unread)
             waiting[self] = None
             # Takes what came meanwhile, which may be the next request.
             super().on_response_complete()
@@ -146,6 +151,7 @@ def _guarded(limits: Limits) -> type[H11Protocol]:
         def connection_lost(self, exc: Exception | None) -> None:
             waiting.pop(self, None)
             self.set_timer(None)
+            self.forget_unread()
             super().connection_lost(exc)
 
         def look(self) -> None:
@@ -153,7 +159,18 @@ def _guarded(limits: Limits) -> type[H11Protocol]:
             if not self.answering and self.cycle is not None and not self.cycle.response_complete:
                 self.answering = True
                 waiting.pop(self, None)
+                self.forget_unread()
+                self.deadline = self.loop.time() + limits.request
                 self.set_timer(limits.request)
+
+        def give_up_unread(self) -> None:
+            if self.transport.get_write_buffer_size():
+                self.transport.abort()
+
+        def forget_unread(self) -> None:
+            if self.unread is not None:
+                self.unread.cancel()
+            self.unread = None
 
         def set_timer(self, seconds: float | None) -> None:
             if self.timer is not None:
