@@ -107,79 +107,82 @@ def _bound(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _guarded(limits: Limits) -> type[H11Protocol]:
+class _Guarded(H11Protocol):
     """Uvicorn's protocol with a bound on connections, and on the time of each of their phases.
 
     uvicorn bounds the time between two requests only. Here a timer runs while a request's head is
     awaited, and another until its answer has been taken; a connection that lasts longer is cut.
     """
-    # Connections that have no request under way, the one that has waited longest first.
-    waiting: dict[H11Protocol, None] = {}
 
-    class Guarded(H11Protocol):
-        timer: asyncio.TimerHandle | None = None
-        unread: asyncio.TimerHandle | None = None
-        answering = False
-        deadline = 0.0
+    limits: Limits
+    #: Connections that have no request under way, the one that has waited longest first.
+    waiting: dict[H11Protocol, None]
+    timer: asyncio.TimerHandle | None = None
+    unread: asyncio.TimerHandle | None = None
+    answering = False
+    deadline = 0.0
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            if len(self.connections) > limits.connections and waiting:
-                next(iter(waiting)).transport.abort()
-            elif len(self.connections) > limits.connections:
-                transport.abort()
-            waiting[self] = None
-            self.set_timer(limits.head)
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.connections and self.waiting:
+            next(iter(self.waiting)).transport.abort()
+        elif len(self.connections) > self.limits.connections:
+            transport.abort()
+        self.waiting[self] = None
+        self.set_timer(self.limits.head)
 
-        def data_received(self, data: bytes) -> None:
-            if self.timer is None:
-                self.set_timer(limits.head)
-            super().data_received(data)
-            self.look()
+    def data_received(self, data: bytes) -> None:
+        if self.timer is None:
+            self.set_timer(self.limits.head)
+        super().data_received(data)
+        self.look()
 
-        def on_response_complete(self) -> None:
-            self.answering = False
-            self.set_timer(None)
-            if self.transport.get_write_buffer_size():
-                # Complete for uvicorn, which has handed it on; the client has yet to take it.
-                self.unread = self.loop.call_at(self.deadline, self.give_up_unread)
-            waiting[self] = None
-            # Takes what came meanwhile, which may be the next request.
-            super().on_response_complete()
-            self.look()
+    def on_response_complete(self) -> None:
+        self.answering = False
+        self.set_timer(None)
+        if self.transport.get_write_buffer_size():
+            # Complete for uvicorn, which has handed it on; the client has yet to take it.
+            self.unread = self.loop.call_at(self.deadline, self.give_up_unread)
+        self.waiting[self] = None
+        # Takes what came meanwhile, which may be the next request.
+        super().on_response_complete()
+        self.look()
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            waiting.pop(self, None)
-            self.set_timer(None)
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.waiting.pop(self, None)
+        self.set_timer(None)
+        self.forget_unread()
+        super().connection_lost(exc)
+
+    def look(self) -> None:
+        """Take note where a request's head has come."""
+        if not self.answering and self.cycle is not None and not self.cycle.response_complete:
+            self.answering = True
+            self.waiting.pop(self, None)
             self.forget_unread()
-            super().connection_lost(exc)
+            self.deadline = self.loop.time() + self.limits.request
+            self.set_timer(self.limits.request)
 
-        def look(self) -> None:
-            """Take note where a request's head has come."""
-            if not self.answering and self.cycle is not None and not self.cycle.response_complete:
-                self.answering = True
-                waiting.pop(self, None)
-                self.forget_unread()
-                self.deadline = self.loop.time() + limits.request
-                self.set_timer(limits.request)
+    def give_up_unread(self) -> None:
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
 
-        def give_up_unread(self) -> None:
-            if self.transport.get_write_buffer_size():
-                self.transport.abort()
+    def forget_unread(self) -> None:
+        if self.unread is not None:
+            self.unread.cancel()
+        self.unread = None
 
-        def forget_unread(self) -> None:
-            if self.unread is not None:
-                self.unread.cancel()
-            self.unread = None
+    def set_timer(self, seconds: float | None) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+        self.timer = None
+        if seconds is not None and not self.transport.is_closing():
+            self.timer = self.loop.call_later(seconds, self.transport.abort)
 
-        def set_timer(self, seconds: float | None) -> None:
-            if self.timer is not None:
-                self.timer.cancel()
-            self.timer = None
-            if seconds is not None and not self.transport.is_closing():
-                self.timer = self.loop.call_later(seconds, self.transport.abort)
 
-    return Guarded
+def _guarded(limits: Limits) -> type[H11Protocol]:
+    """The protocol of one server."""
+    return type("Guarded", (_Guarded,), {"limits": limits, "waiting": {}})
 
 
 __all__ = ["Limits", "listening"]
