@@ -1,7 +1,8 @@
 """A search through the ORM beside the same SQL in bare psycopg, and beside two other libraries.
 
     python benchmarks/search.py [--rows N] [--queries N] [--vectors FILE.npy] [--database URL]
-                                [--index column|halfvec|binary|ivfflat] [--json FILE]
+                                [--index column|halfvec|binary|ivfflat] [--ef-construction N]
+                                [--held-out] [--json FILE]
 
 Every way asks the same queries for the ten nearest of the same rows by an HNSW index with the same
 ``m``, ``ef_construction`` and ``ef_search``, one after the other in one process, in turns. Bare
@@ -19,7 +20,9 @@ all of the index that ``--index`` names.
 
 langchain-postgres' ``PGVectorStore`` and ``vecs`` take part where they are installed. Without
 ``--vectors`` (a float32 array, one row a vector) the vectors are made: topics in a subspace of 40
-dimensions. Where the file has fewer rows than wanted, the rest are means of two of its rows.
+dimensions. Where the file has fewer rows than wanted, the rest are means of two of its rows. With
+``--held-out`` the queries are rows of the file that are not in the table, though in means of it:
+what such a query asks for lies between two topics, and is what a graph loses first.
 """
 
 from __future__ import annotations
@@ -98,18 +101,17 @@ def topics_of(vectors: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def choose_index(kind: str, rows: int) -> None:
+def choose_index(kind: str, rows: int, ef_construction: int) -> None:
     """Put another vector index in the place of the declared one."""
     table: Any = Item.__table__
-    if kind == "column":
-        return
     (declared,) = [index for index in table.indexes if index.name == "item_embedding"]
     table.indexes.discard(declared)
     if kind == "ivfflat":
         ivfflat = ivfflat_index("item_embedding", "embedding", lists=max(10, int(rows**0.5)))
         table.append_constraint(ivfflat)
     else:
-        table.append_constraint(hnsw_index("item_embedding", "embedding", form=kind))  # type: ignore[arg-type]
+        options: Row = {"form": kind, "ef_construction": ef_construction}
+        table.append_constraint(hnsw_index("item_embedding", "embedding", **options))
 
 
 def fill(engine: sa.Engine, vectors: np.ndarray, topics: np.ndarray) -> None:
@@ -279,7 +281,7 @@ def fill_vecs(engine: sa.Engine, collection: Any) -> None:
     collection.create_index(
         vecs.IndexMeasure.cosine_distance,
         vecs.IndexMethod.hnsw,
-        vecs.IndexArgsHNSW(m=16, ef_construction=128),
+        vecs.IndexArgsHNSW(m=16, ef_construction=256),
     )
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(sa.text("VACUUM ANALYZE vecs.item"))
@@ -446,15 +448,17 @@ def filtered(
 def run(url: sa.URL, options: argparse.Namespace) -> Row:
     sbert_pg.use_encoder(DeterministicEncoder())
     engine = sa.create_engine(url)
-    vectors = vectors_of(options.vectors, options.rows)
+    apart = options.queries if options.held_out else 0
+    vectors = vectors_of(options.vectors, options.rows + apart)
+    held, vectors = vectors[:apart], vectors[apart:]
     topics = topics_of(vectors)
-    choose_index(options.index, options.rows)
+    choose_index(options.index, options.rows, options.ef_construction)
     if not options.keep:
         fill(engine, vectors, topics)
     random = np.random.default_rng(1)
     chosen = random.choice(len(vectors), options.queries, replace=False)
     noise = 0.02 * random.standard_normal((options.queries, DIMENSIONS)).astype(np.float32)
-    queries = unit(vectors[chosen] + noise)
+    queries = held if options.held_out else unit(vectors[chosen] + noise)
     truth = [true_keys(vectors, query) for query in queries]
     ways = {
         "psycopg, transaction": bare(engine, False),
@@ -485,6 +489,8 @@ def main() -> None:
     parser.add_argument(
         "--index", choices=["column", "halfvec", "binary", "ivfflat"], default="column"
     )
+    parser.add_argument("--ef-construction", type=int, default=256)
+    parser.add_argument("--held-out", action="store_true", help="queries that are not in the table")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     warnings.filterwarnings("ignore", module="vecs")

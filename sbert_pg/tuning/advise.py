@@ -158,7 +158,7 @@ def advise_index(
     queries: int = 50,
     k: int = 10,
     m: int = 16,
-    ef_construction: int = 128,
+    ef_construction: int = 256,
     least: float = LEAST,
     seed: int = 0,
 ) -> Advice:

@@ -174,7 +174,7 @@ def test_interrupted_build_is_taken_up(app) -> None:
     invalid = "UPDATE pg_index SET indisvalid = false WHERE indexrelid = '{}'::regclass"
     other = ADOPTED.replace('"embedding")', '"embedding", m=20)')
     new = "CREATE INDEX ix_e_new ON article USING hnsw (embedding vector_cosine_ops) "
-    new += "WITH (m = 20, ef_construction = 128)"
+    new += "WITH (m = 20, ef_construction = 256)"
     for leftover in (
         [new, invalid.format("ix_e_new")],
         [new],

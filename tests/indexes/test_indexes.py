@@ -30,7 +30,7 @@ def ddl(index: sa.Index) -> str:
     return " ".join(str(sa.schema.CreateIndex(index).compile(dialect=psycopg.dialect())).split())
 
 
-HNSW_DEFAULTS = "WITH (m = 16, ef_construction = 128)"
+HNSW_DEFAULTS = "WITH (m = 16, ef_construction = 256)"
 BITS = "(CAST(binary_quantize(vec) AS BIT(8)) bit_hamming_ops)"
 #: How an index is made, on which type, and what follows ``CREATE INDEX i ON thing USING``.
 CASES: list[tuple[Any, Any, str]] = [
