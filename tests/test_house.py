@@ -67,7 +67,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "clustering": (16, 4948),
     "encoder": (26, 7004),
     "freshness": (23, 5277),
-    "indexes": (5, 1248),
+    "indexes": (5, 1249),
     "loading": (4, 1044),
     "orm": (5, 926),
     "passages": (6, 1218),
