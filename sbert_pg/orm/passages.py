@@ -63,25 +63,7 @@ def _exchange(
         set_attribute(document, declared.whole, None)
         set_attribute(document, companion_name(declared.whole), None)
         return
-    *titles, body = texts
-    before: defaultdict[str, deque[Any]] = defaultdict(deque)
-    for passage in stored:
-        if passage.embedding is not None:
-            before[passage.digest].append(passage)
-    chosen, wanted = [], []
-    for ordinal, due in enumerate(
-        cut(titles, body or "", declared.chunker, get_encoder(declared.encoder))
-    ):
-        if before[due.digest]:
-            passage = before[due.digest].popleft()
-        else:
-            passage = declared.passage(digest=due.digest)
-            wanted.append((passage, embedded_text(due.heading, (body or "")[due.start : due.stop])))
-        passage.ordinal, passage.heading = ordinal, due.heading
-        passage.start, passage.stop = due.start, due.stop
-        if declared.copies:
-            passage.content = (body or "")[due.start : due.stop]
-        chosen.append(passage)
+    chosen, wanted = _chosen(declared, stored, texts)
     whole = whole_binding.source.joiner()(texts)
     vectors = encode_documents(
         declared.encoder, [whole, *(text for _, text in wanted)],
@@ -91,6 +73,33 @@ def _exchange(
     for (passage, text), vector in zip(wanted, vectors[1:], strict=True):
         _set(passage, "embedding", binding, digest_of(text), vector)
     stored[:] = chosen
+
+
+def _chosen(
+    declared: Declared, stored: list[Any], texts: list[str | None]
+) -> tuple[list[Any], list[tuple[Any, str]]]:
+    """The passages that a document is to have, those of now among them, and new ones' texts."""
+    *titles, source = texts
+    body = source or ""
+    before: defaultdict[str, deque[Any]] = defaultdict(deque)
+    for passage in stored:
+        if passage.embedding is not None:
+            before[passage.digest].append(passage)
+    chosen, wanted = [], []
+    encoder = get_encoder(declared.encoder)
+    for ordinal, due in enumerate(cut(titles, body, declared.chunker, encoder)):
+        part = body[due.start : due.stop]
+        if before[due.digest]:
+            passage = before[due.digest].popleft()
+        else:
+            passage = declared.passage(digest=due.digest)
+            wanted.append((passage, embedded_text(due.heading, part)))
+        passage.ordinal, passage.heading = ordinal, due.heading
+        passage.start, passage.stop = due.start, due.stop
+        if declared.copies:
+            passage.content = part
+        chosen.append(passage)
+    return chosen, wanted
 
 
 def _bindings(
