@@ -181,6 +181,8 @@ class Source:
 
     def expression(self, table: sa.FromClause) -> sa.ColumnElement[str]:
         """The text of a row as an SQL expression."""
+        if self.document is not None:
+            return _part_of_document(table, json.loads(self.document))
         columns = dict(zip(self.columns, self.resolve(table), strict=True))
         if self.pattern is None:
             values = [sa.func.nullif(column, "") for column in columns.values()]
@@ -230,6 +232,26 @@ class Source:
             return repr(self.pattern)
         columns = " + ".join(self.columns)
         return columns if self.passages is None else f"{columns}, cut as {self.passages}"
+
+
+def _part_of_document(table: sa.FromClause, place: Mapping[str, Any]) -> sa.ColumnElement[str]:
+    """The heading and the text of a passage, read out of the document that its key refers to."""
+    keys = [next(iter(table.c[name].foreign_keys)) for name in place["key"]]
+    try:
+        names = [key.column.name for key in keys]
+        schema, name = keys[0].column.table.schema, keys[0].column.table.name
+    except sa.exc.NoReferencedTableError:
+        # Reflected by itself: the other table is known by its name alone.
+        names = [key.target_fullname.rpartition(".")[2] for key in keys]
+        schema, _, name = keys[0].target_fullname.rpartition(".")[0].rpartition(".")
+    columns: list[Any] = [sa.column(column) for column in (*names, place["column"])]
+    document = sa.table(name, *columns, schema=schema or None).alias("passage_document")
+    part = sa.func.substr(
+        document.c[place["column"]], table.c.start + 1, table.c.stop - table.c.start
+    )
+    text = sa.func.concat_ws("\n\n", sa.func.nullif(table.c.heading, ""), part, type_=sa.Text())
+    same = [table.c[ours] == document.c[n] for ours, n in zip(place["key"], names, strict=True)]
+    return sa.select(text).where(*same).correlate(table).scalar_subquery()
 
 
 def _parse(pattern: str) -> list[tuple[str, str | None, str | None, str | None]]:

@@ -22,6 +22,7 @@ from sbert_pg import (
 from sbert_pg.errors import DeclarationError
 from sbert_pg.passages import SentenceChunker
 from sbert_pg.passages.view import PassageView
+from sbert_pg.reembed.change import reflect
 from sbert_pg.testing import DeterministicEncoder
 
 
@@ -164,6 +165,32 @@ def test_declarations_read_as_they_are_written() -> None:
         type_ = column.property.columns[0].type
         made = eval(repr(type_), {"Embedding": Embedding, "sbert_pg": __import__("sbert_pg")})
         assert made.source == type_.source == Source.from_json(type_.source.to_json())
+
+
+def test_the_text_of_a_passage_is_an_expression(
+    engine: sa.Engine, encoder: DeterministicEncoder
+) -> None:
+    """Clusters, near-duplicates and evaluations read it, of declared and of reflected tables."""
+    from sbert_pg.passages.cutting import embedded_text
+
+    bound(engine, Base)
+    with Session(engine) as session:
+        pages = [Page(body=" ".join(text(n)), heading=f"P{n}") for n in range(2)]
+        session.add_all(pages)
+        session.commit()
+        work(engine, Base)
+        due = {
+            (p.page_number, p.ordinal): embedded_text(p.heading, p.text)
+            for page in pages
+            for p in page.titled_passages
+        }
+        reflected = reflect(session.connection(), None, "page_titled_passage")
+        for table in (Base.metadata.tables["page_titled_passage"], reflected):
+            source = Base.metadata.tables["page_titled_passage"].c.embedding.type.source
+            for rows in (table, table.alias("other")):
+                chosen = sa.select(rows.c.page_number, rows.c.ordinal, source.expression(rows))
+                assert {(row[0], row[1]): row[2] for row in session.execute(chosen)} == due
+        assert len(due) > 10
 
 
 def test_a_view_of_texts(engine: sa.Engine, encoder: DeterministicEncoder) -> None:
