@@ -69,7 +69,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "freshness": (23, 5277),
     "indexes": (5, 1249),
     "loading": (4, 1044),
-    "orm": (5, 926),
+    "orm": (5, 935),
     "passages": (6, 1218),
     "reembed": (12, 3258),
     "search": (12, 3593),
@@ -78,7 +78,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "types": (9, 1732),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3223
+MOST_LINES_OF_THE_REST = 3245
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60
