@@ -77,6 +77,21 @@ def find_named(name: str) -> TextEncoder | None:
     return next((encoder for key, encoder in both if key[0] == own), None)
 
 
+def token_counter(name: str) -> Any | None:
+    """What counts tokens as the encoder of a name does (``count_tokens``, ``spec``), if at hand.
+
+    The encoder itself where this process has it; else the tokenizer of one that was converted on
+    this machine. Nothing is fetched or converted.
+    """
+    found = find_named(name)
+    if found is not None or _loader is not _load_declared:
+        return found
+    from sbert_pg.encoder import TokenCounter, converted_here
+
+    place = converted_here(name)
+    return None if place is None else TokenCounter(place)
+
+
 def get_encoder(encoder: str | EncoderSpec) -> TextEncoder:
     """The encoder of a name or declaration: registered, or loaded now and kept.
 

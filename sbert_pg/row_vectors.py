@@ -21,7 +21,7 @@ from sbert_pg.catalog.record import Binding
 from sbert_pg.errors import DeclarationError, DimensionError, EncodingError
 from sbert_pg.registry import get_encoder
 from sbert_pg.source import NOT_KNOWN, Text
-from sbert_pg.spec import EncoderSpec, Vectors
+from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors
 from sbert_pg.types.comparator import clause_of
 from sbert_pg.types.encoding import off_loop
 from sbert_pg.types.identity import ColumnIdentity, identity_of
@@ -222,6 +222,23 @@ def encode_documents(
         return vectors
     position = {text: i for i, text in enumerate(first)}
     return np.asarray(vectors[[position[text] for text in texts]])
+
+
+def cut_so_far(encoder: TextEncoder) -> int | None:
+    """Texts that an encoder has cut off in this process, for whomever; ``None`` without a count."""
+    counted = getattr(getattr(encoder, "statistics", None), "truncated", None)
+    return counted if isinstance(counted, int) else None
+
+
+def count_cut(encoder: TextEncoder, texts: Sequence[str]) -> int | None:
+    """How many of some documents are longer than an encoder reads; ``None`` where it cannot say."""
+    count = getattr(encoder, "count_tokens", None)
+    if count is None:
+        return None
+    limit, prompt = encoder.spec.max_seq_length, encoder.spec.document_prompt
+    if limit is None:
+        return 0
+    return sum(length > limit for length in count([prompt + text for text in texts]))
 
 
 def embed_rows(

@@ -37,7 +37,10 @@ GROUPS: dict[str, tuple[str, tuple[Callable[..., None], ...]]] = {
     "index": ("Vector indexes, measured.", (tuning.advise,)),
     "encoder": (
         "Convert, look at and compare encoders.",
-        (encoder.convert, encoder.show, encoder.compare, choosing.choose, choosing.limits),
+        (
+            encoder.list_, encoder.convert, encoder.show, encoder.compare, choosing.choose,
+            choosing.limits,
+        ),
     ),
     "reembed": (
         "A change of encoder: begin, backfill, verify, switch, finish.",

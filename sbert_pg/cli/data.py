@@ -102,9 +102,17 @@ def load(
         passages.cut_all(engine, target)
     seconds = time.perf_counter() - started
     if json:
-        common.print_json({"table": table, "rows": rows, "seconds": round(seconds, 3)})
-    else:
-        common.note(f"{rows:,} rows loaded into {table} in {seconds:.1f} s.")
+        common.print_json(
+            {"table": table, "rows": rows, "cut": rows.cut, "seconds": round(seconds, 3)}
+        )
+        return
+    common.note(f"{rows:,} rows loaded into {table} in {seconds:.1f} s.")
+    for column, cut in rows.cut.items():
+        if cut:
+            common.note(
+                f"{cut:,} texts of {column} ({cut / rows:.1%}) are longer than the encoder reads; "
+                "only their beginnings count. Passages embed long texts in parts."
+            )
 
 
 def search(

@@ -1,4 +1,4 @@
-"""``encoder``: convert, show, compare."""
+"""``encoder``: list, convert, show, compare."""
 
 from __future__ import annotations
 
@@ -66,11 +66,32 @@ def convert(
     _print_facts(_facts(Encoder.open(place)), json)
 
 
+def list_(json: common.JsonOption = False) -> None:
+    """Well-known encoders: width, limit, languages, licence, how well they retrieve, their cost.
+
+    "retrieval" is the mean nDCG@10 of MTEB's ten English retrieval tasks, "cost" the
+    multiplications of a token, all-MiniLM-L6-v2 being 1. Any other sentence-transformers model can
+    be used too.
+
+    [b]sbert-pg encoder list[/]
+    """
+    if json:
+        common.print_json([asdict(known) for known in KNOWN_ENCODERS])
+        return
+    common.print_table(
+        ["name", "dimensions", "tokens", "languages", "licence", "M parameters", "retrieval",
+         "cost", "good for"],
+        [
+            [k.name, f"{k.dimensions} or fewer" if k.matryoshka else k.dimensions,
+             k.max_seq_length or "any", k.languages, k.licence, k.parameters,
+             k.retrieval or "-", k.cost, k.good_for]
+            for k in KNOWN_ENCODERS
+        ],
+    )  # fmt: skip
+
+
 def show(
-    name: Annotated[
-        str | None,
-        typer.Argument(help="As for convert; without it, well-known encoders are listed."),
-    ] = None,
+    name: NameArgument,
     check: common.CheckOption = False,
     json: common.JsonOption = False,
 ) -> None:
@@ -78,12 +99,8 @@ def show(
 
     With --check its probes are computed on this machine, and have to agree with the stored ones.
 
-    [b]sbert-pg encoder show[/]                    well-known encoders, and what each is good for
     [b]sbert-pg encoder show all-MiniLM-L6-v2 --check[/]
     """
-    if name is None:
-        _list_known(json)
-        return
     encoder = _load(name)
     facts = _facts(encoder)
     if check:
@@ -143,20 +160,6 @@ def compare(
         [[_shown(result[column]) for column in columns] for result in results],
         title=f"{len(rows)} rows",
     )
-
-
-def _list_known(json: bool) -> None:
-    if json:
-        common.print_json([asdict(known) for known in KNOWN_ENCODERS])
-        return
-    common.print_table(
-        ["name", "dimensions", "tokens", "languages", "similarity", "M parameters", "good for"],
-        [
-            [k.name, k.dimensions, k.max_seq_length, k.languages, k.similarity, k.parameters,
-             k.good_for]
-            for k in KNOWN_ENCODERS
-        ],
-    )  # fmt: skip
 
 
 def _load(name: str) -> Encoder:

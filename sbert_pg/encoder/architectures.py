@@ -1,117 +1,35 @@
-"""BERT, DistilBERT, RoBERTa, XLM-RoBERTa, CamemBERT and MPNet in one form.
+"""BERT, DistilBERT, RoBERTa, XLM-RoBERTa, CamemBERT, MPNet, ALBERT and ELECTRA in one form.
 
 All are the same transformer: embeddings with a layer normalisation, then layers of attention and
 of a feed-forward part, each followed by an addition and a layer normalisation. They differ in the
-names of their tensors, in how positions are counted and in MPNet's relative position bias. Sources:
-``modeling_bert.py``, ``modeling_distilbert.py``, ``modeling_roberta.py``,
-``modeling_xlm_roberta.py``, ``modeling_mpnet.py`` of transformers.
+names of their tensors, in how positions are counted, in MPNet's relative position bias, and in
+ALBERT and ELECTRA, whose embeddings may be narrower than their layers; ALBERT's layers share their
+weights. Of these two a setting that is not known is refused, since it may change what is computed.
+Sources: ``modeling_bert.py``, ``modeling_distilbert.py``, ``modeling_roberta.py``,
+``modeling_xlm_roberta.py``, ``modeling_mpnet.py``, ``modeling_albert.py`` and
+``modeling_electra.py`` of transformers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 
 import numpy as np
 
+from sbert_pg.encoder.blocks import (
+    ACTIVATIONS,
+    Block,
+    Linear,
+    Norm,
+    Transformer,
+    relative_bias,
+    require_known,
+)
 from sbert_pg.encoder.description import Description, padding_id
 from sbert_pg.encoder.files import Array, Settings, Weights
-from sbert_pg.encoder.layers import ACTIVATIONS as LAYER_ACTIVATIONS
-from sbert_pg.encoder.layers import MICROSOFT, Activation
 from sbert_pg.errors import DamagedEncoderError, UnsupportedEncoderError
-
-#: Activations of the feed-forward part by transformers' name, as in ``layers.ACTIVATIONS``.
-ACTIVATIONS: dict[str, Activation] = {
-    "gelu": LAYER_ACTIVATIONS["GELU"],
-    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), ("FastGelu", MICROSOFT, {})),
-    "quick_gelu": ("QuickGelu", MICROSOFT, {"alpha": 1.702}),
-    "relu": LAYER_ACTIVATIONS["ReLU"],
-    **dict.fromkeys(("silu", "swish"), LAYER_ACTIVATIONS["SiLU"]),
-    "tanh": LAYER_ACTIVATIONS["Tanh"],
-    "sigmoid": LAYER_ACTIVATIONS["Sigmoid"],
-}
-
-
-@dataclass(slots=True)
-class Linear:
-    """``x @ weight + bias``.
-
-    Attributes:
-        weight: ``(in, out)``; safetensors have it the other way round.
-        bias: ``(out,)``.
-    """
-
-    weight: Array
-    bias: Array
-
-
-@dataclass(slots=True)
-class Norm:
-    """A layer normalisation.
-
-    Attributes:
-        scale: by channel.
-        bias: by channel.
-        epsilon: added to the variance.
-        centred: whether the mean is taken off first; without that it is called RMS normalisation.
-        smoothing: what ``scale`` and ``bias`` were divided by for quantisation, or ``None``.
-    """
-
-    scale: Array
-    bias: Array
-    epsilon: float
-    smoothing: Array | None = None
-    centred: bool = True
-
-
-@dataclass(slots=True)
-class Block:
-    """One layer of the transformer."""
-
-    query: Linear
-    key: Linear
-    value: Linear
-    output: Linear
-    attention_norm: Norm
-    up: Linear
-    down: Linear
-    norm: Norm
-
-
-@dataclass(slots=True)
-class Transformer:
-    """What the graph is written from.
-
-    Attributes:
-        words: word embeddings, ``(vocabulary, width)``.
-        positions: position embeddings, ``(positions, width)``. Row 0 belongs to the first position.
-        types: embeddings of the token types, ``(types, width)``, or ``None``; encoders know type 0
-            alone.
-        padding_id: token that is not counted as a position (RoBERTa and MPNet), or ``None`` where
-            every token has the position it stands at.
-        norm: normalisation of the embeddings.
-        blocks: the layers.
-        heads: attention heads.
-        activation: one of ``ACTIVATIONS``.
-        relative_bias: MPNet's bias by head and relative position, ``(heads, 2 * length - 1)``, the
-            middle being distance 0; or ``None``.
-    """
-
-    words: Array = field(repr=False)
-    positions: Array = field(repr=False)
-    padding_id: int | None
-    norm: Norm
-    blocks: list[Block]
-    heads: int
-    activation: str
-    relative_bias: Array | None
-    types: Array | None = field(default=None, repr=False)
-
-    @property
-    def width(self) -> int:
-        """Width of a token's vector."""
-        return int(self.words.shape[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +80,24 @@ _DISTILBERT = _Names(
     "ffn.lin2",
     "output_layer_norm",
 )
+_ALBERT = _Names(
+    "encoder.albert_layer_groups.{}.",
+    "attention.query",
+    "attention.key",
+    "attention.value",
+    "attention.dense",
+    "attention.LayerNorm",
+    "ffn",
+    "ffn_output",
+    "full_layer_layer_norm",
+)
+
+#: Settings of ALBERT and ELECTRA that are read, or that transformers does not read either.
+_NARROW = ("embedding_size", "hidden_act", "layer_norm_eps", "position_embedding_type",
+           "is_decoder", "add_cross_attention", "classifier_dropout_prob")  # fmt: skip
+_OF_ALBERT = ("num_hidden_groups", "inner_group_num", "net_structure_type", "gap_size",
+              "down_scale_factor", "num_memory_blocks", "layers_to_keep")  # fmt: skip
+_OF_ELECTRA = ("summary_type", "summary_use_proj", "summary_activation", "summary_last_dropout")
 
 #: DistilBERT's names of settings.
 _DISTILBERT_KEYS = MappingProxyType(
@@ -171,7 +107,7 @@ _DISTILBERT_KEYS = MappingProxyType(
 
 #: Number of buckets and largest distance of MPNet's relative positions. transformers passes neither
 #: from the configuration, so these hold whatever it says.
-_BUCKETS, _MAX_DISTANCE = 32, 128
+_BUCKETS = 32
 
 
 def read(description: Description) -> Transformer:
@@ -194,25 +130,51 @@ def read(description: Description) -> Transformer:
 
 
 def _bert(weights: Weights, config: Settings) -> Transformer:
-    return _bert_like(weights, config, None)
+    return _bert_like(_Reader(weights, _BERT), config, None)
 
 
 def _roberta(weights: Weights, config: Settings) -> Transformer:
-    return _bert_like(weights, config, padding_id(config))
+    return _bert_like(_Reader(weights, _BERT), config, padding_id(config))
 
 
-def _bert_like(weights: Weights, config: Settings, padding: int | None) -> Transformer:
+def _electra(weights: Weights, config: Settings) -> Transformer:
+    require_known(config, [*_NARROW, *_OF_ELECTRA])
+    config.only("add_cross_attention", [False], False)
+    narrow, reader = config.integer("embedding_size", 128), _Reader(weights, _BERT)
+    model = _bert_like(reader, config, None, narrow)
+    if narrow != model.width:
+        model.projection = reader.linear("embeddings_project", narrow, model.width)
+    return model
+
+
+def _albert(weights: Weights, config: Settings) -> Transformer:
+    require_known(config, [*_NARROW, *_OF_ALBERT])
+    narrow = config.integer("embedding_size", 128)
+    reader = _Shared(weights, config)
+    model = _bert_like(reader, config, None, narrow, "gelu_new")
+    model.projection = reader.linear("encoder.embedding_hidden_mapping_in", narrow, model.width)
+    return model
+
+
+def _bert_like(
+    reader: _Reader,
+    config: Settings,
+    padding: int | None,
+    width: int | None = None,
+    activation: str = "gelu",
+) -> Transformer:
+    """BERT and its kin; ``width`` is that of the embeddings where they have one of their own."""
     config.only("position_embedding_type", ["absolute"], "absolute")
     config.only("is_decoder", [False], False)
-    reader = _Reader(weights, _BERT)
-    width = config.integer("hidden_size")
+    width = config.integer("hidden_size") if width is None else width
     types = reader.get("embeddings.token_type_embeddings.weight")
     if types.ndim != 2 or types.shape[1] != width or not len(types):
         raise DamagedEncoderError(
             f"{config.path}: the token type embeddings have the shape {types.shape} in a model of "
             f"width {width}."
         )
-    model = _transformer(reader, config, padding, _positions(reader, config, width, padding))
+    positions = _positions(reader, config, width, padding)
+    model = _transformer(reader, config, padding, positions, activation=activation)
     model.types = types
     return model
 
@@ -229,7 +191,7 @@ def _mpnet(weights: Weights, config: Settings) -> Transformer:
             f"The model's relative position bias has the shape {buckets.shape}; MPNet has "
             f"({_BUCKETS}, {model.heads})."
         )
-    model.relative_bias = _relative_bias(buckets, len(model.positions))
+    model.relative_bias = relative_bias(buckets, len(model.positions))
     return model
 
 
@@ -246,6 +208,7 @@ def _transformer(
     positions: Array,
     keys: Mapping[str, str] = MappingProxyType({}),
     epsilon: float | None = None,
+    activation: str = "gelu",
 ) -> Transformer:
     """The parts that all families have.
 
@@ -256,6 +219,7 @@ def _transformer(
         positions: see ``Transformer.positions``.
         keys: names of settings where they are not BERT's.
         epsilon: of the normalisations, where it is a constant in transformers.
+        activation: where the configuration names none.
     """
     width, inner, layers, vocabulary, heads = (
         config.integer(keys.get(key, key))
@@ -268,14 +232,15 @@ def _transformer(
         )
     if epsilon is None:
         epsilon = config.number("layer_norm_eps", 1e-12, above=0, below=1)
+    embedded = positions.shape[1]
     return Transformer(
-        words=reader.get("embeddings.word_embeddings.weight", (vocabulary, width)),
+        words=reader.get("embeddings.word_embeddings.weight", (vocabulary, embedded)),
         positions=positions,
         padding_id=padding,
-        norm=reader.norm("embeddings.LayerNorm", width, epsilon),
+        norm=reader.norm("embeddings.LayerNorm", embedded, epsilon),
         blocks=reader.blocks(layers, width, inner, epsilon),
         heads=heads,
-        activation=config.only(keys.get("hidden_act", "hidden_act"), ACTIVATIONS, "gelu"),
+        activation=config.only(keys.get("hidden_act", "hidden_act"), ACTIVATIONS, activation),
         relative_bias=None,
     )
 
@@ -287,6 +252,8 @@ _READERS: dict[str, Callable[[Weights, Settings], Transformer]] = {
     "xlm-roberta": _roberta,
     "camembert": _roberta,
     "mpnet": _mpnet,
+    "albert": _albert,
+    "electra": _electra,
 }
 #: ``model_type`` of the architectures whose graph is built here.
 ARCHITECTURES = frozenset(_READERS)
@@ -314,22 +281,54 @@ class _Reader:
         return Linear(np.ascontiguousarray(weight.T), self.get(f"{name}.bias", (outputs,)))
 
     def blocks(self, count: int, width: int, inner: int, epsilon: float) -> list[Block]:
-        names, blocks = self._names, []
-        for number in range(count):
-            at = names.block.format(number)
-            blocks.append(
-                Block(
-                    query=self.linear(at + names.query, width, width),
-                    key=self.linear(at + names.key, width, width),
-                    value=self.linear(at + names.value, width, width),
-                    output=self.linear(at + names.output, width, width),
-                    attention_norm=self.norm(at + names.attention_norm, width, epsilon),
-                    up=self.linear(at + names.up, width, inner),
-                    down=self.linear(at + names.down, inner, width),
-                    norm=self.norm(at + names.norm, width, epsilon),
-                )
-            )
-        return blocks
+        at = self._names.block.format
+        return [self.block(at(number), width, inner, epsilon) for number in range(count)]
+
+    def block(self, at: str, width: int, inner: int, epsilon: float) -> Block:
+        names = self._names
+        return Block(
+            query=self.linear(at + names.query, width, width),
+            key=self.linear(at + names.key, width, width),
+            value=self.linear(at + names.value, width, width),
+            output=self.linear(at + names.output, width, width),
+            attention_norm=self.norm(at + names.attention_norm, width, epsilon),
+            up=self.linear(at + names.up, width, inner),
+            down=self.linear(at + names.down, inner, width),
+            norm=self.norm(at + names.norm, width, epsilon),
+        )
+
+
+class _Shared(_Reader):
+    """ALBERT: groups of layers, each of which is gone through several times.
+
+    Each time is a block of its own, since for int8 the channels are evened out by what comes before
+    it; the arrays are shared until then, and stored once where they stay equal.
+    """
+
+    def __init__(self, weights: Weights, config: Settings) -> None:
+        super().__init__(weights, _ALBERT)
+        self._groups = config.integer("num_hidden_groups", 1)
+        self._inner = config.integer("inner_group_num", 1, most=100)
+        if self._groups > config.integer("num_hidden_layers"):
+            config.refuse("num_hidden_groups", "no more than 'num_hidden_layers'")
+
+    def blocks(self, count: int, width: int, inner: int, epsilon: float) -> list[Block]:
+        groups = [
+            [
+                self.block(f"{self._names.block.format(group)}albert_layers.{number}.",
+                           width, inner, epsilon)
+                for number in range(self._inner)
+            ]
+            for group in range(self._groups)
+        ]  # fmt: skip
+        # As in transformers, so that a number that does not divide the other is rounded alike.
+        order = [int(number / (count / self._groups)) for number in range(count)]
+        return [_copy(block) for group in order for block in groups[group]]
+
+
+def _copy(block: Block) -> Block:
+    """A block with layers of its own; the arrays stay shared."""
+    return Block(**{part.name: replace(getattr(block, part.name)) for part in fields(block)})
 
 
 def _positions(reader: _Reader, config: Settings, width: int, padding: int | None) -> Array:
@@ -349,20 +348,3 @@ def _positions(reader: _Reader, config: Settings, width: int, padding: int | Non
     # RoBERTa counts from the padding index plus one; a padding token in a text has the padding
     # index itself. Row 0 is then that one's, and row 1 the first position's.
     return table if padding is None else table[padding:]
-
-
-def _relative_bias(buckets: Array, length: int) -> Array:
-    """Bias by head and distance; ``MPNetEncoder.relative_position_bucket``."""
-    distance = np.arange(1 - length, length)
-    n = -distance
-    half = _BUCKETS // 2
-    exact = half // 2
-    bucket = np.where(n < 0, half, 0)
-    n = np.abs(n)
-    # In float32 and in this order, as transformers does it: a distance at a border between two
-    # buckets must fall on the same side.
-    ratio = np.log(np.maximum(n, 1).astype(np.float32) / np.float32(exact))
-    scaled = ratio / np.float32(np.log(_MAX_DISTANCE / exact)) * np.float32(half - exact)
-    large = np.minimum(exact + scaled.astype(np.int64), half - 1)
-    bucket = bucket + np.where(n < exact, n, large)
-    return np.ascontiguousarray(buckets[bucket].T)

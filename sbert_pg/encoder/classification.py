@@ -62,6 +62,8 @@ _HEADS: Mapping[str, _Head] = {
     "xlm-roberta": _PROJECTED,
     "camembert": _PROJECTED,
     "mpnet": _PROJECTED,
+    "albert": _Head("pooler", "Tanh", "classifier"),
+    "electra": _Head("classifier.dense", "GELU", "classifier.out_proj"),
 }
 #: Activations of a score, by the name of torch's class.
 _ACTIVATIONS = ("Identity", "Sigmoid")
@@ -193,6 +195,7 @@ def _token_types(config: Settings, tokenizer: Settings) -> bool:
         return False
     names = tokenizer.get("model_input_names")
     if names is None:
-        default = "BertTokenizer" if config["model_type"] == "bert" else ""
-        return tokenizer.text("tokenizer_class", default).removesuffix("Fast") == "BertTokenizer"
+        default = "BertTokenizer" if config["model_type"] in ("bert", "electra") else ""
+        kind = tokenizer.text("tokenizer_class", default).removesuffix("Fast")
+        return kind in ("BertTokenizer", "ElectraTokenizer")
     return isinstance(names, list) and "token_type_ids" in names

@@ -128,6 +128,21 @@ def _slot(
     return converted.slot(root, path.resolve().name, converted.state_of(path), precision, kind)
 
 
+def converted_here(name: str) -> Path | None:
+    """The directory that an encoder of this name was converted into on this machine, in any form.
+
+    Looks into the cache alone; ``None`` where there is none or no cache.
+    """
+    path = home_of(name)
+    if converted.is_converted(path):
+        return path
+    try:
+        places = [_slot(name, path, None, form, "encoder", None) for form in PRECISIONS]
+    except EncoderError:
+        return None
+    return next(filter(converted.is_converted, places), None)
+
+
 def _convert_to(place: Path, name: str, revision: str | None, precision: str, kind: str) -> None:
     files = find(name, revision=revision)
     try:
@@ -213,7 +228,7 @@ def build(description: Description, precision: str, path: Path) -> tuple[tuple[s
 
 #: Parts of a checkpoint that the token embeddings do not depend on.
 _UNUSED = ("pooler.", "position_ids", "lm_head", "cls.", "vocab_projector", "vocab_transform",
-           "vocab_layer_norm", "qa_outputs", "classifier")  # fmt: skip
+           "vocab_layer_norm", "qa_outputs", "classifier", "predictions.")  # fmt: skip
 
 
 def is_used(name: str) -> bool:

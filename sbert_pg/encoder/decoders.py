@@ -12,20 +12,20 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from sbert_pg.encoder.architectures import ACTIVATIONS, Norm
+from sbert_pg.encoder.blocks import ACTIVATIONS, Norm, require_known
 from sbert_pg.encoder.files import Settings, Weights
 from sbert_pg.encoder.rotary import (
+    SETTINGS,
     Layer,
     Reader,
     Rotary,
     kinds_of,
-    require_known,
     theta_of,
 )
 
 #: Settings of all of them that are read here, or say nothing about what is computed.
-_SETTINGS = ("num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling", "layer_types",
-             "sliding_window", "hidden_act")  # fmt: skip
+_SETTINGS = (*SETTINGS, "num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling",
+             "layer_types", "sliding_window", "hidden_act")  # fmt: skip
 #: Further ones of Gemma3.
 _GEMMA3 = ("attention_bias", "query_pre_attn_scalar", "final_logit_softcapping",
            "attn_logit_softcapping", "use_bidirectional_attention", "_sliding_window_pattern",

@@ -19,7 +19,7 @@ from sbert_pg.encoder.directory import Manifest
 from sbert_pg.encoder.engine import Converted, opened, resolve_prompt
 from sbert_pg.encoder.providers import Provider
 from sbert_pg.encoder.runner import OUTPUT, QUERY_OUTPUT
-from sbert_pg.encoder.tokenizing import clean, clean_chunks
+from sbert_pg.encoder.tokenizing import TextTokenizer, clean, clean_chunks
 from sbert_pg.errors import DeclarationError, EncoderMismatchError
 from sbert_pg.probes import PROBES
 from sbert_pg.spec import DOCUMENT, QUERY, EncoderSpec, Vectors, known_encoder
@@ -314,6 +314,24 @@ class Encoder(Converted):
         spec = self._spec
         chosen = resolve_prompt(dict(spec.prompts), spec.default_prompt_name, prompt_name, prompt)
         return clean([chosen])[0]
+
+
+class TokenCounter:
+    """Counts tokens as a converted encoder does, without a session: some ten milliseconds to make.
+
+    Args:
+        directory: the converted directory.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        manifest = Manifest.read(directory)
+        content = (directory / converted.TOKENIZER).read_text(encoding="utf-8")
+        self.spec = manifest.spec
+        self._tokenizer = TextTokenizer(content, self.spec.max_seq_length)
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """As ``Encoder.count_tokens``."""
+        return self._tokenizer.count(clean(texts))
 
 
 def load_declared(encoder: EncoderSpec | str) -> Encoder:

@@ -15,8 +15,9 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from sbert_pg.encoder import architectures, decoders, rotary, transformer
+from sbert_pg.encoder import architectures, decoders, rotary, t5, transformer
 from sbert_pg.encoder.architectures import ARCHITECTURES as ABSOLUTE
+from sbert_pg.encoder.blocks import Transformer
 from sbert_pg.encoder.classification import SAMPLE_PAIRS
 from sbert_pg.encoder.description import STATIC, Description
 from sbert_pg.encoder.files import Array, Weights
@@ -46,12 +47,12 @@ from sbert_pg.probes import PROBES, SAMPLE_TEXTS
 
 __all__ = ["ARCHITECTURES", "build"]
 
-_ROTARY = {**rotary.READERS, **decoders.READERS}
+_ROTARY = {**rotary.READERS, **decoders.READERS, **t5.READERS}
 #: ``model_type`` of the architectures whose graph is built here.
 ARCHITECTURES = ABSOLUTE | _ROTARY.keys() | {STATIC}
 
 #: A transformer that was read.
-Model = architectures.Transformer | rotary.Rotary
+Model = Transformer | rotary.Rotary
 
 #: Tokens that are read of a text; more say nothing new about ranges.
 _LONGEST = 256

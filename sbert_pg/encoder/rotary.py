@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 
-from sbert_pg.encoder.architectures import ACTIVATIONS, Linear, Norm
+from sbert_pg.encoder.blocks import ACTIVATIONS, Linear, Norm, require_known
 from sbert_pg.encoder.files import Array, Settings, Weights
 from sbert_pg.encoder.products import Products, Range, Seen, best_range, whole_range
 from sbert_pg.encoder.transformer import Attention, Batch, write_norm
@@ -31,11 +32,11 @@ class Layer:
         value: see ``query``.
         output: after attention.
         attention_norm: before attention, or after it and its addition; ``None`` for none.
-        gate: multiplied, activated, with ``up``.
+        gate: multiplied, activated, with ``up``; without one ``up`` itself is activated.
         up: see ``gate``.
         down: after the product of the two.
         norm: before the feed-forward part, or after it and its addition.
-        theta: base of the rotary frequencies.
+        theta: base of the rotary frequencies, or ``None`` where nothing is turned.
         window: tokens to each side that a token sees, or ``None`` for all.
         query_norm: of each head of the queries, before they are turned; or ``None``.
         key_norm: the same for keys.
@@ -48,11 +49,11 @@ class Layer:
     value: Linear
     output: Linear
     attention_norm: Norm | None
-    gate: Linear
+    gate: Linear | None
     up: Linear
     down: Linear
     norm: Norm
-    theta: float
+    theta: float | None
     window: int | None = None
     query_norm: Norm | None = None
     key_norm: Norm | None = None
@@ -75,6 +76,8 @@ class Rotary:
         causal: whether a token sees those before it alone.
         blocked: whether attention without a window goes through the queries in blocks, and not
             through onnxruntime's operator, which has no form of these that holds no square.
+        bias: added to the scores by head and distance, ``(heads, 2 * most + 1)``; what is farther
+            away than ``most`` counts as that. Only where attention is ``blocked``.
     """
 
     words: Array = field(repr=False)
@@ -86,6 +89,7 @@ class Rotary:
     final_norm: Norm | None
     causal: bool = False
     blocked: bool = False
+    bias: Array | None = field(default=None, repr=False)
 
     @property
     def head(self) -> int:
@@ -103,39 +107,10 @@ class Rotary:
         return int(self.words.shape[1])
 
 
+#: Settings of all of these that are read.
+SETTINGS = ("rope_parameters", "head_dim")
 #: Queries whose scores are held at a time where attention goes through them in blocks.
 _BLOCK = 256
-#: Settings that say nothing about what is computed, or are about training and other tasks.
-_IGNORED = frozenset(
-    {"model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "id2label",
-     "_name_or_path", "initializer_range", "initializer_cutoff_factor", "label2id", "num_labels",
-     "pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "use_cache",
-     "tie_word_embeddings", "hidden_dropout_prob", "attention_probs_dropout_prob",
-     "attention_dropout", "embedding_dropout", "mlp_dropout", "classifier_dropout",
-     "classifier_pooling", "classifier_bias", "classifier_activation", "decoder_bias",
-     "sparse_prediction", "sparse_pred_ignore_index", "deterministic_flash_attn",
-     "reference_compile", "gradient_checkpointing", "problem_type", "repad_logits_with_grad",
-     "max_position_embeddings"}
-)  # fmt: skip
-#: Settings that are read.
-_READ = frozenset(
-    {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-     "rope_parameters", "type_vocab_size", "head_dim"}
-)  # fmt: skip
-
-
-def require_known(config: Settings, more: Sequence[str]) -> None:
-    """Refuse settings that neither the tables here nor ``more`` know.
-
-    Raises:
-        UnsupportedEncoderError: there are some.
-    """
-    unknown = set(config) - _IGNORED - _READ - set(more)
-    if unknown:
-        raise UnsupportedEncoderError(
-            f"{config.path}: {', '.join(sorted(unknown))[:300]} in a model of type "
-            f"{config['model_type']!r} is not known, and may change what it computes."
-        )
 
 
 class Reader:
@@ -144,17 +119,26 @@ class Reader:
     Args:
         weights: the tensors.
         config: the settings.
+        keys: names of settings where they are not BERT's.
         free: whether the heads may be wider or narrower, together, than the model.
     """
 
-    def __init__(self, weights: Weights, config: Settings, *, free: bool = False) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        config: Settings,
+        keys: Mapping[str, str] = MappingProxyType({}),
+        *,
+        free: bool = False,
+    ) -> None:
         self._weights = weights
         self.config = config
-        self.width = config.integer("hidden_size")
-        self.inner = config.integer("intermediate_size")
-        self.count = config.integer("num_hidden_layers")
-        self.heads = config.integer("num_attention_heads")
-        self.head = config.integer("head_dim", self.width // self.heads)
+        self.width, self.inner, self.count, self.heads = (
+            config.integer(keys.get(key, key))
+            for key in ("hidden_size", "intermediate_size", "num_hidden_layers",
+                        "num_attention_heads")
+        )  # fmt: skip
+        self.head = config.integer(keys.get("head_dim", "head_dim"), self.width // self.heads)
         width = self.head * self.heads
         if self.head % 2 or not (free or width == self.width):
             raise UnsupportedEncoderError(
@@ -202,9 +186,9 @@ def theta_of(config: Settings, rope: Settings, default: float) -> float:
 def _modernbert(weights: Weights, config: Settings) -> Rotary:
     require_known(
         config,
-        ["hidden_activation", "norm_eps", "norm_bias", "attention_bias", "mlp_bias", "layer_types",
-         "global_attn_every_n_layers", "local_attention", "global_rope_theta", "local_rope_theta",
-         "layer_norm_eps", "position_embedding_type"],
+        [*SETTINGS, "hidden_activation", "norm_eps", "norm_bias", "attention_bias", "mlp_bias",
+         "layer_types", "global_attn_every_n_layers", "local_attention", "global_rope_theta",
+         "local_rope_theta", "layer_norm_eps", "position_embedding_type"],
     )  # fmt: skip
     reader, ropes = Reader(weights, config), config.object("rope_parameters")
     epsilon = config.number("norm_eps", 1e-5, above=0, below=1)
@@ -298,7 +282,7 @@ def _norm_last(
     weights: Weights, config: Settings, names: _Names, theta: float, activation: str
 ) -> Rotary:
     """NomicBERT and GTE, with transformers' settings and the tensors' names on the hub."""
-    require_known(config, ["hidden_act", "layer_norm_eps"])
+    require_known(config, [*SETTINGS, "hidden_act", "layer_norm_eps"])
     reader = Reader(weights, config)
     width, inner, bias = reader.width, reader.inner, names.bias
     epsilon = config.number("layer_norm_eps", 1e-12, above=0, below=1)
@@ -425,16 +409,21 @@ class _Layers:
         x = writer.node("Add", [x, output], "residual")
         if not first and layer.attention_norm is not None:
             x = self._normed(x, layer.attention_norm)
-        inner = self._normed(x, layer.norm) if first else x
-        gate, up = products.linear(
-            writer, inner, [layer.gate, layer.up], [f"{name}.gate", f"{name}.up"]
-        )
-        active = activate(writer, gate, ACTIVATIONS[self._model.activation])
-        wide = writer.node("Mul", [active, up], "gated")
-        (down,) = products.linear(writer, wide, [layer.down], [f"{name}.down"])
+        down = self._feed_forward(self._normed(x, layer.norm) if first else x, layer, name)
         down = down if layer.end is None else self._normed(down, layer.end)
         x = writer.node("Add", [x, down], "residual")
         return x if first else self._normed(x, layer.norm)
+
+    def _feed_forward(self, x: str, layer: Layer, name: str) -> str:
+        writer, products, activation = self._writer, self._products, self._model.activation
+        if layer.gate is None:
+            return products.feed_forward(writer, x, layer.up, layer.down, activation, name)
+        gate, up = products.linear(
+            writer, x, [layer.gate, layer.up], [f"{name}.gate", f"{name}.up"]
+        )
+        active = activate(writer, gate, ACTIVATIONS[activation])
+        wide = writer.node("Mul", [active, up], "gated")
+        return products.linear(writer, wide, [layer.down], [f"{name}.down"])[0]
 
     def _normed(self, x: str, norm: Norm) -> str:
         return write_norm(self._writer, x, norm, self._products.dtype)
@@ -445,7 +434,8 @@ class _Layers:
         )
         query = query if layer.query_norm is None else self._normed(query, layer.query_norm)
         key = key if layer.key_norm is None else self._normed(key, layer.key_norm)
-        query, key = self._turned(query, layer.theta), self._turned(key, layer.theta)
+        if layer.theta is not None:
+            query, key = self._turned(query, layer.theta), self._turned(key, layer.theta)
         qkv = [query, self._for_all(key), self._for_all(value)]
         if layer.window is not None and not self._model.causal:
             return self._windowed(qkv, layer.window)
@@ -484,6 +474,8 @@ class _Layers:
         some, at = body.name("queries"), body.name("at")
         rows = body.node("Transpose", [some], "rows", perm=[0, 2, 1, 3])
         scores = body.node("MatMul", [rows, key], "scores")
+        if self._model.bias is not None:
+            scores = body.node("Add", [scores, self._bias(body, at, self._model.bias)], "scores")
         nothing = body.tensor(np.array(-60_000, real), "nothing")
         scores = body.node("Where", [self._seen(body, at, window), scores, nothing], "scores")
         weights = body.node("Softmax", [scores], "weights", axis=-1)
@@ -508,6 +500,16 @@ class _Layers:
             return seen
         near = body.node("LessOrEqual", [distance, body.ints(window)], "near")
         return body.node("And", [seen, near], "seen")
+
+    def _bias(self, body: Writer, at: str, table: Array) -> str:
+        """The bias of the queries at ``at``, ``(1, queries)``: ``(heads, queries, tokens)``."""
+        most = table.shape[1] // 2
+        column = body.node("Reshape", [at, body.ints(-1, 1)], "column")
+        distance = body.node("Sub", [self._range(self._length), column], "distance")
+        ends = [body.tensor(np.array(end, np.int64), "end") for end in (-most, most)]
+        place = body.node("Add", [body.node("Clip", [distance, *ends]), ends[1]], "place")
+        rows = self._writer.tensor(table.astype(self._products.dtype), "bias")
+        return body.node("Gather", [rows, place], "bias", axis=1)
 
     def _range(self, end: str) -> str:
         """0, 1, 2... before ``end``, a vector of one; made once for each."""

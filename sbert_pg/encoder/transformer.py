@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sbert_pg.encoder.architectures import Block, Norm, Transformer
+from sbert_pg.encoder.blocks import Block, Norm, Transformer
 from sbert_pg.encoder.files import Array
 from sbert_pg.encoder.layers import MICROSOFT
 from sbert_pg.encoder.products import Products
@@ -160,12 +160,14 @@ def write(
         summed = writer.node("Add", [summed, type_], "embedded")
     # From here on a batch is one matrix of tokens: a product with a bias is then one node.
     x = writer.node(
-        "Reshape", [write_norm(writer, summed, model.norm), writer.ints(-1, model.width)]
+        "Reshape", [write_norm(writer, summed, model.norm), writer.ints(-1, model.words.shape[1])]
     )
     half = products.dtype == np.float16
     if half:
         x = writer.node("Cast", [x], "half", to=FLOAT16)
-    before = model.norm
+    before: Norm | None = model.norm
+    if model.projection is not None:
+        (x,), before = products.linear(writer, x, [model.projection], ["projection"]), None
     for number, block in enumerate(model.blocks):
         x = _block(writer, model, block, products, attend, x, before, f"layer{number}")
         before = block.norm
@@ -182,7 +184,7 @@ def _block(
     products: Products,
     attend: Attention,
     x: str,
-    before: Norm,
+    before: Norm | None,
     name: str,
 ) -> str:
     names = [f"{name}.query", f"{name}.key", f"{name}.value"]
@@ -220,9 +222,9 @@ def _write_rms(writer: Writer, x: str, norm: Norm, dtype: type[np.floating[Any]]
     return writer.node("Cast", [x], "norm", to=FLOAT16) if half else x
 
 
-def _residual(writer: Writer, x: str, skip: str, norm: Norm) -> str:
+def _residual(writer: Writer, x: str, skip: str, norm: Norm | None) -> str:
     """``x`` plus what came out of ``norm``, unsmoothed."""
-    if norm.smoothing is not None:
+    if norm is not None and norm.smoothing is not None:
         skip = writer.node("Mul", [skip, writer.tensor(norm.smoothing, "smoothing")], "skip")
     return writer.node("Add", [x, skip], "residual")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,10 +57,14 @@ class Writer:
         return f"{hint}_{count}" if count else hint
 
     def tensor(self, array: Any, hint: str) -> str:
-        """An initializer; equal ones are stored once."""
+        """An initializer; equal ones are stored once.
+
+        But for weights in int8: where two products share one, onnxruntime turns it into uint8 twice
+        and fails at the second time.
+        """
         value = np.asarray(array, order="C")
-        key = (value.dtype.str, value.shape, value.tobytes() if value.size < 1 << 16 else b"")
-        if key[2] and key in self._constants:
+        key = (value.dtype.str, value.shape, hashlib.blake2b(value.data).digest())
+        if key in self._constants and value.dtype != np.int8:
             return self._constants[key]
         name = self.name(hint)
         self._initializers[name] = numpy_helper.from_array(value, name)

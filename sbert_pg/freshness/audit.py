@@ -24,6 +24,7 @@ from sbert_pg.freshness.labels import shown
 from sbert_pg.freshness.rows import Rows, rows_of
 from sbert_pg.freshness.status import wake
 from sbert_pg.probes import PRECISION_MIN_COSINE
+from sbert_pg.row_vectors import cut_so_far
 from sbert_pg.spec import TextEncoder
 from sbert_pg.types import wire
 from sbert_pg.types.vector import sent
@@ -132,7 +133,7 @@ def audit(
         hold_encoder(connection, binding, encoder)
         rows = rows_of(connection, binding)
     result = Audit(str(binding), whole=sample is None)
-    before = _truncated(encoder)
+    before = cut_so_far(encoder)
     for page in _pages(engine, rows, sample, batch):
         found = _compare(page, rows, encoder, min_cosine, result)
         if requeue and found:
@@ -144,7 +145,7 @@ def audit(
         if progress is not None:
             progress(result)
     if before is not None:
-        result.truncated = (_truncated(encoder) or before) - before
+        result.truncated = (cut_so_far(encoder) or before) - before
     with engine.begin() as connection:
         _record(connection, binding, result)
     return result
@@ -256,12 +257,6 @@ def _noted(wrong: _Wrong, result: Audit) -> list[tuple[str, Finding]]:
     room = max(MAX_EXAMPLES - len(result.findings), 0)
     result.findings += [finding for _, finding in found[:room]]
     return found
-
-
-def _truncated(encoder: TextEncoder) -> int | None:
-    """Texts that the encoder has cut off so far, where it counts them."""
-    counted = getattr(getattr(encoder, "statistics", None), "truncated", None)
-    return counted if isinstance(counted, int) else None
 
 
 def _record(connection: Connection, binding: Binding, result: Audit) -> None:

@@ -16,10 +16,14 @@ from sbert_pg.catalog.binding import installed, require_all_rows
 from sbert_pg.freshness import claims
 from sbert_pg.freshness.labels import BACKFILL, CHANGED, label_from, label_of, shown
 from sbert_pg.freshness.rows import rows_of
+from sbert_pg.registry import token_counter
+from sbert_pg.row_vectors import count_cut
 
 IndexState = Literal["ready", "not ready", "none"]
 #: How far ``status`` counts what is pending and what failed.
 COUNTED = 100_000
+#: About half as many texts as ``status`` counts the tokens of, to say how many are cut.
+LENGTHS = 200
 _ALL = 2**62
 _failure = tables.failure.c
 
@@ -144,7 +148,8 @@ class ColumnStatus:
         age: seconds since a worker last found nothing new pending; every text that was committed
             before that is fresh or failed. ``None`` where no worker ever did.
         truncated: rows whose text is longer than the encoder reads, estimated from the share that
-            the last audit saw; ``None`` before one.
+            the last audit saw; before one, from some texts of the table, where the encoder is at
+            hand in this process or was converted on this machine; else ``None``.
         problems: what is wrong with the column's queue, triggers or names, in words.
         index: whether a vector index on the column is valid.
         counted: whether everything was counted.
@@ -218,7 +223,7 @@ def _status(
         failed=counted.failed,
         skipped=counted.skipped,
         age=counted.age,
-        truncated=_truncated(row),
+        truncated=_truncated(connection, binding, row),
         problems=tuple(row.problems or ()),
         index=index,
         counted=exact,
@@ -231,13 +236,34 @@ def _status(
     return replace(status, rows=total, embedded=embedded)
 
 
-def _truncated(row: sa.Row[Any]) -> int | None:
-    """About how many texts are longer than the encoder reads, by the last audit's sample."""
-    audit = row.last_audit or {}
-    if audit.get("truncated") is None or not audit.get("rows") or row.estimated_rows is None:
+def _truncated(connection: Connection, binding: Binding, row: sa.Row[Any]) -> int | None:
+    """About how many texts are longer than the encoder reads, by a sample."""
+    if row.estimated_rows is None:
         return None
-    share: float = audit["truncated"] / audit["rows"]
-    return round(float(row.estimated_rows) * share)
+    audit = row.last_audit or {}
+    if audit.get("truncated") is not None and audit.get("rows"):
+        share: float | None = audit["truncated"] / audit["rows"]
+    else:
+        share = _cut_share(connection, binding, row)
+    return None if share is None else round(float(row.estimated_rows) * share)
+
+
+def _cut_share(connection: Connection, binding: Binding, row: sa.Row[Any]) -> float | None:
+    """Share of cut texts among some of the table, from whole pages, so that few are read."""
+    counter = token_counter(row.encoder_name)
+    # Of a document that is cut into passages nothing is lost.
+    if counter is None or binding.source.passages is not None:
+        return None
+    limit = counter.spec.max_seq_length
+    percent = min(100.0, 200 * LENGTHS / max(float(row.estimated_rows), 1.0))
+    drawn = binding.clause().tablesample(sa.func.system(sa.literal_column(f"{percent:.6f}")))
+    text = binding.expressions.on(drawn, "text")
+    # Beyond this a text is cut whatever it says, as good as certainly.
+    text = text if limit is None else sa.func.left(text, 20 * limit)
+    found = sa.select(text).where(text.is_not(None)).limit(4 * LENGTHS)
+    texts = list(connection.execute(found).scalars())
+    cut = count_cut(counter, texts)
+    return None if cut is None or not texts else cut / len(texts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,14 @@ from sbert_pg.catalog.record import Binding
 from sbert_pg.errors import DeclarationError, LoadError, VectorError
 from sbert_pg.loading.copying import Existing, Writer
 from sbert_pg.loading.rows import Plan
-from sbert_pg.row_vectors import EmbeddingColumn, encode_documents, target_of
+from sbert_pg.registry import get_encoder
+from sbert_pg.row_vectors import (
+    EmbeddingColumn,
+    count_cut,
+    cut_so_far,
+    encode_documents,
+    target_of,
+)
 from sbert_pg.source import Text
 from sbert_pg.spec import Vectors
 from sbert_pg.types import wire
@@ -37,6 +44,25 @@ BLOCK_CHARACTERS = 4_000_000
 AHEAD = 2
 
 Row = Mapping[str, Any]
+
+
+class Loaded(int):
+    """The number of rows that were loaded.
+
+    Attributes:
+        cut: by the name of each embedding column, how many of the texts that were encoded for it
+            are longer than its encoder reads, so that only their beginnings count;
+            ``cut["embedding"] / rows`` is their share. A column is missing where its encoder does
+            not count tokens.
+    """
+
+    cut: Mapping[str, int]
+
+    def __new__(cls, rows: int, cut: Mapping[str, int]) -> Loaded:
+        """Rows, and the texts among them that were cut."""
+        loaded = super().__new__(cls, rows)
+        loaded.cut = dict(cut)
+        return loaded
 
 
 @dataclass(slots=True)
@@ -66,7 +92,7 @@ def load(
     existing: Existing = "refuse",
     commit_every: int | None = None,
     progress: Callable[[int], None] | None = None,
-) -> int:
+) -> Loaded:
     """Load rows of any number with their embeddings, in bounded memory.
 
     The texts of the next rows are encoded while the vectors of the last ones are written through
@@ -95,7 +121,8 @@ def load(
         progress: is called with the number of rows written so far, after each block.
 
     Returns:
-        The number of rows.
+        The number of rows, a whole number with the attribute ``cut``: how many texts were longer
+        than the encoder reads, by column.
 
     Raises:
         LoadError: a row cannot be loaded; the message and ``LoadError.row`` say which.
@@ -111,7 +138,7 @@ def load(
     loading = _Loading(connection, target, names, existing, commit_every, progress)
     with loading.all_or_nothing():
         loading.run(cast("Iterable[Row]", rows) if columns is None else _named(rows, columns))
-    return loading.written
+    return Loaded(loading.written, loading.cut)
 
 
 def _require_committable(connection: Connection | Session, commit_every: int) -> None:
@@ -163,6 +190,7 @@ class _Loading:
         self.progress = progress
         self.written = 0
         self.committed = 0
+        self.cut: dict[str, int] = {}
 
     def all_or_nothing(self) -> AbstractContextManager[Any]:
         """What is undone if the load fails."""
@@ -207,6 +235,7 @@ class _Loading:
         )
         plan.convert_for(self.connection.dialect, writer.copies)
         encoding = _Encoding(plan, bindings, writer.copies)
+        self.cut = encoding.cut
         waiting: deque[tuple[_Block, Future[list[list[Any]]]]] = deque()
         executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sbert-pg-load")
         try:
@@ -321,6 +350,7 @@ class _Encoding:
         self.plan = plan
         self.bindings = bindings
         self.copies = copies
+        self.cut: dict[str, int] = {}
 
     def begin(self, executor: ThreadPoolExecutor, block: _Block) -> Future[list[list[Any]]]:
         """Encode a block in a thread, or at once where nothing is to be encoded.
@@ -362,11 +392,19 @@ class _Encoding:
             i for i, text in enumerate(texts) if isinstance(text, str) and vectors[i] is None
         ]
         if missing:
+            some = [str(texts[i]) for i in missing]
+            encoder = get_encoder(embedded.spec)
+            before = cut_so_far(encoder)
             encoded = encode_documents(
                 embedded.spec,
-                [str(texts[i]) for i in missing],
+                some,
                 lambda i: self.plan.label(position, block.first + missing[i]),
             )
+            # Other threads may use the encoder too, so its own count says only whether to look.
+            none = before is not None and cut_so_far(encoder) == before
+            cut = 0 if none else count_cut(encoder, some)
+            if cut is not None:
+                self.cut[embedded.column.name] = self.cut.get(embedded.column.name, 0) + cut
             self._put(rows, embedded, encoded, block.first, missing)
         return rows
 

@@ -40,12 +40,17 @@ def test_precision_after_a_name(name: str, expected: tuple[str, str | None]) -> 
     assert split_name(name) == expected
 
 
-def test_without_a_name_the_known_ones_are_listed(cache: Path) -> None:
-    result = run(cache, "show")
+def test_list_has_what_a_choice_is_made_by(cache: Path) -> None:
+    result = run(cache, "list")
     assert result.returncode == 0
     assert "all-mpnet-base-v2" in result.stdout
-    known = json.loads(run(cache, "show", "--json").stdout)
-    assert {"name", "dimensions", "good_for"} <= set(known[0])
+    listed = json.loads(run(cache, "list", "--json").stdout)
+    known = {each["name"].rpartition("/")[2]: each for each in listed}
+    assert known["snowflake-arctic-embed-xs"]["retrieval"] == 52.7
+    assert known["embeddinggemma-300m"]["licence"] == "Gemma"
+    assert known["all-MiniLM-L6-v2"]["cost"] == 1
+    assert known["static-retrieval-mrl-en-v1"]["max_seq_length"] is None
+    assert all(each["licence"] and each["dimensions"] for each in known.values())
 
 
 def test_convert_then_show(cache: Path, minilm_path: Path, tmp_path: Path) -> None:

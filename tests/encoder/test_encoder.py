@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from sbert_pg import registry
-from sbert_pg.encoder import Encoder
+from sbert_pg.encoder import Encoder, TokenCounter, converted_here
 from sbert_pg.encoder import encoder as encoder_module
 from sbert_pg.errors import (
     DeclarationError,
@@ -314,3 +314,20 @@ def test_probes_are_computed_anew_past_the_counts(encoder: Encoder) -> None:
     before = encoder.statistics
     np.testing.assert_allclose(encoder.recomputed_probes(), encoder.probe_vectors, atol=ROUNDING)
     assert encoder.statistics == before
+
+
+def test_tokens_are_counted_without_a_session(fp32: Encoder) -> None:
+    """As the encoder counts them, from its converted directory alone."""
+    counter = TokenCounter(fp32.directory)
+    assert counter.count_tokens(SAMPLE_TEXTS) == fp32.count_tokens(SAMPLE_TEXTS)
+    assert counter.spec == fp32.manifest.spec
+
+
+def test_what_is_converted_here_is_known(
+    minilm_path: Path, encoder_cache: Path, fp32: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SBERT_PG_CACHE", str(encoder_cache))
+    assert converted_here(str(minilm_path)) == fp32.directory
+    assert converted_here(str(fp32.directory)) == fp32.directory
+    assert converted_here("nobody/never-converted") is None
+    assert converted_here("/no/such/directory") is None

@@ -13,10 +13,10 @@ from tiny_model import edit, write_tiny
 from sbert_pg.encoder import Encoder
 from sbert_pg.errors import EncoderError, UnsupportedEncoderError
 
-#: Not all the same road through transformers: shared layers, factorised embeddings, no LayerNorm.
+#: Not all the same road through transformers: attention by distance, norms first.
 WISHES = {
-    "albert": Wish("albert", config={**SMALL, "embedding_size": 16}),
-    "electra": Wish("electra", config={**SMALL, "embedding_size": 16}, pooling=("cls", "mean")),
+    "deberta-v2": Wish("deberta-v2", config={**SMALL, "relative_attention": True}),
+    "megatron-bert": Wish("megatron-bert", config=SMALL, pooling=("cls", "mean")),
 }
 
 
@@ -34,7 +34,7 @@ def test_exported_by_torch(
 
 
 def test_torch_has_fp32_only(make_model: Make, encoder_cache: Path) -> None:
-    path = make_model(WISHES["albert"])
+    path = make_model(WISHES["megatron-bert"])
     with pytest.raises(UnsupportedEncoderError, match="precision='fp32'"):
         Encoder.load(path, precision="int8", cache_dir=encoder_cache)
 
@@ -44,8 +44,8 @@ def test_prompts_left_out_of_pooling_through_torch(
 ) -> None:
     pytest.importorskip("onnxscript", reason="torch.onnx.export needs it")
     wish = Wish(
-        "electra",
-        config={**SMALL, "embedding_size": 16},
+        "megatron-bert",
+        config=SMALL,
         include_prompt=False,
         pooling=("weightedmean", "max", "lasttoken", "cls"),
         general={"prompts": {"query": "find this: "}},
@@ -61,13 +61,13 @@ def test_prompts_left_out_of_pooling_through_torch(
     ("values", "named"),
     [
         ({"model_type": "no-such-architecture"}, "no-such-architecture.*never run"),
-        ({"model_type": "electra", "num_hidden_layers": 100_000}, "'num_hidden_layers'"),
-        ({"model_type": "electra", "intermediate_size": 10**8}, "'intermediate_size'"),
-        ({"model_type": "electra", "embedding_size": 2_000_000}, "parameters"),
-        ({"model_type": "electra", "num_hidden_layers": 400}, "parameters"),
-        ({"model_type": "electra", "num_attention_heads": 0}, "electra"),
-        ({"model_type": "electra", "num_attention_heads": "x"}, "electra"),
-        ({"model_type": "electra", "vocab_size": -5}, "'vocab_size'"),
+        ({"model_type": "megatron-bert", "num_hidden_layers": 100_000}, "'num_hidden_layers'"),
+        ({"model_type": "megatron-bert", "intermediate_size": 10**8}, "'intermediate_size'"),
+        ({"model_type": "megatron-bert", "vocab_size": 9_000_000}, "parameters"),
+        ({"model_type": "megatron-bert", "num_hidden_layers": 400}, "parameters"),
+        ({"model_type": "megatron-bert", "num_attention_heads": 0}, "megatron-bert"),
+        ({"model_type": "megatron-bert", "num_attention_heads": "x"}, "megatron-bert"),
+        ({"model_type": "megatron-bert", "vocab_size": -5}, "'vocab_size'"),
     ],
 )
 def test_a_configuration_that_the_weights_do_not_fill_is_refused(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from encoder_models import TEXTS, Wish, write_cross_encoder
+from encoder_models import SMALL, TEXTS, Wish, write_cross_encoder
 
 from sbert_pg.encoder import Encoder, Reranker
 from sbert_pg.errors import (
@@ -35,7 +35,10 @@ MODELS: dict[str, tuple[Wish, dict[str, Any]]] = {
     "roberta": (Wish("roberta"), {}),
     "xlm-roberta": (Wish("xlm-roberta"), {}),
     "mpnet": (Wish("mpnet"), {}),
-}
+    "albert": (Wish("albert", config={**SMALL, "embedding_size": 16}), {}),
+    "electra": (Wish("electra", config={**SMALL, "embedding_size": 16}),
+                {"kind": "ElectraTokenizer"}),
+}  # fmt: skip
 
 Made = Callable[[str], Path]
 

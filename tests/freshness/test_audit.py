@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from sbert_pg import catalog
+from sbert_pg import catalog, registry
 from sbert_pg.digest import digest
 from sbert_pg.errors import EncoderMismatchError
 from sbert_pg.freshness import audit, counts, status
@@ -175,3 +176,27 @@ def test_truncated_texts_reach_the_status(
     result = audit(engine, binding_of(note), Counting(dimensions=WIDTH), sample=None)
     assert result.truncated == 40
     assert status(note)[0].truncated == round(45 * 40 / 43)
+
+
+def test_status_estimates_cut_texts_without_an_audit(note: Connection) -> None:
+    """By some texts of the table, where an encoder of the column's name is at hand."""
+
+    class Counting(DeterministicEncoder):
+        def count_tokens(self, texts: Sequence[str]) -> list[int]:
+            return [len(text.split()) for text in texts]
+
+    note.exec_driver_sql(
+        "INSERT INTO note (id, day, title, body) SELECT n, '2024-01-01', 'a title', "
+        "CASE WHEN mod(n, 4) = 0 THEN repeat('word ', 40) END FROM generate_series(1, 400) n"
+    )
+    note.commit()
+    encoder = Counting(dimensions=WIDTH)
+    encoder._spec = replace(encoder.spec, max_seq_length=20)
+    registry.use_encoder(encoder)
+    try:
+        assert status(note)[0].truncated is None, "nothing is known of the table yet"
+        note.exec_driver_sql("ANALYZE note")
+        assert status(note)[0].truncated == 100
+    finally:
+        registry.forget_encoders()
+    assert status(note)[0].truncated is None, "no encoder is at hand"

@@ -151,7 +151,12 @@ def _write_transformer(wish: Wish, path: Path, labels: int | None = None) -> Non
     if labels is not None:
         config.num_labels = labels
     kind = AutoModel if labels is None else AutoModelForSequenceClassification
-    model = kind.from_config(config).float().eval()
+    if wish.architecture == "t5":
+        from transformers import T5EncoderModel
+
+        model = T5EncoderModel(config).float().eval()
+    else:
+        model = kind.from_config(config).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             # Nothing stays at a value that would hide a missing bias or a missing scale.
@@ -171,6 +176,10 @@ def _native(wish: Wish) -> dict[str, Any]:
             "num_attention_heads": "n_heads",
             "intermediate_size": "hidden_dim",
         }
+        config = {names.get(key, key): value for key, value in config.items()}
+    if wish.architecture == "t5":
+        names = {"intermediate_size": "d_ff", "hidden_size": "d_model", "head_dim": "d_kv",
+                 "num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}  # fmt: skip
         config = {names.get(key, key): value for key, value in config.items()}
     if wish.architecture in ("roberta", "xlm-roberta", "camembert", "mpnet"):
         config.setdefault("max_position_embeddings", 514)
@@ -193,7 +202,7 @@ def _tokenizer(wish: Wish) -> Any:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-    elif wish.architecture in ("xlm-roberta", "camembert"):
+    elif wish.architecture in ("xlm-roberta", "camembert", "t5"):
         specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
         tokenizer = tk.Tokenizer(models.Unigram())
         tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC()])
@@ -224,7 +233,8 @@ def _tokenizer(wish: Wish) -> Any:
         _fill_vocabulary(tokenizer, wish)
     first, last = ("[CLS]", "[SEP]") if "[CLS]" in specials else ("<s>", "</s>")
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{first} $A {last}",
+        # T5 puts a token at the end alone.
+        single=f"$A {last}" if wish.architecture == "t5" else f"{first} $A {last}",
         pair=f"{first} $A {last} $B:1 {last}:1",
         special_tokens=[(t, tokenizer.token_to_id(t)) for t in (first, last)],
     )

@@ -8,7 +8,9 @@ import enum
 import threading
 import tracemalloc
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,7 @@ from sbert_pg.errors import (
     VectorError,
 )
 from sbert_pg.loading import loader
+from sbert_pg.spec import Vectors
 
 UNIT = np.eye(384, dtype=np.float32)
 
@@ -610,3 +613,37 @@ class TestCompanion:
             load(connection, Note, [{"body": "a", "embedding": encoder._vector("a")}])
         assert encoder.batches == []
         assert require_true_or_pending(engine, encoder, Note) == (0, 3)
+
+
+class Counting(RecordingEncoder):
+    """Reads three words of a text, and says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._spec = replace(self._spec, max_seq_length=3)
+        self.statistics = SimpleNamespace(truncated=0)
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        return [len(text.split()) for text in texts]
+
+    def encode_document(self, texts: Sequence[str]) -> Vectors:
+        self.statistics.truncated += sum(length > 3 for length in self.count_tokens(texts))
+        return super().encode_document(texts)
+
+
+def test_texts_that_were_cut_are_counted(tables: sa.Engine, encoder: RecordingEncoder) -> None:
+    registry.use_encoder(Counting())
+    given = ["one", "a b c", "a b c d", "a b c d", "w x y z"] * 600
+    rows = [{"title": title} for title in given]
+    with tables.begin() as connection:
+        done = load(connection, Article, rows)
+        assert done == len(rows)
+        assert done.cut == {"embedding": 3 * 600}, "equal texts count as often as they stand there"
+        assert load(connection, Article, [{"title": "short"}]).cut == {"embedding": 0}
+        vector = {"title": "a b c d e", "embedding": UNIT[0]}
+        assert load(connection, Article, [vector]).cut == {}
+
+
+def test_an_encoder_that_counts_no_tokens_says_nothing(tables: sa.Engine, encoder: Any) -> None:
+    with tables.begin() as connection:
+        assert load(connection, Article, titles(2)).cut == {}
