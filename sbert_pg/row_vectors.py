@@ -238,7 +238,8 @@ def count_cut(encoder: TextEncoder, texts: Sequence[str]) -> int | None:
     limit, prompt = encoder.spec.max_seq_length, encoder.spec.document_prompt
     if limit is None:
         return 0
-    return sum(length > limit for length in count([prompt + text for text in texts]))
+    lengths: list[int] = count([prompt + text for text in texts])
+    return sum(length > limit for length in lengths)
 
 
 def embed_rows(

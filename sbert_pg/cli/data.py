@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import sqlalchemy as sa
 import typer
@@ -27,6 +27,9 @@ from sbert_pg.indexes import hnsw_index
 from sbert_pg.reembed.change import Side
 from sbert_pg.search import explain_search, explain_words, hybrid, matching, nearest
 from sbert_pg.source import Source
+
+if TYPE_CHECKING:
+    from sbert_pg.loading import Loaded
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 EMBEDDING = "embedding"
@@ -100,11 +103,14 @@ def load(
             for index in target.indexes if create else ():
                 connection.execute(sa.schema.CreateIndex(index))
         passages.cut_all(engine, target)
-    seconds = time.perf_counter() - started
+    _tell(table, rows, time.perf_counter() - started, json)
+
+
+def _tell(table: str, rows: Loaded, seconds: float, json: bool) -> None:
+    """What was loaded, and which texts only in part."""
     if json:
-        common.print_json(
-            {"table": table, "rows": rows, "cut": rows.cut, "seconds": round(seconds, 3)}
-        )
+        seconds = round(seconds, 3)
+        common.print_json({"table": table, "rows": rows, "cut": rows.cut, "seconds": seconds})
         return
     common.note(f"{rows:,} rows loaded into {table} in {seconds:.1f} s.")
     for column, cut in rows.cut.items():

@@ -1,5 +1,5 @@
 """The bulk loader: rows of any number, encoded and written at the same time."""
 
-from sbert_pg.loading.loader import load
+from sbert_pg.loading.loader import Loaded, load
 
-__all__ = ["load"]
+__all__ = ["Loaded", "load"]

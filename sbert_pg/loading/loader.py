@@ -392,21 +392,25 @@ class _Encoding:
             i for i, text in enumerate(texts) if isinstance(text, str) and vectors[i] is None
         ]
         if missing:
-            some = [str(texts[i]) for i in missing]
-            encoder = get_encoder(embedded.spec)
-            before = cut_so_far(encoder)
-            encoded = encode_documents(
-                embedded.spec,
-                some,
-                lambda i: self.plan.label(position, block.first + missing[i]),
-            )
-            # Other threads may use the encoder too, so its own count says only whether to look.
-            none = before is not None and cut_so_far(encoder) == before
-            cut = 0 if none else count_cut(encoder, some)
-            if cut is not None:
-                self.cut[embedded.column.name] = self.cut.get(embedded.column.name, 0) + cut
+            encoded = self._encoded(position, block.first, missing, texts)
             self._put(rows, embedded, encoded, block.first, missing)
         return rows
+
+    def _encoded(self, position: int, first: int, missing: list[int], texts: list[Text]) -> Vectors:
+        """The vectors of the texts that have none; counts those of which a part was cut off."""
+        embedded = self.plan.embedded[position]
+        some = [str(texts[i]) for i in missing]
+        encoder = get_encoder(embedded.spec)
+        before = cut_so_far(encoder)
+        encoded = encode_documents(
+            embedded.spec, some, lambda i: self.plan.label(position, first + missing[i])
+        )
+        # Other threads may use the encoder too, so its own count says only whether to look.
+        none = before is not None and cut_so_far(encoder) == before
+        cut = 0 if none else count_cut(encoder, some)
+        if cut is not None:
+            self.cut[embedded.column.name] = self.cut.get(embedded.column.name, 0) + cut
+        return encoded
 
     def _put(
         self, rows: list[Any], embedded: EmbeddingColumn, vectors: Any, first: int, at: list[int]
