@@ -38,7 +38,11 @@ GROUPS: dict[str, tuple[str, tuple[Callable[..., None], ...]]] = {
     "encoder": (
         "Convert, look at and compare encoders.",
         (
-            encoder.list_, encoder.convert, encoder.show, encoder.compare, choosing.choose,
+            encoder.list_,
+            encoder.convert,
+            encoder.show,
+            encoder.compare,
+            choosing.choose,
             choosing.limits,
         ),
     ),
