@@ -63,12 +63,12 @@ ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (10, 2130),
     "alembic": (9, 2738),
     "catalog": (9, 2535),
-    "cli": (18, 4722),
+    "cli": (18, 4746),
     "clustering": (16, 4948),
-    "encoder": (26, 7004),
-    "freshness": (23, 5277),
+    "encoder": (28, 7329),
+    "freshness": (23, 5298),
     "indexes": (5, 1249),
-    "loading": (4, 1044),
+    "loading": (4, 1086),
     "orm": (5, 935),
     "passages": (6, 1218),
     "reembed": (12, 3258),
@@ -78,7 +78,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "types": (9, 1732),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3245
+MOST_LINES_OF_THE_REST = 3324
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60
