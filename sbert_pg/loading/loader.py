@@ -10,16 +10,15 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
 from sbert_pg.catalog.embedding import digest_for
 from sbert_pg.catalog.record import Binding
-from sbert_pg.errors import DeclarationError, LoadError, VectorError
+from sbert_pg.errors import DeclarationError, LoadError
 from sbert_pg.loading.copying import Existing, Writer
-from sbert_pg.loading.rows import Plan
+from sbert_pg.loading.rows import Loaded, Plan, checked
 from sbert_pg.registry import get_encoder
 from sbert_pg.row_vectors import (
     EmbeddingColumn,
@@ -44,25 +43,6 @@ BLOCK_CHARACTERS = 4_000_000
 AHEAD = 2
 
 Row = Mapping[str, Any]
-
-
-class Loaded(int):
-    """The number of rows that were loaded.
-
-    Attributes:
-        cut: by the name of each embedding column, how many of the texts that were encoded for it
-            are longer than its encoder reads, so that only their beginnings count;
-            ``cut["embedding"] / rows`` is their share. A column is missing where its encoder does
-            not count tokens.
-    """
-
-    cut: Mapping[str, int]
-
-    def __new__(cls, rows: int, cut: Mapping[str, int]) -> Loaded:
-        """Rows, and the texts among them that were cut."""
-        loaded = super().__new__(cls, rows)
-        loaded.cut = dict(cut)
-        return loaded
 
 
 @dataclass(slots=True)
@@ -416,31 +396,7 @@ class _Encoding:
         self, rows: list[Any], embedded: EmbeddingColumn, vectors: Any, first: int, at: list[int]
     ) -> None:
         """Check vectors, and put them into their rows as the writer takes them."""
-        matrix = _checked(embedded, vectors, first, at)
+        matrix = checked(embedded, vectors, first, at)
         sent = wire.to_wire_rows(matrix, embedded.type.storage) if self.copies else matrix
         for i, vector in zip(at, sent, strict=True):
             rows[i] = vector
-
-
-def _checked(embedded: EmbeddingColumn, vectors: Any, first: int, numbers: list[int]) -> Vectors:
-    """Vectors as one matrix; checked at once, and one by one only to say which is wrong."""
-    type_ = embedded.type
-    try:
-        matrix = np.asarray(vectors, dtype=np.float32)
-    except (ValueError, TypeError):
-        matrix = np.empty((0, 0), dtype=np.float32)
-    good = matrix.shape == (len(numbers), type_.dimensions) and bool(np.isfinite(matrix).all())
-    if good and type_.storage == "halfvec":
-        good = float(np.abs(matrix).max()) <= wire.HALF_MAX
-    if good and type_.similarity == "cosine":
-        good = bool(matrix.any(axis=1).all())
-    if good:
-        return matrix
-    checked = []
-    for number, vector in zip(numbers, vectors, strict=True):
-        try:
-            checked.append(type_.checked(vector))
-        except VectorError as error:
-            row = first + number
-            raise LoadError(f"Row {row}: {error}", row=row) from error
-    return np.stack(checked)

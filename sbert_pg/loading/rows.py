@@ -10,13 +10,16 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from operator import itemgetter
 from typing import Any, NamedTuple
 
+import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.engine import Dialect
 
 from sbert_pg.catalog.embedding import default_of
-from sbert_pg.errors import LoadError
+from sbert_pg.errors import LoadError, VectorError
 from sbert_pg.row_vectors import EmbeddingColumn, embedding_columns
 from sbert_pg.source import NOT_KNOWN, Text
+from sbert_pg.spec import Vectors
+from sbert_pg.types import wire
 
 #: Types of plain values of a source.
 _TEXTS = frozenset({str, type(None)})
@@ -335,3 +338,46 @@ def _conversion(column: sa.Column[Any], dialect: Dialect, copies: bool) -> _Conv
     return _Conversion(
         lambda values: any(issubclass(k, str) for k in set(map(type, values))), convert
     )
+
+
+class Loaded(int):
+    """The number of rows that were loaded.
+
+    Attributes:
+        cut: by the name of each embedding column, how many of the texts that were encoded for it
+            are longer than its encoder reads, so that only their beginnings count;
+            ``cut["embedding"] / rows`` is their share. A column is missing where its encoder does
+            not count tokens.
+    """
+
+    cut: Mapping[str, int]
+
+    def __new__(cls, rows: int, cut: Mapping[str, int]) -> Loaded:
+        """Rows, and the texts among them that were cut."""
+        loaded = super().__new__(cls, rows)
+        loaded.cut = dict(cut)
+        return loaded
+
+
+def checked(embedded: EmbeddingColumn, vectors: Any, first: int, numbers: list[int]) -> Vectors:
+    """Vectors as one matrix; checked at once, and one by one only to say which is wrong."""
+    type_ = embedded.type
+    try:
+        matrix = np.asarray(vectors, dtype=np.float32)
+    except (ValueError, TypeError):
+        matrix = np.empty((0, 0), dtype=np.float32)
+    good = matrix.shape == (len(numbers), type_.dimensions) and bool(np.isfinite(matrix).all())
+    if good and type_.storage == "halfvec":
+        good = float(np.abs(matrix).max()) <= wire.HALF_MAX
+    if good and type_.similarity == "cosine":
+        good = bool(matrix.any(axis=1).all())
+    if good:
+        return matrix
+    single = []
+    for number, vector in zip(numbers, vectors, strict=True):
+        try:
+            single.append(type_.checked(vector))
+        except VectorError as error:
+            row = first + number
+            raise LoadError(f"Row {row}: {error}", row=row) from error
+    return np.stack(single)
