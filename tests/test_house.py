@@ -68,7 +68,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "encoder": (28, 7329),
     "freshness": (23, 5298),
     "indexes": (5, 1249),
-    "loading": (4, 1086),
+    "loading": (4, 1089),
     "orm": (5, 935),
     "passages": (6, 1218),
     "reembed": (12, 3258),
