@@ -352,29 +352,17 @@ def _before_execute(name: str, cursor: Any, statement: str, *rest: Any) -> bool:
     uses = memory.uses.get(compiled)
     if uses is None:
         uses = memory.uses[compiled] = tuple(dict.fromkeys(_uses(compiled)))
-    connection = context.root_connection
-    compared = []
-    for use in uses:
-        try:
-            if not use.stored:
-                held = _check(memory, connection, use, use.fenced and _FENCE in statement)
-                if held is not None:
-                    compared.append((use, held.binding.id))
-            elif any(
-                row.get(name) is not None
-                for row in context.compiled_parameters
-                for name in use.stored
-            ):
-                binding_for_write(connection, use.identity, use.spec)
-        except SbertPgError as error:
-            raise unwrapped(error) from error.__cause__
+    try:
+        compared = list(_compared(memory, context, statement, uses))
+    except SbertPgError as error:
+        raise unwrapped(error) from error.__cause__
     if not compared:
         return False
     # It was compiled before anything was known to ask for, so it cannot ask. An identity never
     # returns: what it is before and after, it was meanwhile.
     getattr(context.dialect, name)(cursor, statement, *rest)
     for use, binding_id in compared:
-        if binding_id_of(connection, use.identity) != binding_id:
+        if binding_id_of(context.root_connection, use.identity) != binding_id:
             forget(context.dialect)
             raise unwrapped(
                 EncoderMismatchError(
@@ -384,22 +372,39 @@ def _before_execute(name: str, cursor: Any, statement: str, *rest: Any) -> bool:
     return True
 
 
+def _compared(
+    memory: _Memory, context: Any, statement: str, uses: tuple[_Use, ...]
+) -> Iterator[tuple[_Use, uuid.UUID]]:
+    """Compare what a statement uses; what it compares with and does not ask about by itself."""
+    connection = context.root_connection
+    for use in uses:
+        if not use.stored:
+            held = _check(memory, connection, use, use.fenced and _FENCE in statement)
+            if held is not None:
+                yield use, held.binding.id
+        elif any(
+            row.get(name) is not None for row in context.compiled_parameters for name in use.stored
+        ):
+            binding_for_write(connection, use.identity, use.spec)
+
+
 def _uses(compiled: Any) -> Iterator[_Use]:
     """Columns that the parameters of a statement are compared with, or stored in."""
     writes = compiled.isinsert or compiled.isupdate
     for bind in compiled.binds.values():
         spec = getattr(bind.type, "encoder", None)
-        if spec is None:
-            continue
         column = getattr(bind.type, "column", None)
-        if column is not None:
+        if spec is not None and column is not None:
             yield _Use(column, spec, fenced=True)
-        elif not writes:
+        elif spec is not None and not writes:
             # A vector of the column's own type, in a function or operator of the caller's choice.
             for column in getattr(bind.type, "attached", ()):
                 yield _Use(column, spec)
-    if not writes:
-        return
+    if writes:
+        yield from _stored(compiled)
+
+
+def _stored(compiled: Any) -> Iterator[_Use]:
     table = compiled.compile_state.dml_table
     for column in getattr(table, "columns", ()):
         spec = getattr(column.type, "encoder", None)

@@ -267,26 +267,31 @@ class Worker:
     def _drain(self, flow: _Flow, deadline: float | None, await_others: bool) -> None:
         """Turn until nothing is left, or it is time."""
         pause = Pause()
-        while not self._stop.is_set():
+        done = False
+        while not done and not self._stop.is_set():
             self._beat = time.monotonic()
             if deadline is not None and self._beat > deadline:
                 return
             try:
-                took = self._turn(flow, thorough=True)
+                done = self._turn_to_empty(flow, await_others)
                 pause.reset()
-                done = not took and not self._throttled and flow.under_way == 0
-                others = done and await_others and self._others()
             except sa.exc.SQLAlchemyError as error:
                 if not await_others or fault_of(error) not in (Fault.LOST, Fault.BUSY):
                     raise
                 self._lost(error, pause)
-                continue
-            if done and not others:
-                return
-            if not took:
-                # What is under way may come back: changed, or held by somebody else.
-                flow.drain()
-                self._stop.wait(1.0 if others else min(self._throttled, 0.2))
+
+    def _turn_to_empty(self, flow: _Flow, await_others: bool) -> bool:
+        """Turn once; returns whether nothing is left, of others either where they are awaited."""
+        if self._turn(flow, thorough=True):
+            return False
+        empty = not self._throttled and flow.under_way == 0
+        others = empty and await_others and self._others()
+        if empty and not others:
+            return True
+        # What is under way may come back: changed, or held by somebody else.
+        flow.drain()
+        self._stop.wait(1.0 if others else min(self._throttled, 0.2))
+        return False
 
     def _others(self) -> bool:
         """Whether other workers have rows of these columns in hand."""
@@ -303,13 +308,7 @@ class Worker:
 
     def _turn(self, flow: _Flow, *, thorough: bool) -> bool:
         """Claim a batch of every column that may have one; returns whether there was any."""
-        self._wake.clear()
-        with self._heard_lock:
-            heard, self._heard = self._heard, set()
-            everything = self._everything or thorough or time.monotonic() >= self._next_look
-            self._everything = False
-        if everything:
-            self._next_look = time.monotonic() + self._poll_interval()
+        heard, everything = self._take_heard(thorough)
         if time.monotonic() >= self._next_rescan or not self._columns.knows(heard):
             self._rescan()
         self._throttled = 0.0
@@ -318,14 +317,24 @@ class Worker:
         for column in self._columns.served(None if everything else heard):
             took |= self._take(flow, column, CHANGED)
         for column in self._columns.served():
-            if thorough or time.monotonic() >= column.backfill_at:
-                took |= self._take_backfill(flow, column)
+            took |= self._take_backfill(flow, column, thorough=thorough)
         if thorough or time.monotonic() >= self._next_retry:
             took |= self._retry(flow, busy=took)
         if took:
             # There may be more where this came from, and something new while it is being done.
             self._everything = True
         return took
+
+    def _take_heard(self, thorough: bool) -> tuple[set[UUID], bool]:
+        """Columns that were heard of since the last turn, and whether to look at all of them."""
+        self._wake.clear()
+        with self._heard_lock:
+            heard, self._heard = self._heard, set()
+            everything = self._everything or thorough or time.monotonic() >= self._next_look
+            self._everything = False
+        if everything:
+            self._next_look = time.monotonic() + self._poll_interval()
+        return heard, everything
 
     def _take(self, flow: _Flow, column: Column, class_: Class) -> bool:
         """Claim a batch of a class, and hand it over; returns whether there may be more."""
@@ -338,7 +347,9 @@ class Worker:
                 self.throttle.spend(len(work.claimed.rows))
         return more
 
-    def _take_backfill(self, flow: _Flow, column: Column) -> bool:
+    def _take_backfill(self, flow: _Flow, column: Column, *, thorough: bool) -> bool:
+        if not thorough and time.monotonic() < column.backfill_at:
+            return False
         wait = self.throttle.wait()
         if wait > 0:
             self._throttled = wait
