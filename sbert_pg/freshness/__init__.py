@@ -6,7 +6,7 @@ Whether a row is fresh is a state of the row, and a partial index is the queue o
 
 from sbert_pg.freshness.audit import Audit, Finding, audit
 from sbert_pg.freshness.running import Filled, Filler, Refreshed, backfill, refresh, worker_thread
-from sbert_pg.freshness.settings import Progress, WorkerSettings
+from sbert_pg.freshness.settings import Companion, Progress, WorkerSettings
 from sbert_pg.freshness.status import (
     ColumnStatus,
     Counts,
@@ -18,7 +18,7 @@ from sbert_pg.freshness.status import (
     status,
 )
 from sbert_pg.freshness.tally import Tally
-from sbert_pg.freshness.worker import Companion, Health, Worker
+from sbert_pg.freshness.worker import Health, Worker
 
 __all__ = [
     "Audit",

@@ -22,9 +22,9 @@ from sbert_pg.freshness.claims import retrying
 from sbert_pg.freshness.database import Database
 from sbert_pg.freshness.logs import LOGGER, say
 from sbert_pg.freshness.rows import rows_of
-from sbert_pg.freshness.settings import Progress, WorkerSettings
+from sbert_pg.freshness.settings import Companion, Progress, WorkerSettings
 from sbert_pg.freshness.status import Counts, counts, queue_fault
-from sbert_pg.freshness.worker import Companion, Worker
+from sbert_pg.freshness.worker import Worker
 from sbert_pg.probes import measured
 from sbert_pg.registry import get_encoder
 from sbert_pg.sqlstates import words_of

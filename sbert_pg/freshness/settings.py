@@ -1,4 +1,4 @@
-"""What can be set about a worker or a backfill, and how far a backfill has come."""
+"""Settings of workers and backfills, what may run beside them, how far a backfill has come."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import socket
 import uuid
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Protocol
 
 from sbert_pg.errors import DeclarationError
 
@@ -94,4 +95,17 @@ class Progress:
     complete: bool
 
 
-__all__ = ["Progress", "WorkerSettings", "worker_name"]
+class Companion(Protocol):
+    """Something that keeps up with the columns beside a worker, such as assignments to clusters."""
+
+    def start(self) -> None:
+        """Begin, in a thread of its own."""
+
+    def stop(self) -> None:
+        """End, and wait for it."""
+
+    def look(self) -> object:
+        """Do once what is to be done now."""
+
+
+__all__ = ["Companion", "Progress", "WorkerSettings", "worker_name"]

@@ -13,7 +13,7 @@ import time
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -31,7 +31,7 @@ from sbert_pg.freshness.flow import Flow
 from sbert_pg.freshness.labels import BACKFILL, CHANGED, Class
 from sbert_pg.freshness.listen import Listener
 from sbert_pg.freshness.logs import LOGGER, say
-from sbert_pg.freshness.settings import WorkerSettings
+from sbert_pg.freshness.settings import Companion, WorkerSettings
 from sbert_pg.freshness.storing import Keeper, Store, Work
 from sbert_pg.freshness.tally import Tally
 from sbert_pg.freshness.throttle import Throttle
@@ -49,19 +49,6 @@ _CHANCES = 3
 _ALONE_INTERVAL = 10.0
 
 _Flow = Flow[Work, "Embedded | Exception"]
-
-
-class Companion(Protocol):
-    """Something that keeps up with the columns beside a worker, such as assignments to clusters."""
-
-    def start(self) -> None:
-        """Begin, in a thread of its own."""
-
-    def stop(self) -> None:
-        """End, and wait for it."""
-
-    def look(self) -> object:
-        """Do once what is to be done now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -426,4 +413,4 @@ class Worker:
             self.wake()
 
 
-__all__ = ["Companion", "Health", "Worker"]
+__all__ = ["Health", "Worker"]
