@@ -67,7 +67,7 @@ def test_prompts_left_out_of_pooling_through_torch(
         ({"model_type": "megatron-bert", "num_hidden_layers": 400}, "parameters"),
         ({"model_type": "megatron-bert", "num_attention_heads": 0}, "megatron-bert"),
         ({"model_type": "megatron-bert", "num_attention_heads": "x"}, "megatron-bert"),
-        ({"model_type": "megatron-bert", "vocab_size": -5}, "'vocab_size'"),
+        ({"model_type": "megatron-bert", "type_vocab_size": -5}, "'type_vocab_size'"),
     ],
 )
 def test_a_configuration_that_the_weights_do_not_fill_is_refused(
