@@ -34,6 +34,7 @@ ATTRIBUTE = _catalog(
     attnotnull=_B,
 )  # fmt: skip
 TYPE = _catalog("pg_type", oid=_O, typname=_T, typtype=_T, typcategory=_T, typbasetype=_O)
+INHERITS = _catalog("pg_inherits", inhrelid=_O, inhparent=_O)
 EXTENSION = _catalog("pg_extension", extname=_T, extversion=_T)
 CONSTRAINT = _catalog("pg_constraint", conrelid=_O, confrelid=_O, contype=_T)
 DEPEND = _catalog("pg_depend", classid=_O, objid=_O, refclassid=_O, refobjid=_O, refobjsubid=_I)

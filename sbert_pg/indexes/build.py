@@ -20,6 +20,7 @@ from sqlalchemy.ext.compiler import compiles
 
 from sbert_pg import system
 from sbert_pg.errors import DeclarationError, StepStoppedError, TableBusyError
+from sbert_pg.indexes.partitioned import CreateOnly, build_on_partitions, is_partitioned
 from sbert_pg.indexes.read import StoredIndex, index_state, same_index, vector_indexes
 from sbert_pg.locks import (
     ATTEMPTS,
@@ -61,7 +62,8 @@ def build_index(
 
     Readers and writers go on throughout (``SHARE UPDATE EXCLUSIVE``); the server waits for older
     transactions, however long they take. An invalid index of this name, as a killed build leaves
-    behind, is dropped first.
+    behind, is dropped first. Of a partitioned table the index is built on each partition and
+    attached; what a killed build has built of it is kept.
 
     Args:
         index: the index, with its table; of any access method.
@@ -185,6 +187,7 @@ class IndexBuilder:
         self.attempts = attempts
         self.on_progress = on_progress
         self.stop = stop
+        self.partitioned = is_partitioned(connection, self.relation)
 
     def state(self, name: str) -> str:
         """See ``index_state``."""
@@ -200,7 +203,34 @@ class IndexBuilder:
             TableBusyError: a lock was not to be had, or another session is building the index.
             StepStoppedError: it was called off.
         """
+        if self.partitioned:
+            return self._create_on_partitions(str(index.name), index)
         return self._create(str(index.name), CreateIndexConcurrently(index))
+
+    def _create_on_partitions(self, name: str, index: sa.Index) -> bool:
+        """The same for a partitioned table; one that a build left incomplete is completed."""
+        state = self.state(name)
+        if state == "valid":
+            return False
+
+        def execute(statement: sa.Executable) -> None:
+            self._retried(lambda: self.connection.execute(statement))
+
+        def build(schema: str, table: str, part: str, definition: str) -> None:
+            IndexBuilder(
+                self.connection,
+                table,
+                schema,
+                lock_timeout=self.lock_timeout,
+                attempts=self.attempts,
+                on_progress=self.on_progress,
+                stop=self.stop,
+            ).create_as(part, definition)
+
+        if state == "absent":
+            execute(CreateOnly(name, index))
+        build_on_partitions(self.connection, self.schema, self.relation, name, build, execute)
+        return True
 
     def create_as(self, name: str, definition: str) -> bool:
         """As ``create``, of an index by what stands behind ``CREATE INDEX name``, as SQL."""
@@ -248,7 +278,7 @@ class IndexBuilder:
         beside = name_beside(wanted.name)
         stored = vector_indexes(self.connection, self.table, schema=self.schema)
         by_name = {index.name: index for index in stored}
-        old, new = self._valid(by_name, wanted.name), self._valid(by_name, beside)
+        old, new = (self._valid(by_name, name, wanted) for name in (wanted.name, beside))
         if old is not None and (keep_valid or same_index(self.connection, wanted, old)):
             self.drop(beside)
             return False
@@ -265,12 +295,15 @@ class IndexBuilder:
         self._retried(lambda: self.connection.execute(rename))
         return True
 
-    def _valid(self, stored: Mapping[str, StoredIndex], name: str) -> StoredIndex | None:
-        """The index of a name; one that is not valid is dropped."""
+    def _valid(
+        self, stored: Mapping[str, StoredIndex], name: str, wanted: VectorIndex
+    ) -> StoredIndex | None:
+        """The index of a name; one that is not valid is dropped, if it will not be completed."""
         index = stored.get(name)
         if index is None or index.valid:
             return index
-        self.drop(name)
+        if not (self.partitioned and same_index(self.connection, wanted, index)):
+            self.drop(name)
         return None
 
     def drop(self, name: str) -> None:
@@ -314,7 +347,9 @@ class IndexBuilder:
         return retried(attempt, busy=busy, attempts=self.attempts)
 
     def _drop(self, name: str) -> None:
-        self.connection.execute(DropIndex(name, self.schema, concurrently=True))
+        # PostgreSQL drops the index of a partitioned table under a lock, for a moment.
+        concurrently = not self.partitioned
+        self.connection.execute(DropIndex(name, self.schema, concurrently=concurrently))
 
     def _drop_leftover(self, name: str) -> None:
         """Leave no invalid index, where the connection still lives and the lock can be had."""
