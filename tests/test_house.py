@@ -67,8 +67,8 @@ ROOMS: dict[str, tuple[int, int]] = {
     "clustering": (16, 4948),
     "encoder": (28, 7329),
     "freshness": (23, 5310),
-    "indexes": (5, 1249),
-    "loading": (4, 1089),
+    "indexes": (6, 1437),
+    "loading": (4, 1109),
     "orm": (5, 935),
     "passages": (6, 1218),
     "reembed": (12, 3258),
@@ -78,7 +78,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "types": (9, 1732),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3324
+MOST_LINES_OF_THE_REST = 3325
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60

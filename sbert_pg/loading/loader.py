@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,7 @@ from sqlalchemy.orm import Session
 from sbert_pg.catalog.embedding import digest_for
 from sbert_pg.catalog.record import Binding
 from sbert_pg.errors import DeclarationError, LoadError
+from sbert_pg.indexes import vector_indexes
 from sbert_pg.loading.copying import Existing, Writer
 from sbert_pg.loading.rows import Loaded, Plan, checked
 from sbert_pg.registry import get_encoder
@@ -41,6 +43,10 @@ READ_ROWS = 256
 BLOCK_CHARACTERS = 4_000_000
 #: Blocks that are being encoded while one is being written.
 AHEAD = 2
+#: Rows from which building an index afterwards is worth its trouble.
+MANY = 20_000
+
+log = logging.getLogger("sbert_pg.loading")
 
 Row = Mapping[str, Any]
 
@@ -243,11 +249,25 @@ class _Loading:
             )
         rows = list(zip(*block.columns, *vectors, strict=True))
         writer.write(rows, block.first)
+        if self.written < MANY <= self.written + len(rows):
+            self._say_how_to_be_fast()
         self.written += len(rows)
         if self.commit_every is not None and self.written - self.committed >= self.commit_every:
             self._commit()
         if self.progress is not None:
             self.progress(self.written)
+
+    def _say_how_to_be_fast(self) -> None:
+        """Name the vector indexes, whose graphs are what the time goes into."""
+        table = self.table
+        names = [i.name for i in vector_indexes(self.connection, table.name, schema=table.schema)]
+        if names:
+            log.warning(
+                "More than %d rows are put into %s of %s one by one. A load of many rows is several "
+                "times faster if the index is dropped before it, and built after it by "
+                "sbert_pg.indexes.build_index(engine, index).",
+                *(MANY, ", ".join(names), table.fullname),
+            )
 
     def _bindings(self, plan: Plan) -> list[Binding | None]:
         """The bindings of the embedding columns; asked for once in each transaction."""

@@ -9,8 +9,9 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from sbert_pg import create_all, embedding_column, load
+from sbert_pg import create_all, embedding_column, hnsw_index, load
 from sbert_pg.errors import DeclarationError, LoadError
+from sbert_pg.indexes import build_index
 from sbert_pg.testing import DeterministicEncoder
 
 
@@ -105,6 +106,27 @@ def test_columns_that_cannot_be_compared_are_written(notes: sa.Engine) -> None:
         assert load(connection, Note, given, existing="replace") == 1
         more = connection.scalar(sa.select(Note.more).where(Note.id == 1))
     assert more == {"a": 1}
+
+
+def test_many_rows_beside_an_index_say_how_to_be_fast(
+    notes: sa.Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("sbert_pg.loading.loader.MANY", 40)
+    monkeypatch.setattr("sbert_pg.loading.loader.BLOCK_ROWS", 20)
+    monkeypatch.setattr("sbert_pg.loading.loader.READ_ROWS", 10)
+    with notes.begin() as connection:
+        load(connection, Note, rows(range(100, 200), "without an index"))
+    assert not caplog.records
+    build_index(
+        notes, hnsw_index("note hnsw", Note.__table__.to_metadata(sa.MetaData()).c.embedding)
+    )
+    with notes.begin() as connection:
+        load(connection, Note, rows(range(200, 230), "few"))
+        assert not caplog.records
+        load(connection, Note, rows(range(300, 400), "many"))
+    (record,) = caplog.records
+    assert "40 rows are put into note hnsw of load note" in record.getMessage()
+    assert "build_index" in record.getMessage()
 
 
 def test_what_cannot_be(notes: sa.Engine) -> None:
