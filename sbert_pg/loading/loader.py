@@ -47,6 +47,10 @@ AHEAD = 2
 MANY = 20_000
 
 log = logging.getLogger("sbert_pg.loading")
+_SLOW = (
+    "More than %d rows are put into %s of %s one by one. Drop it before such a load, and build it "
+    "after it by sbert_pg.indexes.build_index(engine, index), which is several times faster."
+)
 
 Row = Mapping[str, Any]
 
@@ -258,16 +262,8 @@ class _Loading:
             self.progress(self.written)
 
     def _say_how_to_be_fast(self) -> None:
-        """Name the vector indexes, whose graphs are what the time goes into."""
-        table = self.table
-        names = [i.name for i in vector_indexes(self.connection, table.name, schema=table.schema)]
-        if names:
-            log.warning(
-                "More than %d rows are put into %s of %s one by one. A load of many rows is several "
-                "times faster if the index is dropped before it, and built after it by "
-                "sbert_pg.indexes.build_index(engine, index).",
-                *(MANY, ", ".join(names), table.fullname),
-            )
+        for index in vector_indexes(self.connection, self.table.name, schema=self.table.schema):
+            log.warning(_SLOW, MANY, index.name, self.table.fullname)
 
     def _bindings(self, plan: Plan) -> list[Binding | None]:
         """The bindings of the embedding columns; asked for once in each transaction."""
