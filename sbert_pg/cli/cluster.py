@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
 import typer
-from sqlalchemy.orm import Session, registry
+from sqlalchemy.orm import Session, object_session, registry
 
 from sbert_pg import clustering as lib
 from sbert_pg.cli import common
@@ -349,8 +349,15 @@ def _row_text(topics: lib.Clustering, row: Any, width: int = 80) -> str | None:
         return None
     if topics.source is None:
         return ", ".join(str(_value(row, topics, key.name)) for key in topics.keys)
-    values = {name: _value(row, topics, name) for name in topics.source.columns}
-    line = " ".join(topics.source.text(values).split())
+    session = object_session(row)
+    if topics.source.document is not None and session is not None:
+        # A passage has a digest of its text, which stands in its document.
+        own = [key == _value(row, topics, key.name) for key in topics.keys]
+        text = session.scalar(sa.select(topics.source.expression(topics.rows)).where(*own)) or ""
+    else:
+        values = {name: _value(row, topics, name) for name in topics.source.columns}
+        text = topics.source.text(values)
+    line = " ".join(text.split())
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
