@@ -63,7 +63,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (10, 2130),
     "alembic": (9, 2738),
     "catalog": (9, 2540),
-    "cli": (18, 4746),
+    "cli": (18, 4753),
     "clustering": (16, 4948),
     "encoder": (28, 7329),
     "freshness": (23, 5310),
