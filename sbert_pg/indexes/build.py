@@ -216,7 +216,7 @@ class IndexBuilder:
         def execute(statement: sa.Executable) -> None:
             self._retried(lambda: self.connection.execute(statement))
 
-        def build(schema: str, table: str, part: str, definition: str) -> None:
+        def build(schema: str, table: str, part: str, definition: str, unique: bool) -> None:
             IndexBuilder(
                 self.connection,
                 table,
@@ -225,16 +225,16 @@ class IndexBuilder:
                 attempts=self.attempts,
                 on_progress=self.on_progress,
                 stop=self.stop,
-            ).create_as(part, definition)
+            ).create_as(part, definition, unique)
 
         if state == "absent":
             execute(CreateOnly(name, index))
         build_on_partitions(self.connection, self.schema, self.relation, name, build, execute)
         return True
 
-    def create_as(self, name: str, definition: str) -> bool:
+    def create_as(self, name: str, definition: str, unique: bool = False) -> bool:
         """As ``create``, of an index by what stands behind ``CREATE INDEX name``, as SQL."""
-        return self._create(name, _CreateAs(name, definition))
+        return self._create(name, _CreateAs(name, definition, unique))
 
     def _create(self, name: str, statement: sa.Executable) -> bool:
         def attempt() -> bool:
@@ -434,16 +434,18 @@ def _create_index_concurrently(element: Any, compiler: Any, **kw: Any) -> str:
 
 
 class _CreateAs(sa.schema.ExecutableDDLElement):
-    def __init__(self, name: str, definition: str) -> None:
+    def __init__(self, name: str, definition: str, unique: bool) -> None:
         self.name = name
         self.definition = definition
+        self.unique = unique
 
 
 @compiles(_CreateAs, "postgresql")
 def _create_as(element: _CreateAs, compiler: Any, **_: Any) -> str:
     # A literal column is SQL as it is, in which percent signs are what the driver needs.
     definition = compiler.sql_compiler.process(sa.literal_column(element.definition))
-    return f"CREATE INDEX CONCURRENTLY {compiler.preparer.quote(element.name)} {definition}"
+    kind = "UNIQUE INDEX" if element.unique else "INDEX"
+    return f"CREATE {kind} CONCURRENTLY {compiler.preparer.quote(element.name)} {definition}"
 
 
 class DropIndex(sa.schema.ExecutableDDLElement):

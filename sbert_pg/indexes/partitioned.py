@@ -16,8 +16,9 @@ from sqlalchemy.ext.compiler import compiles
 
 from sbert_pg import system
 
-#: Builds an index on a table that is not partitioned: schema, table, name, what follows its name.
-Build = Callable[[str, str, str, str], None]
+#: Builds an index on a table that is not partitioned: schema, table, name, what follows its name,
+#: and whether it is unique.
+Build = Callable[[str, str, str, str, bool], None]
 #: Executes a statement, as often as it takes to get its lock.
 Execute = Callable[[sa.Executable], None]
 
@@ -64,8 +65,9 @@ def build_on_partitions(
         .join(system.CLASS, system.CLASS.c.oid == system.INDEX.c.indexrelid)
         .where(system.INDEX.c.indrelid == system.oid_of(relation), system.CLASS.c.relname == name)
     ).one()
-    body = index[1].partition(" USING ")[2]
-    filling = _Filling(connection, body, build, execute)
+    head, _, body = index[1].partition(" USING ")
+    unique = head.startswith("CREATE UNIQUE ")
+    filling = _Filling(connection, body, unique, build, execute)
     filling.fill((schema, name), index[0], system.oid_of(relation))
 
 
@@ -74,23 +76,25 @@ class _Filling(NamedTuple):
 
     connection: sa.Connection
     body: str
+    unique: bool
     build: Build
     execute: Execute
 
     def fill(self, index: tuple[str | None, str], index_oid: int, table: Any) -> None:
         """Build and attach what an index of one table lacks."""
-        quote = self.connection.dialect.identifier_preparer.quote
         for part in _without(self.connection, index_oid, table):
             digest = hashlib.blake2s(f"{index_oid} {part.oid}".encode(), digest_size=4).hexdigest()
             name = f"{index[1].encode()[:50].decode(errors='ignore')}_{digest}"
-            definition = f"{quote(part.schema)}.{quote(part.name)} USING {self.body}"
+            # As it is: what a driver needs to have percent signs doubled does so itself.
+            relation = system.name_of(self.connection.dialect, part.schema, part.name)
+            definition = f"{relation} USING {self.body}"
             if part.partitioned:
                 own = system.name_of(self.connection.dialect, part.schema, name)
                 if self._oid(own) is None:
-                    self.execute(CreateOnly(name, definition))
+                    self.execute(CreateOnly(name, definition, self.unique))
                 self.fill((part.schema, name), self._oid(own) or 0, part.oid)
             else:
-                self.build(part.schema, part.name, name, f"ON {definition}")
+                self.build(part.schema, part.name, name, f"ON {definition}", self.unique)
             self.execute(_Attach(index, (part.schema, name)))
 
     def _oid(self, relation: str) -> int | None:
@@ -120,8 +124,8 @@ def _without(connection: sa.Connection, index_oid: int, table: Any) -> list[_Par
 class CreateOnly(sa.schema.ExecutableDDLElement):
     """``CREATE INDEX ... ON ONLY``, of an index or by what follows the name of its table."""
 
-    def __init__(self, name: str, definition: str | sa.Index) -> None:
-        self.name, self.definition = name, definition
+    def __init__(self, name: str, definition: str | sa.Index, unique: bool = False) -> None:
+        self.name, self.definition, self.unique = name, definition, unique
 
 
 @compiles(CreateOnly, "postgresql")
@@ -134,7 +138,8 @@ def _create_only(element: CreateOnly, compiler: Any, **kw: Any) -> str:
         return text.replace(f" {name} ON ", f" {name} ON ONLY ", 1)
     # A literal column is SQL as it is, in which percent signs are what the driver needs.
     definition = compiler.sql_compiler.process(sa.literal_column(element.definition))
-    return f"CREATE INDEX {compiler.preparer.quote(element.name)} ON ONLY {definition}"
+    kind = "UNIQUE INDEX" if element.unique else "INDEX"
+    return f"CREATE {kind} {compiler.preparer.quote(element.name)} ON ONLY {definition}"
 
 
 class _Attach(sa.schema.ExecutableDDLElement):

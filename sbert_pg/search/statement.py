@@ -11,6 +11,8 @@ The module is long, since a statement and the search that makes it know each oth
 
 from __future__ import annotations
 
+import enum
+import re
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -37,8 +39,9 @@ from sbert_pg.types.comparator import clause_of
 
 #: A method of ``Select`` that was called, and its arguments.
 Call = tuple[str, tuple[Any, ...], dict[str, Any]]
-#: Asked what it can write out.
-_POSTGRESQL: sa.Dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
+#: Types of columns, and of values that become literals of them.
+_SPELLED = ((sa.Enum, enum.Enum), (sa.String, str), (sa.Integer, int), (sa.Boolean, bool))
+_UUID = re.compile(r"[0-9A-Fa-f-]{32,36}")
 #: Methods that take criteria alone; the others that choose rows are joins.
 _CRITERIA = ("where", "filter_by")
 
@@ -312,6 +315,21 @@ def _within_part(search: Search) -> sa.CTE:
     return part
 
 
+def _can_be_spelled(value: sa.BindParameter[Any]) -> bool:
+    """Whether a value is what it will be, and nothing in it can end its literal.
+
+    A parameter with a name may be given another value for each execution. And not every release of
+    SQLAlchemy looks at what it writes as a number or a UUID.
+    """
+    own = value.effective_value
+    type_ = getattr(value.type, "impl_instance", value.type)
+    if not value.unique or value.callable is not None:
+        return False
+    if isinstance(type_, sa.Uuid):
+        return _UUID.fullmatch(str(own)) is not None
+    return any(isinstance(type_, t) and isinstance(own, kind) for t, kind in _SPELLED)
+
+
 def _spelled_out(search: Search) -> tuple[Call, ...]:
     """The calls that choose rows, with values that choose a partial index as part of the text.
 
@@ -328,9 +346,7 @@ def _spelled_out(search: Search) -> tuple[Call, ...]:
         column, value = criterion.left, criterion.right
         if getattr(column, "name", None) not in search.target.dividing:
             return criterion
-        if not isinstance(value, sa.BindParameter) or value.effective_value is None:
-            return criterion
-        if value.type.literal_processor(_POSTGRESQL) is None:
+        if not isinstance(value, sa.BindParameter) or not _can_be_spelled(value):
             return criterion
         text = sa.bindparam(None, value.effective_value, type_=value.type, literal_execute=True)
         return sa.BinaryExpression(column, text, operators.eq, type_=criterion.type)

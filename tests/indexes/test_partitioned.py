@@ -146,7 +146,7 @@ def test_a_filter_by_the_key_leaves_one_partition(bare_database_url: sa.URL) -> 
 def test_a_build_that_was_ended_is_completed(bare_database_url: sa.URL) -> None:
     """What is built is kept: by a second call, and by a migration's replacement."""
     engine, table = filled(bare_database_url, "hash")
-    index = hnsw_index("item vec", table.c.vec)
+    index = hnsw_index("item vec", table.c.vec, ef_construction=128)
     with engine.begin() as connection:
         connection.exec_driver_sql(
             'CREATE INDEX "item vec" ON ONLY "it em" USING hnsw (vec vector_cosine_ops) '
@@ -196,4 +196,40 @@ def test_a_build_that_is_called_off(bare_database_url: sa.URL) -> None:
         other.rollback()
     assert build_index(engine, index)
     assert leaves(engine) == 3
+    engine.dispose()
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+@pytest.mark.parametrize("unique", [False, True])
+def test_names_with_percent_signs_and_unique_indexes(
+    bare_database_url: sa.URL, driver: str, unique: bool
+) -> None:
+    table = sa.Table(
+        "5%'s",
+        sa.MetaData(),
+        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("v%c", Vector(3)),
+        postgresql_partition_by="RANGE (id)",
+    )
+    own = sa.Index('U%"', table.c.id, table.c["v%c"], unique=True)
+    index = own if unique else hnsw_index('V%"', table.c["v%c"])
+    table.indexes.clear()
+    engine = sa.create_engine(bare_database_url.set(drivername=f"postgresql+{driver}"))
+    with engine.begin() as connection:
+        table.create(connection)
+        for statement in (
+            """CREATE TABLE "1%%" PARTITION OF "5%%'s" FOR VALUES FROM (0) TO (9)""",
+            """CREATE TABLE "2%%" PARTITION OF "5%%'s" FOR VALUES FROM (9) TO (20)
+            PARTITION BY RANGE (id)""",
+            """CREATE TABLE "3%%" PARTITION OF "2%%" FOR VALUES FROM (9) TO (15)""",
+        ):
+            connection.execute(sa.DDL(statement))
+    assert build_index(engine, index)
+    assert not build_index(engine, index)
+    valid = sa.text(
+        "SELECT count(*) FROM pg_index WHERE indisvalid AND NOT indisprimary AND indisunique = :u "
+        "AND indrelid::regclass::text IN ('\"5%''s\"', '\"1%\"', '\"2%\"', '\"3%\"')"
+    )
+    with engine.connect() as connection:
+        assert connection.scalar(valid, {"u": unique}) == 4
     engine.dispose()

@@ -71,12 +71,23 @@ def index_names(tenants: Tenants) -> list[str]:
     return [next(i.name for i in stored if tenant[2:5] in i.definition) for tenant in TENANTS]
 
 
+def scans(tenants: Tenants, *names: str) -> list[int]:
+    """How often indexes were used; of a connection, which has some left from before this moment.
+
+    They are handed on between transactions, so two numbers of one transaction can be compared.
+    """
+    quote = tenants.connection.dialect.identifier_preparer.quote
+    count = sa.text("SELECT pg_stat_get_xact_numscans(CAST(:name AS regclass))")
+    return [tenants.connection.scalar(count, {"name": quote(name)}) or 0 for name in names]
+
+
 @pytest.mark.parametrize("tenant", [0, 1])
 def test_recall_within_a_tenant_and_whose_index_it_is(tenants: Tenants, tenant: int) -> None:
     """More often than it takes the server to plan for all values: the index stays the tenant's."""
     row, found = tenants.row, 0
     own, other = index_names(tenants)[tenant], index_names(tenants)[1 - tenant]
     tenants.connection.rollback()
+    before = scans(tenants, own, other)
     for query in tenants.queries:
         answers = []
         for exact in (True, False):
@@ -85,16 +96,10 @@ def test_recall_within_a_tenant_and_whose_index_it_is(tenants: Tenants, tenant: 
             assert {r.tenant for r in rows} == {TENANTS[tenant]}
             answers.append({r.id for r in rows})
         found += len(answers[0] & answers[1])
-    counts = {
-        name: tenants.connection.scalar(
-            sa.text("SELECT pg_stat_get_xact_numscans(CAST(:name AS regclass))"),
-            {"name": tenants.connection.dialect.identifier_preparer.quote(name)},
-        )
-        for name in (own, other)
-    }
+    after = scans(tenants, own, other)
     tenants.connection.rollback()
     assert found >= 0.98 * 10 * QUERIES
-    assert counts == {own: QUERIES, other: 0}
+    assert [b - a for a, b in zip(before, after, strict=True)] == [QUERIES, 0]
 
 
 def test_explain_names_the_tenants_index(tenants: Tenants) -> None:
@@ -160,3 +165,48 @@ def test_another_predicate_and_a_column_that_is_not_there() -> None:
     assert description.where == "\"tenant no\" = 4 AND lang = 'de'"
     with pytest.raises(DeclarationError, match="no column 'shop'"):
         made("shop")
+
+
+def test_a_named_parameter_keeps_the_value_of_each_execution(tenants: Tenants) -> None:
+    row = tenants.row
+    named = row.c.tenant == sa.bindparam("tenant", TENANTS[0])
+    search = nearest(row.c.vec, tenants.queries[0]).where(named)
+    for given in (TENANTS[1], "small"):
+        rows = tenants.connection.execute(search, {"tenant": given}).all()
+        assert {r.tenant for r in rows} == {given}
+        rows = tenants.connection.execute(search.params(tenant=given)).all()
+        assert {r.tenant for r in rows} == {given}
+    assert {r.tenant for r in tenants.connection.execute(search)} == {TENANTS[0]}
+    tenants.connection.rollback()
+
+
+@pytest.mark.parametrize(
+    ("type_", "value", "spelled"),
+    [
+        (sa.Text(), "it's", True),
+        (sa.Integer(), 7, True),
+        (sa.Uuid(), uuid.UUID(int=7), True),
+        (sa.Uuid(as_uuid=False), str(uuid.UUID(int=7)), True),
+        (sa.Numeric(), "7 OR true", False),
+        (sa.Float(), "7 OR true", False),
+        (sa.Uuid(), "7' OR 'a' = 'a", False),
+        (sa.Integer(), "7 OR true", False),
+    ],
+    ids=str,
+)
+def test_only_values_that_cannot_be_sql_are_written_out(
+    type_: sa.types.TypeEngine[Any], value: Any, spelled: bool
+) -> None:
+    row = sa.Table(
+        "row",
+        sa.MetaData(),
+        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("tenant", type_),
+        sa.Column("vec", Vector(3)),
+        hnsw_index("row_vec", "vec", where=sa.text("tenant IS NOT NULL")),
+    )
+    asked = row.c.tenant == sa.literal(value, type_)
+    search = nearest(row.c.vec, [1.0, 2.0, 3.0]).where(asked)
+    compiled = search.compile(dialect=sa.dialects.postgresql.dialect())
+    assert (len(compiled.literal_execute_params) == 1) is spelled
+    assert value in compiled.params.values()
