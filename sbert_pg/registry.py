@@ -15,7 +15,12 @@ from typing import Any
 import numpy as np
 
 from sbert_pg.distance import Similarity
-from sbert_pg.errors import DeclarationError, DimensionError, EncoderNotFoundError
+from sbert_pg.errors import (
+    DeclarationError,
+    DimensionError,
+    EncoderNotFoundError,
+    SbertPgError,
+)
 from sbert_pg.probes import PROBES
 from sbert_pg.process import ProcessLock
 from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors, canonical_name
@@ -81,15 +86,19 @@ def token_counter(name: str) -> Any | None:
     """What counts tokens as the encoder of a name does (``count_tokens``, ``spec``), if at hand.
 
     The encoder itself where this process has it; else the tokenizer of one that was converted on
-    this machine. Nothing is fetched or converted.
+    this machine. Nothing is fetched or converted, and one that is damaged counts as none: whoever
+    loads it is told so.
     """
     found = find_named(name)
     if found is not None or _loader is not _load_declared:
         return found
     from sbert_pg.encoder import TokenCounter, converted_here
 
-    place = converted_here(name)
-    return None if place is None else TokenCounter(place)
+    try:
+        place = converted_here(name)
+        return None if place is None else TokenCounter(place)
+    except (SbertPgError, OSError, ValueError):
+        return None
 
 
 def get_encoder(encoder: str | EncoderSpec) -> TextEncoder:

@@ -74,11 +74,11 @@ ROOMS: dict[str, tuple[int, int]] = {
     "reembed": (12, 3258),
     "search": (12, 3609),
     "serving": (17, 3418),
-    "tuning": (18, 4225),
+    "tuning": (18, 4235),
     "types": (9, 1732),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3325
+MOST_LINES_OF_THE_REST = 3334
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60

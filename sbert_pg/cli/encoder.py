@@ -78,7 +78,7 @@ def list_(json: common.JsonOption = False) -> None:
     if json:
         common.print_json([asdict(known) for known in KNOWN_ENCODERS])
         return
-    common.print_table(
+    common.print_rows(
         ["name", "dimensions", "tokens", "languages", "licence", "M parameters", "retrieval",
          "cost", "good for"],
         [

@@ -208,9 +208,10 @@ def choose_encoder(
 def local_encoders() -> list[Encoder]:
     """The encoders that have been converted on this machine: those of the cache."""
     from sbert_pg.encoder import Encoder
-    from sbert_pg.encoder.directory import Manifest, cache_root, is_converted
+    from sbert_pg.encoder.directory import BUILD, FORMAT, Manifest, cache_root, is_converted
 
-    found = sorted(path.parent for path in cache_root().glob("*/*/*/manifest.json"))
+    # Not what other versions of this library left there.
+    found = sorted(p.parent for p in cache_root().glob(f"*/*/*-{FORMAT}.{BUILD}/manifest.json"))
     return [
         Encoder.open(place)
         for place in found
@@ -266,6 +267,11 @@ def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
     return result, time.perf_counter() - started
 
 
+def _best(ranked: Sequence[Choosable]) -> Choosable:
+    """The first that is better for certain; where none is, the first, which may be so by chance."""
+    return next((each for each in ranked if each.difference.low > 0), ranked[0])
+
+
 def _decide(ranked: Sequence[Choosable], budget: float | None) -> tuple[str | None, str]:
     """Which to use, and why."""
     within = [each for each in ranked if each.within]
@@ -276,8 +282,8 @@ def _decide(ranked: Sequence[Choosable], budget: float | None) -> tuple[str | No
             f"{fastest.milliseconds:.1f} ms. Allow more, or distil a smaller one: 'sbert-pg tune "
             "--method distill'."
         )
-    best = within[0]
     own = next(each for each in ranked if each.current)
+    best = _best(within) if own.within else within[0]
     if best.current:
         return best.encoder, f"Stay with {best.encoder}: none within the budget finds more."
     if not own.within:

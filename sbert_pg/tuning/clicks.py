@@ -29,6 +29,8 @@ LEAST_CLICKS, LEAST_SHARE = 2, 0.5
 #: chance in 5 of 100 cases.
 SURE = 3.0
 _STEPS = 50
+#: Above any position or count of a log.
+_MOST = 10**12
 _TRUE, _FALSE = {"true", "t", "yes"}, {"false", "f", "no", ""}
 
 
@@ -98,16 +100,16 @@ def _gains(
 
 
 def _examined(read: Floats, row: npt.NDArray[np.int64]) -> tuple[Floats, Floats]:
-    """Clicks of each row, and how often it was looked at, in looks at the first place."""
+    """Clicks of each row, and how often it was looked at, in looks at the most seen place."""
     place = np.unique(read[:, 0], return_inverse=True)[1]
     clicked, shown = read[:, 1], read[:, 2]
     clicks, by_place = np.bincount(row, clicked), np.bincount(place, clicked)
     look = np.ones(len(by_place))
     for _ in range(_STEPS):
-        rate = clicks / np.bincount(row, shown * look[place])
+        rate = clicks / np.maximum(np.bincount(row, shown * look[place]), 1e-12)
         # Where nothing is ever clicked, nothing is known of the place: as if it were not seen.
         look = by_place / np.maximum(np.bincount(place, shown * rate[row]), 1e-12)
-        look = np.maximum(look / max(look[0], 1e-12), 1e-9)
+        look = np.maximum(look / max(look.max(), 1e-12), 1e-9)
     return np.asarray(clicks, float), np.asarray(np.bincount(row, shown * look[place]), float)
 
 
@@ -123,7 +125,7 @@ def _read(event: LabelledQuery, number: int) -> tuple[int, float, float]:
         position, times = int(said[POSITION]), float(said.get(SHOWN, 1))
         word = said.get(CLICKED, "").strip().lower()
         clicked = 1.0 if word in _TRUE else 0.0 if word in _FALSE else float(word)
-        if position < 1 or not 0 <= clicked <= times:
+        if not 1 <= position < _MOST or not 0 <= clicked <= times < _MOST:
             raise ValueError("positions begin with 1, and nothing is clicked more often than shown")
     except (ValueError, KeyError) as error:
         raise LoadError(

@@ -41,7 +41,7 @@ def labelled(pairs: Iterable[Any]) -> list[LabelledQuery]:
             one = pair if isinstance(pair, LabelledQuery) else _of_pair(pair)
             if not one.text.strip() or any(not gain >= 0 for gain in one.gains.values()):
                 raise ValueError("the question is empty, or a gain is below 0")
-        except (KeyError, TypeError, ValueError, IndexError, StopIteration) as error:
+        except (KeyError, TypeError, ValueError, IndexError) as error:
             raise LoadError(
                 f"Pair {number}, {pair!r}: it has to be a question, the key of a row that answers "
                 f"it, and perhaps a gain; {error}."
@@ -65,7 +65,9 @@ def _of_pair(pair: Any) -> LabelledQuery:
     rest = {str(name): value for name, value in pair.items()}
 
     def take(names: Sequence[str]) -> Any:
-        return rest.pop(next(name for name in names if name in rest))
+        if not (there := [name for name in names if name in rest]):
+            raise ValueError(f"nothing in it is called {' or '.join(map(repr, names))}")
+        return rest.pop(there[0])
 
     question, key = take(_QUESTION), take(_KEY)
     gain = take(_GAIN) if any(name in rest for name in _GAIN) else 1
@@ -259,7 +261,7 @@ def with_attribute(
     engine: sa.Engine, table: sa.Table, queries: Sequence[LabelledQuery], name: str
 ) -> list[LabelledQuery]:
     """Questions with an attribute that a column of the table says of their first relevant row."""
-    first = {query.text: next(iter(query.gains), "") for query in queries}
+    first = {q.text: next((key for key, gain in q.gains.items() if gain > 0), "") for q in queries}
     key = catalog_rows.label(list(table.primary_key))
     chosen = sa.select(key, sa.cast(table.c[name], sa.Text)).where(key.in_(set(first.values())))
     with engine.connect() as connection:

@@ -41,9 +41,9 @@ def test_precision_after_a_name(name: str, expected: tuple[str, str | None]) -> 
 
 
 def test_list_has_what_a_choice_is_made_by(cache: Path) -> None:
-    result = run(cache, "list")
+    result = sbert_pg("encoder", "list", COLUMNS="80")
     assert result.returncode == 0
-    assert "all-mpnet-base-v2" in result.stdout
+    assert "sentence-transformers/all-mpnet-base-v2" in result.stdout, "in one piece"
     listed = json.loads(run(cache, "list", "--json").stdout)
     known = {each["name"].rpartition("/")[2]: each for each in listed}
     assert known["snowflake-arctic-embed-xs"]["retrieval"] == 52.7

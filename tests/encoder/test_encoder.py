@@ -7,6 +7,7 @@ import itertools
 import logging
 import multiprocessing
 import os
+import shutil
 import threading
 import time
 import tracemalloc
@@ -20,6 +21,7 @@ import pytest
 from sbert_pg import registry
 from sbert_pg.encoder import Encoder, TokenCounter, converted_here
 from sbert_pg.encoder import encoder as encoder_module
+from sbert_pg.encoder.directory import BUILD, FORMAT
 from sbert_pg.errors import (
     DeclarationError,
     EncoderNotFoundError,
@@ -331,3 +333,20 @@ def test_what_is_converted_here_is_known(
     assert converted_here(str(fp32.directory)) == fp32.directory
     assert converted_here("nobody/never-converted") is None
     assert converted_here("/no/such/directory") is None
+
+
+@pytest.mark.parametrize("damage", ["manifest.json", "tokenizer.json", "no tokenizer", "name"])
+def test_damaged_conversions_count_no_tokens(
+    fp32: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    """A status goes on without the figure."""
+    place = tmp_path / "nobody--damaged" / "default" / f"int8-{FORMAT}.{BUILD}"
+    shutil.copytree(fp32.directory, place)
+    monkeypatch.setenv("SBERT_PG_CACHE", str(tmp_path))
+    assert registry.token_counter("nobody/damaged") is not None
+    if damage == "no tokenizer":
+        (place / "tokenizer.json").unlink()
+    elif damage != "name":
+        (place / damage).write_bytes(b"\xff{")
+    name = "~nobody-of-this-name/damaged" if damage == "name" else "nobody/damaged"
+    assert registry.token_counter(name) is None

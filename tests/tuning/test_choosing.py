@@ -19,7 +19,7 @@ from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.encoder import Encoder
 from sbert_pg.encoder.adapting import adapt_queries
 from sbert_pg.tuning import Choice, choose_encoder
-from sbert_pg.tuning.choosing import _decide, _time
+from sbert_pg.tuning.choosing import _decide, _time, local_encoders
 from sbert_pg.tuning.evaluation import Figure
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -105,6 +105,7 @@ def test_what_is_chosen(engine: sa.Engine, items: Any, minilm: Encoder) -> None:
     chosen, reason = _decide([perhaps, own], None)
     assert chosen == own.encoder
     assert "includes zero" in reason
+    assert _decide([perhaps, better, own], None)[0] == "better", "the first is not for certain"
     slow = replace(own, within=False)
     chosen, reason = _decide([perhaps, slow], 2.0)
     assert chosen == "perhaps"
@@ -117,3 +118,13 @@ def test_what_is_chosen(engine: sa.Engine, items: Any, minilm: Encoder) -> None:
         "2 h",
         "2 days",
     ]
+
+
+def test_conversions_of_other_versions_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = tmp_path / "org--name" / "default" / "int8-2.1"
+    old.mkdir(parents=True)
+    (old / "manifest.json").write_text('{"format": 2}')
+    monkeypatch.setenv("SBERT_PG_CACHE", str(tmp_path))
+    assert local_encoders() == []

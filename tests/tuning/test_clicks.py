@@ -60,13 +60,30 @@ def test_logs_in_files_and_summed_up(tmp_path: Path) -> None:
     assert other.gains == {"6": 1.0}, "none of 4 is too few to say"
 
 
+def test_pairs_by_other_names_are_told_which_are_read() -> None:
+    with pytest.raises(LoadError, match="nothing in it is called 'question' or 'query'"):
+        pairs_of(sa.create_engine("postgresql://"), [{"title": "a title", "id": 1}])
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [("q,1,0,1", "begin with 1"), ("q,1,first,1", "numbers"), ("q,1,1,2", "more often than shown"),
-     ("q,1,1,1", "names no answer")],
+     ("q,1,1,inf", "numbers"), (f"q,1,{10**20},1", "numbers"), ("q,1,1,1", "names no answer")],
 )  # fmt: skip
 def test_logs_that_say_nothing(tmp_path: Path, line: str, message: str) -> None:
     file = tmp_path / "log.csv"
     file.write_text(f"question,id,position,clicked\n{line}\n")
     with pytest.raises(LoadError, match=message):
         read_pairs(file)
+
+
+def test_rows_that_were_not_shown_and_a_first_place_without_a_click() -> None:
+    """An advertisement may stand at the first place; a log that is summed up has zeros."""
+    engine = sa.create_engine("postgresql://")
+    line = ("question", "id", "position", "clicked", "shown")
+    events = [("q", "ad", 1, 0, 40), ("q", "right", 2, 20, 40), ("q", "other", 3, 2, 40)]
+    unseen = [("q", "unseen", 3, 0, 0), ("q", "never", 9, 0, 0)]
+    expected = pairs_of(engine, [dict(zip(line, event, strict=True)) for event in events])
+    assert dict(expected[0].gains) == {"right": 1.0}
+    with_zeros = [dict(zip(line, event, strict=True)) for event in events + unseen]
+    assert pairs_of(engine, with_zeros) == expected

@@ -108,6 +108,12 @@ def test_searches_side_by_side(library: Any) -> None:
         assert miss.answers[0].text, "what came instead has its text"
 
 
+def test_rows_that_are_labelled_as_wrong_are_not_wanted() -> None:
+    queries = [LabelledQuery("question", {"wrong": 0.0, "right": 1.0})]
+    report = evaluate(sa.create_engine("postgresql+psycopg://"), {"run": {"1": []}}, queries)
+    assert report.worst("run")[0].relevant == ("right",)
+
+
 def test_measures_agree_with_scikit_learn() -> None:
     metrics = pytest.importorskip("sklearn.metrics")
     random = np.random.default_rng(3)
