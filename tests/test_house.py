@@ -74,7 +74,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "reembed": (12, 3258),
     "search": (12, 3609),
     "serving": (17, 3418),
-    "tuning": (18, 4235),
+    "tuning": (18, 4240),
     "types": (9, 1732),
 }
 #: All rooms that are one module.
