@@ -91,8 +91,12 @@ class DeterministicEncoder:
         return np.stack([self._vector(text) for text in texts])
 
     def _vector(self, text: str) -> Vectors:
-        words = _WORD.findall(text.lower()) or [""]
-        total = np.sum([self._word(word) for word in words], axis=0)
+        # One word at a time, since a text may be a document of many megabytes.
+        total = np.zeros(self._spec.dimensions, np.float32)
+        for match in _WORD.finditer(text.lower()):
+            total += self._word(match[0])
+        if not total.any():
+            total = self._word("")
         vector: Vectors = (total / np.linalg.norm(total)).astype(np.float32)
         return vector
 
