@@ -118,8 +118,9 @@ def _flows(
     yield h("h2", f"Since run {before}")
     yield h(
         "p",
-        f"{stayed:,} of {both:,} rows are in the cluster of the same number; "
-        f"{(run.rows or 0) - both:,} were not in that run.",
+        f"{stayed:,} of {both:,} rows are in the cluster of the same number or outliers as before; "
+        # Rows that were assigned since are in both, and not counted by the run.
+        f"{max(0, (run.rows or 0) - both):,} were not in that run.",
         id="flows",
     )
     streams = [flow for flow in moved if _number(flow.earlier) != _number(flow.later)]

@@ -6,6 +6,7 @@ import base64
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -24,7 +25,8 @@ from sbert_pg import (
 )
 from sbert_pg.cli.doctor import diagnose
 from sbert_pg.cli.serve import _clusterings, looking
-from sbert_pg.clustering import KMeans, cluster, clusters_of, store_map
+from sbert_pg.clustering import Flow, KMeans, cluster, clusters_of, store_map
+from sbert_pg.serving import topics as topics_page
 from sbert_pg.serving.explore import Explorer
 from sbert_pg.serving.exposed import Shown
 from sbert_pg.serving.server import serving
@@ -377,3 +379,15 @@ def test_nothing_can_be_written(notes: sa.Engine, minilm: Any) -> None:
     shown = explorer(notes)._shown
     with shown.connected() as connection, pytest.raises(sa.exc.InternalError, match="read-only"):
         connection.execute(sa.delete(Note))
+
+
+def test_flows_of_outliers_and_of_rows_that_were_assigned_since(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What stays an outlier has no number; and a run does not count what came to it later."""
+    moved = [Flow((1, "<b>"), (1, "<b>"), 7, 1.0), Flow(None, None, 5, 1.0)]
+    monkeypatch.setattr(topics_page, "flows", lambda *given: moved)
+    run: Any = SimpleNamespace(id=2, rows=10)
+    said = "".join(topics_page._flows(None, topics, 1, run))  # type: ignore[arg-type]
+    assert "12 of 12 rows are in the cluster of the same number or outliers as before" in said
+    assert "; 0 were not in that run" in said
