@@ -25,6 +25,14 @@ LOCK_TIMEOUT = 1.0
 #: Attempts before the step is given up; with the pauses between them about two minutes.
 ATTEMPTS = 40
 _PAUSE = (0.2, 3.0)
+#: What a role or database may have for web requests, and would end a step that takes its time; a
+#: shorter one than the lock's would also hide that it was the lock that was waited for.
+_TIMEOUTS = (
+    "statement_timeout",
+    "lock_timeout",
+    "idle_in_transaction_session_timeout",
+    "transaction_timeout",
+)
 _RETRIED = frozenset({LOCK_NOT_AVAILABLE, DEADLOCK_DETECTED})
 
 
@@ -75,6 +83,8 @@ def in_short_transactions(
 ) -> T:
     """Run one step in a transaction of its own that never waits long for a lock.
 
+    Other time-outs than the lock's, of a role or database, are set aside meanwhile.
+
     Args:
         step: what to do; called again at each attempt, and committed as a whole or not at all.
         relation: table that the step locks, as text for ``to_regclass``, for the message.
@@ -87,6 +97,7 @@ def in_short_transactions(
 
     def attempt() -> T:
         with engine.begin() as connection:
+            set_timeouts_aside(connection)
             set_lock_timeout(connection, lock_timeout)
             return step(connection)
 
@@ -106,6 +117,13 @@ def set_lock_timeout(connection: sa.Connection, seconds: float) -> None:
     """Set ``lock_timeout`` until the transaction ends."""
     value = milliseconds(seconds)
     connection.execute(sa.select(sa.func.set_config("lock_timeout", value, True)))
+
+
+def set_timeouts_aside(connection: sa.Connection) -> None:
+    """Set the time-outs that a role or database may have aside until the transaction ends."""
+    known = sa.table("pg_settings", sa.column("name", sa.Text), schema="pg_catalog")
+    statement = sa.select(sa.func.set_config(known.c.name, "0", True))
+    connection.execute(statement.where(known.c.name.in_(_TIMEOUTS))).all()
 
 
 @contextmanager
@@ -196,5 +214,6 @@ __all__ = [
     "pause",
     "retried",
     "set_lock_timeout",
+    "set_timeouts_aside",
     "settings",
 ]

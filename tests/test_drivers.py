@@ -140,3 +140,19 @@ def test_locks_are_tried_for_again(driver: str, bare_database_url: sa.URL) -> No
     assert [column["name"] for column in sa.inspect(holder_engine).get_columns("t")] == ["id", "x"]
     engine.dispose()
     holder_engine.dispose()
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2", "pg8000"])
+def test_time_outs_of_a_role_do_not_end_a_step(driver: str, bare_database_url: sa.URL) -> None:
+    """One that is shorter than the lock's would end the wait with another error, tried no more."""
+    url = bare_database_url.set(database=_with_timeout(bare_database_url, "1min"))
+    engine = engine_of(url, driver)
+
+    def shown(connection: sa.Connection) -> list[Any]:
+        names = ("statement_timeout", "idle_in_transaction_session_timeout", "lock_timeout")
+        return [connection.exec_driver_sql(f"SHOW {name}").scalar() for name in names]
+
+    assert in_short_transactions(engine, shown, lock_timeout=0.1) == ["0", "0", "100ms"]
+    with engine.connect() as connection:
+        assert shown(connection) == ["1min", "0", "0"]
+    engine.dispose()

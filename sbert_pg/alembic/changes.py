@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -130,6 +130,26 @@ def refuse(changes: list[Change]) -> None:
     """
     if changes:
         raise ChangedColumnError("\n\n".join(_message(change) for change in changes))
+
+
+def refuse_two(table: sa.Table, replaced: Mapping[str, str | None]) -> None:
+    """Refuse two columns that replace the same one: which of them is to be complete at its end?
+
+    Args:
+        table: the table, for the message.
+        replaced: what each embedding column replaces.
+
+    Raises:
+        ChangedColumnError: there are two such columns.
+    """
+    seen: dict[str, str] = {}
+    for name, old in replaced.items():
+        if old is not None and seen.setdefault(old, name) != name:
+            raise ChangedColumnError(
+                f"{seen[old]!r} and {name!r} are both to replace {old!r} of table "
+                f"{table.fullname}. A column has one replacement: declare replaces={old!r} for one "
+                "of them, and the other without it, as a column of its own."
+            )
 
 
 def refuse_width(place: tuple[str | None, str, str], old: Any, new: Any) -> NoReturn:

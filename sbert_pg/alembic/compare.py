@@ -279,6 +279,9 @@ class Comparison:
         return self.context.run_object_filters(table, table.name, "table", False, None)
 
     def _compare_bindings(self, key: Key, table: sa.Table) -> None:
+        changes.refuse_two(
+            table, {c.name: self._declaration(key, c).replaces for c in self._embeddings(table)}
+        )
         for column in self._embeddings(table):
             place = (*key, column.name)
             binding = self.bindings.get(place)

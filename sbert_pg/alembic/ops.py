@@ -286,6 +286,7 @@ class BeginReembeddingOp(AddEmbeddingColumnOp):
         encoder, source, separator, storage, dimensions, similarity: as in ``embedding_column``.
 
     Raises:
+        AlreadyBoundError: another column replaces the old one already.
         NotBoundError: the old column is not bound.
         TableBusyError: the table's lock could not be had; the message says who holds it.
     """
@@ -303,6 +304,7 @@ class DropEmbeddingColumnOp(ColumnOperation):
     Works as ``add_embedding_column`` does: in short transactions, with retries, and again.
 
     Raises:
+        ReembeddingError: a view or another object of the server's depends on the column.
         TableBusyError: the table's lock could not be had; the message says who holds it.
     """
 

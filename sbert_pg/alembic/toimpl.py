@@ -38,7 +38,8 @@ from sbert_pg.digest import companion_name
 from sbert_pg.errors import BackfillIncompleteError, EncoderMismatchError, NotProvenError
 from sbert_pg.freshness import Progress, backfill, counts
 from sbert_pg.locks import settings
-from sbert_pg.reembed.finish import require_finishable
+from sbert_pg.reembed.change import begun_change
+from sbert_pg.reembed.finish import require_droppable, require_finishable
 from sbert_pg.reembed.status import change_of
 from sbert_pg.registry import get_encoder
 from sbert_pg.spec import EncoderSpec
@@ -127,6 +128,11 @@ def _add_embedding_column(operation: ops.AddEmbeddingColumnOp, operations: Opera
     """Column, binding with its companion and triggers, queue: each in a transaction of its own."""
     identity, declared = identity_of(operation), operation.declared
     type_ = plain_type(declared.storage, declared.dimensions)
+    if declared.replaces is not None and not operations.migration_context.as_sql:
+        connection = operations.get_bind()
+        old = catalog.binding_of(connection, identity._replace(column=declared.replaces))
+        if old is not None:
+            begun_change(connection, old, identity.column)
     with online(operations, _relation(operation)) as runner:
         runner.execute(AlterColumn(identity, "add", type_=type_))
         _bind(runner, identity, declared)
@@ -156,6 +162,10 @@ def _is_partitioned(connection: sa.Connection, identity: ColumnIdentity) -> bool
 def _drop_embedding_column(operation: ops.DropEmbeddingColumnOp, operations: Operations) -> None:
     """Triggers, queue and binding, then the column and its companion."""
     identity, companion = identity_of(operation), _companion_of(operation, operations)
+    if not operations.migration_context.as_sql:
+        binding = catalog.binding_of(operations.get_bind(), identity)
+        if binding is not None:
+            require_droppable(operations.get_bind(), binding)
     with online(operations, _relation(operation)) as runner:
         runner.execute(call("unbind_v1", identity))
         runner.execute(AlterColumn(companion, "drop"))

@@ -183,6 +183,10 @@ def describe(path: str | Path) -> Description:
             "pooling": plain(pooling_settings, frozenset()),
             "general": plain(general, IN_SPEC),
             "modules": [name for name, _ in modules],
+            "layers": [
+                plain(read_if_there(inside(root, at) / "config.json"), frozenset())
+                for _, at in modules[2:]
+            ],
         },
         weights=find_weights(transformer_path),
         pooling=pooling,

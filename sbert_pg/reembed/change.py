@@ -245,12 +245,7 @@ def begin(
 
     def step(connection: sa.Connection) -> Binding:
         old = catalog.require_binding(connection, request.old)
-        begun = replacement_of(connection, old)
-        if begun is not None and begun.column != request.new:
-            raise AlreadyBoundError(
-                f"{old} is being replaced by column {begun.column!r} already. Finish that change "
-                f"or abort it (sbert-pg reembed abort {begun}) before another one begins."
-            )
+        begun = begun_change(connection, old, request.new)
         if begun is not None and _is_as_asked(begun, old, request):
             return begun
         new = ColumnIdentity(old.schema, old.table, request.new)
@@ -274,6 +269,21 @@ def begin(
     )
     build_queue(engine, binding)
     return binding
+
+
+def begun_change(connection: sa.Connection, old: Binding, new: str) -> Binding | None:
+    """The new column of a change that has begun, ``None`` where none has.
+
+    Raises:
+        AlreadyBoundError: a column of another name than ``new`` replaces the old one.
+    """
+    begun = replacement_of(connection, old)
+    if begun is not None and begun.column != new:
+        raise AlreadyBoundError(
+            f"{old} is being replaced by column {begun.column!r} already. Finish that change or "
+            f"abort it (sbert-pg reembed abort {begun}) before another one begins."
+        )
+    return begun
 
 
 def build_queue(engine: sa.Engine, binding: Binding) -> None:
@@ -394,6 +404,7 @@ __all__ = [
     "Request",
     "Side",
     "begin",
+    "begun_change",
     "build_indexes",
     "missing_indexes",
     "pair_of",

@@ -58,6 +58,7 @@ def finish(
 
     Raises:
         BackfillIncompleteError: the new column is not complete, or lacks its index.
+        ReembeddingError: a view or another object of the server's depends on the old column.
         StillInUseError: the old column is still read or written, and ``force`` was not given. What
             cannot be seen is listed in ``status(...).unseen``.
         TableBusyError: the table's lock could not be had.
@@ -109,6 +110,7 @@ def require_finishable(
 
     Raises:
         BackfillIncompleteError: the new column is not complete, or lacks its index.
+        ReembeddingError: a view or another object of the server's depends on the old column.
         StillInUseError: the old column is still read or written, and ``force`` was not given.
     """
     stands = status_of(connection, new, old, whole=False)
@@ -118,12 +120,49 @@ def require_finishable(
             f"{new} cannot take the place of {old.column} yet: {joined(reasons)}. Next: "
             f"{stands.next_step}."
         )
+    require_droppable(connection, old)
     in_use = () if force else use_of(connection, old, quiet, watch)
     if in_use:
         raise StillInUseError(
             f"{old} is still in use: {joined(in_use)}. Wait until every process runs the code that "
             f"declares {new.column!r}, and for {quiet.total_seconds():.0f} s more; or force it, "
             "and whoever still uses it will fail."
+        )
+
+
+#: What ``DROP COLUMN`` would refuse, this library's own triggers apart.
+_DEPENDENT = sa.text(
+    "SELECT DISTINCT pg_catalog.pg_describe_object(d.classid, d.objid, d.objsubid) "
+    "FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_attribute a "
+    "ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid "
+    "LEFT JOIN pg_catalog.pg_trigger t "
+    "ON d.classid = CAST('pg_catalog.pg_trigger' AS regclass) AND t.oid = d.objid "
+    "LEFT JOIN pg_catalog.pg_proc p ON p.oid = t.tgfoid "
+    "WHERE d.refclassid = CAST('pg_catalog.pg_class' AS regclass) AND d.deptype = 'n' "
+    "AND d.refobjid = CAST(:relation AS oid) AND a.attname IN (:column, :companion) "
+    "AND p.pronamespace IS DISTINCT FROM CAST(pg_catalog.to_regnamespace('sbert') AS oid) "
+    "ORDER BY 1"
+)
+
+
+def require_droppable(connection: sa.Connection, binding: Binding) -> None:
+    """Do nothing where no view, trigger or other object of the application's needs a column.
+
+    Raises:
+        ReembeddingError: there is one; dropping it with the column is not ours to decide.
+    """
+    found = connection.scalars(
+        _DEPENDENT,
+        {
+            "relation": binding.relation,
+            "column": binding.column,
+            "companion": binding.companion,
+        },
+    ).all()
+    if found:
+        raise ReembeddingError(
+            f"{binding} cannot be dropped, since the server keeps for it: {joined(found)}. Change "
+            "or drop these first, then run the same again. Nothing was changed."
         )
 
 
@@ -147,7 +186,8 @@ def abort(
         Whether there was anything to remove.
 
     Raises:
-        ReembeddingError: the column replaces nothing, so it is not a change's new column.
+        ReembeddingError: the column replaces nothing, so it is not a change's new column; or a view
+            or another object of the server's depends on it.
         TableBusyError: the table's lock could not be had; an index that is being built holds it.
     """
     with engine.connect() as connection:
@@ -161,6 +201,7 @@ def abort(
                 f"{binding} replaces no column, so there is no change to give up{hint}. Give the "
                 "new column of a change that is under way."
             )
+        require_droppable(connection, binding)
         connection.rollback()
 
     def step(connection: sa.Connection) -> bool:
@@ -224,4 +265,11 @@ def _lock(connection: sa.Connection, binding: Binding) -> None:
     connection.execute(system.ddl("LOCK TABLE %(fullname)s IN ACCESS EXCLUSIVE MODE", table))
 
 
-__all__ = ["abort", "drop_bound_column", "finish", "require_finishable", "resume"]
+__all__ = [
+    "abort",
+    "drop_bound_column",
+    "finish",
+    "require_droppable",
+    "require_finishable",
+    "resume",
+]

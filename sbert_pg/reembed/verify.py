@@ -18,6 +18,7 @@ from sbert_pg.catalog import rows
 from sbert_pg.distance import similarity_matrix
 from sbert_pg.errors import EncoderError
 from sbert_pg.freshness.comparing import Comparison, compare_rows
+from sbert_pg.locks import set_timeouts_aside
 from sbert_pg.reembed.change import Pair, Side, pair_of
 from sbert_pg.reembed.ready import coverage_of
 from sbert_pg.reembed.report import (
@@ -343,20 +344,4 @@ class _Exact:
         )
 
 
-#: What would end a verification that only takes its time: it encodes between two statements.
-_TIMEOUTS = (
-    "statement_timeout",
-    "lock_timeout",
-    "idle_in_transaction_session_timeout",
-    "transaction_timeout",
-)
-
-
-def set_timeouts_aside(connection: sa.Connection) -> None:
-    """Set the time-outs that a role or database may have aside until the transaction ends."""
-    settings = sa.table("pg_settings", sa.column("name", sa.Text), schema="pg_catalog")
-    known = settings.c.name.in_(_TIMEOUTS)
-    connection.execute(sa.select(sa.func.set_config(settings.c.name, "0", True)).where(known)).all()
-
-
-__all__ = ["set_timeouts_aside", "verify"]
+__all__ = ["verify"]

@@ -11,6 +11,7 @@ AS $body$
 DECLARE
     v_old sbert.binding;
     v_replaces_id uuid;
+    v_begun text;
     v_sources text[];
     v_storage text;
     v_keys text[];
@@ -38,6 +39,13 @@ BEGIN
         PERFORM sbert.require_same_v1(v_old.id, record_v1.declared, record_v1.source, v_replaces_id);
         UPDATE sbert.binding AS b SET bound_name = sbert.name_v1(b.relation) WHERE b.id = v_old.id;
         RETURN v_old.id;
+    END IF;
+    SELECT b.column_name INTO v_begun FROM sbert.binding b WHERE b.replaces_id = v_replaces_id;
+    IF v_begun IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'SB002',
+            MESSAGE = format('column %I of table %s is being replaced by column %I already',
+                record_v1.replaces, record_v1.relation::text, v_begun),
+            HINT = 'Finish that change or abort it before another one begins.';
     END IF;
     PERFORM sbert.require_free_name_v1(record_v1.relation, record_v1.column_name);
     v_keys := sbert.key_columns_v1(record_v1.relation);

@@ -16,6 +16,9 @@ DECLARE
     v_literal text := '';
     v_parts text[] := '{}';
     v_match text[];
+    -- In a literal, what stands for a backslash; see of_sql_v1.
+    v_slashes text := repeat(chr(92), 2);
+    v_slash text := ''' || chr(92) || E''';
 BEGIN
     SELECT string_agg(format('%s%I IS NOT NULL', qualifier, name), ' OR ' ORDER BY position)
       INTO v_any FROM unnest(v_columns) WITH ORDINALITY AS c (name, position);
@@ -27,16 +30,18 @@ BEGIN
             IF v_match[2] IS NULL THEN
                 v_literal := v_literal || coalesce(left(v_match[1], 1), v_match[3]);
             ELSE
-                v_parts := v_parts || quote_literal(v_literal)
+                v_parts := v_parts || replace(quote_literal(v_literal), v_slashes, v_slash)
                     || format('coalesce(%s%I::text COLLATE "C", '''')', qualifier, v_match[2]);
                 v_literal := '';
             END IF;
         END LOOP;
-        v_text := array_to_string(v_parts || quote_literal(v_literal), ' || ');
+        v_text := array_to_string(
+            v_parts || replace(quote_literal(v_literal), v_slashes, v_slash), ' || ');
     ELSIF cardinality(v_columns) > 1 THEN
         SELECT format('substr(%s, %s)',
-                      string_agg(format('coalesce(%L || nullif(%s%I::text COLLATE "C", ''''), '''')',
-                                        v_separator, qualifier, name), ' || ' ORDER BY position),
+                      string_agg(format('coalesce(%s || nullif(%s%I::text COLLATE "C", ''''), '''')',
+                                        replace(quote_literal(v_separator), v_slashes, v_slash),
+                                        qualifier, name), ' || ' ORDER BY position),
                       length(v_separator) + 1)
           INTO v_text FROM unnest(v_columns) WITH ORDINALITY AS c (name, position);
     ELSE

@@ -15,8 +15,9 @@ from alembic.operations import Operations
 
 from sbert_pg import registry
 from sbert_pg.alembic import autogenerate_plugins, toimpl
+from sbert_pg.alembic.changes import ChangedColumnError
 from sbert_pg.alembic.statements import is_enclosed
-from sbert_pg.errors import BackfillIncompleteError, ReembeddingError
+from sbert_pg.errors import AlreadyBoundError, BackfillIncompleteError, ReembeddingError
 from sbert_pg.freshness import backfill
 from sbert_pg.testing import DeterministicEncoder
 from sbert_pg.types.identity import ColumnIdentity
@@ -93,6 +94,91 @@ def test_changed_in_place(filled: Any) -> None:
     assert app.check() == ""
     assert "embedding" not in app.execute(NAMES)
     assert app.scalar("SELECT count(second) FROM article") == 20
+
+
+THIRD = (
+    'third = embedding_column(EncoderSpec(name="more", dimensions=32), source="title", '
+    'replaces="embedding", nullable=True)'
+)
+
+
+def test_two_replacements_of_one_column_are_refused(filled: Any) -> None:
+    """The end of one change would drop the column under the other: by autogenerate and by hand."""
+    app = filled
+    app.models(models(f"{NEW}\n    {THIRD}", NEW_INDEX))
+    with pytest.raises(ChangedColumnError, match="'second' and 'third' are both to replace"):
+        app.revision("both")
+    app.models(models(f"{OLD}\n    {NEW}", OLD_INDEX))
+    app.step("one")
+    app.empty_revision(
+        "the other",
+        "op.begin_reembedding('article', 'third', replaces='embedding', "
+        "encoder='more', dimensions=32, source='title')",
+    )
+    with pytest.raises(AlreadyBoundError, match="replaced by column 'second' already"):
+        app.upgrade()
+    assert "third" not in app.execute(NAMES)
+    assert app.execute("SELECT column_name FROM sbert.binding ORDER BY 1") == [
+        "embedding",
+        "second",
+    ]
+
+
+def test_a_class_and_an_attribute_of_other_names(filled: Any) -> None:
+    """What counts is the name of the table and the column."""
+    app = filled
+    new = NEW.replace("second =", "vector =").replace("nullable", 'name="second", nullable')
+    app.models(models(new, NEW_INDEX).replace("class Article", "class Paper"))
+    text = app.revision("renamed")
+    assert "finish_reembedding" not in text.partition("def downgrade")[0]
+    app.upgrade()
+    assert app.scalar("SELECT count(embedding) FROM article") == 20
+
+
+@pytest.mark.parametrize("operation", ["finish_reembedding", "drop_embedding_column"])
+def test_a_view_over_the_old_column_is_noticed_before_anything_is_committed(
+    filled: Any, operation: str
+) -> None:
+    app = filled
+    app.models(models(f"{OLD}\n    {NEW}", OLD_INDEX))
+    app.step("other encoder")
+    backfill(app.engine, ColumnIdentity(None, "article", "second"))
+    app.execute("CREATE INDEX ix_new ON article USING hnsw (second vector_cosine_ops)")
+    app.execute("CREATE VIEW ranked AS SELECT id, embedding FROM article")
+    force = ", force=True" if operation == "finish_reembedding" else ""
+    app.empty_revision(
+        "by hand",
+        f"op.execute('ALTER TABLE article ADD COLUMN views int')\n"
+        f"op.{operation}('article', 'embedding'{force})",
+    )
+    with pytest.raises(ReembeddingError, match="view ranked"):
+        app.upgrade()
+    assert "views" not in app.execute(NAMES)
+    assert app.scalar("SELECT count(embedding) FROM ranked") == 20
+    app.execute("DROP VIEW ranked")
+    app.upgrade()
+    assert {"views", "second"} <= set(app.execute(NAMES))
+    assert "embedding" not in app.execute(NAMES)
+
+
+NOTE = """
+class Note(Base):
+    __tablename__ = "note"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    title: Mapped[str]
+    embedding = embedding_column(ENCODER, source="title", nullable=True)
+"""
+
+
+def test_no_later_revision_installs_the_schema_again(filled: Any) -> None:
+    """Another table with a column, an index that goes, a table that goes."""
+    app = filled
+    later = [models(OLD, OLD_INDEX) + NOTE, models(OLD) + NOTE, models(OLD)]
+    for number, text in enumerate(later):
+        app.models(text)
+        assert "upgrade_sbert_schema" not in app.revision(f"step {number}")
+        app.upgrade()
+    assert app.check() == ""
 
 
 @pytest.mark.slow

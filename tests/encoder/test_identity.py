@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tiny_model import WORDS, write_tiny
 
 from sbert_pg.encoder import Encoder, conversion
 from sbert_pg.errors import ConversionError, EncoderMismatchError
@@ -336,3 +337,178 @@ def test_below_its_floor_a_precision_is_refused(
     with pytest.raises(ConversionError, match=r"0\.99999.*precision='fp32'"):
         Encoder.load(minilm_path, precision="int8", cache_dir=tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.name == "model.onnx"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Change], Encoder]:
+    """A model of a few milliseconds, with a Dense layer, with something changed in its files."""
+    folder = tmp_path_factory.mktemp("tiny")
+
+    def make(change: Change) -> Encoder:
+        path = folder / change.__name__
+        if not path.exists():
+            change(write_tiny(path))
+        return Encoder.load(path, precision="fp32", cache_dir=folder / "cache")
+
+    return make
+
+
+def unchanged(path: Path) -> None:
+    pass
+
+
+def tokenizer(path: Path, part: str, **values: Any) -> None:
+    content = json.loads((path / "tokenizer.json").read_text())
+    edit(path / "tokenizer.json", **{part: {**content[part], **values}})
+
+
+def no_normalizer(path: Path) -> None:
+    edit(path / "tokenizer.json", normalizer=None)
+
+
+def another_pre_tokenizer(path: Path) -> None:
+    edit(path / "tokenizer.json", pre_tokenizer={"type": "Whitespace"})
+
+
+def an_added_token(path: Path) -> None:
+    """One that no probe holds: the probes' vectors are equal to the last bit."""
+    sides = dict.fromkeys(("special", "single_word", "lstrip", "rstrip", "normalized"), False)
+    token = {"id": WORDS.index("hello"), "content": "hello", **sides}
+    edit(path / "tokenizer.json", added_tokens=[token])
+
+
+def longest_word(path: Path) -> None:
+    tokenizer(path, "model", max_input_chars_per_word=3)
+
+
+def swapped_words(path: Path) -> None:
+    vocabulary = {word: number for number, word in enumerate(WORDS)}
+    vocabulary |= {"a": vocabulary["b"], "b": vocabulary["a"]}
+    tokenizer(path, "model", vocab=vocabulary)
+
+
+def no_last_token(path: Path) -> None:
+    content = json.loads((path / "tokenizer.json").read_text())["post_processor"]
+    tokenizer(path, "post_processor", single=content["single"][:-1])
+
+
+def cut_at_the_left(path: Path) -> None:
+    left = {"direction": "Left", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    edit(path / "tokenizer.json", truncation=left)
+
+
+def blind_to_the_prompt(path: Path) -> None:
+    edit(path / "1_Pooling" / "config.json", include_prompt=False)
+
+
+def dense_activation(path: Path) -> None:
+    name = "torch.nn.modules.linear.Identity"
+    edit(path / "2_Dense" / "config.json", activation_function=name)
+
+
+def dense_weight(path: Path) -> None:
+    """The least that a float can change."""
+    one_weight(path / "2_Dense" / "model.safetensors", "linear.weight")
+
+
+def dense_after_normalize(path: Path) -> None:
+    first, second, dense, normalize = json.loads((path / "modules.json").read_text())
+    (path / "modules.json").write_text(json.dumps([first, second, normalize, dense]))
+
+
+def lower_case_by_the_model(path: Path) -> None:
+    edit(path / "sentence_bert_config.json", do_lower_case=True)
+
+
+def one_weight(file: Path, name: str) -> None:
+    tensors = load_file(file)
+    changed = tensors[name].copy()
+    changed.flat[0] = np.nextafter(changed.flat[0], np.float32(9))
+    file.unlink()
+    save_file({**tensors, name: changed}, file)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (no_normalizer, "another tokenizer"),
+        (another_pre_tokenizer, "another tokenizer"),
+        (an_added_token, "another tokenizer"),
+        (longest_word, "another tokenizer"),
+        (swapped_words, "another tokenizer"),
+        (no_last_token, "another tokenizer"),
+        (cut_at_the_left, "another tokenizer"),
+        (lower_case_by_the_model, "another tokenizer"),
+        (blind_to_the_prompt, "include_prompt"),
+        (dense_activation, "layers after pooling"),
+        (dense_weight, "layers after pooling"),
+        (dense_after_normalize, "layers after pooling"),
+    ],
+)
+def test_told_apart_by_what_no_probe_may_see(
+    tiny: Callable[[Change], Encoder], change: Change, reason: str
+) -> None:
+    """Whether or not the probes' vectors are near, or even equal."""
+    one, other = tiny(unchanged), tiny(change)
+    assert other.spec.fingerprint != one.spec.fingerprint
+    assert other.spec.document_fingerprint != one.spec.document_fingerprint
+    verdict = compatible(one, other)
+    assert not verdict
+    assert reason in verdict.reason
+
+
+def unknown_to_dense(path: Path) -> None:
+    edit(path / "2_Dense" / "config.json", unknown_to_us=1)
+
+
+def unknown_to_normalize(path: Path) -> None:
+    (path / "3").mkdir()
+    (path / "3" / "config.json").write_text('{"p": 1}')
+
+
+def unknown_to_pooling(path: Path) -> None:
+    edit(path / "1_Pooling" / "config.json", unknown_to_us=1)
+
+
+def one_weight_of_the_transformer(path: Path) -> None:
+    one_weight(path / "model.safetensors", "encoder.layer.0.output.dense.weight")
+
+
+def one_tensor_quantised(path: Path) -> None:
+    file, name = path / "model.safetensors", "encoder.layer.0.output.dense.weight"
+    tensors = load_file(file)
+    step = np.abs(tensors[name]).max() / 127
+    file.unlink()
+    save_file({**tensors, name: (np.round(tensors[name] / step) * step).astype(np.float32)}, file)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        unknown_to_dense,
+        unknown_to_normalize,
+        unknown_to_pooling,
+        one_weight_of_the_transformer,
+        one_tensor_quantised,
+    ],
+)
+def test_any_change_is_another_fingerprint_and_the_probes_decide(
+    tiny: Callable[[Change], Encoder], change: Change
+) -> None:
+    one, other = tiny(unchanged), tiny(change)
+    assert other.spec.fingerprint != one.spec.fingerprint
+    verdict = compatible(one, other)
+    assert verdict, verdict.reason
+    assert "equal" not in verdict.reason
+
+
+def test_names_of_modules_and_files_beside_the_model_do_not_count(
+    tiny: Callable[[Change], Encoder],
+) -> None:
+    def renamed(path: Path) -> None:
+        modules = json.loads((path / "modules.json").read_text())
+        (path / "modules.json").write_text(json.dumps([{**m, "name": "x"} for m in modules]))
+        (path / "README.md").write_text("hello")
+        (path / "vocab.txt").write_text("\n".join(reversed(WORDS)))  # tokenizer.json counts
+
+    assert tiny(renamed).spec.fingerprint == tiny(unchanged).spec.fingerprint

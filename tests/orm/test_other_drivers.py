@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sqlalchemy as sa
+from other_drivers import url_of
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, undefer
 from write_models import Array, Article, Page, embedding, pending, require_true_or_pending
 
@@ -24,22 +25,18 @@ from sbert_pg import (
     load,
     nearest,
 )
-from sbert_pg.errors import CatalogMissingError, DeclarationError, DimensionError, VectorError
+from sbert_pg.errors import (
+    CatalogMissingError,
+    DeclarationError,
+    DimensionError,
+    EncoderMismatchError,
+    VectorError,
+)
+from sbert_pg.testing import DeterministicEncoder
 from sbert_pg.types import VectorArray, drivers
 
 DRIVERS = ("psycopg", "psycopg_async", "psycopg2", "pg8000", "asyncpg")
 Run = Callable[[Callable[[Session], Any]], Any]
-
-
-def url_of(url: sa.URL, driver: str) -> sa.URL:
-    """The same database over another driver; pg8000 is told of sockets in a way of its own."""
-    pytest.importorskip(driver.removesuffix("_async"))
-    host = url.query.get("host", url.host)
-    target = url.set(drivername=f"postgresql+{driver}")
-    if driver == "pg8000" and isinstance(host, str) and host.startswith("/"):
-        socket = f"{host}/.s.PGSQL.{url.port or url.query.get('port', 5432)}"
-        return target.set(host=None, port=None, query={"unix_sock": socket})
-    return target
 
 
 async def _asynchronous(url: sa.URL, work: Callable[[Session], Any]) -> Any:
@@ -134,6 +131,58 @@ def test_aggregates(run: Run, tables: sa.Engine, encoder: Any) -> None:
         assert (
             session.scalar(sa.select(column.hamming_distance(both[0])).where(Article.id == 1)) == 0
         )
+
+    run(work)
+
+
+def test_many_rows_at_once_some_without_a_vector(run: Run, tables: sa.Engine, encoder: Any) -> None:
+    """Of both storages; the first row has none, from which a driver might guess the type."""
+    vectors = [None, encoder._vector("red").tolist(), None, encoder._vector("blue")]
+    rows = [
+        {"id": i, "title": None, "body": None, "by_title": vector, "by_all": vector}
+        for i, vector in enumerate(vectors)
+    ]
+    page: Any = Page.__table__
+
+    def work(session: Session) -> None:
+        bare = sa.table("bare", *(sa.column(c.name, c.type) for c in page.c if c.name in rows[0]))
+        session.execute(sa.text("CREATE TABLE bare AS SELECT * FROM page LIMIT 0"))
+        session.connection().execute(sa.insert(bare), rows)
+        found = session.execute(sa.select(bare).order_by(bare.c.id)).all()
+        for row, vector in zip(found, vectors, strict=True):
+            for stored in (row.by_title, row.by_all):
+                assert (stored is None) == (vector is None)
+                if vector is not None:
+                    assert np.allclose(stored, vector, atol=1e-3)
+
+    run(work)
+
+
+def test_a_reader_and_a_writer_notice_that_the_column_changed_hands(
+    run: Run, tables: sa.Engine, encoder: Any
+) -> None:
+    """In the middle of their session, and by an error of our own over any driver."""
+    column: Any = Article.__table__.c.embedding
+
+    def work(session: Session) -> None:
+        session.add(Article(id=1, title="red"))
+        session.commit()
+        assert session.execute(nearest(Article.embedding, "red", limit=1)).one()[0].id == 1
+        session.rollback()
+        with tables.begin() as connection:
+            catalog.unbind(connection, column)
+            binding = catalog.bind(connection, column)
+            catalog.seal(connection, binding, DeterministicEncoder(salt="another"))
+        with pytest.raises(EncoderMismatchError, match="embedding"):
+            session.execute(nearest(Article.embedding, "red", limit=1))
+        session.rollback()
+        with pytest.raises(EncoderMismatchError, match="embedding"):
+            session.scalars(sa.select(Article.id).order_by(Article.embedding.distance("red")))
+        session.rollback()
+        session.add(Article(id=2, title="blue"))
+        with pytest.raises(EncoderMismatchError, match="embedding"):
+            session.flush()
+        session.rollback()
 
     run(work)
 

@@ -10,7 +10,7 @@ from alembic.migration import MigrationContext
 from alembic.operations import Operations
 from ways import modules_of
 
-from sbert_pg import catalog, errors
+from sbert_pg import catalog, create_all, errors
 from sbert_pg import reembed as ree
 from sbert_pg.alembic import register
 from sbert_pg.digest import NIL
@@ -198,6 +198,61 @@ def test_starting_again_changes_nothing(world):
     before = snapshot(world)
     assert ree.begin(world.engine, request(world)).id == first.id
     assert snapshot(world) == before
+
+
+@pytest.mark.parametrize(
+    ("statement", "named"),
+    [
+        ("create view ranked as select id, {column} from articles", "view ranked"),
+        (
+            (
+                "create trigger mine before update of {column} on articles "
+                "for each row execute function suppress_redundant_updates_trigger()"
+            ),
+            "trigger mine",
+        ),
+        ("create view proofs as select {column}_of from articles", "view proofs"),
+    ],
+)
+def test_what_depends_on_a_column_is_named_before_it_goes(world, statement, named):
+    world.create(10)
+    ree.begin(world.engine, request(world))
+    world.fill()
+    ree.build_indexes(world.engine, world.new_column)
+    ends = {
+        "embedding_new": lambda: ree.abort(world.engine, world.new_column),
+        "embedding": lambda: ree.finish(world.engine, world.new_column, quiet=QUIET),
+    }
+    for column, end in ends.items():
+        with world.engine.begin() as connection:
+            connection.execute(sa.text(statement.format(column=column)))
+        before = snapshot(world)
+        with pytest.raises(errors.ReembeddingError, match=named):
+            end()
+        assert snapshot(world) == before
+        with world.engine.begin() as connection:
+            on = " on articles" if "trigger" in named else ""
+            connection.execute(sa.text(f"drop {named}{on}"))
+    assert ends["embedding"]() is True
+
+
+def test_use_of_a_table_of_the_same_name_is_none(world):
+    """In another schema, by the same encoder; and its column stays."""
+    world.create(10)
+    elsewhere = world.old_table.to_metadata(sa.MetaData(), schema="elsewhere")
+    with world.engine.begin() as connection:
+        connection.execute(sa.schema.CreateSchema("elsewhere"))
+        create_all(connection, elsewhere.metadata)
+    ree.begin(world.engine, request(world))
+    world.fill()
+    ree.build_indexes(world.engine, world.new_column)
+    with world.engine.connect() as connection:
+        connection.execute(nearest(elsewhere.c.embedding, "t3", limit=3)).all()
+        connection.commit()
+    assert ree.status(world.engine, world.new_column).in_use == ()
+    assert ree.finish(world.engine, world.new_column) is True
+    with world.engine.connect() as connection:
+        assert catalog.require_binding(connection, elsewhere.c.embedding).schema == "elsewhere"
 
 
 def test_a_second_change_has_to_wait(world):
