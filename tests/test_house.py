@@ -61,24 +61,24 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 #: Most modules and lines of each room: a new capability raises its own, and nobody else's.
 ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (10, 2130),
-    "alembic": (9, 2738),
+    "alembic": (9, 2773),
     "catalog": (9, 2540),
     "cli": (18, 4753),
     "clustering": (16, 4948),
-    "encoder": (28, 7329),
+    "encoder": (28, 7333),
     "freshness": (23, 5310),
     "indexes": (6, 1444),
     "loading": (4, 1105),
     "orm": (5, 935),
     "passages": (6, 1218),
-    "reembed": (12, 3258),
+    "reembed": (12, 3302),
     "search": (12, 3609),
     "serving": (17, 3419),
     "tuning": (18, 4240),
     "types": (9, 1732),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3338
+MOST_LINES_OF_THE_REST = 3357
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60
