@@ -270,18 +270,20 @@ class Comparison:
         for key, table in self.tables.items():
             if key in self.created or not self._in_scope(table):
                 continue
+            self._refuse_two(key, table)
             self._compare_bindings(key, table)
             self.middle += changed_texts(self.connection, table)
             if key in self.index_tables or any(isinstance(c.type, VectorType) for c in table.c):
                 self._compare_indexes(key, table)
 
+    def _refuse_two(self, key: Key, table: sa.Table) -> None:
+        columns = self._embeddings(table)
+        changes.refuse_two(table, {c.name: self._declaration(key, c).replaces for c in columns})
+
     def _in_scope(self, table: sa.Table) -> bool:
         return self.context.run_object_filters(table, table.name, "table", False, None)
 
     def _compare_bindings(self, key: Key, table: sa.Table) -> None:
-        changes.refuse_two(
-            table, {c.name: self._declaration(key, c).replaces for c in self._embeddings(table)}
-        )
         for column in self._embeddings(table):
             place = (*key, column.name)
             binding = self.bindings.get(place)

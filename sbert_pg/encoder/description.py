@@ -30,7 +30,15 @@ from sbert_pg.encoder.files import (
     read_json,
     require_model,
 )
-from sbert_pg.encoder.layers import Dense, Layer, Normalize, PoolingMode, read_layers, read_pooling
+from sbert_pg.encoder.layers import (
+    Dense,
+    Layer,
+    Normalize,
+    PoolingMode,
+    layer_settings,
+    read_layers,
+    read_pooling,
+)
 from sbert_pg.errors import DamagedEncoderError, UnsupportedEncoderError
 
 logger = logging.getLogger("sbert_pg.encoder")
@@ -183,10 +191,7 @@ def describe(path: str | Path) -> Description:
             "pooling": plain(pooling_settings, frozenset()),
             "general": plain(general, IN_SPEC),
             "modules": [name for name, _ in modules],
-            "layers": [
-                plain(read_if_there(inside(root, at) / "config.json"), frozenset())
-                for _, at in modules[2:]
-            ],
+            "layers": layer_settings(root, modules[2:]),
         },
         weights=find_weights(transformer_path),
         pooling=pooling,

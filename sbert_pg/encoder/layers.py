@@ -148,6 +148,11 @@ def read_layers(root: Path, modules: Sequence[tuple[str, str]], width: int) -> t
     return tuple(layers)
 
 
+def layer_settings(root: Path, modules: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    """All that the layers' own configuration files say, what is ignored on purpose included."""
+    return [dict(read_if_there(inside(root, path) / "config.json")) for _, path in modules]
+
+
 def layer_text(layer: Layer) -> str:
     """A layer as text, with a digest of its weights."""
     if not isinstance(layer, Dense):
