@@ -61,11 +61,11 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 #: Most modules and lines of each room: a new capability raises its own, and nobody else's.
 ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (10, 2130),
-    "alembic": (9, 2773),
+    "alembic": (9, 2775),
     "catalog": (9, 2540),
     "cli": (18, 4753),
     "clustering": (16, 4948),
-    "encoder": (28, 7333),
+    "encoder": (28, 7343),
     "freshness": (23, 5310),
     "indexes": (6, 1444),
     "loading": (4, 1105),
