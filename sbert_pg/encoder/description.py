@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sbert_pg.distance import SIMILARITIES, Similarity
+from sbert_pg.encoder import layers as after_pooling
 from sbert_pg.encoder.files import (
     Settings,
     find_weights,
@@ -30,15 +31,7 @@ from sbert_pg.encoder.files import (
     read_json,
     require_model,
 )
-from sbert_pg.encoder.layers import (
-    Dense,
-    Layer,
-    Normalize,
-    PoolingMode,
-    layer_settings,
-    read_layers,
-    read_pooling,
-)
+from sbert_pg.encoder.layers import Dense, Layer, Normalize, PoolingMode, read_layers, read_pooling
 from sbert_pg.errors import DamagedEncoderError, UnsupportedEncoderError
 
 logger = logging.getLogger("sbert_pg.encoder")
@@ -191,7 +184,7 @@ def describe(path: str | Path) -> Description:
             "pooling": plain(pooling_settings, frozenset()),
             "general": plain(general, IN_SPEC),
             "modules": [name for name, _ in modules],
-            "layers": layer_settings(root, modules[2:]),
+            "layers": after_pooling.layer_settings(root, modules[2:]),
         },
         weights=find_weights(transformer_path),
         pooling=pooling,
