@@ -65,7 +65,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "catalog": (9, 2540),
     "cli": (18, 4753),
     "clustering": (16, 4948),
-    "encoder": (28, 7343),
+    "encoder": (28, 7336),
     "freshness": (23, 5310),
     "indexes": (6, 1444),
     "loading": (4, 1105),
