@@ -62,6 +62,13 @@ def _require_key(table: sa.Table, columns: Sequence[sa.Column[Any]]) -> None:
         )
 
 
+def _is_json(type_: Any) -> bool:
+    """Whether a type is ``json`` in the database, by itself or in arrays, or may be."""
+    type_ = getattr(type_, "impl_instance", type_)
+    type_ = getattr(type_, "item_type", type_)
+    return isinstance(type_, sa.JSON) and not isinstance(type_, postgresql.JSONB)
+
+
 class _BytesDumper(Dumper):
     """Vectors arrive in their wire form already."""
 
@@ -80,6 +87,7 @@ class Writer:
         inserts: whether rows have to go through INSERT.
         existing: what becomes of rows whose key is there already; but for ``"refuse"`` a block is
             copied into a temporary table first, and inserted from there.
+        replaced: columns that are rewritten in rows that are there; all by default.
 
     Raises:
         DeclarationError: rows that are there cannot be known, since the key is not written.
@@ -93,11 +101,13 @@ class Writer:
         *,
         inserts: bool = False,
         existing: Existing = "refuse",
+        replaced: Sequence[sa.Column[Any]] | None = None,
     ) -> None:
         self._connection = connection
         self._table = table
         self._columns = columns
         self._existing = existing
+        self._replaced = columns if replaced is None else replaced
         if existing != "refuse":
             _require_key(table, columns)
         self._driver: Any = connection.connection.driver_connection
@@ -164,10 +174,9 @@ class Writer:
 
     def _merge(self, staging: sa.TableClause, first: int, last: int) -> None:
         """Insert the rows of the temporary table, which is empty afterwards."""
-        names = [column.name for column in self._columns]
-        statement = postgresql.insert(self._table).from_select(
-            names, sa.select(*(staging.c[name] for name in names)), include_defaults=False
-        )
+        rows = sa.select(*(staging.c[column.name] for column in self._columns))
+        keys = [column.key for column in self._columns]
+        statement = postgresql.insert(self._table).from_select(keys, rows, include_defaults=False)
         try:
             self._connection.execute(self._beside_existing(statement))
         except sa.exc.DBAPIError as error:
@@ -179,16 +188,16 @@ class Writer:
         if self._existing == "refuse":
             return statement
         key = list(self._table.primary_key)
-        rest = [column for column in self._columns if column not in key]
+        rest = [column for column in self._replaced if column not in key]
         if self._existing == "keep" or not rest:
             return statement.on_conflict_do_nothing(index_elements=key)
         new, differs = statement.excluded, None
         # The type json alone cannot be compared.
-        if not any(type(column.type) in (sa.JSON, postgresql.JSON) for column in rest):
+        if not any(_is_json(column.type) for column in rest):
             differs = sa.or_(*(column.is_distinct_from(new[column.key]) for column in rest))
         return statement.on_conflict_do_update(
             index_elements=key,
-            set_={column.name: new[column.key] for column in rest},
+            set_={column.key: new[column.key] for column in rest},
             where=differs,
         )
 

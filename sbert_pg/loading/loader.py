@@ -103,9 +103,9 @@ def load(
             in a column of numbers, dates or the like is converted, for the sake of CSV files.
         columns: names of the values, where rows are tuples instead of mappings.
         existing: what becomes of a row whose primary key is in the table: by default an error;
-            ``"keep"`` leaves the table's as it is, ``"replace"`` writes the new one where it
-            differs. With either the same rows can be loaded again, as after a failure; a block may
-            not have one key twice.
+            ``"keep"`` leaves the table's as it is, ``"replace"`` writes the columns of the new one
+            where they differ; those it lacks stay as they are. With either the same rows can be
+            loaded again, as after a failure; a block may not have one key twice.
         commit_every: rows after which the transaction is committed; never by default. Needs a
             connection that is in no transaction yet, as from ``engine.connect()``.
         progress: is called with the number of rows written so far, after each block.
@@ -220,8 +220,14 @@ class _Loading:
                 if binding is not None and embedded.companion is not None
             ),
         ]
+        replaced = plan.replaced()
         writer = Writer(
-            self.connection, self.table, columns, inserts=plan.inserts, existing=self.existing
+            self.connection,
+            self.table,
+            columns,
+            inserts=plan.inserts,
+            existing=self.existing,
+            replaced=[column for column in replaced if column in columns],
         )
         plan.convert_for(self.connection.dialect, writer.copies)
         encoding = _Encoding(plan, bindings, writer.copies)

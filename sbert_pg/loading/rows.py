@@ -90,6 +90,19 @@ class Plan:
         position = {column: i for i, column in enumerate(self.columns)}
         return [(position.get(column), default_of(column)) for column in columns]
 
+    def replaced(self) -> set[sa.Column[Any] | None]:
+        """Columns that are written where a row is there already: those that rows bring.
+
+        What a default makes is for new rows. A vector, and what is said of it, goes with its text.
+        """
+        columns: set[sa.Column[Any] | None] = {
+            column for column, get in zip(self.columns, self._getters, strict=True) if get
+        }
+        for each, vectors in zip(self.embedded, self._vector_getters, strict=True):
+            if vectors is not None or not columns.isdisjoint(each.source_columns):
+                columns |= {each.column, each.companion}
+        return columns
+
     def convert_for(self, dialect: Dialect, copies: bool) -> None:
         """Decide how values are converted; what goes through INSERT is converted there."""
         self._convert = [_conversion(column, dialect, copies) for column in self.columns]

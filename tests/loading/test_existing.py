@@ -28,6 +28,22 @@ class Note(Base):
     embedding = embedding_column("deterministic", source="body", dimensions=384)
 
 
+class Json(sa.types.TypeDecorator[Any]):
+    impl = sa.JSON
+    cache_ok = True
+
+
+class Other(Base):
+    """Keys of columns that are not their names, a default, and JSON behind a type of one's own."""
+
+    __tablename__ = "load 5%'s"
+    id: Mapped[int] = mapped_column("Id%", key="id_", primary_key=True)
+    body: Mapped[str | None] = mapped_column("Bo dy", key="text_")
+    state: Mapped[str] = mapped_column(default="new")
+    more: Mapped[Any] = mapped_column(Json, nullable=True)
+    embedding = embedding_column("deterministic", source="Bo dy", dimensions=384, nullable=True)
+
+
 @pytest.fixture
 def notes(engine: sa.Engine, fake_encoder: DeterministicEncoder) -> sa.Engine:
     with engine.begin() as connection:
@@ -56,8 +72,7 @@ def pending(engine: sa.Engine) -> int:
     from sbert_pg.freshness import status
 
     with engine.connect() as connection:
-        (column,) = status(connection)
-        return column.pending + column.backfill
+        return sum(column.pending + column.backfill for column in status(connection))
 
 
 @pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
@@ -106,6 +121,28 @@ def test_columns_that_cannot_be_compared_are_written(notes: sa.Engine) -> None:
         assert load(connection, Note, given, existing="replace") == 1
         more = connection.scalar(sa.select(Note.more).where(Note.id == 1))
     assert more == {"a": 1}
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+@pytest.mark.parametrize("existing", ["keep", "replace"])
+def test_what_rows_lack_stays(notes: sa.Engine, existing: Any, driver: str) -> None:
+    engine = sa.create_engine(notes.url.set(drivername=f"postgresql+{driver}"))
+    columns = sa.select(Other.body, Other.state, Other.more, sa.cast(Other.embedding, sa.Text))
+    with engine.begin() as connection:
+        load(connection, Other, [{"id": 1, "body": "one", "state": "read"}], existing=existing)
+        (before,) = connection.execute(columns)
+        again = [{"id": 1, "more": [1]}] if existing == "replace" else [{"id": 1, "body": "two"}]
+        load(connection, Other, again, existing=existing)
+        (after,) = connection.execute(columns)
+        load(connection, Other, [{"id": 1, "body": "three", "more": [2]}], existing=existing)
+        (last,) = connection.execute(columns)
+    engine.dispose()
+    if existing == "replace":
+        assert last[:3] == ("three", "read", [2])
+        assert last[3] != before[3]
+    assert before[3] is not None
+    assert after == ("one", "read", [1] if existing == "replace" else None, before[3])
+    assert pending(notes) == 0
 
 
 def test_many_rows_beside_an_index_say_how_to_be_fast(
