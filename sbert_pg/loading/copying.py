@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any, Literal
 
 import psycopg
@@ -84,10 +84,10 @@ class Writer:
     Args:
         connection: the connection, synchronous, or an asynchronous one's within ``run_sync``.
         columns: the columns that rows have, in order.
+        replaced: those that ``"replace"`` writes in rows that are there.
         inserts: whether rows have to go through INSERT.
         existing: what becomes of rows whose key is there already; but for ``"refuse"`` a block is
             copied into a temporary table first, and inserted from there.
-        replaced: columns that are rewritten in rows that are there; all by default.
 
     Raises:
         DeclarationError: rows that are there cannot be known, since the key is not written.
@@ -98,16 +98,16 @@ class Writer:
         connection: Connection,
         table: sa.Table,
         columns: Sequence[sa.Column[Any]],
+        replaced: Set[sa.Column[Any] | None] = frozenset(),
         *,
         inserts: bool = False,
         existing: Existing = "refuse",
-        replaced: Sequence[sa.Column[Any]] | None = None,
     ) -> None:
         self._connection = connection
         self._table = table
         self._columns = columns
         self._existing = existing
-        self._replaced = columns if replaced is None else replaced
+        self._replaced = replaced
         if existing != "refuse":
             _require_key(table, columns)
         self._driver: Any = connection.connection.driver_connection
@@ -188,7 +188,8 @@ class Writer:
         if self._existing == "refuse":
             return statement
         key = list(self._table.primary_key)
-        rest = [column for column in self._replaced if column not in key]
+        replaced = self._replaced - set(key)
+        rest = [column for column in self._columns if column in replaced]
         if self._existing == "keep" or not rest:
             return statement.on_conflict_do_nothing(index_elements=key)
         new, differs = statement.excluded, None

@@ -220,14 +220,9 @@ class _Loading:
                 if binding is not None and embedded.companion is not None
             ),
         ]
-        replaced = plan.replaced()
+        replaced, existing = plan.replaced(), self.existing
         writer = Writer(
-            self.connection,
-            self.table,
-            columns,
-            inserts=plan.inserts,
-            existing=self.existing,
-            replaced=[column for column in replaced if column in columns],
+            self.connection, self.table, columns, replaced, inserts=plan.inserts, existing=existing
         )
         plan.convert_for(self.connection.dialect, writer.copies)
         encoding = _Encoding(plan, bindings, writer.copies)
