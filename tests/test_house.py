@@ -68,7 +68,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "encoder": (28, 7336),
     "freshness": (23, 5310),
     "indexes": (6, 1444),
-    "loading": (4, 1133),
+    "loading": (4, 1129),
     "orm": (5, 935),
     "passages": (6, 1218),
     "reembed": (12, 3302),
