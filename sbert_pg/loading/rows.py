@@ -365,10 +365,10 @@ class Loaded(int):
 
     cut: Mapping[str, int]
 
-    def __new__(cls, rows: int, cut: Mapping[str, int]) -> Loaded:
-        """Rows, and the texts among them that were cut."""
+    def __new__(cls, rows: int, cut: Mapping[str, int] | None = None) -> Loaded:
+        """Rows, and the texts among them that were cut; copies are made of the rows alone first."""
         loaded = super().__new__(cls, rows)
-        loaded.cut = dict(cut)
+        loaded.cut = dict(cut or {})
         return loaded
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import decimal
 import enum
+import pickle
 import threading
 import tracemalloc
 import uuid
@@ -41,7 +42,7 @@ from sbert_pg.errors import (
     LoadError,
     VectorError,
 )
-from sbert_pg.loading import loader
+from sbert_pg.loading import Loaded, loader
 from sbert_pg.spec import Vectors
 
 UNIT = np.eye(384, dtype=np.float32)
@@ -629,6 +630,11 @@ class Counting(RecordingEncoder):
     def encode_document(self, texts: Sequence[str]) -> Vectors:
         self.statistics.truncated += sum(length > 3 for length in self.count_tokens(texts))
         return super().encode_document(texts)
+
+
+def test_a_result_travels_between_processes() -> None:
+    there = pickle.loads(pickle.dumps(Loaded(3, {"embedding": 1})))
+    assert (there, there.cut, type(there)) == (3, {"embedding": 1}, Loaded)
 
 
 def test_texts_that_were_cut_are_counted(tables: sa.Engine, encoder: RecordingEncoder) -> None:
