@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 from architectures import ARCHITECTURES, COLUMNS, DOCS, STEPS, documented, measure, shown
-from encoder_models import SMALL, TEXTS, Make, Wish, worst
+from encoder_models import SMALL, TEXTS, Make, Wish, edit, worst
 
 from sbert_pg.encoder import Encoder
 from sbert_pg.encoder.description import STATIC
@@ -116,8 +115,7 @@ HOSTILE: dict[str, tuple[str, dict[str, Any]]] = {
 def test_what_is_not_understood_is_refused(make_model: Make, tmp_path: Path, case: str) -> None:
     name, changes = HOSTILE[case]
     path = Path(shutil.copytree(make_model(MODELS[name]), tmp_path / "model"))
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, **changes}))
+    edit(path / "config.json", **changes)
     with pytest.raises(EncoderError) as caught:
         Encoder.load(path, precision="fp32", cache_dir=tmp_path / "cache")
     if "unknown" in case:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from encoder_models import SMALL, TEXTS, Make, Wish, worst
+from encoder_models import SMALL, TEXTS, Make, Wish, edit, worst
 
 from sbert_pg.encoder import Encoder
 from sbert_pg.errors import EncoderError, UnsupportedEncoderError
@@ -74,8 +73,7 @@ def test_padding_is_no_part_of_a_text(
 ) -> None:
     """sentence-transformers pads where the tokenizer says; here no side changes a vector."""
     path = Path(shutil.copytree(make_model(MODELS["qwen3"]), tmp_path / "model"))
-    config = json.loads((path / "tokenizer_config.json").read_text())
-    (path / "tokenizer_config.json").write_text(json.dumps({**config, "padding_side": side}))
+    edit(path / "tokenizer_config.json", padding_side=side)
     ours = Encoder.load(path, precision="fp32", cache_dir=tmp_path / "cache")
     few = TEXTS[::3]
     assert worst(ours.encode(few), reference(path).encode(few, batch_size=7))[1] <= 1e-5
@@ -118,8 +116,7 @@ HOSTILE: dict[str, tuple[str, dict[str, Any]]] = {
 def test_what_is_not_understood_is_refused(make_model: Make, tmp_path: Path, case: str) -> None:
     name, changes = HOSTILE[case]
     path = Path(shutil.copytree(make_model(MODELS[name]), tmp_path / "model"))
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, **changes}))
+    edit(path / "config.json", **changes)
     with pytest.raises(EncoderError) as caught:
         Encoder.load(path, precision="fp32", cache_dir=tmp_path / "cache")
     if case == "an unknown key":

@@ -116,15 +116,16 @@ def write_cross_encoder(wish: Wish, target: Path, *, labels: int = 1, kind: str 
 
     plain = target.with_name(f"{target.name}-transformer")
     _write_transformer(wish, plain, labels)
-    _edit(plain / "tokenizer_config.json", tokenizer_class=kind or "PreTrainedTokenizerFast")
+    edit(plain / "tokenizer_config.json", tokenizer_class=kind or "PreTrainedTokenizerFast")
     model = CrossEncoder(str(plain), max_length=wish.max_seq_length, device="cpu")
     model.save_pretrained(str(target), create_model_card=False)
-    _edit(target / "tokenizer_config.json", tokenizer_class=kind or "PreTrainedTokenizerFast")
+    edit(target / "tokenizer_config.json", tokenizer_class=kind or "PreTrainedTokenizerFast")
     if wish.general:
-        _edit(target / "config_sentence_transformers.json", **wish.general)
+        edit(target / "config_sentence_transformers.json", **wish.general)
 
 
-def _edit(path: Path, **values: Any) -> None:
+def edit(path: Path, **values: Any) -> None:
+    """Give entries of a JSON file other values."""
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
