@@ -441,17 +441,19 @@ class Held:
 
     def __init__(self, engine: sa.Engine) -> None:
         self.modes: set[str] = set()
-        self.looking = False
+        #: Of its own in each thread: what one writes must be seen while another is looked at.
+        self.looking = threading.local()
         sa.event.listen(engine, "after_cursor_execute", self._look)
 
     def _look(self, connection: sa.Connection, *_: Any) -> None:
-        if self.looking or connection.get_isolation_level() == "AUTOCOMMIT":
+        looking = getattr(self.looking, "now", False)
+        if looking or connection.get_isolation_level() == "AUTOCOMMIT":
             return
-        self.looking = True
+        self.looking.now = True
         try:
             self.modes.update(connection.execute(sa.text(HELD)).scalars())
         finally:
-            self.looking = False
+            self.looking.now = False
 
 
 HELD = (
