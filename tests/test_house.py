@@ -74,11 +74,12 @@ ROOMS: dict[str, tuple[int, int]] = {
     "reembed": (12, 3302),
     "search": (12, 3609),
     "serving": (17, 3419),
+    "sql": (1, 24),
     "tuning": (18, 4240),
     "types": (9, 1732),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3357
+MOST_LINES_OF_THE_REST = 3333
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60
