@@ -23,7 +23,7 @@ from sqlalchemy.sql import operators
 
 from sbert_pg.errors import DeclarationError
 from sbert_pg.search.looks import Shape, number, size_for
-from sbert_pg.search.target import Target, columns_of, table_behind
+from sbert_pg.search.target import Target, columns_of
 from sbert_pg.search.ways import (
     DISTANCE,
     KEY,
@@ -196,8 +196,9 @@ def _criteria_of(search: Search) -> tuple[bool, bool]:
     """Whether rows are chosen by more than their own columns, and whether an index finds them."""
     target = search.target
     columns = [column for criterion in search.criteria for column in columns_of(criterion)]
-    own = [column for column in columns if table_behind(column.table) is target.table]
-    others = len(own) < len(columns) and not target.narrows
+    outer, own = search.outer(), list(filter(target.owns, columns))
+    inner = [column for column in columns if not any(column.table is one for one in outer)]
+    others = len(own) < len(inner) and not target.narrows
     return search.joins or others, any(column.name in target.leading for column in own)
 
 

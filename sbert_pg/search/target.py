@@ -174,8 +174,9 @@ class Target:
         return [] if companion is None else [guard.proven(column, companion)]
 
     def owns(self, element: Any) -> bool:
-        """Whether it is a column of the searched table."""
-        return isinstance(element, sa.Column) and table_behind(element.table) is self.table
+        """Whether it is a column of the searched rows, and not of the same table by another name."""
+        own = isinstance(element, sa.Column) and element.table is self.column.table
+        return own and table_behind(element.table) is self.table
 
     def pins(self, criterion: Any) -> bool:
         """Whether a criterion compares a column that has an index for equality."""
@@ -358,4 +359,4 @@ def target_of(column: Any) -> Target:
     return target
 
 
-__all__ = ["Target", "columns_of", "readable_columns", "table_behind", "target_of"]
+__all__ = ["Target", "columns_of", "readable_columns", "target_of"]

@@ -254,19 +254,21 @@ def test_many_queries_in_one_statement(engine: sa.Engine) -> None:
             nearest(item.v, [])
 
 
-def test_the_nearest_of_each_row_by_the_index(engine: sa.Engine) -> None:
-    """LATERAL: the query is another row's column, and each row has its own answer."""
+@pytest.mark.parametrize("same", [False, True])
+def test_the_nearest_of_each_row_by_the_index(same: bool, engine: sa.Engine) -> None:
+    """LATERAL: the query is another row's column, and each row has its own answer and filter."""
     world = World(engine, "hnsw")
     item, other = world.item, world.item.alias("other")
-    near = nearest(item.c.v, other.c.v, limit=3).where(item.c.tenant != other.c.tenant)
-    each = near.lateral("near")
-    statement = sa.select(other.c.id, each.c.id).join(each, sa.true()).where(other.c.id < 20)
+    alike = item.c.tenant == other.c.tenant
+    each = nearest(item.c.v, other.c.v, limit=3).where(alike if same else sa.not_(alike))
+    near = each.lateral("near")
+    statement = sa.select(other.c.id, near.c.id).join(near, sa.true()).where(other.c.id < 20)
     with engine.connect() as connection:
         found: dict[int, set[int]] = {}
         for number, nearby in connection.execute(statement):
             found.setdefault(number, set()).add(nearby)
     for number in range(20):
-        keep = world.topic // 4 != world.topic[number] // 4
+        keep = (world.topic // 4 == world.topic[number] // 4) == same
         assert found[number] == set(world.exact(world.v[number], keep, 3))
 
 
