@@ -174,7 +174,7 @@ class Target:
         return [] if companion is None else [guard.proven(column, companion)]
 
     def owns(self, element: Any) -> bool:
-        """Whether it is a column of the searched rows, and not of the same table by another name."""
+        """Whether it is a column of the searched rows: not of their table by another name."""
         own = isinstance(element, sa.Column) and element.table is self.column.table
         return own and table_behind(element.table) is self.table
 
