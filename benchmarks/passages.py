@@ -3,6 +3,7 @@
 python benchmarks/passages.py quality DIRECTORY   # nDCG@10 through a database with the index
 python benchmarks/passages.py reuse DIRECTORY     # passages kept when one sentence is edited
 python benchmarks/passages.py rate DIRECTORY      # tokens a second with and without cutting
+python benchmarks/passages.py memory MEGABYTES    # of a worker, for one document of so many
 
 DIRECTORY holds ``xquad/xquad.en.json`` and ``medquad/medquad_cdc_nhlbi.jsonl``. The database is the
 embedded one, in a directory of its own.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import resource
 import sys
 import tempfile
 import time
@@ -22,7 +24,17 @@ from pathlib import Path
 import sqlalchemy as sa
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from sbert_pg import backfill, create_all, get_encoder, hnsw_index, nearest, passages_of
+from sbert_pg import (
+    backfill,
+    create_all,
+    encoder_of,
+    get_encoder,
+    hnsw_index,
+    nearest,
+    passages_of,
+    refresh,
+    use_encoder,
+)
 from sbert_pg.embedded import embedded_server
 from sbert_pg.passages import Chunker, FixedChunker, SentenceChunker
 from sbert_pg.passages.cutting import cut, embedded_text
@@ -142,5 +154,50 @@ def rate(directory: Path) -> None:
           f"rate with cutting {encoding / (encoding + cutting):.3f} of without")  # fmt: skip
 
 
+class Large(Base):
+    """Documents that are cut for an encoder which costs nothing, of the usual width."""
+
+    __tablename__ = "large"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    body: Mapped[str]
+    passages = passages_of("nothing", source="body", dimensions=384)
+
+
+def memory(megabytes: int) -> None:
+    """What a process takes at most while it cuts, embeds and writes one large document."""
+
+    def first_letters(texts: list[str]) -> list[list[float]]:
+        return [[1.0 + ord((text + " ")[0])] + 383 * [1.0] for text in texts]
+
+    use_encoder(encoder_of(first_letters, name="nothing", dimensions=384))
+    numbers = random.Random(16)
+    words = ["".join(numbers.choices("aeimnorst", k=2 + i % 9)) for i in range(4_000)]
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        with embedded_server(Path(folder) / "data") as server:
+            engine = sa.create_engine(server.ensure_database("memory"))
+            with engine.begin() as connection:
+                create_all(connection, Base.metadata)
+            with engine.begin() as connection:
+                connection.execute(sa.insert(Large).values(body=""))
+                for _ in range(megabytes):
+                    # A megabyte at a time, so that the document is never in this process.
+                    text = ""
+                    while len(text) < 1_000_000:
+                        text += " ".join(numbers.choices(words, k=14)).capitalize() + ". "
+                    connection.execute(sa.update(Large).values(body=Large.body + text))
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1_000
+            refresh(engine)
+            after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1_000
+            with engine.connect() as connection:
+                count = connection.scalar(sa.text("SELECT count(embedding) FROM large_passage"))
+            print(f"{megabytes} MB in {count:,} passages: from {before:.0f} to {after:.0f} MB, "
+                  f"of which {count * 384 * 4 / 1e6:.0f} are vectors")  # fmt: skip
+            engine.dispose()
+
+
 if __name__ == "__main__":
-    {"quality": quality, "reuse": reuse, "rate": rate}[sys.argv[1]](Path(sys.argv[2]))
+    if sys.argv[1] == "memory":
+        memory(int(sys.argv[2]))
+    else:
+        {"quality": quality, "reuse": reuse, "rate": rate}[sys.argv[1]](Path(sys.argv[2]))

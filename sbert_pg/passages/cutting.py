@@ -16,6 +16,8 @@ from sbert_pg.spec import TextEncoder
 _STEP, GAP = " > ", "\n\n"
 #: Passages whose tokens are counted by one call, and the share of the limit that a path may take.
 _AT_ONCE, _PATH_SHARE = 256, 4
+#: Characters that are hashed at once.
+_SLICE = 1 << 20
 _WORD = re.compile(r"\w+|[^\w\s]")
 #: Hexadecimal digits of a passage's digest.
 DIGITS = 32
@@ -39,7 +41,11 @@ class Passage(NamedTuple):
 
 def digest_of(text: str) -> str:
     """What names a text as it is embedded; ``sbert.passage_sql_v1`` computes the same."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:DIGITS]
+    digest = hashlib.sha256()
+    # In slices: a document may be large, and need not be there once more as bytes.
+    for start in range(0, len(text), _SLICE):
+        digest.update(text[start : start + _SLICE].encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:DIGITS]
 
 
 def embedded_text(heading: str, part: str) -> str:
