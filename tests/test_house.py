@@ -70,7 +70,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "indexes": (6, 1444),
     "loading": (4, 1129),
     "orm": (5, 935),
-    "passages": (6, 1218),
+    "passages": (6, 1224),
     "reembed": (12, 3302),
     "search": (12, 3611),
     "serving": (17, 3419),
