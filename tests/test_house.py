@@ -76,7 +76,6 @@ ROOMS: dict[str, tuple[int, int]] = {
     "serving": (17, 3419),
     "sql": (1, 24),
     "tuning": (18, 4240),
-    "sql": (1, 24),
     "types": (9, 1732),
 }
 #: All rooms that are one module.
