@@ -89,9 +89,9 @@ def token_counter(name: str) -> Any | None:
     this machine. Nothing is fetched or converted, and one that is damaged counts as none: whoever
     loads it is told so.
     """
-    found = find_named(name)
-    if found is not None or _loader is not _load_declared:
-        return found
+    encoder = find_named(name)
+    if encoder is not None or _loader is not _load_declared:
+        return encoder
     from sbert_pg.encoder import TokenCounter, converted_here
 
     try:

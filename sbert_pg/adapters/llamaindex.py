@@ -233,15 +233,15 @@ class SbertVectorStore(BasePydanticVectorStore):
     def _one(self, part: MetadataFilter) -> Condition:
         field, value = self._documents.field(part.key), part.value
         if part.operator in _OPERATORS:
-            given: dict[str, Any] = {_OPERATORS[part.operator]: value}
+            comparison: dict[str, Any] = {_OPERATORS[part.operator]: value}
         elif part.operator in _MATCHES:
             escaped = str(value).replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_")
-            given = {_MATCHES[part.operator]: f"%{escaped}%"}
+            comparison = {_MATCHES[part.operator]: f"%{escaped}%"}
         elif part.operator == FilterOperator.IS_EMPTY:
-            given = {"$in": [None, []] if isinstance(field.type, JSONB) else [None]}
+            comparison = {"$in": [None, []] if isinstance(field.type, JSONB) else [None]}
         else:
             return self._in_array(field, part)
-        return condition({part.key: given}, self._documents.field)
+        return condition({part.key: comparison}, self._documents.field)
 
     def _in_array(self, field: sa.ColumnElement[Any], part: MetadataFilter) -> Condition:
         """``contains``, ``any`` and ``all``: values of an array within JSON."""
@@ -251,11 +251,11 @@ class SbertVectorStore(BasePydanticVectorStore):
                 f"{part.key!r} is an attribute of its own."
             )
         values = part.value if isinstance(part.value, list) else [part.value]
-        found = [field.contains(sa.cast([value], JSONB)) for value in values]
+        contained = [field.contains(sa.cast([value], JSONB)) for value in values]
         return (
-            sa.or_(sa.false(), *found)
+            sa.or_(sa.false(), *contained)
             if part.operator == FilterOperator.ANY
-            else (sa.and_(sa.true(), *found))
+            else (sa.and_(sa.true(), *contained))
         )
 
 

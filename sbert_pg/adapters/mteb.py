@@ -89,13 +89,13 @@ class SbertSearch:
         Raises:
             DeclarationError: a query is no text.
         """
-        found = {}
+        scores = {}
         for query in queries:
             key = str(query["id"])
             allowed = None if top_ranked is None else self.documents.has_id(top_ranked[key])
             rows = self.run(self.documents.search(_text(query), top_k, allowed, **self._how))
-            found[key] = {row.id or "": row.similarity or 0.0 for row in rows}
-        return found
+            scores[key] = {row.id or "": row.similarity or 0.0 for row in rows}
+        return scores
 
 
 def _text(one: Mapping[str, Any]) -> str:

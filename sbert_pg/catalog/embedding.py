@@ -169,8 +169,8 @@ def companion_of(column: sa.ColumnElement[Any]) -> sa.Column[Any] | None:
     name = getattr(column, "name", None)
     if table is None or name is None:
         return None
-    wanted = companion_name(name)
-    return next((other for other in table.c if getattr(other, "name", None) == wanted), None)
+    companion = companion_name(name)
+    return next((other for other in table.c if getattr(other, "name", None) == companion), None)
 
 
 def companion_column(column: str) -> sa.Column[uuid.UUID]:

@@ -120,17 +120,17 @@ def require_current(connection: Connection) -> None:
         CatalogMissingError: the schema ``sbert`` is not installed.
         CatalogVersionError: it is older or newer than this code.
     """
-    found = current(connection)
-    if found is None:
+    revision = current(connection)
+    if revision is None:
         raise CatalogMissingError(
             f"The schema {SCHEMA!r} is not installed in database {_database(connection)!r}. Run "
             "'sbert-pg migrate', or call sbert_pg.catalog.upgrade(connection) in a migration of "
             "your own."
         )
     _refuse_unknown(connection)
-    if found != head():
+    if revision != head():
         raise CatalogVersionError(
-            f"The catalog in database {_database(connection)!r} is at revision {found} and this "
+            f"The catalog in database {_database(connection)!r} is at revision {revision} and this "
             f"code needs {head()}. Run 'sbert-pg migrate'."
         )
 
@@ -153,8 +153,8 @@ def _database(connection: Connection) -> str:
 
 def _schema_exists(connection: Connection) -> bool:
     # CREATE SCHEMA IF NOT EXISTS asks for the right to create one even where it exists.
-    found = sa.select(sa.func.to_regnamespace(SCHEMA).is_not(None))
-    return bool(connection.execute(found).scalar_one())
+    exists = sa.select(sa.func.to_regnamespace(SCHEMA).is_not(None))
+    return bool(connection.execute(exists).scalar_one())
 
 
 def _require_postgresql(connection: Connection) -> None:
@@ -185,11 +185,11 @@ def _lock(connection: Connection) -> None:
 
 
 def _refuse_unknown(connection: Connection) -> None:
-    found = current(connection)
+    revision = current(connection)
     known = {script.revision for script in _script().walk_revisions()}
-    if found is not None and found not in known:
+    if revision is not None and revision not in known:
         raise CatalogVersionError(
-            f"The catalog in database {_database(connection)!r} is at revision {found}, which "
+            f"The catalog in database {_database(connection)!r} is at revision {revision}, which "
             f"this version of sbert-pg does not know; it knows up to {head()}. "
             "Use a newer one here."
         )

@@ -199,8 +199,8 @@ def _print_figures(rows: int, seconds: float, report: reembed.Verification) -> N
 def _firsts(engine: sa.Engine, column: Any, questions: Sequence[str]) -> dict[str, str]:
     """The first answer to each question."""
     with Session(engine) as session:
-        found = {q: session.execute(nearest(column, q, limit=1)).one()[0] for q in questions}
-        return {question: f"{row.module}.{row.name}" for question, row in found.items()}
+        nearest_of = {q: session.execute(nearest(column, q, limit=1)).one()[0] for q in questions}
+        return {question: f"{row.module}.{row.name}" for question, row in nearest_of.items()}
 
 
 def _column(mapped: Any) -> Any:

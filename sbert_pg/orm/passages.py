@@ -63,14 +63,14 @@ def _exchange(
         set_attribute(document, declared.whole, None)
         set_attribute(document, companion_name(declared.whole), None)
         return
-    chosen, wanted = _chosen(declared, stored, texts)
+    chosen, new = _chosen(declared, stored, texts)
     whole = whole_binding.source.joiner()(texts)
     vectors = encode_documents(
-        declared.encoder, [whole, *(text for _, text in wanted)],
+        declared.encoder, [whole, *(text for _, text in new)],
         lambda number: f"{declared.document.__name__} and its passages (text {number})",
     )  # fmt: skip
     _set(document, declared.whole, whole_binding, whole, vectors[0])
-    for (passage, text), vector in zip(wanted, vectors[1:], strict=True):
+    for (passage, text), vector in zip(new, vectors[1:], strict=True):
         _set(passage, "embedding", binding, digest_of(text), vector)
     stored[:] = chosen
 
@@ -85,7 +85,7 @@ def _chosen(
     for passage in stored:
         if passage.embedding is not None:
             before[passage.digest].append(passage)
-    chosen, wanted = [], []
+    chosen, new = [], []
     encoder = get_encoder(declared.encoder)
     for ordinal, due in enumerate(cut(titles, body, declared.chunker, encoder)):
         part = body[due.start : due.stop]
@@ -93,13 +93,13 @@ def _chosen(
             passage = before[due.digest].popleft()
         else:
             passage = declared.passage(digest=due.digest)
-            wanted.append((passage, embedded_text(due.heading, part)))
+            new.append((passage, embedded_text(due.heading, part)))
         passage.ordinal, passage.heading = ordinal, due.heading
         passage.start, passage.stop = due.start, due.stop
         if declared.copies:
             passage.content = part
         chosen.append(passage)
-    return chosen, wanted
+    return chosen, new
 
 
 def _bindings(
@@ -111,15 +111,15 @@ def _bindings(
         for class_, key in ((declared.document, declared.whole), (declared.passage, "embedding"))
     ]
     connection = session.connection(bind_arguments={"mapper": state.mapper})
-    found = [
+    bindings = [
         guard.binding_for_write(connection, identity_of(column), declared.encoder)
         for column in columns
     ]
-    if found[0] is None or found[1] is None:
+    if bindings[0] is None or bindings[1] is None:
         return None
     # Cut in another way than the database knows, a document would never be what a worker makes.
-    same = found[0].source == columns[0].type.source and found[0].utf8
-    return (found[0], found[1]) if same else None
+    same = bindings[0].source == columns[0].type.source and bindings[0].utf8
+    return (bindings[0], bindings[1]) if same else None
 
 
 def _stored(session: Session, state: InstanceState[Any], declared: Declared) -> list[Any]:

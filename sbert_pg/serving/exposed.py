@@ -171,14 +171,14 @@ class Exposed:
         first = len(readable)
         places = [[c.name for c in readable].index(c.name)
                   for c in self.embedding.table.primary_key]  # fmt: skip
-        found = []
+        rows = []
         for row in result:
             values = [*zip(names, map(_plain, row), strict=True)]
             shown = {name: value for name, value in values[:first] if name in self.columns}
             key = self.key_of([row[place] for place in places])
             scores, passage = _scores_and_passage(values[first:])
-            found.append(Found(scores, shown, key, passage))
-        return found
+            rows.append(Found(scores, shown, key, passage))
+        return rows
 
     def statement(self, connection: sa.Connection, question: Question) -> Any:
         """The search that a question means.
@@ -233,17 +233,17 @@ class Exposed:
         """The rows nearest to a row, which is itself left out."""
         table = self.embedding.table
         keys = {column.name: column for column in table.primary_key}
-        given = question.key or {}
-        if given.keys() != keys.keys():
+        own = question.key or {}
+        if own.keys() != keys.keys():
             raise DeclarationError(f"'key' has to name {', '.join(keys)} of {self.name}.")
         other = table.alias("like_row")
-        its = [_compared(other.c[name], "=", value) for name, value in given.items()]
+        its = [_compared(other.c[name], "=", value) for name, value in own.items()]
         vector = sa.select(other.c[self.embedding.name]).where(*its)
         if not connection.scalar(sa.select(vector.scalar_subquery().is_not(None))):
             raise DeclarationError(
                 f"{self.name} has no row with this key, or it has no vector yet."
             )
-        others = sa.not_(sa.and_(*(_compared(keys[n], "=", v) for n, v in given.items())))
+        others = sa.not_(sa.and_(*(_compared(keys[n], "=", v) for n, v in own.items())))
         options["where"] = [*options["where"], others]
         return nearest(self.embedding, vector.scalar_subquery(), **options)
 

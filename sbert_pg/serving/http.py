@@ -291,10 +291,10 @@ def _require_allowed(service: Service, request: Request, *, browser: bool = Fals
                 403, "Without a token this serves programs on this machine alone.", "forbidden"
             )
         return
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
     if browser and scheme.lower() == "basic":
-        scheme, given = "bearer", _password(given)
-    right = hmac.compare_digest(given.strip().encode(), service.token.encode())
+        scheme, credentials = "bearer", _password(credentials)
+    right = hmac.compare_digest(credentials.strip().encode(), service.token.encode())
     if scheme.lower() != "bearer" or not right:
         message = "Send the token of this server as 'Authorization: Bearer ...'."
         basic = 'Basic realm="sbert-pg: the token is the password"'

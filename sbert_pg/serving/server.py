@@ -154,8 +154,8 @@ async def _search(shown: Shown, turns: _Turns, body: dict[str, Any]) -> bytes:
         body.get("limit", 10),
         body.get("where"),
     )
-    found = await turns.take(shown.ask, body["table"], question)
-    results = [{**one.scores, **one.parts} for one in found]
+    rows = await turns.take(shown.ask, body["table"], question)
+    results = [{**one.scores, **one.parts} for one in rows]
     return json_bytes({"table": body["table"], "results": results})
 
 

@@ -57,8 +57,8 @@ def members(
         return
     mapper = sa.inspect(topics.entity)
     properties = [mapper.get_property_by_column(key).key for key in topics.keys]
-    found = session.execute(topics.members(cluster).limit(LISTED)).all()
-    keys = [exposed.key_of([getattr(row, each) for each in properties]) for row, _ in found]
+    members = session.execute(topics.members(cluster).limit(LISTED)).all()
+    keys = [exposed.key_of([getattr(row, each) for each in properties]) for row, _ in members]
     yield h("h2", cluster.label or f"cluster {number}", dir="auto")
     yield h("p", f"{cluster.size:,} rows; the {len(keys)} nearest to their middle.",
             class_="faint")  # fmt: skip

@@ -211,10 +211,10 @@ def local_encoders() -> list[Encoder]:
     from sbert_pg.encoder.directory import BUILD, FORMAT, Manifest, cache_root, is_converted
 
     # Not what other versions of this library left there.
-    found = sorted(p.parent for p in cache_root().glob(f"*/*/*-{FORMAT}.{BUILD}/manifest.json"))
+    places = sorted(p.parent for p in cache_root().glob(f"*/*/*-{FORMAT}.{BUILD}/manifest.json"))
     return [
         Encoder.open(place)
-        for place in found
+        for place in places
         if is_converted(place) and Manifest.read(place).kind == "encoder"
     ]
 

@@ -210,8 +210,12 @@ def _require_fitting(
         raise DeclarationError(
             f"There is no method {method!r}; there are {', '.join(get_args(Method))}."
         )
-    given = {"base": base is not None, "epochs": epochs is not None, "matryoshka": bool(matryoshka)}
-    unknown = [name for name, there in given.items() if there and method in adapters.METHODS]
+    settings = {
+        "base": base is not None,
+        "epochs": epochs is not None,
+        "matryoshka": bool(matryoshka),
+    }
+    unknown = [name for name, there in settings.items() if there and method in adapters.METHODS]
     if matryoshka and method == "distill":
         unknown.append("matryoshka")
     if unknown:

@@ -59,8 +59,8 @@ class Rows:
         """What is embedded of each of these rows; rows that have gone are left out."""
         text = self.base.type.source.expression(self.table)
         with self.engine.connect() as connection:
-            found = connection.execute(sa.select(self.label, text).where(self.among(keys)))
-            return {key: said for key, said in found if said}
+            rows = connection.execute(sa.select(self.label, text).where(self.among(keys)))
+            return {key: said for key, said in rows if said}
 
     def among(self, keys: Iterable[str]) -> sa.ColumnElement[bool]:
         """Whether a row is one of these."""

@@ -129,9 +129,9 @@ def distil(
     with _Model(source, seed) as model:
 
         def lost(batch: list[int]) -> Any:
-            given = model.model(model.features([texts[i] for i in batch], DOCUMENT))
-            wanted = torch.from_numpy(vectors[batch]).to(model.model.device)
-            alike = torch.nn.functional.cosine_similarity(given["sentence_embedding"], wanted)
+            student = model.model(model.features([texts[i] for i in batch], DOCUMENT))
+            teacher = torch.from_numpy(vectors[batch]).to(model.model.device)
+            alike = torch.nn.functional.cosine_similarity(student["sentence_embedding"], teacher)
             return (1 - alike).mean()
 
         model.optimise(batches, lost, rate)
@@ -216,10 +216,10 @@ def _static(tokenizer: Path, rows: Vectors) -> list[Any]:
     from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
     from tokenizers import Tokenizer
 
-    made = Tokenizer.from_file(str(tokenizer))
-    made.no_truncation()
-    made.no_padding()
-    return [StaticEmbedding(made, embedding_weights=rows), Normalize()]
+    whole = Tokenizer.from_file(str(tokenizer))
+    whole.no_truncation()
+    whole.no_padding()
+    return [StaticEmbedding(whole, embedding_weights=rows), Normalize()]
 
 
 def _dimensions(model: Any, matryoshka: Iterable[int]) -> list[int]:

@@ -94,9 +94,11 @@ class VectorComparator(UserDefinedType.Comparator[Any]):
                 f"Column {self.expr} is declared without dimensions, and its signs cannot be "
                 "compared without. Give them, as in Vector(384)."
             )
-        made = _operator(operator)
+        operation = _operator(operator)
         right = signs(operand(self.expr, other), width)
-        return sa.BinaryExpression(signs(self.expr, width), right, made, type_=made.return_type)
+        return sa.BinaryExpression(
+            signs(self.expr, width), right, operation, type_=operation.return_type
+        )
 
 
 class _DistanceOperator(custom_op[float]):
@@ -136,8 +138,8 @@ def apply_operator(
     """``left operator other`` as ``double precision``, with ``other`` bound as a vector."""
     # What left.op(operator)(other) comes to, without asking what may stand on either side, which
     # costs a search as much again.
-    made = _operator(operator)
-    return sa.BinaryExpression(left, operand(left, other), made, type_=made.return_type)
+    operation = _operator(operator)
+    return sa.BinaryExpression(left, operand(left, other), operation, type_=operation.return_type)
 
 
 def operand(left: sa.ColumnElement[Any], other: Any) -> sa.ColumnElement[Any]:

@@ -80,11 +80,11 @@ class TextSearch(postgresql.TSVECTOR):
 
         Weights are not known to the database: every column of it counts once.
         """
-        made = _GENERATED.findall(expression)
-        if not made:
+        parts = _GENERATED.findall(expression)
+        if not parts:
             return None
-        names = tuple(_unquoted(name) for _, _, name in made)
-        literal, column, _ = made[0]
+        names = tuple(_unquoted(name) for _, _, name in parts)
+        literal, column, _ = parts[0]
         if literal:
             return cls(names, literal)
         return cls(names, language_column=_unquoted(column))
