@@ -75,8 +75,8 @@ ROOMS: dict[str, tuple[int, int]] = {
     "search": (12, 3611),
     "serving": (17, 3419),
     "sql": (1, 24),
-    "tuning": (18, 4240),
-    "types": (9, 1732),
+    "tuning": (18, 4244),
+    "types": (9, 1734),
 }
 #: All rooms that are one module.
 MOST_LINES_OF_THE_REST = 3333
