@@ -34,6 +34,7 @@ from sbert_pg.search.ways import (
     among,
     compared_page,
     key_names,
+    named,
 )
 from sbert_pg.types.comparator import clause_of
 
@@ -242,7 +243,8 @@ def statement_of(search: Search) -> Nearest:
 def _compared(search: Search) -> Nearest:
     """Every row that passes is compared, and the nearest are taken."""
     target = search.target
-    if target.proof and target.key and search.limit and not search.joins:
+    told_apart = len(target.key) == 1 if search.joins else bool(target.key)
+    if target.proof and search.limit and told_apart:
         return _compared_then_proven(search)
     distance = target.distance(target.column, search.right)
     made = Nearest(*target.selected, target.similarity_from(distance))
@@ -267,10 +269,26 @@ def _compared(search: Search) -> Nearest:
 def _compared_then_proven(search: Search) -> Nearest:
     """The same; the proof is asked of the rows that are taken, not of all."""
     target, bounded = search.target, search.furthest is not None
+    parts = [_asked(search).cte("nearest_query"), _within_part(search)]
+    if search.joins:
+        parts.append(compared_page(target, bounded).cte("nearest_page"))
+        return _finished(_cut(_joined_page(search), search, parts), search)
     if bounded not in target.prepared:
         target.prepared[bounded] = _around(target, compared_page(target, bounded))
-    parts = [_asked(search).cte("nearest_query"), _within_part(search)]
     return _finished(_cut(target.prepared[bounded], search, parts), search)
+
+
+def _joined_page(search: Search) -> Any:
+    """The caller's select of the rows of a page that is a part of the statement.
+
+    Not joined to it, since a row may be there more than once, with each of its partners.
+    """
+    target = search.target
+    taken = _of_few(target, named("nearest_page", *key_names(KEY, 1)))
+    vector = sa.select(named("nearest_query", "vector").c.vector).scalar_subquery()
+    similarity = target.similarity_from(target.distance(target.column, vector))
+    made = replayed(Nearest(*target.selected, similarity), search.narrowing)
+    return made.where(*taken, *target.proof).order_by(similarity.desc(), *target.key)
 
 
 def _others(search: Search) -> list[sa.ColumnElement[bool]]:
@@ -385,10 +403,24 @@ def _by_ways(search: Search, shape: Shape) -> Nearest:
     parts = _parts(search, shape)
     if not shape.joined:
         return _finished(_cut(around, search, parts), search)
-    page = ways.page.subquery("nearest_page")
+    parts.append(ways.page.cte("nearest_page"))
+    page = named("nearest_page", *key_names(KEY, len(target.key)), DISTANCE, WAY)
     made = Nearest(*target.selected, target.similarity_from(page.c[DISTANCE]))
-    made = _ordered(replayed(made, search.narrowing), target, page)
+    made = _ordered(replayed(made, search.narrowing), target, page).where(*_of_few(target, page))
     return _finished(_cut(made, search, parts), search)
+
+
+def _of_few(target: Target, page: Any) -> list[sa.ColumnElement[bool]]:
+    """That a row is of a page, said so that the planner expects few.
+
+    It takes a page for a tenth of the table, and would join all rows that pass, and ask each for
+    its proof, to find those of the page among them.
+    """
+    if len(target.key) > 1:
+        return []
+    (key,), (name,) = target.key, key_names(KEY, 1)
+    keys = sa.select(page.c[name]).scalar_subquery()
+    return [key == sa.any_(sa.func.array(keys, type_=sa.ARRAY(key.type)))]
 
 
 def _prepared(target: Target, shape: Shape) -> tuple[Ways, Nearest]:

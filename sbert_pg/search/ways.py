@@ -377,13 +377,11 @@ class Ways:
         """All rows that pass, compared; adding zero keeps the index from serving the order."""
         rows: Any = self.row
         column = self.target.row_column(self.row)
-        if self.shape.filtered and not self.shape.joined:
+        if self.shape.filtered:
             rows, column = self.within, self.within.c[VECTOR]
         distance = (self.target.distance(column, self.vector) + number(0)).label(DISTANCE)
         keys = [key.label(n) for key, n in zip(self._keys(rows), self.names, strict=True)]
         criteria = [*criteria, *self._present(rows, column), *self._others(rows)]
-        if self.shape.joined and self.shape.filtered:
-            criteria.append(among(self._keys(rows)))
         if self.shape.deep:
             for name in self.found if self.second is not None else ("near",):
                 known = sa.not_(self._accepted(name))
@@ -411,7 +409,9 @@ class Ways:
         # The distance to a vector of zeros is no number under cosine: such a row is not similar.
         # It comes last.
         columns = [*compared.c, *([number(EXACT).label(WAY)] if self.shape.deep else [])]
-        return sa.select(*columns).where(compared.c[DISTANCE] != NAN)
+        exact = sa.select(*columns).where(compared.c[DISTANCE] != NAN)
+        # By joins a row may come with several partners. Then fewer rows than wanted have as many.
+        return exact.distinct() if self.shape.joined else exact
 
     def _taken(self) -> sa.ColumnElement[bool]:
         """That a row is one of the nearest by the index, or where that is no answer, of all."""
@@ -534,4 +534,5 @@ __all__ = [
     "among",
     "compared_page",
     "key_names",
+    "named",
 ]

@@ -180,9 +180,10 @@ def test_joins_and_columns_added_by_the_caller(
     assert {row.name for row in rows} == {"author 2"}
 
 
-def test_joins_to_many_give_each_pair_once(indexed: Shop, session: Session) -> None:
+@pytest.mark.parametrize("exact", [False, True])
+def test_joins_to_many_give_each_pair_once(indexed: Shop, session: Session, exact: bool) -> None:
     statement = (
-        nearest(indexed.Article.embedding, "shipping gift", limit=200)
+        nearest(indexed.Article.embedding, "shipping gift", limit=200, exact=exact)
         .join(indexed.Article.tags)
         .add_columns(indexed.Tag.id)
     )
@@ -534,6 +535,29 @@ def test_a_page_goes_on_behind_rows_that_are_not_proven(
             assert max(found) <= 40
         many = nearest(article.embedding, ["refund returns", "gift"], **options)  # type: ignore[arg-type]
         assert [row.query for row in session.execute(many)] == [0] * 10 + [1] * 10
+
+
+def test_few_rows_are_asked_for_their_proof_where_a_join_lets_many_pass(
+    shop: Shop, session: Session
+) -> None:
+    article = shop.Article
+    session.execute(sa.text("SET LOCAL session_replication_role = replica"))
+    session.execute(
+        sa.text(
+            "INSERT INTO article (id, title, lang, author_id, embedding, embedding_of) "
+            "SELECT 1000 + n, title, 'en', 1, embedding, embedding_of "
+            "FROM article, generate_series(1, 1000) AS n WHERE id = 1"
+        )
+    )
+    session.execute(sa.text("ANALYZE article"))
+    asked = sa.text("SELECT calls FROM pg_stat_xact_user_functions WHERE funcname = 'proven_v1'")
+    for options in ({}, {"offset": 10}, {"exact": True}):
+        session.commit()
+        statement = nearest(article.embedding, "privacy gift", **options)  # type: ignore[arg-type]
+        statement = statement.join(article.author).where(shop.Author.name == "author 1")
+        keys = [found.id for found in session.scalars(statement)]
+        assert len(set(keys)) == 10
+        assert session.scalar(asked) < 500
 
 
 def test_nothing_is_near_to_no_vector(shop: Shop, engine: sa.Engine) -> None:
