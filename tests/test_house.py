@@ -72,7 +72,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "orm": (5, 935),
     "passages": (6, 1224),
     "reembed": (12, 3302),
-    "search": (12, 3611),
+    "search": (12, 3644),
     "serving": (17, 3419),
     "sql": (1, 24),
     "tuning": (18, 4244),
