@@ -40,6 +40,7 @@ FUNCTIONS = (
     "disown_v1",
     "wake_v1",
     "triggers_v1",
+    "drop_strays_v1",
     "lacks_default_v1",
     "set_companion_v1",
     "set_triggers_v1",

@@ -338,7 +338,6 @@ def _select() -> sa.Select[Any]:
             # now() is the start of the transaction: a seal of its own can still be rolled back.
             sa.func.coalesce(binding.c.sealed_at == sa.func.now(), sa.false()).label("sealed_here"),
             (sa.func.current_setting("server_encoding") == "UTF8").label("utf8"),
-            binding.c.caught_up_at,
             expressions_of(binding.c.id).label("expressions"),
         )
         .select_from(binding)
@@ -394,7 +393,6 @@ def _from_row(row: sa.Row[Any]) -> Binding:
         fingerprint=row.fingerprint,
         sealed_here=row.sealed_here,
         utf8=row.utf8,
-        caught_up_at=row.caught_up_at,
         expressions=read_expressions(row.expressions),
     )
 

@@ -11,7 +11,6 @@ import re
 import secrets
 import uuid
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, Literal
 
 import sqlalchemy as sa
@@ -180,7 +179,6 @@ class Binding:
         sealed_here: whether it was given that encoder in the transaction that read it, which may
             still be rolled back.
         utf8: whether the server's encoding is UTF8, so that ``sbert_pg.digest`` agrees with it.
-        caught_up_at: every text committed before this moment has its vector, or has failed.
         expressions: what its rows say, as SQL.
     """
 
@@ -203,7 +201,6 @@ class Binding:
     fingerprint: str | None
     sealed_here: bool
     utf8: bool
-    caught_up_at: datetime | None
     expressions: Expressions
 
     @property

@@ -57,12 +57,14 @@ class Written:
         changed: labels of rows that are gone or have another text; pending, or none of ours.
         busy: labels of rows that somebody else held locked; they stay pending.
         again: labels of rows that were written and are pending again, by a trigger.
+        left_out: labels of rows that a trigger left out of the write; they stay pending.
     """
 
     rows: tuple[str, ...]
     changed: tuple[str, ...]
     busy: tuple[str, ...]
     again: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     def __add__(self, other: Written) -> Written:
         return Written(
@@ -70,6 +72,7 @@ class Written:
             self.changed + other.changed,
             self.busy + other.busy,
             self.again + other.again,
+            self.left_out + other.left_out,
         )
 
 

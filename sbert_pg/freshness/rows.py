@@ -190,7 +190,7 @@ class Rows:
             self.binding.expressions.on(self.table, "failed").label("sbert_failed"),
         ).select_from(given.join(self.table, self._same(given)))
 
-    def _writing(self, vector_type: str) -> sa.UpdateBase:
+    def _writing(self, vector_type: str) -> sa.Select[Any]:
         """Lock, in the order of keys and past what others hold, where the text is still the same;
         then write where it still is.
         """
@@ -208,7 +208,7 @@ class Rows:
             .with_for_update(of=self.table, skip_locked=True, key_share=True)
             .cte("sbert_locked")
         )
-        return (
+        written = (
             sa.update(self.table)
             .values(
                 {
@@ -217,7 +217,12 @@ class Rows:
                 }
             )
             .where(self._same(locked), self.of.is_not_distinct_from(locked.c[_OF]))
-            .returning(locked.c[_N], self.binding.is_stale(self.table))
+            .returning(locked.c[_N], self.binding.is_stale(self.table).label("sbert_stale"))
+            .cte("sbert_written")
+        )
+        # A row that is locked for us and not written after all is one that a trigger left out.
+        return sa.select(locked.c[_N], written.c.sbert_stale).select_from(
+            locked.outerjoin(written, written.c[_N] == locked.c[_N])
         )
 
     def _holding(self) -> sa.Select[Any]:
@@ -338,21 +343,17 @@ class Rows:
         register(connection)
         results = connection.execute(self._write, self._written(chosen, vectors))
         in_order = sorted(results, key=itemgetter(0))
-        written = {chosen[number - 1].label: bool(again) for number, again in in_order}
+        locked = {chosen[number - 1].label: again for number, again in in_order}
+        written = {label: again for label, again in locked.items() if again is not None}
         self._exchange(connection, chosen, written, cuts, passages)
-        return self._outcome(connection, chosen, written)
-
-    def _outcome(
-        self, connection: Connection, rows: Sequence[Row], written: Mapping[str, bool]
-    ) -> Written:
-        """What became of rows, given which were written and whether they are pending again."""
-        left = [row for row in rows if row.label not in written]
+        left = [row for row in chosen if row.label not in locked]
         busy = self._busy(connection, left)
         return Written(
             tuple(written),
             tuple(row.label for row in left if row.label not in busy),
             tuple(busy),
             tuple(label for label, again in written.items() if again),
+            tuple(label for label in locked if label not in written),
         )
 
     def _written(self, rows: Sequence[Row], vectors: Mapping[str, bytes | None]) -> dict[str, Any]:

@@ -188,7 +188,9 @@ def status(connection: Connection, *, exact: bool = False) -> list[ColumnStatus]
     """
     if not installed(connection):
         return []
-    rows = {row.id: row for row in connection.execute(sa.select(*tables.status.c))}
+    # Its only moment says what ``counts`` does, and a driver may not read it in every DateStyle.
+    columns = [column for column in tables.status.c if column.name != "caught_up_at"]
+    rows = {row.id: row for row in connection.execute(sa.select(*columns))}
     bindings = sorted(catalog.all_bindings(connection), key=str)
     return [
         _status(connection, binding, rows[binding.id], exact)

@@ -34,6 +34,7 @@ BACKLOG_INTERVAL = 15.0
 _COUNTED = 100_000
 #: How often in a row a trigger may change a text that is being embedded; rows that are watched.
 _REWRITES, _REMEMBERED = 2, 10_000
+_LEFT_OUT = "a trigger of the table keeps the vector from being written"
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +222,11 @@ class Store:
     ) -> None:
         """Count, and record what was not written."""
         done = sum(written, Written((), (), ()))
-        reasons = {**reasons, **self._rewritten_too_often(column, rows, done.again)}
+        reasons = {
+            **reasons,
+            **self._rewritten_too_often(column, rows, done.again),
+            **dict.fromkeys(done.left_out, _LEFT_OUT),
+        }
         without_text = {row.label for row in rows if row.of is None}
         with self._tally.of(column.name) as tally:
             tally.embedded += sum(label not in without_text for label in done.rows)

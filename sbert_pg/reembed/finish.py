@@ -130,17 +130,23 @@ def require_finishable(
         )
 
 
-#: What ``DROP COLUMN`` would refuse, this library's own triggers apart.
+#: What ``DROP COLUMN`` refuses, of the table, its partitions and those that inherit from it, but
+#: for this library's own triggers; what goes with the column, as a CHECK does, is no hindrance.
 _DEPENDENT = sa.text(
+    "WITH RECURSIVE family (oid) AS (SELECT CAST(:relation AS oid) UNION "
+    "SELECT i.inhrelid FROM family f JOIN pg_catalog.pg_inherits i ON i.inhparent = f.oid) "
     "SELECT DISTINCT pg_catalog.pg_describe_object(d.classid, d.objid, d.objsubid) "
-    "FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_attribute a "
-    "ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid "
+    "FROM family f JOIN pg_catalog.pg_depend d ON d.refobjid = f.oid "
+    "JOIN pg_catalog.pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid "
     "LEFT JOIN pg_catalog.pg_trigger t "
     "ON d.classid = CAST('pg_catalog.pg_trigger' AS regclass) AND t.oid = d.objid "
     "LEFT JOIN pg_catalog.pg_proc p ON p.oid = t.tgfoid "
     "WHERE d.refclassid = CAST('pg_catalog.pg_class' AS regclass) AND d.deptype = 'n' "
-    "AND d.refobjid = CAST(:relation AS oid) AND a.attname IN (:column, :companion) "
+    "AND a.attname IN (:column, :companion) "
     "AND p.pronamespace IS DISTINCT FROM CAST(pg_catalog.to_regnamespace('sbert') AS oid) "
+    "AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend o WHERE o.deptype IN ('a', 'i') "
+    "AND (o.classid, o.objid, o.objsubid) = (d.classid, d.objid, d.objsubid) "
+    "AND (o.refclassid, o.refobjid, o.refobjsubid) = (d.refclassid, d.refobjid, d.refobjsubid)) "
     "ORDER BY 1"
 )
 

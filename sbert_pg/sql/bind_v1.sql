@@ -26,6 +26,7 @@ BEGIN
     END IF;
     v_id := sbert.record_v1(bind_v1.relation, bind_v1.column_name, bind_v1.declared,
                             bind_v1.source, bind_v1.replaces);
+    PERFORM sbert.drop_strays_v1(bind_v1.relation);
     PERFORM sbert.set_companion_v1(v_id);
     PERFORM sbert.set_triggers_v1(v_id);
     IF NOT defer_indexes THEN

@@ -11,6 +11,7 @@ DECLARE
     v sbert.binding;
     v_columns text[];
     v_words text;
+    v_is_gone boolean;
     v_is_there boolean;
 BEGIN
     SELECT b.* INTO v FROM sbert.binding b WHERE b.id = faults_v1.binding_id;
@@ -26,7 +27,8 @@ BEGIN
     SELECT string_agg(quote_ident(n.name), ', ') INTO v_words FROM unnest(v_columns) AS n (name)
      WHERE NOT EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = v.relation
                           AND a.attname = n.name AND NOT a.attisdropped);
-    IF v_words IS NOT NULL THEN
+    v_is_gone := v_words IS NOT NULL;
+    IF v_is_gone THEN
         RETURN NEXT format('there is no column %s: sbert.rename_v1() follows a renamed one', v_words);
     END IF;
     SELECT string_agg(format('%I has type %s', a.attname, a.atttypid::regtype), ', ') INTO v_words
@@ -38,12 +40,18 @@ BEGIN
     IF v_words IS NOT NULL THEN
         RETURN NEXT format('%s, with which it could not be bound: give it its old type again', v_words);
     END IF;
+    SELECT string_agg(quote_ident(r.rulename), ', ') INTO v_words
+      FROM pg_rewrite r WHERE r.ev_class = v.relation AND r.ev_type = '2' AND r.ev_enabled <> 'D';
+    IF v_words IS NOT NULL THEN
+        RETURN NEXT format('its rule for UPDATE, %s, keeps vectors from being written: make it a trigger',
+                           v_words);
+    END IF;
     SELECT bool_or(q.valid) INTO v_is_there
       FROM sbert.queue_ddl_v1(v.id) q WHERE q.kind = 'queue' AND q.existing IS NOT NULL;
     IF v_is_there IS NOT TRUE THEN
         RETURN NEXT format('the index of rows that are pending is %s: bind the column again, or wait '
                            'for its build', CASE WHEN v_is_there IS NULL THEN 'missing' ELSE 'not valid' END);
-    ELSIF sbert.is_another_v1(v.id) THEN
+    ELSIF NOT v_is_gone AND sbert.is_another_v1(v.id) THEN
         RETURN NEXT 'a column was renamed and another one has its name: sbert.rename_v1() follows it';
     END IF;
 END

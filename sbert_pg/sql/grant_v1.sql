@@ -41,7 +41,7 @@ BEGIN
                 ('triggers_v1', 1), ('is_of_v1', 1), ('may_v1', 1), ('vector_type_v1', 1), ('trigger_problems_v1', 1),
                 ('add_compatible_v1', 2), ('seal_v1', 2), ('require_writer_v1', 2),
                 ('note_v1', 3), ('set_state_v1', 3),
-                ('bind_v1', 4), ('disown_v1', 4), ('end_replacement_v1', 4), ('forget_v1', 4), ('lacks_default_v1', 4), ('prune_v1', 4),
+                ('bind_v1', 4), ('disown_v1', 4), ('drop_strays_v1', 4), ('end_replacement_v1', 4), ('forget_v1', 4), ('lacks_default_v1', 4), ('prune_v1', 4),
                 ('record_v1', 4), ('refuse_v1', 4), ('rename_v1', 4), ('require_bindable_v1', 4),
                 ('require_owner_v1', 4), ('resume_v1', 4), ('set_companion_v1', 4), ('set_triggers_v1', 4),
                 ('unbind_v1', 4), ('wake_v1', 4)

@@ -4,6 +4,7 @@ CREATE FUNCTION sbert.lacks_default_v1(relation regclass, companion text)
 RETURNS boolean
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
+SET quote_all_identifiers = off
 AS $body$
     SELECT EXISTS (
         SELECT FROM (SELECT $1::oid UNION SELECT t.relid FROM pg_partition_tree($1) t) AS r (relid)

@@ -16,5 +16,5 @@ AS $body$
      WHERE b.id = $1 AND NOT t.tgisinternal
        AND t.tgfoid IN ('sbert.refuse_v1()'::regprocedure, 'sbert.disown_v1()'::regprocedure,
                         'sbert.wake_v1()'::regprocedure)
-       AND t.tgargs = convert_to(b.id::text, 'UTF8') || '\x00'::bytea
+       AND t.tgargs = convert_to(b.id::text, 'UTF8') || decode('00', 'hex')
 $body$;

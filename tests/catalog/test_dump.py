@@ -215,6 +215,12 @@ def test_data_of_another_database_is_pending(
         spec = EncoderSpec(name="deterministic", dimensions=16)
         binding = catalog.bind(connection, NOTE, spec, Source.of("body"))
         assert catalog.health(connection, binding) == []
+        # Those of the other database's binding are gone.
+        left = connection.exec_driver_sql(
+            "SELECT (SELECT count(*) FROM pg_index WHERE indrelid = note AND indpred IS NOT NULL), "
+            "(SELECT count(*) FROM pg_trigger WHERE tgrelid = note) FROM to_regclass('note') note"
+        )
+        assert left.one() == (2, 3)
         assert counts(connection, binding).pending + counts(connection, binding).backfill == 50
         t = binding.clause()
         assert connection.scalars(sa.select(t.c.id).where(binding.is_proven(t))).all() == []

@@ -7,8 +7,8 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from sbert_pg import catalog, create_all, embed_on_flush, embedding_column, refresh
-from sbert_pg.freshness import status
+from sbert_pg import catalog, create_all, embed_on_flush, embedding_column, nearest, refresh
+from sbert_pg.freshness import failures, status
 from sbert_pg.source import Source
 from sbert_pg.testing import DeterministicEncoder
 from sbert_pg.types.identity import ColumnIdentity
@@ -238,6 +238,64 @@ def test_a_table_that_takes_anothers_name(engine, note, plain, encoder):
     with engine.connect() as connection:
         problems = [problem for one in status(connection) for problem in one.problems]
     assert problems != [], "status says that the table of this name is another"
+
+
+def test_a_catalog_that_was_dropped_and_a_table_that_was_copied_leave_nothing_behind(
+    engine, note, plain, encoder
+):
+    """An old queue, of a binding that is no more, would hold every row of the table."""
+    plain.execute("INSERT INTO note (body) VALUES ('one')")
+    refresh(engine)
+    plain.execute("CREATE TABLE other (LIKE note INCLUDING ALL)")
+    plain.execute("DROP SCHEMA sbert CASCADE")
+    with engine.begin() as connection:
+        catalog.upgrade(connection)
+        for table in ("note", "other"):
+            identity = ColumnIdentity("public", table, "embedding")
+            catalog.bind(connection, identity, DECLARED, Source.of("body"))
+    left = plain.execute(
+        "SELECT indrelid::regclass::text, count(*) FROM pg_index WHERE indpred IS NOT NULL "
+        "GROUP BY 1 ORDER BY 1"
+    )
+    assert left.fetchall() == [("note", 2), ("other", 2)]
+    assert states(plain) == {1: "pending"}
+    refresh(engine)
+    assert violations(plain, encoder) == []
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "standard_conforming_strings=off",
+        "quote_all_identifiers=on",
+        "DateStyle='SQL, DMY'",
+        "IntervalStyle=iso_8601",
+        "bytea_output=escape",
+        "extra_float_digits=-15",
+        "plan_cache_mode=force_generic_plan",
+        "default_transaction_isolation=serializable",
+        "search_path=pg_catalog,public",
+    ],
+)
+def test_settings_of_the_database_do_not_matter(engine, plain, encoder, setting):
+    """What an application sets for itself, as older ones do, holds for workers and readers too."""
+    with engine.begin() as connection:
+        create_all(connection, Base.metadata)
+    plain.execute(f'ALTER DATABASE "{engine.url.database}" SET {setting}')
+    engine.dispose()
+    plain.execute("INSERT INTO note (id, body) VALUES (1, 'a \\ back''slash')")
+    assert refresh(engine).embedded == 1
+    with Session(engine) as session:
+        embed_on_flush(session)
+        session.add(Note(id=2, body="another \\ one"))
+        session.commit()
+        nearest_ids = session.scalars(nearest(Note.embedding, "a \\ back'slash", limit=2)).all()
+        assert [note.id for note in nearest_ids] == [1, 2]
+        [one] = status(session.connection())
+        assert (one.problems, one.pending, one.failed) == ((), 0, 0)
+        binding = catalog.require_binding(session.connection(), IDENTITY)
+        assert failures(session.connection(), binding) == []
+    assert states(plain) == {1: "fresh", 2: "fresh"}
 
 
 def test_logical_replication_would_bring_rows_that_say_themselves(engine, note, plain, encoder):

@@ -191,6 +191,7 @@ def test_a_queue_that_is_gone_is_said_and_nothing_is_counted(
         "ALTER TABLE note DISABLE TRIGGER USER",
         "ALTER TABLE note RENAME COLUMN title TO heading; ALTER TABLE note ADD title text",
         "ALTER TABLE note RENAME TO old; CREATE TABLE note (LIKE old INCLUDING ALL)",
+        "CREATE RULE r AS ON UPDATE TO note DO ALSO SELECT 1",
     ],
 )
 def test_status_says_what_is_wrong(

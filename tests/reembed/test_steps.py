@@ -16,7 +16,10 @@ from sbert_pg.alembic import register
 from sbert_pg.digest import NIL
 from sbert_pg.freshness import backfill, refresh
 from sbert_pg.indexes import vector_indexes
+from sbert_pg.reembed.finish import drop_bound_column, require_droppable
 from sbert_pg.search import nearest
+from sbert_pg.source import Source
+from sbert_pg.spec import EncoderSpec
 from sbert_pg.types.identity import ColumnIdentity
 
 QUIET = dt.timedelta(0)
@@ -234,6 +237,58 @@ def test_what_depends_on_a_column_is_named_before_it_goes(world, statement, name
             on = " on articles" if "trigger" in named else ""
             connection.execute(sa.text(f"drop {named}{on}"))
     assert ends["embedding"]() is True
+
+
+#: What may depend on a column of a partition, or go with it.
+DEPENDENTS = (
+    "create view v as select id, embedding from note_1",
+    "create view v as select id from note where embedding is null",
+    "create materialized view v as select embedding_of from note_1",
+    "create view v as select note_1 as whole from note_1",
+    (
+        "create trigger mine before update of embedding on note_1 "
+        "for each row execute function suppress_redundant_updates_trigger()"
+    ),
+    "create policy p on note_1 using (embedding is not null)",
+    "create rule r as on insert to note_1 where new.embedding is null do also select 1",
+    (
+        "create unique index on note_1 (embedding_of); "
+        "create table other (e uuid references note_1 (embedding_of))"
+    ),
+    "alter table note add g text generated always as (embedding_of::text) stored",
+    "alter table note add check (embedding is null or embedding_of is not null)",
+    "create index on note_1 (embedding_of)",
+    "create statistics s on body, embedding_of from note",
+)
+
+
+def test_what_is_named_is_what_the_server_would_refuse(engine):
+    """Of a partitioned table, whose partitions have views and rules of their own."""
+    with engine.connect() as connection:
+        run = connection.exec_driver_sql
+        run(
+            "create table note (id int, r int, body text, embedding vector(3), "
+            "primary key (id, r)) partition by list (r)"
+        )
+        run("create table note_1 partition of note for values in (1)")
+        spec = EncoderSpec(name="deterministic", dimensions=3)
+        identity = ColumnIdentity(None, "note", "embedding")
+        binding = catalog.bind(connection, identity, spec, Source.of("body"))
+        connection.commit()
+        for statement in DEPENDENTS:
+            run(statement)
+            try:
+                require_droppable(connection, binding)
+                named = False
+            except errors.ReembeddingError:
+                named = True
+            try:
+                drop_bound_column(connection, binding)
+                refused = False
+            except sa.exc.DBAPIError:
+                refused = True
+            connection.rollback()
+            assert named == refused, statement
 
 
 def test_use_of_a_table_of_the_same_name_is_none(world):
