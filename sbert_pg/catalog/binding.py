@@ -18,8 +18,8 @@ from sbert_pg.catalog import tables
 from sbert_pg.catalog.migrate import upgrade
 from sbert_pg.catalog.record import (
     Binding,
-    binding_id_of,
     expressions_of,
+    known_id,
     qualified,
     read_expressions,
 )
@@ -243,8 +243,9 @@ def binding_of(connection: Connection, column: ColumnIdentity | sa.Column[Any]) 
     identity = identity_of(column)
     if not installed(connection):
         return None
-    known = binding_id_of(connection, identity)
-    return None if known is None else binding_by_id(connection, known)
+    # In one statement: between two the column may change hands, and would seem not to be bound.
+    known = sa.select(known_id(connection, identity)).scalar_subquery()
+    return _first(connection, tables.binding.c.id == known)
 
 
 def require_binding(connection: Connection, column: ColumnIdentity | sa.Column[Any]) -> Binding:

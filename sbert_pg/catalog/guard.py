@@ -30,11 +30,13 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeEngine, UserDefinedType
 
-from sbert_pg.catalog.holding import Held, hold
+from sbert_pg.catalog.binding import installed
+from sbert_pg.catalog.holding import Held, fingerprint_of, hold
 from sbert_pg.catalog.record import Binding, binding_id_of, translated
 from sbert_pg.digest import PROVEN_DIMENSIONS
 from sbert_pg.errors import EncoderMismatchError, SbertPgError
 from sbert_pg.process import ProcessLock
+from sbert_pg.registry import find_encoder
 from sbert_pg.spec import EncoderSpec
 from sbert_pg.sqlstates import as_error, sqlstate_of
 from sbert_pg.types.drivers import unwrapped
@@ -60,7 +62,8 @@ class _Memory:
         #: Whether the catalog is there; statements compiled while it was not known have no fence.
         self.installed = False
         self.held: dict[_Key, Held] = {}
-        #: What this process was last accepted with, by the name that a statement has for a column.
+        #: What this process was last accepted with, by the name that a statement has for a column;
+        #: of one that was not bound what it has, and ``None`` where no answer holds for long.
         self.fingerprints: dict[_Key, str | None] = {}
         self.bindings: dict[tuple[uuid.UUID, EncoderSpec], Held] = {}
         self.unbound: dict[_Key, float] = {}
@@ -422,8 +425,9 @@ def _check(memory: _Memory, connection: Connection, use: _Use, fence: bool) -> H
         What it was compared with, where the statement does not ask.
     """
     key = (translated(connection, use.identity), use.spec)
+    name = (use.identity, use.spec)
     held = memory.held.get(key)
-    if held is not None and fence and (use.identity, use.spec) in memory.fingerprints:
+    if held is not None and fence and memory.fingerprints.get(name) == _accepted(held):
         _leave_trace(memory, connection, held.binding.id, wrote=False)
         return None
 
@@ -435,20 +439,28 @@ def _check(memory: _Memory, connection: Connection, use: _Use, fence: bool) -> H
     held = _once(memory, connection, ("read", key), look)
     if held is not None:
         _leave_trace(memory, connection, held.binding.id, wrote=False)
-    if held is not None and held.final:
-        memory.fingerprints[use.identity, use.spec] = held.fingerprint or held.binding.fingerprint
+        memory.fingerprints[name] = _accepted(held) if held.final else None
+    elif not memory.fingerprints.get(name):
+        # It may be bound the next moment, so the statement asks with what this process has.
+        encoder = find_encoder(use.spec)
+        memory.fingerprints[name] = "" if encoder is None else fingerprint_of(encoder)
     return held
+
+
+def _accepted(held: Held) -> str | None:
+    """The fingerprint by which a statement asks for what this process was compared with."""
+    return held.fingerprint or held.binding.fingerprint
 
 
 def _compare(memory: _Memory, connection: Connection, key: _Key) -> Held | None:
     held = hold(connection, *key)
-    if held is None:
-        memory.unbound[key] = time.monotonic()
-        return None
-    if not memory.installed:
+    if not memory.installed and (held is not None or installed(connection)):
         memory.installed = True
         # What was compiled before has no fence.
         connection.engine.clear_compiled_cache()
+    if held is None:
+        memory.unbound[key] = time.monotonic()
+        return None
     memory.unbound.pop(key, None)
     if held.final:
         memory.held[key] = held

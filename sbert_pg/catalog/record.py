@@ -257,9 +257,13 @@ def relation_of(connection: Connection, identity: ColumnIdentity) -> sa.ColumnEl
 
 def binding_id_of(connection: Connection, identity: ColumnIdentity) -> uuid.UUID | None:
     """Identity of a column's binding, where the catalog is installed and there is one."""
+    return connection.execute(sa.select(known_id(connection, identity))).scalar_one()
+
+
+def known_id(connection: Connection, identity: ColumnIdentity) -> sa.ColumnElement[uuid.UUID]:
+    """What ``binding_id_of`` gives, as an expression."""
     relation = relation_of(connection, identity)
-    known = sa.func.sbert.binding_id_v1(relation, identity.column, type_=sa.Uuid())
-    return connection.execute(sa.select(known)).scalar_one()
+    return sa.func.sbert.binding_id_v1(relation, identity.column, type_=sa.Uuid())
 
 
 def qualified(connection: Connection, identity: ColumnIdentity) -> str:
@@ -284,6 +288,7 @@ __all__ = [
     "Named",
     "binding_id_of",
     "expressions_of",
+    "known_id",
     "qualified",
     "read_expressions",
     "relation_of",

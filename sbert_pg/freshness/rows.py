@@ -346,7 +346,17 @@ class Rows:
         locked = {chosen[number - 1].label: again for number, again in in_order}
         written = {label: again for label, again in locked.items() if again is not None}
         self._exchange(connection, chosen, written, cuts, passages)
-        left = [row for row in chosen if row.label not in locked]
+        return self._outcome(connection, chosen, locked, written)
+
+    def _outcome(
+        self,
+        connection: Connection,
+        rows: Sequence[Row],
+        locked: Mapping[str, bool | None],
+        written: Mapping[str, bool | None],
+    ) -> Written:
+        """What became of rows, given which were locked, and whether written ones are pending."""
+        left = [row for row in rows if row.label not in locked]
         busy = self._busy(connection, left)
         return Written(
             tuple(written),

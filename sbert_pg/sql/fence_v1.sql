@@ -35,7 +35,7 @@ BEGIN
         MESSAGE = format('column %I of table %s belongs to encoder "%s" (fingerprint %s), and this '
             'process has an encoder with fingerprint %s', fence_v1.column_name,
             fence_v1.relation::text, v_encoder, coalesce(v_sealed, 'not known yet'),
-            fence_v1.fingerprint),
+            coalesce(nullif(fence_v1.fingerprint, ''), 'not known here')),
         DETAIL = 'The column changed hands while the process was running, or was unbound and bound '
                  'again.',
         HINT = 'Use the column''s own encoder, or a column of your own. If the encoder is the '

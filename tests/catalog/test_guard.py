@@ -202,6 +202,42 @@ def test_a_reader_notices_that_the_column_changed_hands(bound: sa.Engine, statem
             connection.execute(statement)
 
 
+@pytest.mark.parametrize("at_hand", [True, False])
+def test_a_column_that_is_bound_after_a_reader_looked(bound: sa.Engine, at_hand: bool) -> None:
+    """What was not bound a moment ago is asked about by every statement."""
+    write(bound, "a")
+    with bound.begin() as connection:
+        catalog.unbind(connection, COLUMN)
+    vector = np.ones(384, np.float32)
+    statement = sa.select(Note.id).order_by(Note.embedding.cosine_distance(vector))
+    if not at_hand:
+        forget_encoders()
+    for _ in range(2):
+        assert len(read(bound, statement)) == 1
+    other = sa.create_engine(bound.url)
+    with other.begin() as connection:
+        binding = catalog.bind(connection, COLUMN)
+        catalog.seal(connection, binding, DeterministicEncoder(salt="another"))
+    other.dispose()
+    with pytest.raises(EncoderMismatchError):
+        read(bound, statement)
+
+
+def test_a_column_that_changes_hands_while_its_binding_is_read(bound: sa.Engine) -> None:
+    """Whatever comes between two statements, it is bound throughout."""
+    write(bound, "a")
+    reader = sa.create_engine(bound.url)
+
+    @event.listens_for(reader, "before_cursor_execute")
+    def change_hands(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
+        if "sbert.binding" in statement:
+            rebind(bound, DeterministicEncoder(salt="another"))
+
+    with reader.connect() as connection:
+        assert catalog.binding_of(connection, COLUMN) is not None
+    reader.dispose()
+
+
 @pytest.mark.parametrize("knows", [False, True], ids=["new process", "asks again"])
 def test_a_column_that_changes_hands_while_a_reader_compares_itself(
     bound: sa.Engine, knows: bool
