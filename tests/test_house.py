@@ -73,7 +73,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "passages": (6, 1224),
     "reembed": (12, 3308),
     "search": (12, 3644),
-    "serving": (17, 3419),
+    "serving": (18, 3504),
     "sql": (1, 24),
     "tuning": (18, 4244),
     "types": (9, 1734),
