@@ -182,12 +182,12 @@ class Target:
         """Whether a criterion compares a column that has an index for equality."""
         if isinstance(criterion, sa.BooleanClauseList) and criterion.operator is operators.and_:
             return any(self.pins(one) for one in criterion.clauses)
-        return (
-            isinstance(criterion, sa.BinaryExpression)
-            and criterion.operator in (operators.eq, operators.in_op)
-            and self.owns(criterion.left)
-            and criterion.left.name in self.leading
-        )
+        if not isinstance(criterion, sa.BinaryExpression):
+            return False
+        listed = criterion.operator is operators.in_op
+        listed = listed and isinstance(criterion.right, sa.BindParameter)
+        known = listed or criterion.operator is operators.eq
+        return known and self.owns(criterion.left) and criterion.left.name in self.leading
 
     def about(self, row: sa.FromClause, criterion: Any) -> Any:
         """A criterion about a row under another name.

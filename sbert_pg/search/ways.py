@@ -80,6 +80,12 @@ def named(name: str, *columns: str, **typed: Any) -> sa.TableClause:
 NAN: Any = sa.literal_column("'NaN'::float8")
 
 
+def _one_in(number_: int, key: Any) -> sa.ColumnElement[bool]:
+    """That a row is one in so many, by its key."""
+    remainder = sa.func.hashtext(sa.cast(key, sa.Text)) % number(number_)
+    return remainder == number(0)
+
+
 def _spread(distance: sa.ColumnElement[float]) -> sa.ColumnElement[bool]:
     """Whether rows are not all equally far: an island of equal vectors ends a search."""
     # In this form it does not hold where the query is all zeros, and no distance a number.
@@ -204,25 +210,28 @@ class Ways:
 
     def _sample(self, passes: Any) -> sa.CTE:
         """How many rows of a few pages pass, and how near the nearest of them is."""
-        hits = sa.func.count().filter(passes).label("hits")
-        few = passes
-        if self.target.wide:
-            key = self.tried.c[self.target.row_key[0].key]
-            part = sa.func.hashtext(sa.cast(key, sa.Text)) % number(EIGHTH)
-            few = sa.and_(passes, part == number(0))
-        closest = self.closest.filter(few).label("closest")
-        return self.sample.add_columns(hits, closest).cte("nearest_sample")
+        tried = self.tried
+        key, vector = tried.c[self.target.row_key[0].key], self.target.row_column(tried)
+        source: Any = tried
+        if isinstance(passes, sa.Exists):
+            # Each row is looked up by its key where that costs less than all rows that pass: the
+            # planner compares both here, and not within an aggregate, for as many rows as it
+            # expects. It expects a tenth of the table, but for a criterion that it takes for rare.
+            rows = sa.select(key, vector, passes.label(PASSES)).where(_one_in(1, key))
+            source = rows.offset(number(0)).subquery("nearest_tries")
+            key, vector, passes = source.c
+        few = sa.and_(passes, _one_in(EIGHTH, key)) if self.target.wide else passes
+        closest = sa.func.min(self.target.distance(vector, self.vector)).filter(few)
+        counts = [sa.func.count().label("tried"), self.times.label("times")]
+        counts += [sa.func.count().filter(passes).label("hits"), closest.label("closest")]
+        return sa.select(*counts).select_from(source).cte("nearest_sample")
 
     def _plan(self) -> sa.CTE:
         """From a few pages of the table; it decides what a search costs, never what it finds."""
-        times = self.target.sample_times()
-        part = sa.func.system(number(100) / times)
+        self.times = self.target.sample_times()
+        part = sa.func.system(number(100) / self.times)
         # The same pages each time; of each partition, where the table has such.
         self.tried = self.table.tablesample(part, "nearest_tried", seed=number(0))
-        tried = sa.func.count().label("tried")
-        self.sample = sa.select(tried, times.label("times")).select_from(self.tried)
-        distance = self.target.distance(self.target.row_column(self.tried), self._asked("vector"))
-        self.closest = sa.func.min(distance)
         sample = named("nearest_sample", "tried", "hits", "times", "closest")
         return self._part("plan", planned(sample, self.first, self.shape))
 
@@ -273,12 +282,20 @@ class Ways:
         if name == "far" and self.shape.deep:
             known = sa.not_(self._accepted("near"))
             criteria.append(sa.or_(known, self._not_among("near", row)))
-        rows = rows.add_columns(sa.and_(sa.true(), *criteria).label(PASSES))
-        given = rows.subquery("nearest_rows")
+        # Asked of the rows that the index gave, since the planner expects it to give all there are,
+        # and would look up by one scan of the table which of these pass.
+        own = sa.and_(sa.true(), *criteria)
+        labels = dict(zip(self._keys(row), self.names, strict=True))
+        used = {c for c in visitors.iterate(own) if getattr(c, "table", None) is row}
+        more = {c: f"nearest_own_{n}" for n, c in enumerate(sorted(used - {*labels}, key=str))}
+        given = rows.add_columns(*(c.label(n) for c, n in more.items())).subquery("nearest_rows")
+        labels |= more
+        traverse: Any = visitors.replacement_traverse
+        passes_ = traverse(own, {}, lambda e, **_: given.c[labels[e]] if e in labels else None)
         columns = [given.c[column] for column in (*self.names, DISTANCE, *self.carried)]
         place = sa.func.row_number().over(order_by=[given.c[DISTANCE], *self._keys(given)])
         look = self.first if name == "near" else self.second
-        taken = sa.and_(given.c[PASSES], place <= self._looked(look))
+        taken = sa.and_(passes_, place <= self._looked(look))
         return self._part(name, sa.select(*columns, place.label(PLACE), taken.label(PASSES)))
 
     def _looked(self, look: Look | None) -> Any:

@@ -77,7 +77,9 @@ def test_a_filter_chooses_the_rows_once_and_its_share_is_estimated() -> None:
     ) in text
     assert text.count("lang_1") == 1
     assert "FROM thing AS nearest_tried TABLESAMPLE system(" in text
-    assert "nearest_row.id = nearest_within.nearest_key_0" in text
+    # Asked behind the limits, where the planner knows of how few rows.
+    assert "nearest_rows.nearest_key_0 = nearest_within.nearest_key_0" in text
+    assert "1 = 0 LIMIT ALL OFFSET 0) AS nearest_tries" in text
 
 
 def test_criteria_about_columns_of_the_row_are_asked_of_it_as_they_are() -> None:
@@ -85,7 +87,8 @@ def test_criteria_about_columns_of_the_row_are_asked_of_it_as_they_are() -> None
     text = sql(nearest(thing.c.vec, QUERY).where(thing.c.lang == "de", thing.c.id > 3))
     assert "(WHERE nearest_tried.lang = %(lang_" in text
     assert "AND nearest_tried.id > %(id_" in text
-    assert " AS nearest_distance, nearest_row.lang = %(lang_" in text
+    assert ", nearest_row.lang AS nearest_own_0 FROM" in text
+    assert ", nearest_rows.nearest_own_0 = %(lang_" in text
     # Once, where the rows are compared.
     assert text.count("FROM nearest_within") == 1
     other = sa.table("other", sa.column("thing_id"))
