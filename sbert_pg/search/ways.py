@@ -282,21 +282,28 @@ class Ways:
         if name == "far" and self.shape.deep:
             known = sa.not_(self._accepted("near"))
             criteria.append(sa.or_(known, self._not_among("near", row)))
-        # Asked of the rows that the index gave, since the planner expects it to give all there are,
-        # and would look up by one scan of the table which of these pass.
-        own = sa.and_(sa.true(), *criteria)
+        given, passing = self._behind(rows, row, sa.and_(sa.true(), *criteria))
+        columns = [given.c[column] for column in (*self.names, DISTANCE, *self.carried)]
+        place = sa.func.row_number().over(order_by=[given.c[DISTANCE], *self._keys(given)])
+        look = self.first if name == "near" else self.second
+        taken = sa.and_(passing, place <= self._looked(look))
+        return self._part(name, sa.select(*columns, place.label(PLACE), taken.label(PASSES)))
+
+    def _behind(self, rows: sa.Select[Any], row: Any, criterion: Any) -> tuple[Any, Any]:
+        """Rows of a look with the columns that a criterion needs, and the criterion about these.
+
+        Within the look the planner would expect it to be asked of all rows that there are, and look
+        up by one scan of the table which of these pass.
+        """
         labels = dict(zip(self._keys(row), self.names, strict=True))
-        used = {c for c in visitors.iterate(own) if getattr(c, "table", None) is row}
+        used = {c for c in visitors.iterate(criterion) if getattr(c, "table", None) is row}
         more = {c: f"nearest_own_{n}" for n, c in enumerate(sorted(used - {*labels}, key=str))}
         given = rows.add_columns(*(c.label(n) for c, n in more.items())).subquery("nearest_rows")
         labels |= more
         traverse: Any = visitors.replacement_traverse
-        passes_ = traverse(own, {}, lambda e, **_: given.c[labels[e]] if e in labels else None)
-        columns = [given.c[column] for column in (*self.names, DISTANCE, *self.carried)]
-        place = sa.func.row_number().over(order_by=[given.c[DISTANCE], *self._keys(given)])
-        look = self.first if name == "near" else self.second
-        taken = sa.and_(passes_, place <= self._looked(look))
-        return self._part(name, sa.select(*columns, place.label(PLACE), taken.label(PASSES)))
+        return given, traverse(
+            criterion, {}, lambda e, **_: given.c[labels[e]] if e in labels else None
+        )
 
     def _looked(self, look: Look | None) -> Any:
         assert look is not None
