@@ -109,18 +109,18 @@ def sabotage_tables(connection: sa.Connection) -> None:
 def _write_without_looking(self: Rows, vector_type: str) -> sa.UpdateBase:
     """The plain update of a batch: whatever text the row has now is called the vector's."""
     given = self._given(
-        "sbert_of", "sbert_digest", "sbert_vector",
-        of=sa.bindparam("sbert_of", type_=ArrayOf("text")),
-        digest=sa.bindparam("sbert_digest", type_=ArrayOf("uuid")),
-        vector=sa.bindparam("sbert_vector", type_=ArrayOf(vector_type)),
+        "sbert__of", "sbert__digest", "sbert__vector",
+        of=sa.bindparam("sbert__of", type_=ArrayOf("text")),
+        digest=sa.bindparam("sbert__digest", type_=ArrayOf("uuid")),
+        vector=sa.bindparam("sbert__vector", type_=ArrayOf(vector_type)),
     )  # fmt: skip
-    bare = sa.func.replace(sa.cast(given.c.sbert_digest, sa.Text), "-", "")
+    bare = sa.func.replace(sa.cast(given.c.sbert__digest, sa.Text), "-", "")
     now = sa.cast(sa.func.substr(bare, 1, 16).concat(self.of), sa.Uuid)
     return (
         sa.update(self.table)
         .values({self.binding.column: given.c.sbert_vector, self.binding.companion: now})
         .where(self._same(given))
-        .returning(given.c.sbert_n, sa.false())
+        .returning(given.c.sbert__n, sa.false())
     )
 
 

@@ -232,6 +232,12 @@ class Binding:
         columns[self.companion] = sa.column(self.companion, sa.Uuid)
         return sa.table(self.table, *columns.values(), schema=self.schema)
 
+    def is_here(self) -> sa.ColumnElement[bool]:
+        """Whether the table of this name is still the bound one; evaluated once in a statement."""
+        name = ".".join('"' + part.replace('"', '""') + '"' for part in (self.schema, self.table))
+        oid = sa.cast(sa.func.to_regclass(sa.literal(name, sa.Text)), pg.OID)
+        return sa.cast(oid, sa.BigInteger) == sa.literal(self.relation, sa.BigInteger)
+
     def is_stale(self, table: sa.FromClause) -> sa.ColumnElement[bool]:
         """Whether a row of a table, alias or subquery is pending."""
         return self.expressions.on(table, "stale")

@@ -48,8 +48,10 @@ from sbert_pg.freshness.passages import Cut, StoredPassages, stored_passages
 _FAILED_FOR = timedelta(seconds=10)
 
 #: Names of columns and parameters of our own in statements over tables that may have columns of
-#: any name.
-_N, _OF, _DIGEST, _VECTOR, _LABEL = (f"sbert_{n}" for n in ("n", "of", "digest", "vector", "label"))
+#: nearly any name: of these two underscores, as no column that is called after the library has.
+_N, _OF, _DIGEST, _VECTOR, _LABEL = (
+    f"sbert__{n}" for n in ("n", "of", "digest", "vector", "label")
+)
 _NOTHING: Mapping[str, Any] = {}
 _TEXTS, _UUIDS = ArrayOf("text"), ArrayOf("uuid")
 #: Formats in which a key names its row, so that all workers give it one name; and plans by the
@@ -111,53 +113,54 @@ class Rows:
     # -- statements ---------------------------------------------------------------------------
 
     def _given(self, *names: str, **arrays: sa.BindParameter[Any]) -> sa.TableValuedAlias:
-        """Parameters as rows: the parts of the key ``sbert_k0``..., more, and their number."""
+        """Parameters as rows: the parts of the key ``sbert__k0``..., more, and their number."""
         types = self.binding.key_types
-        keys = [sa.bindparam(f"sbert_k{i}", type_=ArrayOf(type_)) for i, type_ in enumerate(types)]
-        columns: list[sa.ColumnClause[Any]] = [sa.column(f"sbert_k{i}") for i in range(len(types))]
+        keys = [sa.bindparam(f"sbert__k{i}", type_=ArrayOf(type_)) for i, type_ in enumerate(types)]
+        columns: list[sa.ColumnClause[Any]] = [sa.column(f"sbert__k{i}") for i in range(len(types))]
         columns += [sa.column(name) for name in names]
         given = sa.func.unnest(*keys, *arrays.values()).table_valued(
-            *columns, with_ordinality=_N, name="sbert_given"
+            *columns, with_ordinality=_N, name="sbert__given"
         )
         return given.render_derived()
 
     def _same(self, given: sa.FromClause) -> sa.ColumnElement[bool]:
         """Whether a row is the one that a row of parameters names."""
-        return sa.and_(*(key == given.c[f"sbert_k{i}"] for i, key in enumerate(self.keys)))
+        return sa.and_(*(key == given.c[f"sbert__k{i}"] for i, key in enumerate(self.keys)))
 
     def _claiming(self, class_: int, after: bool) -> sa.Select[Any]:
         """Pending rows of a class in the order of their keys, but for those that are put off."""
         f = tables.failure.c
         failure = (
             sa.select(
-                f.key.label(_LABEL), f.failed.label("sbert_failed"),
-                f.of_text.label("sbert_of_text"), f.at.label("sbert_at"),
+                f.key.label(_LABEL), f.failed.label("sbert__failed"),
+                f.of_text.label("sbert__of_text"), f.at.label("sbert__at"),
             )
             .where(f.binding_id == self.binding.id)
-            .subquery("sbert_failure")
+            .subquery("sbert__failure")
         )  # fmt: skip
         # A text that failed for good is left alone until it is another one. Where a trigger changes
         # it at every write, that would be an endless loop without a pause.
         returns = sa.and_(
-            failure.c.sbert_failed,
-            failure.c.sbert_of_text.is_distinct_from(self.of),
-            failure.c.sbert_at < sa.func.now() - _FAILED_FOR,
+            failure.c.sbert__failed,
+            failure.c.sbert__of_text.is_distinct_from(self.of),
+            failure.c.sbert__at < sa.func.now() - _FAILED_FOR,
         )
         columns: list[sa.ColumnElement[Any]] = [
-            *(sent.label(f"sbert_k{i}") for i, sent in enumerate(self._sent)),
-            self.label.label("sbert_name"),
-            failure.c[_LABEL].is_not(None).label("sbert_before"),
+            *(sent.label(f"sbert__k{i}") for i, sent in enumerate(self._sent)),
+            self.label.label("sbert__name"),
+            failure.c[_LABEL].is_not(None).label("sbert__before"),
         ]
         statement = (
             sa.select(*columns)
             .select_from(self.table.outerjoin(failure, failure.c[_LABEL] == self.label))
             .where(
+                self.binding.is_here(),
                 self.binding.is_stale(self.table),
                 self.binding.class_of(self.table) == class_,
                 sa.or_(failure.c[_LABEL].is_(None), returns),
             )
             .order_by(*self.keys)
-            .limit(sa.bindparam("sbert_most", type_=sa.Integer))
+            .limit(sa.bindparam("sbert__most", type_=sa.Integer))
         )
         return statement.where(self._beyond()) if after else statement
 
@@ -165,7 +168,7 @@ class Rows:
         """Whether a row comes after the one that parameters name."""
         last = [
             sa.select(
-                sa.func.unnest(sa.bindparam(f"sbert_k{i}", type_=ArrayOf(t)))
+                sa.func.unnest(sa.bindparam(f"sbert__k{i}", type_=ArrayOf(t)))
             ).scalar_subquery()
             for i, t in enumerate(self.binding.key_types)
         ]
@@ -183,11 +186,11 @@ class Rows:
         )
         return sa.select(
             given.c[_N],
-            text.label("sbert_text"),
+            text.label("sbert__text"),
             self.of.label(_OF),
             # Not a criterion, which would have the planner read the whole queue.
-            self.binding.is_stale(self.table).label("sbert_stale"),
-            self.binding.expressions.on(self.table, "failed").label("sbert_failed"),
+            self.binding.is_stale(self.table).label("sbert__stale"),
+            self.binding.expressions.on(self.table, "failed").label("sbert__failed"),
         ).select_from(given.join(self.table, self._same(given)))
 
     def _writing(self, vector_type: str) -> sa.Select[Any]:
@@ -203,10 +206,10 @@ class Rows:
         locked = (
             sa.select(*given.c)
             .select_from(given.join(self.table, self._same(given)))
-            .where(self.of.is_not_distinct_from(given.c[_OF]))
+            .where(self.binding.is_here(), self.of.is_not_distinct_from(given.c[_OF]))
             .order_by(*self.keys)
             .with_for_update(of=self.table, skip_locked=True, key_share=True)
-            .cte("sbert_locked")
+            .cte("sbert__locked")
         )
         written = (
             sa.update(self.table)
@@ -217,11 +220,11 @@ class Rows:
                 }
             )
             .where(self._same(locked), self.of.is_not_distinct_from(locked.c[_OF]))
-            .returning(locked.c[_N], self.binding.is_stale(self.table).label("sbert_stale"))
-            .cte("sbert_written")
+            .returning(locked.c[_N], self.binding.is_stale(self.table).label("sbert__stale"))
+            .cte("sbert__written")
         )
         # A row that is locked for us and not written after all is one that a trigger left out.
-        return sa.select(locked.c[_N], written.c.sbert_stale).select_from(
+        return sa.select(locked.c[_N], written.c.sbert__stale).select_from(
             locked.outerjoin(written, written.c[_N] == locked.c[_N])
         )
 
@@ -247,7 +250,7 @@ class Rows:
             most: most rows to return.
             after: begin after this key.
         """
-        values: dict[str, Any] = {"sbert_most": most}
+        values: dict[str, Any] = {"sbert__most": most}
         if after is not None:
             values |= self._key_arrays([after])
         found = connection.execute(self._claim[class_, after is not None], values).all()
@@ -425,7 +428,7 @@ class Rows:
             size: most rows.
             after: begin after this key.
         """
-        sent = [part.label(f"sbert_k{i}") for i, part in enumerate(self._sent)]
+        sent = [part.label(f"sbert__k{i}") for i, part in enumerate(self._sent)]
         statement = sa.select(*columns, *sent).order_by(*self.keys).limit(size)
         values: dict[str, Any] = {}
         if after is not None:
@@ -447,7 +450,7 @@ class Rows:
             .where(*where)
             .order_by(*self.keys)
             .with_for_update(key_share=True)
-            .cte("sbert_locked")
+            .cte("sbert__locked")
         )
         same = sa.and_(*(key == locked.c[key.name] for key in self.keys))
         return connection.execute(
@@ -460,7 +463,7 @@ class Rows:
         arrays = {}
         for i in range(len(self.keys)):
             parts = [key[i] for key in keys]
-            arrays[f"sbert_k{i}"] = WireArray([payload for _, payload in parts], parts[0][0])
+            arrays[f"sbert__k{i}"] = WireArray([payload for _, payload in parts], parts[0][0])
         return arrays
 
     def _digest(self, row: Row, vector: bytes | None) -> bytes | None:

@@ -119,7 +119,7 @@ def note_caught_up(connection: Connection, binding: Binding) -> bool:
     )
     nothing = sa.select(sa.func.count()).select_from(first).scalar_subquery() == 0
     note = sa.func.sbert.note_v1(binding.id, sa.func.statement_timestamp())
-    return connection.execute(sa.select(note).where(nothing)).first() is not None
+    return connection.execute(sa.select(note).where(nothing, binding.is_here())).first() is not None
 
 
 def queue_fault(connection: Connection, binding: Binding) -> str | None:

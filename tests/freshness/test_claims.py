@@ -11,7 +11,7 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from sbert_pg import catalog
+from sbert_pg import catalog, refresh
 from sbert_pg.errors import EncoderError
 from sbert_pg.freshness import claims
 from sbert_pg.freshness.encoding import embed, encode_each
@@ -547,6 +547,40 @@ def test_columns_of_any_name(engine, plain, encoder):
     assert [row.text for row in read] == ["one\n\n:two\n\n%s three"]
     assert len(put(engine, rows, read, encoder).rows) == 1
     assert take_alone(engine, rows) is None
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "text", "vector"),
+    [
+        ("note", "sbert_n", "sbert_of", "sbert_vector"),
+        ("note", "sbert_k0", "sbert_text", "sbert_label"),
+        ("sbert_locked", "id", "body", "embedding"),
+        ("sbert_failure", "id", "body", "embedding"),
+    ],
+)
+def test_names_after_the_library(engine, plain, encoder, table, key, text, vector):
+    plain.execute(f"CREATE TABLE {table} ({key} int PRIMARY KEY, {text} text, {vector} vector(32))")
+    identity = ColumnIdentity("public", table, vector)
+    with engine.begin() as connection:
+        spec = EncoderSpec(name="deterministic", dimensions=32)
+        catalog.bind(connection, identity, spec, Source.of(text))
+    plain.execute(f"INSERT INTO {table} ({key}, {text}) VALUES (1, 'a'), (2, 'b')")
+    assert refresh(engine).embedded == 2
+
+
+def test_a_table_that_takes_the_name_is_left_alone(engine, rows, plain, encoder):
+    """What a worker knows by its name is held against the identity until it looks again."""
+    plain.execute("INSERT INTO note (body) VALUES ('a')")
+    read = take(engine, rows)
+    plain.execute(
+        "ALTER TABLE note RENAME TO old; CREATE TABLE note (LIKE old INCLUDING ALL); "
+        "INSERT INTO note (id, body) VALUES (1, 'a'), (2, 'b')"
+    )
+    assert put(engine, rows, read, encoder).rows == ()
+    plain.execute("DELETE FROM sbert.claim")
+    assert take(engine, rows) == []
+    assert plain.execute("SELECT count(embedding) FROM note").fetchone() == (0,)
+    assert refresh(engine).embedded == 1, "the bound table, by the name that it has now"
 
 
 def test_a_partitioned_table(engine, plain, encoder):
