@@ -62,11 +62,11 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (10, 2130),
     "alembic": (9, 2775),
-    "catalog": (9, 2553),
+    "catalog": (9, 2559),
     "cli": (18, 4753),
     "clustering": (16, 4948),
     "encoder": (28, 7336),
-    "freshness": (23, 5331),
+    "freshness": (23, 5334),
     "indexes": (6, 1444),
     "loading": (4, 1129),
     "orm": (5, 935),
