@@ -12,7 +12,8 @@ REFERENCE ?= torch==2.13.0 sentence-transformers>=5 onnxscript>=0.1
 DEMO_MODELS = $(DEMO_VENV)/bin/sbert-pg encoder convert $(MINILM) && $(DEMO_VENV)/bin/python -c \
   'from sbert_pg.cli.demo_data import use_old_encoder as use; raise SystemExit(not use())'
 # A file of tests stays in one process, which has a server of its own. They also wait, for locks,
-# leases and processes, so three keep two cores busy.
+# leases and processes, so three keep two cores busy. The files go in the order of tests/conftest.py,
+# and not by how many tests they have.
 WORKERS ?= 3
 PYTEST_ARGS ?=
 
@@ -37,7 +38,7 @@ $(DEMO_VENV)/.ready: pyproject.toml
 
 test: $(VENV)/.ready wheel
 	$(VENV)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
-	$(VENV)/bin/pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(VENV)/bin/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 slow: $(VENV)/.ready wheel
 	$(VENV)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl

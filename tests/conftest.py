@@ -63,6 +63,22 @@ def pytest_configure(config: pytest.Config) -> None:
         settings.load_profile("the same each time")
 
 
+#: Files that take longest, for what they do and not for how many tests they have.
+LONGEST = [
+    "alembic/test_killed", "docs/test_pages", "alembic/test_history", "search/test_recall",
+    "encoder/test_identity", "freshness/test_processes", "alembic/test_locks",
+    "freshness/test_backfill", "tuning/test_training", "tuning/test_tune",
+    "encoder/test_fidelity", "clustering/test_runs", "search/test_never_short",
+    "serving/test_explore", "encoder/test_processes",
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no process is left alone with one at the end."""
+    place = {name: n for n, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get("/".join(item.path.with_suffix("").parts[-2:]), 99))
+
+
 class Databases:
     """Databases on the server of this run, cloned from templates that are made once."""
 

@@ -16,20 +16,21 @@ from sbert_pg.freshness import backfill
 from sbert_pg.testing import DeterministicEncoder
 from sbert_pg.types.identity import ColumnIdentity
 
-#: The process has an encoder, which is slow where it is asked to be.
+#: The process has an encoder, which never comes to the end of one text where it is asked to.
 ENCODERS = """
 import os
 import time
 from sbert_pg import registry
 from sbert_pg.testing import DeterministicEncoder
 
-class Slow(DeterministicEncoder):
+class Stuck(DeterministicEncoder):
     def encode_document(self, texts):
-        time.sleep(float(os.environ.get("SECONDS_A_BATCH", "0")))
+        if os.environ.get("ENDLESS") in texts:
+            time.sleep(600)
         return super().encode_document(texts)
 
-registry.use_encoder(Slow())
-registry.use_encoder(Slow("other", 64, salt="other"))
+registry.use_encoder(Stuck())
+registry.use_encoder(Stuck("other", 64, salt="other"))
 """
 MODELS = (
     ENCODERS
@@ -49,6 +50,11 @@ NEW = (
 )
 INDEX = 'hnsw_index("ix_e", "embedding"),'
 NEW_INDEX = 'hnsw_index("ix_new", "new"),'
+
+
+#: More than a batch, so that one is written while the next is in hand. What was in hand is tried
+#: again a row at a time.
+ARTICLES = 300
 
 
 def models(indexes: str = "", *columns: str) -> str:
@@ -75,7 +81,9 @@ def kill(process: subprocess.Popen[str]) -> None:
 def articles(app: Any) -> Any:
     app.models(models())
     app.step("articles")
-    app.execute("INSERT INTO article (title) SELECT 'text ' || i FROM generate_series(1, 2000) i")
+    app.execute(
+        f"INSERT INTO article (title) SELECT 'text ' || i FROM generate_series(1, {ARTICLES}) i"
+    )
     return app
 
 
@@ -89,18 +97,18 @@ def test_killed_in_the_backfill(articles: Any) -> None:
         "op.require_backfill('article', 'embedding')",
     )
     done = "SELECT count(*) FROM article WHERE embedding IS NOT NULL"
-    process = app.start("upgrade", "head", SECONDS_A_BATCH="0.3")
+    process = app.start("upgrade", "head", ENDLESS=f"text {ARTICLES}")
     until(lambda: app.scalar(done) > 0, process)
     kill(process)
     before = app.scalar(done)
-    assert 0 < before < 2000
+    assert 0 < before < ARTICLES
     versions = "SELECT id || ' ' || xmin FROM article WHERE embedding IS NOT NULL"
     written = set(app.execute(versions))
     # What it had in hand is left alone for a while. That time is over.
     app.execute("UPDATE sbert.claim SET until = now()")
     again = app.process("upgrade", "head")
     assert again.returncode == 0, again.stderr
-    assert app.scalar(done) == 2000
+    assert app.scalar(done) == ARTICLES
     assert app.check() == ""
     # What was there has not been written again.
     assert len(written & set(app.execute(versions))) >= before

@@ -144,7 +144,8 @@ def test_readme_block_answers(tmp_path: Path) -> None:
     # The embedded server runs as a user of its own where the tests run as root.
     os.chmod(tmp_path, 0o755)
     answers = run(ROOT / "README.md", tmp_path, None)
-    assert "[('Refunds and returns', 0.56" in answers
+    # int8 differs a little between processors.
+    assert re.search(r"^\[\('Refunds and returns', 0\.5[56]", answers, re.MULTILINE)
     assert "Cheese knife" in answers
     assert "1.00 Kettle KT-300" in answers
     assert "Kettle KT-200 | Boil water" in answers

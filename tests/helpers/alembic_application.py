@@ -138,7 +138,11 @@ class Application:
     def process(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """The alembic command as a process, to its end."""
         process = self.start(*arguments)
-        out, err = process.communicate(timeout=120)
+        try:
+            out, err = process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise AssertionError(f"it did not end: {process.communicate()}") from None
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
