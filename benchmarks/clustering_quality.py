@@ -26,14 +26,20 @@ import numpy as np
 from sklearn.cluster import KMeans as TheirKMeans
 from sklearn.metrics import v_measure_score
 
-from sbert_pg.clustering.algorithms import HDBSCAN, Agglomerative, Communities, fit_in_memory
+from sbert_pg.clustering.algorithms import (
+    HDBSCAN,
+    Agglomerative,
+    Communities,
+    KMeans,
+    fit_in_memory,
+)
 from sbert_pg.clustering.kmeans import fit_kmeans, normalize
 
 SEEDS = 10
 METHODS = {
-    "banking77": (HDBSCAN(5), Communities(0.75, 5), Agglomerative(0.45)),
-    "sib200": (HDBSCAN(10), Communities(0.4, 10), Agglomerative(0.8)),
-    "packages": (HDBSCAN(10), Communities(0.6, 10), Agglomerative(0.7)),
+    "banking77": (KMeans(), HDBSCAN(5), Communities(0.75, 5), Agglomerative(0.45)),
+    "sib200": (KMeans(), HDBSCAN(10), Communities(0.4, 10), Agglomerative(0.8)),
+    "packages": (KMeans(), HDBSCAN(10), Communities(0.6, 10), Agglomerative(0.7)),
 }
 
 

@@ -208,8 +208,8 @@ def duplicates(
     groups: Annotated[
         Grouping | None,
         typer.Option(
-            help="Show groups instead of pairs: of rows that hang together (chained), or of a row "
-            "and those like it (centred).",
+            help="Show groups instead of pairs: of a row and those like it (centred), or of all "
+            "rows that hang together by pairs (chained).",
             show_default=False,
         ),
     ] = None,
@@ -220,7 +220,7 @@ def duplicates(
 
     [b]sbert-pg duplicates article --threshold 0.95[/]
     [b]sbert-pg duplicates article --method index[/]
-    [b]sbert-pg duplicates article --groups chained --json[/]
+    [b]sbert-pg duplicates article --groups centred --json[/]
     """
     chosen: dict[str, Any] = {"threshold": threshold, "where": common.criterion(where)}
     with common.database(database) as engine, engine.connect() as connection:

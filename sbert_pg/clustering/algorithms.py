@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
@@ -20,19 +20,13 @@ from sbert_pg.clustering.kmeans import (
     normalize,
     squared_distances,
 )
+from sbert_pg.clustering.number import Criterion, choose_number
 from sbert_pg.errors import ClusteringError, DeclarationError
 from sbert_pg.spec import Vectors
 
 Method = Literal["auto", "memory", "database", "blocks"]
-Criterion = Literal["silhouette", "calinski_harabasz"]
 Linkage = Literal["average", "complete", "single"]
 
-#: Factor between two numbers of clusters that are tried when none is given.
-_STEP = 1.5
-#: Most clusters that are tried when none is given.
-_MOST = 200
-#: Rows by which the silhouette is measured.
-CRITERION_ROWS = 5_000
 #: Elements of one block's matrix of similarities.
 _BLOCK_ELEMENTS = 1 << 25
 #: Bytes that agglomerative clustering takes for each pair of rows.
@@ -45,7 +39,8 @@ class KMeans:
 
     Attributes:
         n_clusters: how many; or several numbers, or ``"auto"``, among which the criterion
-            chooses. ``"auto"`` tries 2, 3, 5, 8, 12... up to 200 and to a tenth of the rows.
+            chooses, on a sample of 5,000 rows. ``"auto"`` tries 2, 3, 4, 7, 10, 15... until that
+            is in vain, and then the numbers near the best.
         method: where it is computed. ``"memory"`` reads the vectors into this process;
             ``"database"`` leaves them in the server; ``"blocks"`` clusters a sample and reads them
             all, in blocks, a few times. ``"auto"`` is memory where the vectors fit into
@@ -53,7 +48,10 @@ class KMeans:
         n_init: starts, of which the one with the least inertia wins.
         max_iter: iterations of a start at most; passes over the table for blocks.
         tol: a start ends when the centroids' squared shift falls below this share of the variance.
-        criterion: ``"silhouette"`` (mean of a sample of 5,000 rows) or ``"calinski_harabasz"``.
+        criterion: ``"bic"``, how much better the clusters describe a row than one cluster of all
+            does, in nats, less what each further cluster takes to be described; ``"silhouette"``,
+            the mean of the sample, which likes ever smaller clusters of sentences; or
+            ``"calinski_harabasz"``.
     """
 
     name: ClassVar[str] = "kmeans"
@@ -63,7 +61,7 @@ class KMeans:
     n_init: int = 1
     max_iter: int = 300
     tol: float = 1e-4
-    criterion: Criterion = "silhouette"
+    criterion: Criterion = "bic"
 
     def __post_init__(self) -> None:
         _one_of(self, "method", get_args(Method))
@@ -76,7 +74,7 @@ class KMeans:
         elif isinstance(self.n_clusters, int):
             numbers = (self.n_clusters,)
         else:
-            numbers = tuple(self.n_clusters)
+            numbers = tuple(sorted(set(self.n_clusters)))
             object.__setattr__(self, "n_clusters", numbers)
         if not numbers or any(not isinstance(number, int) or number < 1 for number in numbers):
             raise DeclarationError(
@@ -89,18 +87,6 @@ class KMeans:
                 f"is {self.n_clusters!r}. Choose it in memory first, on a part of the rows."
             )
 
-    def candidates(self, rows: int) -> tuple[int, ...]:
-        """Numbers of clusters to try; one if it is given."""
-        if isinstance(self.n_clusters, int):
-            return (self.n_clusters,)
-        if self.n_clusters != "auto":
-            return tuple(sorted(set(self.n_clusters)))
-        numbers, number = [], 2.0
-        while round(number) <= max(2, min(_MOST, rows // 10)):
-            numbers.append(round(number))
-            number *= _STEP
-        return tuple(numbers)
-
 
 @dataclass(frozen=True, slots=True)
 class HDBSCAN:
@@ -108,16 +94,19 @@ class HDBSCAN:
 
     Attributes:
         min_cluster_size: rows that make a cluster, at least.
-        min_samples: neighbours that make a row dense; ``min_cluster_size`` by default.
+        min_samples: neighbours that make a row dense. More of them, as many as
+            ``min_cluster_size`` in other libraries, leave a large cluster of everything and a small
+            one of sentences.
         components: principal components that the vectors are reduced to first, or ``None``. In
             hundreds of dimensions distances differ too little for densities to be distinguished.
+            Where vectors count by their direction, that of the components does too.
         selection: ``"eom"`` prefers few large clusters, ``"leaf"`` many small ones.
     """
 
     name: ClassVar[str] = "hdbscan"
 
     min_cluster_size: int = 10
-    min_samples: int | None = None
+    min_samples: int = 2
     components: int | None = 15
     selection: Literal["eom", "leaf"] = "eom"
 
@@ -216,9 +205,19 @@ def fit_in_memory(
     if spherical:
         normalize(vectors)
     if isinstance(algorithm, KMeans):
-        return _kmeans(vectors, algorithm, seed, spherical, progress)
+        options: dict[str, Any] = {
+            "n_init": algorithm.n_init,
+            "max_iter": algorithm.max_iter,
+            "tol": algorithm.tol,
+            "seed": seed,
+            "spherical": spherical,
+            "progress": progress,
+        }
+        if isinstance(algorithm.n_clusters, int):
+            return fit_kmeans(vectors, algorithm.n_clusters, **options)
+        return choose_number(vectors, algorithm.n_clusters, algorithm.criterion, **options)
     if isinstance(algorithm, HDBSCAN):
-        labels = _hdbscan(vectors, algorithm, seed)
+        labels = _hdbscan(vectors, algorithm, seed, spherical)
     elif isinstance(algorithm, Communities):
         unit = vectors if spherical else normalize(vectors.copy())
         labels = find_communities(unit, algorithm.threshold, algorithm.min_size)
@@ -227,64 +226,16 @@ def fit_in_memory(
     return _from_labels(vectors, labels, spherical)
 
 
-def _kmeans(
-    vectors: Vectors,
-    algorithm: KMeans,
-    seed: int,
-    spherical: bool,
-    progress: Progress | None,
-) -> Fit:
-    candidates = algorithm.candidates(len(vectors))
-    best: Fit | None = None
-    curve: list[dict[str, Any]] = []
-    for number, n_clusters in enumerate(candidates):
-        fit = fit_kmeans(
-            vectors,
-            n_clusters,
-            seed=seed,
-            n_init=algorithm.n_init,
-            max_iter=algorithm.max_iter,
-            tol=algorithm.tol,
-            spherical=spherical,
-            progress=progress if len(candidates) == 1 else None,
-        )
-        if len(candidates) == 1:
-            return fit
-        score = _score(vectors, fit.labels, algorithm, seed, spherical)
-        curve.append({"n_clusters": n_clusters, "score": score, "inertia": fit.inertia})
-        if progress is not None:
-            progress("numbers of clusters", number + 1, len(candidates))
-        if best is None or best.score is None or score > best.score:
-            best = replace(fit, score=score)
-    assert best is not None
-    return replace(best, curve=curve)
-
-
-def _score(
-    vectors: Vectors, labels: Labels, algorithm: KMeans, seed: int, spherical: bool
-) -> float:
-    metrics = need("sklearn.metrics", "choose the number of clusters")
-    if algorithm.criterion == "calinski_harabasz":
-        if not 1 < len(np.unique(labels)) < len(vectors):
-            return 0.0
-        return float(metrics.calinski_harabasz_score(vectors, labels))
-    if len(vectors) > CRITERION_ROWS:
-        chosen = np.random.default_rng(seed).choice(len(vectors), CRITERION_ROWS, replace=False)
-        vectors, labels = vectors[chosen], labels[chosen]
-    if not 1 < len(np.unique(labels)) < len(vectors):
-        return -1.0
-    metric = "cosine" if spherical else "euclidean"
-    return float(metrics.silhouette_score(vectors, labels, metric=metric))
-
-
-def _hdbscan(vectors: Vectors, algorithm: HDBSCAN, seed: int) -> Labels:
+def _hdbscan(vectors: Vectors, algorithm: HDBSCAN, seed: int, spherical: bool) -> Labels:
     cluster = need("sklearn.cluster", "run HDBSCAN")
-    if len(vectors) < max(algorithm.min_cluster_size, algorithm.min_samples or 2):
+    if len(vectors) < max(algorithm.min_cluster_size, algorithm.min_samples):
         return np.full(len(vectors), -1, dtype=np.int32)
     reduced = vectors
     if algorithm.components is not None and algorithm.components < min(vectors.shape):
         decomposition = need("sklearn.decomposition", "run HDBSCAN")
         reduced = decomposition.PCA(algorithm.components, random_state=seed).fit_transform(vectors)
+        if spherical:
+            normalize(reduced)
     model = cluster.HDBSCAN(
         min_cluster_size=algorithm.min_cluster_size,
         min_samples=algorithm.min_samples,

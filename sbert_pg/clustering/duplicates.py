@@ -200,7 +200,7 @@ def find_duplicates(
     where: Criteria | None = None,
     method: DuplicateMethod = "exact",
     neighbours: int = NEIGHBOURS,
-    grouping: Grouping = "chained",
+    grouping: Grouping = "centred",
 ) -> DuplicateReport:
     """Find near-duplicates and store them in place of those that were stored before.
 
@@ -258,14 +258,15 @@ def _store(
     )
 
 
-def groups_of(pairs: Iterable[Pair], grouping: Grouping = "chained") -> list[list[Key]]:
+def groups_of(pairs: Iterable[Pair], grouping: Grouping = "centred") -> list[list[Key]]:
     """Groups of rows that are nearly the same, as sorted lists of keys, largest group first.
 
     Args:
-        grouping: ``"chained"`` puts rows together that hang together by pairs, so that the ends of
-            a chain can be unlike. ``"centred"`` forms a group of a row and those that it makes a
-            pair with, beginning with the row that has the most; a row goes to the first that has
-            it, and one whose partners are all taken is in no group.
+        grouping: ``"centred"`` forms a group of a row and those that it makes a pair with, so that
+            each is above the threshold to it, beginning with the row that has the most; a row goes
+            to the first that has it, and one whose partners are all taken is in no group.
+            ``"chained"`` puts rows together that hang together by pairs, however unlike the ends of
+            a chain are.
     """
     partners: dict[Hashable, list[Hashable]] = {}
     for pair in pairs:

@@ -26,6 +26,9 @@ _LABEL_WORDS = 3
 _FETCH = 5_000
 #: Texts of a cluster that have to have a term.
 _LEAST_TEXTS = 2
+#: Share of the texts of a cluster's most frequent term, below which a term counts for less: names
+#: and habits of a few texts are in no other cluster, and say little of this one.
+_RARE = 0.06
 #: Terms of a cluster beyond which the pairs that were seen once are forgotten.
 _MOST_TERMS = 300_000
 #: Of scikit-learn's stop words those that often say what a text is about.
@@ -68,9 +71,13 @@ def class_tfidf(
     mean = sum(sizes.values()) / max(len(sizes), 1)
     keywords: dict[int, list[str]] = {}
     for cluster, own in folded.items():
-        least = min(_LEAST_TEXTS, max(own.values(), default=0))
+        most = max(own.values(), default=0)
+        least = min(_LEAST_TEXTS, most)
         weights = {
-            stem: count / sizes[cluster] * math.log1p(mean / everywhere[stem])
+            stem: count
+            / sizes[cluster]
+            * math.log1p(mean / everywhere[stem])
+            * min(1.0, count / (_RARE * most))
             for stem, count in own.items()
             if count >= least
         }

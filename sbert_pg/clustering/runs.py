@@ -242,18 +242,23 @@ def _warnings(algorithm: Algorithm, results: dict[str, Any], largest: int | None
 def _warnings_about_number(
     algorithm: KMeans, n_clusters: int, results: Mapping[str, Any]
 ) -> list[str]:
-    """Of k-means: fewer clusters than asked for, or the largest number that was tried."""
+    """Of k-means: fewer clusters than asked for, or a number that nothing speaks for."""
     curve = results.get("curve")
     if curve is None:
-        if algorithm.n_clusters == "auto":
-            return ["so few rows are made two clusters, and no other number is tried"]
         fewer = isinstance(algorithm.n_clusters, int) and n_clusters < algorithm.n_clusters
         return [f"there are no more than {n_clusters} different rows"] if fewer else []
-    most = curve[-1]
-    if most["score"] < results["score"]:
-        return []
-    words = f"{most['n_clusters']} clusters, the most that were tried, have the best "
-    return [f"{words}{algorithm.criterion}: give larger numbers as n_clusters"]
+    warnings = []
+    if algorithm.criterion == "bic" and results["score"] <= 0:
+        warnings.append(f"one cluster describes the rows as well as {n_clusters} do")
+    elif curve[-1]["score"] == results["score"] and len(curve) > 1:
+        most = curve[-1]["n_clusters"]
+        warnings.append(
+            f"{most} clusters, the most that were tried, have the best {algorithm.criterion}: "
+            "give larger numbers as n_clusters"
+        )
+    if len(curve) == 1 and algorithm.n_clusters == "auto":
+        warnings.append("so few rows are made two clusters, and no other number is tried")
+    return warnings
 
 
 @contextmanager

@@ -35,6 +35,38 @@ def compare(vectors: np.ndarray, labels: list[str], seeds: int) -> tuple[float, 
     return float(np.mean(ours)), float(np.mean(theirs))
 
 
+def topics(rows: int, number: int, spread: float) -> np.ndarray:
+    """Rows around random directions, some of them far away."""
+    random = np.random.default_rng(0)
+    directions = random.standard_normal((number, 64))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    far = spread * random.exponential(1, (rows, 1)) * random.standard_normal((rows, 64))
+    return normalize((directions[np.arange(rows) % number] + far).astype(np.float32))
+
+
+def clustered(vectors: np.ndarray, algorithm: Any) -> Any:
+    return fit_in_memory(vectors, algorithm, seed=0, spherical=True, max_memory=2 << 30)
+
+
+def test_the_best_number_is_none_of_the_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sbert_pg.clustering.number.CHOICE_ROWS", 600)
+    fit = clustered(topics(1_800, 12, 0.1), KMeans())
+    numbers = [point["n_clusters"] for point in fit.curve]
+    assert numbers == sorted(set(numbers))
+    best = numbers.index(len(fit.centroids))
+    assert 10 <= numbers[best] <= 14
+    # Its neighbours were tried, and what is larger was given up before a quarter of the rows.
+    assert numbers[best + 1] - numbers[best - 1] <= 3
+    assert numbers[-1] < 60
+    assert len(fit.labels) == 1_800
+
+
+def test_density_leaves_few_rows_of_plain_topics_out() -> None:
+    fit = clustered(topics(1_200, 30, 0.15), HDBSCAN())
+    assert len(fit.centroids) == 30
+    assert (fit.labels >= 0).mean() > 0.8
+
+
 @pytest.mark.slow
 def test_banking77(minilm: Any, data_dir: Path) -> None:
     texts, labels = read(data_dir / "banking77" / "test.csv", "text", "category", ",")
@@ -42,7 +74,7 @@ def test_banking77(minilm: Any, data_dir: Path) -> None:
     ours, theirs = compare(vectors, labels, 10)
     found = {"ours": ours, "scikit-learn": theirs}
     for algorithm in (KMeans(77), HDBSCAN(5), Communities(0.75, 5)):
-        fit = fit_in_memory(vectors, algorithm, seed=0, spherical=True, max_memory=2 << 30)
+        fit = clustered(vectors, algorithm)
         inside = fit.labels >= 0
         found[algorithm.name] = metrics.v_measure_score(labels, fit.labels)
         found[f"{algorithm.name} covers"] = float(inside.mean())
@@ -67,3 +99,6 @@ def test_sib200(minilm: Any, data_dir: Path) -> None:
         print("sib200", language, round(ours, 4), round(reference, 4))
         assert ours >= reference - 0.01
         assert ours > floor
+        fit = clustered(vectors, HDBSCAN())
+        sizes = np.bincount(fit.labels[fit.labels >= 0])
+        assert sizes.max() < len(vectors) / 4, "one cluster of everything"

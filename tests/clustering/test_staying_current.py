@@ -287,6 +287,14 @@ def test_after_the_change_of_encoder_the_tables_go_on(engine: sa.Engine) -> None
         assert cl.assign(connection, following) == cl.Assigned(0, 0, 0)
 
 
+def test_what_few_texts_of_a_cluster_have_is_not_what_it_is_about() -> None:
+    counts = {
+        1: {"development": 200, "libfoo": 6, "headers": 15},
+        2: {"headers": 190, "game": 110},
+    }
+    assert class_tfidf(counts)[1] == ["development", "headers", "libfoo"]
+
+
 def test_keywords_by_hand(engine: sa.Engine, app: Any) -> None:
     vectors, truth = blobs(60, 3)
     app.fill(engine, vectors)
