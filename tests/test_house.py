@@ -64,7 +64,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "alembic": (9, 2775),
     "catalog": (9, 2559),
     "cli": (18, 4753),
-    "clustering": (16, 4948),
+    "clustering": (17, 5077),
     "encoder": (28, 7336),
     "freshness": (23, 5334),
     "indexes": (6, 1444),
