@@ -242,6 +242,11 @@ def _of_settings(connection: sa.Connection, indexes: list[StoredIndex]) -> Itera
             "ALTER DATABASE ... RESET session_replication_role;",
         )
     largest = max((index.bytes for index in indexes), default=0)
+    if _compiles(connection, largest):
+        yield Finding(
+            "advice", "jit", "is on: searches of many rows are compiled anew each time",
+            "ALTER DATABASE ... SET jit = off; or ALTER ROLE ... for the role that searches.",
+        )  # fmt: skip
     for name, why in (
         ("shared_buffers", "searches read it from disk"),
         ("maintenance_work_mem", "an HNSW build beyond that memory is many times slower"),
@@ -254,6 +259,20 @@ def _of_settings(connection: sa.Connection, indexes: list[StoredIndex]) -> Itera
                 f"{held >> 20:,} MB, and the largest vector index has {largest >> 20:,} MB: {why}",
                 f"Raise {name}, or store halfvec, or index a smaller form ('index advise').",
             )
+
+
+def _compiles(connection: sa.Connection, largest: int) -> bool:
+    """Whether searches of the largest index are compiled before they run.
+
+    A statement is compiled by what the planner fears that it costs, which of a search is to compare
+    all rows, and on later pages and under joins many times that.
+    """
+    if _setting(connection, "jit") != "on" or not connection.scalar(
+        sa.select(sa.func.pg_jit_available())
+    ):
+        return False
+    least = float(_setting(connection, "jit_above_cost") or -1)
+    return 0 <= least < 10 * (largest >> 13)
 
 
 def _setting(connection: sa.Connection, name: str) -> str | None:

@@ -162,6 +162,23 @@ def test_settings_that_hurt(well: sa.Engine, setting: str) -> None:
     assert (finding.level, finding.subject) == ("fault", setting.partition(" ")[0])
 
 
+def test_searches_that_are_compiled(well: sa.Engine) -> None:
+    database = f'ALTER DATABASE "{well.url.database}" SET'
+    # The server of the tests cannot compile, and is made to say that it can.
+    run(
+        well,
+        "CREATE FUNCTION pg_jit_available() RETURNS boolean RETURN true",
+        f"{database} search_path = public, pg_catalog",
+        f"{database} jit_above_cost = 5",
+        f"{database} jit = on",
+    )
+    well.dispose()
+    assert one(well).subject == "jit"
+    run(well, f"{database} jit_above_cost = 100000")
+    well.dispose()
+    assert found(well) == []
+
+
 def test_no_catalog(bare_database_url: sa.URL) -> None:
     engine = sa.create_engine(bare_database_url)
     assert one(engine).subject == "schema sbert"
