@@ -63,7 +63,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (10, 2130),
     "alembic": (9, 2775),
     "catalog": (9, 2559),
-    "cli": (18, 4753),
+    "cli": (18, 4772),
     "clustering": (17, 5077),
     "encoder": (28, 7336),
     "freshness": (23, 5334),
