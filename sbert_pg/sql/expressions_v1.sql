@@ -47,8 +47,7 @@ BEGIN
         format('(%1$s(%2$s IS NULL OR %2$s IS DISTINCT FROM %3$s))',
                CASE WHEN v.null_text THEN format('(%s) AND ', v_something) ELSE '' END,
                v_companion, v_digest),
-        format('(%s IS NULL OR substr(replace(%s::text, ''-'', ''''), 1, 16) IS NOT DISTINCT FROM %s)',
-               v_vector, v_companion, v_proof),
+        sbert.proven_sql_v1(v_vector, v_companion, v_proof),
         format('(%s || ''0000000000000000'')::uuid', v_proof),
         -- In this order, so that fresh and new rows are done with before anything is hashed.
         format('(%1$s IS NULL AND %2$s IS NOT NULL AND %2$s <> %3$L::uuid AND %2$s = %4$s)',

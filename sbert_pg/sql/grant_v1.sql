@@ -34,7 +34,7 @@ BEGIN
           JOIN (VALUES
                 ('ask_v1', 1), ('asked_v1', 1), ('base_type_v1', 1), ('binding_id_v1', 1), ('bm25_v1', 1), ('caller_v1', 1), ('companion_v1', 1), ('embed', 1),
                 ('expressions_v1', 1), ('faults_v1', 1), ('fence_v1', 1), ('health_v1', 1), ('is_another_v1', 1),
-                ('key_columns_v1', 1), ('known_v1', 1), ('last_read_v1', 1), ('name_v1', 1), ('of_sql_v1', 1), ('proof_sql_v1', 1),
+                ('key_columns_v1', 1), ('known_v1', 1), ('last_read_v1', 1), ('name_v1', 1), ('of_sql_v1', 1), ('proof_of_sql_v1', 1), ('proof_sql_v1', 1), ('proven_sql_v1', 1),
                 ('proof_v1', 1), ('proven_v1', 1), ('queue_columns_v1', 1), ('queue_ddl_v1', 1),
                 ('queue_name_v1', 1), ('require_filled_v1', 1), ('require_seen_v1', 1), ('require_unswapped_v1', 1),
                 ('passage_sql_v1', 1), ('saw_v1', 1), ('text_sql_v1', 1),

@@ -12,6 +12,7 @@ DECLARE
     v sbert.binding;
     v_table text;
     v_claims text;
+    v_proof text;
     v_unproven text;
     v_changed text;
     v_name text;
@@ -21,13 +22,11 @@ BEGIN
     v_table := sbert.name_v1(v.relation);
     v_claims := format('NEW.%1$I IS NOT NULL AND NEW.%1$I <> %2$L::uuid',
                        v.companion, 'ffffffff-ffff-ffff-ffff-ffffffffffff');
-    v_unproven := format(
-        'NEW.%1$I IS NOT NULL AND substr(replace(NEW.%2$I::text, ''-'', ''''), 1, 16) IS DISTINCT FROM %3$s',
-        v.column_name, v.companion,
-        sbert.proof_sql_v1(v.id, v.storage, v.dimensions, format('NEW.%I', v.column_name)));
-    v_changed := format('(%s IS DISTINCT FROM %s)',
-        sbert.proof_sql_v1(v.id, v.storage, v.dimensions, format('OLD.%I', v.column_name)),
-        sbert.proof_sql_v1(v.id, v.storage, v.dimensions, format('NEW.%I', v.column_name)));
+    v_proof := sbert.proof_sql_v1(v.id, v.storage, v.dimensions, format('NEW.%I', v.column_name));
+    v_unproven := 'NOT ' || sbert.proven_sql_v1(
+        format('NEW.%I', v.column_name), format('NEW.%I', v.companion), v_proof);
+    v_changed := format('(%s IS DISTINCT FROM %s)', v_proof,
+        sbert.proof_sql_v1(v.id, v.storage, v.dimensions, format('OLD.%I', v.column_name)));
     FOR v_trigger IN
         SELECT * FROM (VALUES
             ('refuse_insert', format('AFTER INSERT ON %s FOR EACH ROW WHEN (%s AND %s)',
