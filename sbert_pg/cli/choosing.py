@@ -11,7 +11,7 @@ import typer
 from sbert_pg import tuning as lib
 from sbert_pg.cli import common
 from sbert_pg.cli.encoder import split_name
-from sbert_pg.cli.target import resolve
+from sbert_pg.cli.target import embedding_or_texts, resolve
 from sbert_pg.cli.tuning import PairsOption, encoder_named, queries_of
 from sbert_pg.errors import DeclarationError
 from sbert_pg.tuning.limits import beside
@@ -59,7 +59,12 @@ def limits(
 
 def choose(
     table: Annotated[
-        str, typer.Option(help="A table or column of the database.", show_default=False)
+        str,
+        typer.Option(
+            help="A table or embedding column; or the texts of a table that has none yet, as "
+            "article.body or article.title,body.",
+            show_default=False,
+        ),
     ],
     pairs: PairsOption,
     names: Annotated[
@@ -81,8 +86,8 @@ def choose(
     """Which encoder should I use? Answered on a table's own texts and questions.
 
     Quality with intervals, speed on this machine, size, languages, limits, and what the change
-    would cost. The column's own encoder is always among them. Exits with 1 where none keeps to the
-    budget.
+    would cost. The column's own encoder is always among them; a table that has no embedding column
+    yet is named by its texts. Exits with 1 where none keeps to the budget.
 
     [b]sbert-pg encoder choose --table article --pairs pairs.csv --budget 2ms[/]
     [b]sbert-pg encoder choose ./models/a all-mpnet-base-v2 --table article --pairs pairs.csv[/]
@@ -91,10 +96,10 @@ def choose(
     given = [encoder_named(*split_name(name)) for name in names or ()] or lib.local_encoders()
     with common.database(database) as engine:
         with engine.connect() as connection:
-            side = resolve(connection, table)
+            columns = embedding_or_texts(connection, table)
         choice = lib.choose_encoder(
             engine,
-            side.column,
+            columns,
             queries_of(engine, pairs, None),
             given,
             budget=limit,

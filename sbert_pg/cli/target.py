@@ -9,6 +9,7 @@ import sqlalchemy as sa
 
 from sbert_pg import catalog
 from sbert_pg.catalog import Binding
+from sbert_pg.catalog.binding import installed
 from sbert_pg.errors import DeclarationError
 from sbert_pg.reembed import Request, request_of
 from sbert_pg.reembed.change import Side, reflect, side_of
@@ -115,6 +116,28 @@ def table_named(connection: sa.Connection, name: str) -> sa.Table:
         raise DeclarationError(
             f"There is no table {table!r} in this database; 'sbert-pg status' lists those with "
             "embedding columns."
+        ) from error
+
+
+def embedding_or_texts(connection: sa.Connection, name: str) -> list[sa.Column[Any]]:
+    """An embedding column, as ``resolve``; or ``article.body`` and ``article.title,body``, texts.
+
+    The latter need nothing of this library in the database.
+
+    Raises:
+        DeclarationError: no column has the name.
+    """
+    if installed(connection) and _called(connection, catalog.all_bindings(connection), name):
+        return [resolve(connection, name).column]
+    qualified, _, columns = name.rpartition(".")
+    schema, _, table = qualified.rpartition(".")
+    try:
+        texts = sa.Table(table, sa.MetaData(), schema=schema or None, autoload_with=connection)
+        return [texts.c[column.strip()] for column in columns.split(",")]
+    except (sa.exc.NoSuchTableError, KeyError, sa.exc.ArgumentError) as error:
+        raise DeclarationError(
+            f"{name!r} is no embedding column of this database, and no column of texts either; "
+            "name one as table.column, several as table.title,body."
         ) from error
 
 

@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import sqlalchemy as sa
 
-from sbert_pg.errors import DeclarationError
+from sbert_pg.catalog import rows as catalog_rows
+from sbert_pg.errors import DeclarationError, TooFewPairsError
 from sbert_pg.registry import get_encoder
 from sbert_pg.search.exact import LabelledQuery
+from sbert_pg.source import Source
 from sbert_pg.spec import known_encoder
 from sbert_pg.tuning.adapters import Candidates
 from sbert_pg.tuning.evaluation import CONFIDENCE, Figure, grouped_figures
 from sbert_pg.tuning.files import in_columns, pairs_of
 from sbert_pg.tuning.limits import limits_of, share
-from sbert_pg.tuning.task import Rows
+from sbert_pg.tuning.task import drawn, is_one_of
 from sbert_pg.types.comparator import base_of, clause_of
 
 if TYPE_CHECKING:
@@ -43,7 +45,8 @@ class Choosable:
         encoder: its name, with its precision.
         current: whether it is the column's own.
         ndcg: nDCG@k of the questions.
-        difference: the same, less that of the column's own encoder.
+        difference: the same, less that of the column's own encoder; of the best of all where
+            there is no column yet.
         milliseconds: to encode a question alone, the median.
         texts_per_second: of the table's texts.
         dimensions: of its vectors.
@@ -75,11 +78,11 @@ class Choice:
     """Encoders side by side, and which to use; printed, a table and the reason.
 
     Attributes:
-        column: the column.
+        column: the embedding column, or those of the texts.
         k: rows of an answer that count.
         questions: how many.
         rows: rows that they were ranked against, of ``total``.
-        total: rows of the table with a vector.
+        total: rows of the table with a vector, or with a text.
         budget: milliseconds that a question may take; ``None`` without a limit.
         encoders: best first.
         chosen: name of the one to use; ``None`` where none keeps to the budget.
@@ -101,9 +104,10 @@ class Choice:
         return asdict(self)
 
     def __str__(self) -> str:
+        own = any(e.current for e in self.encoders)
         header = [
-            "encoder", f"nDCG@{self.k}", "vs the column's", "ms/question", "texts/s", "dims", "MB",
-            "languages", "limits", "cut", "change",
+            "encoder", f"nDCG@{self.k}", "vs the column's" if own else "vs the best", "ms/question",
+            "texts/s", "dims", "MB", "languages", "limits", "cut", "change" if own else "all rows",
         ]  # fmt: skip
         rows = [
             [
@@ -140,12 +144,15 @@ def choose_encoder(
 ) -> Choice:
     """Compare encoders on a table's own texts and questions, and say which to use.
 
-    Chosen is the best within the budget; but the column's own encoder where it keeps to the budget
-    and no other one is better with 95 % confidence, since a change costs work and proves nothing.
+    Of an embedding column the best within the budget is chosen; but its own encoder where it keeps
+    to the budget and no other one is better with 95 % confidence, since a change costs work and
+    proves nothing. Before there is one, of those that are not worse than the best with that
+    confidence the fastest is chosen.
 
     Args:
-        engine: where; nothing is changed there.
-        column: the embedding column; its own encoder is always among those compared.
+        engine: where; nothing is changed there, and nothing of this library need be there.
+        column: an embedding column, whose own encoder is always among those compared; or the
+            column of the texts, or a list of several, of a table that has none yet.
         pairs: labelled questions, as for ``evaluate``.
         encoders: converted encoders.
         budget: milliseconds that encoding a question may take.
@@ -155,30 +162,33 @@ def choose_encoder(
         seed: of sample and bootstrap.
 
     Raises:
-        DeclarationError: the column has no converted encoder.
-        TooFewPairsError: no question names a row that has a vector.
+        DeclarationError: the column has no converted encoder, or there is none to compare.
+        TooFewPairsError: no question names a row that has a text, and a vector where it should.
         LoadError: the pairs are not readable, or there are none.
     """
-    from sbert_pg.encoder import Encoder
-
-    base: Any = base_of(clause_of(column))
-    own = get_encoder(base.type.encoder)
-    if not isinstance(own, Encoder):
-        raise DeclarationError(f"The encoder of {base} is no converted one; nothing compares it.")
-    rows = Rows(engine, base, where, sample)
-    queries = rows.known(pairs_of(engine, pairs))
-    candidates = rows.candidates(set(), seed)
-    texts = rows.texts(candidates.keys)
-    keys = [key for key in candidates.keys if key in texts]
-    measured: list[Choosable] = []
-    first: Any = None
-    for encoder in _different([own, *encoders]):
-        values, cost = _measure(encoder, keys, texts, queries, k)
-        first = values if first is None else first
-        quality, difference = grouped_figures(
-            np.stack([values, values - first], axis=1), np.arange(len(queries)), seed
+    columns: list[Any] = [
+        base_of(clause_of(one)) for one in (column if isinstance(column, list) else [column])
+    ]
+    own = _own_encoder(columns)
+    compared = _different([*([] if own is None else [own]), *encoders])
+    if not compared:
+        raise DeclarationError(
+            "There is no encoder to compare: none has been converted on this machine. Name some, "
+            "or convert one: sbert-pg encoder convert all-MiniLM-L6-v2."
         )
-        rebound = encoder.spec.document_fingerprint == own.spec.document_fingerprint
+    rows = _texts(engine, columns, pairs_of(engine, pairs), where, sample, seed)
+    results = [_measure(encoder, rows, k) for encoder in compared]
+    best = 0 if own is not None else int(np.argmax([values.mean() for values, _ in results]))
+    measured: list[Choosable] = []
+    for encoder, (values, cost) in zip(compared, results, strict=True):
+        quality, difference = grouped_figures(
+            np.stack([values, values - results[best][0]], axis=1),
+            np.arange(len(rows.queries)),
+            seed,
+        )
+        rebound = own is not None and (
+            encoder.spec.document_fingerprint == own.spec.document_fingerprint
+        )
         measured.append(
             Choosable(
                 encoder=_name(encoder),
@@ -195,14 +205,75 @@ def choose_encoder(
     return Choice(
         column=rows.name,
         k=k,
-        questions=len(queries),
-        rows=len(keys),
+        questions=len(rows.queries),
+        rows=len(rows.texts),
         total=rows.total,
         budget=budget,
         encoders=tuple(ranked),
         chosen=chosen,
         reason=reason,
     )
+
+
+def _own_encoder(columns: Sequence[Any]) -> Encoder | None:
+    """The encoder of an embedding column; ``None`` for columns of texts."""
+    from sbert_pg.encoder import Encoder
+
+    spec = getattr(columns[0].type, "encoder", None)
+    if spec is None:
+        return None
+    own = get_encoder(spec)
+    if not isinstance(own, Encoder):
+        raise DeclarationError(
+            f"The encoder of {columns[0]} is no converted one; nothing compares it."
+        )
+    return own
+
+
+class _Texts(NamedTuple):
+    """Texts of a table by key, of ``total`` rows that have one, and the questions about them."""
+
+    name: str
+    total: int
+    texts: dict[str, str]
+    queries: list[LabelledQuery]
+
+
+def _texts(
+    engine: sa.Engine,
+    columns: Sequence[Any],
+    queries: Sequence[LabelledQuery],
+    where: Sequence[sa.ColumnElement[bool]],
+    most: int,
+    seed: int,
+) -> _Texts:
+    """A sample of the rows, with all that are labelled."""
+    table, embedding = columns[0].table, columns[0]
+    name = ", ".join(f"{table.fullname}.{column.name}" for column in columns)
+    if getattr(embedding.type, "encoder", None) is None:
+        text = Source.of([column.name for column in columns]).expression(table)
+        present = [text != "", *where]
+    else:
+        text = embedding.type.source.expression(table)
+        present = [embedding.is_not(None), text != "", *where]
+    label = catalog_rows.label(list(table.primary_key))
+    with engine.connect() as connection:
+        total = connection.execute(sa.select(sa.func.count()).where(*present)).scalar_one()
+        labelled = is_one_of(label, {key for query in queries for key in query.gains})
+        chosen = sa.or_(drawn(label, most, total, seed), labelled)
+        rows = connection.execute(sa.select(label, text).where(*present, chosen).order_by(label))
+        texts = {row[0]: row[1] for row in rows}
+    kept = [
+        replace(query, gains=gains)
+        for query in queries
+        if (gains := {key: gain for key, gain in query.gains.items() if key in texts and gain > 0})
+    ]
+    if not kept:
+        raise TooFewPairsError(
+            f"None of the {len(queries)} labelled questions names a row of {name} that is there to "
+            "be found. Pairs name rows by their primary key."
+        )
+    return _Texts(name, total, texts, kept)
 
 
 def local_encoders() -> list[Encoder]:
@@ -231,20 +302,14 @@ def _name(encoder: Encoder) -> str:
     return f"{encoder.spec.name}:{encoder.manifest.precision}"
 
 
-def _measure(
-    encoder: Encoder,
-    keys: Sequence[str],
-    texts: dict[str, str],
-    queries: Sequence[LabelledQuery],
-    k: int,
-) -> tuple[Any, dict[str, Any]]:
+def _measure(encoder: Encoder, rows: _Texts, k: int) -> tuple[Any, dict[str, Any]]:
     """nDCG@k of each question, and what the encoder costs and cannot do."""
     from sbert_pg.encoder.directory import MODEL
 
-    own = [texts[key] for key in keys]
+    own, queries = list(rows.texts.values()), rows.queries
     vectors, seconds = _timed(partial(encoder.encode_document, own))
     asked = encoder.encode_query([query.text for query in queries])
-    values = Candidates(keys, vectors, encoder.spec.similarity).ndcg(asked, queries, k)
+    values = Candidates(list(rows.texts), vectors, encoder.spec.similarity).ndcg(asked, queries, k)
     singles = [_timed(partial(encoder.encode_query, [q.text]))[1] for q in queries[:_TIMED]]
     report = limits_of(encoder, own[:_TEXTS])
     tried = [limit for limit in report.limits if limit.of == "library"]
@@ -282,7 +347,28 @@ def _decide(ranked: Sequence[Choosable], budget: float | None) -> tuple[str | No
             f"{fastest.milliseconds:.1f} ms. Allow more, or distil a smaller one: 'sbert-pg tune "
             "--method distill'."
         )
-    own = next(each for each in ranked if each.current)
+    own = next((each for each in ranked if each.current), None)
+    return _first_choice(within) if own is None else _change_or_stay(within, own, budget)
+
+
+def _first_choice(within: Sequence[Choosable]) -> tuple[str, str]:
+    """Where nothing has been embedded yet: the fastest of those that may be the best."""
+    best = within[0]
+    # The differences are to the best of all, which may take longer than the budget allows.
+    alike = [each for each in within if each.difference.high >= best.difference.value]
+    chosen = min(alike, key=lambda each: each.milliseconds)
+    cost = f"Encoding every row takes {_time(chosen.seconds)}."
+    if chosen is best:
+        return chosen.encoder, f"Use {chosen.encoder}: none within the budget finds more. {cost}"
+    return chosen.encoder, (
+        f"Use {chosen.encoder}: the fastest of those that may be as good as {best.encoder}, by "
+        f"intervals of {CONFIDENCE:.0%}. {cost}"
+    )
+
+
+def _change_or_stay(
+    within: Sequence[Choosable], own: Choosable, budget: float | None
+) -> tuple[str, str]:
     best = _best(within) if own.within else within[0]
     if best.current:
         return best.encoder, f"Stay with {best.encoder}: none within the budget finds more."

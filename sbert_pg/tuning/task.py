@@ -23,6 +23,17 @@ from sbert_pg.tuning.evaluation import Figure, grouped_figures
 from sbert_pg.tuning.pairs import Split, hard_negatives, of_keys, split_pairs
 
 
+def is_one_of(label: sa.ColumnElement[str], keys: Iterable[str]) -> sa.ColumnElement[bool]:
+    """Whether a row is called one of these."""
+    array = sa.cast(sa.literal(sorted(keys), ARRAY(sa.Text)), ARRAY(sa.Text))
+    return label == sa.any_(array)
+
+
+def drawn(label: sa.ColumnElement[str], most: int, total: int, seed: int) -> sa.ColumnElement[bool]:
+    """Whether a row is in a sample of about so many; the same rows each time."""
+    return sa.func.abs(sa.func.hashtextextended(label, seed) % max(total, 1)) < most
+
+
 class Rows:
     """The rows that questions are ranked against: their keys, vectors and texts.
 
@@ -64,8 +75,7 @@ class Rows:
 
     def among(self, keys: Iterable[str]) -> sa.ColumnElement[bool]:
         """Whether a row is one of these."""
-        array = sa.cast(sa.literal(sorted(keys), ARRAY(sa.Text)), ARRAY(sa.Text))
-        return self.label == sa.any_(array)
+        return is_one_of(self.label, keys)
 
     def known(self, queries: Sequence[LabelledQuery]) -> list[LabelledQuery]:
         """The questions, each with those of its answers that are there and have a vector.
@@ -102,8 +112,8 @@ class Rows:
             self.total = connection.execute(count).scalar_one()
         chosen = []
         if self.total > self.most:
-            drawn = sa.func.abs(sa.func.hashtextextended(self.label, seed) % self.total) < self.most
-            chosen = [sa.or_(drawn, self.among(wanted | set(self.digests)))]
+            labelled = self.among(wanted | set(self.digests))
+            chosen = [sa.or_(drawn(self.label, self.most, self.total, seed), labelled)]
         keys, vectors = self.read(*chosen)
         # In an order that does not depend on how the table lies on the disk.
         order = sorted(range(len(keys)), key=keys.__getitem__)
@@ -199,4 +209,4 @@ class Task:
         return content.hexdigest()[:32]
 
 
-__all__ = ["Rows", "Task"]
+__all__ = ["Rows", "Task", "drawn", "is_one_of"]

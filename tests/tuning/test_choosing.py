@@ -18,6 +18,7 @@ from sbert_pg import create_all, embed_rows
 from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.encoder import Encoder
 from sbert_pg.encoder.adapting import adapt_queries
+from sbert_pg.errors import DeclarationError, TooFewPairsError
 from sbert_pg.tuning import Choice, choose_encoder
 from sbert_pg.tuning.choosing import _decide, _time, local_encoders
 from sbert_pg.tuning.evaluation import Figure
@@ -118,6 +119,81 @@ def test_what_is_chosen(engine: sa.Engine, items: Any, minilm: Encoder) -> None:
         "2 h",
         "2 days",
     ]
+
+
+@pytest.fixture
+def plain(engine: sa.Engine) -> sa.Table:
+    """The same texts in a table that knows nothing of the library."""
+    both = [(thing, place) for thing in THINGS for place in PLACES]
+    table = sa.Table(
+        "thing", sa.MetaData(), sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("body", sa.Text), sa.Column("place", sa.Text),
+    )  # fmt: skip
+    with engine.begin() as connection:
+        table.create(connection)
+        rows = [
+            {"id": n, "body": f"The {thing} is here.", "place": f"It is the {place}."}
+            for n, (thing, place) in enumerate(both, 1)
+        ]
+        connection.execute(sa.insert(table), [*rows, {"id": 99, "body": None, "place": ""}])
+    return table
+
+
+def test_before_there_is_a_column(
+    engine: sa.Engine, plain: sa.Table, minilm: Encoder, tmp_path: Path
+) -> None:
+    """Asked first of all, of texts alone: nothing of the library is in the database."""
+    questions = [
+        (f"Is there a {thing} in our {place}?", n)
+        for n, (thing, place) in enumerate(((t, p) for t in THINGS for p in PLACES), 1)
+    ]
+    shuffled = np.eye(384)[np.random.default_rng(0).permutation(384)]
+    blind = adapt_queries(minilm, shuffled, tmp_path / "blind")
+    columns = [plain.c.body, plain.c.place]
+    choice = choose_encoder(engine, columns, questions, [blind, minilm])
+    assert choice.chosen == f"{MINILM}:int8"
+    best, other = choice.encoders
+    assert not best.current
+    assert best.ndcg.value > 0.9
+    assert best.difference.value == 0 > other.difference.high
+    assert best.seconds > 0
+    assert choice.total == choice.rows == len(questions), "a row without a text is none"
+    assert "vs the best" in str(choice)
+    assert "Encoding every row takes" in choice.reason
+    half = choose_encoder(engine, plain.c.body, questions, [minilm]).encoders[0]
+    assert half.ndcg.value < best.ndcg.value, "the place is not in what is embedded"
+    with pytest.raises(TooFewPairsError, match=r"public\.thing\.body|thing\.body"):
+        choose_encoder(engine, plain.c.body, [("Who?", 99)], [minilm])
+    with pytest.raises(DeclarationError, match="no encoder to compare"):
+        choose_encoder(engine, plain.c.body, questions, [])
+    pairs = tmp_path / "pairs.csv"
+    with pairs.open("w", newline="") as file:
+        csv.writer(file).writerows([("question", "id"), *questions])
+    given = ("encoder", "choose", MINILM, "--pairs", str(pairs), "--table")
+    done = sbert_pg(*given, "thing.body, place", url=engine.url)
+    assert done.returncode == 0, done.stderr
+    assert f"Use {MINILM}:int8" in done.stdout
+    for unknown in ("thing", "thing.nothing", "nothing.body"):
+        failed = sbert_pg(*given, unknown, url=engine.url)
+        assert failed.returncode == 1
+        assert "no column of texts" in failed.stderr
+
+
+def test_what_is_chosen_first(engine: sa.Engine, plain: sa.Table, minilm: Encoder) -> None:
+    """The fastest of those that may be the best."""
+    question = [("Where is the violin in the attic?", 21)]
+    best = choose_encoder(engine, plain.c.body, question, [minilm]).encoders[0]
+    best = replace(best, encoder="best", milliseconds=5.0, difference=Figure(0.0, 0.0, 0.0))
+    alike = replace(best, encoder="alike", milliseconds=1.0, difference=Figure(-0.01, -0.03, 0.01))
+    worse = replace(best, encoder="worse", milliseconds=0.1, difference=Figure(-0.2, -0.3, -0.1))
+    chosen, reason = _decide([best, alike, worse], None)
+    assert chosen == "alike"
+    assert "may be as good as best" in reason
+    assert _decide([best, worse], None)[0] == "best"
+    # The best of all takes too long; the next one is compared with what is left.
+    slow = replace(best, within=False)
+    assert _decide([alike, worse, slow], 2.0)[0] == "alike"
+    assert _decide([worse, slow], 2.0)[0] == "worse"
 
 
 def test_conversions_of_other_versions_are_passed_over(
