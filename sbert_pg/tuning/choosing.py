@@ -6,7 +6,7 @@ Quality is nDCG@k against the same rows for all; what it costs is measured on th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median
@@ -166,11 +166,10 @@ def choose_encoder(
         TooFewPairsError: no question names a row that has a text, and a vector where it should.
         LoadError: the pairs are not readable, or there are none.
     """
-    columns: list[Any] = [
-        base_of(clause_of(one)) for one in (column if isinstance(column, list) else [column])
-    ]
+    listed = column if isinstance(column, list) else [column]
+    columns: list[Any] = [base_of(clause_of(one)) for one in listed]
     own = _own_encoder(columns)
-    compared = _different([*([] if own is None else [own]), *encoders])
+    compared = _different([own, *encoders] if own is not None else encoders)
     if not compared:
         raise DeclarationError(
             "There is no encoder to compare: none has been converted on this machine. Name some, "
@@ -178,24 +177,18 @@ def choose_encoder(
         )
     rows = _texts(engine, columns, pairs_of(engine, pairs), where, sample, seed)
     results = [_measure(encoder, rows, k) for encoder in compared]
-    best = 0 if own is not None else int(np.argmax([values.mean() for values, _ in results]))
-    measured: list[Choosable] = []
+    best = _baseline(own, [values for values, _ in results])
+    measured = []
     for encoder, (values, cost) in zip(compared, results, strict=True):
-        quality, difference = grouped_figures(
-            np.stack([values, values - results[best][0]], axis=1),
-            np.arange(len(rows.queries)),
-            seed,
-        )
-        rebound = own is not None and (
-            encoder.spec.document_fingerprint == own.spec.document_fingerprint
-        )
+        both = np.stack([values, values - results[best][0]], axis=1)
+        quality, difference = grouped_figures(both, np.arange(len(rows.queries)), seed)
         measured.append(
             Choosable(
                 encoder=_name(encoder),
                 current=encoder is own,
                 ndcg=quality,
                 difference=difference,
-                seconds=0.0 if rebound else rows.total / cost["texts_per_second"],
+                seconds=0.0 if _keeps(encoder, own) else rows.total / cost["texts_per_second"],
                 within=budget is None or cost["milliseconds"] <= budget,
                 **cost,
             )
@@ -230,6 +223,17 @@ def _own_encoder(columns: Sequence[Any]) -> Encoder | None:
     return own
 
 
+def _baseline(own: Encoder | None, values: Sequence[Any]) -> int:
+    """Which encoder the others are compared with: the column's, the first, or else the best."""
+    return 0 if own is not None else int(np.argmax([each.mean() for each in values]))
+
+
+def _keeps(encoder: Encoder, own: Encoder | None) -> bool:
+    """Whether the vectors that rows have are those of the encoder as well."""
+    mine = encoder.spec.document_fingerprint
+    return own is not None and mine == own.spec.document_fingerprint
+
+
 class _Texts(NamedTuple):
     """Texts of a table by key, of ``total`` rows that have one, and the questions about them."""
 
@@ -237,6 +241,11 @@ class _Texts(NamedTuple):
     total: int
     texts: dict[str, str]
     queries: list[LabelledQuery]
+
+
+def _answered_by(query: LabelledQuery, texts: Container[str]) -> LabelledQuery:
+    gains = {key: gain for key, gain in query.gains.items() if key in texts and gain > 0}
+    return replace(query, gains=gains)
 
 
 def _texts(
@@ -263,11 +272,8 @@ def _texts(
         chosen = sa.or_(drawn(label, most, total, seed), labelled)
         rows = connection.execute(sa.select(label, text).where(*present, chosen).order_by(label))
         texts = {row[0]: row[1] for row in rows}
-    kept = [
-        replace(query, gains=gains)
-        for query in queries
-        if (gains := {key: gain for key, gain in query.gains.items() if key in texts and gain > 0})
-    ]
+    answered = [_answered_by(query, texts) for query in queries]
+    kept = [query for query in answered if query.gains]
     if not kept:
         raise TooFewPairsError(
             f"None of the {len(queries)} labelled questions names a row of {name} that is there to "
