@@ -197,7 +197,7 @@ def _refused(row: Any, counts: str, looked: int, ways: Ways) -> str:
         return f"{counts}, fewer than the {ways.shape.size} that are needed"
     if not row["spread"]:
         return f"{counts}, and are equally far: an island of equal vectors"
-    if row["seen"] < (ways.whole() if ways.index.quantized else looked):
+    if row["seen"] < (ways.whole(ways.first) if ways.index.quantized else looked):
         return (
             f"the index gave {row['seen']} of the {looked} rows looked for: there are no more, or "
             "deleted ones stand in their way"

@@ -16,6 +16,8 @@ MAX_EF_SEARCH = 1000
 DEFAULT_EF_SEARCH = 100
 #: Rows fetched by a quantised index for each row wanted, before the exact rerank.
 DEFAULT_OVERFETCH = 40
+#: The same for later pages, whose rows are many and near each other's distances.
+OVERFETCH_FAR = 10
 #: Rows that a quantised index is asked for at most; beyond ``MAX_EF_SEARCH`` it scans iteratively.
 MAX_OVERFETCHED = 4000
 #: Rows taken at least without a filter, the nearer half of the candidates. That there are fewer is
@@ -153,12 +155,17 @@ def far_look(index: VectorIndex, shape: Shape) -> Look | None:
     """The look for later pages and large filters, where it sees further than the first.
 
     None with IVFFlat, which would look into half of the lists: comparing costs hardly more, and
-    misses nothing.
+    misses nothing. A quantised index has it for later pages alone.
     """
-    wide = shape.deep or (shape.filtered and not shape.pinned)
-    hnsw = index.method == "hnsw" and not index.quantized
-    if not hnsw or shape.size > 100 or not wide or index.partial:
+    wide = shape.deep or (shape.filtered and not shape.pinned and not index.quantized)
+    if index.method != "hnsw" or shape.size > 100 or not wide or index.partial:
         return None
+    if index.quantized:
+        fetched = MAX_EF_SEARCH
+        if near_look(index, shape).fetched >= fetched:
+            fetched = MAX_OVERFETCHED
+        rows = max(shape.size, fetched // OVERFETCH_FAR)
+        return Look(rows, rows, fetched, MAX_EF_SEARCH)
     rows = MAX_EF_SEARCH // CANDIDATES
     return Look(rows, rows, rows, MAX_EF_SEARCH)
 

@@ -329,13 +329,13 @@ class Ways:
         columns += [value.filter(found.c[PASSES]).label(key) for key, value in more.items()]
         return sa.select(*columns).select_from(found).subquery("nearest_counts")
 
-    def whole(self) -> int:
+    def whole(self, look: Look) -> int:
         """Rows that the index gives where none is missing.
 
         Deleted rows that are not vacuumed are kept by the index and seen by nobody: where they
         crowd out others, fewer rows come than it keeps.
         """
-        return self.first.fetched * 3 // 4 if self.index.quantized else self.first.least
+        return look.fetched * 3 // 4 if self.index.quantized else look.least
 
     def _judged_near(self) -> sa.CTE:
         look, found, plan = self.first, self.found["near"], self.plan
@@ -346,7 +346,7 @@ class Ways:
             more["distances"] = sa.func.array_agg(found.c[DISTANCE])
         counts = self._counted("near", **more)
         source: Any = counts
-        whole: Any = number(self.whole())
+        whole: Any = number(self.whole(look))
         criteria: list[Any] = [counts.c.spread, counts.c.passed >= number(self.shape.size)]
         if plan is not None:
             source = sa.join(counts, plan, sa.true())
@@ -391,7 +391,7 @@ class Ways:
         half = sa.case((self.found["far"].c[PLACE] <= number(look.most // 2), 1))
         counts = self._counted("far", half=sa.func.count(half))
         enough = sa.or_(self._accepted("near"), counts.c.half >= number(self.shape.size))
-        whole = sa.and_(counts.c.spread, counts.c.seen >= number(look.most), enough)
+        whole = sa.and_(counts.c.spread, counts.c.seen >= number(self.whole(look)), enough)
         accepted = sa.func.coalesce(whole, sa.false()).label("accepted")
         return self._part("judged_far", sa.select(accepted, counts.c.passed))
 
@@ -479,7 +479,7 @@ class Ways:
         return chosen.limit(number(self.shape.size))
 
     def _plain_verdict(self) -> list[sa.ColumnElement[Any]]:
-        full = sa.func.count() >= number(max(self.whole(), self.shape.size))
+        full = sa.func.count() >= number(max(self.whole(self.first), self.shape.size))
         spread = _spread(self.found["near"].c[DISTANCE])
         return [sa.and_(full, spread).label("accepted"), spread.label("spread")]
 
