@@ -334,16 +334,29 @@ def _within_part(search: Search) -> sa.CTE:
     return part
 
 
-def _can_be_spelled(value: sa.BindParameter[Any]) -> bool:
-    """Whether a value is what it will be, and nothing in it can end its literal.
+def _literal(target: Target, column: str, value: Any) -> sa.BindParameter[Any] | None:
+    """A value as part of the text, where a partial index may need it there.
 
-    A parameter with a name may be given another value for each execution. And not every release of
-    SQLAlchemy looks at what it writes as a number or a UUID.
+    Those that indexes are declared for decide, and are written as they are there. Where predicates
+    say it in other words, a value is written that is what it will be and whose literal nothing in
+    it can end: not every release of SQLAlchemy looks at what it writes as a number or a UUID.
     """
+    # A parameter with a name may be given another value for each execution.
+    if not isinstance(value, sa.BindParameter) or not value.unique or value.callable is not None:
+        return None
     own = value.effective_value
-    type_ = getattr(value.type, "impl_instance", value.type)
-    if not value.unique or value.callable is not None:
-        return False
+    declared = target.divided.get(column)
+    if declared is not None:
+        value = next((one for one in declared if one.effective_value == own), None)
+    elif not _can_be_spelled(value.type, own):
+        return None
+    if value is None:
+        return None
+    return sa.bindparam(None, value.effective_value, type_=value.type, literal_execute=True)
+
+
+def _can_be_spelled(type_: Any, own: Any) -> bool:
+    type_ = getattr(type_, "impl_instance", type_)
     if isinstance(type_, sa.Uuid):
         return _UUID.fullmatch(str(own)) is not None
     return any(isinstance(type_, t) and isinstance(own, kind) for t, kind in _SPELLED)
@@ -362,12 +375,12 @@ def _spelled_out(search: Search) -> tuple[Call, ...]:
             return sa.and_(*map(spelled, criterion.clauses))
         if not isinstance(criterion, sa.BinaryExpression) or criterion.operator is not operators.eq:
             return criterion
-        column, value = criterion.left, criterion.right
+        column: Any = criterion.left
         if getattr(column, "name", None) not in search.target.dividing:
             return criterion
-        if not isinstance(value, sa.BindParameter) or not _can_be_spelled(value):
+        text = _literal(search.target, column.name, criterion.right)
+        if text is None:
             return criterion
-        text = sa.bindparam(None, value.effective_value, type_=value.type, literal_execute=True)
         return sa.BinaryExpression(column, text, operators.eq, type_=criterion.type)
 
     calls = []

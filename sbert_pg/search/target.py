@@ -49,6 +49,7 @@ class Target:
         index: the index that serves the column, or ``None``.
         partial: whether that is a partial index.
         dividing: names of columns that predicates of partial indexes speak of.
+        divided: of those that predicates compare with values, as of ``indexes_per``, these values.
         quantized: whether it ranks too coarsely, so that an exact distance ranks again.
         narrows: whether the entity is less than the rows of its table (a mapped subclass).
         label: name of the column of similarities.
@@ -82,6 +83,7 @@ class Target:
         self.index: VectorIndex | None = None
         self.partial = self.quantized = False
         self.dividing: set[str] = set()
+        self.divided: dict[str, list[sa.BindParameter[Any]]] = {}
         #: That a row has a vector, and one that may be proven.
         self.present = self.claimed(clause)
         if base is not None and isinstance(base.table, sa.Table) and base.table in origin:
@@ -130,7 +132,7 @@ class Target:
         if self.index is not None:
             self.partial, self.quantized = self.index.partial, self.index.quantized
         if self.partial:
-            self.dividing = _dividing(table)
+            self.dividing, self.divided = _dividing(table)
         firsts = [list(index.columns)[:1] for index in table.indexes]
         self.leading = {column.name for first in [*firsts, row_key[:1]] for column in first}
 
@@ -289,11 +291,18 @@ def _tables_of(selectable: Any) -> list[Any]:
     return [table] if isinstance(table, sa.Table) else []
 
 
-def _dividing(table: sa.Table) -> set[str]:
-    """Names of columns that predicates of a table's vector indexes speak of."""
-    said = " ".join(one.where or "" for one in map(description_of, table.indexes) if one)
-    words = set(re.findall(r"\w+", said))
-    return {c.name for c in table.c if words.issuperset(re.findall(r"\w+", c.name))}
+def _dividing(table: sa.Table) -> tuple[set[str], dict[str, list[sa.BindParameter[Any]]]]:
+    """Columns that predicates of a table's vector indexes speak of, and values of theirs."""
+    partial = [one for one in map(description_of, table.indexes) if one and one.partial]
+    words = set(re.findall(r"\w+", " ".join(str(one.where) for one in partial)))
+    values: dict[str, list[sa.BindParameter[Any]]] = {}
+    for one in partial:
+        for part in visitors.iterate(one.predicate):
+            if isinstance(part, sa.BinaryExpression) and part.operator is operators.eq:
+                column, value = part.left, part.right
+                if isinstance(column, sa.Column) and isinstance(value, sa.BindParameter):
+                    values.setdefault(column.name, []).append(value)
+    return {c.name for c in table.c if words.issuperset(re.findall(r"\w+", c.name))}, values
 
 
 def readable_columns(table: Any) -> list[Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import uuid
 from collections.abc import Iterator
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -210,3 +212,30 @@ def test_only_values_that_cannot_be_sql_are_written_out(
     compiled = search.compile(dialect=sa.dialects.postgresql.dialect())
     assert (len(compiled.literal_execute_params) == 1) is spelled
     assert value in compiled.params.values()
+
+
+@pytest.mark.parametrize(
+    ("type_", "declared", "other"),
+    [
+        (sa.Numeric(), Decimal("7.5"), "7.5 OR true"),
+        (sa.Date(), datetime.date(2024, 2, 29), datetime.date(2024, 3, 1)),
+        (sa.Text(), "it's", "its"),
+    ],
+    ids=str,
+)
+def test_values_of_declared_indexes_are_written_out_and_no_others(
+    type_: sa.types.TypeEngine[Any], declared: Any, other: Any
+) -> None:
+    row = sa.Table(
+        "row",
+        sa.MetaData(),
+        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("tenant", type_),
+        sa.Column("vec", Vector(3)),
+        *indexes_per("tenant", [declared], hnsw_index, "row_vec", "vec"),
+    )
+    for value in (declared, other):
+        asked = row.c.tenant == sa.literal(value, type_)
+        search = nearest(row.c.vec, [1.0, 2.0, 3.0]).where(asked)
+        compiled = search.compile(dialect=sa.dialects.postgresql.dialect())
+        assert (len(compiled.literal_execute_params) == 1) is (value is declared)
