@@ -298,11 +298,16 @@ def _dividing(table: sa.Table) -> tuple[set[str], dict[str, list[sa.BindParamete
     values: dict[str, list[sa.BindParameter[Any]]] = {}
     for one in partial:
         for part in visitors.iterate(one.predicate):
-            if isinstance(part, sa.BinaryExpression) and part.operator is operators.eq:
-                column, value = part.left, part.right
-                if isinstance(column, sa.Column) and isinstance(value, sa.BindParameter):
-                    values.setdefault(column.name, []).append(value)
+            if _compares(part):
+                values.setdefault(part.left.name, []).append(part.right)
     return {c.name for c in table.c if words.issuperset(re.findall(r"\w+", c.name))}, values
+
+
+def _compares(part: Any) -> bool:
+    """Whether a part of a predicate compares a column with a value for equality."""
+    equality = isinstance(part, sa.BinaryExpression) and part.operator is operators.eq
+    sides = (part.left, part.right) if equality else (None, None)
+    return isinstance(sides[0], sa.Column) and isinstance(sides[1], sa.BindParameter)
 
 
 def readable_columns(table: Any) -> list[Any]:
