@@ -16,7 +16,8 @@ Contestants, each left out with a note where what it needs is not installed:
 - sentence-transformers with onnx (``sentence-transformers[onnx]``): fp32, O3, qint8 for VNNI;
 - fastembed with the same weights, fp32 and qint8 (it reads 128 tokens of a text at most, so it has
   no part in long ones);
-- this library: fp32, int8.
+- this library: fp32 and int8 by onnxruntime, and with the extra ``openvino`` both by OpenVINO, and
+  bf16.
 
 Then, for each length, the latency of one query; for fresh processes, the time from their start to
 their first vector and the largest memory; and the machine's peak: by loops in C that do nothing but
@@ -45,10 +46,18 @@ from typing import Any
 import numpy as np
 
 from sbert_pg.encoder import Encoder
+from sbert_pg.encoder.engines import ONNXRUNTIME, OPENVINO
 from sbert_pg.probes import SAMPLE_TEXTS
 
 LENGTHS = {"short": (12, 340), "medium": (78, 104), "long": (256, 32)}
-PRECISIONS = ("fp32", "int8")
+#: Forms of this library and what runs them.
+FORMS = (
+    ("fp32", ONNXRUNTIME),
+    ("int8", ONNXRUNTIME),
+    ("fp32", OPENVINO),
+    ("int8", OPENVINO),
+    ("bf16", OPENVINO),
+)
 BATCH = 32
 BASE = "sentence-transformers"
 OURS = "sbert-pg"
@@ -164,9 +173,11 @@ def contestants(directory: Path, threads: int, scratch: Path) -> dict[str, Encod
     files.pop("O3", None)
     with _noted("fastembed"):
         found.update(fastembed_contestants(directory, threads, files, scratch))
-    for precision in PRECISIONS:
-        encoder = Encoder.load(directory, precision=precision, threads=threads)
-        found[f"{OURS}, {precision}"] = encoder.encode
+    for precision, engine in FORMS:
+        name = f"{OURS}, {precision}" + (" by OpenVINO" if engine == OPENVINO else "")
+        with _noted(name):
+            encoder = Encoder.load(directory, precision=precision, threads=threads, engine=engine)
+            found[name] = encoder.encode
     return found
 
 
@@ -174,7 +185,10 @@ def contestants(directory: Path, threads: int, scratch: Path) -> dict[str, Encod
 def _noted(what: str) -> Iterator[None]:
     try:
         yield
-    except ImportError as error:
+    except Exception as error:
+        # sentence-transformers says so by a plain Exception.
+        if not isinstance(error, ImportError) and "requires installing" not in str(error):
+            raise
         print(f"{what} is left out: {error}")
 
 
@@ -216,9 +230,18 @@ def latency(encode: Encode, texts: Sequence[str], count: int = 100) -> tuple[flo
 
 #: Programs that encode one text; the first argument is a directory.
 STARTS = {
-    f"{OURS}, int8": (
-        "from sbert_pg.encoder import Encoder\nEncoder.load(sys.argv[1]).encode(['a text'])"
-    ),
+    **{
+        f"{OURS}, {precision}{name}": (
+            "from sbert_pg.encoder import Encoder\n"
+            f"Encoder.open(sys.argv[1], engine={engine!r}).encode(['a text'])"
+        )
+        for precision, engine, name in (
+            ("int8", ONNXRUNTIME, ""),
+            ("fp32", ONNXRUNTIME, ""),
+            ("int8", OPENVINO, " by OpenVINO"),
+            ("bf16", OPENVINO, " by OpenVINO"),
+        )
+    },
     BASE: (
         "from sentence_transformers import SentenceTransformer\n"
         "SentenceTransformer(sys.argv[1], device='cpu').encode(['a text'])"
@@ -249,9 +272,12 @@ def starts(directory: Path, scratch: Path, times: int) -> dict[str, dict[str, fl
     """Seconds of CPU and of real time from a process's start to its first vector, and MB."""
     found = {}
     for name, code in STARTS.items():
-        own = name.startswith(OURS)
-        place = Encoder.load(directory).directory if own else directory
-        if "onnx" in name or name == "fastembed":
+        place = directory
+        if name.startswith(OURS):
+            precision = name.removeprefix(f"{OURS}, ").partition(" ")[0]
+            with _noted(name):
+                place = Encoder.load(directory, precision=precision).directory
+        elif "onnx" in name or name == "fastembed":
             place = scratch
         measured = []
         for _ in range(times):
@@ -288,7 +314,7 @@ def profile(encoder: Encoder, texts: list[str]) -> dict[str, float]:
         runner._session = onnxruntime.InferenceSession(
             str(encoder.directory / "model.onnx"), options, providers=["CPUExecutionProvider"]
         )
-        tokens = encoder._ready().tokenizer.encode(texts).ids
+        tokens = encoder._pipeline.get().tokenizer.encode(texts).ids
         for _ in range(3):
             runner.run(tokens)
         events = json.loads(Path(runner._session.end_profiling()).read_text())
@@ -363,8 +389,8 @@ def one_length(
             flush=True,
         )
     part["query_ms"] = {}
-    for name in (BASE, f"{BASE}, onnx qint8", f"{OURS}, fp32", f"{OURS}, int8"):
-        if name in taking_part:
+    for name in taking_part:
+        if name in (BASE, f"{BASE}, onnx qint8") or name.startswith(OURS):
             p50, p95 = latency(taking_part[name], texts, max(10, round(100 * options.part)))
             part["query_ms"][name] = {"p50": p50, "p95": p95}
             print(f"  {name}, one query: p50 {p50:.1f} ms, p95 {p95:.1f} ms", flush=True)

@@ -299,7 +299,7 @@ def compatible_specs(
 
 def _least(a: EncoderSpec, b: EncoderSpec) -> tuple[float, float]:
     """Least and mean cosine of encoders that were made from the same weights."""
-    if a.precision == b.precision and not (a.precision or "").startswith("int8"):
+    if a.precision == b.precision and not (a.precision or "").startswith(("int8", "bf16")):
         return EXPORT_MIN_COSINE, -1.0
     return PRECISION_MIN_COSINE, PRECISION_MEAN_COSINE
 

@@ -28,7 +28,7 @@ _NOT_IN_FINGERPRINT = frozenset({"name", "revision"})
 _QUERY_SIDE = frozenset({"prompts", "default_prompt_name", "query_layers"})
 
 #: Numeric forms that an encoder can be converted to.
-PRECISIONS = ("fp32", "int8", "fp16", "fp32-plain")
+PRECISIONS = ("fp32", "int8", "bf16", "fp16", "fp32-plain")
 
 #: Names of the prompts of search queries and of texts to be found, as in sentence-transformers.
 QUERY = "query"

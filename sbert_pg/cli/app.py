@@ -41,6 +41,7 @@ GROUPS: dict[str, tuple[str, tuple[Callable[..., None], ...]]] = {
             encoder.list_,
             encoder.convert,
             encoder.show,
+            encoder.measure,
             encoder.compare,
             choosing.choose,
             choosing.limits,

@@ -25,13 +25,13 @@ NameArgument = Annotated[
     str,
     typer.Argument(
         help="A directory or a hub name; ':fp32' after it asks for a precision "
-        "(int8, fp32, fp16, fp32-plain).",
+        "(int8, bf16, fp32, fp16, fp32-plain).",
         show_default=False,
     ),
 ]
 #: Rows of texts that a comparison uses.
 MOST_ROWS = 5_000
-_WITH_PRECISION = re.compile(r"(?P<name>.+):(?P<precision>(?:fp32|fp16|int8)[a-z0-9_-]*)")
+_WITH_PRECISION = re.compile(r"(?P<name>.+):(?P<precision>(?:fp32|fp16|bf16|int8)[a-z0-9_-]*)")
 
 
 def split_name(name: str) -> tuple[str, str | None]:
@@ -114,6 +114,39 @@ def show(
         raise typer.Exit(common.EXIT_FAILED)
 
 
+def measure(name: NameArgument, json: common.JsonOption = False) -> None:
+    """How fast each engine that is installed runs it here; the fastest is used from then on.
+
+    In tokens per second of one core's time. What is fastest is kept beside the encoder for this
+    kind of processor; engine= and $SBERT_PG_ENGINE go before it.
+
+    [b]sbert-pg encoder measure all-MiniLM-L6-v2[/]
+    """
+    from sbert_pg.encoder.measuring import fastest_of
+    from sbert_pg.encoder.measuring import measure as measure_engines
+
+    encoder = _load(name)
+    speeds = measure_engines(encoder.directory, encoder.manifest)
+    fastest = fastest_of(speeds) if speeds else encoder.engine
+    if json:
+        common.print_json({"fastest": fastest, "tokens_per_cpu_second": speeds})
+        return
+    if not speeds:
+        common.note(
+            f"{fastest} is the only engine installed that runs {encoder.manifest.precision}. "
+            "OpenVINO comes with: pip install 'sbert-pg[openvino]'"
+        )
+        return
+    cases = list(next(iter(speeds.values())))
+    common.print_table(
+        ["engine", *cases, ""],
+        [
+            [name, *(round(each[case]) for case in cases), "fastest" if name == fastest else ""]
+            for name, each in speeds.items()
+        ],
+    )
+
+
 def compare(
     names: Annotated[list[str], typer.Argument(help="Two or more encoders, as NAME or NAME:fp32.")],
     csv_file: Annotated[
@@ -185,6 +218,7 @@ def _facts(encoder: Encoder) -> dict[str, Any]:
         "prompt_of_documents": spec.document_prompt or _no_prompt(spec),
         "default_prompt_name": spec.default_prompt_name,
         "precision": manifest.precision,
+        "engine": encoder.engine,
         "exporter": manifest.exporter,
         "revision": spec.revision,
         "fingerprint": spec.fingerprint,

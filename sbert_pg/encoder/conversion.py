@@ -22,10 +22,12 @@ from sbert_pg.encoder import directory as converted
 from sbert_pg.encoder.classification import SAMPLE_PAIRS, describe_reranker
 from sbert_pg.encoder.description import STATIC, Description
 from sbert_pg.encoder.directory import Manifest
-from sbert_pg.encoder.engine import Engine
+from sbert_pg.encoder.engines import ONNXRUNTIME, OPENVINO, able, load_openvino
 from sbert_pg.encoder.files import Weights, require_model
 from sbert_pg.encoder.hub import ModelFiles, find, home_of, is_path, repository_of
 from sbert_pg.encoder.layers import layer_text
+from sbert_pg.encoder.measuring import measure as measure_engines
+from sbert_pg.encoder.pipeline import Pipeline
 from sbert_pg.encoder.providers import CPU, Provider, Providers
 from sbert_pg.encoder.static import describe_encoder
 from sbert_pg.encoder.tokenizer_files import tokenizer_content, truncation_side
@@ -165,13 +167,17 @@ def convert(
 
     Raises:
         UnsupportedEncoderError: the model asks for something that is not implemented.
-        MissingExtraError: a package of the extra ``convert`` or ``export`` is needed.
+        MissingExtraError: a package of the extra ``convert`` or ``export`` is needed, or of
+            ``openvino`` for ``bf16``.
         ConversionError: the result disagrees with the fp32 reference by more than its floor.
     """
     if precision not in PRECISIONS:
         raise DeclarationError(
             f"There is no precision {precision!r}; there are {', '.join(PRECISIONS)}."
         )
+    engine = able(precision, Providers.of([CPU]))[0]
+    if engine == OPENVINO:
+        load_openvino()
     description = (describe_encoder if kind == "encoder" else describe_reranker)(files.path)
     content, side = tokenizer_content(description), truncation_side(description)
     (folder / converted.TOKENIZER).write_text(
@@ -187,13 +193,13 @@ def convert(
         truncation_side=side,
         exporter=exporter,
     )
-    vectors = _vectors(folder, manifest)
+    vectors = _vectors(folder, manifest, engine)
     if precision != FP32:
         with tempfile.TemporaryDirectory(prefix=".reference-", dir=folder.parent) as scratch:
             reference = Path(scratch)
             shutil.copy(folder / converted.TOKENIZER, reference)
             reference_inputs, _ = build(description, FP32, reference / converted.MODEL)
-            expected = _vectors(reference, replace(manifest, inputs=reference_inputs))
+            expected = _vectors(reference, replace(manifest, inputs=reference_inputs), ONNXRUNTIME)
         agreement = measure if kind == "encoder" else measure_scores
         manifest = replace(manifest, agreement=agreement(vectors, expected))
         floor = FLOORS.get(precision, STRICT)
@@ -201,7 +207,9 @@ def convert(
             floor = SCORES_FLOOR
         require(manifest.agreement, floor, f"{name} in {precision}")
     np.save(folder / converted.PROBE_VECTORS, vectors[: len(PROBES)])
-    return converted.write_manifest(folder, manifest)
+    manifest = converted.write_manifest(folder, manifest)
+    measure_engines(folder, manifest)
+    return manifest
 
 
 def build(description: Description, precision: str, path: Path) -> tuple[tuple[str, ...], str]:
@@ -337,21 +345,21 @@ def require(agreement: Mapping[str, Agreement], floor: Floor, what: str) -> None
         )
 
 
-def _vectors(directory: Path, manifest: Manifest) -> Vectors:
+def _vectors(directory: Path, manifest: Manifest, engine: str) -> Vectors:
     """Vectors of the probes and of the sample texts, as documents and in all dimensions."""
     # On the CPU wherever it will run, so that the probes are the same from every machine.
-    engine = Engine(directory, manifest, None, [CPU])
+    pipeline = Pipeline(directory, manifest, None, [CPU], engine)
     if manifest.kind == "encoder":
-        vectors = engine.run_any([*PROBES, *SAMPLE_TEXTS], manifest.spec.document_prompt)
+        vectors = pipeline.run_any([*PROBES, *SAMPLE_TEXTS], manifest.spec.document_prompt)
     else:
-        vectors, _ = engine.scores_any(SAMPLE_PAIRS)
+        vectors, _ = pipeline.scores_any(SAMPLE_PAIRS)
     if not np.isfinite(vectors).all():
         raise ConversionError(
             f"{manifest.spec.name} in {manifest.precision} gives values that are not finite; its "
             "weights cannot be used."
         )
     if manifest.kind == "encoder":
-        queries = engine.run_any(PROBES[:4], dict(manifest.spec.prompts).get(QUERY, ""))
+        queries = pipeline.run_any(PROBES[:4], dict(manifest.spec.prompts).get(QUERY, ""))
         for side, each in (("document", vectors), ("query", queries)):
             if not np.ptp(each, axis=0).any():
                 raise ConversionError(

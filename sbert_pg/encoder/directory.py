@@ -6,6 +6,7 @@
     model.onnx      output "embedding", float32 of shape (batch, dimensions)
     tokenizer.json  without truncation, which the manifest has as max_seq_length
     probes.npy      float32 of shape (len(PROBES), dimensions)
+    engines.json    which engine is fastest on which processor, where that was measured
 
 A directory is written under another name beside its place and renamed when it is whole, so a
 process that is killed leaves no half directory under the right name.
@@ -48,6 +49,8 @@ MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 TOKENIZER = "tokenizer.json"
 PROBE_VECTORS = "probes.npy"
+#: Which engine is fastest on which processor: of machines, not of the encoder, and in no digest.
+ENGINES = "engines.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,7 +234,9 @@ def read_probes(directory: Path, dimensions: int) -> Vectors:
 
 def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
     """Write the manifest of a directory whose other files are in place, with their digests."""
-    names = sorted(path.name for path in directory.iterdir() if path.name != MANIFEST)
+    names = sorted(
+        path.name for path in directory.iterdir() if path.name not in (MANIFEST, ENGINES)
+    )
     files = {name: sha256_of(directory / name) for name in names}
     complete = replace(manifest, files=files)
     text = json.dumps(complete.to_json(), indent=2, ensure_ascii=False)

@@ -16,12 +16,13 @@ from sbert_pg.distance import similarity_matrix
 from sbert_pg.encoder import directory as converted
 from sbert_pg.encoder.conversion import prepare
 from sbert_pg.encoder.directory import Manifest
-from sbert_pg.encoder.engine import Converted, opened, resolve_prompt
+from sbert_pg.encoder.engines import ONNXRUNTIME
+from sbert_pg.encoder.pipeline import Converted, opened, resolve_prompt
 from sbert_pg.encoder.providers import Provider
 from sbert_pg.encoder.runner import OUTPUT, QUERY_OUTPUT
 from sbert_pg.encoder.tokenizing import TextTokenizer, clean, clean_chunks
-from sbert_pg.errors import DeclarationError, EncoderMismatchError
-from sbert_pg.probes import PROBES
+from sbert_pg.errors import DeclarationError, EncoderMismatchError, ProviderError
+from sbert_pg.probes import PRECISION_MIN_COSINE, PROBES, agreement_of
 from sbert_pg.spec import DOCUMENT, QUERY, EncoderSpec, Vectors, known_encoder
 
 Vector = npt.NDArray[np.float32]
@@ -33,7 +34,7 @@ CHUNK = 2048
 
 
 class Encoder(Converted):
-    """A converted sentence-transformers model, run by onnxruntime.
+    """A converted sentence-transformers model, run by onnxruntime or OpenVINO.
 
     Made by ``Encoder.load``. Safe to share between threads. After a fork the child opens its
     own sessions at its first call, since the threads of the parent's do not survive it. Pickled, it
@@ -51,11 +52,14 @@ class Encoder(Converted):
         dimensions: int | None = None,
         threads: int | None = None,
         providers: Sequence[Provider] | None = None,
+        engine: str | None = None,
     ) -> None:
-        super().__init__(directory, manifest, threads=threads, providers=providers)
+        super().__init__(directory, manifest, threads=threads, providers=providers, engine=engine)
         self._spec = manifest.truncated(dimensions)
         probes = converted.read_probes(directory, manifest.full_dimensions)
         self._probes = np.ascontiguousarray(probes[:, : self._spec.dimensions])
+        if self.engine != ONNXRUNTIME:
+            self._require_agreement()
 
     @classmethod
     def load(
@@ -67,6 +71,7 @@ class Encoder(Converted):
         revision: str | None = None,
         threads: int | None = None,
         providers: Sequence[Provider] | None = None,
+        engine: str | None = None,
         cache_dir: str | Path | None = None,
     ) -> Encoder:
         """Load an encoder, converting it at the first time.
@@ -75,8 +80,9 @@ class Encoder(Converted):
             name_or_path: a directory that this project converted, a sentence-transformers
                 directory, or a name on the hub. A name is converted once and then taken from the
                 cache of conversions without asking the hub.
-            precision: ``"int8"`` (the default on the CPU), ``"fp32"``, ``"fp16"`` (the default
-                on CUDA) or ``"fp32-plain"`` (the default on other execution providers);
+            precision: ``"int8"`` (the default on the CPU), ``"fp32"``, ``"bf16"`` (by OpenVINO),
+                ``"fp16"`` (the default on CUDA) or ``"fp32-plain"`` (the default on other execution
+                providers);
                 docs/encoder.md says what each costs and gives.
             dimensions: keep this many dimensions of each vector (Matryoshka models); all by
                 default.
@@ -85,6 +91,9 @@ class Encoder(Converted):
             providers: onnxruntime execution providers in order of preference, each a name or a
                 name with onnxruntime's options for it; those of ``$SBERT_PG_PROVIDERS`` or the CPU
                 by default.
+            engine: ``"onnxruntime"`` or ``"openvino"`` (extra ``openvino``), what runs it on the
+                CPU; by default ``$SBERT_PG_ENGINE``, or what was measured to be fastest in this
+                precision on this kind of processor.
             cache_dir: where conversions are kept; ``$SBERT_PG_CACHE`` or the user's cache directory
                 by default.
 
@@ -93,7 +102,8 @@ class Encoder(Converted):
             UnsupportedEncoderError: the model asks for something that is not implemented.
             DamagedEncoderError: files are missing or do not match their digests.
             ConversionError: the precision disagrees with fp32 by more than its floor.
-            ProviderError: an execution provider is missing.
+            ProviderError: an execution provider is missing, or the engine does not run this form.
+            MissingExtraError: the engine is not installed; the message names the extra.
             DeclarationError: the model does not have so many dimensions.
             EncoderError: the cache cannot be written; see ``$SBERT_PG_CACHE``.
         """
@@ -104,7 +114,9 @@ class Encoder(Converted):
             cache_dir=cache_dir,
             providers=providers,
         )
-        encoder = cls.open(place, dimensions=dimensions, threads=threads, providers=providers)
+        encoder = cls.open(
+            place, dimensions=dimensions, threads=threads, providers=providers, engine=engine
+        )
         # One conversion serves every name that means the same model.
         return encoder if place == Path(name_or_path) else encoder._named(str(name_or_path))
 
@@ -116,6 +128,7 @@ class Encoder(Converted):
         dimensions: int | None = None,
         threads: int | None = None,
         providers: Sequence[Provider] | None = None,
+        engine: str | None = None,
     ) -> Encoder:
         """Open a converted directory, verified against its digests; options as for ``load``.
 
@@ -124,7 +137,9 @@ class Encoder(Converted):
             ProviderError: an execution provider is missing, or not made for this form.
             DeclarationError: the model does not have so many dimensions.
         """
-        make = partial(cls, dimensions=dimensions, threads=threads, providers=providers)
+        make = partial(
+            cls, dimensions=dimensions, threads=threads, providers=providers, engine=engine
+        )
         return opened(directory, "encoder", providers, make)
 
     @property
@@ -187,12 +202,14 @@ class Encoder(Converted):
             return np.asarray(single[0])
         cleaned = clean(texts)
         chosen = self._prompt(prompt_name, prompt)
-        engine = self._engine.get()
+        pipeline = self._pipeline.get()
         unique, inverse = _unique(cleaned)
         blocks, done = [], 0
         chunks = (unique[i : i + CHUNK] for i in range(0, len(unique), CHUNK))
         output = self._output(prompt_name)
-        for vectors in engine.blocks(chunks, chosen, lambda at: cleaned.index(unique[at]), output):
+        for vectors in pipeline.blocks(
+            chunks, chosen, lambda at: cleaned.index(unique[at]), output
+        ):
             blocks.append(self._cut(vectors))
             done += len(vectors)
             if progress is not None:
@@ -201,7 +218,7 @@ class Encoder(Converted):
         if len(unique) != len(cleaned):
             matrix = matrix[inverse]
         duplicates = len(cleaned) - len(unique)
-        engine.counter.add(duplicates=duplicates, texts=duplicates)
+        pipeline.counter.add(duplicates=duplicates, texts=duplicates)
         return _normalized(matrix) if normalize else matrix
 
     def encode_query(self, texts: Sequence[str]) -> Vectors:
@@ -234,7 +251,7 @@ class Encoder(Converted):
         chosen = self._prompt(prompt_name, prompt)
         done, output = 0, self._output(prompt_name)
         chunks = clean_chunks(texts, chunk_size)
-        for vectors in self._engine.get().blocks(chunks, chosen, output=output):
+        for vectors in self._pipeline.get().blocks(chunks, chosen, output=output):
             yield from self._cut(vectors)
             done += len(vectors)
             if progress is not None:
@@ -270,12 +287,12 @@ class Encoder(Converted):
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text if nothing were cut, special tokens included."""
-        return self._engine.get().tokenizer.count(clean(texts))
+        return self._pipeline.get().tokenizer.count(clean(texts))
 
     def recomputed_probes(self) -> Vectors:
         """What ``probe_vectors`` are on this machine now; texts without a token have zeros."""
         # Past the counts: one of them is cut on purpose, which needs no warning.
-        return self._cut(self._engine.get().run_any(clean(PROBES), self._prompt(DOCUMENT, None)))
+        return self._cut(self._pipeline.get().run_any(clean(PROBES), self._prompt(DOCUMENT, None)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Under the name that it had, which need not be the directory's.
@@ -297,6 +314,22 @@ class Encoder(Converted):
             f"<Encoder {self._spec.name!r}, {self._manifest.precision}, "
             f"{self.dimensions} dimensions>"
         )
+
+    def _require_agreement(self) -> None:
+        """Refuse an engine that computes other vectors than conversion did, by some short texts.
+
+        Raises:
+            ProviderError: it does.
+        """
+        few = slice(1, 8)
+        prompt = self._prompt(DOCUMENT, None)
+        vectors = self._cut(self._pipeline.get().run_any(clean(PROBES[few]), prompt))
+        agreement = agreement_of(vectors, self._probes[few])
+        if agreement.min_cosine < PRECISION_MIN_COSINE:
+            raise ProviderError(
+                f"{self.engine} computes other vectors of {self._directory} than it was converted "
+                f"with ({agreement}). Load it with engine={ONNXRUNTIME!r}, and please report this."
+            )
 
     def _cut(self, vectors: Vectors) -> Vectors:
         if vectors.shape[1] == self.dimensions:

@@ -45,7 +45,7 @@ def export(description: Description, precision: str) -> onnx.ModelProto:
         UnsupportedEncoderError: a precision that this road does not have.
         ConversionError: torch cannot export the architecture.
     """
-    if precision not in ("fp32", "fp32-plain"):  # torch writes plain operators in any case
+    if precision not in ("fp32", "fp32-plain", "bf16"):  # torch writes plain operators in any case
         raise UnsupportedEncoderError(
             f"{description.config.path}: architecture {description.architecture!r} is exported by "
             "torch, in fp32 only; "

@@ -57,7 +57,7 @@ Model = Transformer | rotary.Rotary
 #: Tokens that are read of a text; more say nothing new about ranges.
 _LONGEST = 256
 
-_ATTENTION: dict[str, type[Attention]] = {"fp16": FusedByLength, "fp32-plain": Plain}
+_ATTENTION: dict[str, type[Attention]] = {"fp16": FusedByLength, "fp32-plain": Plain, "bf16": Plain}
 
 
 def build(description: Description, precision: str) -> onnx.ModelProto:
@@ -90,7 +90,7 @@ def build(description: Description, precision: str) -> onnx.ModelProto:
 
 def _products(description: Description, model: Model, precision: str) -> Products:
     """How ``model`` is multiplied; for int8 it is smoothed."""
-    if precision in ("fp32", "fp32-plain"):
+    if precision in ("fp32", "fp32-plain", "bf16"):
         return Floats()
     if precision == "fp16":
         return Floats(np.float16)

@@ -73,13 +73,13 @@ class Providers:
         """Refuse a form that would run on the CPU after all, and slowly.
 
         Raises:
-            ProviderError: it is int8 and the first provider is not the CPU's.
+            ProviderError: it is int8 or bf16 and the first provider is not the CPU's.
         """
-        if precision.startswith("int8") and self.names[0] != CPU:
+        if precision.startswith(("int8", "bf16")) and self.names[0] != CPU:
             raise ProviderError(
-                f"{path} holds an encoder in {precision}, which is made of operators that only "
-                f"{CPU} has. For {self.names[0]} load the model from its own directory or name, "
-                f"with precision={self.precision!r} or none."
+                f"{path} holds an encoder in {precision}, which is made for the CPU alone. For "
+                f"{self.names[0]} load the model from its own directory or name, with "
+                f"precision={self.precision!r} or none."
             )
 
     def open(self, path: Path) -> onnxruntime.InferenceSession:
@@ -140,6 +140,23 @@ def load_onnxruntime() -> Any:
 
     onnxruntime.disable_telemetry_events()
     return onnxruntime
+
+
+#: Flags of a processor by which one engine may be faster than another.
+_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The kind of processor: its name and what it multiplies with, as far as the system says."""
+    try:
+        lines = [line.partition(":") for line in cpuinfo.read_text().splitlines()]
+    except OSError:
+        lines = []
+    # The first of a key is that of the first core.
+    facts = {key.strip(): value.strip() for key, _, value in reversed(lines)}
+    flags = facts.get("flags", "").split()
+    name = facts.get("model name") or f"{platform.machine()} {facts.get('CPU part', '')}".strip()
+    return " ".join([name, *(flag for flag in _FLAGS if flag in flags)])
 
 
 def lacks_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sbert_pg.encoder.conversion import prepare
-from sbert_pg.encoder.engine import Converted, opened
+from sbert_pg.encoder.pipeline import Converted, opened
 from sbert_pg.encoder.providers import Provider
 from sbert_pg.encoder.tokenizing import clean
 
@@ -36,6 +36,7 @@ class Reranker(Converted):
         revision: str | None = None,
         threads: int | None = None,
         providers: Sequence[Provider] | None = None,
+        engine: str | None = None,
         cache_dir: str | Path | None = None,
     ) -> Reranker:
         """Load a cross-encoder, converting it at the first time; options as for ``Encoder.load``.
@@ -60,7 +61,7 @@ class Reranker(Converted):
             providers=providers,
             kind="reranker",
         )
-        return cls.open(path, threads=threads, providers=providers)
+        return cls.open(path, threads=threads, providers=providers, engine=engine)
 
     @classmethod
     def open(
@@ -69,9 +70,10 @@ class Reranker(Converted):
         *,
         threads: int | None = None,
         providers: Sequence[Provider] | None = None,
+        engine: str | None = None,
     ) -> Reranker:
         """Open a converted directory, as ``Encoder.open`` does."""
-        make = partial(cls, threads=threads, providers=providers)
+        make = partial(cls, threads=threads, providers=providers, engine=engine)
         return opened(directory, "reranker", providers, make)
 
     @property
@@ -102,7 +104,7 @@ class Reranker(Converted):
     def score_pairs(self, pairs: Sequence[tuple[str, str]]) -> Scores:
         """As ``score``, for pairs of a question and a text each."""
         firsts, seconds = (clean([pair[part] for pair in pairs]) for part in (0, 1))
-        scores = self._engine.get().scores(list(zip(firsts, seconds, strict=True)))
+        scores = self._pipeline.get().scores(list(zip(firsts, seconds, strict=True)))
         return scores[:, 0] if self.labels == 1 else scores
 
     async def score_async(self, question: str, texts: Sequence[str]) -> Scores:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sbert_pg.encoder.engines import ONNXRUNTIME, OPENVINO, compile_graph
 from sbert_pg.encoder.providers import Provider, Providers
 from sbert_pg.errors import DamagedEncoderError, EncoderError
 from sbert_pg.process import usable_cores
@@ -53,6 +54,10 @@ _MAX_PADDING = 0.08
 #: Up to so many tokens a batch takes what is near, whatever the padding: running it costs more than
 #: what its tokens cost.
 _SMALL = 96
+#: A text that comes alone is padded to a multiple of so many tokens for OpenVINO, which needs a
+#: millisecond or two to get used to a shape that it did not run just before. Measured: 8 is 9 %
+#: faster than 1 for texts of 6 to 20 tokens and 14 % for 60 to 120, with a shorter tail.
+_STEP = 8
 
 
 def plan(lengths: Sequence[int], budget: int = TOKEN_BUDGET) -> list[list[int]]:
@@ -91,7 +96,7 @@ class Runner:
 
     A call whose texts fit into one batch runs in its own thread; larger ones are shared out among
     at most ``threads`` threads. A GPU is called by one thread for all. Threads do not survive a
-    fork, so a forked child makes its own runner, see ``Engine``.
+    fork, so a forked child makes its own runner, see ``Pipeline``.
 
     Args:
         model_path: the ONNX file.
@@ -102,8 +107,11 @@ class Runner:
         providers: onnxruntime's execution providers in order of preference, see ``Providers.of``.
             onnxruntime runs on the CPU what the others do not take.
         budget: tokens in a batch, padding included; what suits the provider by default.
+        engine: what runs the model, see ``engines``.
+        precision: the form that the file holds.
 
     Raises:
+        MissingExtraError: the engine is not installed.
         ProviderError: a provider is not in this onnxruntime, or does not start.
         DamagedEncoderError: the file cannot be read as a model with these inputs.
     """
@@ -115,6 +123,8 @@ class Runner:
         threads: int | None = None,
         providers: Sequence[Provider] | None = None,
         budget: int | None = None,
+        engine: str = ONNXRUNTIME,
+        precision: str = "fp32",
     ) -> None:
         unknown = set(inputs) - _KNOWN_INPUTS
         if unknown or INPUT_IDS not in inputs:
@@ -130,6 +140,7 @@ class Runner:
         on_gpu = self._providers.on_gpu
         self._budget = budget or (GPU_TOKEN_BUDGET if on_gpu else TOKEN_BUDGET)
         self.threads = 1 if on_gpu else threads or usable_cores()
+        self.engine, self._precision = engine, precision
         self._open()
 
     def run(
@@ -191,7 +202,9 @@ class Runner:
         return result
 
     def _open(self) -> None:
-        self._session = self._providers.open(self._path)
+        self._session = compile_graph(
+            self.engine, self._path, self._precision, self.threads, self._providers
+        )
         declared = {value.name for value in self._session.get_inputs()}
         outputs = {value.name: value for value in self._session.get_outputs()}
         width = outputs[OUTPUT].shape[-1] if OUTPUT in outputs else None
@@ -237,14 +250,15 @@ class Runner:
         begins: Sequence[int] | None,
     ) -> dict[str, Any]:
         some = None if begins is None else [begins[text] for text in batch]
-        return feeds_of([token_ids[text] for text in batch], self._inputs, some)
+        step = _STEP if self.engine == OPENVINO and len(batch) == 1 else 1
+        return feeds_of([token_ids[text] for text in batch], self._inputs, some, step)
 
     def _call(self, feeds: dict[str, Any], output: str) -> Vectors:
         try:
             vectors: Vectors = self._session.run([output], feeds)[0]
-        # onnxruntime's exceptions have no common base below Exception.
+        # The engines' exceptions have no common base below Exception.
         except Exception as error:
-            raise EncoderError(f"onnxruntime cannot run {self._path}: {error}") from error
+            raise EncoderError(f"{self.engine} cannot run {self._path}: {error}") from error
         return vectors
 
 
@@ -252,6 +266,7 @@ def feeds_of(
     texts: Sequence[Sequence[int]],
     inputs: Collection[str],
     begins: Sequence[int] | None = None,
+    step: int = 1,
 ) -> dict[str, Any]:
     """The inputs of a model for some texts, padded at the right.
 
@@ -259,9 +274,10 @@ def feeds_of(
         texts: token ids of each text.
         inputs: names of the model's inputs.
         begins: where in each text that begins which pooling sees, or the second text of a pair.
+        step: they are padded to a multiple of it.
     """
     lengths = np.fromiter(map(len, texts), np.int64, len(texts))
-    longest = int(lengths.max())
+    longest = -(-int(lengths.max()) // step) * step
     positions = np.arange(longest)
     mask = (positions < lengths[:, None]).astype(np.int64)
     ids: Ids = np.zeros((len(texts), longest), np.int64)

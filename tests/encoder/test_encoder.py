@@ -116,8 +116,8 @@ def test_unknown_prompts_are_refused(encoder: Encoder) -> None:
 def test_long_texts_are_counted_and_reported(
     encoder: Encoder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoder._engine.get().counter, "_warned_at", None)
-    monkeypatch.setattr(encoder._engine.get().counter, "_unreported", 0)
+    monkeypatch.setattr(encoder._pipeline.get().counter, "_warned_at", None)
+    monkeypatch.setattr(encoder._pipeline.get().counter, "_unreported", 0)
     before = encoder.statistics.truncated
     with caplog.at_level(logging.WARNING, "sbert_pg.encoder"):
         encoder.encode(["word " * 300, "short", "word " * 400])
@@ -126,7 +126,7 @@ def test_long_texts_are_counted_and_reported(
     (record,) = caplog.records
     assert "2 texts" in record.getMessage()
     assert "256" in record.getMessage()
-    monkeypatch.setattr("sbert_pg.encoder.engine.WARN_EVERY", 0.0)
+    monkeypatch.setattr("sbert_pg.encoder.pipeline.WARN_EVERY", 0.0)
     with caplog.at_level(logging.WARNING, "sbert_pg.encoder"):
         encoder.encode(["fits"])
     assert "1 text" in caplog.records[-1].getMessage()

@@ -55,8 +55,8 @@ def in_a_child(work: Callable[[], object], seconds: float = 180) -> bool:
 
 
 LOCKS: dict[str, Callable[[Encoder], Any]] = {
-    "the encoder's": lambda encoder: encoder._engine._lock,
-    "the counter's": lambda encoder: encoder._engine.get().counter._lock,
+    "the encoder's": lambda encoder: encoder._pipeline._lock,
+    "the counter's": lambda encoder: encoder._pipeline.get().counter._lock,
     "the registry's": lambda encoder: registry._lock,
 }
 

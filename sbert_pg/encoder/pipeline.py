@@ -16,6 +16,7 @@ import numpy as np
 
 from sbert_pg.encoder import directory as converted
 from sbert_pg.encoder.directory import Manifest
+from sbert_pg.encoder.measuring import engine_for
 from sbert_pg.encoder.providers import Provider, Providers
 from sbert_pg.encoder.runner import OUTPUT, Runner
 from sbert_pg.encoder.tokenizing import TextTokenizer, Tokens
@@ -57,7 +58,7 @@ class Counter:
     """
 
     def __init__(self, name: str, limit: int | None) -> None:
-        self._name = name
+        self._engine = name
         self._limit = limit
         self._lock = threading.Lock()
         self._statistics = Statistics()
@@ -93,7 +94,7 @@ class Counter:
                 "%d %s longer than the %s tokens that encoder %r reads and cut; "
                 "passages_of() embeds long texts in parts. This is reported at most once a minute, "
                 "and Encoder.statistics.truncated counts all.",
-                report, "text was" if report == 1 else "texts were", self._limit, self._name,
+                report, "text was" if report == 1 else "texts were", self._limit, self._engine,
             )  # fmt: skip
 
     def add_tokens(self, tokens: Tokens) -> None:
@@ -105,7 +106,7 @@ class Counter:
         )
 
 
-class Engine:
+class Pipeline:
     """What has to be made again after a fork: a child uses nothing of it that its parent made.
 
     Args:
@@ -113,6 +114,7 @@ class Engine:
         manifest: its manifest.
         threads: threads of inference; as many as the process may use by default.
         providers: see ``Encoder.load``.
+        engine: what runs the model.
     """
 
     def __init__(
@@ -121,14 +123,16 @@ class Engine:
         manifest: Manifest,
         threads: int | None,
         providers: Sequence[Provider] | None,
+        engine: str,
     ) -> None:
         spec = manifest.spec
         self._include_prompt = spec.include_prompt
         content = (directory / converted.TOKENIZER).read_text(encoding="utf-8")
         self.tokenizer = TextTokenizer(content, spec.max_seq_length, manifest.truncation_side)
         self.runner = Runner(
-            directory / converted.MODEL, manifest.inputs, threads=threads, providers=providers
-        )
+            directory / converted.MODEL, manifest.inputs, threads=threads, providers=providers,
+            engine=engine, precision=manifest.precision,
+        )  # fmt: skip
         self.counter = Counter(spec.name, spec.max_seq_length)
 
     def blocks(
@@ -240,13 +244,19 @@ class Converted:
         *,
         threads: int | None = None,
         providers: Sequence[Provider] | None = None,
+        engine: str | None = None,
     ) -> None:
         self._directory = directory
         self._manifest = manifest
-        self._arguments: dict[str, Any] = {"threads": threads, "providers": providers}
-        self._engine = PerProcess(lambda: Engine(directory, manifest, threads, providers))
+        self._arguments: dict[str, Any] = {
+            "threads": threads, "providers": providers, "engine": engine
+        }  # fmt: skip
+        self._engine = engine_for(directory, manifest, engine, providers)
+        self._pipeline = PerProcess(
+            lambda: Pipeline(directory, manifest, threads, providers, self._engine)
+        )
         # Whatever is wrong with the directory is said now and not at the first text.
-        self._engine.get()
+        self._pipeline.get()
 
     @property
     def manifest(self) -> Manifest:
@@ -259,6 +269,11 @@ class Converted:
         return self._directory
 
     @property
+    def engine(self) -> str:
+        """What runs it, ``"onnxruntime"`` or ``"openvino"``."""
+        return self._engine
+
+    @property
     def max_seq_length(self) -> int | None:
         """Tokens that are read of a text or pair, special tokens included."""
         return self._manifest.spec.max_seq_length
@@ -266,7 +281,7 @@ class Converted:
     @property
     def statistics(self) -> Statistics:
         """Counts since it was loaded or the process forked, truncated texts among them."""
-        return self._engine.get().counter.statistics
+        return self._pipeline.get().counter.statistics
 
 
 def opened(
