@@ -15,7 +15,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from itertools import chain, islice
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ _ENOUGH = 1.05
 
 #: Tokens per second of CPU time, by case.
 Speeds = Mapping[str, float]
+#: Token ids of the texts of one call.
+Texts = Sequence[Sequence[int]]
 
 
 def engine_for(
@@ -98,6 +100,25 @@ def fastest_of(speeds: Mapping[str, Speeds]) -> str:
 
 def _speeds(directory: Path, manifest: Manifest, engines: Sequence[str]) -> dict[str, Speeds]:
     calls = _calls(directory, manifest)
+    runners = _runners(directory, manifest, engines, list(chain(*calls.values())))
+    taken: dict[tuple[str, str], float] = {}
+    begin = time.monotonic()
+    for done in range(_ROUNDS):
+        if done and time.monotonic() - begin > _SECONDS:
+            break
+        for case, engine in product(calls, runners):
+            seconds = _seconds(runners[engine], calls[case])
+            taken[engine, case] = min(seconds, taken.get((engine, case), seconds))
+    tokens = {case: sum(map(len, chain(*texts))) for case, texts in calls.items()}
+    return {
+        engine: {case: tokens[case] / taken[engine, case] for case in calls} for engine in runners
+    }
+
+
+def _runners(
+    directory: Path, manifest: Manifest, engines: Sequence[str], calls: Sequence[Texts]
+) -> dict[str, Runner]:
+    """The engines that run the encoder and compute what the first one does, warmed up."""
     runners: dict[str, Runner] = {}
     usual: list[Vectors] = []
     for engine in engines:
@@ -106,7 +127,7 @@ def _speeds(directory: Path, manifest: Manifest, engines: Sequence[str]) -> dict
                 directory / converted.MODEL, manifest.inputs, threads=1, providers=[CPU],
                 engine=engine, precision=manifest.precision,
             )  # fmt: skip
-            vectors = [runner.run(ids) for ids in chain(*calls.values())]
+            vectors = [runner.run(ids) for ids in calls]
         except EncoderError as error:
             logger.info("%s cannot run %s: %s", engine, directory, error)
             continue
@@ -115,25 +136,10 @@ def _speeds(directory: Path, manifest: Manifest, engines: Sequence[str]) -> dict
             runners[engine] = runner
         else:
             logger.warning("%s computes other vectors of %s and is not used", engine, directory)
-    least: dict[str, dict[str, float]] = {engine: {} for engine in runners}
-    begin = time.monotonic()
-    for done in range(_ROUNDS):
-        if done and time.monotonic() - begin > _SECONDS:
-            break
-        for case, texts in calls.items():
-            for engine, runner in runners.items():
-                taken = _seconds(runner, texts)
-                least[engine][case] = min(taken, least[engine].get(case, taken))
-    tokens = {
-        case: sum(len(ids) for call in texts for ids in call) for case, texts in calls.items()
-    }
-    return {
-        engine: {case: tokens[case] / taken for case, taken in each.items()}
-        for engine, each in least.items()
-    }
+    return runners
 
 
-def _seconds(runner: Runner, calls: Sequence[Sequence[Sequence[int]]]) -> float:
+def _seconds(runner: Runner, calls: Sequence[Texts]) -> float:
     """CPU time of some calls: what else runs on the machine changes it least."""
     begin = time.process_time()
     for ids in calls:
