@@ -16,9 +16,6 @@ from alembic.operations import Operations
 from alembic.script import ScriptDirectory
 from alembic.script.revision import RevisionError
 from alembic.util import CommandError
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
 from sbert_pg import catalog, reembed, system
 from sbert_pg.alembic import ops, statements
@@ -38,6 +35,7 @@ from sbert_pg.digest import companion_name
 from sbert_pg.errors import BackfillIncompleteError, EncoderMismatchError, NotProvenError
 from sbert_pg.freshness import Progress, backfill, counts
 from sbert_pg.locks import settings
+from sbert_pg.progress import bar
 from sbert_pg.reembed.change import begun_change
 from sbert_pg.reembed.finish import require_droppable, require_finishable
 from sbert_pg.reembed.status import change_of
@@ -349,20 +347,10 @@ def _backfill_embeddings(operation: ops.BackfillEmbeddingsOp, operations: Operat
 
 def _fill_column(engine: sa.Engine, binding: Binding) -> None:
     """Fill a column, together with whoever else is doing it, with a progress bar on a terminal."""
-    console = Console(stderr=True)
-    with Bar(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    ) as bar:
-        task = bar.add_task(f"embedding {binding}", total=None)
+    with bar() as advance:
 
         def show(progress: Progress) -> None:
-            bar.update(task, completed=progress.rows, total=progress.total)
+            advance(f"embedding {binding}", progress.rows, progress.total)
 
         filled = backfill(engine, binding, on_progress=show)
     log.info("%s rows of %s embedded in %.0f s", filled.rows, binding, filled.seconds)

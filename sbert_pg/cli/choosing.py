@@ -14,6 +14,7 @@ from sbert_pg.cli.encoder import split_name
 from sbert_pg.cli.target import embedding_or_texts, resolve
 from sbert_pg.cli.tuning import PairsOption, encoder_named, queries_of
 from sbert_pg.errors import DeclarationError
+from sbert_pg.progress import bar
 from sbert_pg.tuning.limits import beside
 
 _BUDGET = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(ms|s)?")
@@ -50,7 +51,8 @@ def limits(
         with common.database(database) as engine, engine.connect() as connection:
             side = resolve(connection, table)
             own += lib.own_texts(connection, side.column)
-    reports = [lib.limits_of(encoder_named(*split_name(name)), own) for name in names]
+    with bar("measuring"):
+        reports = [lib.limits_of(encoder_named(*split_name(name)), own) for name in names]
     if len(reports) == 1:
         common.show(reports[0], reports[0].to_json(), json)
     else:
@@ -97,14 +99,16 @@ def choose(
     with common.database(database) as engine:
         with engine.connect() as connection:
             columns = embedding_or_texts(connection, table)
-        choice = lib.choose_encoder(
-            engine,
-            columns,
-            queries_of(engine, pairs, None),
-            given,
-            budget=limit,
-            where=common.criteria(where),
-        )
+        queries = queries_of(engine, pairs, None)
+        with bar("measuring"):
+            choice = lib.choose_encoder(
+                engine,
+                columns,
+                queries,
+                given,
+                budget=limit,
+                where=common.criteria(where),
+            )
     common.show(choice, choice.to_json(), json)
     if choice.chosen is None:
         raise typer.Exit(common.EXIT_FAILED)

@@ -14,6 +14,7 @@ from sbert_pg import clustering as lib
 from sbert_pg.cli import common
 from sbert_pg.cli.target import resolve
 from sbert_pg.errors import ClusteringError, DeclarationError
+from sbert_pg.progress import bar
 from sbert_pg.types.vector import VectorType
 
 AlgorithmName = Literal["kmeans", "hdbscan", "communities", "agglomerative"]
@@ -65,9 +66,9 @@ def run(
     chosen = _algorithm(algorithm, clusters, min_size, threshold)
     with common.database(database) as engine:
         topics = _clustering(engine, target, app, create=create)
-        with common.progress() as progress:
+        with bar() as advance:
             done = lib.cluster(
-                engine, topics, chosen, seed=seed, where=common.criterion(where), progress=progress
+                engine, topics, chosen, seed=seed, where=common.criterion(where), progress=advance
             )
         if keep is not None:
             with engine.begin() as connection:
@@ -155,8 +156,9 @@ def assign(
     """
     with common.database(database) as engine:
         topics = _clustering(engine, target, app)
-        with engine.begin() as connection:
+        with bar("assigning") as advance, engine.begin() as connection:
             assigned = lib.assign(connection, topics, where=common.criterion(where))
+            advance("measuring drift")
             drift = lib.drift(connection, topics, where=common.criterion(where))
     if json:
         common.print_json({**asdict(assigned), "drift": asdict(drift)})
@@ -202,11 +204,11 @@ def map_(
     with common.database(database) as engine:
         topics = _clustering(engine, target, app)
         if file is None:
-            with engine.begin() as connection:
+            with bar("placing rows"), engine.begin() as connection:
                 placed = lib.store_map(connection, topics, projection=projection)
             common.note(f"{placed:,} rows have their place; 'sbert-pg explore' shows them.")
             return
-        with engine.connect() as connection:
+        with bar("placing rows"), engine.connect() as connection:
             plane = lib.cluster_map(connection, topics, projection=projection)
     if file.suffix.lower() == ".html":
         plane.save_html(file)

@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,14 +18,6 @@ import sqlalchemy as sa
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from sbert_pg.errors import DeclarationError
@@ -116,7 +107,7 @@ _LIKE = (
 )
 #: Results go here.
 out = Console()
-#: Progress, notes and errors go here, so that a pipe gets results alone.
+#: Notes and errors go here, so that a pipe gets results alone.
 err = Console(stderr=True)
 
 
@@ -318,39 +309,6 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, str):
         return value == "?" or value.strip("~+").replace(",", "").isdecimal()
     return isinstance(value, (int, float))
-
-
-@contextmanager
-def progress(*, notes: bool = True) -> Iterator[Callable[..., None]]:
-    """A bar on standard error; where that is no terminal, one line a step, or nothing.
-
-    It is called with a step, what is done, and of how many where that is known.
-    """
-    shown, began = "", 0.0
-    with Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        console=err,
-        disable=not err.is_terminal,
-        transient=True,
-    ) as bar:
-        task = bar.add_task("", total=None, rate="")
-
-        def advance(step: str, done: int = 0, total: int | None = None) -> None:
-            nonlocal shown, began
-            if step != shown:
-                shown, began = step, time.perf_counter()
-                if bar.disable and notes:
-                    note(step)
-            speed = done / max(time.perf_counter() - began, 1e-6)
-            rate = f"{speed:,.0f}/s" if done else ""
-            bar.update(task, description=step, completed=done, total=total, rate=rate)
-
-        yield advance
 
 
 @contextmanager

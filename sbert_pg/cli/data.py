@@ -24,6 +24,7 @@ from sbert_pg.cli.target import resolve, table_named, text_column_of
 from sbert_pg.clustering.duplicates import DuplicateMethod, Grouping
 from sbert_pg.errors import ClusteringError, DeclarationError, LoadError
 from sbert_pg.indexes import hnsw_index
+from sbert_pg.progress import bar
 from sbert_pg.reembed.change import Side
 from sbert_pg.search import explain_search, explain_words, hybrid, matching, nearest
 from sbert_pg.source import Source
@@ -95,13 +96,14 @@ def load(
                 )
             else:
                 target = table_named(connection, table)
-            with common.progress() as advance:
+            with bar() as advance:
                 show = partial(advance, "encoding and writing")
                 rows = load_rows(
                     connection, target, itertools.chain(first, rows_read), progress=show
                 )
-            for index in target.indexes if create else ():
-                connection.execute(sa.schema.CreateIndex(index))
+                for index in target.indexes if create else ():
+                    advance(f"building {index.name}")
+                    connection.execute(sa.schema.CreateIndex(index))
         passages.cut_all(engine, target)
     _tell(table, rows, time.perf_counter() - started, json)
 
@@ -227,9 +229,13 @@ def duplicates(
         column = resolve(connection, target)
         if method == "index":
             _require_index(column)
-        pairs = list(lib.duplicate_pairs(connection, column.column, method=method, **chosen))
+        with bar("comparing rows") as advance:
+            pairs = list(lib.duplicate_pairs(connection, column.column, method=method, **chosen))
+            if method == "index":
+                advance("measuring the index")
+                recall = lib.index_recall(connection, column.column, **chosen)
         if method == "index":
-            common.note(_recall_note(lib.index_recall(connection, column.column, **chosen)))
+            common.note(_recall_note(recall))
         if groups is not None:
             grouped = lib.groups_of(pairs, groups)
             shown = [{"rows": len(group), "keys": group} for group in grouped]

@@ -34,6 +34,7 @@ from sbert_pg.cli.demo_data import (
 )
 from sbert_pg.indexes import hnsw_index
 from sbert_pg.orm import embedding_column
+from sbert_pg.progress import bar
 from sbert_pg.search import nearest
 from sbert_pg.source import Source
 from sbert_pg.types.text import text_column, text_index
@@ -212,7 +213,7 @@ def _fill(engine: sa.Engine, mapped: Any, entries: list[Documented]) -> None:
         connection.execute(sa.schema.CreateTable(table))
         catalog.bind(connection, table.c[_column_of(mapped)])
         started = time.perf_counter()
-        with common.progress(notes=False) as advance:
+        with bar() as advance:
             show = partial(advance, "encoding and writing", total=len(entries))
             load(connection, table, _rows(entries), progress=show)
             seconds = time.perf_counter() - started
@@ -312,7 +313,7 @@ def _passages(engine: sa.Engine, entries: list[Documented]) -> None:
         connection.execute(sa.insert(Module), [{"name": n, "text": t} for n, t in texts.items()])
     mapped: Any = Module
     whole = mapped.passages_embedding
-    with common.progress(notes=False) as advance:
+    with bar() as advance:
         advance(f"cutting and embedding {len(texts)} long documents")
         backfill(engine, cast("sa.Column[Any]", whole.expression))
     _title("A long document by its passage", f"the documentation of {len(texts)} modules")
@@ -348,7 +349,7 @@ def _topics(engine: sa.Engine, mapped: Any, topics: Clustering | None = None) ->
     with engine.begin() as connection:
         mapped.metadata.create_all(connection, tables=tables)
     started = time.perf_counter()
-    with common.progress(notes=False) as advance:
+    with bar() as advance:
         run = cluster(engine, topics, KMeans(TOPICS), seed=0, progress=advance)
     _title(
         "Topics of the standard library",

@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 
 from sbert_pg import reembed
 from sbert_pg.cli import common
+from sbert_pg.progress import bar
 from sbert_pg.registry import get_encoder
 from sbert_pg.search import nearest
 from sbert_pg.spec import Vectors
@@ -155,11 +156,12 @@ def change_encoder(engine: sa.Engine, old: Any, new: Any, questions: Sequence[st
         column = reembed.begin(engine, request).identity
         lines.append(before.phase().cells("begin", "old"))
         started = time.perf_counter()
-        with common.progress(notes=False) as advance:
+        with bar() as advance:
             filled = reembed.backfill(engine, column, on_progress=advance)
         seconds = time.perf_counter() - started
         lines.append(before.phase().cells("backfill", "old"))
-        report = reembed.verify(engine, column, sample_size=100, texts=32)
+        with bar("verifying"):
+            report = reembed.verify(engine, column, sample_size=100, texts=32)
         lines.append(before.phase().cells("verify", "old"))
         report.require()
         # The switch is a deployment: for a while both versions run.

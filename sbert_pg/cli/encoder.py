@@ -15,6 +15,7 @@ import typer
 
 from sbert_pg.cli import common
 from sbert_pg.errors import DeclarationError
+from sbert_pg.progress import bar
 from sbert_pg.spec import KNOWN_ENCODERS
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def convert(
     model, precision = split_name(name)
     if output is not None and output.exists() and not again:
         raise DeclarationError(f"{output} is there already; remove it, or pass --again.")
-    place = prepare(model, precision=precision, revision=revision, output=output, again=again)
+    with bar(f"converting {model}"):
+        place = prepare(model, precision=precision, revision=revision, output=output, again=again)
     _print_facts(_facts(Encoder.open(place)), json)
 
 
@@ -178,12 +180,12 @@ def compare(
 
     results = []
     for name in names:
-        common.note(f"{name}: loading and encoding")
-        encoder = _load(name)
-        if len(rows[0]) == 3:
-            results.append(compare_on_pairs(name, encoder, _scored(rows)))
-        else:
-            results.append(compare_on_questions(name, encoder, [(r[0], r[1]) for r in rows]))
+        with bar(f"{name}: loading and encoding"):
+            encoder = _load(name)
+            if len(rows[0]) == 3:
+                results.append(compare_on_pairs(name, encoder, _scored(rows)))
+            else:
+                results.append(compare_on_questions(name, encoder, [(r[0], r[1]) for r in rows]))
     if json:
         common.print_json(results)
         return

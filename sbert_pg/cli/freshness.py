@@ -16,6 +16,7 @@ import typer
 from sbert_pg.cli import common
 from sbert_pg.cli.target import change_or_column, declared_change, resolve
 from sbert_pg.errors import DeclarationError
+from sbert_pg.progress import bar
 from sbert_pg.registry import get_encoder
 
 if TYPE_CHECKING:
@@ -238,7 +239,7 @@ def backfill(
     with (
         common.database(database, lasting=True) as engine,
         common.stoppable() as stop,
-        common.progress() as advance,
+        bar() as advance,
     ):
         binding = change_or_column(engine, target)
         if binding.replaces is None:
@@ -360,7 +361,7 @@ def audit(
     from sbert_pg.freshness import audit as run
 
     common.prepare(app)
-    with common.database(database, lasting=True) as engine, common.progress() as advance:
+    with common.database(database, lasting=True) as engine, bar() as advance:
         with engine.begin() as connection:
             binding = resolve(connection, target).binding
         result = run(

@@ -18,6 +18,7 @@ from sbert_pg.freshness.settings import Progress
 from sbert_pg.indexes import hnsw_index
 from sbert_pg.passages import add_passages, declared_passages, passages_of
 from sbert_pg.passages.declaring import passages_between
+from sbert_pg.progress import bar
 from sbert_pg.reembed.change import Side, reflect, side_of
 from sbert_pg.row_vectors import embedding_columns
 
@@ -79,7 +80,7 @@ def cut_all(engine: sa.Engine, table: sa.Table) -> None:
 
     for embedded in embedding_columns(table):
         if embedded.is_cut:
-            with common.progress() as advance:
+            with bar() as advance:
 
                 def show(progress: Progress) -> None:
                     advance("cutting and encoding", progress.rows, progress.total)

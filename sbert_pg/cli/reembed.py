@@ -21,6 +21,7 @@ from sbert_pg.cli import common
 from sbert_pg.cli.encoder import split_name
 from sbert_pg.cli.target import change_or_column, changes, declared_change, unbound
 from sbert_pg.errors import DeclarationError, NotProvenError, ReembeddingError
+from sbert_pg.progress import bar
 from sbert_pg.reembed.backfill import need_of
 from sbert_pg.registry import get_encoder
 from sbert_pg.source import Source
@@ -195,13 +196,15 @@ def verify(
     """
     common.prepare(app)
     with common.database(database) as engine:
-        report = lib.verify(
-            engine,
-            change_or_column(engine, target).identity,
-            filters={each: common.criterion(each) for each in where or ()},
-            queries=[] if queries is None else read_lines(queries),
-            thresholds=_thresholds_of(thresholds),
-        )
+        column = change_or_column(engine, target).identity
+        with bar("verifying"):
+            report = lib.verify(
+                engine,
+                column,
+                filters={each: common.criterion(each) for each in where or ()},
+                queries=[] if queries is None else read_lines(queries),
+                thresholds=_thresholds_of(thresholds),
+            )
     common.show(report, report.to_json(), json)
     if not report.passed:
         raise typer.Exit(common.EXIT_FAILED)
@@ -277,8 +280,9 @@ def adopt(
     one = _source_of(source, template)
     sources = None if one is None else [one]
     encoders = [get_encoder(_spec_of(name)) for name in encoder]
-    with common.database(database) as engine:
-        done = None if dry_run else lib.adopt(engine, identity, encoders, sources)
+    with common.database(database) as engine, bar("proving") as advance:
+        show = partial(advance, "adopting")
+        done = None if dry_run else lib.adopt(engine, identity, encoders, sources, progress=show)
         proof = lib.examine(engine, identity, encoders, sources) if done is None else done.proof
     pending = 0 if done is None else done.pending
     common.show(proof, {**proof.to_json(), "adopted": done is not None, "pending": pending}, json)

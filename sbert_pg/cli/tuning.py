@@ -15,6 +15,7 @@ from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.cli import common
 from sbert_pg.cli.target import resolve, text_column_of
 from sbert_pg.errors import DeclarationError
+from sbert_pg.progress import bar
 from sbert_pg.reembed.change import Side
 from sbert_pg.search.exact import LabelledQuery
 
@@ -116,7 +117,8 @@ def evaluate(
             **lib.searches_for(engine, side.column, text, where=criteria, encoders=others, limit=k),
             **_runs(run or ()),
         }
-        report = lib.evaluate(engine, searches, queries, k=k, slices=slice_by)
+        with bar("searching"):
+            report = lib.evaluate(engine, searches, queries, k=k, slices=slice_by)
     if write_to is not None:
         _write(write_to, report)
     misses = {name: report.worst(name, worst) for name in report.answers}
@@ -163,7 +165,9 @@ def fit_weight(
         text = text_column_of(side.table, words)
         criteria = common.criteria(where)
         queries = queries_of(engine, pairs, topics)
-        print(lib.fit_weight(engine, side.column, text, queries, where=criteria, k=k))
+        with bar("searching"):
+            fitted = lib.fit_weight(engine, side.column, text, queries, where=criteria, k=k)
+    print(fitted)
 
 
 def tune(
@@ -220,20 +224,21 @@ def tune(
             queries = lib.own_pairs(engine, side.column, pairs, where=criteria, seed=seed)
         else:
             queries = queries_of(engine, pairs, topics)
-        report = lib.tune(
-            engine,
-            side.column,
-            queries,
-            out=out,
-            method=method,
-            base=base,
-            epochs=epochs,
-            matryoshka=matryoshka or (),
-            where=criteria,
-            document=document,
-            time=time,
-            seed=seed,
-        )
+        with bar("learning"):
+            report = lib.tune(
+                engine,
+                side.column,
+                queries,
+                out=out,
+                method=method,
+                base=base,
+                epochs=epochs,
+                matryoshka=matryoshka or (),
+                where=criteria,
+                document=document,
+                time=time,
+                seed=seed,
+            )
     _show_next(report, side, json)
 
 
@@ -292,16 +297,17 @@ def advise(
         with engine.connect() as connection:
             side = resolve(connection, target)
         filters: dict[str, Any] = {text: common.criterion(text) for text in where or ()}
-        advice = lib.advise_index(
-            engine,
-            side.column,
-            filters=filters or None,
-            questions=question or (),
-            sample=sample,
-            queries=queries,
-            k=k,
-            least=least,
-        )
+        with bar("building indexes of a sample, and searching them"):
+            advice = lib.advise_index(
+                engine,
+                side.column,
+                filters=filters or None,
+                questions=question or (),
+                sample=sample,
+                queries=queries,
+                k=k,
+                least=least,
+            )
     if json:
         common.print_json(advice.to_json())
     else:

@@ -12,7 +12,6 @@ import numpy.typing as npt
 from sbert_pg.clustering.kmeans import (
     Fit,
     Labels,
-    Progress,
     fit_kmeans,
     in_metric,
     nearest_centroids,
@@ -22,6 +21,7 @@ from sbert_pg.clustering.kmeans import (
 )
 from sbert_pg.clustering.number import Criterion, choose_number
 from sbert_pg.errors import ClusteringError, DeclarationError
+from sbert_pg.progress import Advance
 from sbert_pg.spec import Vectors
 
 Method = Literal["auto", "memory", "database", "blocks"]
@@ -187,7 +187,7 @@ def fit_in_memory(
     seed: int,
     spherical: bool,
     max_memory: int,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> Fit:
     """Cluster vectors with any of the algorithms.
 

@@ -28,12 +28,11 @@ import numpy.typing as npt
 
 from sbert_pg.errors import needing
 from sbert_pg.process import usable_cores
+from sbert_pg.progress import Advance
 from sbert_pg.spec import Vectors
 
 Labels = npt.NDArray[np.int32]
 Positions = npt.NDArray[np.int64]
-#: Called with the stage of the work, how much of it is done, and of how much, where that is known.
-Progress = Callable[[str, int, int | None], None]
 #: Squared distances of some rows of the sample to every row of it, shape ``(len(rows), sample)``,
 #: in an array that may be written to.
 Distances = Callable[[Positions], npt.NDArray[np.floating]]
@@ -182,7 +181,7 @@ def fit_kmeans(
     max_iter: int = 300,
     tol: float = 1e-4,
     spherical: bool = True,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> Fit:
     """Cluster vectors; the best of several starts.
 
@@ -260,7 +259,7 @@ class _Lloyd:
         self.block = min(4096, max(128, _BLOCK_ELEMENTS // k))
         self._sparse = need("scipy.sparse", "compute clusters")
 
-    def run(self, max_iter: int, tol: float, progress: Progress | None) -> Fit:
+    def run(self, max_iter: int, tol: float, progress: Advance | None) -> Fit:
         """Iterate until the centroids rest."""
         variance = self._variance()
         iterations = 0

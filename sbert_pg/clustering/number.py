@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sbert_pg.clustering.kmeans import Fit, Progress, fit_kmeans, need
+from sbert_pg.clustering.kmeans import Fit, fit_kmeans, need
+from sbert_pg.progress import Advance
 from sbert_pg.spec import Vectors
 
 Criterion = Literal["bic", "silhouette", "calinski_harabasz"]
@@ -34,7 +35,7 @@ def choose_number(
     *,
     seed: int,
     spherical: bool,
-    progress: Progress | None,
+    progress: Advance | None,
     **options: Any,
 ) -> Fit:
     """The best of several numbers of clusters, and the clusters of all rows.
@@ -81,7 +82,7 @@ class _Choice:
         vectors: Vectors,
         criterion: Criterion,
         options: dict[str, Any],
-        progress: Progress | None,
+        progress: Advance | None,
     ) -> None:
         self._vectors, self._criterion = vectors, criterion
         self._options, self._progress = options, progress

@@ -24,7 +24,6 @@ from sbert_pg.clustering.kmeans import (
     SAMPLE_PER_CLUSTER,
     Fit,
     Positions,
-    Progress,
     choose_seeds,
     fit_kmeans,
     generator,
@@ -33,6 +32,7 @@ from sbert_pg.clustering.kmeans import (
     sample_positions,
 )
 from sbert_pg.clustering.rows import Keys, RowSet, fetch_binary, read_blocks, read_rows
+from sbert_pg.progress import Advance
 from sbert_pg.spec import Vectors
 from sbert_pg.types import Vector
 
@@ -73,7 +73,7 @@ def fit_in_database(
     algorithm: KMeans,
     seed: int,
     total: int,
-    progress: Progress,
+    progress: Advance,
 ) -> tuple[sa.Table, int]:
     """Cluster rows by statements inside the server.
 
@@ -248,7 +248,7 @@ def fit_in_blocks(
     algorithm: KMeans,
     seed: int,
     total: int,
-    progress: Progress,
+    progress: Advance,
 ) -> tuple[Keys, Fit]:
     """Cluster a sample in memory, then iterate over all rows block by block; arguments as above.
 

@@ -19,13 +19,14 @@ from sbert_pg import catalog, system
 from sbert_pg.clustering.algorithms import Algorithm, KMeans, fit_in_memory
 from sbert_pg.clustering.declaration import Clustering
 from sbert_pg.clustering.keywords import StopWords, find_keywords
-from sbert_pg.clustering.kmeans import Progress, need
+from sbert_pg.clustering.kmeans import need
 from sbert_pg.clustering.out_of_core import fit_in_blocks, fit_in_database
 from sbert_pg.clustering.placing import store_fit, store_in_database
 from sbert_pg.clustering.rows import Criteria, RowSet, read_rows
 from sbert_pg.clustering.summary import number_clusters, previous_run, summarize
 from sbert_pg.clustering.tables import ClusterRun
 from sbert_pg.errors import ClusteringError
+from sbert_pg.progress import Advance
 
 logger = logging.getLogger("sbert_pg.clustering")
 
@@ -55,7 +56,7 @@ def cluster(
     stop_words: StopWords = "english",
     make_current: bool = True,
     max_memory: int = MAX_MEMORY,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> ClusterRun:
     """Cluster the rows of a table, and let readers see the result all at once.
 
@@ -165,7 +166,7 @@ def _fit(
     algorithm: Algorithm,
     seed: int,
     max_memory: int,
-    progress: Progress,
+    progress: Advance,
 ) -> dict[str, Any]:
     """Compute and store; return what the run records of it."""
     total = rows.count(work)

@@ -26,8 +26,6 @@ from sbert_pg.probes import PRECISION_MIN_COSINE, PROBES, agreement_of
 from sbert_pg.spec import DOCUMENT, QUERY, EncoderSpec, Vectors, known_encoder
 
 Vector = npt.NDArray[np.float32]
-#: Called with the number of texts done and the number in all (``None`` where it is not known).
-Progress = Callable[[int, "int | None"], None]
 
 #: Texts that are tokenized and sorted by length together; more gives no better batches.
 CHUNK = 2048
@@ -169,7 +167,7 @@ class Encoder(Converted):
         prompt_name: str | None = None,
         prompt: str | None = None,
         normalize: bool = False,
-        progress: Progress | None = None,
+        progress: Callable[[int, int | None], None] | None = None,
     ) -> Vectors:
         """Vectors of texts.
 
@@ -236,7 +234,7 @@ class Encoder(Converted):
         prompt_name: str | None = None,
         prompt: str | None = None,
         chunk_size: int = CHUNK,
-        progress: Progress | None = None,
+        progress: Callable[[int, int | None], None] | None = None,
     ) -> Iterator[Vector]:
         """Vectors one after the other, in the order of the texts, in bounded memory.
 

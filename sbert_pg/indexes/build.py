@@ -31,14 +31,13 @@ from sbert_pg.locks import (
     retried,
     settings,
 )
+from sbert_pg.progress import Advance
 from sbert_pg.types.indexed import VectorIndex
 
 T = TypeVar("T")
 
 log = logging.getLogger("sbert_pg.indexes")
 
-#: Told the phase, and blocks or tuples done and in all, while an index is built.
-BuildProgress = Callable[[str, int, int], None]
 
 #: Seconds between looks at a build.
 INTERVAL = 0.5
@@ -55,7 +54,7 @@ def build_index(
     lock_timeout: float = LOCK_TIMEOUT,
     attempts: int = ATTEMPTS,
     wait: float = 0.0,
-    on_progress: BuildProgress | None = None,
+    on_progress: Advance | None = None,
     stop: threading.Event | None = None,
 ) -> bool:
     """Build an index with ``CREATE INDEX CONCURRENTLY``, unless a valid one of this name is there.
@@ -129,7 +128,7 @@ def index_builder(
     attempts: int = ATTEMPTS,
     maintenance_work_mem: str | None = None,
     parallel_workers: int | None = None,
-    on_progress: BuildProgress | None = None,
+    on_progress: Advance | None = None,
     stop: threading.Event | None = None,
 ) -> Iterator[IndexBuilder]:
     """Build and drop indexes of one table, with the session's time-outs set aside.
@@ -176,7 +175,7 @@ class IndexBuilder:
         *,
         lock_timeout: float,
         attempts: int,
-        on_progress: BuildProgress | None,
+        on_progress: Advance | None,
         stop: threading.Event | None,
     ) -> None:
         self.connection = connection
@@ -479,7 +478,6 @@ def _rename_index(element: RenameIndex, compiler: Any, **_: Any) -> str:
 
 
 __all__ = [
-    "BuildProgress",
     "CreateIndexConcurrently",
     "DropIndex",
     "IndexBuilder",

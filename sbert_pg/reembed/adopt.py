@@ -30,7 +30,7 @@ from sbert_pg.reembed.candidates import (
     texts_of_sources,
 )
 from sbert_pg.reembed.change import build_queue, reflect
-from sbert_pg.reembed.digests import Progress, adopt_rows, current_snapshot
+from sbert_pg.reembed.digests import adopt_rows, current_snapshot
 from sbert_pg.registry import find_encoder
 from sbert_pg.source import Source
 from sbert_pg.spec import PRECISIONS, EncoderSpec, TextEncoder, Vectors, known_encoder
@@ -320,7 +320,7 @@ def adopt(
     seed: int = 0,
     lock_timeout: float = LOCK_TIMEOUT,
     attempts: int = ATTEMPTS,
-    progress: Progress | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Adoption:
     """Bind an existing column to the encoder and source that are proven to have made it.
 

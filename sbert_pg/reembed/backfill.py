@@ -30,6 +30,7 @@ from sbert_pg.probes import (
     agreement_of,
     measured,
 )
+from sbert_pg.progress import Advance
 from sbert_pg.reembed.change import Request, build_indexes
 from sbert_pg.reembed.digests import BLOCK, write_digests
 from sbert_pg.reembed.status import change_of
@@ -44,8 +45,6 @@ SAMPLE = 100
 
 #: How the new vector comes from the old one: its first elements, scaled to length one or not.
 Scaling = Literal["as it is", "length one"]
-#: Called with the step, rows or blocks done, and of how many where that is known.
-OnProgress = Callable[[str, int, "int | None"], None]
 
 
 class Filling(NamedTuple):
@@ -71,7 +70,7 @@ def backfill(
     encode_by: Filler = encode_rows,
     indexes: Sequence[sa.Index] | None = None,
     maintenance_work_mem: str | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: Advance | None = None,
     stop: threading.Event | None = None,
 ) -> Filling:
     """Fill a change's new column, and build its index.
@@ -134,7 +133,7 @@ def backfill(
     return Filling(encoded, computed, tuple(names))
 
 
-def as_step(advance: OnProgress) -> Callable[[Progress], None]:
+def as_step(advance: Advance) -> Callable[[Progress], None]:
     """The progress of a backfill, as a step of something longer."""
 
     def show(progress: Progress) -> None:
@@ -147,7 +146,7 @@ def as_step(advance: OnProgress) -> Callable[[Progress], None]:
 class _Steps:
     """Progress and interruption of one backfill."""
 
-    def __init__(self, on_progress: OnProgress | None, stop: threading.Event) -> None:
+    def __init__(self, on_progress: Advance | None, stop: threading.Event) -> None:
         self.on_progress = on_progress
         self.stop = stop
 

@@ -19,7 +19,6 @@ from sbert_pg.catalog.record import qualified
 from sbert_pg.distance import STORAGES, Storage
 from sbert_pg.errors import AlreadyBoundError, DimensionError, ReembeddingError
 from sbert_pg.indexes import (
-    BuildProgress,
     StoredIndex,
     build_index,
     index_like,
@@ -27,6 +26,7 @@ from sbert_pg.indexes import (
     vector_indexes,
 )
 from sbert_pg.locks import ATTEMPTS, LOCK_TIMEOUT, in_short_transactions
+from sbert_pg.progress import Advance
 from sbert_pg.reembed.status import operations_on, replacement_of, sides_of
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
@@ -346,7 +346,7 @@ def build_indexes(
     maintenance_work_mem: str | None = None,
     parallel_workers: int | None = None,
     wait: float = 0.0,
-    on_progress: BuildProgress | None = None,
+    on_progress: Advance | None = None,
     stop: threading.Event | None = None,
 ) -> list[str]:
     """Build the new column's indexes concurrently, after the bulk of its vectors is there.

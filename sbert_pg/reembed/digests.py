@@ -23,8 +23,6 @@ PASSES = 20
 #: A row moved to another partition, or a deadlock: the transaction is made again.
 _REPEATED = frozenset({"40001", "40P01"})
 
-Progress = Callable[[int], None]
-
 
 def current_snapshot(connection: sa.Connection) -> str:
     """The server's snapshot now, as text.
@@ -56,7 +54,7 @@ def adopt_rows(
     binding: Binding,
     snapshot: str,
     apart: Sequence[Sequence[Any]],
-    progress: Progress | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> int:
     """Write the digest of each row that belongs to a snapshot, for the vector that it has.
 
@@ -95,7 +93,7 @@ def write_digests(
     criteria: Sequence[sa.ColumnElement[bool]],
     *,
     block: int = BLOCK,
-    progress: Progress | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> int:
     """Write vector and digest of all rows that meet some criteria, computed by the server.
 
@@ -204,4 +202,4 @@ class _Walk:
         return row is not None
 
 
-__all__ = ["BLOCK", "Progress", "adopt_rows", "current_snapshot", "write_digests"]
+__all__ = ["BLOCK", "adopt_rows", "current_snapshot", "write_digests"]

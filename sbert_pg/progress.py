@@ -1,0 +1,59 @@
+"""What long work tells as it proceeds, and the bar that shows it on a terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+#: Called with a step of the work, what is done of it, and of how much, where that is known.
+Advance = Callable[[str, int, "int | None"], None]
+
+
+@contextmanager
+def bar(step: str = "") -> Iterator[Callable[..., None]]:
+    """A bar on standard error while the block runs; nothing where that is no terminal.
+
+    Results are to be printed after the block.
+
+    Args:
+        step: what is shown before the work tells anything.
+
+    Yields:
+        An ``Advance``; what is done and of how much may be left out.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+    from rich.progress import TimeElapsedColumn as Elapsed
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    console = Console(stderr=True)
+    shown, began = step, time.perf_counter()
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[count]}"),
+        Elapsed(),
+        Remaining(),
+        console=console,
+        disable=not console.is_terminal,
+        redirect_stdout=False,
+        transient=True,
+    ) as drawn:
+        task = drawn.add_task(step, total=None, count="")
+
+        def advance(step: str, done: int = 0, total: int | None = None) -> None:
+            nonlocal shown, began
+            if step != shown:
+                shown, began = step, time.perf_counter()
+                drawn.reset(task)
+            speed = done / max(time.perf_counter() - began, 1e-6)
+            of = "" if total is None else f"/{total:,}"
+            count = f"{done:,}{of} {speed:,.0f}/s" if done else ""
+            drawn.update(task, description=step, completed=done, total=total, count=count)
+
+        yield advance
+
+
+__all__ = ["Advance", "bar"]

@@ -1,0 +1,46 @@
+"""Bars on terminals, and nothing in a pipe."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+
+from sbert_pg.cli.app import COMMANDS, GROUPS
+
+WORK = """
+import time
+from sbert_pg.progress import bar
+with bar("reading") as advance:
+    advance("iterations", 3, 10)
+    time.sleep(0.3)
+print("result")
+"""
+#: Commands that answer at once, or that speak for themselves as long as they run.
+QUICK = {
+    "init", "migrate", "status", "doctor", "search", "worker", "failed", "serve", "mcp", "explore",
+    "list_", "show", "begin", "finish", "abort", "label", "demo",
+}  # fmt: skip
+
+
+def test_a_bar_on_a_terminal_alone() -> None:
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    done = subprocess.run(
+        [sys.executable, "-c", WORK], stdout=subprocess.PIPE, stderr=theirs, env=environment
+    )
+    shown = os.read(ours, 65_536).decode()
+    assert done.stdout == b"result\n"
+    assert re.search(r"iterations .* 3/10 ", shown), shown
+    os.close(ours)
+    os.close(theirs)
+    piped = subprocess.run([sys.executable, "-c", WORK], capture_output=True, env=environment)
+    assert (piped.stdout, piped.stderr) == (b"result\n", b"")
+
+
+def test_every_long_command_shows_that_it_works() -> None:
+    commands = [*COMMANDS, *(command for _, group in GROUPS.values() for command in group)]
+    silent = {command.__name__ for command in commands if "bar" not in command.__code__.co_names}
+    assert silent == QUICK
