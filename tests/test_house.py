@@ -61,17 +61,17 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 #: Most modules and lines of each room: a new capability raises its own, and nobody else's.
 ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (10, 2130),
-    "alembic": (9, 2775),
+    "alembic": (9, 2763),
     "catalog": (9, 2559),
-    "cli": (18, 4835),
-    "clustering": (17, 5077),
-    "encoder": (30, 7832),
+    "cli": (18, 4822),
+    "clustering": (17, 5078),
+    "encoder": (30, 7830),
     "freshness": (23, 5334),
-    "indexes": (6, 1444),
+    "indexes": (6, 1441),
     "loading": (4, 1129),
     "orm": (5, 935),
     "passages": (6, 1224),
-    "reembed": (12, 3308),
+    "reembed": (12, 3305),
     "search": (12, 3702),
     "serving": (18, 3504),
     "sql": (1, 24),
@@ -79,7 +79,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "types": (9, 1734),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3333
+MOST_LINES_OF_THE_REST = 3392
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60
