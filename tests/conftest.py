@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -52,6 +53,7 @@ def server_directory() -> str | None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """The same examples in every run of what decides; others each time in ``make slow``."""
+    gc.disable()  # nothing that is imported goes away
     # No deadline: how long an example takes says more of the machine than of what is tested.
     slow = HealthCheck.too_slow
     settings.register_profile("any", deadline=None, suppress_health_check=[slow])
@@ -77,6 +79,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that no process is left alone with one at the end."""
     place = {name: n for n, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get("/".join(item.path.with_suffix("").parts[-2:]), 99))
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays, and is not looked through again for garbage."""
+    gc.freeze()
+    gc.enable()
 
 
 class Databases:
