@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,9 @@ def reference() -> Iterator[Callable[[Path], Any]]:
 
 @pytest.fixture(scope="session")
 def encoder_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of conversions for this run."""
-    return tmp_path_factory.mktemp("encoders")
+    """A cache of conversions for this run, of all its processes."""
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "encoders"
 
 
 @pytest.fixture(scope="session")

@@ -330,12 +330,12 @@ def test_truncated_vectors(base: Encoder) -> None:
 
 
 def test_below_its_floor_a_precision_is_refused(
-    minilm_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    floor = conversion.Floor(mean=0.99999, worst=0.99999)
+    floor = conversion.Floor(mean=1.1, worst=1.1)
     monkeypatch.setitem(conversion.FLOORS, "int8", floor)
-    with pytest.raises(ConversionError, match=r"0\.99999.*precision='fp32'"):
-        Encoder.load(minilm_path, precision="int8", cache_dir=tmp_path)
+    with pytest.raises(ConversionError, match=r"1\.1.*precision='fp32'"):
+        Encoder.load(write_tiny(tmp_path / "tiny"), precision="int8", cache_dir=tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.name == "model.onnx"]
 
 
