@@ -70,14 +70,13 @@ def states(plain: psycopg.Connection) -> dict[str, str]:
 def check(plain: psycopg.Connection, encoder: DeterministicEncoder) -> None:
     """Every row has the vector of its text, or says that it has not."""
     now = states(plain)
-    for key, body, vector in plain.execute("SELECT id::text, body, embedding::text FROM note"):
-        if now[key] != "fresh":
-            continue
-        if body is None:
-            assert vector is None
-            continue
-        assert vector is not None, body
-        np.testing.assert_allclose(from_text(vector), encoder.encode_document([body])[0], atol=1e-6)
+    rows = plain.execute("SELECT id::text, body, embedding::text FROM note").fetchall()
+    fresh = [(body, vector) for key, body, vector in rows if now[key] == "fresh"]
+    assert all((body is None) == (vector is None) for body, vector in fresh)
+    embedded = [(body, from_text(vector)) for body, vector in fresh if body is not None]
+    expected = encoder.encode_document([body for body, _ in embedded])
+    vectors = np.array([vector for _, vector in embedded]).reshape(expected.shape)
+    np.testing.assert_allclose(vectors, expected, atol=1e-6)
 
 
 def records(plain: psycopg.Connection) -> list[tuple]:
