@@ -55,8 +55,8 @@ from soak_writers import (
 
 from sbert_pg import catalog, create_all
 from sbert_pg.embedded import EmbeddedServer, embedded_server
-from sbert_pg.freshness import WorkerSettings, claims, counts, refresh
-from sbert_pg.freshness.labels import CHANGED
+from sbert_pg.freshness import WorkerSettings, claims, counts, refresh, retry
+from sbert_pg.freshness.labels import CHANGED, label_of
 from sbert_pg.freshness.rows import rows_of
 from sbert_pg.sqlstates import sqlstate_of
 from sbert_pg.types.identity import ColumnIdentity
@@ -112,6 +112,9 @@ class Soak:
         self.violations: list[str] = []
         self.harm = Harm(server, folder, self.stop, self.count, self.wrong, options.restart_every)
         self.encoders = {n: soak_encoder.encoder(n, slow=False) for n in soak_encoder.NAMES}
+        #: Whether nobody does harm any more. Before, the processes of a row that is tried alone may
+        #: all come to an end, the more so the slower the machine.
+        self.at_rest = False
         #: Since when rows of ``quiet`` are pending, by key.
         self.unseen: dict[str, float] = {}
 
@@ -242,8 +245,10 @@ class Soak:
         if row.stale:
             return "pending"
         if row.failed:
-            if "unencodable" not in str(row.text):
-                self.wrong(f"{name}: {row.text!r} failed without a cause")
+            if row.why == claims.ENDED and not self.at_rest:
+                self.count("failed with its processes")
+            elif "unencodable" not in str(row.text):
+                self.wrong(f"{name}: {row.text!r} failed without a cause: {row.why}")
             return "failed"
         if binding.source.passages is not None:
             return "embedded"  # How it is cut is checked at the end.
@@ -318,9 +323,16 @@ class Soak:
     def finish(self) -> dict[str, Any]:
         """Drain what is left, with nothing in the way, and check every row."""
         engine = sa.create_engine(self.url)
+        settings = WorkerSettings(max_attempts=2, backoff=timedelta(0))
         until = time.monotonic() + 240
+        # What the last workers had in hand may fail with them, and is tried once more.
+        refresh(engine, settings)
+        with engine.begin() as connection:
+            for binding in catalog.all_bindings(connection):
+                retry(connection, binding)
+        self.at_rest = True
         while True:
-            done = refresh(engine, WorkerSettings(max_attempts=2, backoff=timedelta(0)))
+            done = refresh(engine, settings)
             with engine.begin() as connection:
                 left = sum(
                     found.pending + found.backfill
@@ -385,10 +397,14 @@ def kind(violation: str) -> str:
 def snapshot(binding: catalog.Binding) -> sa.Select[Any]:
     """Rows of a bound table with what they say of themselves, of one moment."""
     table = binding.clause()
+    keys = [table.c[name] for name in binding.key_columns]
+    record = catalog.tables.failure.c
+    why = sa.select(record.error).where(
+        record.binding_id == binding.id, record.key == label_of(keys)
+    )
     return sa.select(
-        sa.func.concat_ws(
-            "/", *(sa.cast(table.c[name], sa.Text) for name in binding.key_columns)
-        ).label("key"),
+        sa.func.concat_ws("/", *(sa.cast(key, sa.Text) for key in keys)).label("key"),
+        why.scalar_subquery().label("why"),
         binding.expressions.on(table, "text").label("text"),
         sa.cast(table.c[binding.column], sa.Text).label("vector"),
         binding.is_stale(table).label("stale"),
