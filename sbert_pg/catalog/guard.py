@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import sqlalchemy as sa
 from sqlalchemy import event
@@ -69,6 +69,8 @@ class _Memory:
         self.unbound: dict[_Key, float] = {}
         self.traced: dict[tuple[uuid.UUID, bool], float] = {}
         self.uses: WeakKeyDictionary[Any, tuple[_Use, ...]] = WeakKeyDictionary()
+        #: The cursors of statements that are compiled and executed once more.
+        self.first_cursors: WeakKeyDictionary[Connection, Any] = WeakKeyDictionary()
         #: What holds until a transaction or savepoint ends.
         self.answers: WeakKeyDictionary[Transaction, dict[Any, Any]] = WeakKeyDictionary()
 
@@ -85,6 +87,8 @@ class _Use(NamedTuple):
 
 
 _lock = ProcessLock()
+#: What was compiled while nothing was known of a catalog, and asks nothing.
+_unaware: WeakSet[Any] = WeakSet()
 _memories: WeakKeyDictionary[Dialect, _Memory] = WeakKeyDictionary()
 
 
@@ -293,10 +297,18 @@ def _write_relation(element: _Relation, compiler: SQLCompiler, **_: Any) -> str:
     return f"{_QUOTE}{compiler.preparer.format_table(element.clause)}{_QUOTE}::regclass"
 
 
+def _aware(compiler: SQLCompiler) -> bool:
+    """Whether the catalog is known to be there; a statement that needs it is noted where not."""
+    memory = _memories.get(compiler.dialect)
+    aware = memory is not None and memory.installed
+    if not aware:
+        _unaware.add(compiler)
+    return aware
+
+
 @compiles(_Fenced)
 def _write_fenced(element: _Fenced, compiler: SQLCompiler, **options: Any) -> str:
-    memory = _memories.get(compiler.dialect)
-    if memory is None or not memory.installed:
+    if not _aware(compiler):
         return compiler.process(element.value, **options)
     # Some drivers do not say of which type a parameter is, and CASE would make text of it.
     value = compiler.process(sa.cast(element.value, element.type), **options)
@@ -314,8 +326,7 @@ def _write_fenced(element: _Fenced, compiler: SQLCompiler, **options: Any) -> st
 
 @compiles(_Proven)
 def _write_proven(element: _Proven, compiler: SQLCompiler, **options: Any) -> str:
-    memory = _memories.get(compiler.dialect)
-    if memory is None or not memory.installed:
+    if not _aware(compiler):
         return "true"
     vector, companion, relation, column = (
         compiler.process(clause, **options) for clause in element.clauses
@@ -329,8 +340,7 @@ def _write_proven(element: _Proven, compiler: SQLCompiler, **options: Any) -> st
 
 @compiles(_Claimed)
 def _write_claimed(element: _Claimed, compiler: SQLCompiler, **options: Any) -> str:
-    memory = _memories.get(compiler.dialect)
-    if memory is None or not memory.installed:
+    if not _aware(compiler):
         return "true"
     companion, relation, column = (
         compiler.process(clause, **options) for clause in element.clauses
@@ -352,6 +362,10 @@ def _before_execute(name: str, cursor: Any, statement: str, *rest: Any) -> bool:
     if compiled is None or context.isddl:
         return False
     memory = _memories[context.dialect]
+    first = memory.first_cursors.pop(context.root_connection, None)
+    if first is not None:
+        getattr(context.dialect, name)(first, statement, *rest)
+        return True
     uses = memory.uses.get(compiled)
     if uses is None:
         uses = memory.uses[compiled] = tuple(dict.fromkeys(_uses(compiled)))
@@ -359,6 +373,10 @@ def _before_execute(name: str, cursor: Any, statement: str, *rest: Any) -> bool:
         compared = list(_compared(memory, context, statement, uses))
     except SbertPgError as error:
         raise unwrapped(error) from error.__cause__
+    writes = compiled.isinsert or compiled.isupdate or compiled.isdelete
+    if memory.installed and compiled in _unaware and not writes:
+        _execute_aware(memory, cursor, context)
+        return True
     if not compared:
         return False
     # It was compiled before anything was known to ask for, so it cannot ask. An identity never
@@ -373,6 +391,20 @@ def _before_execute(name: str, cursor: Any, statement: str, *rest: Any) -> bool:
                 )
             )
     return True
+
+
+def _execute_aware(memory: _Memory, cursor: Any, context: Any) -> None:
+    """Execute a statement as it reads now that the catalog is known, on the cursor that it has."""
+    compiled, connection = context.compiled, context.root_connection
+    named = {bind.key for bind in compiled.binds.values()}
+    values = {n: v for row in context.compiled_parameters for n, v in row.items() if n in named}
+    options = {**context.execution_options, "compiled_cache": None, "stream_results": False}
+    options.pop("yield_per", None)
+    memory.first_cursors[connection] = cursor
+    try:
+        connection.execute(context.invoked_statement, values, execution_options=options).close()
+    finally:
+        memory.first_cursors.pop(connection, None)
 
 
 def _compared(

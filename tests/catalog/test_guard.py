@@ -400,6 +400,28 @@ def test_what_is_not_proven_can_be_left_out(foreign: sa.Engine) -> None:
         assert [row.id for row in read(foreign, over_alias)] == [1]
 
 
+@pytest.mark.parametrize("how", ["execute", "session", "stream", "own cache", "parameter"])
+def test_the_first_search_of_a_process_leaves_it_out_too(foreign: sa.Engine, how: str) -> None:
+    """It was compiled before anything was known of a catalog."""
+    reader = sa.create_engine(foreign.url)
+    statement: Any = nearest(Note.embedding, "a", limit=9)
+    options: dict[str, Any] = {}
+    values: dict[str, Any] = {}
+    if how == "parameter":
+        statement = statement.where(Note.body != sa.bindparam("other"))
+        values["other"] = "zzz"
+    elif how == "stream":
+        options["yield_per"] = 1
+    elif how == "own cache":
+        options["compiled_cache"] = {}
+    for _ in range(2):
+        with Session(reader) as session, reader.connect() as connection:
+            execute = connection.execute if how == "execute" else session.execute
+            rows = execute(statement, values, execution_options=options)
+            assert [getattr(row[0], "id", row[0]) for row in rows] == [1]
+    reader.dispose()
+
+
 def test_without_a_catalog_everything_is_proven(bare_database_url: sa.URL) -> None:
     engine = sa.create_engine(bare_database_url)
     Base.metadata.create_all(engine)
