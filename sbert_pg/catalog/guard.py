@@ -373,15 +373,24 @@ def _before_execute(name: str, cursor: Any, statement: str, *rest: Any) -> bool:
         compared = list(_compared(memory, context, statement, uses))
     except SbertPgError as error:
         raise unwrapped(error) from error.__cause__
-    writes = compiled.isinsert or compiled.isupdate or compiled.isdelete
-    if memory.installed and compiled in _unaware and not writes:
+    if memory.installed and compiled in _unaware and not _writes(compiled):
         _execute_aware(memory, cursor, context)
         return True
-    if not compared:
-        return False
-    # It was compiled before anything was known to ask for, so it cannot ask. An identity never
-    # returns: what it is before and after, it was meanwhile.
-    getattr(context.dialect, name)(cursor, statement, *rest)
+    if compared:
+        getattr(context.dialect, name)(cursor, statement, *rest)
+        _require_still_theirs(context, compared)
+    return bool(compared)
+
+
+def _writes(compiled: Any) -> bool:
+    return bool(compiled.isinsert or compiled.isupdate or compiled.isdelete)
+
+
+def _require_still_theirs(context: Any, compared: list[tuple[_Use, uuid.UUID]]) -> None:
+    """Refuse what was answered by a statement that cannot ask, where a column changed hands.
+
+    An identity never returns: what it is before and after, it was meanwhile.
+    """
     for use, binding_id in compared:
         if binding_id_of(context.root_connection, use.identity) != binding_id:
             forget(context.dialect)
@@ -390,7 +399,6 @@ def _before_execute(name: str, cursor: Any, statement: str, *rest: Any) -> bool:
                     f"Column {use.identity} changed hands while this search began. Try once more."
                 )
             )
-    return True
 
 
 def _execute_aware(memory: _Memory, cursor: Any, context: Any) -> None:
