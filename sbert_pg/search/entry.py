@@ -49,9 +49,10 @@ def nearest(
 
     Whether the declared index answers or the rows that pass are compared one by one is decided in
     the database, by what the index finds near the query; ``explain_search`` says which it was, and
-    docs/search.md how. Index settings are made with ``set_config(..., true)`` in a one-time filter:
-    they end with the transaction and never reach the next user of a pooled connection. Rows
-    without a vector, or without a similarity (zeros under cosine), are never found.
+    docs/search.md how. Index settings are made with ``set_config(..., true)`` in a one-time filter
+    and set back behind the index scan: they reach neither later statements nor the next user of a
+    pooled connection. Rows without a vector, or without a similarity (zeros under cosine), are
+    never found.
 
     Of an attribute made with ``passages_of`` the rows are ``(document, passage, similarity,
     score)``: each document once, with its nearest passage and that one's similarity, best score

@@ -61,7 +61,8 @@ class Shape:
         pinned: whether a column that has an index is compared for equality.
         itself: whether a row is left out by its key ("more like this").
         bounded: whether there is a largest distance.
-        known: whether the query is a vector or a text, and no expression, which may be ``NULL``.
+        known: whether there is one query, a vector or a text, and no expression: that may be
+            ``NULL``, and of each of several the settings are made again.
         ef_search: candidates, where the caller says so.
         overfetch: rows for each row wanted from a quantised index, where the caller says so.
         probes: lists of an IVFFlat index, where the caller says so.
@@ -219,6 +220,19 @@ def settings(index: VectorIndex, look: Look, looked: Any) -> sa.ColumnElement[st
         look: the look that they are for.
         looked: rows that it takes, as an expression.
     """
+    return _made(index, _values(index, look, looked))
+
+
+def settings_back(index: VectorIndex, look: Look) -> sa.ColumnElement[str]:
+    """What sets them back behind a look, to what server, database, role or connection began with.
+
+    The planner goes by them: where they stayed, the next search of the transaction would not be
+    planned as the one before, and the pages of a search would not follow each other.
+    """
+    return _made(index, dict.fromkeys(_values(index, look, sa.null()), sa.null()))
+
+
+def _made(index: VectorIndex, values: dict[str, Any]) -> sa.ColumnElement[str]:
     return sa.func.concat(
         *(
             sa.func.set_config(
@@ -227,7 +241,7 @@ def settings(index: VectorIndex, look: Look, looked: Any) -> sa.ColumnElement[st
                 sa.true(),
                 type_=sa.Text(),
             )
-            for name, value in _values(index, look, looked).items()
+            for name, value in values.items()
         )
     )
 
@@ -264,5 +278,6 @@ __all__ = [
     "number",
     "planned",
     "settings",
+    "settings_back",
     "size_for",
 ]

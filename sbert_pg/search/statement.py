@@ -218,7 +218,7 @@ def _shape_of(search: Search, size: int, joined: bool, indexed: bool) -> Shape:
         pinned=any(target.pins(criterion) for criterion in search.criteria),
         itself=bool(search.itself),
         bounded=search.furthest is not None,
-        known=search.many or isinstance(search.right, sa.BindParameter),
+        known=isinstance(search.right, sa.BindParameter),
         ef_search=ef_search,
         overfetch=overfetch,
         probes=probes,

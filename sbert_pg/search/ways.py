@@ -37,6 +37,7 @@ from sbert_pg.search.looks import (
     number,
     planned,
     settings,
+    settings_back,
 )
 from sbert_pg.search.target import Target
 
@@ -222,7 +223,7 @@ class Ways:
             key, vector, passes = source.c
         few = sa.and_(passes, _one_in(EIGHTH, key)) if self.target.wide else passes
         closest = sa.func.min(self.target.distance(vector, self.vector)).filter(few)
-        counts = [sa.func.count().label("tried"), self.times.label("times")]
+        counts: list[Any] = [sa.func.count().label("tried"), self.times.label("times")]
         counts += [sa.func.count().filter(passes).label("hits"), closest.label("closest")]
         return sa.select(*counts).select_from(source).cte("nearest_sample")
 
@@ -296,7 +297,7 @@ class Ways:
         up by one scan of the table which of these pass.
         """
         labels = dict(zip(self._keys(row), self.names, strict=True))
-        used = {c for c in visitors.iterate(criterion) if getattr(c, "table", None) is row}
+        used: set[Any] = {c for c in visitors.iterate(criterion) if getattr(c, "table", 0) is row}
         more = {c: f"nearest_own_{n}" for n, c in enumerate(sorted(used - {*labels}, key=str))}
         given = rows.add_columns(*(c.label(n) for c, n in more.items())).subquery("nearest_rows")
         labels |= more
@@ -370,6 +371,7 @@ class Ways:
             counts.c.passed,
             head.label("head"),
             counts.c.spread,
+            settings_back(self.index, look).label("back"),
         ]
         if self.second is not None:
             columns.append(self._further(accepted, counts).label("further"))
@@ -393,7 +395,8 @@ class Ways:
         enough = sa.or_(self._accepted("near"), counts.c.half >= number(self.shape.size))
         whole = sa.and_(counts.c.spread, counts.c.seen >= number(self.whole(look)), enough)
         accepted = sa.func.coalesce(whole, sa.false()).label("accepted")
-        return self._part("judged_far", sa.select(accepted, counts.c.passed))
+        back = settings_back(self.index, look).label("back")
+        return self._part("judged_far", sa.select(accepted, counts.c.passed, back))
 
     # -- the page
 
@@ -481,7 +484,9 @@ class Ways:
     def _plain_verdict(self) -> list[sa.ColumnElement[Any]]:
         full = sa.func.count() >= number(max(self.whole(self.first), self.shape.size))
         spread = _spread(self.found["near"].c[DISTANCE])
-        return [sa.and_(full, spread).label("accepted"), spread.label("spread")]
+        # First, since what follows a false part may not be asked for.
+        back = settings_back(self.index, self.first).is_not(None)
+        return [sa.and_(back, full, spread).label("accepted"), spread.label("spread")]
 
     def _accepted(self, name: str) -> sa.ScalarSelect[Any]:
         judged = self.near if name == "near" else self.far

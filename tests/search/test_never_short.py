@@ -272,6 +272,30 @@ def test_the_nearest_of_each_row_by_the_index(same: bool, engine: sa.Engine) -> 
         assert found[number] == set(world.exact(world.v[number], keep, 3))
 
 
+def test_each_look_has_its_settings_and_what_follows_what_was_before(engine: sa.Engine) -> None:
+    """Several queries and the nearest of each row, where one candidate would find one row."""
+    world = World(engine, "hnsw")
+    item, other = world.item, world.item.alias("other")
+    vectors = [query for _, query in world.queries(6)]
+    near = nearest(item.c.v, other.c.v).lateral("near")
+    each = sa.select(near.c.id).select_from(other).join(near, sa.true()).where(other.c.id < 6)
+    one = nearest(item.c.v, vectors[0])
+    many = nearest(item.c.v, vectors)
+    options = "-c hnsw.ef_search=1 -c enable_seqscan=off"
+    apart = sa.create_engine(engine.url, connect_args={"options": options})
+    read = sa.text(
+        "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relname = 'item'"
+    )
+    for statement in (many, each, many.where(item.c.tenant != 3), one, one.offset(10)):
+        with apart.connect() as connection:
+            before = connection.scalar(read) or 0
+            assert len(connection.execute(statement).all()) in (10, 60)
+            # What a filter's sample tries is read as well.
+            assert connection.scalar(read) - before < 3 * ROWS
+            assert connection.scalar(sa.text("SHOW hnsw.ef_search")) == "1"
+    apart.dispose()
+
+
 def test_rows_and_vectors_that_have_no_similarity(engine: sa.Engine) -> None:
     """A vector of zeros has no cosine: such a row is not found, and does not come last as NaN."""
     world = World(engine, "hnsw")

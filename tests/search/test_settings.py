@@ -16,7 +16,6 @@ from tests.search.conftest import Shop
 
 NAMES = ("hnsw.ef_search", "hnsw.iterative_scan", "hnsw.max_scan_tuples")
 USUAL = ("40", "off", "20000")
-OURS = ("77", "off", "20000")
 
 
 @pytest.fixture
@@ -39,7 +38,7 @@ def searched(shop: Shop) -> Any:
 def test_after_a_transaction(shop: Shop, pooled: sa.Engine, ends: str) -> None:
     with Session(pooled) as session:
         assert session.execute(searched(shop)).all()
-        assert shown(session) == OURS
+        assert shown(session) == USUAL
         getattr(session, ends)()
     with pooled.connect() as connection:
         assert shown(connection) == USUAL
@@ -87,7 +86,7 @@ def test_of_an_asynchronous_session(shop: Shop, database_url: sa.URL) -> None:
         engine = create_async_engine(database_url, pool_size=1, max_overflow=0)
         async with AsyncSession(engine) as session:
             assert (await session.execute(searched(shop))).all()
-            assert await session.run_sync(shown) == OURS
+            assert await session.run_sync(shown) == USUAL
         async with engine.connect() as connection:
             assert await connection.run_sync(shown) == USUAL
         async with engine.connect() as connection:

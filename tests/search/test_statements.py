@@ -63,7 +63,8 @@ def test_by_an_hnsw_index() -> None:
     ) in text
     assert "nearest_within" not in text
     assert "WHERE thing.id = ANY (coalesce((SELECT array_agg(nearest_best.nearest_key_0)" in text
-    assert "WHERE (SELECT count(*) >= 50 AND min(nearest_near.nearest_distance) + 1e-06 <" in text
+    assert "set_config('hnsw.ef_search', NULL, true), set_config('hnsw.iter" in text
+    assert "AND count(*) >= 50 AND min(nearest_near.nearest_distance) + 1e-06 <" in text
     assert text.endswith("ORDER BY similarity DESC, thing.id LIMIT 10")
     assert text.count("JOIN") == 0
 
