@@ -200,7 +200,17 @@ def _criteria_of(search: Search) -> tuple[bool, bool]:
     outer, own = search.outer(), list(filter(target.owns, columns))
     inner = [column for column in columns if not any(column.table is one for one in outer)]
     others = len(own) < len(inner) and not target.narrows
+    own += filter(target.owns, _joining(search))
     return search.joins or others, any(column.name in target.leading for column in own)
+
+
+def _joining(search: Search) -> list[Any]:
+    """Columns by which joins reach other tables: those said, or foreign keys."""
+    calls = [(to, options) for name, to, options in search.narrowing if name not in _CRITERIA]
+    clauses = [clause_of(one) for to, options in calls for one in (*to, *options.values())]
+    said = [c for one in clauses if isinstance(one, sa.ColumnElement) for c in columns_of(one)]
+    keys = search.target.table.foreign_keys if calls and search.target.table is not None else ()
+    return said or [key.parent for key in keys]
 
 
 def _shape_of(search: Search, size: int, joined: bool, indexed: bool) -> Shape:

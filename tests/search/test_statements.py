@@ -97,6 +97,14 @@ def test_criteria_about_columns_of_the_row_are_asked_of_it_as_they_are() -> None
     assert sql(nearest(thing.c.vec, QUERY).where(known)).count("FROM other") == 1
 
 
+@pytest.mark.parametrize("indexed", [False, True])
+def test_what_comparing_costs_under_a_join_depends_on_an_index(indexed: bool) -> None:
+    thing = table(hnsw_index("i", "vec"), *([sa.Index("l", "lang")] if indexed else []))
+    other = sa.table("other", sa.column("lang"))
+    text = sql(nearest(thing.c.vec, QUERY).join(other, other.c.lang == thing.c.lang))
+    assert ("0.2 * nearest_share.rows" in text) is not indexed
+
+
 @pytest.mark.parametrize("width", [384, 768])
 def test_vectors_that_are_stored_apart_are_rarely_fetched_for_an_estimate(width: int) -> None:
     thing = table(hnsw_index("i", "vec"), type_=Vector(width))
