@@ -206,11 +206,11 @@ def _criteria_of(search: Search) -> tuple[bool, bool]:
 
 def _joining(search: Search) -> list[Any]:
     """Columns by which joins reach other tables: those said, or foreign keys."""
-    calls = [(to, options) for name, to, options in search.narrowing if name not in _CRITERIA]
-    clauses = [clause_of(one) for to, options in calls for one in (*to, *options.values())]
-    said = [c for one in clauses if isinstance(one, sa.ColumnElement) for c in columns_of(one)]
-    keys = search.target.table.foreign_keys if calls and search.target.table is not None else ()
-    return said or [key.parent for key in keys]
+    calls = [call for call in search.narrowing if call[0] not in _CRITERIA]
+    given = [clause_of(one) for _, to, options in calls for one in (*to, *options.values())]
+    said = sa.and_(sa.true(), *(one for one in given if isinstance(one, sa.ColumnElement)))
+    keys = () if not calls else getattr(search.target.table, "foreign_keys", ())
+    return [*columns_of(said)] or [key.parent for key in keys]
 
 
 def _shape_of(search: Search, size: int, joined: bool, indexed: bool) -> Shape:
