@@ -72,7 +72,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "orm": (5, 935),
     "passages": (6, 1224),
     "reembed": (12, 3305),
-    "search": (12, 3723),
+    "search": (12, 3733),
     "serving": (18, 3504),
     "sql": (1, 24),
     "tuning": (18, 4346),
