@@ -28,6 +28,8 @@ def bar(step: str = "") -> Iterator[Callable[..., None]]:
     from rich.progress import TimeRemainingColumn as Remaining
 
     console = Console(stderr=True)
+    # A console also takes variables such as FORCE_COLOR for a terminal, as CI sets them.
+    on_terminal = console.is_terminal and console.file.isatty()
     shown, began = step, time.perf_counter()
     with Progress(
         SpinnerColumn(),
@@ -37,17 +39,19 @@ def bar(step: str = "") -> Iterator[Callable[..., None]]:
         Elapsed(),
         Remaining(),
         console=console,
-        disable=not console.is_terminal,
+        disable=not on_terminal,
         redirect_stdout=False,
         transient=True,
     ) as drawn:
         task = drawn.add_task(step, total=None, count="")
 
         def advance(step: str, done: int = 0, total: int | None = None) -> None:
-            nonlocal shown, began
+            nonlocal shown, began, task
             if step != shown:
                 shown, began = step, time.perf_counter()
-                drawn.reset(task)
+                # A task keeps its total where the next step has none.
+                drawn.remove_task(task)
+                task = drawn.add_task(step, total=total, count="")
             speed = done / max(time.perf_counter() - began, 1e-6)
             of = "" if total is None else f"/{total:,}"
             count = f"{done:,}{of} {speed:,.0f}/s" if done else ""

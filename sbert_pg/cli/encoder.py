@@ -127,8 +127,9 @@ def measure(name: NameArgument, json: common.JsonOption = False) -> None:
     from sbert_pg.encoder.measuring import fastest_of
     from sbert_pg.encoder.measuring import measure as measure_engines
 
-    encoder = _load(name)
-    speeds = measure_engines(encoder.directory, encoder.manifest)
+    with bar(f"measuring {name}"):
+        encoder = _load(name)
+        speeds = measure_engines(encoder.directory, encoder.manifest)
     fastest = fastest_of(speeds) if speeds else encoder.engine
     if json:
         common.print_json({"fastest": fastest, "tokens_per_cpu_second": speeds})

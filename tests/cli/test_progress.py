@@ -16,6 +16,8 @@ from sbert_pg.progress import bar
 with bar("reading") as advance:
     advance("iterations", 3, 10)
     time.sleep(0.3)
+    advance("numbers", 5)
+    time.sleep(0.3)
 print("result")
 """
 #: Commands that answer at once, or that speak for themselves as long as they run.
@@ -34,9 +36,13 @@ def test_a_bar_on_a_terminal_alone() -> None:
     shown = os.read(ours, 65_536).decode()
     assert done.stdout == b"result\n"
     assert re.search(r"iterations .* 3/10 ", shown), shown
+    # Of how much is not known: no part of the bar is full, each character has its own colour.
+    assert re.search(r"numbers .* 5 ", shown), shown
+    assert "━━" not in shown[shown.index("numbers") :], shown
     os.close(ours)
     os.close(theirs)
-    piped = subprocess.run([sys.executable, "-c", WORK], capture_output=True, env=environment)
+    forced = {**environment, "FORCE_COLOR": "1"}
+    piped = subprocess.run([sys.executable, "-c", WORK], capture_output=True, env=forced)
     assert (piped.stdout, piped.stderr) == (b"result\n", b"")
 
 
