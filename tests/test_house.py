@@ -63,7 +63,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (10, 2130),
     "alembic": (9, 2763),
     "catalog": (9, 2599),
-    "cli": (18, 4822),
+    "cli": (18, 4823),
     "clustering": (17, 5078),
     "encoder": (30, 7830),
     "freshness": (23, 5334),
@@ -79,7 +79,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "types": (9, 1734),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3392
+MOST_LINES_OF_THE_REST = 3396
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60
