@@ -98,7 +98,8 @@ def compile_graph(
     """
     if engine == OPENVINO:
         return Compiled(path, precision, threads)
-    return providers.open(path)
+    session: Session = providers.open(path)
+    return session
 
 
 def load_openvino() -> Any:

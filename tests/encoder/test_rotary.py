@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from encoder_models import SMALL, TEXTS, Make, Wish, worst
+from encoder_models import SMALL, TEXTS, Make, Wish, edit, worst
 
 from sbert_pg.encoder import Encoder
 from sbert_pg.errors import EncoderError, UnsupportedEncoderError
@@ -92,8 +91,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", HOSTILE)
 def test_what_is_not_understood_is_refused(make_model: Make, tmp_path: Path, case: str) -> None:
     path = Path(shutil.copytree(make_model(MODELS["modernbert"]), tmp_path / "model"))
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, **HOSTILE[case]}))
+    edit(path / "config.json", **HOSTILE[case])
     with pytest.raises(EncoderError) as caught:
         Encoder.load(path, precision="fp32", cache_dir=tmp_path / "cache")
     if case == "an unknown key":
