@@ -65,7 +65,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "catalog": (9, 2599),
     "cli": (18, 4823),
     "clustering": (17, 5078),
-    "encoder": (30, 7830),
+    "encoder": (30, 7831),
     "freshness": (23, 5334),
     "indexes": (6, 1441),
     "loading": (4, 1129),
