@@ -69,8 +69,8 @@ class _Memory:
         self.unbound: dict[_Key, float] = {}
         self.traced: dict[tuple[uuid.UUID, bool], float] = {}
         self.uses: WeakKeyDictionary[Any, tuple[_Use, ...]] = WeakKeyDictionary()
-        #: The cursors of statements that are compiled and executed once more.
-        self.first_cursors: WeakKeyDictionary[Connection, Any] = WeakKeyDictionary()
+        #: Statements that are compiled once more, and the cursors that they are to be executed on.
+        self.again: WeakKeyDictionary[Connection, tuple[Any, Any]] = WeakKeyDictionary()
         #: What holds until a transaction or savepoint ends.
         self.answers: WeakKeyDictionary[Transaction, dict[Any, Any]] = WeakKeyDictionary()
 
@@ -362,9 +362,9 @@ def _before_execute(name: str, cursor: Any, statement: str, *rest: Any) -> bool:
     if compiled is None or context.isddl:
         return False
     memory = _memories[context.dialect]
-    first = memory.first_cursors.pop(context.root_connection, None)
-    if first is not None:
-        getattr(context.dialect, name)(first, statement, *rest)
+    again, first_cursor = memory.again.get(context.root_connection, (None, None))
+    if again is not None and again is context.invoked_statement:
+        getattr(context.dialect, name)(first_cursor, statement, *rest)
         return True
     uses = memory.uses.get(compiled)
     if uses is None:
@@ -373,7 +373,7 @@ def _before_execute(name: str, cursor: Any, statement: str, *rest: Any) -> bool:
         compared = list(_compared(memory, context, statement, uses))
     except SbertPgError as error:
         raise unwrapped(error) from error.__cause__
-    if memory.installed and compiled in _unaware and not _writes(compiled):
+    if memory.installed and compiled in _unaware and _only_reads(context):
         _execute_aware(memory, cursor, context)
         return True
     if compared:
@@ -382,8 +382,10 @@ def _before_execute(name: str, cursor: Any, statement: str, *rest: Any) -> bool:
     return bool(compared)
 
 
-def _writes(compiled: Any) -> bool:
-    return bool(compiled.isinsert or compiled.isupdate or compiled.isdelete)
+def _only_reads(context: Any) -> bool:
+    compiled = context.compiled
+    writes = compiled.isinsert or compiled.isupdate or compiled.isdelete
+    return not (writes or context.executemany)
 
 
 def _require_still_theirs(context: Any, compared: list[tuple[_Use, uuid.UUID]]) -> None:
@@ -408,11 +410,11 @@ def _execute_aware(memory: _Memory, cursor: Any, context: Any) -> None:
     values = {n: v for row in context.compiled_parameters for n, v in row.items() if n in named}
     options = {**context.execution_options, "compiled_cache": None, "stream_results": False}
     options.pop("yield_per", None)
-    memory.first_cursors[connection] = cursor
+    memory.again[connection] = (context.invoked_statement, cursor)
     try:
         connection.execute(context.invoked_statement, values, execution_options=options).close()
     finally:
-        memory.first_cursors.pop(connection, None)
+        del memory.again[connection]
 
 
 def _compared(
