@@ -67,15 +67,16 @@ SETTINGS = {"fsync": "off", "max_connections": "60", "shared_buffers": "128MB"}
 EXPECTED = 15
 #: Seconds in which little comes up, since everything starts.
 START = 30.0
-#: What must have come up so often a second after that, whatever the shares.
+#: What must have come up so often a second after that, whatever the shares; also where twenty other
+#: programs share the machine.
 FLOORS = {
-    "snapshots checked": 1 / 15,
-    "rows seen fresh": 10.0,
+    "snapshots checked": 1 / 60,
+    "rows seen fresh": 2.0,
     "leases seen": 1 / 5,
     "question answered": 1 / 30,
     **{f"write: document: {what}": 1 / 60 for what in soak_documents.EDITS},
-    "read answered": 1.0,
-    "read refused": 1 / 2,
+    "read answered": 1 / 4,
+    "read refused": 1 / 4,
     "replacement filled": 1 / 200,
     "server restarted (immediate)": 1 / 60,
     "write: text with vector": 1 / 10,

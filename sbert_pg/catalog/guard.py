@@ -363,7 +363,7 @@ def _before_execute(name: str, cursor: Any, statement: str, *rest: Any) -> bool:
         return False
     memory = _memories[context.dialect]
     again, first_cursor = memory.again.get(context.root_connection, (None, None))
-    if again is not None and again is context.invoked_statement:
+    if again is context.invoked_statement:
         getattr(context.dialect, name)(first_cursor, statement, *rest)
         return True
     uses = memory.uses.get(compiled)
