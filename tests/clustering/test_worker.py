@@ -31,7 +31,7 @@ WORDS = ["rain storm clouds", "bank money credit", "butter garlic oven"]
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < until, "timed out"
         time.sleep(0.05)

@@ -129,7 +129,7 @@ def test_another_session_that_builds_is_waited_for(engine: sa.Engine, table: sa.
     with engine.connect() as reader:
         reader.exec_driver_sql("INSERT INTO \"Thing's 100%%\" (state) VALUES ('x')")
         first.start()
-        assert waiting.wait(30)
+        assert waiting.wait(120)
         with pytest.raises(TableBusyError, match=r"Process \d+ is building"):
             build_index(engine, index)
         reader.rollback()

@@ -29,8 +29,13 @@ def test_each_writes_its_half_of_the_source(
     theirs.body = "body of two"
     waiting = threading.Thread(target=two.commit)
     waiting.start()
-    waiting.join(0.3)
-    assert waiting.is_alive(), "it waits for the row"
+    waits = sa.text(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
+        "AND wait_event_type = 'Lock'"
+    )
+    with tables.connect().execution_options(isolation_level="AUTOCOMMIT") as watch:
+        while not watch.scalar(waits):
+            assert waiting.is_alive(), "it waits for the row"
     one.commit()
     waiting.join()
     one.close()
