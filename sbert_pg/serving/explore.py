@@ -8,6 +8,9 @@ scripts, but for the map and the buttons that copy.
 from __future__ import annotations
 
 import importlib.util
+import sys
+from array import array
+from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
@@ -98,7 +101,8 @@ class Explorer:
         code, scripts = 200, [h("script", src="/explore/explore.js", defer=True)]
         plotly = path == "/map"
         if plotly:
-            scripts.insert(0, h("script", src="/explore/plotly.js", defer=True))
+            # After the page's own script, which asks for the points meanwhile.
+            scripts.append(h("script", id="plotly", src="/explore/plotly.js", defer=True))
         try:
             body: Any = list(view(query, name))
         except Exception as error:
@@ -245,7 +249,9 @@ def _introduction(exposed: Exposed) -> str:
 
 
 def _points(connection: sa.Connection, exposed: Exposed, topics: Clustering) -> dict[str, Any]:
-    """A group for each cluster, outliers last: keys, and places in the unit square."""
+    """A group for each cluster, outliers last: keys, and places in the unit square, as base64 of
+    floats.
+    """
     clusters = Session(connection).scalars(topics.clusters()).all()
     groups: dict[int | None, dict[str, Any]] = {
         c.id: {"number": c.number, "label": c.label or f"cluster {c.number}", "colour": colour}
@@ -253,12 +259,14 @@ def _points(connection: sa.Connection, exposed: Exposed, topics: Clustering) -> 
     }
     groups[None] = {"number": None, "label": "outliers", "colour": "#9ca3af"}
     for group in groups.values():
-        group.update(keys=[], x=[], y=[])
+        group.update(keys=[], x=array("f"), y=array("f"))
     for cluster, x, y, *key in connection.execute(mapped_rows(topics)):
         group = groups[cluster]
         group["keys"].append(exposed.key_of(key))
-        group["x"].append(round(x, 4))
-        group["y"].append(round(y, 4))
+        group["x"].append(x)
+        group["y"].append(y)
+    for group in groups.values():
+        group.update(x=_floats(group["x"]), y=_floats(group["y"]))
     run = topics.require_current(connection)
     return {
         "groups": [group for group in groups.values() if group["keys"]],
@@ -266,6 +274,13 @@ def _points(connection: sa.Connection, exposed: Exposed, topics: Clustering) -> 
         "rows": run.rows,
         "command": f"sbert-pg cluster map {exposed.name}",
     }
+
+
+def _floats(values: array[float]) -> str:
+    """Single precision, the low byte first as browsers have it, in base64."""
+    if sys.byteorder == "big":
+        values.byteswap()
+    return b64encode(values).decode("ascii")
 
 
 @cache
