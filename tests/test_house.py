@@ -73,7 +73,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "passages": (6, 1224),
     "reembed": (12, 3305),
     "search": (12, 3733),
-    "serving": (18, 3504),
+    "serving": (18, 3519),
     "sql": (1, 24),
     "tuning": (18, 4346),
     "types": (9, 1734),
