@@ -15,7 +15,7 @@ import numpy as np
 
 from sbert_pg.encoder import Encoder
 from sbert_pg.encoder.directory import Manifest, is_converted
-from sbert_pg.errors import EncoderNotFoundError
+from sbert_pg.errors import EncoderNotFoundError, SbertPgError
 from sbert_pg.probes import compatible_specs, measured
 from sbert_pg.spec import EncoderSpec, TextEncoder
 from sbert_pg.types.wire import to_text
@@ -66,11 +66,15 @@ def _encoder(directory: Path, spec: EncoderSpec, probes: bytes) -> TextEncoder:
     recorded = np.frombuffer(probes, "<f4").reshape(-1, spec.dimensions)
     reasons = []
     for place in sorted(p for p in directory.glob("*") if is_converted(p)):
-        manifest = Manifest.read(place)
-        if manifest.kind != "encoder" or manifest.spec.weights_digest != spec.weights_digest:
+        try:
+            manifest = Manifest.read(place)
+            if manifest.kind != "encoder" or manifest.spec.weights_digest != spec.weights_digest:
+                continue
+            # A backend is one of many; its threads would be theirs.
+            encoder = Encoder.open(place, dimensions=spec.dimensions, threads=1)
+        except SbertPgError as error:  # another one may do
+            reasons.append(f"{place.name}: {error}")
             continue
-        # A backend is one of many; its threads would be theirs.
-        encoder = Encoder.open(place, dimensions=spec.dimensions, threads=1)
         verdict = compatible_specs(spec, recorded, encoder.spec, measured(encoder))
         if verdict:
             return encoder

@@ -5,6 +5,7 @@ Quality is nDCG@k against the same rows for all; what it costs is measured on th
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Container, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +17,7 @@ import numpy as np
 import sqlalchemy as sa
 
 from sbert_pg.catalog import rows as catalog_rows
-from sbert_pg.errors import DeclarationError, TooFewPairsError
+from sbert_pg.errors import DeclarationError, SbertPgError, TooFewPairsError
 from sbert_pg.registry import get_encoder
 from sbert_pg.search.exact import LabelledQuery
 from sbert_pg.source import Source
@@ -30,6 +31,8 @@ from sbert_pg.types.comparator import base_of, clause_of
 
 if TYPE_CHECKING:
     from sbert_pg.encoder import Encoder
+
+logger = logging.getLogger("sbert_pg.tuning")
 
 #: Rows that questions are ranked against: a sample, with all that are labelled.
 SAMPLE = 2_000
@@ -283,17 +286,23 @@ def _texts(
 
 
 def local_encoders() -> list[Encoder]:
-    """The encoders that have been converted on this machine: those of the cache."""
+    """The encoders that have been converted on this machine: those of the cache that open here.
+
+    One that needs what is no longer installed is passed over, and the log says so.
+    """
     from sbert_pg.encoder import Encoder
     from sbert_pg.encoder.directory import BUILD, FORMAT, Manifest, cache_root, is_converted
 
     # Not what other versions of this library left there.
     places = sorted(p.parent for p in cache_root().glob(f"*/*/*-{FORMAT}.{BUILD}/manifest.json"))
-    return [
-        Encoder.open(place)
-        for place in places
-        if is_converted(place) and Manifest.read(place).kind == "encoder"
-    ]
+    encoders = []
+    for place in filter(is_converted, places):
+        try:
+            if Manifest.read(place).kind == "encoder":
+                encoders.append(Encoder.open(place))
+        except SbertPgError as error:
+            logger.warning("%s is not compared: %s", place, error)
+    return encoders
 
 
 def _different(encoders: Sequence[Encoder]) -> list[Encoder]:

@@ -24,7 +24,9 @@ import sqlalchemy as sa
 import sbert_pg
 from sbert_pg.catalog import tables
 from sbert_pg.encoder import Encoder
+from sbert_pg.errors import EncoderNotFoundError
 from sbert_pg.probes import measured
+from sbert_pg.serving.inside import _encoder
 from sbert_pg.sql import load
 from sbert_pg.types.wire import to_text
 
@@ -154,3 +156,14 @@ def test_other_vectors_under_the_same_weights_are_refused(
     finally:
         with engine.begin() as connection:
             connection.execute(sa.update(tables.encoder).values(probes=probes))
+
+
+def test_what_cannot_be_opened_is_passed_over(minilm: Encoder, tmp_path: Path) -> None:
+    """Another version's conversion, one whose engine is not installed: the next may do."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "manifest.json").write_text('{"format": 2}')
+    with pytest.raises(EncoderNotFoundError, match="a: .*has format 2"):
+        _encoder(tmp_path, minilm.spec, measured(minilm).tobytes())
+    (tmp_path / "b").symlink_to(minilm.directory)
+    other = _encoder(tmp_path, minilm.spec, measured(minilm).tobytes())
+    assert other.spec.fingerprint == minilm.spec.fingerprint

@@ -18,6 +18,7 @@ from sbert_pg import create_all, embed_rows
 from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.encoder import Encoder
 from sbert_pg.encoder.adapting import adapt_queries
+from sbert_pg.encoder.directory import BUILD, FORMAT
 from sbert_pg.errors import DeclarationError, TooFewPairsError
 from sbert_pg.tuning import Choice, choose_encoder
 from sbert_pg.tuning.choosing import _decide, _time, local_encoders
@@ -196,11 +197,14 @@ def test_what_is_chosen_first(engine: sa.Engine, plain: sa.Table, minilm: Encode
     assert _decide([worse, slow], 2.0)[0] == "worse"
 
 
-def test_conversions_of_other_versions_are_passed_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_conversions_that_cannot_be_opened_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    old = tmp_path / "org--name" / "default" / "int8-2.1"
-    old.mkdir(parents=True)
-    (old / "manifest.json").write_text('{"format": 2}')
+    for name in ("int8-2.1", f"int8-{FORMAT}.{BUILD}"):
+        old = tmp_path / "org--name" / "default" / name
+        old.mkdir(parents=True)
+        (old / "manifest.json").write_text('{"format": 2}')
     monkeypatch.setenv("SBERT_PG_CACHE", str(tmp_path))
     assert local_encoders() == []
+    (message,) = caplog.messages
+    assert f"int8-{FORMAT}.{BUILD} is not compared" in message
