@@ -162,7 +162,7 @@ def test_what_cannot_be_opened_is_passed_over(minilm: Encoder, tmp_path: Path) -
     """Another version's conversion, one whose engine is not installed: the next may do."""
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "manifest.json").write_text('{"format": 2}')
-    with pytest.raises(EncoderNotFoundError, match="a: .*has format 2"):
+    with pytest.raises(EncoderNotFoundError, match=r"a: .*has format 2"):
         _encoder(tmp_path, minilm.spec, measured(minilm).tobytes())
     (tmp_path / "b").symlink_to(minilm.directory)
     other = _encoder(tmp_path, minilm.spec, measured(minilm).tobytes())
