@@ -279,7 +279,7 @@ def _compared(search: Search) -> Nearest:
 def _compared_then_proven(search: Search) -> Nearest:
     """The same; the proof is asked of the rows that are taken, not of all."""
     target, bounded = search.target, search.furthest is not None
-    parts = [_asked(search).cte("nearest_query"), _within_part(search)]
+    parts = [_asked(search).cte("nearest_query"), _within_part(search, *_others(search))]
     if search.joins:
         parts.append(compared_page(target, bounded).cte("nearest_page"))
         return _finished(_cut(_joined_page(search), search, parts), search)
@@ -327,7 +327,7 @@ def _query_part(search: Search, vector: Any) -> sa.Select[Any]:
     return sa.select(*columns)
 
 
-def _within_part(search: Search) -> sa.CTE:
+def _within_part(search: Search, *criteria: Any) -> sa.CTE:
     """Keys and vectors of the rows that pass, for the planner to put where they are needed."""
     target = search.target
     names = key_names(KEY, len(target.key))
@@ -337,9 +337,7 @@ def _within_part(search: Search) -> sa.CTE:
         rows = rows.select_from(target.entity)
     # The caller's criteria first, since the vector is far behind in the row.
     narrowing = _spelled_out(search) if target.dividing else search.narrowing
-    rows = replayed(rows, narrowing).where(*target.present)
-    if search.exact or target.index is None:
-        rows = rows.where(*_others(search))
+    rows = replayed(rows, narrowing).where(*target.present, *criteria)
     part: sa.CTE = _correlated(rows, search).cte("nearest_within").prefix_with("NOT MATERIALIZED")
     return part
 
@@ -351,8 +349,11 @@ def _literal(target: Target, column: str, value: Any) -> sa.BindParameter[Any] |
     say it in other words, a value is written that is what it will be and whose literal nothing in
     it can end: not every release of SQLAlchemy looks at what it writes as a number or a UUID.
     """
-    # A parameter with a name may be given another value for each execution.
+    # A parameter with a name may be given another value for each execution, and so may one of a
+    # lambda_stmt(), which is a copy: the lambda is called once for all values.
     if not isinstance(value, sa.BindParameter) or not value.unique or value.callable is not None:
+        return None
+    if value._is_clone_of is not None:
         return None
     own = value.effective_value
     declared = target.divided.get(column)

@@ -231,7 +231,7 @@ class Target:
     def comparable(self) -> list[sa.ColumnElement[bool]]:
         """That a row has a vector, and a similarity to something."""
         criteria: list[sa.ColumnElement[bool]] = [self.column.is_not(None)]
-        if self.metric.similarity == "cosine" and not hasattr(self.column.type, "encoder"):
+        if self.metric.similarity == "cosine":
             criteria.append(self.directed(self.column))
         return criteria
 

@@ -550,7 +550,10 @@ def compared_page(target: Target, bounded: bool) -> sa.Select[Any]:
     if bounded:
         page = page.where(distance.element <= sa.select(query.c.furthest).scalar_subquery())
     needed = sa.select(query.c.needed + number(target.margin)).scalar_subquery()
-    return page.order_by(distance, *(within.c[name] for name in names)).limit(needed)
+    page = page.order_by(distance, *(within.c[name] for name in names)).limit(needed)
+    # A vector of zeros is not similar under cosine: its distance, no number, comes last.
+    rows = page.subquery("nearest_compared")
+    return sa.select(*rows.c).where(rows.c[DISTANCE] != NAN)
 
 
 __all__ = [

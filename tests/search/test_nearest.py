@@ -117,10 +117,25 @@ def test_more_like_this_leaves_itself_out(
     indexed: Shop, session: Session, fake_encoder: DeterministicEncoder
 ) -> None:
     article = session.get_one(indexed.Article, titles().index("refund returns") + 1)
-    rows = session.execute(nearest(indexed.Article.embedding, article, limit=6)).all()
     expected = exact(fake_encoder, "refund returns", lambda number: number != article.id)
-    assert [found.id for found, _ in rows] == keys(expected)[:6]
-    assert rows[0].similarity == pytest.approx(1)
+    for limit in (6, 1001):  # by the index, and more than it serves
+        rows = session.execute(nearest(indexed.Article.embedding, article, limit=limit)).all()
+        assert [found.id for found, _ in rows] == keys(expected)[:limit]
+        assert rows[0].similarity == pytest.approx(1)
+
+
+def test_vectors_of_zeros_that_came_by_other_ways_are_not_found(
+    shop: Shop, session: Session
+) -> None:
+    zeros = sa.text("UPDATE article SET embedding = array_fill(0, ARRAY[384]) WHERE id = 3")
+    session.execute(sa.text("SET LOCAL session_replication_role = replica"))
+    session.execute(zeros)
+    search = nearest(shop.Article.embedding, "gift", limit=1001)
+    everything = nearest(shop.Article.embedding, "gift", limit=None)
+    for statement in (search, search.join(shop.Article.author), everything):
+        found = [article.id for article in session.scalars(statement)]
+        assert len(found) == 38  # of 40, one has no text
+        assert 3 not in found
 
 
 def test_more_like_a_row_without_a_vector_finds_nothing(shop: Shop, session: Session) -> None:

@@ -182,6 +182,16 @@ def test_a_named_parameter_keeps_the_value_of_each_execution(tenants: Tenants) -
     tenants.connection.rollback()
 
 
+def test_a_lambda_takes_the_value_of_each_call(tenants: Tenants) -> None:
+    row, query = tenants.row, tenants.queries[0]
+    search = nearest(row.c.vec, query)
+    for tenant in (TENANTS[0], TENANTS[1], "small"):
+        statement = sa.lambda_stmt(lambda: search)
+        statement += lambda s: s.where(row.c.tenant == tenant)  # noqa: B023
+        assert {r.tenant for r in tenants.connection.execute(statement)} == {tenant}
+    tenants.connection.rollback()
+
+
 @pytest.mark.parametrize(
     ("type_", "value", "spelled"),
     [
