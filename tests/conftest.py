@@ -54,6 +54,8 @@ def server_directory() -> str | None:
 def pytest_configure(config: pytest.Config) -> None:
     """The same examples in every run of what decides; others each time in ``make slow``."""
     gc.disable()  # nothing that is imported goes away
+    # Else each conversion times the engines that are installed.
+    os.environ.setdefault("SBERT_PG_ENGINE", "onnxruntime")
     # No deadline: how long an example takes says more of the machine than of what is tested.
     slow = HealthCheck.too_slow
     settings.register_profile("any", deadline=None, suppress_health_check=[slow])

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,11 @@ def converted(model: Path, tmp_path: Path) -> Path:
     return directory
 
 
-@pytest.fixture(autouse=True)
-def _nothing_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(VARIABLE, raising=False)
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_in_the_environment() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv(VARIABLE, raising=False)
+        yield
 
 
 @pytest.fixture
@@ -147,6 +150,14 @@ class TestChoice:
         assert speeds["tokens_per_cpu_second"][fastest].keys() == measuring.CASES.keys()
         assert "engines.json" not in encoder.manifest.files, "another machine may have another"
         assert Encoder.load(model, precision="fp32", cache_dir=tmp_path).engine == fastest
+
+    def test_nothing_is_measured_where_the_choice_is_made(
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv(VARIABLE, OPENVINO)
+        encoder = Encoder.load(model, precision="fp32", cache_dir=tmp_path)
+        assert encoder.engine == OPENVINO
+        assert not (encoder.directory / "engines.json").exists()
 
     def test_a_little_faster_is_noise(self) -> None:
         usual = {"query": 100.0, "short": 100.0}
