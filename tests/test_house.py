@@ -67,7 +67,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "catalog": (9, 2601),
     "cli": (18, 4823),
     "clustering": (17, 5078),
-    "encoder": (30, 7831),
+    "encoder": (30, 7833),
     "freshness": (23, 5334),
     "indexes": (6, 1441),
     "loading": (4, 1129),
