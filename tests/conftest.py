@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
-import shutil
-import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +15,7 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import HealthCheck, settings
 from psycopg import sql
+from server_directory import roomy, server_directory
 
 from sbert_pg import registry
 from sbert_pg.embedded import EmbeddedServer, embedded_server
@@ -38,17 +37,6 @@ TEST_SETTINGS = {
     "wal_recycle": "off",
     "track_functions": "all",
 }
-MEMORY = Path("/dev/shm")
-
-
-def server_directory() -> str | None:
-    """Where the server's files go: memory, where it has room, else the usual place.
-
-    A database is some three hundred files, and each test makes one: on a disk that takes ten times
-    the CPU.
-    """
-    roomy = os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4 << 30
-    return str(MEMORY) if roomy else None
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -173,11 +161,11 @@ def dsn(url: sa.URL) -> str:
 def embedded() -> Iterator[EmbeddedServer]:
     """The embedded server of this run: PostgreSQL 18, or ``$SBERT_PG_TEST_POSTGRES`` (16)."""
     version = int(os.environ.get("SBERT_PG_TEST_POSTGRES", "18"))
-    with tempfile.TemporaryDirectory(prefix="sbert-pg-test-", dir=server_directory()) as folder:
+    with server_directory(roomy()) as folder:
         # The server runs as a user of its own where the tests run as root.
-        os.chmod(folder, 0o755)
+        folder.chmod(0o755)
         with embedded_server(
-            Path(folder) / "data", postgres_version=version, settings=TEST_SETTINGS
+            folder / "data", postgres_version=version, settings=TEST_SETTINGS
         ) as server:
             yield server
 
