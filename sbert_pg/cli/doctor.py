@@ -265,14 +265,14 @@ def _compiles(connection: sa.Connection, largest: int) -> bool:
     """Whether searches of the largest index are compiled before they run.
 
     A statement is compiled by what the planner fears that it costs, which of a search is to compare
-    all rows, and on later pages and under joins many times that.
+    all rows: up to three times what reading as many pages as the index has does.
     """
     if _setting(connection, "jit") != "on" or not connection.scalar(
         sa.select(sa.func.pg_jit_available())
     ):
         return False
     least = float(_setting(connection, "jit_above_cost") or -1)
-    return 0 <= least < 10 * (largest >> 13)
+    return 0 <= least < 3 * (largest >> 13)
 
 
 def _setting(connection: sa.Connection, name: str) -> str | None:
