@@ -88,7 +88,7 @@ def load(
     first = list(itertools.islice(rows_read, 1))
     started = time.perf_counter()
     with common.database(database) as engine:
-        with engine.begin() as connection:
+        with bar("loading the encoder") as advance, engine.begin() as connection:
             if create:
                 columns: list[str] = list(*first)
                 target = _create(
@@ -96,14 +96,11 @@ def load(
                 )
             else:
                 target = table_named(connection, table)
-            with bar() as advance:
-                show = partial(advance, "encoding and writing")
-                rows = load_rows(
-                    connection, target, itertools.chain(first, rows_read), progress=show
-                )
-                for index in target.indexes if create else ():
-                    advance(f"building {index.name}")
-                    connection.execute(sa.schema.CreateIndex(index))
+            show = partial(advance, "encoding and writing")
+            rows = load_rows(connection, target, itertools.chain(first, rows_read), progress=show)
+            for index in target.indexes if create else ():
+                advance(f"building {index.name}")
+                connection.execute(sa.schema.CreateIndex(index))
         passages.cut_all(engine, target)
     _tell(table, rows, time.perf_counter() - started, json)
 

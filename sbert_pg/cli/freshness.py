@@ -239,7 +239,7 @@ def backfill(
     with (
         common.database(database, lasting=True) as engine,
         common.stoppable() as stop,
-        bar() as advance,
+        bar("loading the encoder") as advance,
     ):
         binding = change_or_column(engine, target)
         if binding.replaces is None:
@@ -361,7 +361,7 @@ def audit(
     from sbert_pg.freshness import audit as run
 
     common.prepare(app)
-    with common.database(database, lasting=True) as engine, bar() as advance:
+    with common.database(database, lasting=True) as engine, bar("loading the encoder") as advance:
         with engine.begin() as connection:
             binding = resolve(connection, target).binding
         result = run(
