@@ -65,7 +65,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (10, 2130),
     "alembic": (9, 2763),
     "catalog": (9, 2601),
-    "cli": (18, 4823),
+    "cli": (18, 4820),
     "clustering": (17, 5078),
     "encoder": (30, 7833),
     "freshness": (23, 5334),
