@@ -118,7 +118,7 @@ def _write_without_looking(self: Rows, vector_type: str) -> sa.UpdateBase:
     now = sa.cast(sa.func.substr(bare, 1, 16).concat(self.of), sa.Uuid)
     return (
         sa.update(self.table)
-        .values({self.binding.column: given.c.sbert_vector, self.binding.companion: now})
+        .values({self.binding.column: given.c.sbert__vector, self.binding.companion: now})
         .where(self._same(given))
         .returning(given.c.sbert__n, sa.false())
     )
