@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import sqlalchemy as sa
 from alembic.migration import MigrationContext
+from sqlalchemy.engine.default import DefaultExecutionContext
 
 import sbert_pg
 from sbert_pg.embedded import EmbeddedServer
@@ -52,6 +53,7 @@ ALLOWED: dict[tuple[str, str], str] = {}
 
 #: Private names of others, with the reason; each has a test that fails when it disappears.
 PRIVATE_NAMES: dict[str, str] = {
+    "_expanded_parameters": "names of a list's values, which is gone once a statement is compiled",
     "_in_external_transaction": "whether Alembic began the transaction, which it does not say else",
     "_is_clone_of": "whether a parameter is one of a lambda, whose value changes with each call",
     "_lock": "the embedded server's lock on its directory, which its own start does not hold",
@@ -224,6 +226,7 @@ def test_private_names_are_still_there(embedded: EmbeddedServer) -> None:
     context = MigrationContext.configure(dialect_name="postgresql")
     assert hasattr(context, "_in_external_transaction")
     assert hasattr(sa.literal(1), "_is_clone_of")
+    assert hasattr(DefaultExecutionContext, "_expanded_parameters")
     assert hasattr(embedded._server, "_lock")
 
 

@@ -373,8 +373,11 @@ def _before_execute(name: str, cursor: Any, statement: str, *rest: Any) -> bool:
         compared = list(_compared(memory, context, statement, uses))
     except SbertPgError as error:
         raise unwrapped(error) from error.__cause__
+    values = None
     if memory.installed and compiled in _unaware and _only_reads(context):
-        _execute_aware(memory, cursor, context)
+        values = _values_of(context)
+    if values is not None:
+        _execute_aware(memory, cursor, context, values)
         return True
     if compared:
         getattr(context.dialect, name)(cursor, statement, *rest)
@@ -385,7 +388,8 @@ def _before_execute(name: str, cursor: Any, statement: str, *rest: Any) -> bool:
 def _only_reads(context: Any) -> bool:
     compiled = context.compiled
     writes = compiled.isinsert or compiled.isupdate or compiled.isdelete
-    return not (writes or context.executemany)
+    # Of a statement that came compiled there is nothing to compile once more.
+    return not (writes or context.executemany or context.invoked_statement is None)
 
 
 def _require_still_theirs(context: Any, compared: list[tuple[_Use, uuid.UUID]]) -> None:
@@ -403,11 +407,25 @@ def _require_still_theirs(context: Any, compared: list[tuple[_Use, uuid.UUID]]) 
             )
 
 
-def _execute_aware(memory: _Memory, cursor: Any, context: Any) -> None:
+def _values_of(context: Any) -> dict[str, Any] | None:
+    """Values of the caller's own parameters; ``None`` where one went into the text, or in rows."""
+    (row,), values = context.compiled_parameters, {}
+    for bind, name in context.compiled.bind_names.items():
+        if name != bind.key:
+            continue  # the statement has its value
+        parts = context._expanded_parameters.get(name, ())
+        if name in row:
+            values[name] = row[name]
+        elif isinstance(bind.type, sa.types.TupleType) or bind.literal_execute:
+            return None
+        else:
+            values[name] = [row[part] for part in parts]
+    return values
+
+
+def _execute_aware(memory: _Memory, cursor: Any, context: Any, values: dict[str, Any]) -> None:
     """Execute a statement as it reads now that the catalog is known, on the cursor that it has."""
-    compiled, connection = context.compiled, context.root_connection
-    named = {bind.key for bind in compiled.binds.values()}
-    values = {n: v for row in context.compiled_parameters for n, v in row.items() if n in named}
+    connection = context.root_connection
     options = {**context.execution_options, "compiled_cache": None, "stream_results": False}
     options.pop("yield_per", None)
     memory.again[connection] = (context.invoked_statement, cursor)

@@ -400,7 +400,10 @@ def test_what_is_not_proven_can_be_left_out(foreign: sa.Engine) -> None:
         assert [row.id for row in read(foreign, over_alias)] == [1]
 
 
-@pytest.mark.parametrize("how", ["execute", "session", "stream", "own cache", "parameter"])
+@pytest.mark.parametrize(
+    "how",
+    ["execute", "session", "stream", "own cache", "parameter", "list", "in the text"],
+)
 def test_the_first_search_of_a_process_leaves_it_out_too(foreign: sa.Engine, how: str) -> None:
     """It was compiled before anything was known of a catalog."""
     reader = sa.create_engine(foreign.url)
@@ -410,6 +413,12 @@ def test_the_first_search_of_a_process_leaves_it_out_too(foreign: sa.Engine, how
     if how == "parameter":
         statement = statement.where(Note.body != sa.bindparam("other"))
         values["other"] = "zzz"
+    elif how == "list":
+        statement = statement.where(Note.body.in_(sa.bindparam("bodies", expanding=True)))
+        values["bodies"] = ["a", "x"]
+    elif how == "in the text":
+        statement = statement.where(Note.body == sa.bindparam("own", literal_execute=True))
+        values["own"] = "a"
     elif how == "stream":
         options["yield_per"] = 1
     elif how == "own cache":
