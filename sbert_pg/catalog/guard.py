@@ -373,9 +373,7 @@ def _before_execute(name: str, cursor: Any, statement: str, *rest: Any) -> bool:
         compared = list(_compared(memory, context, statement, uses))
     except SbertPgError as error:
         raise unwrapped(error) from error.__cause__
-    values = None
-    if memory.installed and compiled in _unaware and _only_reads(context):
-        values = _values_of(context)
+    values = _values_of(context) if memory.installed and compiled in _unaware else None
     if values is not None:
         _execute_aware(memory, cursor, context, values)
         return True
@@ -408,7 +406,12 @@ def _require_still_theirs(context: Any, compared: list[tuple[_Use, uuid.UUID]]) 
 
 
 def _values_of(context: Any) -> dict[str, Any] | None:
-    """Values of the caller's own parameters; ``None`` where one went into the text, or in rows."""
+    """Values of the caller's own parameters for a statement that only reads.
+
+    ``None`` of another one, and where a value went into the text, or is a list of rows.
+    """
+    if not _only_reads(context):
+        return None
     (row,), values = context.compiled_parameters, {}
     for bind, name in context.compiled.bind_names.items():
         if name != bind.key:
