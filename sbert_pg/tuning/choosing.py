@@ -165,7 +165,8 @@ def choose_encoder(
         seed: of sample and bootstrap.
 
     Raises:
-        DeclarationError: the column has no converted encoder, or there is none to compare.
+        DeclarationError: the column has no converted encoder, there is none to compare, or the
+            table has no primary key.
         TooFewPairsError: no question names a row that has a text, and a vector where it should.
         LoadError: the pairs are not readable, or there are none.
     """
@@ -262,6 +263,8 @@ def _texts(
     """A sample of the rows, with all that are labelled."""
     table, embedding = columns[0].table, columns[0]
     name = ", ".join(f"{table.fullname}.{column.name}" for column in columns)
+    if not table.primary_key:
+        raise DeclarationError(f"{table.fullname} has no primary key, by which pairs name its rows.")
     if getattr(embedding.type, "encoder", None) is None:
         text = Source.of([column.name for column in columns]).expression(table)
         present = [text != "", *where]

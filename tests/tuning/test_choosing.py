@@ -167,6 +167,9 @@ def test_before_there_is_a_column(
         choose_encoder(engine, plain.c.body, [("Who?", 99)], [minilm])
     with pytest.raises(DeclarationError, match="no encoder to compare"):
         choose_encoder(engine, plain.c.body, questions, [])
+    keyless = sa.Table("keyless", sa.MetaData(), sa.Column("body", sa.Text))
+    with pytest.raises(DeclarationError, match="no primary key"):
+        choose_encoder(engine, keyless.c.body, questions, [minilm])
     pairs = tmp_path / "pairs.csv"
     with pairs.open("w", newline="") as file:
         csv.writer(file).writerows([("question", "id"), *questions])
