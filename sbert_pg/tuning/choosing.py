@@ -165,8 +165,7 @@ def choose_encoder(
         seed: of sample and bootstrap.
 
     Raises:
-        DeclarationError: the column has no converted encoder, there is none to compare, or the
-            table has no primary key.
+        DeclarationError: there is no encoder to compare, or no primary key that names rows.
         TooFewPairsError: no question names a row that has a text, and a vector where it should.
         LoadError: the pairs are not readable, or there are none.
     """
@@ -252,6 +251,13 @@ def _answered_by(query: LabelledQuery, texts: Container[str]) -> LabelledQuery:
     return replace(query, gains=gains)
 
 
+def _called(table: Any, columns: Sequence[Any]) -> str:
+    """Names of columns, of a table whose rows pairs can name."""
+    if not table.primary_key:
+        raise DeclarationError(f"{table.fullname} has no primary key, by which pairs name rows.")
+    return ", ".join(f"{table.fullname}.{column.name}" for column in columns)
+
+
 def _texts(
     engine: sa.Engine,
     columns: Sequence[Any],
@@ -262,9 +268,7 @@ def _texts(
 ) -> _Texts:
     """A sample of the rows, with all that are labelled."""
     table, embedding = columns[0].table, columns[0]
-    name = ", ".join(f"{table.fullname}.{column.name}" for column in columns)
-    if not table.primary_key:
-        raise DeclarationError(f"{table.fullname} has no primary key, by which pairs name its rows.")
+    name = _called(table, columns)
     if getattr(embedding.type, "encoder", None) is None:
         text = Source.of([column.name for column in columns]).expression(table)
         present = [text != "", *where]
@@ -289,10 +293,7 @@ def _texts(
 
 
 def local_encoders() -> list[Encoder]:
-    """The encoders that have been converted on this machine: those of the cache that open here.
-
-    One that needs what is no longer installed is passed over, and the log says so.
-    """
+    """The encoders that have been converted on this machine: those of the cache that open here."""
     from sbert_pg.encoder import Encoder
     from sbert_pg.encoder.directory import BUILD, FORMAT, Manifest, cache_root, is_converted
 
