@@ -150,7 +150,7 @@ def _gain(fit: Fit, whole: Fit, spherical: bool) -> float:
     nearer = -dimensions / 2 * math.log(max(spread / spread_of_whole, _ROUNDING))
     whose = -float((shares * np.log(shares)).sum())
     where = (len(shares) - 1) * (dimensions + 1) * math.log(rows) / (2 * rows)
-    return nearer - whose - where
+    return float(nearer - whose - where)
 
 
 def _spread(fit: Fit, spherical: bool) -> float:

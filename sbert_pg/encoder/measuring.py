@@ -168,9 +168,9 @@ def _agree(vectors: Sequence[Vectors], usual: Sequence[Vectors], manifest: Manif
     """Whether two engines compute the same but for rounding."""
     least = PRECISION_MIN_COSINE if manifest.precision == "int8" else EXPORT_MIN_COSINE
     # A cross-encoder's scores are compared over all texts.
-    pairs = zip(vectors, usual, strict=True)
+    pairs = list(zip(vectors, usual, strict=True))
     if manifest.kind != "encoder":
-        pairs = ((a.T, b.T) for a, b in pairs)
+        pairs = [(a.T, b.T) for a, b in pairs]
     return all(agreement_of(a, b).min_cosine >= least for a, b in pairs)
 
 

@@ -297,6 +297,7 @@ def _dividing(table: sa.Table) -> tuple[set[str], dict[str, list[sa.BindParamete
     words = set(re.findall(r"\w+", " ".join(str(one.where) for one in partial)))
     values: dict[str, list[sa.BindParameter[Any]]] = {}
     for one in partial:
+        part: Any
         for part in visitors.iterate(one.predicate):
             if _compares(part):
                 values.setdefault(part.left.name, []).append(part.right)

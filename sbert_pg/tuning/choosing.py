@@ -281,7 +281,7 @@ def _texts(
         labelled = is_one_of(label, {key for query in queries for key in query.gains})
         chosen = sa.or_(drawn(label, most, total, seed), labelled)
         rows = connection.execute(sa.select(label, text).where(*present, chosen).order_by(label))
-        texts: dict[str, str] = {row[0]: row[1] for row in rows}
+        texts = dict(rows.all())
     answered = [_answered_by(query, texts) for query in queries]
     kept = [query for query in answered if query.gains]
     if not kept:
