@@ -40,7 +40,8 @@ def filled(app: Any, fake_encoder: DeterministicEncoder) -> Any:
 
 def right(app: Any, encoder: DeterministicEncoder) -> bool:
     """Whether every vector is that of its text."""
-    rows = app.engine.connect().exec_driver_sql("SELECT title, embedding::text FROM article").all()
+    with app.engine.connect() as connection:
+        rows = connection.exec_driver_sql("SELECT title, embedding::text FROM article").all()
     vectors = encoder.encode_document([row[0] for row in rows])
     return all(
         abs(float(x) - y) < 1e-4
