@@ -301,10 +301,13 @@ class Ways:
         more = {c: f"nearest_own_{n}" for n, c in enumerate(sorted(used - {*labels}, key=str))}
         given = rows.add_columns(*(c.label(n) for c, n in more.items())).subquery("nearest_rows")
         labels |= more
+
+        def replace(element: Any, **_: Any) -> Any:
+            # A part is another one where it is copied, and would be written once more.
+            return element if isinstance(element, sa.CTE) else given.c.get(labels.get(element))
+
         traverse: Any = visitors.replacement_traverse
-        return given, traverse(
-            criterion, {}, lambda e, **_: given.c[labels[e]] if e in labels else None
-        )
+        return given, traverse(criterion, {}, replace)
 
     def _looked(self, look: Look | None) -> Any:
         assert look is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -71,8 +72,8 @@ def test_upgrade_does_all_of_it(
             "op.backfill_embeddings('article', 'embedding')",
         )
     )
-    # What rich takes for a terminal.
-    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     app.upgrade()
     shown = capfd.readouterr().err

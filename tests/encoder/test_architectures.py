@@ -59,7 +59,8 @@ def test_vectors(make_model: Make, reference: Reference, encoder_cache: Path, na
     ):
         cosine, difference = worst(mine, other)
         assert cosine >= 0.99999
-        assert difference <= 1e-5 * max(1.0, float(abs(other).max()))
+        # Processors round sums in different orders.
+        assert difference <= 3e-5 * max(1.0, float(abs(other).max()))
 
 
 def test_shared_layers_are_stored_once(make_model: Make, encoder_cache: Path) -> None:

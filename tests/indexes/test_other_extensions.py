@@ -229,11 +229,12 @@ def test_on_a_server_with_a_stand_in(bare_database_url: sa.URL, method: str) -> 
         assert (stored.method, stored.column, stored.opclass) == (method, "vec", declared.opclass)
         assert same_index(connection, declared, stored)
     names = {"diskann": "query_search_list_size", "vchordrq": "max_scan_tuples"}
+    setting = sa.text(f"SELECT current_setting('{method}.{names[method]}')")
     with engine.begin() as connection:
+        connection.execute(sa.text(f"SET LOCAL {method}.{names[method]} = 7"))
         search = nearest(made.c.vec, vectors[7])
         rows = connection.execute(search).all()
-        kept = connection.scalar(sa.text(f"SELECT current_setting('{method}.{names[method]}')"))
-        assert kept == {"diskann": "100", "vchordrq": "-1"}[method]
+        assert connection.scalar(setting) == "", "set back behind the scan"
         scans = connection.scalar(sa.text("SELECT pg_stat_get_xact_numscans('i'::regclass)"))
         assert scans == 1
     assert rows[0].id == 7
