@@ -73,8 +73,12 @@ SQL_MODELS = [Annotated, AsClassVar, Inherited, InheritedToo, AsField]
 
 @pytest.fixture
 def tables(engine: sa.Engine, fake_encoder: Any) -> sa.Engine:
+    # Not all that SQLModel knows: pages of the documentation that ran here declare models as well.
+    own = sa.MetaData()
+    for model in SQL_MODELS:
+        model.__table__.to_metadata(own)  # type: ignore[attr-defined]
     with engine.begin() as connection:
-        create_all(connection, SQLModel.metadata)
+        create_all(connection, own)
         create_all(connection, Base.metadata)
     return engine
 
