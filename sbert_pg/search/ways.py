@@ -304,7 +304,9 @@ class Ways:
 
         def replace(element: Any, **_: Any) -> Any:
             # A part is another one where it is copied, and would be written once more.
-            return element if isinstance(element, sa.CTE) else given.c.get(labels.get(element))
+            if isinstance(element, sa.CTE):
+                return element
+            return given.c[labels[element]] if element in labels else None
 
         traverse: Any = visitors.replacement_traverse
         return given, traverse(criterion, {}, replace)

@@ -569,6 +569,7 @@ def test_few_rows_are_asked_for_their_proof_where_a_join_lets_many_pass(
     asked = sa.text("SELECT calls FROM pg_stat_xact_user_functions WHERE funcname = 'proven_v1'")
     for options in ({}, {"offset": 10}, {"exact": True}):
         session.commit()
+        session.execute(sa.text("SET LOCAL track_functions = 'all'"))
         statement = nearest(article.embedding, "privacy gift", **options)  # type: ignore[arg-type]
         statement = statement.join(article.author).where(shop.Author.name == "author 1")
         keys = [found.id for found in session.scalars(statement)]
