@@ -76,7 +76,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "orm": (5, 935),
     "passages": (6, 1224),
     "reembed": (12, 3305),
-    "search": (12, 3746),
+    "search": (12, 3748),
     "serving": (18, 3523),
     "sql": (1, 24),
     "tuning": (18, 4359),
