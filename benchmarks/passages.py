@@ -85,9 +85,42 @@ def medquad(directory: Path) -> tuple[list[Document], Questions]:
     return documents, [(row["question"].strip(), number[row["answer"]]) for row in rows]
 
 
+def xquad_mostly_short(directory: Path) -> tuple[list[Document], Questions]:
+    """The paragraphs of three articles of four by themselves, the fourth whole."""
+    articles = json.loads((directory / "xquad/xquad.en.json").read_text())["data"]
+    documents: list[Document] = []
+    questions: dict[str, int] = {}
+    for number, article in enumerate(articles):
+        paragraphs = article["paragraphs"]
+        for group in [paragraphs] if number % 4 == 0 else [[one] for one in paragraphs]:
+            body = "\n\n".join(paragraph["context"].strip() for paragraph in group)
+            title = article["title"].replace("_", " ")
+            documents.append(Document(id=len(documents) + 1, title=title, body=body))
+            for asked in (asked for paragraph in group for asked in paragraph["qas"]):
+                questions.setdefault(asked["question"].strip(), len(documents))
+    return documents, list(questions.items())
+
+
+def medquad_mostly_short(directory: Path) -> tuple[list[Document], Questions]:
+    """Answers below 900 characters, and every eighth of the others."""
+    documents, questions = medquad(directory)
+    long = [document for document in documents if len(document.body) >= 900]
+    chosen = [document for document in documents if len(document.body) < 900] + long[::8]
+    ids = {document.id for document in chosen}
+    return chosen, [question for question in questions if question[1] in ids]
+
+
+SETS = {
+    "XQuAD": xquad,
+    "MedQuAD": medquad,
+    "XQuAD, mostly short": xquad_mostly_short,
+    "MedQuAD, mostly short": medquad_mostly_short,
+}
+
+
 def quality(directory: Path) -> None:
-    """nDCG@10 of every score, through the database."""
-    for name, read in (("XQuAD", xquad), ("MedQuAD", medquad)):
+    """nDCG@10 of every score, through the database, beside that of the whole text as it is cut."""
+    for name, read in SETS.items():
         documents, questions = read(directory)
         with tempfile.TemporaryDirectory() as folder:
             Path(folder).chmod(0o755)
@@ -99,7 +132,7 @@ def quality(directory: Path) -> None:
                     session.add_all(documents)
                     session.commit()
                     backfill(engine, Document.__table__.c.passages_embedding)
-                    for score in ("best", "sum", "auto"):
+                    for score in ("cut", "best", "sum", "auto"):
                         started = time.perf_counter()
                         gains = [_gain(session, *question, score) for question in questions]
                         seconds = (time.perf_counter() - started) / len(questions)
@@ -109,8 +142,11 @@ def quality(directory: Path) -> None:
 
 
 def _gain(session: Session, question: str, due: int, score: str) -> float:
-    statement = nearest(Document.passages, question, score=score).with_only_columns(Document.id)
-    found = session.execute(statement).scalars().all()
+    if score == "cut":
+        statement = nearest(Document.passages_embedding, question, limit=10)
+    else:
+        statement = nearest(Document.passages, question, score=score)
+    found = session.execute(statement.with_only_columns(Document.id)).scalars().all()
     return 1 / math.log2(found.index(due) + 2) if due in found else 0.0
 
 
