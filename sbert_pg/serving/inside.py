@@ -15,7 +15,7 @@ import numpy as np
 
 from sbert_pg.encoder import Encoder
 from sbert_pg.encoder.directory import Manifest, is_converted
-from sbert_pg.errors import EncoderNotFoundError, SbertPgError
+from sbert_pg.errors import EncoderNotFoundError, EncodingError, SbertPgError
 from sbert_pg.probes import compatible_specs, measured
 from sbert_pg.spec import EncoderSpec, TextEncoder
 from sbert_pg.types.wire import to_text
@@ -58,7 +58,15 @@ def embed_here(
     if encoder is None:
         spec = EncoderSpec.from_json(json.loads(row["spec"]))
         encoder = known[encoders, row["id"]] = _encoder(Path(encoders), spec, row["probes"])
-    return to_text(np.asarray(encoder.encode_query([question])[0], np.float32))
+    return text_of(encoder.encode_query([question])[0])
+
+
+def text_of(vector: Any) -> str:
+    """A vector as pgvector reads it; ``EncodingError`` where it holds what is no number."""
+    numbers = np.asarray(vector, dtype=np.float32)
+    if not np.isfinite(numbers).all():
+        raise EncodingError("the encoder gave numbers that are not finite")
+    return to_text(numbers)
 
 
 def _encoder(directory: Path, spec: EncoderSpec, probes: bytes) -> TextEncoder:
@@ -86,4 +94,4 @@ def _encoder(directory: Path, spec: EncoderSpec, probes: bytes) -> TextEncoder:
     )
 
 
-__all__ = ["embed_here"]
+__all__ = ["embed_here", "text_of"]

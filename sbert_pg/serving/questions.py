@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
 
-import numpy as np
 import psycopg
 import sqlalchemy as sa
 from psycopg import sql
@@ -30,9 +29,9 @@ from sbert_pg.freshness.database import Database, Pause
 from sbert_pg.freshness.logs import LOGGER, say
 from sbert_pg.probes import measured
 from sbert_pg.registry import get_encoder
+from sbert_pg.serving.inside import text_of
 from sbert_pg.spec import TextEncoder
 from sbert_pg.sqlstates import words_of
-from sbert_pg.types.wire import to_text
 
 logger = logging.getLogger(LOGGER)
 
@@ -167,7 +166,7 @@ class Answers:
         for *key, text in rows:
             vector = reason = None
             try:
-                vector = _text(encoder.encode_query([text])[0])
+                vector = text_of(encoder.encode_query([text])[0])
             except EncodingError as refusal:
                 reason = words_of(refusal)
             driver.execute(_ANSWER, (vector, reason, *key))
@@ -184,14 +183,6 @@ class Answers:
                 hold_encoder(connection, binding, known)
             self._encoders[binding_id] = known
         return known
-
-
-def _text(vector: Any) -> str:
-    """A vector as pgvector reads it."""
-    numbers = np.asarray(vector, dtype=np.float32)
-    if not np.isfinite(numbers).all():
-        raise EncodingError("the encoder gave numbers that are not finite")
-    return to_text(numbers)
 
 
 __all__ = ["Answers"]
