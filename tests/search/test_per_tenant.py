@@ -192,6 +192,23 @@ def test_a_lambda_takes_the_value_of_each_call(tenants: Tenants) -> None:
     tenants.connection.rollback()
 
 
+def search_of_tenant(
+    type_: sa.types.TypeEngine[Any], value: Any, *indexes: sa.Index
+) -> sa.engine.Compiled:
+    """A search of one tenant's rows, compiled, beside partial indexes."""
+    row = sa.Table(
+        "row",
+        sa.MetaData(),
+        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("tenant", type_),
+        sa.Column("vec", Vector(3)),
+        *indexes,
+    )
+    asked = row.c.tenant == sa.literal(value, type_)
+    search = nearest(row.c.vec, [1.0, 2.0, 3.0]).where(asked)
+    return search.compile(dialect=sa.dialects.postgresql.dialect())
+
+
 @pytest.mark.parametrize(
     ("type_", "value", "spelled"),
     [
@@ -209,17 +226,8 @@ def test_a_lambda_takes_the_value_of_each_call(tenants: Tenants) -> None:
 def test_only_values_that_cannot_be_sql_are_written_out(
     type_: sa.types.TypeEngine[Any], value: Any, spelled: bool
 ) -> None:
-    row = sa.Table(
-        "row",
-        sa.MetaData(),
-        sa.Column("id", sa.Integer, primary_key=True),
-        sa.Column("tenant", type_),
-        sa.Column("vec", Vector(3)),
-        hnsw_index("row_vec", "vec", where=sa.text("tenant IS NOT NULL")),
-    )
-    asked = row.c.tenant == sa.literal(value, type_)
-    search = nearest(row.c.vec, [1.0, 2.0, 3.0]).where(asked)
-    compiled = search.compile(dialect=sa.dialects.postgresql.dialect())
+    partial = hnsw_index("row_vec", "vec", where=sa.text("tenant IS NOT NULL"))
+    compiled = search_of_tenant(type_, value, partial)
     assert (len(compiled.literal_execute_params) == 1) is spelled
     assert value in compiled.params.values()
 
@@ -236,16 +244,7 @@ def test_only_values_that_cannot_be_sql_are_written_out(
 def test_values_of_declared_indexes_are_written_out_and_no_others(
     type_: sa.types.TypeEngine[Any], declared: Any, other: Any
 ) -> None:
-    row = sa.Table(
-        "row",
-        sa.MetaData(),
-        sa.Column("id", sa.Integer, primary_key=True),
-        sa.Column("tenant", type_),
-        sa.Column("vec", Vector(3)),
-        *indexes_per("tenant", [declared], hnsw_index, "row_vec", "vec"),
-    )
     for value in (declared, other):
-        asked = row.c.tenant == sa.literal(value, type_)
-        search = nearest(row.c.vec, [1.0, 2.0, 3.0]).where(asked)
-        compiled = search.compile(dialect=sa.dialects.postgresql.dialect())
+        each = indexes_per("tenant", [declared], hnsw_index, "row_vec", "vec")
+        compiled = search_of_tenant(type_, value, *each)
         assert (len(compiled.literal_execute_params) == 1) is (value is declared)
