@@ -51,6 +51,8 @@ def limits(
         with common.database(database) as engine, engine.connect() as connection:
             side = resolve(connection, table)
             own += lib.own_texts(connection, side.column)
+    if not own and (texts or table):
+        raise DeclarationError(f"There is no text in {texts or table} that could be looked at.")
     with bar("measuring"):
         reports = [lib.limits_of(encoder_named(*split_name(name)), own) for name in names]
     if len(reports) == 1:

@@ -91,14 +91,15 @@ def adapt_queries(
 
 
 def refuse_taken(place: Path) -> None:
-    """Refuse a directory that exists: nothing of a user's is ever replaced by an encoder.
+    """Refuse a file or directory that exists: nothing of a user's is ever replaced.
 
     Raises:
         DeclarationError: it does.
     """
     if place.exists():
         raise DeclarationError(
-            f"{place} exists. Give a directory that does not; an encoder is never overwritten."
+            f"{place} exists, and is never overwritten. Give a directory that does not exist, nor "
+            "anything that is written beside it."
         )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import sqlalchemy as sa
 
@@ -39,8 +41,8 @@ def labelled(pairs: Iterable[Any]) -> list[LabelledQuery]:
     for number, pair in enumerate(pairs, start=1):
         try:
             one = pair if isinstance(pair, LabelledQuery) else _of_pair(pair)
-            if not one.text.strip() or any(not gain >= 0 for gain in one.gains.values()):
-                raise ValueError("the question is empty, or a gain is below 0")
+            if not one.text.strip() or not all(0 <= g < math.inf for g in one.gains.values()):
+                raise ValueError("the question is empty, or a gain is no number from 0 on")
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise LoadError(
                 f"Pair {number}, {pair!r}: it has to be a question, the key of a row that answers "
@@ -62,6 +64,8 @@ def _of_pair(pair: Any) -> LabelledQuery:
     if not isinstance(pair, Mapping):
         question, key, *gain = pair
         return LabelledQuery(_text(question), {_text(key): float(gain[0] if gain else 1)})
+    if None in pair:
+        raise ValueError("it has more fields than the header (a text with commas is to be quoted)")
     rest = {str(name): value for name, value in pair.items()}
 
     def take(names: Sequence[str]) -> Any:
@@ -150,6 +154,8 @@ def _of_json(line: str) -> list[Any]:
         data = json.loads(line)
         if "gains" not in data and "relevant" not in data:
             return [data]
+        if isinstance(data.get("relevant"), str):
+            raise TypeError("'relevant' is a text")
         gains = data.get("gains") or dict.fromkeys(map(_text, data["relevant"]), 1.0)
         weights = {_text(key): float(gain) for key, gain in gains.items()}
         return [LabelledQuery(data.get("query") or data["question"], weights)]
@@ -214,11 +220,15 @@ def in_columns(lines: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
 
 
-def _opened(path: Path, **options: Any) -> Any:
+@contextlib.contextmanager
+def _opened(path: Path, **options: Any) -> Iterator[TextIO]:
+    """A file to read, whatever goes wrong while it is read included."""
     try:
-        return path.open(encoding="utf-8-sig", **options)
-    except OSError as error:
-        raise LoadError(f"{path} cannot be read: {error.strerror}.") from error
+        with path.open(encoding="utf-8-sig", **options) as file:
+            yield file
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise LoadError(f"{path} cannot be read as text in UTF-8: {reason}.") from error
 
 
 def _lines(path: Path) -> Iterator[str]:

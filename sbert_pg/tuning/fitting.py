@@ -164,7 +164,9 @@ def tune(
 
     started = clock.perf_counter()
     place = Path(out)
-    refuse_taken(place)
+    beside = place.with_name(f"{place.name}-held-out.jsonl")
+    for taken in (place, beside):
+        refuse_taken(taken)
     _require_fitting(method, base, epochs, matryoshka)
     task = _task(
         engine, base_of(clause_of(column)), pairs, method, where, document, time, held_out, k, seed
@@ -173,7 +175,6 @@ def tune(
         proof = _matrix(task, method, place)
     else:
         proof = whole.fit(task, method, place, base, epochs, matryoshka)
-    beside = place.with_name(f"{place.name}-held-out.jsonl")
     write_queries(beside, task.judged)
     spec = whole.declared_spec(place)
     return Tuning(

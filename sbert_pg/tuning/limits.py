@@ -119,6 +119,8 @@ class Limits:
             lines.append(
                 f"of {own.halves} texts cut into halves, {own.separated} find their own half: the "
                 "rest lies outside of what this encoder separates"
+                if own.halves >= LEAST_TEXTS
+                else f"{own.halves} texts of 8 words and more are too few to say what it separates"
             )
         return "\n".join(lines)
 
@@ -148,16 +150,17 @@ def limits_of(encoder: Encoder, texts: Sequence[str] = ()) -> Limits:
 
     Args:
         encoder: a converted encoder.
-        texts: one's own texts; the first 500 are looked at. From their first sentences triples are
-            made: without articles the same, with a negation, two words exchanged, or another number
-            not. These changes are English; other languages give fewer triples.
+        texts: one's own texts; the first 500 that say something are looked at. From their first
+            sentences triples are made: without articles the same, with a negation, two words
+            exchanged, or another number not. These changes are English; other languages give fewer
+            triples.
 
     Raises:
-        DeclarationError: a text is empty.
+        DeclarationError: all texts are empty.
     """
-    if any(not text.strip() for text in texts):
-        raise DeclarationError("limits_of() was given an empty text; leave such texts out.")
-    own = list(dict.fromkeys(texts))[:MOST_TEXTS]
+    own = list(dict.fromkeys(text for text in texts if text.strip()))[:MOST_TEXTS]
+    if texts and not own:
+        raise DeclarationError(f"limits_of() was given {len(texts)} texts, and all are empty.")
     limits = [_limit(encoder, name, "library", triples) for name, triples in TRIPLES.items()]
     limits.append(_limit(encoder, LONG, "library", _long(encoder)))
     for name, change in _CHANGES.items():

@@ -34,6 +34,7 @@ MODELS: dict[str, tuple[Wish, dict[str, Any]]] = {
     "distilbert": (Wish("distilbert"), {}),
     "roberta": (Wish("roberta"), {}),
     "xlm-roberta": (Wish("xlm-roberta"), {}),
+    "camembert": (Wish("camembert"), {}),
     "mpnet": (Wish("mpnet"), {}),
     "albert": (Wish("albert", config={**SMALL, "embedding_size": 16}), {}),
     "electra": (Wish("electra", config={**SMALL, "embedding_size": 16}),

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from encoder_models import TEXTS, Make, Wish, worst
+from encoder_models import TEXTS, Make, Wish, worst, write_cross_encoder
 
-from sbert_pg.encoder import Encoder
+from sbert_pg.encoder import Encoder, Reranker
 
 BASE = {
     "hidden_size": 768,
@@ -47,6 +48,14 @@ MODELS = {
         max_seq_length=128,
         scale=0.03,
     ),
+    "sentence-camembert-base": Wish(
+        "camembert",
+        config=dict(BASE),
+        layers=(),
+        vocabulary=32_005,
+        max_seq_length=128,
+        scale=0.03,
+    ),
     "embeddinggemma-300m": Wish(
         "gemma3_text",
         config={"hidden_size": 768, "num_hidden_layers": 24, "num_attention_heads": 3,
@@ -72,6 +81,15 @@ MODELS = {
     ),
 }  # fmt: skip
 
+RERANKERS = {
+    "bge-reranker-base": Wish(
+        "xlm-roberta", config=dict(BASE), vocabulary=250_002, max_seq_length=512, scale=0.03
+    ),
+    "crossencoder-camembert-base": Wish(
+        "camembert", config=dict(BASE), vocabulary=32_005, max_seq_length=128, scale=0.03
+    ),
+}
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
@@ -87,3 +105,17 @@ def test_true_sizes(
     cosine, difference = worst(ours.encode(texts), theirs)
     assert cosine >= 0.99999
     assert difference <= 1e-5 * max(1.0, float(abs(theirs).max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RERANKERS)
+def test_true_sizes_of_rerankers(tmp_path: Path, encoder_cache: Path, name: str) -> None:
+    cross_encoders = pytest.importorskip("sentence_transformers")
+    write_cross_encoder(RERANKERS[name], tmp_path / "model")
+    ours = Reranker.load(tmp_path / "model", precision="fp32", cache_dir=encoder_cache)
+    pairs = list(zip(TEXTS[::3], TEXTS[1::3], strict=False))
+    theirs = np.asarray(
+        cross_encoders.CrossEncoder(str(tmp_path / "model"), device="cpu").predict(pairs)
+    )
+    assert np.ptp(theirs) > 1e-3, "scores that differ"
+    np.testing.assert_allclose(ours.score_pairs(pairs), theirs, atol=1e-5)

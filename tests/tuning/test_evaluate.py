@@ -181,15 +181,23 @@ def test_pairs_by_a_query_and_from_files(library: Any, tmp_path: Path) -> None:
     [
         ("a.csv", "question,id\nx\n", "line 1"),
         ("a.csv", "question,number\nx,1\n", "line 1"),
-        ("a.csv", "question,id,gain\nx,1,-1\n", "below 0"),
+        ("a.csv", "question,id,gain\nx,1,-1\n", "from 0 on"),
+        ("a.csv", "question,id,gain\nx,1,inf\n", "from 0 on"),
+        ("a.csv", "question,id\nHello, where is it,1\n", "more fields"),
+        ("a.csv", 'question,id\n"x" y,1\n', "cannot be read"),
+        ("a.csv", "question,id\n" + "x" * 200_000 + ",1\n", "cannot be read"),
+        ("a.csv", b"question,id\ncaf\xe9,1\n", "UTF-8"),
+        ("a.jsonl", '{"query": "x", "relevant": "12"}\n', "list of keys"),
         ("a.jsonl", '{"query": "x", "relevant": ["1"]}\nnonsense\n', "line 2"),
         ("a.qrels", "1 0 2\n", "topics"),
         ("missing.csv", None, "cannot be read"),
     ],
 )
-def test_unreadable_pairs(tmp_path: Path, name: str, text: str | None, message: str) -> None:
+def test_unreadable_pairs(
+    tmp_path: Path, name: str, text: str | bytes | None, message: str
+) -> None:
     if text is not None:
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(LoadError, match=message):
         read_pairs(tmp_path / name)
 

@@ -119,5 +119,17 @@ def test_ones_own_texts(minilm: Any, database_url: sa.URL, tmp_path: Path) -> No
     )
     assert loaded.returncode == 0, loaded.stderr
     asked = ("encoder", "limits", minilm.spec.name, "--table", "article", "--json")
+    engine = sa.create_engine(database_url)
+    with engine.begin() as connection:
+        connection.execute(sa.text("INSERT INTO article (body) VALUES (NULL), (''), (E'\\n\\t')"))
     table = sbert_pg(*asked, url=database_url)
     assert json.loads(table.stdout)["own"]["texts"] == 1, table.stderr
+    assert "too few to say" in sbert_pg(*asked[:-1], url=database_url).stdout
+    with engine.begin() as connection:
+        connection.execute(sa.text("DELETE FROM article WHERE length(body) > 2"))
+    engine.dispose()
+    empty = sbert_pg(*asked, url=database_url)
+    assert empty.returncode == 1
+    assert "empty" in empty.stderr
+    with_text = sbert_pg("encoder", "limits", minilm.spec.name, "--texts", "/dev/null")
+    assert "There is no text in /dev/null" in with_text.stderr

@@ -224,6 +224,9 @@ def test_refusals(engine: sa.Engine, shop: Any, minilm: Encoder, tmp_path: Path)
     (tmp_path / "there").mkdir()
     with pytest.raises(DeclarationError, match="exists"):
         tune(engine, Thing.embedding, pairs(shop), out=tmp_path / "there")
+    (tmp_path / "kept-held-out.jsonl").write_text("the measure of before")
+    with pytest.raises(DeclarationError, match=r"kept-held-out\.jsonl exists"):
+        tune(engine, Thing.embedding, pairs(shop), out=tmp_path / "kept")
     with pytest.raises(DeclarationError, match="no embedding column"):
         tune(engine, Thing.body, pairs(shop), out=tmp_path / "x")
     with pytest.raises(DeclarationError, match="'nowhere'"):
