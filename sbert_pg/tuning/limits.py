@@ -158,7 +158,7 @@ def limits_of(encoder: Encoder, texts: Sequence[str] = ()) -> Limits:
     Raises:
         DeclarationError: all texts are empty.
     """
-    own = list(dict.fromkeys(text for text in texts if text.strip()))[:MOST_TEXTS]
+    own = list(dict.fromkeys(filter(str.strip, texts)))[:MOST_TEXTS]
     if texts and not own:
         raise DeclarationError(f"limits_of() was given {len(texts)} texts, and all are empty.")
     limits = [_limit(encoder, name, "library", triples) for name, triples in TRIPLES.items()]
