@@ -2,7 +2,7 @@
 
 pip install 'sbert-pg[convert]' fastapi uvicorn
 export DATABASE_URL=postgresql+psycopg://localhost/shop
-sbert-pg init -d "$DATABASE_URL"
+sbert-pg migrate -d "$DATABASE_URL"
 uvicorn fastapi_search:app
 """
 

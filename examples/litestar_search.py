@@ -2,7 +2,7 @@
 
 pip install 'sbert-pg[convert]' litestar advanced-alchemy uvicorn greenlet
 export DATABASE_URL=postgresql+psycopg://localhost/shop
-sbert-pg init -d "$DATABASE_URL"
+sbert-pg migrate -d "$DATABASE_URL"
 litestar --app litestar_search:app run
 """
 

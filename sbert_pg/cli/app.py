@@ -28,24 +28,16 @@ from sbert_pg.errors import SbertPgError, StepStoppedError
 
 #: Commands in the order of ``--help``, and those of the groups.
 COMMANDS: tuple[Callable[..., None], ...] = (
-    demo.demo, schema.init, schema.migrate, schema.status, doctor.doctor,
-    data.load, data.search, data.duplicates, tuning.evaluate, tuning.fit_weight, tuning.tune,
+    demo.demo, schema.migrate, schema.status, doctor.doctor,
+    data.load, data.search, data.duplicates, tuning.evaluate, tuning.tune,
     freshness.worker, freshness.backfill, freshness.failed, freshness.audit, reembed.adopt,
     serve.serve, serve.mcp, serve.explore,
 )  # fmt: skip
 GROUPS: dict[str, tuple[str, tuple[Callable[..., None], ...]]] = {
     "index": ("Vector indexes, measured.", (tuning.advise,)),
     "encoder": (
-        "Convert, look at and compare encoders.",
-        (
-            encoder.list_,
-            encoder.convert,
-            encoder.show,
-            encoder.measure,
-            encoder.compare,
-            choosing.choose,
-            choosing.limits,
-        ),
+        "Convert, look at and choose encoders.",
+        (encoder.convert, encoder.show, encoder.measure, choosing.choose, choosing.limits),
     ),
     "reembed": (
         "A change of encoder: begin, backfill, verify, switch, finish.",

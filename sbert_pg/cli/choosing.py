@@ -10,9 +10,9 @@ import typer
 
 from sbert_pg import tuning as lib
 from sbert_pg.cli import common
-from sbert_pg.cli.encoder import split_name
+from sbert_pg.cli.encoder import encoder_named
 from sbert_pg.cli.target import embedding_or_texts, resolve
-from sbert_pg.cli.tuning import PairsOption, encoder_named, queries_of
+from sbert_pg.cli.tuning import queries_of
 from sbert_pg.errors import DeclarationError
 from sbert_pg.progress import bar
 from sbert_pg.tuning.limits import beside
@@ -26,13 +26,9 @@ def limits(
         typer.Argument(help="An encoder, or several to see side by side; as NAME or NAME:fp32."),
     ],
     texts: Annotated[
-        Path | None,
-        typer.Option(help="A file of your own texts, one a line.", show_default=False),
-    ] = None,
-    table: Annotated[
         str | None,
         typer.Option(
-            help="A table or column of the database, whose texts are looked at.",
+            help="Your own texts: a file, one a line, or a table or column of the database.",
             show_default=False,
         ),
     ] = None,
@@ -44,17 +40,18 @@ def limits(
     On texts that come with the library and, where given, on your own.
 
     [b]sbert-pg encoder limits all-MiniLM-L6-v2[/]
-    [b]sbert-pg encoder limits all-MiniLM-L6-v2 ./models/other --table article[/]
+    [b]sbert-pg encoder limits all-MiniLM-L6-v2 ./models/other --texts article[/]
     """
-    own = [] if texts is None else _lines_of(texts)
-    if table is not None:
+    own: list[str] = []
+    if texts is not None and (Path(texts).exists() or "/" in texts):
+        own = _lines_of(Path(texts))
+    elif texts is not None:
         with common.database(database) as engine, engine.connect() as connection:
-            side = resolve(connection, table)
-            own += lib.own_texts(connection, side.column)
-    if not own and (texts or table):
-        raise DeclarationError(f"There is no text in {texts or table} that could be looked at.")
+            own = lib.own_texts(connection, resolve(connection, texts).column)
+    if texts is not None and not own:
+        raise DeclarationError(f"There is no text in {texts} that could be looked at.")
     with bar("measuring"):
-        reports = [lib.limits_of(encoder_named(*split_name(name)), own) for name in names]
+        reports = [lib.limits_of(encoder_named(name), own) for name in names]
     if len(reports) == 1:
         common.show(reports[0], reports[0].to_json(), json)
     else:
@@ -62,23 +59,9 @@ def limits(
 
 
 def choose(
-    table: Annotated[
-        str,
-        typer.Option(
-            help="A table or embedding column; or the texts of a table that has none yet, as "
-            "article.body or article.title,body.",
-            show_default=False,
-        ),
-    ],
-    pairs: PairsOption,
-    names: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Encoders to compare, as NAME or NAME:fp32; by default those that have been "
-            "converted on this machine.",
-            show_default=False,
-        ),
-    ] = None,
+    target: common.TargetArgument,
+    pairs: common.PairsOption,
+    encoder: common.EncodersOption = None,
     budget: Annotated[
         str | None,
         typer.Option(help="What encoding a question may take, as 2ms.", show_default=False),
@@ -90,24 +73,25 @@ def choose(
     """Which encoder should I use? Answered on a table's own texts and questions.
 
     Quality with intervals, speed on this machine, size, languages, limits, and what the change
-    would cost. The column's own encoder is always among them; a table that has no embedding column
-    yet is named by its texts. Exits with 1 where none keeps to the budget.
+    would cost. Of the encoders of --encoder, which may be repeated, or of all that have been
+    converted on this machine; the column's own is always among them. A table that has no embedding
+    column yet is named by its texts. Exits with 1 where none keeps to the budget.
 
-    [b]sbert-pg encoder choose --table article --pairs pairs.csv --budget 2ms[/]
-    [b]sbert-pg encoder choose ./models/a all-mpnet-base-v2 --table article --pairs pairs.csv[/]
+    [b]sbert-pg encoder choose article --pairs pairs.csv --budget 2ms[/]
+    [b]sbert-pg encoder choose article.title,body --pairs pairs.csv -e ./models/a -e ./models/b[/]
     """
     limit = None if budget is None else _milliseconds(budget)
-    given = [encoder_named(*split_name(name)) for name in names or ()] or lib.local_encoders()
+    candidates = [encoder_named(name) for name in encoder or ()] or lib.local_encoders()
     with common.database(database) as engine:
         with engine.connect() as connection:
-            columns = embedding_or_texts(connection, table)
-        queries = queries_of(engine, pairs, None)
+            columns = embedding_or_texts(connection, target)
+        queries = queries_of(engine, pairs)
         with bar("measuring"):
             choice = lib.choose_encoder(
                 engine,
                 columns,
                 queries,
-                given,
+                candidates,
                 budget=limit,
                 where=common.criteria(where),
             )

@@ -19,9 +19,6 @@ from sbert_pg.types.vector import VectorType
 
 AlgorithmName = Literal["kmeans", "hdbscan", "communities", "agglomerative"]
 
-ThresholdOption = Annotated[
-    float | None, typer.Option(min=-1, max=1, help="Least similarity.", show_default=False)
-]
 JSON_RUN = (
     "id", "column_name", "encoder", "algorithm", "parameters", "state", "rows", "n_clusters",
     "outliers", "pending", "warnings", "inertia", "score", "curve", "mean_distance", "started_at",
@@ -42,33 +39,30 @@ def run(
     ] = "kmeans",
     clusters: Annotated[
         str,
-        typer.Option("--clusters", "-k", help="k-means: a number, several (10,20,40), or auto."),
+        typer.Option(help="k-means: a number, several (10,20,40), or auto."),
     ] = "auto",
-    min_size: Annotated[int, typer.Option(min=1, help="Least rows of a dense cluster.")] = 10,
-    threshold: ThresholdOption = None,
     where: common.WhereOption = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same clusters.")] = 0,
     keep: Annotated[
         int | None,
         typer.Option(min=0, help="Delete earlier runs but so many.", show_default=False),
     ] = None,
-    create: Annotated[
-        bool, typer.Option("--create", help="Create the tables of the clustering if need be.")
-    ] = False,
+    create: common.CreateOption = False,
     json: common.JsonOption = False,
 ) -> None:
     """Cluster the rows of a table and make the result the current one.
 
+    cluster() in Python takes each algorithm's own settings, and a seed.
+
     [b]sbert-pg cluster run article --create[/]
-    [b]sbert-pg cluster run article -k 50[/]
-    [b]sbert-pg cluster run article -a hdbscan --min-size 20[/]
+    [b]sbert-pg cluster run article --clusters 50[/]
+    [b]sbert-pg cluster run article -a hdbscan --keep 5[/]
     """
-    chosen = _algorithm(algorithm, clusters, min_size, threshold)
+    chosen = _algorithm(algorithm, clusters)
     with common.database(database) as engine:
         topics = _clustering(engine, target, app, create=create)
         with bar() as advance:
             done = lib.cluster(
-                engine, topics, chosen, seed=seed, where=common.criterion(where), progress=advance
+                engine, topics, chosen, where=common.criterion(where), progress=advance
             )
         if keep is not None:
             with engine.begin() as connection:
@@ -186,18 +180,14 @@ def map_(
     ] = None,
     database: common.DatabaseOption = None,
     app: common.AppOption = None,
-    projection: Annotated[
-        Literal["auto", "tsne", "umap", "pca"],
-        typer.Option(help="How; auto is UMAP where umap-learn is installed, else t-SNE."),
-    ] = "auto",
 ) -> None:
     """Place the rows in two dimensions, coloured by cluster.
 
-    On a file a sample of 5,000 rows of a larger table; stored, up to 100,000.
+    By UMAP where umap-learn is installed, else t-SNE; cluster_map() in Python takes others. On a
+    file a sample of 5,000 rows of a larger table; stored, up to 100,000.
 
     [b]sbert-pg cluster map article[/]
     [b]sbert-pg cluster map article topics.html[/]
-    [b]sbert-pg cluster map article topics.png --projection pca[/]
     """
     if file is not None and file.suffix.lower() not in (".html", ".png"):
         raise DeclarationError(f"The map {str(file)!r} has to end in .html or .png.")
@@ -205,11 +195,11 @@ def map_(
         topics = _clustering(engine, target, app)
         if file is None:
             with bar("placing rows"), engine.begin() as connection:
-                placed = lib.store_map(connection, topics, projection=projection)
+                placed = lib.store_map(connection, topics)
             common.note(f"{placed:,} rows have their place; 'sbert-pg explore' shows them.")
             return
         with bar("placing rows"), engine.connect() as connection:
-            plane = lib.cluster_map(connection, topics, projection=projection)
+            plane = lib.cluster_map(connection, topics)
     if file.suffix.lower() == ".html":
         plane.save_html(file)
     else:
@@ -272,13 +262,13 @@ def _declared(app: str, target: str) -> lib.Clustering:
     return of_table[0]
 
 
-def _algorithm(name: AlgorithmName, clusters: str, min_size: int, threshold: float | None) -> Any:
+def _algorithm(name: AlgorithmName, clusters: str) -> Any:
     if name == "hdbscan":
-        return lib.HDBSCAN(min_cluster_size=min_size)
+        return lib.HDBSCAN()
     if name == "communities":
-        return lib.Communities(0.75 if threshold is None else threshold, min_size)
+        return lib.Communities()
     if name == "agglomerative":
-        return lib.Agglomerative(0.6 if threshold is None else 1 - threshold)
+        return lib.Agglomerative()
     if clusters == "auto":
         return lib.KMeans()
     try:

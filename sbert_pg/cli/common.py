@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from functools import partial
 from typing import Annotated, Any
 
 import sqlalchemy as sa
@@ -77,6 +77,65 @@ WhereOption = Annotated[
     ),
 ]
 LimitOption = Annotated[int, typer.Option("--limit", "-n", min=1, help="Lines to show, at most.")]
+_ENCODER: Any = partial(
+    typer.Option,
+    "--encoder",
+    "-e",
+    help="An encoder, by name or directory; ':fp32' after it asks for a precision.",
+)
+EncoderOption = Annotated[str, _ENCODER()]
+SomeEncoderOption = Annotated[str | None, _ENCODER(show_default=False)]
+EncodersOption = Annotated[list[str] | None, _ENCODER(show_default=False)]
+SourceOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--source",
+        "-s",
+        help="A column that the text is made of, or the text as a template, as in 'Title: "
+        "{title}'. Columns may be repeated.",
+        show_default=False,
+    ),
+]
+CreateOption = Annotated[
+    bool, typer.Option("--create", help="Create the tables that the command needs.")
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Show what would be done; change nothing.")
+]
+FiltersOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--filter",
+        help="A filter that the application uses, in SQL; recall is measured under it. May be "
+        "repeated.",
+        show_default=False,
+    ),
+]
+_PAIRS: Any = typer.Option(
+    "--pairs",
+    help="Labelled questions: a file (.csv and .tsv with the header question,id and perhaps gain; "
+    ".jsonl), or a query in SQL that gives those columns.",
+    show_default=False,
+)
+PairsOption = Annotated[str, _PAIRS]
+SomePairsOption = Annotated[str | None, _PAIRS]
+HttpOption = Annotated[
+    str | None,
+    typer.Option(
+        "--http", help="HOST:PORT to listen on.", envvar="SBERT_PG_HTTP", show_default=False
+    ),
+]
+TokenOption = Annotated[
+    str | None,
+    typer.Option(
+        "--token",
+        help="What clients send as 'Authorization: Bearer ...', and browsers as the password; "
+        "needed where HOST is not this machine alone. Better given by the variable, which no list "
+        "of processes shows.",
+        envvar="SBERT_PG_TOKEN",
+        show_default=False,
+    ),
+]
 LogOption = Annotated[
     str,
     typer.Option(
@@ -140,7 +199,6 @@ def normalized_url(url: str) -> sa.URL:
 @contextmanager
 def database(
     url: str | None,
-    data_dir: Path | None = None,
     *,
     lasting: bool = False,
     variables: bool = True,
@@ -152,7 +210,6 @@ def database(
 
     Args:
         url: the database; ``None`` for the one that PGHOST and the like name, else the embedded.
-        data_dir: directory of the embedded server.
         lasting: whether the command may run for months; see ``LASTING``.
         variables: whether PGHOST and the like are asked.
     """
@@ -169,7 +226,7 @@ def database(
     from sbert_pg import catalog
     from sbert_pg.embedded import embedded_server
 
-    with embedded_server(data_dir) as server:
+    with embedded_server() as server:
         engine = sa.create_engine(server.ensure_database(EMBEDDED_DATABASE))
         try:
             with engine.begin() as connection:
@@ -179,12 +236,13 @@ def database(
             engine.dispose()
 
 
-def prepare(app: str | None, log: str = "warning") -> sa.MetaData | None:
+def prepare(app: str | None, log: str | None = None) -> sa.MetaData | None:
     """Set logging up and import the application.
 
     Args:
         app: ``module``, or ``module:attribute`` where the attribute is metadata or has it.
-        log: a level, with ``:json`` for one object a line.
+        log: a level, with ``:json`` for one object a line; ``$SBERT_PG_LOG`` by default, else
+            warnings.
 
     Returns:
         The metadata, ``None`` where no attribute is named.
@@ -194,6 +252,7 @@ def prepare(app: str | None, log: str = "warning") -> sa.MetaData | None:
     """
     from sbert_pg.freshness import logs
 
+    log = log or os.environ.get("SBERT_PG_LOG") or "warning"
     name, _, form = log.partition(":")
     level = logging.getLevelName(name.upper())
     if not isinstance(level, int) or form not in ("", "json"):

@@ -20,14 +20,14 @@ from sqlalchemy.orm import Session
 from sbert_pg import clustering as lib
 from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.cli import common, passages
-from sbert_pg.cli.target import resolve, table_named, text_column_of
-from sbert_pg.clustering.duplicates import DuplicateMethod, Grouping
-from sbert_pg.errors import ClusteringError, DeclarationError, LoadError
+from sbert_pg.cli.encoder import spec_named
+from sbert_pg.cli.target import resolve, source_of, table_named, text_column_of
+from sbert_pg.clustering.duplicates import Grouping
+from sbert_pg.errors import DeclarationError, LoadError
 from sbert_pg.indexes import hnsw_index
 from sbert_pg.progress import bar
 from sbert_pg.reembed.change import Side
 from sbert_pg.search import explain_search, explain_words, hybrid, matching, nearest
-from sbert_pg.source import Source
 
 if TYPE_CHECKING:
     from sbert_pg.loading import Loaded
@@ -41,34 +41,18 @@ Row = dict[str, Any]
 
 
 def load(
+    table: Annotated[str, typer.Argument(metavar="TABLE", help="A table, or schema.table.")],
     file: Annotated[
         str, typer.Argument(help="CSV with a header, or JSON lines; '-' is standard input (JSON).")
     ],
-    table: Annotated[str, typer.Option("--table", "-t", help="Table, or schema.table.")],
     database: common.DatabaseOption = None,
-    create: Annotated[
-        bool, typer.Option("--create", help="Make the table, its embedding column and its index.")
-    ] = False,
-    source: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--source",
-            "-s",
-            help="With --create: column to embed; repeat it for several.",
-            show_default=False,
-        ),
-    ] = None,
-    encoder: Annotated[
-        str, typer.Option(help="With --create: the encoder of the new column.")
-    ] = DEFAULT_ENCODER,
-    dimensions: Annotated[
-        int | None, typer.Option(help="With --create: width, for an encoder not known by name.")
-    ] = None,
+    create: common.CreateOption = False,
+    source: common.SourceOption = None,
+    encoder: common.EncoderOption = DEFAULT_ENCODER,
     in_passages: Annotated[
         bool,
         typer.Option(
-            "--passages",
-            help="With --create: cut the last source into passages; those before it are headings.",
+            "--passages", help="Cut the last source into passages; those before it are headings."
         ),
     ] = False,
     json: common.JsonOption = False,
@@ -76,11 +60,12 @@ def load(
     """Load rows with their embeddings, through binary COPY.
 
     All rows or none: a bad row, an error or Ctrl-C leaves the table as it was. Documents are then
-    cut into passages, as a worker does.
+    cut into passages, as a worker does. With --create the table, its embedding column and its index
+    are made first, which is what --source, --encoder and --passages are for.
 
-    [b]sbert-pg load articles.csv -t article --create -s title -s body[/]
-    [b]sbert-pg load manuals.jsonl -t manual --create --passages -s title -s body[/]
-    [b]cat more.jsonl | sbert-pg load - -t article[/]
+    [b]sbert-pg load article articles.csv --create -s title -s body[/]
+    [b]sbert-pg load manual manuals.jsonl --create --passages -s title -s body[/]
+    [b]cat more.jsonl | sbert-pg load article -[/]
     """
     from sbert_pg.loading import load as load_rows
 
@@ -91,9 +76,7 @@ def load(
         with bar("loading the encoder") as advance, engine.begin() as connection:
             if create:
                 columns: list[str] = list(*first)
-                target = _create(
-                    connection, table, columns, source, encoder, dimensions, in_passages
-                )
+                target = _create(connection, table, columns, source, encoder, in_passages)
             else:
                 target = table_named(connection, table)
             show = partial(advance, "encoding and writing")
@@ -126,17 +109,10 @@ def search(
     database: common.DatabaseOption = None,
     limit: common.LimitOption = 10,
     where: common.WhereOption = None,
-    min_similarity: Annotated[
-        float | None, typer.Option(help="Leave out what is less similar.", show_default=False)
-    ] = None,
     by: Annotated[
         Literal["meaning", "words", "both"],
         typer.Option(help="What to compare: meaning, words (BM25), or both (hybrid)."),
     ] = "meaning",
-    words: Annotated[
-        str | None,
-        typer.Option(help="The text column, where there are several.", show_default=False),
-    ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Say how the rows were found, and how surely.")
     ] = False,
@@ -159,13 +135,11 @@ def search(
         if cut:
             embedding = passages.attribute_of(connection, side)
         if by == "meaning":
-            statement: Any = nearest(embedding, query, min_similarity=min_similarity, **options)
-        elif min_similarity is not None:
-            raise DeclarationError("--min-similarity belongs to a search by meaning alone.")
+            statement: Any = nearest(embedding, query, **options)
         elif by == "words":
-            statement = matching(text_column_of(embedding.table, words), query, **options)
+            statement = matching(text_column_of(embedding.table), query, **options)
         else:
-            text: Any = text_column_of(side.table, words)
+            text: Any = text_column_of(side.table)
             text = getattr(embedding.class_, text.key) if cut else text
             statement = hybrid(embedding, text, query, **options)
         if cut:
@@ -200,10 +174,6 @@ def duplicates(
     database: common.DatabaseOption = None,
     threshold: Annotated[float, typer.Option(min=-1, max=1, help="Least similarity.")] = 0.9,
     where: common.WhereOption = None,
-    method: Annotated[
-        DuplicateMethod,
-        typer.Option(help="Compare all rows with all, or ask the vector index, which misses some."),
-    ] = "exact",
     groups: Annotated[
         Grouping | None,
         typer.Option(
@@ -215,24 +185,22 @@ def duplicates(
     limit: common.LimitOption = 20,
     json: common.JsonOption = False,
 ) -> None:
-    """Find rows that are nearly the same.
+    """Find rows that are nearly the same, comparing all with all.
+
+    Of some hundred thousand rows and more the vector index does it faster and misses some:
+    duplicate_pairs(..., method="index") in Python.
 
     [b]sbert-pg duplicates article --threshold 0.95[/]
-    [b]sbert-pg duplicates article --method index[/]
     [b]sbert-pg duplicates article --groups centred --json[/]
     """
-    chosen: dict[str, Any] = {"threshold": threshold, "where": common.criterion(where)}
     with common.database(database) as engine, engine.connect() as connection:
         column = resolve(connection, target)
-        if method == "index":
-            _require_index(column)
-        with bar("comparing rows") as advance:
-            pairs = list(lib.duplicate_pairs(connection, column.column, method=method, **chosen))
-            if method == "index":
-                advance("measuring the index")
-                recall = lib.index_recall(connection, column.column, **chosen)
-        if method == "index":
-            common.note(_recall_note(recall))
+        with bar("comparing rows"):
+            pairs = list(
+                lib.duplicate_pairs(
+                    connection, column.column, threshold=threshold, where=common.criterion(where)
+                )
+            )
         if groups is not None:
             grouped = lib.groups_of(pairs, groups)
             shown = [{"rows": len(group), "keys": group} for group in grouped]
@@ -245,33 +213,6 @@ def duplicates(
     common.note(f"{len(pairs):,} pairs above {threshold}.")
     if shown:
         common.print_table(list(shown[0]), [list(row.values()) for row in shown[:limit]])
-
-
-def _require_index(target: Side) -> None:
-    """Leave the table the indexes that find duplicates, of those that the column has.
-
-    Raises:
-        ClusteringError: none serves every row by the encoder's metric.
-    """
-    similarity = target.spec.similarity
-    names = {
-        index.name
-        for index in target.indexes
-        if index.valid and not index.partial and index.similarity == similarity
-    }
-    for index in [index for index in target.table.indexes if index.name not in names]:
-        target.table.indexes.discard(index)
-    if not names:
-        raise ClusteringError(
-            f"Column {target.binding} has no valid HNSW or IVFFlat index over all rows that ranks "
-            f"by {similarity}. Create one, or use --method exact."
-        )
-
-
-def _recall_note(recall: float | None) -> str:
-    if recall is None:
-        return "Recall of the index is not known: no row of the sample is in a pair."
-    return f"Recall of the index, on a sample of rows: {recall:.1%}."
 
 
 def _pairs(
@@ -308,7 +249,6 @@ def _create(
     columns: Sequence[str],
     source: Sequence[str] | None,
     encoder: str,
-    dimensions: int | None,
     in_passages: bool,
 ) -> sa.Table:
     """A table of text columns with an embedding column, bound; its index is left to the caller."""
@@ -316,17 +256,19 @@ def _create(
 
     if not columns:
         raise LoadError("--create: there are no rows, so the columns are not known.")
-    if not source:
+    text = source_of(source)
+    if source is None or text is None:
         raise DeclarationError(
             f"--create needs --source: which of {', '.join(columns)} is to be embedded?"
         )
     schema, _, table_name = name.rpartition(".")
     if sa.inspect(connection).has_table(table_name, schema=schema or None):
         raise DeclarationError(f"--create: table {name!r} exists already; leave --create out.")
+    spec = spec_named(encoder)
     own = [sa.Column(column, sa.Text) for column in columns if column != "id"]
     embedding: list[Any] = []
     if not in_passages:
-        type_ = Embedding(encoder, Source.of(list(source)), dimensions=dimensions)
+        type_ = Embedding(spec, text)
         index = hnsw_index(f"{table_name}_{EMBEDDING}", EMBEDDING)
         embedding = [sa.Column(EMBEDDING, type_), index]
     table = sa.Table(
@@ -337,9 +279,9 @@ def _create(
         *embedding,
         schema=schema or None,
     )
-    Source.of(list(source)).resolve(table)
+    text.resolve(table)
     if in_passages:
-        passages.create(connection, table, source, encoder, dimensions)
+        passages.create(connection, table, source, spec)
         return table
     connection.execute(sa.schema.CreateTable(table))
     catalog.bind(connection, table.c[EMBEDDING])

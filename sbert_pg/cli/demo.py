@@ -58,6 +58,7 @@ TEXT = Source.template("{module}.{name}: {summary}")
 SHORT_TEXT = Source.of("summary")
 COLUMN, REPLACED = "embedding_l6", "embedding"
 TOPICS = 12
+LIMIT = 5
 
 
 class Columns:
@@ -99,11 +100,6 @@ def demo(
         str | None, typer.Argument(help="What to look for; without it, a tour.")
     ] = None,
     database: common.DatabaseOption = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Directory of the embedded server.", show_default=False)
-    ] = None,
-    limit: common.LimitOption = 5,
-    json: common.JsonOption = False,
     explore: Annotated[
         bool, typer.Option("--explore", help="Open the pages of its database in a browser instead.")
     ] = False,
@@ -119,30 +115,18 @@ def demo(
     """
     # What is cut of a long text is the point of one of the steps, and no news there.
     common.prepare(None, "error")
-    with common.database(database, data_dir, variables=False) as engine:
+    with common.database(database, variables=False) as engine:
         if explore:
             _explore(engine)
             return
-        if question is None and not json:
-            tour(engine, limit)
+        if question is None:
+            tour(engine)
             return
-        mapped = prepared(engine)
-        questions = QUESTIONS if question is None else (question,)
-        answers = [(text, *ask(engine, mapped, text, limit)) for text in questions]
-    if json:
-        common.print_json(
-            [
-                {"question": text, "milliseconds": round(seconds * 1000, 2), "answers": rows}
-                for text, rows, seconds in answers
-            ]
-        )
-        return
-    for text, rows, seconds in answers:
-        _print_answers(text, rows, seconds)
-    _print_statements(answers[0][0], limit)
+        _print_answers(question, *ask(engine, prepared(engine), question, LIMIT))
+    _print_statements(question, LIMIT)
 
 
-def tour(engine: sa.Engine, limit: int) -> None:
+def tour(engine: sa.Engine) -> None:
     """Show everything once, from empty tables."""
     started = time.perf_counter()
     two = use_old_encoder()
@@ -156,7 +140,7 @@ def tour(engine: sa.Engine, limit: int) -> None:
     _fill(engine, old, entries)
     _title("Search", "the nearest in meaning")
     for text in QUESTIONS:
-        _print_answers(text, *ask(engine, old, text, min(limit, 3)))
+        _print_answers(text, *ask(engine, old, text, 3))
     _words_and_meaning(engine, old)
     _passages(engine, entries)
     _topics(engine, old)

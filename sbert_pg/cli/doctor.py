@@ -88,7 +88,7 @@ def diagnose(connection: sa.Connection, *, large: int = LARGE) -> Iterator[Findi
     try:
         catalog.require_current(connection)
     except SbertPgError as error:
-        yield Finding("fault", "schema sbert", str(error).rstrip("."), "Run 'sbert-pg init'.")
+        yield Finding("fault", "schema sbert", str(error).rstrip("."), "Run 'sbert-pg migrate'.")
         return
     bindings = sorted(catalog.all_bindings(connection), key=str)
     indexes = {

@@ -1,13 +1,10 @@
-"""``encoder``: list, convert, show, compare."""
+"""``encoder``: convert, show, measure; and what its names mean on the command line."""
 
 from __future__ import annotations
 
-import csv
 import json as json_module
 import re
-from collections.abc import Sequence
-from dataclasses import asdict
-from itertools import islice
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,22 +13,17 @@ import typer
 from sbert_pg.cli import common
 from sbert_pg.errors import DeclarationError
 from sbert_pg.progress import bar
-from sbert_pg.spec import KNOWN_ENCODERS
+from sbert_pg.registry import find_named, get_encoder
+from sbert_pg.spec import KNOWN_ENCODERS, EncoderSpec
 
 if TYPE_CHECKING:
     from sbert_pg.encoder import Encoder
-    from sbert_pg.spec import EncoderSpec
 
-NameArgument = Annotated[
-    str,
-    typer.Argument(
-        help="A directory or a hub name; ':fp32' after it asks for a precision "
-        "(int8, bf16, fp32, fp16, fp32-plain).",
-        show_default=False,
-    ),
-]
-#: Rows of texts that a comparison uses.
-MOST_ROWS = 5_000
+_NAME = (
+    "A directory or a hub name; ':fp32' after it asks for a precision (int8, bf16, fp32, fp16, "
+    "fp32-plain)."
+)
+NameArgument = Annotated[str, typer.Argument(help=_NAME, show_default=False)]
 _WITH_PRECISION = re.compile(r"(?P<name>.+):(?P<precision>(?:fp32|fp16|bf16|int8)[a-z0-9_-]*)")
 
 
@@ -46,14 +38,16 @@ def convert(
     revision: Annotated[
         str | None, typer.Option(help="Revision of the hub repository.", show_default=False)
     ] = None,
-    output: Annotated[
+    out: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Directory to make; the cache by default."),
+        typer.Option(
+            "--out", "-o", help="The encoder's directory; it must not exist.", show_default=False
+        ),
     ] = None,
-    again: Annotated[bool, typer.Option("--again", help="Convert even what is there.")] = False,
-    json: common.JsonOption = False,
 ) -> None:
     """Convert a sentence-transformers model to ONNX, held against its own fp32 form.
+
+    Into the cache, where it is not there yet, or into a directory. 'encoder show' says the rest.
 
     [b]sbert-pg encoder convert all-MiniLM-L6-v2[/]
     [b]sbert-pg encoder convert ./my-model -o /srv/encoders/my-model[/]
@@ -61,22 +55,49 @@ def convert(
     from sbert_pg.encoder import Encoder, prepare
 
     model, precision = split_name(name)
-    if output is not None and output.exists() and not again:
-        raise DeclarationError(f"{output} is there already; remove it, or pass --again.")
+    if out is not None and out.exists():
+        raise DeclarationError(f"{out} is there already; remove it, or name another directory.")
     with bar(f"converting {model}"):
-        place = prepare(model, precision=precision, revision=revision, output=output, again=again)
-    _print_facts(_facts(Encoder.open(place)), json)
+        place = prepare(model, precision=precision, revision=revision, output=out)
+    _print_facts(_facts(Encoder.open(place)), False)
 
 
-def list_(json: common.JsonOption = False) -> None:
-    """Well-known encoders: width, limit, languages, licence, how well they retrieve, their cost.
+def show(
+    name: Annotated[
+        str | None,
+        typer.Argument(help=f"{_NAME} Without it, the well-known ones.", show_default=False),
+    ] = None,
+    check: common.CheckOption = False,
+    json: common.JsonOption = False,
+) -> None:
+    """What an encoder is: dimensions, limits, prompts, fingerprint, agreement with fp32.
 
-    "retrieval" is the mean nDCG@10 of MTEB's ten English retrieval tasks, "cost" the
-    multiplications of a token, all-MiniLM-L6-v2 being 1. Any other sentence-transformers model can
-    be used too.
+    With --check its probes are computed on this machine, and have to agree with the stored ones.
 
-    [b]sbert-pg encoder list[/]
+    Without a name, the well-known encoders: "retrieval" is the mean nDCG@10 of MTEB's ten English
+    retrieval tasks, "cost" the multiplications of a token, all-MiniLM-L6-v2 being 1. Any other
+    sentence-transformers model can be used too.
+
+    [b]sbert-pg encoder show[/]
+    [b]sbert-pg encoder show all-MiniLM-L6-v2 --check[/]
     """
+    if name is None:
+        _show_known(json)
+        return
+    encoder = encoder_named(name)
+    facts = _facts(encoder)
+    if check:
+        from sbert_pg.probes import PRECISION_MIN_COSINE, agreement_of
+
+        agreement = agreement_of(encoder.recomputed_probes(), encoder.probe_vectors)
+        facts["here"] = asdict(agreement)
+    _print_facts(facts, json)
+    if check and agreement.min_cosine < PRECISION_MIN_COSINE:
+        common.note("This machine computes other vectors than the one that converted the encoder.")
+        raise typer.Exit(common.EXIT_FAILED)
+
+
+def _show_known(json: bool) -> None:
     if json:
         common.print_json([asdict(known) for known in KNOWN_ENCODERS])
         return
@@ -92,30 +113,6 @@ def list_(json: common.JsonOption = False) -> None:
     )  # fmt: skip
 
 
-def show(
-    name: NameArgument,
-    check: common.CheckOption = False,
-    json: common.JsonOption = False,
-) -> None:
-    """What an encoder is: dimensions, limits, prompts, fingerprint, agreement with fp32.
-
-    With --check its probes are computed on this machine, and have to agree with the stored ones.
-
-    [b]sbert-pg encoder show all-MiniLM-L6-v2 --check[/]
-    """
-    encoder = _load(name)
-    facts = _facts(encoder)
-    if check:
-        from sbert_pg.probes import PRECISION_MIN_COSINE, agreement_of
-
-        agreement = agreement_of(encoder.recomputed_probes(), encoder.probe_vectors)
-        facts["here"] = asdict(agreement)
-    _print_facts(facts, json)
-    if check and agreement.min_cosine < PRECISION_MIN_COSINE:
-        common.note("This machine computes other vectors than the one that converted the encoder.")
-        raise typer.Exit(common.EXIT_FAILED)
-
-
 def measure(name: NameArgument, json: common.JsonOption = False) -> None:
     """How fast each engine that is installed runs it here; the fastest is used from then on.
 
@@ -128,7 +125,7 @@ def measure(name: NameArgument, json: common.JsonOption = False) -> None:
     from sbert_pg.encoder.measuring import measure as measure_engines
 
     with bar(f"measuring {name}"):
-        encoder = _load(name)
+        encoder = encoder_named(name)
         speeds = measure_engines(encoder.directory, encoder.manifest)
     fastest = fastest_of(speeds) if speeds else encoder.engine
     if json:
@@ -150,59 +147,32 @@ def measure(name: NameArgument, json: common.JsonOption = False) -> None:
     )
 
 
-def compare(
-    names: Annotated[list[str], typer.Argument(help="Two or more encoders, as NAME or NAME:fp32.")],
-    csv_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--csv",
-            help="A header and rows of two texts (question, answer), or of two texts and a score, "
-            "larger for more alike.",
-            show_default=False,
-        ),
-    ] = None,
-    query: Annotated[
-        str | None, typer.Option(help="SQL that gives such columns.", show_default=False)
-    ] = None,
-    database: common.DatabaseOption = None,
-    json: common.JsonOption = False,
-) -> None:
-    """Which encoder should I use? Quality and speed on your own texts, side by side.
-
-    At most 5,000 rows are used.
-
-    [b]sbert-pg encoder compare all-MiniLM-L6-v2 all-MiniLM-L6-v2:fp32 --csv pairs.csv[/]
-    [b]sbert-pg encoder compare a b --query "SELECT question, answer FROM faq"[/]
-    """
-    if (csv_file is None) == (query is None):
-        raise DeclarationError("Give the texts by one of --csv and --query.")
-    rows = _rows_of(csv_file) if csv_file is not None else _rows(query or "", database)
-    from sbert_pg.encoder.quality import compare_on_pairs, compare_on_questions
-
-    results = []
-    for name in names:
-        with bar(f"{name}: loading and encoding"):
-            encoder = _load(name)
-            if len(rows[0]) == 3:
-                results.append(compare_on_pairs(name, encoder, _scored(rows)))
-            else:
-                results.append(compare_on_questions(name, encoder, [(r[0], r[1]) for r in rows]))
-    if json:
-        common.print_json(results)
-        return
-    columns = list(results[0])
-    common.print_table(
-        columns,
-        [[_shown(result[column]) for column in columns] for result in results],
-        title=f"{len(rows)} rows",
-    )
-
-
-def _load(name: str) -> Encoder:
+def encoder_named(name: str) -> Encoder:
+    """The encoder of ``name`` or ``name:precision``, converted now where it is not yet."""
     from sbert_pg.encoder import Encoder
 
     model, precision = split_name(name)
     return Encoder.load(model, precision=precision)
+
+
+def spec_named(name: str) -> EncoderSpec:
+    """What a class would declare for an encoder given by name; it is loaded where need be.
+
+    Raises:
+        EncoderError: it is no known name, not registered, and cannot be loaded.
+    """
+    name, precision = split_name(name)
+    try:
+        spec = EncoderSpec.of(name)
+    except DeclarationError:
+        encoder = find_named(name)
+        if encoder is None:
+            # Kept by the registry only in the precision that columns of this declaration mean.
+            encoder = encoder_named(f"{name}:{precision}") if precision else get_encoder(name)
+        spec = EncoderSpec(
+            name=name, dimensions=encoder.spec.dimensions, similarity=encoder.spec.similarity
+        )
+    return replace(spec, precision=precision) if precision else spec
 
 
 def _facts(encoder: Encoder) -> dict[str, Any]:
@@ -256,45 +226,3 @@ def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
 
 def _agreement(value: dict[str, float]) -> str:
     return f"cosine mean {value['mean_cosine']:.5f}, min {value['min_cosine']:.5f}"
-
-
-def _rows_of(path: Path) -> list[tuple[Any, ...]]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            header = next(reader, [])
-            rows = [tuple(row) for row in islice(reader, MOST_ROWS) if row]
-    except (OSError, ValueError, csv.Error) as error:
-        raise DeclarationError(f"{path} cannot be read: {error}.") from error
-    return _checked(rows, len(header), str(path))
-
-
-def _rows(query: str, database: str | None) -> list[tuple[Any, ...]]:
-    import sqlalchemy as sa
-
-    with common.database(database) as engine, engine.connect() as connection:
-        result = connection.execute(sa.text(query))
-        rows = [tuple(row) for row in result.fetchmany(MOST_ROWS)]
-        return _checked(rows, len(result.keys()), "The query")
-
-
-def _checked(rows: list[tuple[Any, ...]], width: int, where: str) -> list[tuple[Any, ...]]:
-    if width not in (2, 3) or not rows or any(len(row) != width for row in rows):
-        raise DeclarationError(
-            f"{where} gives {len(rows)} rows of {width} columns; expected are a header and rows of "
-            "two texts, or of two texts and a score."
-        )
-    return [tuple("" if value is None else value for value in row) for row in rows]
-
-
-def _scored(rows: Sequence[tuple[Any, ...]]) -> list[tuple[str, str, float]]:
-    try:
-        return [(str(a), str(b), float(score)) for a, b, score in rows]
-    except ValueError as error:
-        raise DeclarationError(f"The third column has to hold numbers: {error}.") from error
-
-
-def _shown(value: Any) -> Any:
-    if isinstance(value, float):
-        return round(value, 4) if value < 10 else round(value)
-    return value

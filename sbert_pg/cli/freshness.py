@@ -50,14 +50,7 @@ def worker(
         bool, typer.Option("--once", help="Embed what is pending now and leave, for cron.")
     ] = False,
     app: common.AppOption = None,
-    http: Annotated[
-        str | None,
-        typer.Option(
-            help="Serve /health, /ready and /metrics on HOST:PORT, such as 127.0.0.1:9187.",
-            envvar="SBERT_PG_HTTP",
-            show_default=False,
-        ),
-    ] = None,
+    http: common.HttpOption = None,
     settings: SetOption = None,
     json: common.JsonOption = False,
     log: common.LogOption = "info",
@@ -67,7 +60,8 @@ def worker(
     Run as many as you like, on as many machines: they share the work. SIGTERM or Ctrl-C finishes
     what is in hand; even SIGKILL loses nothing. With --once it exits with 1 if a column cannot be
     served or a row has ended as failed. With --app MODULE:BASE it also places new and changed rows
-    in the clusters that the application declares.
+    in the clusters that the application declares; with --http it serves /health, /ready and
+    /metrics.
 
     [b]sbert-pg worker -d postgresql://localhost/shop --http 127.0.0.1:9187 --log info:json[/]
     [b]*/5 * * * * sbert-pg worker --once -d postgresql://localhost/shop --log warning[/]
@@ -192,16 +186,6 @@ def backfill(
     target: common.TargetArgument,
     database: common.DatabaseOption = None,
     app: common.AppOption = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            "--memory",
-            help="maintenance_work_mem for the index of a change's new column, as in 2GB; a graph "
-            "that fits builds several times faster.",
-            show_default=False,
-            metavar="SIZE",
-        ),
-    ] = None,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -212,10 +196,8 @@ def backfill(
         ),
     ] = None,
     actors: Annotated[int, typer.Option(help="With --ray, how many.", min=1)] = 2,
-    gpus: Annotated[float, typer.Option(help="With --ray, GPUs for each.", min=0)] = 0,
     settings: SetOption = None,
     json: common.JsonOption = False,
-    log: common.LogOption = "warning",
 ) -> None:
     """Fill the vectors of rows that were there before, with progress.
 
@@ -225,17 +207,18 @@ def backfill(
 
     Of a table in a change of encoder it fills the new column: vectors that can be computed from the
     old ones are, the others are encoded. Then it builds the new column's index, which is like the
-    old one's, or the one that --app declares.
+    old one's, or the one that --app declares; a graph that fits maintenance_work_mem builds several
+    times faster.
 
     [b]sbert-pg backfill article.embedding --set rows_per_second=500 --set max_replica_lag=5[/]
-    [b]sbert-pg backfill article --memory 2GB[/]
+    [b]PGOPTIONS='-c maintenance_work_mem=2GB' sbert-pg backfill article[/]
     [b]sbert-pg backfill article --ray auto --actors 16[/]
     """
     from sbert_pg import reembed
 
-    metadata = common.prepare(app, log)
+    metadata = common.prepare(app)
     chosen = _settings(settings)
-    fill = _filler(ray, actors, gpus, partial(common.prepare, app, log))
+    fill = _filler(ray, actors, partial(common.prepare, app))
     with (
         common.database(database, lasting=True) as engine,
         common.stoppable() as stop,
@@ -256,14 +239,13 @@ def backfill(
                 chosen,
                 encode_by=fill,
                 indexes=None if change is None else change[1],
-                maintenance_work_mem=memory,
                 on_progress=advance,
                 stop=stop,
             )
     _end(filling, str(binding), json, stopped=stop.is_set())
 
 
-def _filler(ray: str | None, actors: int, gpus: float, setup: Callable[[], object]) -> Filler:
+def _filler(ray: str | None, actors: int, setup: Callable[[], object]) -> Filler:
     """What encodes: this process, or a fleet."""
     if ray is None:
         from sbert_pg.freshness import backfill
@@ -271,7 +253,7 @@ def _filler(ray: str | None, actors: int, gpus: float, setup: Callable[[], objec
         return backfill
     from sbert_pg.adapters.ray import backfill as by_fleet
 
-    return partial(by_fleet, actors=actors, address=ray, gpus=gpus, setup=setup)
+    return partial(by_fleet, actors=actors, address=ray, setup=setup)
 
 
 def _end(filling: Filling, column: str, json: bool, *, stopped: bool) -> None:
@@ -315,7 +297,6 @@ def failed(
         list[str] | None,
         typer.Option(help="Key of a row; all that failed by default. May be repeated."),
     ] = None,
-    limit: common.LimitOption = 100,
     json: common.JsonOption = False,
 ) -> None:
     """Show rows that could not be embedded and why; try them again, or leave them.
@@ -334,7 +315,7 @@ def failed(
             text = f"{count:,} rows {'to be tried again' if retry else 'skipped'}"
             common.show(text, {"column": str(binding), "rows": count}, json)
             return
-        failures = freshness.failures(connection, binding, limit=limit, skipped=True)
+        failures = freshness.failures(connection, binding, skipped=True)
     if json:
         common.print_json([asdict(failure) for failure in failures])
         return

@@ -21,10 +21,11 @@ from sbert_pg.passages.declaring import passages_between
 from sbert_pg.progress import bar
 from sbert_pg.reembed.change import Side, reflect, side_of
 from sbert_pg.row_vectors import embedding_columns
+from sbert_pg.spec import EncoderSpec
 
 
 def show(
-    name: common.TargetArgument,
+    target: common.TargetArgument,
     key: Annotated[str, typer.Argument(help='Its key: 17, or ["eu", "17"] where it has parts.')],
     database: common.DatabaseOption = None,
 ) -> None:
@@ -36,7 +37,7 @@ def show(
     from sbert_pg.freshness.rows import rows_of
 
     with common.database(database) as engine, engine.begin() as connection:
-        binding = resolve(connection, name).binding
+        binding = resolve(connection, target).binding
         rows = rows_of(connection, binding)
         if rows.passages is None:
             raise DeclarationError(f"{binding} is not cut into passages; name a column that is.")
@@ -59,17 +60,14 @@ def create(
     connection: sa.Connection,
     table: sa.Table,
     source: Sequence[str],
-    encoder: str,
-    dimensions: int | None,
+    encoder: EncoderSpec,
 ) -> None:
     """A table of documents with its passages: those of the last source column, bound."""
     document = type("Document", (), {})
     registry(metadata=table.metadata).map_imperatively(document, table)
     index = hnsw_index(f"{table.name}_passage_embedding", "embedding")
     *headings, text = source
-    declared = passages_of(
-        encoder, text, heading=headings, dimensions=dimensions, table_args=[index]
-    )
+    declared = passages_of(encoder, text, heading=headings, table_args=[index])
     add_passages(document, "passages", declared)
     create_all(connection, table.metadata)
 

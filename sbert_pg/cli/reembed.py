@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import json as json_module
-from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,43 +11,16 @@ import sqlalchemy as sa
 import typer
 
 from sbert_pg import reembed as lib
-from sbert_pg import registry
 from sbert_pg.alembic.changes import declaration_line
 from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.cli import common
-from sbert_pg.cli.encoder import split_name
-from sbert_pg.cli.target import change_or_column, changes, declared_change, unbound
+from sbert_pg.cli.encoder import spec_named
+from sbert_pg.cli.target import change_or_column, changes, declared_change, source_of, unbound
+from sbert_pg.cli.tuning import queries_of
 from sbert_pg.errors import DeclarationError, NotProvenError, ReembeddingError
 from sbert_pg.progress import bar
 from sbert_pg.reembed.backfill import need_of
 from sbert_pg.registry import get_encoder
-from sbert_pg.source import Source
-from sbert_pg.spec import EncoderSpec
-from sbert_pg.tuning.files import read_lines
-
-EncoderOption = Annotated[
-    str | None,
-    typer.Option(
-        "--encoder",
-        "-e",
-        help="The new encoder; ':fp32' after it asks for a precision.",
-        show_default=False,
-    ),
-]
-_file = partial(typer.Option, exists=True, dir_okay=False, show_default=False)
-SourceOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--source",
-        "-s",
-        help="A column that the text is made of; the old column's by default. May be repeated.",
-        show_default=False,
-    ),
-]
-TemplateOption = Annotated[
-    str | None,
-    typer.Option(help="The text as a template, as in 'Title: {title}'.", show_default=False),
-]
 
 
 def begin(
@@ -59,26 +29,20 @@ def begin(
     to: Annotated[
         str | None, typer.Option("--to", help="Name of the new column.", show_default=False)
     ] = None,
-    encoder: EncoderOption = None,
-    dimensions: Annotated[
-        int | None,
-        typer.Option(help="Dimensions, where fewer are wanted than the encoder has.", min=1),
-    ] = None,
-    source: SourceOption = None,
-    template: TemplateOption = None,
+    encoder: common.SomeEncoderOption = None,
+    source: common.SourceOption = None,
     storage: Annotated[
         Literal["vector", "halfvec"] | None,
         typer.Option(help="Type of the new column; the old one's by default.", show_default=False),
     ] = None,
     app: common.AppOption = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what it will do, lock and cost; change nothing.")
-    ] = False,
+    dry_run: common.DryRunOption = False,
     json: common.JsonOption = False,
 ) -> None:
     """Add the new column beside the old one. Both are kept fresh from now on.
 
-    An application with an Alembic history does this in a migration, which autogenerate writes.
+    An application with an Alembic history does this in a migration, which autogenerate writes. What
+    is not given is as in the old column; --dry-run says what will be locked and what it costs.
     Without --to the column that is there accepts the encoder, if it is of the same space: fp32
     beside int8.
 
@@ -88,20 +52,18 @@ def begin(
     [b]sbert-pg reembed begin article -e all-MiniLM-L6-v2:fp32[/]
     """
     metadata = common.prepare(app)
-    text = _source_of(source, template)
+    text = source_of(source)
     with common.database(database) as engine:
         if app is not None and metadata is not None:
             request = declared_change(app, metadata, target)[0]
         else:
             old = change_or_column(engine, target)
-            spec = old.declared if encoder is None else _spec_of(encoder)
-            if dimensions is not None:
-                spec = replace(spec, dimensions=dimensions)
+            spec = old.declared if encoder is None else spec_named(encoder)
             if to is None:
-                if encoder is None or (text, storage, dimensions) != (None, None, None):
+                if encoder is None or (text, storage) != (None, None):
                     raise DeclarationError(
-                        f"Say what is to replace {old}: --to NEW_COLUMN with --encoder, --source, "
-                        "--storage or --dimensions, or --app MODULE:BASE that declares it."
+                        f"Say what is to replace {old}: --to NEW_COLUMN with --encoder, --source "
+                        "or --storage, or --app MODULE:BASE that declares it."
                     )
                 accepted = lib.rebind(engine, old.identity, get_encoder(spec))
                 common.show(accepted, accepted.to_json(), json)
@@ -169,21 +131,16 @@ def verify(
     target: common.TargetArgument,
     database: common.DatabaseOption = None,
     app: common.AppOption = None,
-    where: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A usual filter of the application, in SQL: recall is measured under it too. May "
-            "be repeated.",
-            show_default=False,
-        ),
-    ] = None,
-    queries: Annotated[
-        Path | None,
-        _file(help='Labelled queries, a JSON object a line: {"query": "...", "relevant": ["17"]}.'),
-    ] = None,
+    filters: common.FiltersOption = None,
+    pairs: common.SomePairsOption = None,
     thresholds: Annotated[
         Path | None,
-        _file(help='What has to be reached, a JSON object: {"recall": 0.97, "max_pending": 20}.'),
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            show_default=False,
+            help='What has to be reached, a JSON object: {"recall": 0.97, "max_pending": 20}.',
+        ),
     ] = None,
     json: common.JsonOption = False,
 ) -> None:
@@ -191,8 +148,8 @@ def verify(
 
     Exits with 1 if a threshold is missed.
 
-    [b]sbert-pg reembed verify article --where "lang = 'de'"[/]
-    [b]sbert-pg reembed verify article --queries labelled.jsonl --thresholds ours.json --json[/]
+    [b]sbert-pg reembed verify article --filter "lang = 'de'"[/]
+    [b]sbert-pg reembed verify article --pairs labelled.jsonl --thresholds ours.json --json[/]
     """
     common.prepare(app)
     with common.database(database) as engine:
@@ -201,8 +158,8 @@ def verify(
             report = lib.verify(
                 engine,
                 column,
-                filters={each: common.criterion(each) for each in where or ()},
-                queries=[] if queries is None else read_lines(queries),
+                filters={each: common.criterion(each) for each in filters or ()},
+                queries=[] if pairs is None else queries_of(engine, pairs),
                 thresholds=_thresholds_of(thresholds),
             )
     common.show(report, report.to_json(), json)
@@ -214,11 +171,9 @@ def finish(
     target: common.TargetArgument,
     database: common.DatabaseOption = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Drop the old column although it is still in use.")
+        bool,
+        typer.Option("--force", help="Drop the old column although it was used a moment ago."),
     ] = False,
-    quiet: Annotated[
-        float, typer.Option(help="Seconds that the old column must not have been used for.", min=0)
-    ] = lib.QUIET.total_seconds(),
 ) -> None:
     """Drop the old column and its index.
 
@@ -229,7 +184,7 @@ def finish(
     """
     with common.database(database) as engine:
         column = change_or_column(engine, target).identity
-        done = lib.finish(engine, column, force=force, quiet=dt.timedelta(seconds=quiet))
+        done = lib.finish(engine, column, force=force)
     common.note("The old column is gone." if done else "It was finished before.")
 
 
@@ -245,28 +200,18 @@ def abort(target: common.TargetArgument, database: common.DatabaseOption = None)
 
 
 def adopt(
-    column: Annotated[
-        str, typer.Argument(help="The vector column, as table.column or schema.table.column.")
-    ],
-    encoder: Annotated[
-        list[str],
-        typer.Option(
-            "--encoder",
-            "-e",
-            help="An encoder that may have made the vectors; ':fp32' after it asks for a "
-            "precision. May be repeated.",
-        ),
-    ],
+    target: common.TargetArgument,
+    encoder: common.EncodersOption = None,
     database: common.DatabaseOption = None,
-    source: SourceOption = None,
-    template: TemplateOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Prove only; change nothing.")] = False,
+    source: common.SourceOption = None,
+    dry_run: common.DryRunOption = False,
     app: common.AppOption = None,
     json: common.JsonOption = False,
 ) -> None:
     """Bind existing vectors to the encoder and source that are proven to have made them.
 
-    Without --source or --template the usual ways to make a text are tried. Nothing is encoded but a
+    Name the column as table.column, and the encoders that may have made it by --encoder, which may
+    be repeated. Without --source the usual ways to make a text are tried. Nothing is encoded but a
     sample. Rows of it that do not agree are listed, and become pending; sbert-pg audit looks at all
     rows. Exits with 1, and binds nothing, without proof.
 
@@ -274,12 +219,14 @@ def adopt(
     [b]sbert-pg adopt article.embedding -e all-MiniLM-L6-v2 -s title -s body --dry-run[/]
     """
     common.prepare(app)
-    identity = unbound(column)
+    identity = unbound(target)
     if identity is None:
-        raise DeclarationError(f"{column!r} has to be table.column or schema.table.column.")
-    one = _source_of(source, template)
+        raise DeclarationError(f"{target!r} has to be table.column or schema.table.column.")
+    if not encoder:
+        raise DeclarationError("Name the encoders that may have made the vectors, by --encoder.")
+    one = source_of(source)
     sources = None if one is None else [one]
-    encoders = [get_encoder(_spec_of(name)) for name in encoder]
+    encoders = [get_encoder(spec_named(name)) for name in encoder]
     with common.database(database) as engine, bar("proving") as advance:
         show = partial(advance, "adopting")
         done = None if dry_run else lib.adopt(engine, identity, encoders, sources, progress=show)
@@ -293,41 +240,6 @@ def adopt(
         declared = Embedding(bound.declared, bound.source, storage=bound.storage)
         common.note(f"{done.adopted:,} rows adopted; {pending:,} are pending. Declare it as:")
         common.show(f"    {bound.column} = {declaration_line(declared)}", None, False)
-
-
-def _source_of(columns: Sequence[str] | None, template: str | None) -> Source | None:
-    """The source that options give, ``None`` where they give none.
-
-    Raises:
-        DeclarationError: columns and a template are given.
-    """
-    if template is not None:
-        if columns:
-            raise DeclarationError("Give --source or --template, not both.")
-        return Source.template(template)
-    return Source.of(list(columns)) if columns else None
-
-
-def _spec_of(name: str) -> EncoderSpec:
-    """What a class would declare for an encoder given by name; it is loaded where need be.
-
-    Raises:
-        EncoderError: it is no known name, not registered, and cannot be loaded.
-    """
-    name, precision = split_name(name)
-    try:
-        spec = EncoderSpec.of(name)
-    except DeclarationError:
-        encoder = registry.find_named(name)
-        if encoder is None:
-            from sbert_pg.encoder import Encoder
-
-            # Kept by the registry only in the precision that columns of this declaration mean.
-            encoder = Encoder.load(name, precision=precision) if precision else get_encoder(name)
-        spec = EncoderSpec(
-            name=name, dimensions=encoder.spec.dimensions, similarity=encoder.spec.similarity
-        )
-    return replace(spec, precision=precision) if precision else spec
 
 
 def _thresholds_of(path: Path | None) -> lib.Thresholds:

@@ -1,4 +1,4 @@
-"""``init``, ``migrate`` and ``status``: the library's own schema, and an application's Alembic."""
+"""``migrate`` and ``status``: the library's own schema, and an application's Alembic."""
 
 from __future__ import annotations
 
@@ -21,8 +21,12 @@ KEYWORD = "autogenerate_plugins"
 ARGUMENT = "autogenerate_plugins=autogenerate_plugins()"
 
 
-def init(
+def migrate(
     database: common.DatabaseOption = None,
+    check: common.CheckOption = False,
+    sql: Annotated[
+        bool, typer.Option("--sql", help="Print the statements for someone else to run.")
+    ] = False,
     alembic: Annotated[
         Path | None,
         typer.Option(
@@ -31,59 +35,33 @@ def init(
             show_default=False,
         ),
     ] = None,
-    write: Annotated[bool, typer.Option(help="Edit env.py instead of printing.")] = False,
-) -> None:
-    """Prepare a database: the extension [b]vector[/] and the schema [b]sbert[/].
-
-    With --alembic it prepares an application's Alembic environment instead, and touches no
-    database.
-
-    [b]sbert-pg init -d postgresql://localhost/shop[/]
-    [b]sbert-pg init --alembic migrations --write[/]
-    """
-    if alembic is not None:
-        init_alembic(alembic, write=write)
-        return
-    from sbert_pg import catalog
-
-    with common.database(database) as engine, engine.begin() as connection:
-        catalog.upgrade(connection)
-        common.note(f"The schema sbert is at revision {catalog.current(connection)}.")
-
-
-def migrate(
-    database: common.DatabaseOption = None,
-    revision: Annotated[
-        str, typer.Argument(help="Revision to bring the schema to.", metavar="[REVISION]")
-    ] = "head",
-    down: Annotated[
-        bool, typer.Option("--down", help="Go down to the revision; 'base' removes the schema.")
-    ] = False,
-    check: common.CheckOption = False,
-    sql: Annotated[
-        bool, typer.Option("--sql", help="Print the statements for someone else to run.")
+    write: Annotated[
+        bool, typer.Option("--write", help="Edit env.py instead of printing.")
     ] = False,
 ) -> None:
-    """Bring the library's schema [b]sbert[/] to a version.
+    """Prepare a database: the extension [b]vector[/] and the library's schema [b]sbert[/].
 
-    [b]sbert-pg migrate[/]               to the newest version
+    It brings the schema to the newest version, whatever is there. With --alembic it prepares an
+    application's Alembic environment instead, and touches no database.
+
+    [b]sbert-pg migrate -d postgresql://localhost/shop[/]
     [b]sbert-pg migrate --check[/]       for deployments: exit 1 unless it is there already
-    [b]sbert-pg migrate base --down[/]   remove it, with all bindings
+    [b]sbert-pg migrate --alembic migrations --write[/]
     """
     from sbert_pg import catalog
 
+    if alembic is not None:
+        prepare_alembic(alembic, write=write)
+        return
     if sql:
-        typer.echo(catalog.upgrade_sql(revision))
+        typer.echo(catalog.upgrade_sql())
         return
     with common.database(database) as engine, engine.begin() as connection:
         if check:
             catalog.require_current(connection)
-        elif down:
-            catalog.downgrade(connection, revision)
         else:
-            catalog.upgrade(connection, revision)
-        after = catalog.current(connection)
-    common.note(f"The schema sbert is at revision {after or 'base (not installed)'}.")
+            catalog.upgrade(connection)
+        common.note(f"The schema sbert is at revision {catalog.current(connection)}.")
 
 
 def status(
@@ -152,7 +130,7 @@ def _remarks(column: ColumnStatus) -> Iterator[str]:
         yield "the table was not analyzed since it has vectors; --exact counts"
 
 
-def init_alembic(directory: Path, *, write: bool = False) -> None:
+def prepare_alembic(directory: Path, *, write: bool) -> None:
     """Print what an application's ``env.py`` needs, or write it.
 
     Args:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import sqlalchemy as sa
@@ -15,11 +14,11 @@ from sbert_pg import catalog
 from sbert_pg.cli import common, passages
 from sbert_pg.cli.freshness import address_of
 from sbert_pg.cli.target import resolve, text_column_of
+from sbert_pg.cli.tuning import queries_of
 from sbert_pg.errors import DeclarationError
 from sbert_pg.registry import get_encoder
 from sbert_pg.row_vectors import embedding_columns
 from sbert_pg.search.target import readable_columns
-from sbert_pg.tuning.files import read_lines
 
 if TYPE_CHECKING:
     from sbert_pg.clustering import Clustering
@@ -36,41 +35,27 @@ TablesArgument = Annotated[
 ]
 
 
+_RERANKER: Any = typer.Option(
+    "--reranker", help="A cross-encoder, by name or directory.", show_default=False
+)
+ADDRESS = "127.0.0.1:8080"
+
+
 def serve(
     tables: TablesArgument = None,
     database: common.DatabaseOption = None,
     app: common.AppOption = None,
-    encoder: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Encoder to serve on /v1/embeddings, beside those of the tables. May be repeated.",
-            show_default=False,
-        ),
-    ] = None,
-    reranker: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Cross-encoder to serve on /rerank. May be repeated.", show_default=False
-        ),
-    ] = None,
-    http: Annotated[
-        str, typer.Option(help="HOST:PORT to listen on.", envvar="SBERT_PG_HTTP")
-    ] = "127.0.0.1:8080",
-    token: Annotated[
-        str | None,
-        typer.Option(
-            help="What clients send as 'Authorization: Bearer ...'; needed where HOST is not this "
-            "machine alone. Better given by the variable, which no list of processes shows.",
-            envvar="SBERT_PG_TOKEN",
-            show_default=False,
-        ),
-    ] = None,
+    encoder: common.EncodersOption = None,
+    reranker: Annotated[list[str] | None, _RERANKER] = None,
+    http: common.HttpOption = ADDRESS,
+    token: common.TokenOption = None,
     log: common.LogOption = "info",
 ) -> None:
     """Serve embeddings as OpenAI's API does, reranking, and searches of tables, over HTTP.
 
     Until it is stopped; SIGTERM or Ctrl-C finishes the requests under way. With --app MODULE:BASE
     it searches the tables with embeddings that the application declares; TABLE narrows that.
+    --encoder and --reranker may be repeated.
 
     [b]sbert-pg serve --encoder all-MiniLM-L6-v2[/]
     [b]sbert-pg serve article:id,title,lang -d postgresql://localhost/shop[/]
@@ -79,7 +64,7 @@ def serve(
     from sbert_pg.serving.exposed import Shown
     from sbert_pg.serving.server import serving
 
-    address = address_of(http)
+    address = address_of(http or ADDRESS)
     metadata = common.prepare(app, log)
     with ExitStack() as stack:
         names = list(tables or (() if metadata is None else _declared(metadata)))
@@ -114,50 +99,26 @@ def explore(
     tables: TablesArgument = None,
     database: common.DatabaseOption = None,
     app: common.AppOption = None,
-    http: Annotated[
-        str, typer.Option(help="HOST:PORT to listen on.", envvar="SBERT_PG_HTTP")
-    ] = "127.0.0.1:8080",
-    token: Annotated[
-        str | None,
-        typer.Option(
-            help="Password that a browser is asked for, with any name; needed where HOST is not "
-            "this machine alone.",
-            envvar="SBERT_PG_TOKEN",
-            show_default=False,
-        ),
-    ] = None,
-    reranker: Annotated[
-        str | None,
-        typer.Option(
-            help="Cross-encoder whose order of the rows is shown too.", show_default=False
-        ),
-    ] = None,
-    queries: Annotated[
-        Path | None,
-        typer.Option(
-            help="Labelled questions, as for reembed verify; a change of encoder is held against "
-            "them.",
-            exists=True,
-            dir_okay=False,
-            show_default=False,
-        ),
-    ] = None,
-    log: common.LogOption = "warning",
+    http: common.HttpOption = ADDRESS,
+    token: common.TokenOption = None,
+    reranker: Annotated[str | None, _RERANKER] = None,
+    pairs: common.SomePairsOption = None,
 ) -> None:
     """See a database in a browser: search, topics, map, change of encoder, health.
 
     All tables with embeddings, or those that are named; nothing is ever written. With --app
-    MODULE:BASE the clusterings that the application declares are shown.
+    MODULE:BASE the clusterings that the application declares are shown; with --pairs a change of
+    encoder is held against labelled questions.
 
     [b]sbert-pg explore -d postgresql://localhost/shop[/]
     [b]sbert-pg explore article:id,title,lang -d postgresql://reader@localhost/shop[/]
     """
     from sbert_pg.encoder import Reranker
 
-    metadata = common.prepare(app, log)
+    metadata = common.prepare(app)
     scorer = None if reranker is None else Reranker.load(reranker)
-    labelled = [] if queries is None else read_lines(queries)
     with common.database(database, lasting=True) as engine:
+        labelled = [] if pairs is None else queries_of(engine, pairs)
         show_pages(
             engine, list(tables or ()), metadata, http, token, reranker=scorer, queries=labelled
         )
@@ -167,7 +128,7 @@ def show_pages(
     engine: sa.Engine,
     targets: list[str],
     metadata: sa.MetaData | None = None,
-    http: str = "127.0.0.1:8080",
+    http: str | None = None,
     token: str | None = None,
     opened: Callable[[str], object] | None = None,
     **more: Any,
@@ -181,7 +142,7 @@ def show_pages(
     from sbert_pg.serving.exposed import Shown
     from sbert_pg.serving.server import serving
 
-    host, port = address_of(http)
+    host, port = address_of(http or ADDRESS)
     reading = engine.execution_options(postgresql_readonly=True)
 
     def look(connection: sa.Connection) -> list[Exposed]:
@@ -208,7 +169,6 @@ def mcp(
     ],
     database: common.DatabaseOption = None,
     app: common.AppOption = None,
-    log: common.LogOption = "warning",
 ) -> None:
     """Let a language model search listed tables: an MCP server on standard input and output.
 
@@ -220,7 +180,7 @@ def mcp(
     from sbert_pg.serving.exposed import Shown
     from sbert_pg.serving.mcp import mcp_server
 
-    common.prepare(app, log)
+    common.prepare(app)
     for target in tables:
         if not target.partition(":")[2]:
             raise DeclarationError(
@@ -240,7 +200,7 @@ def _all_bound(connection: sa.Connection) -> list[str]:
     bindings = sorted(catalog.all_bindings(connection), key=str)
     if not bindings:
         raise DeclarationError(
-            "No embedding column is bound in this database; 'sbert-pg load FILE -t TABLE --create' "
+            "No embedding column is bound in this database; 'sbert-pg load TABLE FILE --create' "
             "makes a table with one, and 'sbert-pg demo --explore' fills one to look at."
         )
     tables = [b.table for b in bindings]

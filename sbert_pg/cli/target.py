@@ -15,6 +15,7 @@ from sbert_pg.reembed import Request, request_of
 from sbert_pg.reembed.change import Side, reflect, side_of
 from sbert_pg.reembed.ready import declared_indexes
 from sbert_pg.row_vectors import embedding_columns
+from sbert_pg.source import Source
 from sbert_pg.types.identity import ColumnIdentity
 from sbert_pg.types.text import TextSearch
 
@@ -141,27 +142,34 @@ def embedding_or_texts(connection: sa.Connection, name: str) -> list[sa.Column[A
         ) from error
 
 
-def text_column_of(table: sa.Table, name: str | None = None) -> sa.Column[Any]:
-    """The text column of a reflected table, by name where it has several.
+def text_column_of(table: sa.Table) -> sa.Column[Any]:
+    """The text column of a reflected table.
 
     Raises:
         DeclarationError: there is none, or several.
     """
-    columns = {}
+    columns = []
     for column in table.columns:
         if column.computed is not None:
             type_ = TextSearch.of_generated(str(column.computed.sqltext))
             if type_ is not None:
                 column.type = type_
-                columns[column.name] = column
-    if name is None and len(columns) == 1:
-        return next(iter(columns.values()))
-    if name is None or name not in columns:
+                columns.append(column)
+    if len(columns) != 1:
+        names = ", ".join(column.name for column in columns) or "none"
         raise DeclarationError(
-            f"{table.fullname} has to have a text column, as text_column() makes it; name one with "
-            f"--words where it has several: {', '.join(columns) or 'none'}."
+            f"{table.fullname} has to have one text column, as text_column() makes it, and has "
+            f"{names}. Of several, choose in Python: matching() and hybrid() take the column."
         )
-    return columns[name]
+    return columns[0]
+
+
+def source_of(given: Sequence[str] | None) -> Source | None:
+    """The source that ``--source`` gives: columns, or one template."""
+    if not given:
+        return None
+    is_template = len(given) == 1 and "{" in given[0]
+    return Source.template(given[0]) if is_template else Source.of(list(given))
 
 
 def _spellings(binding: Binding) -> set[str]:

@@ -1,4 +1,4 @@
-"""How well and how fast an encoder does on given texts: ``sbert-pg encoder compare``.
+"""How well and how fast an encoder does on given texts.
 
 The measures are those of MTEB.
 

@@ -34,7 +34,7 @@ def embed_here(
     Args:
         plpy: PL/Python's module.
         memory: its ``GD``: an encoder is opened once in each session, and takes its memory there.
-        encoders: a directory of converted encoders (``sbert-pg encoder convert --output``), which
+        encoders: a directory of converted encoders (``sbert-pg encoder convert --out``), which
             the server's user may read.
         target: ``table.column`` or ``schema.table.column``, as for ``sbert.embed``.
         question: the question.
@@ -90,7 +90,7 @@ def _encoder(directory: Path, spec: EncoderSpec, probes: bytes) -> TextEncoder:
     raise EncoderNotFoundError(
         f"No encoder in {directory} gives the vectors of {spec.name!r}"
         f"{' (' + '; '.join(reasons) + ')' if reasons else ''}. Convert it there: sbert-pg encoder "
-        f"convert {spec.name} --output {directory}/NAME"
+        f"convert {spec.name} --out {directory}/NAME"
     )
 
 

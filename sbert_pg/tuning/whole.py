@@ -105,7 +105,7 @@ def _source(encoder: Encoder, base: Path | str | None) -> Path:
         return kept_model(path)
     raise EncoderNotFoundError(
         f"{path} is a converted encoder, without the weights that training needs. Give the model "
-        "that it was made of as base (--base): a sentence-transformers directory or a name."
+        "that it was made of as base: a sentence-transformers directory or a name."
     )
 
 

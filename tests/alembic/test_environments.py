@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 
-from sbert_pg.cli.schema import init_alembic
+from sbert_pg.cli.schema import prepare_alembic
 
 MODELS = """
 class Article(Base):
@@ -201,7 +201,7 @@ def test_async_env(app: Any, tmp_path: Path) -> None:
         )
         .replace("fileConfig(config.config_file_name)", "pass")
     )
-    init_alembic(root / "migrations", write=True)
+    prepare_alembic(root / "migrations", write=True)
     assert "autogenerate_plugins=autogenerate_plugins()" in env.read_text()
     app.env = env
     app.models(models(indexes="", columns=""))
@@ -273,7 +273,7 @@ def test_flask_migrate(bare_database_url: sa.URL, tmp_path: Path) -> None:
     write()
     flask("init")
     # The command takes the directory that 'flask db init' made.
-    init_alembic(tmp_path / "migrations", write=True)
+    prepare_alembic(tmp_path / "migrations", write=True)
     text = (tmp_path / "migrations" / "env.py").read_text()
     assert text.count("autogenerate_plugins=autogenerate_plugins()") == 2
     flask("migrate", "-m", "articles")
@@ -397,7 +397,7 @@ def test_several_databases(app: Any, databases: Any, tmp_path: Path) -> None:
         )
         .replace("fileConfig(config.config_file_name)", "pass")
     )
-    init_alembic(root / "migrations", write=True)
+    prepare_alembic(root / "migrations", write=True)
     ini = root / "alembic.ini"
     text = ini.read_text()
     text = re.sub(r"databases = .*", "databases = first, second", text)

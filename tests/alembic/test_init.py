@@ -1,4 +1,4 @@
-"""``sbert-pg init --alembic``: the lines that env.py needs, printed or written."""
+"""``sbert-pg migrate --alembic``: the lines that env.py needs, printed or written."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def test_every_template_of_alembic(
     shutil.copy(Path(TEMPLATES) / template / "env.py", env)
     before = env.read_text()
     capsys.readouterr()
-    assert run(["init", "--alembic", str(tmp_path / "migrations")]) == 0
+    assert run(["migrate", "--alembic", str(tmp_path / "migrations")]) == 0
     assert env.read_text() == before
     assert f"+{IMPORT}" in capsys.readouterr().out
-    assert run(["init", "--alembic", str(tmp_path / "migrations"), "--write"]) == 0
+    assert run(["migrate", "--alembic", str(tmp_path / "migrations"), "--write"]) == 0
     after = env.read_text()
     assert after.count(IMPORT) == 1
     assert len(arguments(after)) == len(arguments(before)) >= 2
@@ -64,7 +64,7 @@ def test_what_is_printed_is_a_patch(tmp_path: Path, capsys: pytest.CaptureFixtur
     env = tmp_path / "migrations" / "env.py"
     wanted = edited(env.read_text())
     capsys.readouterr()
-    assert run(["init", "--alembic", str(env)]) == 0
+    assert run(["migrate", "--alembic", str(env)]) == 0
     change = capsys.readouterr().out
     try:
         done = subprocess.run(
@@ -125,5 +125,5 @@ def test_what_cannot_be_edited_is_said(source: str, said: str) -> None:
 
 
 def test_no_env_py(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["init", "--alembic", str(tmp_path)]) != 0
+    assert run(["migrate", "--alembic", str(tmp_path)]) != 0
     assert "There is no env.py" in capsys.readouterr().err

@@ -33,7 +33,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("minilm", "few")
 def test_the_tour(engine: sa.Engine, capsys: pytest.CaptureFixture[str]) -> None:
-    demo.tour(engine, 3)
+    demo.tour(engine)
     shown = capsys.readouterr().out
     assert "difflib.SequenceMatcher" in shown
     assert "logging.handlers > HTTPHandler" in shown

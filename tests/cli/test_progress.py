@@ -22,8 +22,8 @@ print("result")
 """
 #: Commands that answer at once, or that speak for themselves as long as they run.
 QUICK = {
-    "init", "migrate", "status", "doctor", "search", "worker", "failed", "serve", "mcp", "explore",
-    "list_", "show", "begin", "finish", "abort", "label", "demo",
+    "migrate", "status", "doctor", "search", "worker", "failed", "serve", "mcp", "explore",
+    "show", "begin", "finish", "abort", "label", "demo",
 }  # fmt: skip
 
 

@@ -155,8 +155,8 @@ def test_step_by_step(note, plain, database_url, tmp_path):
     )
     measured = json.loads(
         command(
-            "reembed", "verify", "note.embedding_new", *KNOWN, "--where", "lang = 'en'",
-            "--queries", str(queries), "--json", url=url,
+            "reembed", "verify", "note.embedding_new", *KNOWN, "--filter", "lang = 'en'",
+            "--pairs", str(queries), "--json", url=url,
         )
     )  # fmt: skip
     assert measured["passed"] is True
@@ -173,7 +173,7 @@ def test_step_by_step(note, plain, database_url, tmp_path):
     (state,) = json.loads(command("reembed", "status", "--json", "--check", url=url))
     assert state["state"] == "ready"
     assert state["coverage"]["share"] == 1
-    command("reembed", "finish", "note.embedding_new", "--quiet", "0", url=url)
+    command("reembed", "finish", "note.embedding_new", "--force", url=url)
     assert not exists(plain, "embedding")
     assert_right(plain)
 
@@ -191,11 +191,9 @@ def test_what_is_wrong_is_said(note, plain, database_url, tmp_path):
     assert "--to NEW_COLUMN" in said
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"query": "x"}\n')
-    said = command(
-        "reembed", "verify", "note.embedding", "--queries", str(bad), url=database_url, rc=1
-    )
-    assert "line 1" in said
-    command("reembed", "verify", "note.embedding", "--queries", "nowhere", url=database_url, rc=2)
+    verify = ("reembed", "verify", "note.embedding", "--pairs")
+    assert "line 1" in command(*verify, str(bad), url=database_url, rc=1)
+    assert "cannot be read" in command(*verify, "nowhere.csv", url=database_url, rc=1)
 
 
 class TestBackfill:
@@ -216,7 +214,7 @@ class TestBackfill:
         assert exists(plain, "embedding")
         again = json.loads(command(*self.FILL, "--json", url=database_url))
         assert again["rows"] == 0
-        command("reembed", "finish", "note", "--quiet", "0", url=database_url)
+        command("reembed", "finish", "note", "--force", url=database_url)
         assert not exists(plain, "embedding")
         assert_right(plain)
         # The old column's row, and nothing else, was pending all along; the new one is as alone.

@@ -10,7 +10,14 @@ import pytest
 from scipy import stats
 
 from sbert_pg.encoder import Encoder
-from sbert_pg.encoder.quality import ranks, retrieval, score_retrieval, spearman
+from sbert_pg.encoder.quality import (
+    compare_on_pairs,
+    compare_on_questions,
+    ranks,
+    retrieval,
+    score_retrieval,
+    spearman,
+)
 from sbert_pg.testing import DeterministicEncoder
 
 #: How far int8 may be from fp32 on a task.
@@ -69,3 +76,17 @@ def test_published_figures_of_retrieval_and_classification(
     reached = benchmark.TASKS[task](fp32, data_dir)
     assert reached == pytest.approx(published, abs=tolerance)
     assert benchmark.TASKS[task](int8, data_dir) == pytest.approx(reached, abs=INT8_WITHIN[task])
+
+
+def test_two_lists_of_texts_are_enough(minilm: Encoder) -> None:
+    """For those who have no table yet."""
+    questions = [
+        ("how do I get my money back", "Refunds are paid to your card within five days."),
+        ("when are you open", "The shop opens at nine and closes at six."),
+        ("do you have vacancies", "Send your application to the careers page."),
+    ]
+    row = compare_on_questions("one", minilm, questions)
+    assert (row["encoder"], row["recall@1"], row["ndcg@10"]) == ("one", 1.0, 1.0)
+    assert row["texts/s"] > 0
+    scored = [("a cat", "a kitten", 5.0), ("a cat", "a lorry", 0.0), ("rain", "wet weather", 4.0)]
+    assert compare_on_pairs("one", minilm, scored)["spearman"] > 0.4

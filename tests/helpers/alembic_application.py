@@ -17,7 +17,7 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 
-from sbert_pg.cli.schema import init_alembic
+from sbert_pg.cli.schema import prepare_alembic
 
 #: What every models.py begins with.
 PRELUDE = """
@@ -61,7 +61,7 @@ class Application:
         )
         self.env.write_text(text.replace("fileConfig(config.config_file_name)", "pass"))
         if plugin:
-            init_alembic(root / "migrations", write=True)
+            prepare_alembic(root / "migrations", write=True)
         self.models("")
 
     def models(self, text: str) -> None:

@@ -81,7 +81,7 @@ def test_the_command(engine: sa.Engine, items: Any, minilm: Encoder, tmp_path: P
     pairs = tmp_path / "pairs.csv"
     with pairs.open("w", newline="") as file:
         csv.writer(file).writerows([("question", "id"), *items])
-    given = ("encoder", "choose", MINILM, "--table", "item", "--pairs", str(pairs))
+    given = ("encoder", "choose", "item", "-e", MINILM, "--pairs", str(pairs))
     done = sbert_pg(*given, "--budget", "60s", url=engine.url)
     assert done.returncode == 0, done.stderr
     assert "Stay with" in done.stdout
@@ -173,7 +173,7 @@ def test_before_there_is_a_column(
     pairs = tmp_path / "pairs.csv"
     with pairs.open("w", newline="") as file:
         csv.writer(file).writerows([("question", "id"), *questions])
-    given = ("encoder", "choose", MINILM, "--pairs", str(pairs), "--table")
+    given = ("encoder", "choose", "-e", MINILM, "--pairs", str(pairs))
     done = sbert_pg(*given, "thing.body, place", url=engine.url)
     assert done.returncode == 0, done.stderr
     assert f"Use {MINILM}:int8" in done.stdout

@@ -115,10 +115,10 @@ def test_ones_own_texts(minilm: Any, database_url: sa.URL, tmp_path: Path) -> No
     assert "cannot be read" in missing.stderr
     articles = '{"title": "Hours", "body": "The shop is open from nine."}\n'
     loaded = sbert_pg(
-        "load", "-", "-t", "article", "--create", "-s", "body", url=database_url, stdin=articles
+        "load", "article", "-", "--create", "-s", "body", url=database_url, stdin=articles
     )
     assert loaded.returncode == 0, loaded.stderr
-    asked = ("encoder", "limits", minilm.spec.name, "--table", "article", "--json")
+    asked = ("encoder", "limits", minilm.spec.name, "--texts", "article", "--json")
     engine = sa.create_engine(database_url)
     with engine.begin() as connection:
         connection.execute(sa.text("INSERT INTO article (body) VALUES (NULL), (''), (E'\\n\\t')"))

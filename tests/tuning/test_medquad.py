@@ -74,7 +74,7 @@ def test_from_questions_to_a_deployed_encoder(
     run("backfill", f"answer.{new}")
     held_out = Path(report["pairs"])
     checked = json.loads(
-        run("reembed", "verify", f"answer.{new}", "--queries", str(held_out), "--json")
+        run("reembed", "verify", f"answer.{new}", "--pairs", str(held_out), "--json")
     )
     print(checked)
 
@@ -96,7 +96,7 @@ def test_from_questions_to_a_deployed_encoder(
     old, switched = evaluate(engine, both, read_pairs(held_out)).scores
     assert old.ndcg.value == pytest.approx(report["before"]["value"], abs=0.02)
     assert switched.ndcg.value == pytest.approx(report["after"]["value"], abs=0.02)
-    run("reembed", "finish", f"answer.{new}", "--quiet", "0")
+    run("reembed", "finish", f"answer.{new}", "--force")
     named = "SELECT column_name FROM information_schema.columns WHERE table_name = 'answer'"
     with engine.connect() as connection:
         columns = set(connection.execute(sa.text(named)).scalars())

@@ -255,7 +255,7 @@ def test_refusals(
     refused(DeclarationError, "epochs=0", epochs=0)
     refused(DeclarationError, "from 1 to 5", matryoshka=[6])
     converted = notes.directory
-    refused(EncoderNotFoundError, "--base", base=converted)
+    refused(EncoderNotFoundError, "as base", base=converted)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "sentence_transformers", None)
         patch.setitem(sys.modules, "sentence_transformers.sentence_transformer", None)
