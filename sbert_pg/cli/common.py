@@ -325,9 +325,9 @@ def print_table(
     table = Table(title=title, title_justify="left", header_style="bold")
     for position, column in enumerate(columns):
         numeric = bool(rows) and all(_is_number(row[position]) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        table.add_column(escape(column), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*("" if value is None else str(value) for value in row))
+        table.add_row(*("" if value is None else escape(str(value)) for value in row))
     out.print(table)
 
 
@@ -340,27 +340,23 @@ def print_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     if room >= min(widest, 12):
         print_table(columns, [[_shortened(cell, 100) for cell in row] for row in cells])
         return
+    label = max(map(len, columns))
     for row in cells:
-        _print_block(columns, row)
-
-
-def _print_block(columns: Sequence[str], row: Sequence[Any]) -> None:
-    """Print what a row holds, a line for each of its columns."""
-    label = max(len(column) for column in columns)
-    for column, cell in zip(columns, row, strict=True):
-        if cell is not None and cell != "":
-            text = escape(str(_shortened(cell, max(out.width - label - 2, 20))))
-            out.print(f"[bold]{escape(column.rjust(label))}[/]  {text}", highlight=False)
-    out.print()
+        for column, cell in zip(columns, row, strict=True):
+            if cell not in (None, ""):
+                text = escape(str(_shortened(cell, max(out.width - label - 2, 20))))
+                out.print(f"[bold]{escape(column.rjust(label))}[/]  {text}", highlight=False)
+        out.print()
 
 
 def _on_one_line(value: Any) -> Any:
-    return " ".join(value.split()) if isinstance(value, str) else value
+    plain = value is None or isinstance(value, (int, float))
+    return value if plain else " ".join(str(value).split())
 
 
 def _shortened(value: Any, width: int) -> Any:
-    text = value if isinstance(value, str) else None
-    return value if text is None or len(text) <= width else text[: width - 1] + "…"
+    long = isinstance(value, str) and len(value) > width
+    return f"{value[: width - 1]}…" if long else value
 
 
 def _is_number(value: Any) -> bool:

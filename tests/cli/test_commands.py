@@ -16,7 +16,7 @@ from command_line import process, sbert_pg
 
 from sbert_pg import Embedding, bind, create_all, load
 from sbert_pg.catalog import downgrade
-from sbert_pg.cli import app
+from sbert_pg.cli import app, common
 
 ROOT = Path(__file__).parents[2]
 
@@ -252,6 +252,23 @@ def test_wide_tables_are_readable(database_url: sa.URL, minilm: Any) -> None:
     assert "value 17 of this row" in shown
     assert "Refunds [and] returns" in shown
     engine.dispose()
+
+
+@pytest.mark.parametrize("width", [80, 200])
+@pytest.mark.parametrize("count", [4, 24, 60])
+def test_rows_of_any_table_are_readable(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, count: int, width: int
+) -> None:
+    """Each value in one line of its own or a cell, long ones of any type cut, nothing left out."""
+    monkeypatch.setattr(common.out, "_width", width)
+    kinds = ["[and] more", "long " * 200, None, 17, {"a": ["x" * 300]}, b"\0" * 200, True]
+    row = [kinds[n % len(kinds)] for n in range(count)]
+    common.print_rows([f"column_{n}" for n in range(count)], [row, row])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    assert sum("[and] more" in line for line in lines) == 2 * row.count("[and] more")
+    if count > 4:
+        assert len(lines) == 2 * (1 + count - row.count(None)), "a line for each value"
 
 
 def test_a_bad_row_leaves_nothing(database_url: sa.URL, tmp_path: Path, minilm: Any) -> None:
