@@ -91,6 +91,3 @@ def _hash(binding_id: uuid.UUID, content: bytes) -> bytes:
 def _seed(binding_id: uuid.UUID) -> bytes:
     """The identity as text, which every hash begins with; made once, as it costs more than one."""
     return str(binding_id).encode()
-
-
-__all__ = ["HALF", "NIL", "PROVEN_DIMENSIONS", "companion_name", "digest", "of", "proof"]

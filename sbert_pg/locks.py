@@ -201,19 +201,3 @@ def busy_message(
         f"{lock_timeout:g} s. It is held by: {held}. Nothing was changed; end the long transaction "
         "and run the same command again."
     )
-
-
-__all__ = [
-    "ATTEMPTS",
-    "LOCK_TIMEOUT",
-    "busy_message",
-    "holders",
-    "in_short_transactions",
-    "is_busy",
-    "milliseconds",
-    "pause",
-    "retried",
-    "set_lock_timeout",
-    "set_timeouts_aside",
-    "settings",
-]

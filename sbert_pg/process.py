@@ -116,6 +116,3 @@ class PerProcess(Generic[T]):
             if self._made is None or self._made[0] != os.getpid():
                 self._made = os.getpid(), self._make()
             return self._made[1]
-
-
-__all__ = ["PerProcess", "ProcessLock", "usable_cores"]

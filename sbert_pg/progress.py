@@ -58,6 +58,3 @@ def bar(step: str = "") -> Iterator[Callable[..., None]]:
             drawn.update(task, description=step, completed=done, total=total, count=count)
 
         yield advance
-
-
-__all__ = ["Advance", "bar"]

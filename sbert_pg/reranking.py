@@ -269,6 +269,3 @@ def _require_loaded(entity: Any, attribute: Any) -> None:
             f"{attribute} is not loaded, and reading it would ask the database for each row. "
             f"Load it with the rows: select.options(undefer({attribute}))."
         )
-
-
-__all__ = ["Ranked", "Scorer", "by_marginal_relevance", "diverse", "rerank", "rerank_async"]

@@ -303,14 +303,3 @@ def _row_job(
         lambda vector: row.__setitem__(key, vector),
         lambda: f"{key} of row {number} of {column.column.table}",
     )
-
-
-__all__ = [
-    "EmbeddingColumn",
-    "TextJob",
-    "embed_rows",
-    "embedding_columns",
-    "encode_documents",
-    "encode_jobs",
-    "target_of",
-]

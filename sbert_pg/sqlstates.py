@@ -168,17 +168,3 @@ def _fields(error: BaseException | None) -> dict[str, Any]:
     """The fields of the server's message by their letters, as pg8000 hands them on."""
     first = error.args[0] if error is not None and error.args else None
     return first if isinstance(first, dict) else {}
-
-
-__all__ = [
-    "DEADLOCK_DETECTED",
-    "LOCK_NOT_AVAILABLE",
-    "QUERY_CANCELED",
-    "SQLSTATES",
-    "Fault",
-    "as_error",
-    "fault_of",
-    "sqlstate_of",
-    "translated",
-    "words_of",
-]

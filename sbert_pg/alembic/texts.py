@@ -58,6 +58,3 @@ def _same(stored: str, column: sa.Column[Any]) -> bool:
     texts = (stored, str(column.computed.sqltext))
     one, other = (re.sub(r"[\s()\\\"']", "", text).lower() for text in texts)
     return one == other
-
-
-__all__ = ["changed_texts"]

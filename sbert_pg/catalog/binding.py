@@ -396,20 +396,3 @@ def _from_row(row: sa.Row[Any]) -> Binding:
         utf8=row.utf8,
         expressions=read_expressions(row.expressions),
     )
-
-
-__all__ = [
-    "QueueIndex",
-    "all_bindings",
-    "bind",
-    "binding_by_id",
-    "binding_of",
-    "build_queue",
-    "create_all",
-    "health",
-    "installed",
-    "queue_indexes",
-    "require_all_rows",
-    "require_binding",
-    "unbind",
-]

@@ -387,13 +387,3 @@ class QueryVector(VectorType):
             )
         guard.watch(dialect)
         return super().bind_processor(dialect)
-
-
-__all__ = [
-    "Embedding",
-    "InsertedDigest",
-    "QueryVector",
-    "companion_column",
-    "companion_of",
-    "digest_for",
-]

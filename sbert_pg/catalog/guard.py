@@ -566,6 +566,3 @@ def _on_error(context: Any) -> None:
     error = as_error(context.sqlalchemy_exception)
     if error is not None:
         raise error from context.original_exception
-
-
-__all__ = ["binding_for_write", "fenced", "forget", "proven", "watch"]

@@ -291,15 +291,3 @@ def _mismatch(
         "Vectors of the two must not be mixed or compared. Use the column's own encoder, or add a "
         "column for the new one beside it (replaces=...) and re-embed."
     )
-
-
-__all__ = [
-    "Held",
-    "compatibility",
-    "fingerprint_of",
-    "hold",
-    "hold_encoder",
-    "rebind",
-    "recorded_encoder",
-    "seal",
-]

@@ -240,15 +240,3 @@ def _run(
             f"The catalog cannot {direction} to {revision!r}: {error}. The revisions are "
             f"{', '.join(sorted(s.revision for s in script.walk_revisions()))}."
         ) from error
-
-
-__all__ = [
-    "ADVISORY_LOCK",
-    "current",
-    "downgrade",
-    "head",
-    "require_current",
-    "script_location",
-    "upgrade",
-    "upgrade_sql",
-]

@@ -286,17 +286,3 @@ def translated(connection: Connection, identity: ColumnIdentity) -> ColumnIdenti
     if translations and identity.schema in translations:
         return identity._replace(schema=translations[identity.schema])
     return identity
-
-
-__all__ = [
-    "Binding",
-    "Expressions",
-    "Named",
-    "binding_id_of",
-    "expressions_of",
-    "known_id",
-    "qualified",
-    "read_expressions",
-    "relation_of",
-    "translated",
-]

@@ -100,6 +100,3 @@ def sample(
         if len(rows) >= size:
             return rows
     return list(connection.execute(statement).all())
-
-
-__all__ = ["after", "estimated_rows", "label", "sample"]

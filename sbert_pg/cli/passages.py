@@ -110,6 +110,3 @@ def found(session: Session, attribute: Any, statement: sa.Select[Any]) -> list[d
             row |= {name: getattr(passage, name) for name in ("heading", "start", "stop", "text")}
         rows.append(row)
     return rows
-
-
-__all__ = ["attribute_of", "create", "cut_all", "found", "show"]

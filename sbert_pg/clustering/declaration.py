@@ -295,6 +295,3 @@ def _base_column(column: Any) -> sa.Column[Any]:
             "one, as in Vector(384)."
         )
     return base
-
-
-__all__ = ["ClusterMetric", "Clustering", "clusters_of"]

@@ -93,6 +93,3 @@ def _labels(
         id_: (number, label or f"cluster {number}")
         for id_, number, label in connection.execute(named)
     }
-
-
-__all__ = ["Flow", "flows", "run_before"]

@@ -161,6 +161,3 @@ def _spread(fit: Fit, spherical: bool) -> float:
     sizes = np.bincount(fit.labels)
     lengths = np.bincount(fit.labels, 1 - fit.distances.astype(np.float64)) / sizes
     return float((sizes * (1 - lengths**2)).sum())
-
-
-__all__ = ["CHOICE_ROWS", "Criterion", "choose_number"]

@@ -154,6 +154,3 @@ def _require_same(before: Encoder, after: Encoder, weight: Vectors) -> None:
             f"Folded into the graph, the matrix gives vectors that differ by {apart:.2g} from what "
             "it should give; nothing was written. Please report this with the encoder's name."
         )
-
-
-__all__ = ["adapt_queries", "refuse_taken"]

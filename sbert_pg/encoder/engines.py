@@ -185,15 +185,3 @@ class Compiled:
 def _value(port: Any) -> Value:
     sizes = [size.get_length() if size.is_static else None for size in port.get_partial_shape()]
     return Value(port.get_any_name(), sizes)
-
-
-__all__ = [
-    "ONNXRUNTIME",
-    "OPENVINO",
-    "VARIABLE",
-    "able",
-    "asked_for",
-    "compile_graph",
-    "installed",
-    "load_openvino",
-]

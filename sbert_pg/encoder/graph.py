@@ -45,8 +45,6 @@ from sbert_pg.encoder.transformer import Attention, Fused, FusedByLength, Plain
 from sbert_pg.encoder.writer import FLOAT, INT32, INT64, Writer, activate, even_blocks
 from sbert_pg.probes import PROBES, SAMPLE_TEXTS
 
-__all__ = ["ARCHITECTURES", "build"]
-
 _ROTARY = {**rotary.READERS, **decoders.READERS, **t5.READERS}
 #: ``model_type`` of the architectures whose graph is built here.
 ARCHITECTURES = ABSOLUTE | _ROTARY.keys() | {STATIC}

@@ -197,6 +197,3 @@ def _remember(directory: Path, measured: Mapping[str, Any]) -> None:
             f"What was measured cannot be kept in {directory}: {error}. Measure as a user that "
             "can write there, or name the engine with engine= or $SBERT_PG_ENGINE."
         ) from error
-
-
-__all__ = ["engine_for", "measure"]

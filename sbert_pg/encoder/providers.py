@@ -199,6 +199,3 @@ def _find_cuda() -> None:
             onnxruntime.preload_dlls()
         if said.getvalue():
             logger.debug("Looking for CUDA's libraries: %s", said.getvalue().strip())
-
-
-__all__ = ["CPU", "CUDA", "VARIABLE", "Provider", "Providers"]

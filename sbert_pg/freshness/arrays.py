@@ -180,15 +180,3 @@ def register(connection: Connection) -> None:
     adapters = driver_connection(connection).adapters
     adapters.register_dumper(WireArray, WireArrayDumper)
     adapters.register_dumper(TextArray, TextArrayDumper)
-
-
-__all__ = [
-    "ArrayOf",
-    "TextArray",
-    "WireArray",
-    "driver_connection",
-    "element_of",
-    "register",
-    "require_psycopg",
-    "vector_of",
-]

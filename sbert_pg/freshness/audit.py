@@ -264,6 +264,3 @@ def _record(connection: Connection, binding: Binding, result: Audit) -> None:
     at = connection.execute(sa.select(sa.func.now())).scalar_one()
     figures = sa.cast(result.to_json() | {"at": at.isoformat()}, pg.JSONB)
     connection.execute(sa.select(sa.func.sbert.note_v1(binding.id, sa.null(), figures)))
-
-
-__all__ = ["Audit", "Finding", "audit"]

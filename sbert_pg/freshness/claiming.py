@@ -148,6 +148,3 @@ class Claimer:
         column.caught_up_at = now
         with self._database.begin() as connection:
             note_caught_up(connection, column.binding)
-
-
-__all__ = ["Claimer"]

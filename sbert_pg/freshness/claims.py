@@ -388,21 +388,3 @@ def retrying(connection: Connection, binding: Binding) -> int:
 def _texts(values: Sequence[str | None]) -> sa.ColumnElement[Any]:
     kind = pg.ARRAY(sa.Text)
     return sa.cast(sa.bindparam(None, list(values), type_=kind), kind)
-
-
-__all__ = [
-    "Claimed",
-    "claim",
-    "claim_alone",
-    "conclude",
-    "end_waits",
-    "expire",
-    "fail",
-    "forget",
-    "in_hand",
-    "put_off",
-    "release",
-    "renew",
-    "retrying",
-    "skip",
-]

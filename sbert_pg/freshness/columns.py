@@ -257,6 +257,3 @@ def names_of(binding: Binding) -> tuple[str, ...]:
     """What a bound column may be called in settings and on the command line."""
     table = f"{binding.schema}.{binding.table}"
     return (str(binding), f"{binding.table}.{binding.column}", table, binding.table)
-
-
-__all__ = ["BLOCKED_FOR", "Column", "Columns", "names_of"]

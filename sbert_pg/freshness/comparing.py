@@ -163,6 +163,3 @@ def compare_rows(
         encoder.encode_document([row[1] for row in drawn]),
         by_length=encoder.spec.similarity != "cosine",
     )
-
-
-__all__ = ["Comparison", "compare", "compare_rows"]

@@ -203,6 +203,3 @@ class _Work:
 
 def _rows(texts: dict[str, str]) -> list[Row]:
     return [Row((), digest, False, text, digest) for digest, text in texts.items()]
-
-
-__all__ = ["Cutter", "is_cut_as"]

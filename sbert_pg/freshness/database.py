@@ -192,6 +192,3 @@ def write_in_pieces(
 
 def _writing(write: Callable[[Connection, Payloads], T], piece: Payloads) -> Callable[..., T]:
     return lambda connection: write(connection, piece)
-
-
-__all__ = ["Database", "Patience", "Pause", "Payloads", "Pieces", "write_in_pieces"]

@@ -354,6 +354,3 @@ def _bytes(values: list[bytes]) -> sa.ColumnElement[object]:
 
 def _is_one_of(digests: list[bytes]) -> sa.ColumnElement[bool]:
     return _cache.c.digest == sa.any_(_bytes(digests))
-
-
-__all__ = ["CachedEncoder", "Embedded", "cached", "embed", "encode_each", "reason_of"]

@@ -120,6 +120,3 @@ class Flow(Generic[Batch, Result]):
         self._pool.shutdown(wait=True, cancel_futures=True)
         if error is None:
             self._raise()
-
-
-__all__ = ["Flow"]

@@ -97,17 +97,3 @@ def label_from(text: str) -> str:
         parts = [text]
     # As PostgreSQL writes jsonb.
     return "[" + ", ".join(json.dumps(str(part), ensure_ascii=False) for part in parts) + "]"
-
-
-__all__ = [
-    "BACKFILL",
-    "CHANGED",
-    "Candidate",
-    "Class",
-    "Key",
-    "Row",
-    "Written",
-    "label_from",
-    "label_of",
-    "shown",
-]

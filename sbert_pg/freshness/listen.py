@@ -141,6 +141,3 @@ class Listener:
         # What is no identity is a test of another worker's, or nothing of ours.
         with contextlib.suppress(ValueError):
             self._on_notify(uuid.UUID(payload))
-
-
-__all__ = ["Listener"]

@@ -95,6 +95,3 @@ def _traceback(formatter: logging.Formatter, record: logging.LogRecord) -> list[
 def _time(record: logging.LogRecord) -> str:
     at = datetime.fromtimestamp(record.created, timezone.utc)
     return at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-__all__ = ["LOGGER", "JsonFormatter", "TextFormatter", "configure", "printable", "say"]

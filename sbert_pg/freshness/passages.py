@@ -248,6 +248,3 @@ def stored_passages(connection: Connection, documents: Binding) -> StoredPassage
     binding = next((one for one in bound if one.replaces is None), bound[0])
     oid, name, _ = vector_of(connection, binding)
     return StoredPassages(documents, binding, (oid, name), settings)
-
-
-__all__ = ["Cut", "StoredPassages", "stored_passages"]

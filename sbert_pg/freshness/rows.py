@@ -486,6 +486,3 @@ def rows_of(connection: Connection, binding: Binding) -> Rows:
     if binding.source.passages is not None:
         rows.passages = stored_passages(connection, binding)
     return rows
-
-
-__all__ = ["Rows", "rows_of"]

@@ -370,6 +370,3 @@ def _warn_of_index(connection: sa.Connection, binding: Binding) -> None:
             "and building the index after is many times faster"
         )
         say(logger, logging.WARNING, words, fields)
-
-
-__all__ = ["Filled", "Filler", "Refreshed", "Watch", "backfill", "refresh", "worker_thread"]

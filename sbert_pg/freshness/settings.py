@@ -106,6 +106,3 @@ class Companion(Protocol):
 
     def look(self) -> object:
         """Do once what is to be done now."""
-
-
-__all__ = ["Companion", "Progress", "WorkerSettings", "worker_name"]

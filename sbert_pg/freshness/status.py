@@ -391,18 +391,3 @@ def _chosen(keys: Sequence[str] | None) -> sa.ColumnElement[bool]:
     if keys is None:
         return ~_failure.skipped
     return _failure.key.in_([label_from(key) for key in keys])
-
-
-__all__ = [
-    "ColumnStatus",
-    "Counts",
-    "Failure",
-    "counts",
-    "failures",
-    "note_caught_up",
-    "queue_fault",
-    "retry",
-    "skip",
-    "status",
-    "wake",
-]

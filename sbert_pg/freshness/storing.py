@@ -319,6 +319,3 @@ class Store:
     def _put_off(self, wait: timedelta) -> None:
         due = time.monotonic() + wait.total_seconds()
         self._due = due if self._due is None else min(due, self._due)
-
-
-__all__ = ["BACKLOG_INTERVAL", "Keeper", "Store", "Work"]

@@ -118,6 +118,3 @@ class Tally:
     def total(self, name: str) -> int:
         """One count, summed over the columns."""
         return sum(int(getattr(column, name)) for column in self.columns().values())
-
-
-__all__ = ["BUCKETS", "Backlog", "ColumnTally", "Durations", "Tally"]

@@ -79,6 +79,3 @@ def replica_lag(connection: Connection) -> float:
             "pg_read_all_stats), or run without a limit on the lag."
         )
     return float(lag)
-
-
-__all__ = ["Throttle", "replica_lag"]

@@ -411,6 +411,3 @@ class Worker:
                 wait = min(wait, due)
         if not self._wake.wait(max(wait, 0.01)):
             self.wake()
-
-
-__all__ = ["Health", "Worker"]

@@ -475,15 +475,3 @@ class RenameIndex(sa.schema.ExecutableDDLElement):
 def _rename_index(element: RenameIndex, compiler: Any, **_: Any) -> str:
     old = system.ddl_name(compiler, element.schema, element.name)
     return f"ALTER INDEX {old} RENAME TO {compiler.preparer.quote(element.new_name)}"
-
-
-__all__ = [
-    "CreateIndexConcurrently",
-    "DropIndex",
-    "IndexBuilder",
-    "RenameIndex",
-    "build_index",
-    "index_builder",
-    "name_beside",
-    "phase_of",
-]

@@ -341,13 +341,3 @@ def index_name(existing: str, old: str, new: str, table: str) -> str:
     if name == existing or len(name.encode()) > 63:
         name = f"ix_{table}"[: 62 - len(new)] + f"_{new}"
     return name[-63:]
-
-
-__all__ = [
-    "hnsw_index",
-    "index_like",
-    "index_name",
-    "indexes_per",
-    "ivfflat_index",
-    "vector_index",
-]

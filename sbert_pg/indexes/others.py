@@ -140,6 +140,3 @@ def _check_lists(lists: Sequence[int], probes: Sequence[int], build_threads: int
             f"vchordrq_index: probes is {list(probes)!r}; give a number for each of the "
             f"{len(lists)} levels of lists."
         )
-
-
-__all__ = ["diskann_index", "vchordrq_index"]

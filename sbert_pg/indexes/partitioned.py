@@ -153,6 +153,3 @@ class _Attach(sa.schema.ExecutableDDLElement):
 def _attach(element: _Attach, compiler: Any, **_: Any) -> str:
     index, part = (system.ddl_name(compiler, *one) for one in (element.index, element.part))
     return f"ALTER INDEX {index} ATTACH PARTITION {part}"
-
-
-__all__ = ["CreateOnly", "build_on_partitions", "is_partitioned"]

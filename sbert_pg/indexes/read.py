@@ -263,6 +263,3 @@ def _squeezed(expression: str | None) -> str:
     text = re.sub(r"cast\s*\((.+?)\s+as\s+([a-z_ ]+(?:\(\d+\))?)\)", r"\1::\2", text)
     text = re.sub(r"::(text|character varying|varchar)\b(\(\d+\))?", "", text)
     return re.sub(r"[\s()\"]", "", text)
-
-
-__all__ = ["IndexState", "StoredIndex", "index_state", "same_index", "vector_indexes"]

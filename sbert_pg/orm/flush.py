@@ -360,6 +360,3 @@ def _row_key(write: _Write) -> Key:
     return tuple(
         known[key] if key in known else getattr(instance, key) for key in write.attribute.row_keys
     )
-
-
-__all__ = ["SessionTarget", "embed_on_flush", "leave_to_workers"]

@@ -147,6 +147,3 @@ def _set(instance: Any, key: str, binding: Binding, text: str, vector: Any) -> N
     payload = wire.to_wire(wire.as_float32(vector), binding.storage)
     set_attribute(instance, key, vector)
     set_attribute(instance, companion_name(key), digest(binding.id, text, payload, binding.storage))
-
-
-__all__ = ["cut_before_flush"]

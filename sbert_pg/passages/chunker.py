@@ -350,15 +350,3 @@ def chunker_of(identity: Mapping[str, Any]) -> Chunker:
             "Register it at start-up with sbert_pg.passages.use_chunker(chunker)."
         )
     return _named[name]
-
-
-__all__ = [
-    "Chunker",
-    "FixedChunker",
-    "LangChainChunker",
-    "Part",
-    "SentenceChunker",
-    "chunker_of",
-    "pieces",
-    "use_chunker",
-]

@@ -138,6 +138,3 @@ def cut(
         # A document of a title alone, or with an empty text, is found by that.
         heading = path_of(())[0]
         yield Passage(0, 0, heading, digest_of(embedded_text(heading, "")))
-
-
-__all__ = ["DIGITS", "GAP", "Passage", "counter", "cut", "digest_of", "embedded_text", "limit_of"]

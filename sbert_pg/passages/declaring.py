@@ -375,15 +375,3 @@ def declared_passages(attribute: Any) -> Declared | None:
         return None
     declared: Declared | None = attribute.property.info.get(_INFO)
     return declared
-
-
-__all__ = [
-    "CONTENT",
-    "PASSAGE_COLUMNS",
-    "Declared",
-    "Passage",
-    "add_passages",
-    "declared_passages",
-    "passages_between",
-    "passages_of",
-]

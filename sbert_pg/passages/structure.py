@@ -222,6 +222,3 @@ def border_before(text: str, start: int, stop: int) -> int:
         if found > 0:
             return found
     return max(middle, start + 1)
-
-
-__all__ = ["Unit", "border_before", "sentences", "units"]

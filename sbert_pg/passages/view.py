@@ -72,6 +72,3 @@ def _create(element: PassageView, compiler: Any, **options: Any) -> str:
     )
     query = compiler.sql_compiler.process(element.query, literal_binds=True)
     return f"CREATE OR REPLACE VIEW {name} AS {query}"
-
-
-__all__ = ["PassageView", "text_of"]

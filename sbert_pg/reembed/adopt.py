@@ -389,6 +389,3 @@ def _declared(encoder: TextEncoder) -> EncoderSpec:
         similarity=spec.similarity,
         precision=precision,
     )
-
-
-__all__ = ["Adoption", "Proof", "adopt", "examine"]

@@ -397,17 +397,3 @@ def missing_indexes(pair: Pair) -> list[sa.Index]:
         for index in pair.old.indexes
         if index.valid and index.form not in forms
     ]
-
-
-__all__ = [
-    "Pair",
-    "Request",
-    "Side",
-    "begin",
-    "begun_change",
-    "build_indexes",
-    "missing_indexes",
-    "pair_of",
-    "reflect",
-    "request_of",
-]

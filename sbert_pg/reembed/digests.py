@@ -200,6 +200,3 @@ class _Walk:
             row = connection.execute(left).first()
             connection.rollback()
         return row is not None
-
-
-__all__ = ["BLOCK", "adopt_rows", "current_snapshot", "write_digests"]

@@ -269,13 +269,3 @@ def _lock(connection: sa.Connection, binding: Binding) -> None:
     """Lock a bound column's table against everybody until the transaction ends."""
     table = sa.Table(binding.table, sa.MetaData(), schema=binding.schema)
     connection.execute(system.ddl("LOCK TABLE %(fullname)s IN ACCESS EXCLUSIVE MODE", table))
-
-
-__all__ = [
-    "abort",
-    "drop_bound_column",
-    "finish",
-    "require_droppable",
-    "require_finishable",
-    "resume",
-]

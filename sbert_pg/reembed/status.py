@@ -350,17 +350,3 @@ def _unseen(connection: sa.Connection) -> Iterator[str]:
     sees_all = sa.func.pg_has_role(sa.literal("pg_read_all_stats", sa.Text), "USAGE")
     if not connection.execute(sa.select(sees_all)).scalar_one():
         yield "running statements of other roles (grant pg_read_all_stats to see them)"
-
-
-__all__ = [
-    "QUIET",
-    "State",
-    "Status",
-    "change_of",
-    "operations_on",
-    "replacement_of",
-    "sides_of",
-    "status",
-    "status_of",
-    "use_of",
-]

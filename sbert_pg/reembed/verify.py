@@ -342,6 +342,3 @@ class _Exact:
             recall=mean(exact.recall_of),
             mrr=mean(exact.reciprocal_rank),
         )
-
-
-__all__ = ["verify"]

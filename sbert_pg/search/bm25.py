@@ -232,6 +232,3 @@ def _part(name: str, columns: Sequence[str], text: str) -> sa.CTE:
     select = sa.text(text).columns(*(sa.column(column) for column in columns))
     part: sa.CTE = select.cte(name).prefix_with("MATERIALIZED")
     return part
-
-
-__all__ = ["K1", "B", "length_of", "looked_up", "ranking"]

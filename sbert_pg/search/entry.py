@@ -168,6 +168,3 @@ def _furthest(
     if min_similarity is not None:
         return metric.offset - min_similarity
     return max_distance
-
-
-__all__ = ["nearest"]

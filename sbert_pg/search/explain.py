@@ -205,12 +205,3 @@ def _refused(row: Any, counts: str, looked: int, ways: Ways) -> str:
     if row["head"] > HEAD * looked or row["passed"] < LOCAL * row["share"] * looked:
         return f"{counts}, the first at place {row['head']}: fewer or later than in the whole table"
     return f"{counts}, but a row of the sample is nearer, which the index has not found"
-
-
-__all__ = [
-    "SearchExplanation",
-    "Word",
-    "WordsExplanation",
-    "explain_search",
-    "explain_words",
-]

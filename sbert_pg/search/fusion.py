@@ -299,6 +299,3 @@ def _weight(search: HybridSearch, words: sa.CTE, meaning: sa.CTE) -> sa.CTE:
 
 def _or_none(value: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
     return sa.func.coalesce(value, 0.0, type_=_F)
-
-
-__all__ = ["DEPTH", "Fusion", "HybridSearch", "hybrid", "weight_of"]

@@ -265,19 +265,3 @@ def _values(index: VectorIndex, look: Look, looked: Any) -> dict[str, Any]:
     if index.method == "hnsw":
         return {"ef_search": candidates, **values}
     return values if look.probes is None else {**values, "probes": f"'{look.probes}'"}
-
-
-__all__ = [
-    "DEFAULT_EF_SEARCH",
-    "DEFAULT_OVERFETCH",
-    "MAX_EF_SEARCH",
-    "Look",
-    "Shape",
-    "far_look",
-    "near_look",
-    "number",
-    "planned",
-    "settings",
-    "settings_back",
-    "size_for",
-]

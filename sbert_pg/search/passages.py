@@ -331,14 +331,3 @@ def _best(
     rows = rows.order_by(sa.desc("similarity"), passage.id).limit(search.asked.per_document)
     lateral: sa.Lateral = rows.correlate(page, *tables_of(right)).lateral("passages_best")
     return lateral
-
-
-__all__ = [
-    "MOST_BY_INDEX",
-    "Asked",
-    "DocumentSearch",
-    "Score",
-    "first_look",
-    "nearest_documents",
-    "nearest_passages",
-]

@@ -644,6 +644,3 @@ class Nearest(sa.Select[Any]):
     def slice(self, start: int, stop: int) -> Any:
         """The rows from one place to another, counted from 0."""
         return self.limit(max(0, stop - start)).offset(start)
-
-
-__all__ = ["Changeable", "Nearest", "Search", "parts_of", "replayed", "statement_of", "tables_of"]

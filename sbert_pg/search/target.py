@@ -372,6 +372,3 @@ def target_of(column: Any) -> Target:
     if target is None:
         target = known[key] = Target(column)
     return target
-
-
-__all__ = ["Target", "columns_of", "readable_columns", "target_of"]

@@ -564,17 +564,3 @@ def compared_page(target: Target, bounded: bool) -> sa.Select[Any]:
     # A vector of zeros is not similar under cosine: its distance, no number, comes last.
     rows = page.subquery("nearest_compared")
     return sa.select(*rows.c).where(rows.c[DISTANCE] != NAN)
-
-
-__all__ = [
-    "DISTANCE",
-    "KEY",
-    "SELF",
-    "VECTOR",
-    "WAY",
-    "Ways",
-    "among",
-    "compared_page",
-    "key_names",
-    "named",
-]

@@ -349,14 +349,3 @@ def _statement(search: WordSearch) -> Nearest:
     statement = replayed(statement, search.shaping)
     statement.search = search
     return statement  # type: ignore[no-any-return]
-
-
-__all__ = [
-    "Question",
-    "WordSearch",
-    "check_page",
-    "matching",
-    "word_search",
-    "words_of",
-    "words_page",
-]

@@ -176,6 +176,3 @@ class Batcher:
                 "numbers that are not finite."
             )
         return vectors
-
-
-__all__ = ["BATCH", "MOST_WAITING", "Batcher", "QueueFullError"]

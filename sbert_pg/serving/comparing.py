@@ -332,6 +332,3 @@ def _psql(exposed: Exposed, question: str, where: Where) -> str:
     )
     call = f"CALL sbert.embed({literal(exposed.bound)}, {literal(question)}, NULL) \\gset"
     return f"{call}\n{ranked.compile(dialect=_NAMED)};"
-
-
-__all__ = ["KINDS", "OPERATORS", "compared", "excerpt", "filters_of"]

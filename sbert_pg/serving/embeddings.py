@@ -211,6 +211,3 @@ def _rendered(name: str, vectors: Vectors, tokens: int, asked: _Asked) -> bytes:
 
 def _base64(vector: Array) -> str:
     return f'"{base64.b64encode(vector.tobytes()).decode()}"'
-
-
-__all__ = ["Embeddings"]

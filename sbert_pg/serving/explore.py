@@ -305,6 +305,3 @@ def _data(view: Callable[[QueryParams], Any], query: QueryParams) -> Response:
 def _file(content: bytes, kind: str, query: QueryParams) -> Response:
     headers = guarded() | {"Cache-Control": "max-age=3600"}
     return Response(content, headers=headers, media_type=kind)
-
-
-__all__ = ["Explorer"]

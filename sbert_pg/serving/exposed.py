@@ -403,6 +403,3 @@ class Shown:
             limit = sa.func.set_config("statement_timeout", milliseconds, sa.true())
             connection.execute(sa.select(limit))
             yield connection
-
-
-__all__ = ["By", "Exposed", "Found", "Question", "Shown"]

@@ -107,6 +107,3 @@ def guarded(policy: str = "default-src 'none'") -> dict[str, str]:
         "Cross-Origin-Resource-Policy": "same-origin",
         "Cache-Control": "no-store",
     }
-
-
-__all__ = ["Html", "guarded", "h", "page", "table"]

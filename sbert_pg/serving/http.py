@@ -404,17 +404,3 @@ def only_known(body: dict[str, Any], known: Sequence[str]) -> None:
                 400, f"There is no field {name[:100]!r}; there are {', '.join(known)}.",
                 "unknown_parameter", param=name[:100],
             )  # fmt: skip
-
-
-__all__ = [
-    "RefusedError",
-    "Service",
-    "application",
-    "busy",
-    "json_bytes",
-    "only_known",
-    "parsed",
-    "refusal_of",
-    "require_safe",
-    "wrong",
-]

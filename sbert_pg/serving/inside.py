@@ -92,6 +92,3 @@ def _encoder(directory: Path, spec: EncoderSpec, probes: bytes) -> TextEncoder:
         f"{' (' + '; '.join(reasons) + ')' if reasons else ''}. Convert it there: sbert-pg encoder "
         f"convert {spec.name} --out {directory}/NAME"
     )
-
-
-__all__ = ["embed_here", "text_of"]

@@ -183,6 +183,3 @@ class _Guarded(H11Protocol):
 def _guarded(limits: Limits) -> type[H11Protocol]:
     """The protocol of one server."""
     return type("Guarded", (_Guarded,), {"limits": limits, "waiting": {}})
-
-
-__all__ = ["Limits", "listening"]

@@ -137,6 +137,3 @@ class ServerMetrics:
     def page(self) -> tuple[int, bytes, str]:
         """What Prometheus scrapes: status, body and content type."""
         return 200, generate_latest(self.registry), CONTENT_TYPE_LATEST
-
-
-__all__ = ["ServerMetrics", "WorkerMetrics"]

@@ -183,6 +183,3 @@ class Answers:
                 hold_encoder(connection, binding, known)
             self._encoders[binding_id] = known
         return known
-
-
-__all__ = ["Answers"]

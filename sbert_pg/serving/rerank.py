@@ -137,6 +137,3 @@ def _scoring(reranker: Reranks) -> Any:
         return scores
 
     return score
-
-
-__all__ = ["Reranking", "Reranks"]

@@ -157,6 +157,3 @@ async def _search(shown: Shown, turns: _Turns, body: dict[str, Any]) -> bytes:
     rows = await turns.take(shown.ask, body["table"], question)
     results = [{**one.scores, **one.parts} for one in rows]
     return json_bytes({"table": body["table"], "results": results})
-
-
-__all__ = ["serving"]

@@ -222,6 +222,3 @@ def _identity(binding: Binding) -> ColumnIdentity:
 
 def _number(value: int | None) -> str:
     return "?" if value is None else f"{value:,}"
-
-
-__all__ = ["changes", "health"]

@@ -142,6 +142,3 @@ def _label(cluster: tuple[int, str] | None) -> str:
 
 def _exemplar(topics: Clustering, cluster: Any) -> list[Any]:
     return [getattr(cluster, EXEMPLAR_PREFIX + key.name) for key in topics.keys]
-
-
-__all__ = ["members", "no_topics", "overview"]

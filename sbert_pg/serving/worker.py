@@ -53,6 +53,3 @@ def serving_http(
     worker.watch_backlog()
     with listening(application(service), service.limits, host, port) as bound:
         yield bound
-
-
-__all__ = ["serving_http"]

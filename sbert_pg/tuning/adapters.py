@@ -263,15 +263,3 @@ def _slope(matrix: Vectors, examples: Examples, batch: npt.NDArray[np.int64]) ->
     across = (pull - units * (pull * units).sum(axis=1, keepdims=True)) / lengths
     slope: Vectors = across.T @ queries
     return slope
-
-
-__all__ = [
-    "METHODS",
-    "Candidates",
-    "Examples",
-    "Learned",
-    "Method",
-    "apply",
-    "examples_of",
-    "learn",
-]

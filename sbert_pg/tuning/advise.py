@@ -341,6 +341,3 @@ class _Measuring:
         recalls = [exact.recall(a, np.asarray(e, dtype=np.float32), self.k) for a, e in pairs]
         value = exact.mean(recalls)
         return Measured(filter_, 1.0 if value is None else value, 1000 * float(np.median(times)))
-
-
-__all__ = ["Advice", "FormFigures", "Measured", "advise_index"]

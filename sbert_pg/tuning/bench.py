@@ -125,6 +125,3 @@ class Bench:
             .limit(50)
         )
         return list(rows.scalars())
-
-
-__all__ = ["Bench"]

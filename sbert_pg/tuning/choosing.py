@@ -415,6 +415,3 @@ def _time(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds:.0f} s"
-
-
-__all__ = ["Choice", "Choosable", "choose_encoder", "local_encoders"]

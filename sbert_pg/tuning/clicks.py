@@ -133,6 +133,3 @@ def _read(event: LabelledQuery, number: int) -> tuple[int, float, float]:
             f"have to be numbers; {error}."
         ) from error
     return position, clicked, times
-
-
-__all__ = ["COLUMNS", "is_log", "of_log"]

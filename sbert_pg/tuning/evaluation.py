@@ -308,6 +308,3 @@ def grouped_figures(
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(means, [tail, 1 - tail], axis=0)
     return [Figure(*map(float, each)) for each in zip(values.mean(axis=0), low, high, strict=True)]
-
-
-__all__ = ["Evaluation", "Figure", "Miss", "Score", "evaluate", "grouped_figures"]

@@ -280,19 +280,3 @@ def with_attribute(
         replace(query, attributes={**query.attributes, name: values.get(first[query.text]) or ""})
         for query in queries
     ]
-
-
-__all__ = [
-    "Run",
-    "in_columns",
-    "labelled",
-    "names_of",
-    "pairs_of",
-    "read_lines",
-    "read_pairs",
-    "read_run",
-    "with_attribute",
-    "write_qrels",
-    "write_queries",
-    "write_run",
-]

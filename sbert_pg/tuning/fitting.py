@@ -316,6 +316,3 @@ def _matrix(task: Task, method: Any, place: Path) -> Proof:
     proof.require_gain()
     adapt_queries(task.encoder, learned.matrix, place, training=proof.record())
     return proof
-
-
-__all__ = ["Method", "Tuning", "tune"]

@@ -282,6 +282,3 @@ def _own(encoder: Encoder, texts: Sequence[str]) -> OwnTexts:
         halves=halves,
         separated=share(right, halves) if halves else Figure(0.0, 0.0, 1.0),
     )
-
-
-__all__ = ["Limit", "Limits", "OwnTexts", "beside", "limits_of", "own_texts", "share"]

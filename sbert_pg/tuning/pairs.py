@@ -281,6 +281,3 @@ def of_keys(
     chosen = sa.select(label, value).where(label == sa.any_(array), value.is_not(None))
     with engine.connect() as connection:
         return {key: str(said) for key, said in connection.execute(chosen)}
-
-
-__all__ = ["Split", "hard_negatives", "of_keys", "own_pairs", "split_pairs"]

@@ -112,6 +112,3 @@ def judged_by(held_out: int, split: str, rows: int, total: int) -> str:
 def _digest(queries: Sequence[LabelledQuery]) -> str:
     """SHA-256 of questions and their answers, 32 hexadecimal digits, in whatever order they are."""
     return json_digest(sorted([q.text, sorted(q.gains.items())] for q in queries))[:32]
-
-
-__all__ = ["Proof", "judged_by"]

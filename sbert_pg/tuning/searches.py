@@ -190,13 +190,3 @@ class _Encoded:
             ]
             for places, scores in zip(best.positions, best.similarities, strict=True)
         ]
-
-
-__all__ = [
-    "Answer",
-    "Search",
-    "encode_together",
-    "on_copy",
-    "searches_for",
-    "with_answers",
-]

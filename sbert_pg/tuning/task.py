@@ -207,6 +207,3 @@ class Task:
         content = hashlib.sha256(self.candidates.vectors.tobytes())
         content.update(json.dumps(list(self.candidates.keys)).encode())
         return content.hexdigest()[:32]
-
-
-__all__ = ["Rows", "Task", "drawn", "is_one_of"]

@@ -252,6 +252,3 @@ def _columns(batch: Sequence[Example], random: np.random.Generator) -> list[list
     if all(e.negatives for e in batch):
         columns.append([e.negatives[int(random.integers(len(e.negatives)))] for e in batch])
     return columns
-
-
-__all__ = ["Example", "distil", "train"]

@@ -207,6 +207,3 @@ def _held_out(
         chosen = _best(others if len(others) else curves)
         values[parts == part] = curves[parts == part, chosen]
     return values
-
-
-__all__ = ["FittedWeight", "fit_weight"]

@@ -325,6 +325,3 @@ def _speeds(task: Task, encoder: Encoder) -> dict[str, str]:
         "speed": f"{best[0] / best[1]:.2f} times the texts a second of {task.encoder.spec.name}",
         "megabytes": f"{sizes[1]:.1f}, before {sizes[0]:.1f}",
     }
-
-
-__all__ = ["declared_spec", "fit", "kept_model"]

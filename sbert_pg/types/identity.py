@@ -52,6 +52,3 @@ def _required(identity: ColumnIdentity) -> ColumnIdentity:
         if name is not None and UNSTORABLE.search(name):
             raise DeclarationError(f"A column is named {name!r}, {NOT_STORED}")
     return identity
-
-
-__all__ = ["ColumnIdentity", "identity_behind", "identity_of"]

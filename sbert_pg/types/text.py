@@ -154,6 +154,3 @@ def _quoted(name: str) -> str:
 
 def _unquoted(name: str) -> str:
     return name[1:-1].replace('""', '"') if name.startswith('"') else name
-
-
-__all__ = ["TextSearch", "text_column", "text_index"]
