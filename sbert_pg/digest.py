@@ -35,7 +35,6 @@ def digest(
     """What the companion column of a fresh row holds.
 
     Args:
-        binding_id: identity of the binding.
         text: the text that the vector was made from, as the source gives it.
         wire: the vector in pgvector's binary format, ``None`` for "failed for this text".
         storage: ``"vector"`` or ``"halfvec"``, the type of the column.

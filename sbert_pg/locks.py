@@ -53,7 +53,6 @@ def retried(
     Args:
         attempt: the function; it changes nothing where it fails.
         busy: gives the message of the error, once all attempts have failed.
-        attempts: how often to try.
         between: called after each failure, before the pause.
 
     Raises:
@@ -89,7 +88,6 @@ def in_short_transactions(
         step: what to do; called again at each attempt, and committed as a whole or not at all.
         relation: table that the step locks, as text for ``to_regclass``, for the message.
         lock_timeout: seconds that a statement waits for a lock.
-        attempts: how often to try.
 
     Raises:
         TableBusyError: the lock was not to be had; the message names who holds it.

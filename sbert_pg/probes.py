@@ -132,8 +132,6 @@ class Agreement:
     """How closely two sets of vectors of the same texts agree.
 
     Attributes:
-        mean_cosine: mean cosine of the pairs.
-        min_cosine: worst cosine of a pair.
         max_length_ratio: largest factor between the two lengths of a pair, at least 1.
     """
 
@@ -154,7 +152,6 @@ class Compatibility:
 
     Attributes:
         compatible: the verdict; the object is truthy accordingly.
-        reason: one sentence naming what decided.
         agreement: measured on the probes, ``None`` where the widths differ.
     """
 
@@ -267,7 +264,6 @@ def compatible_specs(
     and configuration, within rounding otherwise. Equal fingerprints spare no measurement.
 
     Args:
-        a: spec of one encoder.
         a_probes: its probe vectors, ``(len(PROBES), dimensions)``, see ``measured``.
         b: spec of the other.
         b_probes: see ``a_probes``.

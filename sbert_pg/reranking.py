@@ -39,7 +39,6 @@ class Ranked(Generic[T]):
     """A row in its new place.
 
     Attributes:
-        row: the row, as it was given.
         score: its score; ``None`` where it has no text or the time was over before its turn.
         text: the text that has this score: of a row with several passages, the best one.
     """

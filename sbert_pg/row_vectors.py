@@ -32,7 +32,6 @@ class EmbeddingColumn:
     """An embedding column of a table, with the columns that its text is made of.
 
     Attributes:
-        column: the embedding column.
         companion: its companion, ``None`` where the table has none.
         source_columns: the source's columns, in order.
         identity: the column as the database names it.
@@ -191,7 +190,6 @@ def encode_documents(
     """Encode texts with the encoder that a column declares, each of several equal ones once.
 
     Args:
-        spec: the encoder.
         label: what an error calls the text at a position.
 
     Returns:

@@ -40,12 +40,8 @@ class KnownEncoder:
     """Published facts of one model.
 
     Attributes:
-        name: hub name.
-        dimensions: width of its vectors.
         max_seq_length: tokens it reads, or ``None`` where nothing ends a text.
-        similarity: similarity function it was trained for.
         normalized: whether its vectors have length one; ``None`` where no source was found.
-        parameters: size in millions of parameters.
         languages: ``"en"``, or how many.
         good_for: one line for a reader who is choosing.
         matryoshka: whether vectors may be truncated.

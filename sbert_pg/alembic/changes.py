@@ -40,9 +40,7 @@ class Change:
     """One change that is refused.
 
     Attributes:
-        binding: the column as it is bound.
         column: the column as it is declared now.
-        what: what differs, in words.
         same_width: whether the vectors have the same width, so that the encoders may be compatible.
     """
 
@@ -67,7 +65,6 @@ def change_of(binding: Binding, column: sa.Column[Any], names: set[str]) -> Chan
     """The first difference that makes another vector space or another column, if there is one.
 
     Args:
-        binding: the column as it is bound.
         column: the column as it is declared now.
         names: names of encoders proven compatible with the column's.
     """
@@ -136,7 +133,6 @@ def refuse_two(table: sa.Table, replaced: Mapping[str, str | None]) -> None:
     """Refuse two columns that replace the same one: which of them is to be complete at its end?
 
     Args:
-        table: the table, for the message.
         replaced: what each embedding column replaces.
 
     Raises:

@@ -235,7 +235,6 @@ def in_drop_order(
     particular order. A clustering has three tables that refer to one another, so it counts.
 
     Args:
-        operations: what Alembic found.
         key: names a table by its schema and name.
     """
     drops = {key(op.schema, op.table_name): op for op in operations if isinstance(op, DropTableOp)}

@@ -97,10 +97,7 @@ class AlterColumn(ExecutableDDLElement):
     """``ALTER TABLE ... ADD | DROP | RENAME COLUMN``; adding and dropping may be done before.
 
     Args:
-        identity: the column.
-        action: what is done to it.
         type_: of a column that is added; it takes ``NULL``.
-        new_name: of a column that is renamed.
     """
 
     def __init__(
@@ -214,7 +211,6 @@ def online(
     ``statement_timeout`` is set aside meanwhile.
 
     Args:
-        operations: of the running migration.
         relation: the table, as text for ``regclass``.
         lock_timeout: seconds that a statement waits for a lock at an attempt.
     """
@@ -236,7 +232,6 @@ def within(operations: Operations, relation: str) -> Iterator[Online]:
     Each attempt is taken back to a savepoint, so whoever queues behind it has its turn.
 
     Args:
-        operations: of the running migration.
         relation: the table, as text for ``regclass``.
     """
     runner = Online(operations, relation, enclosed=True)
@@ -287,7 +282,6 @@ def setting(runner: Online, values: Mapping[str, str]) -> Iterator[None]:
     """Server settings for a while, in a script as well; the session has its own again afterwards.
 
     Args:
-        runner: of the operation.
         values: settings by name; the names are constants of this package.
     """
     if not runner.as_sql:

@@ -17,9 +17,6 @@ def changed_texts(connection: sa.Connection, table: sa.Table) -> list[ops.Migrat
     """What makes the text columns of a table again whose sources, language or weights differ.
 
     The column and its indexes are dropped and made; PostgreSQL rewrites the table.
-
-    Args:
-        table: as the models declare it.
     """
     declared = [c for c in table.columns if isinstance(c.type, TextSearch)]
     if not declared:

@@ -174,11 +174,7 @@ def companion_of(column: sa.ColumnElement[Any]) -> sa.Column[Any] | None:
 
 
 def companion_column(column: str) -> sa.Column[uuid.UUID]:
-    """The companion of an embedding column, for a table that is to get it.
-
-    Args:
-        column: name of the embedding column.
-    """
+    """The companion of an embedding column, for a table that is to get it."""
     return sa.Column(
         companion_name(column),
         sa.Uuid(),
@@ -215,9 +211,6 @@ class InsertedDigest:
 
     A writer that gives text and vector together says that they belong together, and the declared
     encoder has been held against the column's. Without a vector the row is pending.
-
-    Attributes:
-        column: name of the embedding column.
     """
 
     column: str
@@ -249,12 +242,7 @@ class InsertedDigest:
 
 
 class _InsertPlan:
-    """What the rows of one compiled ``INSERT`` have in common.
-
-    Args:
-        compiled: the statement.
-        name: name of the embedding column.
-    """
+    """What the rows of one compiled ``INSERT`` have in common."""
 
     def __init__(self, compiled: Any, name: str) -> None:
         table: sa.Table = compiled.compile_state.dml_table

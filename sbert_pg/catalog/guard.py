@@ -124,8 +124,6 @@ def binding_for_write(
     search path), or the same table under another binding.
 
     Args:
-        connection: the connection that will write.
-        identity: the column.
         spec: the encoder as the code declares it.
 
     Returns:
@@ -166,10 +164,7 @@ def fenced(
     """A vector that is compared with a column, or an error where the column has changed hands.
 
     Args:
-        value: the vector.
         column: the column that it is compared with, where known.
-        spec: the encoder that made it.
-        type_: its type in SQL.
     """
     return value if column is None else _Fenced(value, column, spec, type_)
 
@@ -184,7 +179,6 @@ def proven(
 
     Args:
         column: the embedding column, of a table, alias or subquery.
-        companion: the companion beside it.
     """
     identity = identity_behind(column)
     if identity is None:

@@ -23,7 +23,6 @@ def after(columns: Sequence[sa.ColumnElement[Any]], last: Sequence[Any]) -> sa.C
     """Whether a row comes after a key, as one comparison that the key's index serves.
 
     Args:
-        columns: the key columns, in order.
         last: their values in the last row of the page before.
     """
     values = [sa.literal(value, c.type) for c, value in zip(columns, last, strict=True)]
@@ -75,7 +74,6 @@ def sample(
 
     Args:
         connection: where.
-        table: the table.
         keys: names of the columns that name a row.
         columns: what to read; expressions over this table.
         where: criteria of the rows to choose from.

@@ -39,7 +39,6 @@ class Answered(NamedTuple):
     """What one version asked in one phase of the change.
 
     Attributes:
-        questions: how many were answered.
         wrong: answers with a similarity that is not that of its row in the version's own space.
         recall: share of the exact nearest rows that the answers had.
         median: milliseconds that a question took, encoding included.

@@ -46,10 +46,7 @@ class Documented(NamedTuple):
     """A function, method or class of the standard library.
 
     Attributes:
-        module: dotted name of its module.
-        name: qualified name inside the module.
         signature: its parameters as written, empty for a class without ``__init__``.
-        docstring: its documentation, unindented.
     """
 
     module: str

@@ -165,10 +165,6 @@ def prepare_alembic(directory: Path, *, write: bool) -> None:
 def edited(source: str, name: str = "env.py") -> str:
     """The source of an ``env.py`` that registers the plugin; the same where it does already.
 
-    Args:
-        source: the source as it is.
-        name: what messages call it.
-
     Raises:
         DeclarationError: it is no Python, or nothing in it calls ``context.configure``.
     """

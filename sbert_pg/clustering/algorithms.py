@@ -193,7 +193,6 @@ def fit_in_memory(
 
     Args:
         vectors: float32 array of shape ``(n, dimensions)``; normalised in place where spherical.
-        seed: seed of its draws.
         spherical: whether vectors count by their direction.
         max_memory: bytes that may be taken beside the vectors.
         progress: called with what is done, how much of it, and of how much.

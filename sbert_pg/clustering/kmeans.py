@@ -63,7 +63,6 @@ class Fit:
             spherical, else euclidean.
         inertia: sum of squared euclidean distances to the centroids, outliers left out.
         score: value of the criterion, where the number of clusters was chosen by it.
-        curve: the numbers that were tried.
         details: what a run records beside the parameters.
     """
 
@@ -130,9 +129,6 @@ def choose_seeds(
 
     Args:
         random: where every draw comes from.
-        sample: rows in the sample.
-        n_clusters: how many seeds.
-        distances: gives squared distances.
 
     Returns:
         Positions in the sample; fewer than asked where the sample has no more different rows.
@@ -189,7 +185,6 @@ def fit_kmeans(
         vectors: float32 array of shape ``(n, dimensions)``, rows of length one where spherical. The
             result depends on their order, so it should be that of their keys.
         n_clusters: how many; fewer are found where there are fewer different rows.
-        seed: seed of the draws.
         n_init: starts; the one with the least inertia wins.
         max_iter: iterations of a start at most.
         tol: a start ends when the squared shift of the centroids falls below this share of the mean

@@ -45,7 +45,6 @@ def choose_number(
 
     Args:
         vectors: float32 array of shape ``(n, dimensions)``, rows of length one where spherical.
-        numbers: what to try.
         criterion: what is the best, see ``KMeans``.
         seed: seed of the sample and the fits.
         spherical: whether vectors count by their direction.

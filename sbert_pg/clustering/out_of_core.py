@@ -80,8 +80,6 @@ def fit_in_database(
     Args:
         connection: the run's transaction.
         algorithm: its parameters, with one number of clusters.
-        seed: seed of the draws.
-        total: how many rows there are.
         progress: called with what is done, how much of it, and of how much.
 
     Returns:

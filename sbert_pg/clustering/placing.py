@@ -155,12 +155,9 @@ def insert_referring(
     copied as it travels, they are copied aside and joined to the rows that are there.
 
     Args:
-        connection: a connection in a transaction.
-        rows: the rows that are referred to.
         references: for each row that is referred to, the columns that hold its key.
         keys: their values as they travel, as many arrays as there are columns in ``references``.
         columns: the other columns.
-        values: their values.
 
     Returns:
         How many were inserted.
@@ -218,8 +215,6 @@ def insert_or_retry(
     """Insert rows that refer to others; where one is deleted meanwhile, insert what still can be.
 
     Args:
-        connection: a connection in a transaction.
-        statement: the insert.
         otherwise: what to execute when rows vanish under the first; the same again by default.
 
     Returns:

@@ -68,7 +68,6 @@ class RowSet:
     """Rows of a table, and the vector column by which they are compared.
 
     Attributes:
-        column: the vector column.
         filters: criteria that a row has to meet, beside having a vector.
         spherical: whether vectors count by their direction only, as under cosine.
     """
@@ -137,8 +136,6 @@ class RowSet:
 
         Args:
             rows: size of the sample; all where there are no more.
-            total: how many there are.
-            seed: another seed gives another sample.
         """
         if total <= rows:
             return self

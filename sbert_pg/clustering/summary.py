@@ -109,8 +109,6 @@ def number_clusters(
 
     Args:
         connection: the run's transaction.
-        clustering: what is clustered.
-        run_id: the new run.
         previous: the run to continue, or ``None``.
 
     Returns:

@@ -174,7 +174,6 @@ def map_classes(mapper: Mapper[Any], rows: sa.Table, prefix: str) -> Classes:
 
     Args:
         mapper: mapper of the rows' class.
-        rows: their table.
         prefix: what the tables' names begin with.
 
     Raises:
@@ -268,11 +267,7 @@ def map_beside(
     """Map a subclass of a class above, in the metadata and the schema of the rows' table.
 
     Args:
-        base: the class.
         mapper: mapper of the rows' class.
-        rows: their table.
-        name: name of the new table.
-        arguments: its constraints and indexes.
         references: relationships to a row, by name, and what becomes of each when the row is
             deleted. Their columns are called after the row's key: ``exemplar_id``.
         members: more columns and relationships.

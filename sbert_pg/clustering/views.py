@@ -206,7 +206,6 @@ class _Statement(sa.schema.ExecutableDDLElement):
         arguments: names and types of a function's arguments; types alone where it is dropped.
         head: what stands between the name and the query.
         query: the query, or ``None``.
-        tail: what follows the query.
     """
 
     def __init__(

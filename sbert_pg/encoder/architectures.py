@@ -213,8 +213,6 @@ def _transformer(
     """The parts that all families have.
 
     Args:
-        reader: reads the tensors.
-        config: the configuration.
         padding: see ``Transformer.padding_id``.
         positions: see ``Transformer.positions``.
         keys: names of settings where they are not BERT's.

@@ -46,9 +46,6 @@ class Norm:
     """A layer normalisation.
 
     Attributes:
-        scale: by channel.
-        bias: by channel.
-        epsilon: added to the variance.
         centred: whether the mean is taken off first; without that it is called RMS normalisation.
         smoothing: what ``scale`` and ``bias`` were divided by for quantisation, or ``None``.
     """
@@ -85,9 +82,6 @@ class Transformer:
             alone.
         padding_id: token that is not counted as a position (RoBERTa and MPNet), or ``None`` where
             every token has the position it stands at.
-        norm: normalisation of the embeddings.
-        blocks: the layers.
-        heads: attention heads.
         activation: one of ``ACTIVATIONS``.
         relative_bias: MPNet's bias by head and relative position, ``(heads, 2 * length - 1)``, the
             middle being distance 0; or ``None``.

@@ -44,7 +44,6 @@ class Floor:
     """Least agreement with fp32 that a precision may have, on ordinary texts and on the probes.
 
     Attributes:
-        mean: mean cosine of the sample texts.
         worst: cosine of the worst text, probes included.
     """
 
@@ -160,9 +159,7 @@ def convert(
     """Convert a model into the empty directory ``folder``.
 
     Args:
-        folder: receives the files.
         files: the model's files.
-        name: name for the spec.
         precision: ``"fp32"`` or one of the quantised forms.
         kind: as for ``prepare``.
 

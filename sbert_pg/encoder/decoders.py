@@ -37,8 +37,6 @@ class _Decoder(Reader):
     """Reads what the three have alike.
 
     Args:
-        weights: the tensors.
-        config: the settings.
         offset: added to the scales of all normalisations.
     """
 

@@ -83,21 +83,17 @@ class Description:
     """A sentence-transformers model in its own words.
 
     Attributes:
-        path: the directory.
         transformer_path: where the transformer's configuration, weights and tokenizer are.
         architecture: ``model_type`` of the transformer (``"bert"``, ``"mpnet"``...).
         config: the transformer's ``config.json``.
         configuration: everything that the directory's configuration files say and the other
             attributes do not, what is ignored on purpose included; part of the encoder's identity.
-        weights: safetensors files of the transformer.
         pooling: pooling modes in the order of concatenation.
         include_prompt: whether pooling sees the tokens of the prompt.
-        layers: what follows pooling, in order.
         max_seq_length: tokens read of a text, special tokens included; never more than the
             transformer has positions for. ``None`` where neither the model nor its tokenizer
             names a limit.
         do_lower_case: whether texts are put in lower case before the tokenizer.
-        prompts: texts by name.
         default_prompt_name: prompt that ``encode`` uses where none is asked for.
         similarity: similarity function that the model was made for.
         truncate_dim: dimensions kept of each vector, or ``None`` for all.

@@ -281,10 +281,8 @@ def slot(
     """The place of one conversion in the cache.
 
     Args:
-        root: the cache.
         name: repository, or a plain directory's path.
         revision: revision that was asked for, or for a plain directory the state of its files.
-        precision: numeric form.
         kind: as in ``Manifest``.
     """
     safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name.replace("/", "--"))

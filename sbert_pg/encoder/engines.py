@@ -84,9 +84,6 @@ def compile_graph(
     """A graph made ready by one engine.
 
     Args:
-        engine: its name.
-        path: the ONNX file.
-        precision: the form that the file holds.
         threads: how many calls run at the same time; each of them runs in its caller's thread.
         providers: onnxruntime's execution providers.
 

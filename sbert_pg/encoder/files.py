@@ -107,10 +107,6 @@ class Settings(Mapping[str, Any]):
 
     Each method takes the entry's name and what holds where it is missing or null; without that, a
     missing entry is an error.
-
-    Args:
-        data: the object.
-        path: its file, for messages.
     """
 
     def __init__(self, data: Mapping[str, Any], path: Path) -> None:
@@ -319,7 +315,6 @@ class Weights:
     are mapped into memory, so a tensor that is not asked for is not read.
 
     Args:
-        paths: the safetensors files.
         integers: whether tensors of integers are read too. In a transformer they are a form of
             weights that is not implemented.
 

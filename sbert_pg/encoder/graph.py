@@ -224,9 +224,6 @@ def pool(writer: Writer, values: Pooled, modes: Sequence[PoolingMode], normalize
     """The pooled vector, ``(batch, len(modes) * width)``.
 
     Args:
-        writer: receives the nodes.
-        values: what is pooled.
-        modes: in the order of concatenation.
         normalized: whether the next layer is ``Normalize``; a lone mean is then a sum.
     """
     if tuple(modes) == ("mean",) and normalized:

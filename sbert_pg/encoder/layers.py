@@ -62,8 +62,6 @@ class Dense:
     """A fully connected layer on the pooled vector.
 
     Attributes:
-        in_features: width of its input.
-        out_features: width of its output.
         activation: name of torch's class, one of ``ACTIVATIONS``, with its default arguments.
         weight: float32 of shape ``(out_features, in_features)``.
         bias: float32 of shape ``(out_features,)``, or ``None``.
@@ -124,7 +122,6 @@ def read_layers(root: Path, modules: Sequence[tuple[str, str]], width: int) -> t
     Args:
         root: the model's directory.
         modules: class name and path of each.
-        width: width of the pooled vector.
 
     Raises:
         DamagedEncoderError: files are missing or contradict each other.

@@ -110,11 +110,8 @@ class Pipeline:
     """What has to be made again after a fork: a child uses nothing of it that its parent made.
 
     Args:
-        directory: the converted directory.
-        manifest: its manifest.
         threads: threads of inference; as many as the process may use by default.
         providers: see ``Encoder.load``.
-        engine: what runs the model.
     """
 
     def __init__(
@@ -319,7 +316,6 @@ def resolve_prompt(
     Args:
         prompts: the encoder's prompts.
         default_prompt_name: name of the prompt used where neither argument is given.
-        prompt_name: name asked for.
         prompt: text asked for; it wins.
 
     Raises:

@@ -97,7 +97,6 @@ def integers(weight: Array, axis: int) -> tuple[npt.NDArray[np.int8], Array]:
     """A matrix in int8, symmetric.
 
     Args:
-        weight: the matrix.
         axis: 0 for one scale a column, 1 for one a row.
 
     Returns:
@@ -128,7 +127,6 @@ class Products:
         """``x``, real ``(tokens, in)``, through each of some layers.
 
         Args:
-            writer: receives the nodes.
             x: the input that the layers share.
             names: a name for each; the first one names the input.
         """
@@ -140,8 +138,6 @@ class Products:
         """``x``, real ``(tokens, width)``, through two layers with an activation between them.
 
         Args:
-            writer: receives the nodes.
-            x: the input.
             up: the first layer.
             down: the second layer.
             activation: applied to what comes out of the first.
@@ -278,7 +274,6 @@ def observe(
 
     Args:
         model: the fp32 form, made with ``watched``.
-        watched: names what to look at.
         texts: token ids of each text.
         second: where the second text of each pair begins.
     """
@@ -360,7 +355,6 @@ def best_range(seen: Seen, importance: Array) -> Range:
     normalisation follows: the few tokens with huge values may lose more than the others.
 
     Args:
-        seen: what is rounded.
         importance: by channel, the squared length of its weights.
     """
     lowest, highest = float(seen.lowest.min()), float(seen.highest.max())

@@ -127,12 +127,7 @@ def retrieval(encoder: TextEncoder, questions: Sequence[str], answers: Sequence[
 def compare_on_pairs(
     name: str, encoder: Encoder, rows: Sequence[tuple[str, str, float]]
 ) -> dict[str, Any]:
-    """Spearman's correlation with given scores, and speed.
-
-    Args:
-        name: how the encoder was asked for.
-        rows: two texts and their score.
-    """
+    """Spearman's correlation with given scores, and speed."""
     left, right, scores = zip(*rows, strict=True)
     started = time.perf_counter()
     quality = {"spearman": score_pairs(encoder, left, right, scores)}
@@ -142,12 +137,7 @@ def compare_on_pairs(
 def compare_on_questions(
     name: str, encoder: Encoder, rows: Sequence[tuple[str, str]]
 ) -> dict[str, Any]:
-    """How well each question finds its answer among all answers, and speed.
-
-    Args:
-        name: how the encoder was asked for.
-        rows: question and answer.
-    """
+    """How well each question finds its answer among all answers, and speed."""
     questions, answers = zip(*rows, strict=True)
     started, before = time.perf_counter(), encoder.statistics.texts
     measures = retrieval(encoder, questions, answers)

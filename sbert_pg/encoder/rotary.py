@@ -68,7 +68,6 @@ class Rotary:
     Attributes:
         words: word embeddings, with the row of token type 0 added, ``(vocabulary, width)``.
         norm: normalisation of the embeddings, or ``None``.
-        layers: the layers.
         heads: attention heads of the queries; several may share a key and a value.
         activation: one of ``architectures.ACTIVATIONS``.
         norm_first: whether normalisations stand before their parts or after the additions.
@@ -117,8 +116,6 @@ class Reader:
     """Reads tensors; a missing bias is zeros, where the table says that there is none.
 
     Args:
-        weights: the tensors.
-        config: the settings.
         keys: names of settings where they are not BERT's.
         free: whether the heads may be wider or narrower, together, than the model.
     """

@@ -99,7 +99,6 @@ class Runner:
     fork, so a forked child makes its own runner, see ``Pipeline``.
 
     Args:
-        model_path: the ONNX file.
         inputs: names of its inputs, some of ``input_ids``, ``attention_mask``, ``pooling_mask``,
             ``token_type_ids``.
         threads: batches that run at the same time; by default as many as this process may use
@@ -108,7 +107,6 @@ class Runner:
             onnxruntime runs on the CPU what the others do not take.
         budget: tokens in a batch, padding included; what suits the provider by default.
         engine: what runs the model, see ``engines``.
-        precision: the form that the file holds.
 
     Raises:
         MissingExtraError: the engine is not installed.

@@ -235,7 +235,6 @@ def clean(texts: Sequence[object], *, first: int = 0) -> list[str]:
     """Check that every text is one, and make it encodable.
 
     Args:
-        texts: what shall be encoded.
         first: position of ``texts[0]`` in the call, for messages.
 
     Lone surrogates, which no UTF-8 text can hold, become U+FFFD. Nothing else is changed: empty

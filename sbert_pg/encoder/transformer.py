@@ -134,12 +134,8 @@ def write(
     """Token vectors, float32 ``(batch, tokens, width)``.
 
     Args:
-        writer: receives the nodes.
-        model: what is written.
-        products: how matrices are multiplied.
         ids: token ids, int64 ``(batch, tokens)``.
         mask: 1 for tokens and 0 for padding, int64 ``(batch, tokens)``.
-        attention: how attention is written.
         types: token types, int64 ``(batch, tokens)``; ``None`` for type 0 everywhere.
     """
     sizes = writer.node("Shape", [ids], "sizes")

@@ -130,7 +130,6 @@ class Writer:
             body: computes one step, and may use any value of this writer.
             names: of the inputs in ``body``.
             out: name in ``body`` of the next state, or of a part of the result.
-            hint: names the result.
             state: whether there is one; it is then the result, and otherwise all parts along axis 1
                 are. The result has the type of the first input.
         """

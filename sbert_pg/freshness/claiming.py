@@ -30,7 +30,6 @@ class Claimer:
         settings: the worker's.
         tally: where it is counted.
         columns: the worker's.
-        keeper: renews the leases from then on.
     """
 
     def __init__(

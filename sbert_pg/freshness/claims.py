@@ -41,12 +41,7 @@ _claim, _failure = tables.claim, tables.failure
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """Rows in hand.
-
-    Attributes:
-        token: the name of the lease.
-        rows: the rows, as they were read.
-    """
+    """Rows in hand."""
 
     token: str
     rows: tuple[Row, ...]
@@ -72,11 +67,9 @@ def claim(
 
     Args:
         connection: a connection in a new transaction at READ COMMITTED.
-        rows: the rows of the column.
         class_: new and changed rows, or the backfill.
         token: names the lease; used once.
         most: most rows to claim.
-        lease: how long others leave them alone.
         after: begin after this key.
 
     Returns:
@@ -231,8 +224,6 @@ def fail(
 
     Args:
         connection: a connection; the caller commits.
-        binding: the column.
-        reasons: why, by label.
         texts: the half of the digest that names the text that failed, by label.
         max_attempts: attempts after which a row is failed for good, until its text changes.
         backoff: time before the second attempt.

@@ -68,8 +68,6 @@ class Column:
     """A column that is kept fresh; claims of it are made by one thread.
 
     Attributes:
-        rows: statements on its table.
-        encoder: its encoder.
         cutter: what cuts its rows, where they are documents with passages.
         cursors: where claims go on, by class.
         backfill_at: when to look at the backfill, which is not heard of.

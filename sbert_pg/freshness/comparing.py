@@ -138,7 +138,6 @@ def compare_rows(
     the return the transaction stays open, while the texts are encoded.
 
     Args:
-        binding: the column.
         size: rows to compare; fewer where the column has fewer.
         seed: another seed compares other rows.
     """

@@ -29,12 +29,8 @@ class Cutter:
     """Cuts and encodes the documents of a column.
 
     Attributes:
-        database: the database.
-        rows: the documents.
         chunker: where to cut.
-        tokens: the encoder whose tokens count.
         encoder: the encoder of the documents as a whole.
-        passage_encoder: the encoder of the passages.
     """
 
     database: Database
@@ -98,8 +94,6 @@ def is_cut_as(rows: Rows, columns: Sequence[str | None], stored: list[Any] | Non
     """Whether a document has the passages that it should have.
 
     Args:
-        rows: the documents.
-        columns: what its source columns hold.
         stored: what it has, by ``StoredPassages.as_json``.
     """
     assert rows.passages is not None

@@ -163,13 +163,7 @@ class Pieces(Generic[T]):
 def write_in_pieces(
     patience: Patience, batch: Payloads, write: Callable[[Connection, Payloads], T]
 ) -> Pieces[T]:
-    """Write a batch in one transaction, or in as many as its bad rows ask for.
-
-    Args:
-        patience: how to wait.
-        batch: vectors by label.
-        write: writes a part of it.
-    """
+    """Write a batch in one transaction, or in as many as its bad rows ask for."""
     done: Pieces[T] = Pieces()
     todo = [batch] if batch else []
     while todo:

@@ -36,7 +36,6 @@ class Embedded:
         failures: why a row has no vector, by its label.
         texts: number of texts that were encoded; a text that several rows share counts once.
         cuts: passages that documents are to have, by the row's label.
-        passages: vectors of passages, by digest.
     """
 
     vectors: dict[str, bytes | None] = field(default_factory=dict)
@@ -193,7 +192,6 @@ class CachedEncoder:
 
     Attributes:
         hits: texts that were not encoded, being there or twice in one call.
-        misses: texts that were encoded.
     """
 
     measures_its_probes: ClassVar[bool] = True

@@ -24,7 +24,6 @@ class Candidate:
     """A pending row as the queue has it.
 
     Attributes:
-        key: its key.
         label: what the row is called: a JSON array of its key's parts as text.
         failed_before: whether there is a record of a failure under this label.
     """

@@ -35,7 +35,6 @@ class Cut:
     """What a document is to have.
 
     Attributes:
-        passages: its passages, in order.
         body: the text of its source column, where passages have copies of it.
     """
 
@@ -150,7 +149,6 @@ class StoredPassages:
         Args:
             connection: a connection in the transaction that holds the document's row locked.
             key: the document's key.
-            cut: what it is to have.
             vectors: vectors in pgvector's binary format, by digest.
         """
         own = self._key(key)

@@ -80,7 +80,6 @@ class Rows:
     """Statements on the table of one binding; made by ``rows_of``.
 
     Attributes:
-        binding: the binding.
         required: whether the vector column is ``NOT NULL``.
         of: the half of a row's digest that names its text, as an expression over ``table``.
         passages: the passages of its rows, where these are documents that are cut.
@@ -287,7 +286,6 @@ class Rows:
         """Those of the rows that are still pending, with their texts.
 
         Args:
-            wanted: the rows.
             to_skip: rows that failed as well, and all locked; waits for whoever holds one.
         """
         if not wanted:
@@ -335,10 +333,8 @@ class Rows:
 
         Args:
             connection: a connection in a transaction at READ COMMITTED.
-            rows: rows as they were read.
             vectors: vectors in pgvector's binary format by label; other rows are left alone.
             cuts: the passages that documents are to have, by label.
-            passages: vectors of passages by digest.
         """
         chosen = [row for row in rows if row.label in vectors]
         if not chosen:

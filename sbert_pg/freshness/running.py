@@ -255,8 +255,6 @@ class Watch:
     """A thread that looks at how far a backfill has come, by all processes together.
 
     Args:
-        database: the database.
-        binding: the column that is filled.
         on_progress: called every second or so, in the thread.
         paused: says why this process holds back, if it does.
 

@@ -132,7 +132,6 @@ class Store:
         settings: the worker's.
         tally: where it is counted.
         columns: the worker's.
-        keeper: renews the leases meanwhile.
         stop: set when the worker is to stop.
     """
 

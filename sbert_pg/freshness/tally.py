@@ -40,13 +40,10 @@ class ColumnTally:
     """Counts of one column.
 
     Attributes:
-        embedded: rows whose vector was written.
         texts: texts that were encoded; rows that share a text count once per batch.
         errors: attempts that ended with an error.
-        failed: rows that ended as failed.
         changed: rows whose text changed while it was being encoded.
         busy: rows that somebody else held locked.
-        batches: batches claimed.
     """
 
     embedded: int = 0
@@ -68,7 +65,6 @@ class Backlog:
     Attributes:
         pending: new and changed rows that are pending; counted up to 100,000.
         backfill: rows of the backfill; counted as far.
-        failed: rows that are failed.
         age: seconds since a round that left nothing new pending; ``None`` before the first.
     """
 

@@ -265,7 +265,6 @@ class IndexBuilder:
         Goes on from wherever an earlier call was ended.
 
         Args:
-            wanted: the index.
             keep_valid: leave a valid index of this name alone, however it was made.
 
         Returns:

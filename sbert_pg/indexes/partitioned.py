@@ -56,8 +56,6 @@ def build_on_partitions(
         connection: where; every statement commits itself.
         schema: of the table and the index, ``None`` for the search path's.
         relation: the table, as text for ``to_regclass``.
-        name: the index.
-        build: builds an index of one partition.
         execute: executes what is not built.
     """
     index = connection.execute(

@@ -338,7 +338,6 @@ class _Encoding:
     """From blocks to vectors, and to what is written beside them, as the writer takes them.
 
     Args:
-        plan: which columns are written.
         bindings: those of the plan's embedding columns.
         copies: whether rows go through COPY.
     """

@@ -177,7 +177,6 @@ class EmbeddingAttribute:
     """An embedding column as an attribute of a mapped class.
 
     Attributes:
-        key: its name as an attribute.
         companion_key: name of its companion as an attribute.
         column: its column, and what the text is made of.
         source_keys: names of the source's columns as attributes, in order.

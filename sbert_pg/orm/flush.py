@@ -147,8 +147,6 @@ class _Write:
     """One embedding column of an object that is about to be written.
 
     Attributes:
-        state: the object.
-        attribute: the embedding column.
         vector: the vector that the caller assigned, ``None`` where it is to be made.
         text: the text that the row will have, as far as this process knows.
         look: whether the row has to be read, since the object does not hold the whole source, or
@@ -199,11 +197,7 @@ def _resolve(write: _Write, digests: _Digests) -> TextJob | None:
 
 
 class _Digests:
-    """What a flush writes beside the vectors: from which text each was made.
-
-    Args:
-        session: the session that is flushed.
-    """
+    """What a flush writes beside the vectors: from which text each was made."""
 
     def __init__(self, session: Session) -> None:
         self._session = session

@@ -100,7 +100,6 @@ def cut(
 
     Args:
         titles: what the document's heading columns hold, outermost first.
-        body: what its source column holds.
         chunker: where to cut.
         encoder: whose tokens count, and how many it reads: no passage is longer.
     """

@@ -110,13 +110,9 @@ class Declared:
     """The passages of a mapped class.
 
     Attributes:
-        document: the class of the documents.
-        name: its attribute of passages.
-        passage: the class of the passages.
         whole: attribute of the document that embeds it as a whole.
         source_keys: attributes of the document that hold the headings, and last the text.
         copies: whether passages have copies of their text.
-        encoder: the encoder of both.
         chunker: where documents are cut.
         keys: pairs of columns, of the passage and of the document, that are equal.
     """
@@ -342,7 +338,6 @@ def passages_between(whole: sa.Column[Any], passages: sa.Table) -> Any:
     Args:
         whole: the column that embeds documents as a whole, of a reflected table; its source says
             how they are cut.
-        passages: the reflected table of their passages.
     """
     documents: Any = whole.table
     type_: Any = whole.type

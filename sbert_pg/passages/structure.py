@@ -67,7 +67,6 @@ def units(text: str, language: str | None = None) -> Iterator[Unit]:
     """The units of a text, in order; what lies between two of them is white space.
 
     Args:
-        text: the text.
         language: ISO 639 code of its language, for sentence borders by the package ``sentencex``;
             ``None`` for simple rules that serve most languages.
 
@@ -114,7 +113,6 @@ def _end_of(
     """Where a block ends; ``None`` where it has no end, or is longer than is looked for.
 
     Args:
-        text: the text.
         opening: the fence, or the name of the tag.
         start: place behind its beginning; it only grows.
         closers: the next end of each kind of block, so that none is looked for twice.

@@ -244,7 +244,6 @@ class Way(NamedTuple):
     Attributes:
         need: ``"re-embedding"``, ``"retype"`` (they can be computed from the old ones) or
             ``"rebind"`` (the space is the same).
-        reason: why.
         scaling: how they are computed, ``None`` where they cannot be.
     """
 
@@ -320,7 +319,6 @@ def copy_vectors(
         new: the new column, which the server computes.
         encoder: the new column's encoder; for fewer dimensions the truncated one.
         scaling: see ``scaling_of``.
-        block: rows of one transaction.
         progress: called with the number of rows copied so far, between two transactions.
 
     Returns:

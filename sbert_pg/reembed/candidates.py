@@ -29,9 +29,6 @@ class Text:
 
     Attributes:
         source: the source that it is, ``None`` where no source can be it.
-        label: what a report calls it.
-        positions: which of the values it reads.
-        join: from these values to the text.
         remedy: what turns it into something that can be a source.
     """
 
@@ -51,8 +48,6 @@ class Candidate:
     """An encoder and a way to make the text, and how they agree with the sampled rows.
 
     Attributes:
-        encoder: the encoder.
-        text: the text.
         comparison: the rows' vectors, against those of the text.
     """
 

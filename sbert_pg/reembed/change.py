@@ -88,7 +88,6 @@ class Side:
     """A bound column: its binding, and itself on a reflected table with its valid indexes.
 
     Attributes:
-        binding: what the catalog says.
         column: the column, of type ``Embedding``.
         indexes: its vector indexes, valid or not.
     """

@@ -100,11 +100,9 @@ def write_digests(
     Rows that others hold locked are tried again, some times, and then left.
 
     Args:
-        binding: the column that is written.
         table: its table, with all columns that the other arguments read.
         vector: the vector, of the column's type.
         criteria: which rows; a row that was written does not meet them any more.
-        block: rows of one transaction.
         progress: called with the number of rows written so far, between two transactions.
 
     Returns:

@@ -99,7 +99,6 @@ def coverage_of(connection: sa.Connection, binding: Binding, *, whole: bool = Tr
     """Count a column's rows by their state.
 
     Args:
-        binding: the column.
         whole: count everything, the table's rows too; otherwise only what is missing, up to
             ``COUNTED`` rows, which reads nothing but two small indexes.
     """

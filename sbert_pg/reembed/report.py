@@ -49,9 +49,6 @@ class IndexRecall:
     Attributes:
         filter: the filter's name, ``None`` for no filter.
         selectivity: share of the embedded rows that meet it.
-        queries: sampled rows that were searched for.
-        mean: recall averaged over them.
-        worst: lowest recall of one of them.
     """
 
     filter: str | None
@@ -70,16 +67,7 @@ class IndexRecall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
-    """Ranking quality of one column on labelled queries, by exact search.
-
-    Attributes:
-        column: the column.
-        encoder: its encoder.
-        queries: labelled queries.
-        ndcg: nDCG@k.
-        recall: recall@k.
-        mrr: MRR@k.
-    """
+    """Ranking quality of one column on labelled queries, by exact search."""
 
     column: str
     encoder: str

@@ -245,8 +245,6 @@ def use_of(
 
     Args:
         connection: where. Inside a transaction too, statistics are read afresh.
-        old: the old column of a change.
-        quiet: how far back use counts.
         watch: seconds to watch; at least ``WATCH`` before PostgreSQL 16, which does not say when
             an index was last scanned.
     """

@@ -193,8 +193,6 @@ def ranking(keys: int, weights: tuple[tuple[str, float], ...], exhaustive: bool)
     """The rows of one question, best first: ``key_0``.., ``score`` and ``held``.
 
     Args:
-        keys: number of key columns.
-        weights: weight by weight class.
         exhaustive: whether every row that has any of the words is scored at once.
     """
     names = tuple(f"key_{n}" for n in range(keys))

@@ -76,9 +76,6 @@ def blocks(
 
     Args:
         connection: where, in a transaction.
-        label: what to call a row.
-        columns: embedding columns to read.
-        where: which rows.
         flags: criteria to evaluate for each of them.
     """
     met = [sa.func.coalesce(flag, False) for flag in flags]
@@ -111,7 +108,6 @@ class Nearest:
     """The ``k`` most similar rows of each query, collected block by block in bounded memory.
 
     Args:
-        queries: number of queries.
         k: rows kept for each.
     """
 
@@ -152,7 +148,6 @@ def recall(answer: Sequence[float], exact: Floats, k: int) -> float | None:
     Args:
         answer: similarities of the rows that the index returned, at most ``k``.
         exact: similarities of the exact neighbours, most similar first.
-        k: neighbours asked for.
 
     Returns:
         Between 0 and 1, or ``None`` where no row can be found at all.

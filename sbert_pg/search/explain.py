@@ -55,7 +55,6 @@ class Word:
     Attributes:
         lexeme: as the text search configuration makes it.
         rows: rows of the table that have it, by statistics or counted.
-        idf: its weight.
         common: whether it scores rows, but brings none of its own while others suffice.
     """
 

@@ -107,7 +107,6 @@ class Look:
         """What it costs, in rows compared exactly.
 
         Args:
-            looked: rows taken, as an expression.
             rows: rows of the table, as an expression.
         """
         if self.probes is not None:
@@ -188,7 +187,6 @@ def planned(sample: sa.FromClause, look: Look, shape: Shape) -> sa.Select[Any]:
     Args:
         sample: rows tried and those of them that pass, and times as many rows that there are.
         look: the first look.
-        shape: what is searched for.
     """
     share = sample.c.hits / sa.func.nullif(sample.c.tried, number(0), type_=sa.Float())
     rows = sample.c.tried * sample.c.times
@@ -216,8 +214,6 @@ def settings(index: VectorIndex, look: Look, looked: Any) -> sa.ColumnElement[st
     """What makes the settings that an index reads when its scan begins, for this transaction.
 
     Args:
-        index: the index.
-        look: the look that they are for.
         looked: rows that it takes, as an expression.
     """
     return _made(index, _values(index, look, looked))

@@ -50,11 +50,9 @@ class Asked:
     Attributes:
         query: a text, a vector or an expression; a list of texts or vectors where ``many``.
         many: whether there are several queries.
-        furthest: largest distance of a passage.
         overrides: ``ef_search``, ``overfetch`` and ``probes``.
         exact: whether to leave indexes aside.
         per_document: passages of each document.
-        score: what ranks documents.
     """
 
     query: Any

@@ -122,11 +122,9 @@ class Search(Changeable):
     """What is searched for.
 
     Attributes:
-        target: the searched column.
         right: the query's vector as an expression; a list of them where there are several.
         limit: rows wanted, or ``None`` for all.
         offset: rows before them.
-        furthest: largest distance.
         itself: key of a row to leave out.
         overrides: the caller's ``ef_search``, ``overfetch`` and ``probes``.
         exact: whether to leave indexes aside.

@@ -52,7 +52,6 @@ class Target:
         divided: of those that predicates compare with values, as of ``indexes_per``, these values.
         quantized: whether it ranks too coarsely, so that an exact distance ranks again.
         narrows: whether the entity is less than the rows of its table (a mapped subclass).
-        label: name of the column of similarities.
         proof: that a row's vector is proven to be its binding's, where the column has a companion.
             It is asked of the rows of an answer alone, since it hashes.
     """

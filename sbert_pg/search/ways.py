@@ -69,9 +69,7 @@ def named(name: str, *columns: str, **typed: Any) -> sa.TableClause:
     """A part of the statement that is made elsewhere, by its name.
 
     Args:
-        name: its name.
         columns: names of its columns, whose type does not matter but for ``PASSES``.
-        typed: types of further columns, by name.
     """
     types = {PASSES: sa.Boolean(), **typed}
     names = (*columns, *typed)
@@ -152,11 +150,7 @@ class Ways:
         self.verdict = self._verdict()
 
     def parts(self, passes: Passes | None) -> list[sa.CTE]:
-        """The parts that page and verdict know by name, in their order.
-
-        Args:
-            passes: the filter.
-        """
+        """The parts that page and verdict know by name, in their order."""
         parts = []
         if self.plan is not None:
             assert passes is not None

@@ -224,7 +224,6 @@ def words_page(search: WordSearch, depth: int | None = None) -> sa.Subquery:
     """The rows of a search's page: ``query``, ``key_0``.., ``score`` and ``held``.
 
     Args:
-        search: the search.
         depth: rows from the best on, in place of the search's own page.
     """
     type_: TextSearch = search.column.type

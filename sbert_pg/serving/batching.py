@@ -69,7 +69,6 @@ class Batcher:
 
     Args:
         encode: the encoder's function; called in a thread of the executor, one batch at a time.
-        executor: its threads.
         on_batch: called with the number of requests and of texts of each batch.
     """
 

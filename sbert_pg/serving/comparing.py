@@ -45,11 +45,8 @@ class _Answer:
     """What one kind of search has given.
 
     Attributes:
-        kind: its title.
         found: its rows, best first.
         milliseconds: what they took, without the explanation.
-        why: how they were found, in words.
-        sql: the statement that ran.
         lexemes: words of the question as PostgreSQL knows them.
         error: what went wrong instead.
     """
@@ -85,12 +82,7 @@ def compared(
     """A column for each kind of search that the table has.
 
     Args:
-        shown: asks it.
-        exposed: the table.
-        question: the question.
-        where: filters.
         only: kinds to ask; all by default.
-        title: what stands above a single one.
         reranker: chooses a column of its own, of the first rows by both, or by meaning.
     """
     kinds = only or [kind for kind in KINDS if _is_had(kind, exposed, reranker)]

@@ -89,7 +89,6 @@ class Embeddings:
     Args:
         encoders: by name; the encoders are loaded already.
         executor: one thread; a batch takes all cores, and two at once take longer than in turn.
-        metrics: counts batches.
     """
 
     def __init__(

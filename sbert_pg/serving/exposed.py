@@ -53,8 +53,6 @@ class Question:
 
     Attributes:
         text: the question, in words; ``None`` for the rows like ``key``.
-        by: what is compared.
-        limit: rows wanted.
         where: by column, a value, a list of values, or operators with a value each.
         key: primary key of a row, a value for each of its columns.
         exact: whether a search by meaning compares every row, and leaves indexes aside.
@@ -88,8 +86,6 @@ class Found:
     """A row of an answer.
 
     Attributes:
-        scores: how well it fits, by name.
-        row: its listed columns, as plain data.
         key: its primary key as one text, which ``Exposed.rows`` reads.
         passage: of a document that was found by its passages, the nearest one: ``start`` and
             ``stop`` in its text; ``heading`` and ``text`` where the columns are listed that they
@@ -112,10 +108,8 @@ class Exposed:
     """A table that is shown.
 
     Attributes:
-        name: its name for clients.
         bound: name of its embedding column in the catalog, with schema and table.
         encoder: the encoder that it was declared with.
-        embedding: its embedding column.
         text: its column for searches by words, or ``None``.
         columns: the columns that clients see and filter by.
         passages: of a table of documents, the attribute of their passages, by which they are found.

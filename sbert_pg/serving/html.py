@@ -28,7 +28,6 @@ def h(tag: str, *children: Any, **attributes: Any) -> Html:
     """An element.
 
     Args:
-        tag: its name.
         children: texts, which are escaped, elements, or several of either; ``None`` for nothing.
         attributes: by name, with ``_`` for ``-`` and at the end of Python's words (``class_``);
             ``True`` for one without a value, ``None`` or ``False`` for none.
@@ -69,10 +68,7 @@ def page(
     """A whole page.
 
     Args:
-        title: its title.
-        body: what is in it.
         head: more of its head.
-        status: HTTP status.
         plotly: whether Plotly draws in it, which styles its elements and compiles what draws them.
     """
     document = h(

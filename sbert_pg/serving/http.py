@@ -65,11 +65,8 @@ class RefusedError(SbertPgError):
     """An answer that is an error, in OpenAI's shape.
 
     Args:
-        status: HTTP status.
         message: what is wrong, and what to do.
-        code: a word for programs.
         param: the field of the body that is wrong.
-        headers: further headers of the answer.
     """
 
     def __init__(
@@ -314,7 +311,6 @@ async def _read(service: Service, request: Request, body: bytearray) -> dict[str
 
     Args:
         service: counts the bytes that are held.
-        request: the request.
         body: takes the bytes, so that the caller can give them back.
 
     Raises:

@@ -37,7 +37,6 @@ def embed_here(
         encoders: a directory of converted encoders (``sbert-pg encoder convert --out``), which
             the server's user may read.
         target: ``table.column`` or ``schema.table.column``, as for ``sbert.embed``.
-        question: the question.
 
     Raises:
         EncoderNotFoundError: nobody has used the column yet, or the directory lacks its encoder.

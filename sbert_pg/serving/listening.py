@@ -57,9 +57,7 @@ def listening(app: Any, limits: Limits, host: str, port: int) -> Iterator[int]:
     """Serve while the block runs, in a thread; requests under way are finished on leaving.
 
     Args:
-        app: an ASGI application.
         limits: what is taken at most.
-        host: address to listen on.
         port: port; 0 takes a free one.
 
     Yields:

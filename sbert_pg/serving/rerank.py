@@ -80,8 +80,6 @@ class Reranking:
 
     Args:
         rerankers: by name, at least one, with one score of a pair each.
-        executor: the thread that encodes.
-        metrics: counts batches.
 
     Raises:
         DeclarationError: one gives several scores of a pair.

@@ -52,7 +52,6 @@ def serving(
     Args:
         encoders: encoders by the names under which clients ask for them.
         shown: tables that are searched; ``None`` for none.
-        rerankers: rerankers by such names.
         host: address to listen on; this machine alone by default.
         port: port; 0 takes a free one.
         token: what clients have to send; needed for other addresses.

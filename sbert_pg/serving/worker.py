@@ -22,7 +22,6 @@ def serving_http(
     for Prometheus. They need no token, since orchestrators have none, and show no text of a row.
 
     Args:
-        worker: the worker.
         host: address to listen on; the default is this machine alone.
         port: port; 0 takes a free one.
         limits: see ``Limits``.

@@ -52,7 +52,6 @@ class Examples:
         positives: mean vector of each question's answers, by gain.
         negatives: hard negatives of each, ``(questions, count, dimensions)``, zeros where fewer.
         parts: the part of each, from 0.
-        labelled: the questions themselves.
     """
 
     queries: Vectors
@@ -121,7 +120,6 @@ def examples_of(
     Args:
         candidates: all rows.
         learning: the questions, each with answers among the rows.
-        asked: their vectors.
         wrong: keys of each one's hard negatives.
         parts: the part of each.
     """
@@ -165,9 +163,7 @@ def learn(
 
     Args:
         method: ``"linear"`` or ``"contrastive"``.
-        examples: the questions.
         candidates: the rows that they are ranked against.
-        k: rows of an answer that count.
         seed: of the order in which questions are seen.
     """
     candidates = candidates.some(examples.labelled, _ROWS, seed)

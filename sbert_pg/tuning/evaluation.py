@@ -297,7 +297,6 @@ def grouped_figures(
     Args:
         values: shape ``(questions, measures)``.
         groups: number of each question's group.
-        seed: of the draws.
     """
     names, group = np.unique(groups, return_inverse=True)
     sums = np.zeros((len(names), values.shape[1]))

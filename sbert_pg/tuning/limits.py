@@ -45,12 +45,9 @@ class Limit:
     """How an encoder does at one kind of difference.
 
     Attributes:
-        name: the kind.
         of: whose texts they are, ``"library"`` or ``"yours"``.
-        triples: how many.
         score: share in which the text of the same meaning is nearer; 1 would be perfect.
         failed: triples that it got wrong, at most three.
-        advice: what can be done about it.
     """
 
     name: str
@@ -66,12 +63,10 @@ class OwnTexts:
     """What an encoder makes of one's own texts.
 
     Attributes:
-        texts: how many were looked at.
         tokens_per_word: words that the tokenizer knows whole have one; 1.2 to 1.4 is usual for an
             encoder's own language, 2 and more says that it spells the words out.
         unknown: share of tokens that it does not know at all, which all look the same to it.
         cut: share of texts that are longer than it reads.
-        halves: texts that were cut into halves.
         separated: share of these whose first half is nearest to its own second half among all:
             what the encoder tells apart. The rest lies outside of what it separates.
     """

@@ -39,8 +39,6 @@ class Rows:
 
     Args:
         engine: where they are.
-        base: the embedding column.
-        where: criteria of the rows.
         most: rows to rank against; of a larger table a sample, labelled rows in any case.
     """
 
@@ -159,14 +157,9 @@ class Task:
     """Questions to learn from and to be judged by.
 
     Attributes:
-        rows: what they are ranked against.
         encoder: the column's.
-        queries: the questions.
-        split: which are learned from.
         candidates: the rows, with the vectors that they have.
         wrong: keys of the hard negatives of each question that is learned from.
-        k: rows of an answer that count.
-        seed: of everything that is drawn.
         before: nDCG@k of each question kept back with the column's own encoder.
     """
 

@@ -31,8 +31,6 @@ class Example(NamedTuple):
     """A question to train with.
 
     Attributes:
-        question: its text.
-        answer: the text that answers it.
         negatives: texts that are near it and do not; one is drawn in each pass.
         group: examples of one group are never in one batch, since they may share an answer.
     """
@@ -55,10 +53,8 @@ def train(
     """Train a model to find answers, on a GPU where torch has one, and write it.
 
     Args:
-        source: a sentence-transformers directory.
         place: where the trained one is written.
         examples: what it is trained with.
-        epochs: passes over them.
         matryoshka: dimensions below its own at which its vectors shall be good, too.
         seed: of the order, the negatives and the dropout.
 
@@ -109,7 +105,6 @@ def distil(
         texts: what it reads; as documents.
         vectors: what it shall give for them, in its own dimensions.
         epochs: passes over the texts; 0 writes the model as it is.
-        seed: of the order and the dropout.
 
     Returns:
         The settings, and the versions that it was made with.
@@ -145,7 +140,6 @@ class _Model:
 
     Args:
         source: as for ``distil``.
-        seed: of the dropout.
     """
 
     def __init__(self, source: Path | tuple[Path, Vectors], seed: int) -> None:

@@ -244,12 +244,9 @@ def _publish(
     """Convert a trained model, judge it, and put both where they belong if it is proven.
 
     Args:
-        task: by what it is judged.
         place: the new encoder's directory.
-        trained: the model.
         before: nDCG@k of each question kept back with the encoder that it is compared with.
         notes: what else was measured.
-        facts: the rest of the proof.
 
     Raises:
         NoGainError: it is not proven.

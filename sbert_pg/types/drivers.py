@@ -137,7 +137,6 @@ def parameter(
 
     Args:
         dialect: the engine's dialect.
-        storage: of the column.
         checked: from a value to the array that is stored; raises an error of this project's tree.
     """
     prepare(dialect)

@@ -45,7 +45,6 @@ def query_vectors(spec: EncoderSpec, texts: Sequence[str]) -> list[Vectors]:
 
     Args:
         spec: the encoder, as the column declares it.
-        texts: the queries.
 
     Returns:
         Read-only float32 arrays of shape ``(dimensions,)``.

@@ -56,17 +56,12 @@ class VectorIndex:
     """How a vector index is made.
 
     Attributes:
-        name: its name.
-        table: name of its table.
         schema: schema of both, ``None`` for the search path's.
         column: name of the vector column, which is indexed itself or within an expression.
-        method: access method.
         form: what is indexed: the column, its cast to ``halfvec``, its first dimensions, or its
             signs.
         opclass: operator class, ``None`` for the type's default.
-        options: storage parameters that were spelled out.
         element: the indexed expression, as SQL or as SQLAlchemy has it; ``None`` for the column.
-        predicate: predicate of a partial index, likewise.
         tablespace: tablespace, where it is not the default one.
         dimensions: width of the column, 0 where unknown.
         cast_to: type of a declared index's cast, for the forms ``halfvec`` and ``subvector``.
@@ -179,8 +174,6 @@ class VectorIndex:
         """An ``Index`` for ``CREATE INDEX``, on a table that has no other column.
 
         Args:
-            name: another name.
-            table: schema and name of another table.
             concurrently: whether it is built beside reads and writes.
 
         Raises:

@@ -38,7 +38,6 @@ def as_float32(value: Any, *, what: str = "a vector") -> Array:
     Args:
         value: an array, a sequence of numbers, or an object with a method ``to_numpy``, as
             ``pgvector.Vector`` and ``pgvector.HalfVector`` are.
-        what: what an error calls it.
 
     Raises:
         VectorError: it is text or bytes, or not a flat sequence of numbers.
