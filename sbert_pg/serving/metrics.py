@@ -99,7 +99,7 @@ def _buckets(durations: Durations) -> list[tuple[str, float]]:
 
 
 class ServerMetrics:
-    """What an HTTP server counts of itself, in a registry of its own: no application's is touched."""
+    """What an HTTP server counts, in its own registry: no application's is touched."""
 
     def __init__(self, collector: Collector | None = None) -> None:
         self.registry = CollectorRegistry()
