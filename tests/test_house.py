@@ -65,25 +65,25 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 #: Most modules and lines of each room: a new capability raises its own, and nobody else's.
 ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (10, 2130),
-    "alembic": (9, 2763),
-    "catalog": (9, 2622),
-    "cli": (18, 4822),
-    "clustering": (17, 5078),
-    "encoder": (30, 7834),
-    "freshness": (23, 5334),
-    "indexes": (6, 1441),
-    "loading": (4, 1129),
-    "orm": (5, 935),
-    "passages": (6, 1224),
-    "reembed": (12, 3305),
-    "search": (12, 3748),
-    "serving": (18, 3522),
+    "alembic": (9, 2746),
+    "catalog": (9, 2531),
+    "cli": (18, 4403),
+    "clustering": (17, 5044),
+    "encoder": (30, 7747),
+    "freshness": (23, 5180),
+    "indexes": (6, 1407),
+    "loading": (4, 1128),
+    "orm": (5, 922),
+    "passages": (6, 1183),
+    "reembed": (12, 3233),
+    "search": (12, 3648),
+    "serving": (18, 3425),
     "sql": (1, 24),
-    "tuning": (18, 4373),
-    "types": (9, 1734),
+    "tuning": (18, 4270),
+    "types": (9, 1718),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3396
+MOST_LINES_OF_THE_REST = 3329
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60
