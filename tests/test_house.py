@@ -88,7 +88,7 @@ MOST_LINES_OF_THE_REST = 3329
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60
 #: Functions with more ways through them than ten; this number only falls.
-MOST_BRANCHED_FUNCTIONS = 12
+MOST_BRANCHED_FUNCTIONS = 11
 
 
 class Module(NamedTuple):

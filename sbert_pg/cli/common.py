@@ -86,6 +86,7 @@ _ENCODER: Any = partial(
 EncoderOption = Annotated[str, _ENCODER()]
 SomeEncoderOption = Annotated[str | None, _ENCODER(show_default=False)]
 EncodersOption = Annotated[list[str] | None, _ENCODER(show_default=False)]
+NeededEncodersOption = Annotated[list[str], _ENCODER()]
 SourceOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -340,13 +341,18 @@ def print_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     if room >= min(widest, 12):
         print_table(columns, [[_shortened(cell, 100) for cell in row] for row in cells])
         return
-    label = max(map(len, columns))
     for row in cells:
-        for column, cell in zip(columns, row, strict=True):
-            if cell not in (None, ""):
-                text = escape(str(_shortened(cell, max(out.width - label - 2, 20))))
-                out.print(f"[bold]{escape(column.rjust(label))}[/]  {text}", highlight=False)
-        out.print()
+        _print_block(columns, row)
+
+
+def _print_block(columns: Sequence[str], row: Sequence[Any]) -> None:
+    """Print what a row holds, a line for each of its columns."""
+    label = max(map(len, columns))
+    for column, cell in zip(columns, row, strict=True):
+        if cell not in (None, ""):
+            text = escape(str(_shortened(cell, max(out.width - label - 2, 20))))
+            out.print(f"[bold]{escape(column.rjust(label))}[/]  {text}", highlight=False)
+    out.print()
 
 
 def _on_one_line(value: Any) -> Any:

@@ -38,6 +38,7 @@ EMBEDDING = "embedding"
 _SCORES = ("score", "similarity", "meaning_rank", "words_score", "words_rank")
 
 Row = dict[str, Any]
+By = Literal["meaning", "words", "both"]
 
 
 def load(
@@ -110,7 +111,7 @@ def search(
     limit: common.LimitOption = 10,
     where: common.WhereOption = None,
     by: Annotated[
-        Literal["meaning", "words", "both"],
+        By,
         typer.Option(help="What to compare: meaning, words (BM25), or both (hybrid)."),
     ] = "meaning",
     explain: Annotated[
@@ -128,20 +129,10 @@ def search(
     """
     with common.database(database) as engine, engine.connect() as connection:
         side = resolve(connection, target)
-        embedding: Any = side.column
         cut = side.binding.source.passages is not None and by != "words"
-        criteria = common.criteria(where)
-        options: dict[str, Any] = {"limit": limit, "where": criteria}
-        if cut:
-            embedding = passages.attribute_of(connection, side)
-        if by == "meaning":
-            statement: Any = nearest(embedding, query, **options)
-        elif by == "words":
-            statement = matching(text_column_of(embedding.table), query, **options)
-        else:
-            text: Any = text_column_of(side.table)
-            text = getattr(embedding.class_, text.key) if cut else text
-            statement = hybrid(embedding, text, query, **options)
+        embedding: Any = passages.attribute_of(connection, side) if cut else side.column
+        options: dict[str, Any] = {"limit": limit, "where": common.criteria(where)}
+        statement = _search_of(side, embedding, by, query, options)
         if cut:
             rows = passages.found(Session(connection), embedding, statement)
         else:
@@ -155,6 +146,18 @@ def search(
     if explain:
         common.note(str(explanation))
     _print_answers(rows)
+
+
+def _search_of(side: Side, embedding: Any, by: By, query: str, options: dict[str, Any]) -> Any:
+    """The statement; of documents that are cut, ``embedding`` is their attribute of passages."""
+    if by == "meaning":
+        return nearest(embedding, query, **options)
+    text: Any = text_column_of(side.table)
+    if by == "words":
+        return matching(text, query, **options)
+    if embedding is not side.column:
+        text = getattr(embedding.class_, text.key)
+    return hybrid(embedding, text, query, **options)
 
 
 def _print_answers(rows: list[Row]) -> None:
@@ -257,7 +260,7 @@ def _create(
     if not columns:
         raise LoadError("--create: there are no rows, so the columns are not known.")
     text = source_of(source)
-    if source is None or text is None:
+    if text is None:
         raise DeclarationError(
             f"--create needs --source: which of {', '.join(columns)} is to be embedded?"
         )
@@ -281,7 +284,7 @@ def _create(
     )
     text.resolve(table)
     if in_passages:
-        passages.create(connection, table, source, spec)
+        passages.create(connection, table, text.columns, spec)
         return table
     connection.execute(sa.schema.CreateTable(table))
     catalog.bind(connection, table.c[EMBEDDING])

@@ -201,7 +201,7 @@ def abort(target: common.TargetArgument, database: common.DatabaseOption = None)
 
 def adopt(
     target: common.TargetArgument,
-    encoder: common.EncodersOption = None,
+    encoder: common.NeededEncodersOption,
     database: common.DatabaseOption = None,
     source: common.SourceOption = None,
     dry_run: common.DryRunOption = False,
@@ -222,8 +222,6 @@ def adopt(
     identity = unbound(target)
     if identity is None:
         raise DeclarationError(f"{target!r} has to be table.column or schema.table.column.")
-    if not encoder:
-        raise DeclarationError("Name the encoders that may have made the vectors, by --encoder.")
     one = source_of(source)
     sources = None if one is None else [one]
     encoders = [get_encoder(spec_named(name)) for name in encoder]
