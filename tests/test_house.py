@@ -67,7 +67,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (10, 2130),
     "alembic": (9, 2746),
     "catalog": (9, 2531),
-    "cli": (18, 4403),
+    "cli": (18, 4410),
     "clustering": (17, 5044),
     "encoder": (30, 7747),
     "freshness": (23, 5180),
