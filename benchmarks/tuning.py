@@ -9,7 +9,8 @@ python benchmarks/tuning.py DIRECTORY medquad distill [--base MODEL]   # without
 
 DIRECTORY holds ``xquad/xquad.en.json`` and ``medquad/medquad_cdc_nhlbi.jsonl``. Rows of one
 document (the answers about one disease, the paragraphs of one article, the packages of one source)
-are on one side. The database is the embedded one, in a directory of its own.
+are on one side; with ``--by row`` they may be on both. The database is the embedded one, in a
+directory of its own.
 """
 
 from __future__ import annotations
@@ -127,6 +128,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--matryoshka", type=int, action="append", default=[])
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--by", choices=["document", "row"], default="document")
     given = parser.parse_args()
     if given.data == "packages":
         rows = packages()
@@ -149,7 +151,7 @@ def main() -> None:
                 try:
                     report = tune(
                         engine, Answer.embedding, pairs, out=out, method=method, seed=seed,
-                        document="document", **whole,
+                        document="document" if given.by == "document" else None, **whole,
                     )  # fmt: skip
                     print(f"seed {seed}: {report}", flush=True)
                 except NoGainError as refused:

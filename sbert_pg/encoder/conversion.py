@@ -55,7 +55,8 @@ class Floor:
 FLOORS: dict[str, Floor] = {
     "int8": Floor(mean=0.996, worst=0.98),
 }
-#: The same for a cross-encoder in int8, by the correlation of its scores.
+#: The same for a cross-encoder in int8 and bf16, by the correlation of its scores, which nothing
+#: stores: rounding may move them more than it may vectors.
 SCORES_FLOOR = Floor(mean=0.99, worst=0.98)
 #: What any other form has to reach: nothing but rounding.
 STRICT = Floor(mean=0.9999, worst=0.999)
@@ -201,7 +202,7 @@ def convert(
         agreement = measure if kind == "encoder" else measure_scores
         manifest = replace(manifest, agreement=agreement(vectors, expected))
         floor = FLOORS.get(precision, STRICT)
-        if kind == "reranker" and precision == "int8":
+        if kind == "reranker" and precision in ("int8", "bf16"):
             floor = SCORES_FLOOR
         require(manifest.agreement, floor, f"{name} in {precision}")
     np.save(folder / converted.PROBE_VECTORS, vectors[: len(PROBES)])
@@ -339,8 +340,9 @@ def require(agreement: Mapping[str, Agreement], floor: Floor, what: str) -> None
     worst = min(value.min_cosine for value in agreement.values())
     if not (mean >= floor.mean and worst >= floor.worst):
         raise ConversionError(
-            f"{what} agrees with fp32 by cosine {mean:.5f} in the mean and {worst:.5f} for the "
-            f"worst text; the floor is {floor.mean} and {floor.worst}. Use precision='fp32'."
+            f"{what} agrees with fp32 by {mean:.5f} in the mean and {worst:.5f} for the worst text "
+            f"(cosine of vectors, correlation of scores); the floor is {floor.mean} and "
+            f"{floor.worst}. Use precision='fp32'."
         )
 
 

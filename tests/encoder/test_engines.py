@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 from command_line import sbert_pg
-from encoder_models import TEXTS, worst
+from encoder_models import SMALL, TEXTS, Wish, worst, write_cross_encoder
 from tiny_model import write_tiny
 
 from sbert_pg import EncoderSpec
 from sbert_pg.cli.encoder import split_name
-from sbert_pg.encoder import Encoder, measuring
+from sbert_pg.encoder import Encoder, Reranker, measuring
 from sbert_pg.encoder.engines import ONNXRUNTIME, OPENVINO, VARIABLE, Compiled, able, installed
 from sbert_pg.encoder.providers import CPU, CUDA, Providers, processor
 from sbert_pg.errors import DeclarationError, MissingExtraError, ProviderError
@@ -224,6 +224,28 @@ class TestVectors:
         agreement = agreement_of(other.encode(TEXTS), int8.encode(TEXTS))
         assert agreement.mean_cosine > 0.9995
         assert agreement.min_cosine > 0.995
+
+
+@needs_openvino
+@pytest.mark.parametrize("architecture", ["bert", "xlm-roberta", "albert"])
+def test_scores_of_a_reranker(tmp_path: Path, architecture: str) -> None:
+    """By OpenVINO as by onnxruntime; the bf16 of scores is held to the floor of their int8."""
+    pytest.importorskip("sentence_transformers", reason="it writes the model")
+    config = {**SMALL, "embedding_size": 16} if architecture == "albert" else dict(SMALL)
+    write_cross_encoder(Wish(architecture, config=config), tmp_path / "model")
+    pairs = list(zip(TEXTS, TEXTS[::-1], strict=True))
+
+    def scores(precision: str, engine: str) -> Any:
+        reranker = Reranker.load(
+            tmp_path / "model", precision=precision, engine=engine, cache_dir=tmp_path
+        )
+        assert reranker.engine == engine
+        return reranker.score_pairs(pairs)
+
+    exact = scores("fp32", ONNXRUNTIME)
+    np.testing.assert_allclose(scores("fp32", OPENVINO), exact, atol=1e-5)
+    assert np.corrcoef(scores("int8", OPENVINO), scores("int8", ONNXRUNTIME))[0, 1] > 0.999
+    assert np.corrcoef(scores("bf16", OPENVINO), exact)[0, 1] > 0.99
 
 
 @needs_openvino
