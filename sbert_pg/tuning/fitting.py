@@ -149,7 +149,8 @@ def tune(
             row is a part of: rows of one document stay on one side of the split.
         time: an attribute of the pairs, or a column of the table, with the time by which questions
             are split: the latest are kept back.
-        held_out: share of the questions to keep back; ``unlabelled`` keeps back all of them.
+        held_out: share of the questions to keep back, between 0 and 1; ``unlabelled`` keeps back
+            all of them.
         k: rows of an answer that count.
         seed: of the split and of the order of learning.
 
@@ -250,6 +251,8 @@ def _task(
         queries = [queries[i] for i in np.sort(drawn)]
     if method == "unlabelled":
         held_out = 1.0
+    elif not 0 < held_out < 1:
+        raise DeclarationError(f"held_out={held_out}: give a share between 0 and 1.")
     split = rows.split(queries, document, time, held_out, seed)
     wrong = rows.negatives([queries[i] for i in split.learning])
     return Task(

@@ -227,6 +227,9 @@ def test_refusals(engine: sa.Engine, shop: Any, minilm: Encoder, tmp_path: Path)
     (tmp_path / "kept-held-out.jsonl").write_text("the measure of before")
     with pytest.raises(DeclarationError, match=r"kept-held-out\.jsonl exists"):
         tune(engine, Thing.embedding, pairs(shop), out=tmp_path / "kept")
+    for share in (0, 1, 1.5, float("nan")):
+        with pytest.raises(DeclarationError, match="held_out"):
+            tune(engine, Thing.embedding, pairs(shop), out=tmp_path / "x", held_out=share)
     with pytest.raises(DeclarationError, match="no embedding column"):
         tune(engine, Thing.body, pairs(shop), out=tmp_path / "x")
     with pytest.raises(DeclarationError, match="'nowhere'"):
