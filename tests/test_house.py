@@ -69,7 +69,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "catalog": (9, 2531),
     "cli": (18, 4410),
     "clustering": (17, 5044),
-    "encoder": (30, 7747),
+    "encoder": (30, 7749),
     "freshness": (23, 5180),
     "indexes": (6, 1407),
     "loading": (4, 1128),
@@ -79,7 +79,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "search": (12, 3648),
     "serving": (18, 3425),
     "sql": (1, 24),
-    "tuning": (18, 4270),
+    "tuning": (18, 4273),
     "types": (9, 1718),
 }
 #: All rooms that are one module.
