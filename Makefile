@@ -40,8 +40,11 @@ test: $(VENV)/.ready wheel
 	$(VENV)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
 	$(VENV)/bin/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
+# The tests of pgvector-python are in its source distribution alone.
 slow: $(VENV)/.ready wheel
 	$(VENV)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
+	$(VENV)/bin/python -m pip download --quiet --no-deps --no-binary pgvector --dest $(VENV)/sdist \
+	  "pgvector==$$($(VENV)/bin/python -c 'from importlib.metadata import version; print(version("pgvector"))')"
 	$(VENV)/bin/pytest -m slow $(PYTEST_ARGS)
 
 $(VENV)/.ready: pyproject.toml

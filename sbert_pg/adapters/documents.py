@@ -12,12 +12,12 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB, Insert, insert
 from sqlalchemy.orm import ColumnProperty, Mapper, Session, sessionmaker, undefer
 
-from sbert_pg.adapters.filters import condition
 from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.errors import DeclarationError
 from sbert_pg.orm.declaring import attributes_of, plain_attributes
 from sbert_pg.row_vectors import embed_rows
 from sbert_pg.search import nearest
+from sbert_pg.search.filters import condition
 from sbert_pg.spec import EncoderSpec
 from sbert_pg.types.wire import VectorValue
 

@@ -9,8 +9,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from sbert_pg.adapters.documents import Documents, Row, Runner, Work
-from sbert_pg.adapters.filters import Condition, condition
 from sbert_pg.errors import DeclarationError, MissingExtraError
+from sbert_pg.search.filters import Condition, condition
 
 try:
     from haystack import Document, component

@@ -58,7 +58,7 @@ class SbertVectorStore(VectorStore):
     """The rows of a mapped class as LangChain's ``VectorStore``.
 
     Scores are similarities, larger for nearer. Ids are the primary key as text. Metadata is what
-    the row's other attributes hold; filters are as ``adapters.filters.condition`` takes them. Each
+    the row's other attributes hold; filters are as ``search.filters.condition`` takes them. Each
     call is a transaction of its own.
 
     Args:

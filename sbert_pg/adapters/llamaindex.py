@@ -10,9 +10,9 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 
 from sbert_pg.adapters.documents import Documents, Row, Runner, Work
-from sbert_pg.adapters.filters import Condition, condition
 from sbert_pg.errors import DeclarationError, MissingExtraError
 from sbert_pg.registry import get_encoder
+from sbert_pg.search.filters import Condition, condition
 from sbert_pg.spec import EncoderSpec, TextEncoder
 
 try:

@@ -48,6 +48,8 @@ class _Asked:
     @classmethod
     def read(cls, body: dict[str, Any]) -> _Asked:
         only_known(body, _FIELDS)
+        # Null is what some clients send for what they leave out.
+        body = {name: value for name, value in body.items() if value is not None}
         format_ = body.get("encoding_format", "float")
         if format_ not in ("float", "base64"):
             raise wrong("encoding_format", "is 'float' or 'base64'.")

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from operator import eq, ge, gt, le, lt
 from typing import Any, Literal, TypeVar
 
 import sqlalchemy as sa
@@ -22,6 +21,7 @@ from sbert_pg.errors import BindingError, DeclarationError
 from sbert_pg.passages import declared_passages
 from sbert_pg.passages.view import text_of
 from sbert_pg.search import hybrid, matching, nearest
+from sbert_pg.search.filters import compare
 from sbert_pg.search.target import readable_columns
 from sbert_pg.spec import EncoderSpec
 
@@ -37,14 +37,8 @@ _PASSAGE = "passage_"
 #: Seconds after which tables are looked at again: indexes, columns and encoders change.
 _LOOK_AGAIN = 60.0
 
-_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
-    "=": eq,
-    "!=": lambda column, value: column.is_distinct_from(value),
-    "<": lt,
-    "<=": le,
-    ">": gt,
-    ">=": ge,
-}
+#: Operators of a filter, as ``sbert_pg.search.filters`` calls them.
+_OPERATORS = {"=": "$eq", "!=": "$ne", "<": "$lt", "<=": "$lte", ">": "$gt", ">=": "$gte"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,13 +261,12 @@ def _compared(column: sa.Column[Any], operator: str, value: Any) -> sa.ColumnEle
             raise DeclarationError(
                 f"{column.name}: a list of 1 to {MOST_VALUES:,} values goes with '=' alone."
             )
-        return column.in_([_value(column, one) for one in value])
-    if value is None:
-        if operator not in ("=", "!="):
-            raise DeclarationError(f"{column.name}: null goes with '=' and '!=' alone.")
-        return column.is_(None) if operator == "=" else column.is_not(None)
-    criterion: sa.ColumnElement[bool] = _OPERATORS[operator](column, _value(column, value))
-    return criterion
+        return compare(column, "$in", [_value(column, one) for one in value])
+    if value is not None:
+        value = _value(column, value)
+    elif operator not in ("=", "!="):
+        raise DeclarationError(f"{column.name}: null goes with '=' and '!=' alone.")
+    return compare(column, _OPERATORS[operator], value)
 
 
 def _value(column: sa.Column[Any], value: Any) -> sa.ColumnElement[Any]:

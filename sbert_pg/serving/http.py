@@ -324,17 +324,28 @@ async def _read(service: Service, request: Request, body: bytearray) -> dict[str
         "request_too_large", headers={"Connection": "close"},
     )  # fmt: skip
     with suppress(ValueError):
-        if int(request.headers.get("content-length", "0")) > limits.body_bytes:
+        waits = "expect" in request.headers
+        most = limits.body_bytes if waits else limits.refused_bytes
+        if int(request.headers.get("content-length", "0")) > most:
             raise too_large
 
     async def read() -> None:
+        size = 0
         async for part in request.stream():
+            size += len(part)
+            if size > limits.refused_bytes:
+                raise too_large
+            if size > limits.body_bytes:
+                # Most clients read no answer before all is sent, so a little more is thrown away.
+                service.held -= len(body)
+                body.clear()
+                continue
             body.extend(part)
             service.held += len(part)
-            if len(body) > limits.body_bytes:
-                raise too_large
             if service.held > limits.held_bytes:
                 raise busy("The server has too many bytes in hand")
+        if size > limits.body_bytes:
+            raise too_large
 
     try:
         await asyncio.wait_for(read(), limits.body)

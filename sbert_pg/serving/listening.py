@@ -37,6 +37,8 @@ class Limits:
             balancers usually keep theirs.
         head_bytes: bytes of a head.
         body_bytes: bytes of a body.
+        refused_bytes: bytes of a larger one that are read and forgotten before it is refused, so
+            that its client reads why; beyond that its connection is closed while it sends.
         held_bytes: bytes of all bodies that are being read or answered.
         stopping: seconds that requests under way have when the server is stopped.
     """
@@ -48,6 +50,7 @@ class Limits:
     idle: float = 75.0
     head_bytes: int = 16_384
     body_bytes: int = 8_388_608
+    refused_bytes: int = 67_108_864
     held_bytes: int = 67_108_864
     stopping: float = 30.0
 

@@ -49,10 +49,11 @@ def test_openais_client_gets_the_encoders_vectors(ask, minilm, name):
 
 def test_base64_is_little_endian_float32(port, client):
     body = {"model": MINILM, "input": TEXTS[0]}
-    [plain, packed] = [
+    [plain, packed, default] = [
         client(port).post("/v1/embeddings", json=body | {"encoding_format": form}).json()
-        for form in ("float", "base64")
+        for form in ("float", "base64", None)
     ]
+    assert default == plain
     bits = np.frombuffer(base64.b64decode(packed["data"][0]["embedding"]), "<f4")
     np.testing.assert_array_equal(bits, np.float32(plain["data"][0]["embedding"]))
 

@@ -140,15 +140,31 @@ def test_a_connection_is_kept_for_the_next_request(client):
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_large_body_is_refused(client, chunked):
-    with serving(encoders(), port=0, limits=Limits(body_bytes=10_000)) as port:
-        content = b'{"model": "mine", "input": "' + b"x" * 20_000 + b'"}'
-        body = iter([content]) if chunked else content
-        answer = client(port).post(
-            "/v1/embeddings", content=body, headers={"Content-Type": "application/json"}
-        )
-        assert answer.status_code == 413
+@pytest.mark.parametrize("size", [20_000, 20_000_000])
+def test_a_large_body_is_refused(client, chunked, size):
+    """Its client reads why, although it sends all of it first, and nothing of it is kept."""
+    limits = Limits(body_bytes=10_000, held_bytes=15_000)
+    with serving(encoders(), port=0, limits=limits) as port:
+        content = b'{"model": "mine", "input": "' + b"x" * size + b'"}'
+        for _ in range(3):
+            body = iter([content[:5_000], content[5_000:]]) if chunked else content
+            answer = client(port).post(
+                "/v1/embeddings", content=body, headers={"Content-Type": "application/json"}
+            )
+            assert answer.status_code == 413
         assert client(port).post("/v1/embeddings", json=BODY).status_code == 200
+
+
+def test_a_body_without_end_is_cut():
+    limits = Limits(body_bytes=10_000, refused_bytes=50_000)
+    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    part = b"8000\r\n" + b"x" * 0x8000 + b"\r\n"
+    with (
+        serving(encoders(), port=0, limits=limits) as port,
+        connect(port, head + b"Transfer-Encoding: chunked\r\n\r\n") as one,
+        pytest.raises(ConnectionError),
+    ):
+        one.sendall(part * 10_000)
 
 
 def test_all_bodies_together_are_bounded_and_given_back(client):

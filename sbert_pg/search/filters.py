@@ -1,4 +1,7 @@
-"""Conditions on metadata, as other libraries write them down, in SQL."""
+"""Conditions on columns and metadata, as plain data writes them down, in SQL.
+
+The adapters of other libraries and the servers translate their spellings to this one.
+"""
 
 from __future__ import annotations
 
@@ -75,6 +78,8 @@ def _joined(key: str, value: Any, fields: Fields) -> Condition:
 def compare(field: sa.ColumnElement[Any], operator: str, value: Any) -> Condition:
     """One comparison of a column, or of a value within JSON, with a value.
 
+    A value may be an expression of the column's type, such as a cast.
+
     Raises:
         DeclarationError: an operator that does not exist, or a value that it does not take.
     """
@@ -93,7 +98,7 @@ def compare(field: sa.ColumnElement[Any], operator: str, value: Any) -> Conditio
     if value is None:
         raise DeclarationError(f"{operator} compares with a value, and was given None.")
     ordered: Condition = _ORDER[operator](field, _operand(field, value))
-    if isinstance(field.type, JSONB):
+    if isinstance(field.type, JSONB) and not isinstance(value, sa.ClauseElement):
         # PostgreSQL orders any two values of JSON, a number before every text.
         return sa.and_(sa.func.jsonb_typeof(field) == _json_type(value), ordered)
     return ordered
@@ -130,12 +135,23 @@ def _among(field: sa.ColumnElement[Any], operator: str, values: list[Any]) -> Co
             raise DeclarationError(f"$between takes two values, and was given {values!r}.")
         return sa.and_(compare(field, "$gte", values[0]), compare(field, "$lte", values[1]))
     if operator == "$in":
-        return sa.or_(sa.false(), *(compare(field, "$eq", value) for value in values))
+        return _one_of(field, values)
     return sa.and_(sa.true(), *(compare(field, "$ne", value) for value in values))
 
 
+def _one_of(field: sa.ColumnElement[Any], values: list[Any]) -> Condition:
+    operands = [_operand(field, value) for value in values if value is not None]
+    parts = [field.is_(None)] if len(operands) < len(values) else []
+    if operands:
+        # One by one: a list among them is a value of an array, and no row of values.
+        typed = [sa.literal(o, field.type) if not isinstance(o, sa.ClauseElement) else o
+                 for o in operands]  # fmt: skip
+        parts.append(field.in_(typed))
+    return sa.or_(sa.false(), *parts)
+
+
 def _operand(field: sa.ColumnElement[Any], value: Any) -> Any:
-    if not isinstance(field.type, JSONB):
+    if not isinstance(field.type, JSONB) or isinstance(value, sa.ClauseElement):
         return value
     return sa.cast(sa.literal(_dumped(value), sa.Text()), JSONB)
 
