@@ -7,10 +7,11 @@ server; the last to leave stops it.
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,11 @@ from sbert_pg.errors import ServerError, needing
 
 #: Server version of a new data directory.
 DEFAULT_VERSION = 18
+#: Extensions that applications ask for; the embedded server has few of them.
+_ASKED_FOR = (
+    "citext", "hstore", "pg_stat_statements", "pg_trgm", "pgcrypto", "plpython3u", "postgis",
+    "unaccent", "uuid-ossp",
+)  # fmt: skip
 #: ``pg_ctl`` is given a few seconds by the package; a busy machine can need several attempts.
 _START_ATTEMPTS = 6
 _SETTINGS_FILE = "sbert_pg.conf"
@@ -65,6 +71,41 @@ class EmbeddedServer:
             connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
         return self.url(name)
 
+    def lacking(self) -> list[str]:
+        """Names of extensions that applications often ask for, and this server does not have."""
+        with psycopg.connect(self.dsn()) as connection:
+            names = {
+                name for (name,) in connection.execute("SELECT name FROM pg_available_extensions")
+            }
+        return [name for name in _ASKED_FOR if name not in names]
+
+    async def listen(self, port: int) -> asyncio.Server:
+        """Pass connections to 127.0.0.1 on to the server, while the event loop runs.
+
+        The server itself keeps to its socket, whose name other processes know. Whoever connects,
+        any program of this machine, is its superuser.
+
+        Args:
+            port: the port; 0 takes a free one.
+
+        Raises:
+            ServerError: the port is taken, or the server is at one of its own, as on Windows.
+        """
+        folder = self.url().query.get("host")
+        if folder is None:
+            raise ServerError(f"The server listens at {self.dsn()} already.")
+
+        async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            theirs = await asyncio.open_unix_connection(f"{folder}/.s.PGSQL.5432")
+            await asyncio.gather(_copied(reader, theirs[1]), _copied(theirs[0], writer))
+
+        try:
+            return await asyncio.start_server(connected, "127.0.0.1", port)
+        except (OSError, OverflowError) as error:
+            raise ServerError(
+                f"Cannot listen on 127.0.0.1:{port}: {error}. Give another port."
+            ) from error
+
     def control(self, action: Literal["restart", "stop", "start"], mode: ShutdownMode) -> None:
         """Run ``pg_ctl``; for tests of crashes and restarts.
 
@@ -87,6 +128,15 @@ class EmbeddedServer:
             )
         except subprocess.SubprocessError as error:
             raise ServerError(f"pg_ctl {action} failed for {self.data_dir}: {error}") from error
+
+
+async def _copied(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Pass on what comes until it ends."""
+    with suppress(ConnectionError):
+        while data := await reader.read(65_536):
+            writer.write(data)
+            await writer.drain()
+    writer.close()
 
 
 @contextmanager

@@ -31,7 +31,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     demo.demo, schema.migrate, schema.status, doctor.doctor,
     data.load, data.search, data.duplicates, tuning.evaluate, tuning.tune,
     freshness.worker, freshness.backfill, freshness.failed, freshness.audit, reembed.adopt,
-    serve.serve, serve.mcp, serve.explore,
+    serve.serve, serve.mcp, serve.explore, serve.serve_postgres,
 )  # fmt: skip
 GROUPS: dict[str, tuple[str, tuple[Callable[..., None], ...]]] = {
     "index": ("Vector indexes, measured.", (tuning.advise,)),

@@ -1,7 +1,11 @@
-"""``serve``, ``mcp`` and ``explore``: embeddings and searches for other programs, and pages."""
+"""``serve``, ``mcp`` and ``explore``: embeddings and searches for other programs, and pages.
+
+``serve-postgres`` gives them the embedded database.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -22,6 +26,7 @@ from sbert_pg.search.target import readable_columns
 
 if TYPE_CHECKING:
     from sbert_pg.clustering import Clustering
+    from sbert_pg.embedded import EmbeddedServer
     from sbert_pg.serving.exposed import Exposed
 
 TablesArgument = Annotated[
@@ -156,6 +161,52 @@ def show_pages(
             opened(address)
         with common.stoppable() as stop:
             stop.wait()
+
+
+def serve_postgres(
+    data_dir: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[DIR]",
+            help="Directory of its data; your own for this program by default.",
+            show_default=False,
+        ),
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=65_535,
+            help="Port of 127.0.0.1, for tools that need a host; 0 takes a free one. Any program "
+            "of this machine may then connect, as superuser.",
+            show_default=False,
+        ),
+    ] = None,
+    name: Annotated[
+        str, typer.Option(help="Database, made if need be, with pgvector.")
+    ] = common.EMBEDDED_DATABASE,
+) -> None:
+    """Run the embedded PostgreSQL for an application, until it is stopped; print its URL.
+
+    [b]sbert-pg serve-postgres ./postgres --port 5433[/]
+    """
+    from sbert_pg.embedded import embedded_server
+
+    with common.stoppable() as stop, embedded_server(data_dir) as server:
+        server.ensure_database(name)
+        common.note(f"It lacks the extensions {', '.join(server.lacking())}.")
+        asyncio.run(_given(server, name, port, stop))
+
+
+async def _given(
+    server: EmbeddedServer, name: str, port: int | None, stop: threading.Event
+) -> None:
+    url = server.dsn(name)
+    if port is not None:
+        listener = await server.listen(port)
+        url = f"postgresql://postgres@127.0.0.1:{listener.sockets[0].getsockname()[1]}/{name}"
+    print(url, flush=True)
+    await asyncio.to_thread(stop.wait)
 
 
 def mcp(
