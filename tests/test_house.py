@@ -64,10 +64,10 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 
 #: Most modules and lines of each room: a new capability raises its own, and nobody else's.
 ROOMS: dict[str, tuple[int, int]] = {
-    "adapters": (10, 2130),
+    "adapters": (9, 1967),
     "alembic": (9, 2746),
     "catalog": (9, 2531),
-    "cli": (18, 4410),
+    "cli": (18, 4461),
     "clustering": (17, 5044),
     "encoder": (30, 7749),
     "freshness": (23, 5180),
@@ -76,14 +76,14 @@ ROOMS: dict[str, tuple[int, int]] = {
     "orm": (5, 922),
     "passages": (6, 1183),
     "reembed": (12, 3233),
-    "search": (12, 3648),
-    "serving": (18, 3425),
+    "search": (13, 3827),
+    "serving": (18, 3434),
     "sql": (1, 24),
     "tuning": (18, 4273),
     "types": (9, 1718),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3329
+MOST_LINES_OF_THE_REST = 3379
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60
