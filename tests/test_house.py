@@ -67,7 +67,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (9, 1967),
     "alembic": (9, 2746),
     "catalog": (9, 2531),
-    "cli": (18, 4461),
+    "cli": (18, 4462),
     "clustering": (17, 5044),
     "encoder": (30, 7749),
     "freshness": (23, 5180),
