@@ -46,14 +46,12 @@ def retried(
     *,
     busy: Callable[[], str],
     attempts: int = ATTEMPTS,
-    between: Callable[[], None] | None = None,
 ) -> T:
     """Call a function again where its lock cannot be had, with pauses.
 
     Args:
         attempt: the function; it changes nothing where it fails.
         busy: gives the message of the error, once all attempts have failed.
-        between: called after each failure, before the pause.
 
     Raises:
         TableBusyError: the lock was not to be had.
@@ -64,8 +62,6 @@ def retried(
         except sa.exc.DBAPIError as error:
             if not is_busy(error):
                 raise
-            if between is not None:
-                between()
             if number == attempts:
                 raise TableBusyError(busy()) from error
         pause(number)

@@ -17,6 +17,9 @@ import numpy as np
 from sbert_pg.errors import EncoderMismatchError
 from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors
 
+#: The order in which the catalog keeps the bytes of vectors, whatever machine reads them.
+STORED = np.dtype("<f4")
+
 _LONG = (
     "The committee met on the first Monday of the month to discuss the drainage of the lower "
     "fields, the price of winter feed, and a complaint about the bell. "
@@ -314,3 +317,13 @@ def _kind(a: EncoderSpec, b: EncoderSpec, same_origin: bool) -> str:
 def compatible(a: TextEncoder, b: TextEncoder) -> Compatibility:
     """Decide whether two encoders share a column's vectors; see ``compatible_specs``."""
     return compatible_specs(a.spec, measured(a), b.spec, measured(b))
+
+
+def to_bytes(vectors: Vectors) -> bytes:
+    """Vectors as the catalog keeps them."""
+    return np.ascontiguousarray(vectors, dtype=STORED).tobytes()
+
+
+def from_bytes(stored: bytes, dimensions: int) -> Vectors:
+    """The vectors that ``to_bytes`` was given, of shape ``(vectors, dimensions)``, as float32."""
+    return np.frombuffer(stored, dtype=STORED).reshape(-1, dimensions).astype(np.float32)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.engine import Connection
@@ -16,14 +15,11 @@ from sbert_pg.catalog import tables
 from sbert_pg.catalog.binding import binding_of, installed
 from sbert_pg.catalog.record import Binding, relation_of
 from sbert_pg.errors import EncoderMismatchError, EncoderNotFoundError
-from sbert_pg.probes import Compatibility, compatible_specs, measured
+from sbert_pg.probes import Compatibility, compatible_specs, from_bytes, measured, to_bytes
 from sbert_pg.registry import find_encoder, get_encoder
 from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors, same_encoder_name
 from sbert_pg.sqlstates import translated
 from sbert_pg.types.identity import ColumnIdentity
-
-#: Stored order of the bytes of probe vectors.
-_STORED = np.dtype("<f4")
 
 
 class Held(NamedTuple):
@@ -174,8 +170,7 @@ def _recorded(connection: Connection, binding: Binding) -> tuple[str, EncoderSpe
             "again just before this process could compare itself with it. Try once more."
         )
     spec = EncoderSpec.from_json(row.spec)
-    probes = np.frombuffer(row.probes, dtype=_STORED).reshape(-1, spec.dimensions)
-    return row.fingerprint, spec, probes.astype(np.float32)
+    return row.fingerprint, spec, from_bytes(row.probes, spec.dimensions)
 
 
 def fingerprint_of(encoder: TextEncoder) -> str:
@@ -187,7 +182,7 @@ def fingerprint_of(encoder: TextEncoder) -> str:
     known = encoder.spec.fingerprint
     if known is not None:
         return known
-    return "probes-" + hashlib.sha256(_probe_bytes(encoder)).hexdigest()[:32]
+    return "probes-" + hashlib.sha256(to_bytes(measured(encoder))).hexdigest()[:32]
 
 
 def _compared(
@@ -196,10 +191,6 @@ def _compared(
     """Fingerprint of a column's encoder, and the verdict on another one."""
     fingerprint, spec, probes = _recorded(connection, binding)
     return fingerprint, compatible_specs(spec, probes, encoder.spec, measured(encoder))
-
-
-def _probe_bytes(encoder: TextEncoder) -> bytes:
-    return np.ascontiguousarray(measured(encoder), dtype=_STORED).tobytes()
 
 
 def _read_only(connection: Connection) -> bool:
@@ -223,7 +214,7 @@ def _seal(connection: Connection, binding: Binding, encoder: TextEncoder) -> Non
             fingerprint_of(encoder),
             sa.cast(encoder.spec.document_fingerprint, sa.Text),
             sa.cast(encoder.spec.to_json(), pg.JSONB),
-            sa.cast(_probe_bytes(encoder), sa.LargeBinary),
+            sa.cast(to_bytes(measured(encoder)), sa.LargeBinary),
         )
     )
     with translated():

@@ -92,13 +92,13 @@ binding = sa.Table(
 )
 
 
-def _of_binding(*, key: bool = True) -> sa.Column[Any]:
+def _of_binding() -> sa.Column[Any]:
     """The column that refers to a binding; its rows go with the binding."""
     return sa.Column(
         "binding_id",
         sa.Uuid,
         sa.ForeignKey(binding.c.id, ondelete="CASCADE"),
-        primary_key=key,
+        primary_key=True,
         nullable=False,
     )
 

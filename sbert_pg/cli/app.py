@@ -10,7 +10,6 @@ import typer
 from rich.markup import escape
 
 from sbert_pg.cli import (
-    choosing,
     cluster,
     common,
     data,
@@ -37,7 +36,7 @@ GROUPS: dict[str, tuple[str, tuple[Callable[..., None], ...]]] = {
     "index": ("Vector indexes, measured.", (tuning.advise,)),
     "encoder": (
         "Convert, look at and choose encoders.",
-        (encoder.convert, encoder.show, encoder.measure, choosing.choose, choosing.limits),
+        (encoder.convert, encoder.show, encoder.measure, encoder.choose, encoder.limits),
     ),
     "reembed": (
         "A change of encoder: begin, backfill, verify, switch, finish.",

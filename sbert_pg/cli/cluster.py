@@ -335,7 +335,7 @@ def _print_clusters(shown: list[dict[str, Any]]) -> None:
     common.print_table(list(rows[0]), [list(row.values()) for row in rows])
 
 
-def _row_text(topics: lib.Clustering, row: Any, width: int = 80) -> str | None:
+def _row_text(topics: lib.Clustering, row: Any) -> str | None:
     """The beginning of a row's text; its key for a plain vector column."""
     if row is None:
         return None
@@ -349,8 +349,7 @@ def _row_text(topics: lib.Clustering, row: Any, width: int = 80) -> str | None:
     else:
         values = {name: _value(row, topics, name) for name in topics.source.columns}
         text = topics.source.text(values)
-    line = " ".join(text.split())
-    return line if len(line) <= width else line[: width - 1] + "…"
+    return common.shortened(" ".join(text.split()), 80)
 
 
 def _value(row: Any, topics: lib.Clustering, name: str) -> Any:

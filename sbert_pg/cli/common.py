@@ -339,7 +339,7 @@ def print_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     room = out.width // max(len(columns), 1) - 3
     widest = max((len(str(cell)) for row in cells for cell in row), default=0)
     if room >= min(widest, 12):
-        print_table(columns, [[_shortened(cell, 100) for cell in row] for row in cells])
+        print_table(columns, [[shortened(cell, 100) for cell in row] for row in cells])
         return
     for row in cells:
         _print_block(columns, row)
@@ -350,7 +350,7 @@ def _print_block(columns: Sequence[str], row: Sequence[Any]) -> None:
     label = max(map(len, columns))
     for column, cell in zip(columns, row, strict=True):
         if cell not in (None, ""):
-            text = escape(str(_shortened(cell, max(out.width - label - 2, 20))))
+            text = escape(str(shortened(cell, max(out.width - label - 2, 20))))
             out.print(f"[bold]{escape(column.rjust(label))}[/]  {text}", highlight=False)
     out.print()
 
@@ -360,7 +360,8 @@ def _on_one_line(value: Any) -> Any:
     return value if plain else " ".join(str(value).split())
 
 
-def _shortened(value: Any, width: int) -> Any:
+def shortened(value: Any, width: int) -> Any:
+    """A text, cut where it is longer; anything else as it is."""
     long = isinstance(value, str) and len(value) > width
     return f"{value[: width - 1]}…" if long else value
 

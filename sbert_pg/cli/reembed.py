@@ -15,8 +15,14 @@ from sbert_pg.alembic.changes import declaration_line
 from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.cli import common
 from sbert_pg.cli.encoder import spec_named
-from sbert_pg.cli.target import change_or_column, changes, declared_change, source_of, unbound
-from sbert_pg.cli.tuning import queries_of
+from sbert_pg.cli.target import (
+    change_or_column,
+    changes,
+    declared_change,
+    queries_of,
+    source_of,
+    unbound,
+)
 from sbert_pg.errors import DeclarationError, NotProvenError, ReembeddingError
 from sbert_pg.progress import bar
 from sbert_pg.reembed.backfill import need_of

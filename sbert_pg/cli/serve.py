@@ -18,8 +18,7 @@ import typer
 from sbert_pg import catalog
 from sbert_pg.cli import common, passages
 from sbert_pg.cli.freshness import address_of
-from sbert_pg.cli.target import resolve, text_column_of
-from sbert_pg.cli.tuning import queries_of
+from sbert_pg.cli.target import queries_of, resolve, text_column_of
 from sbert_pg.errors import DeclarationError
 from sbert_pg.registry import get_encoder
 from sbert_pg.row_vectors import embedding_columns

@@ -15,7 +15,9 @@ from sbert_pg.reembed import Request, request_of
 from sbert_pg.reembed.change import Side, reflect, side_of
 from sbert_pg.reembed.ready import declared_indexes
 from sbert_pg.row_vectors import embedding_columns
+from sbert_pg.search.exact import LabelledQuery
 from sbert_pg.source import Source
+from sbert_pg.tuning.files import pairs_of, read_pairs
 from sbert_pg.types.identity import ColumnIdentity
 from sbert_pg.types.text import TextSearch
 
@@ -170,6 +172,13 @@ def source_of(given: Sequence[str] | None) -> Source | None:
         return None
     is_template = len(given) == 1 and "{" in given[0]
     return Source.template(given[0]) if is_template else Source.of(list(given))
+
+
+def queries_of(engine: sa.Engine, pairs: str) -> list[LabelledQuery]:
+    """Labelled questions from a file or by a query."""
+    if pairs.lstrip()[:6].upper() in ("SELECT", "VALUES") or pairs.lstrip()[:4].upper() == "WITH":
+        return pairs_of(engine, sa.text(pairs.replace(":", r"\:")))
+    return read_pairs(pairs)
 
 
 def _spellings(binding: Binding) -> set[str]:

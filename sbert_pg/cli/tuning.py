@@ -14,7 +14,7 @@ from sbert_pg.alembic.changes import declaration_line
 from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.cli import common
 from sbert_pg.cli.encoder import encoder_named
-from sbert_pg.cli.target import resolve, text_column_of
+from sbert_pg.cli.target import queries_of, resolve, text_column_of
 from sbert_pg.errors import DeclarationError
 from sbert_pg.progress import bar
 from sbert_pg.reembed.change import Side
@@ -201,13 +201,6 @@ def advise(
         common.print_json(advice.to_json())
     else:
         print(advice)
-
-
-def queries_of(engine: sa.Engine, pairs: str) -> list[LabelledQuery]:
-    """Labelled questions from a file or by a query."""
-    if pairs.lstrip()[:6].upper() in ("SELECT", "VALUES") or pairs.lstrip()[:4].upper() == "WITH":
-        return lib.pairs_of(engine, sa.text(pairs.replace(":", r"\:")))
-    return lib.read_pairs(pairs)
 
 
 def _words(side: Side) -> sa.Column[Any] | None:

@@ -56,27 +56,23 @@ class Database:
 
 
 class Pause:
-    """Waits that double from try to try, and differ a little from process to process.
+    """Waits that double from try to try, and differ a little from process to process."""
 
-    Args:
-        first: the first wait, in seconds.
-        longest: the longest, in seconds.
-    """
+    #: The first wait, and the longest, in seconds.
+    FIRST, LONGEST = 0.1, 30.0
 
-    def __init__(self, first: float = 0.1, longest: float = 30.0) -> None:
-        self._first = first
-        self._longest = longest
-        self._next = first
+    def __init__(self) -> None:
+        self._next = self.FIRST
 
     def next(self) -> float:
         """The wait to take now."""
         wait = self._next
-        self._next = min(self._next * 2, self._longest)
+        self._next = min(self._next * 2, self.LONGEST)
         return wait * random.uniform(0.75, 1.25)
 
     def reset(self) -> None:
         """Begin with the first again."""
-        self._next = self._first
+        self._next = self.FIRST
 
 
 class Patience:

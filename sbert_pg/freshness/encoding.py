@@ -21,7 +21,7 @@ from sbert_pg.catalog.holding import fingerprint_of
 from sbert_pg.errors import DeclarationError, DimensionError, EncoderError, EncodingError
 from sbert_pg.freshness.labels import Row
 from sbert_pg.freshness.passages import Cut
-from sbert_pg.probes import measured
+from sbert_pg.probes import STORED, measured
 from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors
 from sbert_pg.types import wire
 
@@ -172,7 +172,6 @@ def reason_of(error: BaseException) -> str:
 
 #: Bytes of a text's digest in the cache. 2**64 texts until a collision is likely.
 _DIGEST_BYTES = 16
-_STORED = np.dtype("<f4")
 #: How stale ``used_at`` may be: a hit writes at most once in this time.
 _TOUCH_AFTER = timedelta(hours=1)
 _cache = tables.vector_cache
@@ -260,13 +259,13 @@ class CachedEncoder:
             self._touch(connection, untouched)
         known = {}
         for row in rows:
-            vector = np.frombuffer(row.vector, dtype=_STORED)
+            vector = np.frombuffer(row.vector, dtype=STORED)
             if vector.shape == (self.spec.dimensions,):
                 known[wanted[bytes(row.digest)]] = vector.astype(np.float32)
         return known
 
     def _keep(self, texts: list[str], vectors: Vectors) -> None:
-        stored = np.ascontiguousarray(vectors, dtype=_STORED)
+        stored = np.ascontiguousarray(vectors, dtype=STORED)
         # In the order of digests, so that two processes cannot wait for each other in a circle.
         payloads = dict(
             sorted(

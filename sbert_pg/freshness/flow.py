@@ -28,8 +28,6 @@ class Flow(Generic[Batch, Result]):
         encode: makes the result of a batch; called in several threads.
         write: takes batch and result, in the order of ``put``; called in one thread.
         encoders: threads that encode.
-        ahead: batches that wait, encoded or not, beside those being encoded.
-        name: name of its threads.
     """
 
     def __init__(
@@ -37,17 +35,14 @@ class Flow(Generic[Batch, Result]):
         encode: Callable[[Batch], Result],
         write: Callable[[Batch, Result], None],
         *,
-        encoders: int = 2,
-        ahead: int = 1,
-        name: str = "sbert-pg",
+        encoders: int,
     ) -> None:
         self._encode = encode
         self._write = write
-        self._pool = ThreadPoolExecutor(encoders, thread_name_prefix=f"{name}-encode")
-        self._queue: queue.Queue[tuple[Batch, Future[Result]] | None] = queue.Queue(
-            encoders + ahead
-        )
-        self._writer = threading.Thread(target=self._write_all, name=f"{name}-write", daemon=True)
+        self._pool = ThreadPoolExecutor(encoders, thread_name_prefix="sbert-pg-encode")
+        # One batch waits, encoded or not, beside those that are being encoded.
+        self._queue: queue.Queue[tuple[Batch, Future[Result]] | None] = queue.Queue(encoders + 1)
+        self._writer = threading.Thread(target=self._write_all, name="sbert-pg-write", daemon=True)
         self._lock = threading.Condition()
         self._open = 0
         self._error: BaseException | None = None

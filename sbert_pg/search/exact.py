@@ -48,6 +48,11 @@ class LabelledQuery:
     name: str = ""
     attributes: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def answers(self) -> dict[str, float]:
+        """The rows that answer it; one with a gain of 0 is known to be wrong."""
+        return {key: gain for key, gain in self.gains.items() if gain > 0}
+
 
 @dataclass(frozen=True, slots=True)
 class Block:

@@ -16,7 +16,7 @@ import numpy as np
 from sbert_pg.encoder import Encoder
 from sbert_pg.encoder.directory import Manifest, is_converted
 from sbert_pg.errors import EncoderNotFoundError, EncodingError, SbertPgError
-from sbert_pg.probes import compatible_specs, measured
+from sbert_pg.probes import compatible_specs, from_bytes, measured
 from sbert_pg.spec import EncoderSpec, TextEncoder
 from sbert_pg.types.wire import to_text
 
@@ -70,7 +70,7 @@ def text_of(vector: Any) -> str:
 
 def _encoder(directory: Path, spec: EncoderSpec, probes: bytes) -> TextEncoder:
     """The encoder of a directory whose vectors are those that were recorded."""
-    recorded = np.frombuffer(probes, "<f4").reshape(-1, spec.dimensions)
+    recorded = from_bytes(probes, spec.dimensions)
     reasons = []
     for place in sorted(p for p in directory.glob("*") if is_converted(p)):
         try:

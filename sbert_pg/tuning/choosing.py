@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median
@@ -246,11 +246,6 @@ class _Texts(NamedTuple):
     queries: list[LabelledQuery]
 
 
-def _answered_by(query: LabelledQuery, texts: Container[str]) -> LabelledQuery:
-    gains = {key: gain for key, gain in query.gains.items() if key in texts and gain > 0}
-    return replace(query, gains=gains)
-
-
 def _called(table: Any, columns: Sequence[Any]) -> str:
     """Names of columns, of a table whose rows pairs can name."""
     if not table.primary_key:
@@ -282,8 +277,8 @@ def _texts(
         chosen = sa.or_(drawn(label, most, total, seed), labelled)
         rows = connection.execute(sa.select(label, text).where(*present, chosen).order_by(label))
         texts = dict(rows.all())
-    answered = [_answered_by(query, texts) for query in queries]
-    kept = [query for query in answered if query.gains]
+    answers = [{k: gain for k, gain in q.answers.items() if k in texts} for q in queries]
+    kept = [replace(q, gains=gains) for q, gains in zip(queries, answers, strict=True) if gains]
     if not kept:
         raise TooFewPairsError(
             f"None of the {len(queries)} labelled questions names a row of {name} that is there to "

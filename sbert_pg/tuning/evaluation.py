@@ -106,7 +106,7 @@ class Evaluation:
     def worst(self, search: str, count: int = 10) -> list[Miss]:
         """The questions of the lowest nDCG, with what came instead of the relevant rows."""
         misses = [
-            Miss(query.text, _right(query), _measured(found, query, self.k)[0], tuple(found))
+            Miss(query.text, tuple(query.answers), _measured(found, query, self.k)[0], tuple(found))
             for query, found in zip(self.queries, self.answers[search], strict=True)
         ]
         return sorted((m for m in misses if m.ndcg < 1), key=lambda miss: miss.ndcg)[:count]
@@ -219,11 +219,6 @@ def _answers(
             f"Search {name!r} answers {len(answers)} of {len(questions)} questions."
         )
     return answers, seconds
-
-
-def _right(query: LabelledQuery) -> tuple[str, ...]:
-    """Keys of the rows that answer; one with a gain of 0 is known to be wrong."""
-    return tuple(key for key, gain in query.gains.items() if gain > 0)
 
 
 def _measured(answers: Sequence[Answer], query: LabelledQuery, k: int) -> list[float]:

@@ -271,7 +271,7 @@ def with_attribute(
     engine: sa.Engine, table: sa.Table, queries: Sequence[LabelledQuery], name: str
 ) -> list[LabelledQuery]:
     """Questions with an attribute that a column of the table says of their first relevant row."""
-    first = {q.text: next((key for key, gain in q.gains.items() if gain > 0), "") for q in queries}
+    first = {q.text: next(iter(q.answers), "") for q in queries}
     key = catalog_rows.label(list(table.primary_key))
     chosen = sa.select(key, sa.cast(table.c[name], sa.Text)).where(key.in_(set(first.values())))
     with engine.connect() as connection:

@@ -165,13 +165,13 @@ def limits_of(encoder: Encoder, texts: Sequence[str] = ()) -> Limits:
     return Limits(encoder.spec.name, tuple(limits), _own(encoder, own) if own else None)
 
 
-def own_texts(connection: sa.Connection, column: Any, seed: int = 0) -> list[str]:
+def own_texts(connection: sa.Connection, column: Any) -> list[str]:
     """Random texts of an embedding column's rows, as they are embedded; at most 500."""
     table, keys = column.table, [key.name for key in column.table.primary_key]
     text = column.type.source.expression(table)
     filled = [sa.func.btrim(text) != ""]
     drawn = catalog_rows.sample(
-        connection, table, keys, [text], where=filled, size=MOST_TEXTS, seed=seed
+        connection, table, keys, [text], where=filled, size=MOST_TEXTS, seed=0
     )
     return [row[0] for row in drawn]
 

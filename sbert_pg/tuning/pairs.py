@@ -231,10 +231,9 @@ def _groups(queries: Sequence[LabelledQuery], same: Sequence[Mapping[str, Any]])
     first: dict[Any, int] = {}
     for i, query in enumerate(queries):
         shared: list[Any] = [("text", " ".join(query.text.casefold().split()))]
-        for key, gain in query.gains.items():
-            if gain > 0:
-                shared.append(("key", key))
-                shared += [(n, of[key]) for n, of in enumerate(same) if of.get(key) is not None]
+        for key in query.answers:
+            shared.append(("key", key))
+            shared += [(n, of[key]) for n, of in enumerate(same) if of.get(key) is not None]
         for thing in shared:
             parent[root(i)] = root(first.setdefault(thing, i))
     return np.unique([root(i) for i in range(len(queries))], return_inverse=True)[1]

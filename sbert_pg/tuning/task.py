@@ -85,7 +85,7 @@ class Rows:
         self.digests = {k: v.tobytes() for k, v in zip(labels, vectors, strict=True)}
         there = [self._there(query) for query in queries]
         self.wrong = {query.text: _wrong(query) for query in there}
-        kept = [replace(q, gains=gains) for q in there if (gains := _answers(q))]
+        kept = [replace(q, gains=gains) for q in there if (gains := q.answers)]
         if not kept:
             raise TooFewPairsError(
                 f"None of the {len(queries)} labelled questions names a row of {self.name} that "
@@ -145,11 +145,6 @@ class Rows:
 def _wrong(query: LabelledQuery) -> list[str]:
     """What is labelled as no answer."""
     return [key for key, gain in query.gains.items() if gain == 0]
-
-
-def _answers(query: LabelledQuery) -> dict[str, float]:
-    """What answers a question, with its gain."""
-    return {key: gain for key, gain in query.gains.items() if gain > 0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
