@@ -349,7 +349,7 @@ def _row_text(topics: lib.Clustering, row: Any) -> str | None:
     else:
         values = {name: _value(row, topics, name) for name in topics.source.columns}
         text = topics.source.text(values)
-    return common.shortened(" ".join(text.split()), 80)
+    return str(common.shortened(" ".join(text.split()), 80))
 
 
 def _value(row: Any, topics: lib.Clustering, name: str) -> Any:
