@@ -35,7 +35,7 @@ the class derives from it too, so that existing handlers keep working.
     │   ├── StillInUseError
     │   ├── NotProvenError           an existing column's encoder or source could not be proven
     │   ├── TableBusyError           a lock could not be had
-    │   └── StepStoppedError         a step was called off; it goes on where it stopped
+    │   └── StepStoppedError         a step was called off; it continues where it stopped
     ├── BackfillError            a column cannot be filled
     ├── ClusteringError
     ├── TuningError              an encoder cannot be fitted to labelled questions
@@ -217,7 +217,7 @@ class TableBusyError(ReembeddingError):
 
 
 class StepStoppedError(ReembeddingError):
-    """A step was called off in the middle; the same call again goes on from there."""
+    """A step was called off in the middle; the same call again continues from there."""
 
 
 class BackfillError(SbertPgError):

@@ -76,7 +76,7 @@ def in_short_transactions(
     lock_timeout: float = LOCK_TIMEOUT,
     attempts: int = ATTEMPTS,
 ) -> T:
-    """Run one step in a transaction of its own that never waits long for a lock.
+    """Run one step in its own transaction that never waits long for a lock.
 
     Other time-outs than the lock's, of a role or database, are set aside meanwhile.
 

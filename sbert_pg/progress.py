@@ -12,7 +12,7 @@ Advance = Callable[[str, int, "int | None"], None]
 
 @contextmanager
 def bar(step: str = "") -> Iterator[Callable[..., None]]:
-    """A bar on standard error while the block runs; nothing where that is no terminal.
+    """A bar on standard error while the block runs; nothing where that is not a terminal.
 
     Results are to be printed after the block.
 

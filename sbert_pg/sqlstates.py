@@ -154,7 +154,7 @@ def _words(error: BaseException | None) -> tuple[str, str, str]:
     fields = _fields(error)
     if fields:
         return str(fields.get("M") or error), str(fields.get("D", "")), str(fields.get("H", ""))
-    # SQLAlchemy raises an error of its own for asyncpg, with asyncpg's as its cause.
+    # SQLAlchemy raises its own error for asyncpg, with asyncpg's as its cause.
     for source in (getattr(error, "diag", None), error, getattr(error, "__cause__", None)):
         message = getattr(source, "message_primary", None) or getattr(source, "message", None)
         if message:

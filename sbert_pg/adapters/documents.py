@@ -46,7 +46,7 @@ class Row:
 
 
 class Runner:
-    """Does work in a session of its own, a transaction a call.
+    """Does work in its own session, a transaction a call.
 
     Args:
         sessions: a ``sessionmaker``, for both synchronous calls and asynchronous ones, which run in
@@ -289,7 +289,7 @@ class Documents:
         return values
 
     def _split(self, metadata: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What has an attribute of its own, and what goes into the JSON attribute."""
+        """What has its own attribute, and what goes into the JSON attribute."""
         values = {name: value for name, value in metadata.items() if name in self.own}
         rest = {name: value for name, value in metadata.items() if name not in self.own}
         if rest and self.metadata is None:

@@ -33,7 +33,7 @@ class SbertDocumentStore:
 
     Ids are the primary key as text; ``meta`` is what the row's other attributes hold. Vectors are
     made by the column's own encoder, so an ``embedding`` that a document brings is not stored. Each
-    call is a transaction of its own. Functions ending in ``_async`` are for pipelines that run so.
+    call is its own transaction. Functions ending in ``_async`` are for pipelines that run so.
 
     Args:
         column: the embedding column, as in ``Article.embedding``.

@@ -25,7 +25,7 @@ class SbertSearch:
         mteb.evaluate(search, mteb.get_tasks(tasks=["SciFact"]))
 
     The table belongs to the benchmark alone: each corpus takes the place of the one before, and a
-    table that holds rows of somebody else is refused.
+    table that holds rows of someone else is refused.
 
     Args:
         column: the embedding column of a class whose key is a text.
@@ -58,7 +58,7 @@ class SbertSearch:
 
         Raises:
             DeclarationError: the table holds rows that this object has not written, or a document
-                is no text.
+                is not a text.
         """
         if not self._is_mine and self.run(self.documents.count()):
             raise DeclarationError(
@@ -87,7 +87,7 @@ class SbertSearch:
             top_ranked: ids of the documents that each query may be answered with; all by default.
 
         Raises:
-            DeclarationError: a query is no text.
+            DeclarationError: a query is not a text.
         """
         scores = {}
         for query in queries:

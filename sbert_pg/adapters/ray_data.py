@@ -273,7 +273,7 @@ def _blocks(
 class TableDatasink(Datasink[int]):  # type: ignore[misc]
     """Writes a dataset into a table, for ``Dataset.write_datasink``.
 
-    Each block is loaded in a transaction of its own, as ``load`` does it: vectors that come along
+    Each block is loaded in its own transaction, as ``load`` does it: vectors that come along
     are stored with their proof, texts without one are encoded where the task runs. Rows are known
     by their primary key, so that a task that Ray tries again changes nothing.
 

@@ -72,12 +72,12 @@ class SbertOperation(MigrateOperation):
     """What the operations of this library share."""
 
     name: ClassVar[str] = "nothing"
-    #: Whether it always commits what came before, and works in short transactions of its own.
+    #: Whether it always commits what came before, and works in its own short transactions.
     always_online: ClassVar[bool] = False
 
     @property
     def online(self) -> bool:
-        """Whether it commits what came before, and works in short transactions of its own."""
+        """Whether it commits what came before, and works in its own short transactions."""
         return bool(getattr(self, "concurrently", self.always_online))
 
     @property

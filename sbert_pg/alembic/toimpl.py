@@ -123,7 +123,7 @@ def _relation(operation: ops.ColumnOperation) -> str:
 
 @carry_out.register
 def _add_embedding_column(operation: ops.AddEmbeddingColumnOp, operations: Operations) -> None:
-    """Column, binding with its companion and triggers, queue: each in a transaction of its own."""
+    """Column, binding with its companion and triggers, queue: each in its own transaction."""
     identity, declared = identity_of(operation), operation.declared
     type_ = plain_type(declared.storage, declared.dimensions)
     if declared.replaces is not None and not operations.migration_context.as_sql:
@@ -216,7 +216,7 @@ def _resume_reembedding(operation: ops.ResumeReembeddingOp, operations: Operatio
 
 @carry_out.register
 def _bind_embedding_column(operation: ops.BindEmbeddingColumnOp, operations: Operations) -> None:
-    """Bind, in the migration's transaction or in a short one of its own."""
+    """Bind, in the migration's transaction or in a short one."""
     identity = identity_of(operation)
     if not operations.migration_context.as_sql and not operation.discard_vectors:
         _refuse_foreign_vectors(operations.get_bind(), identity)
@@ -249,7 +249,7 @@ def holds_vectors(connection: sa.Connection, identity: ColumnIdentity) -> bool:
 def _unbind_embedding_column(
     operation: ops.UnbindEmbeddingColumnOp, operations: Operations
 ) -> None:
-    """Unbind, in the migration's transaction or in short ones of its own."""
+    """Unbind, in the migration's transaction or in its own short ones."""
     companion = _companion_of(operation, operations)
     around = online if operation.concurrently else within
     with around(operations, _relation(operation)) as runner:

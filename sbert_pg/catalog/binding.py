@@ -336,7 +336,7 @@ def _select() -> sa.Select[Any]:
             (system.CLASS.c.relkind == "p").label("partitioned"),
             encoder.c.spec,
             encoder.c.fingerprint,
-            # now() is the start of the transaction: a seal of its own can still be rolled back.
+            # now() is the start of the transaction: its own seal can still be rolled back.
             sa.func.coalesce(binding.c.sealed_at == sa.func.now(), sa.false()).label("sealed_here"),
             (sa.func.current_setting("server_encoding") == "UTF8").label("utf8"),
             expressions_of(binding.c.id).label("expressions"),

@@ -102,7 +102,7 @@ def watch(dialect: Dialect) -> None:
         for name in ("do_execute", "do_executemany", "do_execute_no_params"):
             event.listen(dialect, name, partial(_before_execute, name))
         event.listen(dialect, "handle_error", _on_error)
-        # Last: a thread that sees it goes on to execute, and must not find half of the listeners.
+        # Last: a thread that sees it continues to execute, and must not find half of the listeners.
         _memories[dialect] = _Memory()
 
 

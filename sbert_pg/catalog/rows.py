@@ -49,7 +49,7 @@ def estimated_rows(connection: sa.Connection, table: sa.FromClause) -> float:
         0 for a table that was never analysed.
     """
     relation = connection.dialect.identifier_preparer.format_table(table)
-    # A table that is not partitioned is no tree to this function, so it is named beside it.
+    # A table that is not partitioned is not a tree to this function, so it is named beside it.
     tree = sa.func.pg_partition_tree(sa.func.to_regclass(relation)).table_valued("relid")
     here = system.CLASS.c.oid
     counted = sa.func.sum(sa.func.greatest(system.CLASS.c.reltuples, 0), type_=sa.Float())

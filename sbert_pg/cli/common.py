@@ -175,7 +175,7 @@ def normalized_url(url: str) -> sa.URL:
     """A URL for psycopg 3, whatever dialect name the variable holds.
 
     Raises:
-        DeclarationError: it is no PostgreSQL URL.
+        DeclarationError: it is not a PostgreSQL URL.
     """
     try:
         url.encode()

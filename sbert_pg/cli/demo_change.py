@@ -56,7 +56,7 @@ class Answered(NamedTuple):
 
 
 class Asker:
-    """Asks the questions of one version of the program, over and over, in a thread of its own."""
+    """Asks the questions of one version of the program, over and over, in its own thread."""
 
     def __init__(self, engine: sa.Engine, column: Any, questions: Sequence[str]) -> None:
         self.engine = engine

@@ -1,6 +1,6 @@
 """``sbert-pg doctor``: what is wrong with a database, and what to do about each.
 
-Nothing here knows a fact of its own: each is asked of its owner (status, index reader, throttle,
+Nothing here owns a fact: each is asked of its owner (status, index reader, throttle,
 catalog), and this module says which of them are faults, and the remedy.
 """
 
@@ -244,7 +244,7 @@ def _of_settings(connection: sa.Connection, indexes: list[StoredIndex]) -> Itera
     largest = max((index.bytes for index in indexes), default=0)
     if _compiles(connection, largest):
         yield Finding(
-            "advice", "jit", "is on: searches of many rows are compiled anew each time",
+            "advice", "jit", "is on: searches of many rows are compiled again each time",
             "ALTER DATABASE ... SET jit = off; or ALTER ROLE ... for the role that searches.",
         )  # fmt: skip
     for name, why in (

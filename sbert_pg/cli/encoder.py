@@ -243,7 +243,7 @@ def spec_named(name: str) -> EncoderSpec:
     """What a class would declare for an encoder given by name; it is loaded where need be.
 
     Raises:
-        EncoderError: it is no known name, not registered, and cannot be loaded.
+        EncoderError: it is not a known name, not registered, and cannot be loaded.
     """
     name, precision = split_name(name)
     try:

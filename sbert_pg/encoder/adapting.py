@@ -118,7 +118,7 @@ def _add_output(model: Path, layers: list[Layer], path: Path) -> None:
     writer = Writer(f"query{count}.")
     source = OUTPUT
     if QUERY_OUTPUT in outputs:
-        # What ends in this output now goes on instead.
+        # What ends in this output now continues instead.
         graph.output.remove(outputs[QUERY_OUTPUT])
         (last,) = (node for node in graph.node if QUERY_OUTPUT in node.output)
         source = last.output[0] = writer.name("vector")

@@ -299,7 +299,7 @@ class _Reader:
 class _Shared(_Reader):
     """ALBERT: groups of layers, each of which is gone through several times.
 
-    Each time is a block of its own, since for int8 the channels are evened out by what comes before
+    Each time is its own block, since for int8 the channels are evened out by what comes before
     it; the arrays are shared until then, and stored once where they stay equal.
     """
 

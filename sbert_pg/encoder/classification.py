@@ -75,7 +75,7 @@ def describe_reranker(path: str | Path) -> Description:
     Raises:
         EncoderNotFoundError: there is no such directory, or no model in it.
         DamagedEncoderError: a file that another one names is missing or unreadable.
-        UnsupportedEncoderError: it is no cross-encoder, or asks for something not implemented.
+        UnsupportedEncoderError: it is not a cross-encoder, or asks for something not implemented.
     """
     root = Path(path)
     require_model(root)
@@ -186,7 +186,7 @@ def _dense(weights: Weights, name: str, activation: str, inputs: int, outputs: i
 
 
 def _token_types(config: Settings, tokenizer: Settings) -> bool:
-    """Whether the two texts of a pair are told apart by their token types.
+    """Whether the two texts of a pair are distinguished by their token types.
 
     The tokenizer decides what the transformer is given; where it does not say, its class in
     transformers does, and where it has none, the architecture's own.

@@ -394,7 +394,7 @@ def _limit(settings: Settings, key: str) -> int | None:
 
 
 def _is_relative(config: Settings) -> bool:
-    """Whether positions are turned or weighed, and none has a vector of its own."""
+    """Whether positions are turned or weighed, and none has its own vector."""
     if config.get("position_embedding_type") in ("rope", "rotary", "alibi"):
         return True
     return any(key.startswith(("rope_", "rotary_")) or key.endswith("rope_theta")

@@ -57,7 +57,7 @@ def parse_json(content: bytes, what: str) -> Any:
             raise ValueError(f"it is nested more than {_DEPTH_LIMIT} deep")
         value = json.loads(content.decode("utf-8-sig"), parse_constant=_no_number)
         if _SURROGATE.search(content):
-            # A pair is one character; half of one is no text that could be written or encoded.
+            # A pair is one character; half of one is not a text that could be written or encoded.
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except (ValueError, RecursionError) as error:

@@ -489,7 +489,7 @@ class _Layers:
         if not self._model.causal:
             seen = body.node("Cast", [self._batch.mask], "seen", to=BOOL)
             return body.node("Unsqueeze", [seen, body.ints(1, 2)], "seen")
-        # What stands before a token is no padding.
+        # What stands before a token is not padding.
         column = body.node("Unsqueeze", [at, body.ints(2)], "column")
         distance = body.node("Sub", [column, self._range(self._length)], "distance")
         seen = body.node("GreaterOrEqual", [distance, body.ints(0)], "seen")

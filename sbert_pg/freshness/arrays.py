@@ -78,7 +78,7 @@ class TextArrayDumper(Dumper):
         super().__init__(cls, context)
         connection = None if context is None else context.connection
         encoding = "utf-8" if connection is None else connection.info.encoding
-        # A database without an encoding of its own takes bytes as they are.
+        # A database without its own encoding takes bytes as they are.
         self._encoding = "utf-8" if encoding == "ascii" else encoding
 
     def dump(self, obj: Any) -> bytes:

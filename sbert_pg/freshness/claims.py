@@ -108,7 +108,7 @@ def claim_alone(
 
 
 def _readable(connection: Connection, rows: Rows, label: str) -> Candidate | None:
-    """The row of this name; ``None`` as well where the name is no key any more."""
+    """The row of this name; ``None`` as well where the name is not a key any more."""
     try:
         with connection.begin_nested():
             return rows.find(connection, label)

@@ -54,7 +54,7 @@ class Written:
     Attributes:
         rows: labels of the rows that are fresh now.
         changed: labels of rows that are gone or have another text; pending, or none of ours.
-        busy: labels of rows that somebody else held locked; they stay pending.
+        busy: labels of rows that someone else held locked; they stay pending.
         again: labels of rows that were written and are pending again, by a trigger.
         left_out: labels of rows that a trigger left out of the write; they stay pending.
     """

@@ -47,7 +47,7 @@ class _UnavailableError(Exception):
 
 
 class Listener:
-    """A thread with a connection of its own that is not returned to the engine's pool.
+    """A thread with its own connection that is not returned to the engine's pool.
 
     Args:
         engine: where to listen.
@@ -138,6 +138,6 @@ class Listener:
         )
 
     def _hear(self, payload: str) -> None:
-        # What is no identity is a test of another worker's, or nothing of ours.
+        # What is not an identity is a test of another worker's, or nothing of ours.
         with contextlib.suppress(ValueError):
             self._on_notify(uuid.UUID(payload))

@@ -21,7 +21,7 @@ def say(
     logger: logging.Logger, level: int, message: str, fields: Mapping[str, Any] | None = None
 ) -> None:
     """Log a sentence with fields; they are ``record.fields`` for handlers of the application's."""
-    # The sentence may hold a per cent sign, and is no format.
+    # The sentence may hold a per cent sign, and is not a format.
     logger.log(level, "%s", message, extra={"fields": dict(fields or {})})
 
 

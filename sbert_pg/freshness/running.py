@@ -91,7 +91,7 @@ class Refreshed:
         embedded: rows whose vector was written.
         errors: attempts that ended with an error.
         failed: rows that ended as failed.
-        left: rows that are still pending: put off, or being worked on by somebody else.
+        left: rows that are still pending: put off, or being worked on by someone else.
         blocked: columns that cannot be served, with the reason.
     """
 

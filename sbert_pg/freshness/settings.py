@@ -99,7 +99,7 @@ class Companion(Protocol):
     """Something that keeps up with the columns beside a worker, such as assignments to clusters."""
 
     def start(self) -> None:
-        """Begin, in a thread of its own."""
+        """Begin, in its own thread."""
 
     def stop(self) -> None:
         """End, and wait for it."""

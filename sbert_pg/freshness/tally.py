@@ -43,7 +43,7 @@ class ColumnTally:
         texts: texts that were encoded; rows that share a text count once per batch.
         errors: attempts that ended with an error.
         changed: rows whose text changed while it was being encoded.
-        busy: rows that somebody else held locked.
+        busy: rows that someone else held locked.
     """
 
     embedded: int = 0

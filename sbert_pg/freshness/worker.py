@@ -275,7 +275,7 @@ class Worker:
         others = empty and await_others and self._others()
         if empty and not others:
             return True
-        # What is under way may come back: changed, or held by somebody else.
+        # What is under way may come back: changed, or held by someone else.
         flow.drain()
         self._stop.wait(1.0 if others else min(self._throttled, 0.2))
         return False

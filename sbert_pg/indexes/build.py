@@ -89,7 +89,7 @@ def build_index(
         raise DeclarationError("build_index needs an index with a name, attached to its table.")
     relation = system.name_of(engine.dialect, table.schema, table.name)
     lock = system.ddl("LOCK TABLE %(fullname)s IN SHARE UPDATE EXCLUSIVE MODE", table)
-    # A connection of its own, which goes when the build has been cancelled.
+    # Its own connection, which goes when the build has been cancelled.
     with engine.connect() as plain:
         connection = plain.execution_options(isolation_level="AUTOCOMMIT")
         try:
@@ -393,7 +393,7 @@ class IndexBuilder:
             while not ended.wait(INTERVAL):
                 phase = phase_of(connection, self.relation)
                 if phase is None or phase[0] != pid:
-                    # Nothing to cancel: the cleaning up after a cancellation is no build.
+                    # Nothing to cancel: the cleaning up after a cancellation is not a build.
                     continue
                 if self.stop is not None and self.stop.is_set():
                     connection.execute(sa.select(sa.func.pg_cancel_backend(pid)))

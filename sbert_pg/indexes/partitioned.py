@@ -2,7 +2,7 @@
 
 PostgreSQL has no ``CREATE INDEX CONCURRENTLY`` for such a table. So the index is made on the table
 alone, where it is not valid yet, then on each partition concurrently, and attached; with the last
-partition it becomes valid. A build that was ended goes on where it was.
+partition it becomes valid. A build that was ended continues where it was.
 """
 
 from __future__ import annotations

@@ -279,7 +279,7 @@ def _refuse_keys(
     companions: Set[sa.Column[Any] | None],
     first: Mapping[str, Any],
 ) -> None:
-    """Refuse keys of the first row that are no columns, or the loader's."""
+    """Refuse keys of the first row that are not columns, or the loader's."""
     unknown = [key for key in first if key not in names]
     if unknown:
         raise LoadError(

@@ -83,7 +83,7 @@ def _touches(attribute: EmbeddingAttribute, row: Row) -> bool:
     """Whether a row of an update asks for a vector: a source is new, or the vector is removed."""
     if row.get(attribute.key) is not None:
         return any(key in row for key in attribute.source_keys)
-    # ``None`` is no vector, as in the flush.
+    # ``None`` is not a vector, as in the flush.
     return any(key in row for key in (*attribute.source_keys, attribute.key))
 
 

@@ -129,7 +129,7 @@ def cut(
             if count <= limit:
                 yield Passage(part.start, part.stop, heading, digest_of(text))
                 continue
-            # Never silently: what an encoder would not read becomes a passage of its own.
+            # Never silently: what an encoder would not read becomes its own passage.
             for start, stop, _ in pieces(body, part.start, part.stop, tokens, room(part.headings)):
                 digest = digest_of(embedded_text(heading, body[start:stop]))
                 yield Passage(start, stop, heading, digest)

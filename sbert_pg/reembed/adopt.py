@@ -215,7 +215,7 @@ def examine(
         seed: another seed samples other rows.
 
     Raises:
-        NotProvenError: it is no vector column, or its rows have no key.
+        NotProvenError: it is not a vector column, or its rows have no key.
         SourceError: a source names a column that is not there.
     """
     with engine.connect() as connection:

@@ -119,7 +119,7 @@ def texts_of_sources(table: sa.Table, keys: Sequence[str], sources: Iterable[Sou
     """The sources that a caller names.
 
     Raises:
-        SourceError: one names a column that the table lacks, or one that is no text, or is that
+        SourceError: one names a column that the table lacks, or one that is not a text, or is that
             of documents that are cut into passages.
     """
     names = [column.name for column in readable_columns(table, keys)]
@@ -142,7 +142,7 @@ def texts_of_sources(table: sa.Table, keys: Sequence[str], sources: Iterable[Sou
 def readable_columns(table: sa.Table, keys: Sequence[str]) -> list[sa.Column[Any]]:
     """Columns that a text may be made of: text columns first, then JSON documents.
 
-    A key is a text of its own only where it is all that there is.
+    A key is its own text only where it is all that there is.
     """
     texts = [column for column in table.columns if _is_text(column)]
     others = [column for column in texts if column.name not in keys]

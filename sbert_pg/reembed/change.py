@@ -64,7 +64,7 @@ def request_of(column: Any) -> Request:
         column: a mapped attribute, or a column of a table.
 
     Raises:
-        ReembeddingError: it is no embedding column, or replaces nothing.
+        ReembeddingError: it is not an embedding column, or replaces nothing.
     """
     column = clause_of(column)
     type_ = getattr(column, "type", None)

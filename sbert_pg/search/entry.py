@@ -86,7 +86,7 @@ def nearest(
             whole out where whole documents answer the question far worse than passages do.
 
     Raises:
-        DeclarationError: the column is no vector column, or a number is out of its range.
+        DeclarationError: the column is not a vector column, or a number is out of its range.
         EncoderMismatchError: the query is a column of another encoder.
         VectorError: a query vector that cannot be compared with the column.
     """

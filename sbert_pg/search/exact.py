@@ -165,7 +165,7 @@ def recall(answer: Sequence[float], exact: Floats, k: int) -> float | None:
 
 
 def overlap(a: Positions, b: Positions) -> float | None:
-    """Share of neighbours that two answers have in common; ``-1`` is no neighbour."""
+    """Share of neighbours that two answers have in common; ``-1`` is not a neighbour."""
     left, right = set(a[a >= 0].tolist()), set(b[b >= 0].tolist())
     size = max(len(left), len(right))
     return len(left & right) / size if size else None

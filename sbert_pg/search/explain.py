@@ -101,7 +101,7 @@ def explain_words(session: Session | sa.Connection, statement: Nearest) -> Words
     The rows of ``hybrid`` say what each arm found: ranks, similarity and score.
 
     Args:
-        session: a session or connection of the database; its transaction goes on.
+        session: a session or connection of the database; its transaction continues.
         statement: what ``matching`` or ``hybrid`` has given.
 
     Raises:
@@ -129,12 +129,12 @@ def explain_search(session: Session | sa.Connection, statement: Nearest) -> Sear
     With an ``AsyncSession`` or an asynchronous connection use its ``run_sync``.
 
     Args:
-        session: a session or connection of the database; its transaction goes on.
+        session: a session or connection of the database; its transaction continues.
         statement: what ``nearest`` has given, with all that was added to it. Of documents by their
             passages it is the first look at these.
 
     Raises:
-        DeclarationError: the statement is no search, or is one of several queries or of each row
+        DeclarationError: the statement is not a search, or is one of several queries or of each row
             of another table.
     """
     search = getattr(statement, "search", None)

@@ -248,7 +248,7 @@ def _values(index: VectorIndex, look: Look, looked: Any) -> dict[str, Any]:
     if look.ef_search is None:
         candidates = sa.cast(looked * sa.literal_column(f"{CANDIDATES:d}"), sa.Text)
     if index.method == "diskann":
-        # It goes on by itself while rows are asked for; what is rescored comes in its true order.
+        # It continues by itself while rows are asked for; what is rescored comes in its true order.
         return {"query_search_list_size": candidates, "query_rescore": candidates}
     if index.method == "vchordrq":
         values = {"max_scan_tuples": "'-1'"}

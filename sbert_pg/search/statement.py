@@ -102,7 +102,7 @@ class Changeable:
         """Refuse a page that is given by something else than numbers.
 
         Raises:
-            DeclarationError: the limit or offset is no whole number from 0 on.
+            DeclarationError: the limit or offset is not a whole number from 0 on.
         """
         for given in (limit, offset):
             if given is not None and (not isinstance(given, int) or given < 0):

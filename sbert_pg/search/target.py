@@ -136,7 +136,7 @@ class Target:
         self.leading = {column.name for first in [*firsts, row_key[:1]] for column in first}
 
     def _row_key(self, table: sa.Table) -> list[sa.Column[Any]]:
-        """The primary key; of a subclass in a table of its own, what the mapper's is there."""
+        """The primary key; of a subclass in its own table, what the mapper's is there."""
         key = list(table.primary_key)
         if self.mapper is None or all(self.mapper.c.contains_column(column) for column in key):
             return key
@@ -353,7 +353,7 @@ def target_of(column: Any) -> Target:
     """The target of an attribute or column; that of a mapped class's own attribute is kept.
 
     Raises:
-        DeclarationError: it is no vector column.
+        DeclarationError: it is not a vector column.
     """
     if isinstance(column, InstrumentedAttribute):
         table = getattr(column.parent, "local_table", None)

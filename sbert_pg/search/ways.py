@@ -437,7 +437,7 @@ class Ways:
         source: Any = looks[0] if len(looks) == 1 else sa.join(self.near, self.far, sa.true())
         asked = sa.select(short).select_from(source).scalar_subquery()
         compared = self._compared([asked], limit).subquery("nearest_exact")
-        # The distance to a vector of zeros is no number under cosine: such a row is not similar.
+        # The distance to a vector of zeros is not a number under cosine: such a row is not similar.
         # It comes last.
         columns = [*compared.c, *([number(EXACT).label(WAY)] if self.shape.deep else [])]
         exact = sa.select(*columns).where(compared.c[DISTANCE] != NAN)
@@ -469,7 +469,7 @@ class Ways:
     def _proven(self, rows: sa.Select[Any]) -> sa.Select[Any]:
         """The nearest of some rows that are proven; one is asked after the other, since it hashes.
 
-        The distance to a vector of zeros is no number under cosine: such a row is not similar.
+        The distance to a vector of zeros is not a number under cosine: such a row is not similar.
         """
         given = rows.subquery("nearest_given")
         (row_key,), (name,) = self._keys(self.row), self.names

@@ -147,7 +147,7 @@ def matching(
         Rows of the entity (or of the table's columns) and ``score``.
 
     Raises:
-        DeclarationError: the column is no text column, or a number is out of its range.
+        DeclarationError: the column is not a text column, or a number is out of its range.
     """
     return word_search(
         column, question, limit=limit, offset=offset, where=where, language=language,
@@ -203,7 +203,7 @@ def word_search(
 
 
 def check_page(function: str, limit: Any, offset: Any) -> None:
-    """Refuse a limit or offset that is no whole number from 0 on.
+    """Refuse a limit or offset that is not a whole number from 0 on.
 
     Raises:
         DeclarationError: it is none.

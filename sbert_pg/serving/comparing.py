@@ -83,7 +83,7 @@ def compared(
 
     Args:
         only: kinds to ask; all by default.
-        reranker: chooses a column of its own, of the first rows by both, or by meaning.
+        reranker: chooses its own column, of the first rows by both, or by meaning.
     """
     kinds = only or [kind for kind in KINDS if _is_had(kind, exposed, reranker)]
     answers = [_asked(shown, exposed.name, kind, question, where, reranker) for kind in kinds]

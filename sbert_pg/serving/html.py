@@ -1,4 +1,4 @@
-"""HTML as Python writes it: whatever is no markup by its type is escaped."""
+"""HTML as Python writes it: whatever is not markup by its type is escaped."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def embed_here(
 
 
 def text_of(vector: Any) -> str:
-    """A vector as pgvector reads it; ``EncodingError`` where it holds what is no number."""
+    """A vector as pgvector reads it; ``EncodingError`` where it holds what is not a number."""
     numbers = np.asarray(vector, dtype=np.float32)
     if not np.isfinite(numbers).all():
         raise EncodingError("the encoder gave numbers that are not finite")

@@ -1,6 +1,6 @@
 """A worker's answers to ``CALL sbert.embed``: questions that plain SQL asks.
 
-Beside the worker, in a thread with a connection of its own that listens. A question is a row of
+Beside the worker, in a thread with its own connection that listens. A question is a row of
 ``sbert.question``; what is answered is written there, a transaction a batch. Several workers share
 them by ``SKIP LOCKED``. The connection holds a shared lock as long as it lives, by which callers
 know at once that nobody answers.
@@ -73,7 +73,7 @@ class Answers:
         self._tidy_at = 0.0
 
     def start(self) -> None:
-        """Begin, in a thread of its own."""
+        """Begin, in its own thread."""
         self._thread.start()
 
     def stop(self) -> None:

@@ -207,7 +207,7 @@ def _ridges(examples: Examples) -> _Fits:
     wrong = examples.negatives.astype(np.float64).mean(axis=1)
     for push in PUSHES:
         targets = examples.positives - push * wrong
-        # Lengths play no part, so the multiple of the identity that fits best is no change.
+        # Lengths play no part, so the multiple of the identity that fits best is not a change.
         scale = max(float((queries * targets).sum() / (queries**2).sum()), 1e-3)
         turned = axes.T @ (queries.T @ (targets - scale * queries))
         for penalty in PENALTIES:

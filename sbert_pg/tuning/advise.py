@@ -183,7 +183,7 @@ def advise_index(
         seed: another seed takes another sample.
 
     Raises:
-        DeclarationError: it is no vector column of a table, or has too few vectors.
+        DeclarationError: it is not a vector column of a table, or has too few vectors.
     """
     clause = clause_of(column)
     base = base_of(clause) if isinstance(clause, sa.ColumnElement) else None

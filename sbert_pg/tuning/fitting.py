@@ -47,7 +47,7 @@ class Tuning:
         spec: the new encoder as a class would declare it, named by its directory.
         method: how it was fitted.
         side: ``"query"`` where documents keep their vectors, so that the column accepts the
-            encoder; ``"both"`` where it takes a column of its own.
+            encoder; ``"both"`` where it takes its own column.
         split: what the questions were split by, ``"document"`` or ``"document and time"``.
         learning: questions that were learned from.
         held_out: questions that it was judged on.
@@ -123,7 +123,7 @@ def tune(
 
     ``linear`` and ``contrastive`` change queries alone: documents keep their vectors, so the column
     accepts the new encoder as it is. The other methods train a model with sentence-transformers
-    (extra ``train``), and what comes of it needs no torch; it goes into a column of its own. The
+    (extra ``train``), and what comes of it needs no torch; it goes into its own column. The
     same questions, rows and seed give the same encoder. Nothing is written unless the gain on
     questions kept back is above zero with 95 % confidence.
 

@@ -148,7 +148,7 @@ def operand(left: sa.ColumnElement[Any], other: Any) -> sa.ColumnElement[Any]:
     Raises:
         DeclarationError: it is ``None``, or a text where no encoder is declared.
         EncoderMismatchError: it is a column of another encoder.
-        VectorError: it is no vector that ``left`` can be compared with.
+        VectorError: it is not a vector that ``left`` can be compared with.
     """
     other = clause_of(other)
     if isinstance(other, sa.BindParameter) and isinstance(other.type, NullType):

@@ -67,7 +67,7 @@ def prepare(dialect: Dialect) -> None:
             return
         for name in ("do_execute", "do_executemany", "do_execute_no_params"):
             event.listen(dialect, name, _teach)
-        # Last: a thread that sees it goes on to execute, and must not find half of the listeners.
+        # Last: a thread that sees it continues to execute, and must not find half of the listeners.
         _prepared.add(dialect)
 
 

@@ -177,7 +177,7 @@ class VectorIndex:
             concurrently: whether it is built beside reads and writes.
 
         Raises:
-            DeclarationError: an operator class or an option is no name.
+            DeclarationError: an operator class or an option is not a name.
         """
         self._check()
         schema, table_name = table or (self.schema, self.table)

@@ -37,7 +37,7 @@ class VectorType(SchemaEventTarget, UserDefinedType[Array]):
     # SQLAlchemy asks each class itself, not its bases.
     cache_ok = True
     render_bind_cast = True
-    #: Arrays have no hash, so rows that hold them are told apart by identity.
+    #: Arrays have no hash, so rows that hold them are distinguished by identity.
     hashable = False
     storage: Storage
     dimensions: int | None

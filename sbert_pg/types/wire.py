@@ -268,7 +268,7 @@ def reader(storage: Storage) -> Callable[[Any], VectorValue | None]:
     """A function from what a cursor returns to a ``VectorValue``, ``NULL`` to ``None``.
 
     A cursor returns bytes for a column that is read in binary, text in a textual statement, and
-    whatever an adapter makes of it that somebody else registered with the driver.
+    whatever an adapter makes of it that someone else registered with the driver.
     """
 
     def read(value: Any) -> VectorValue | None:
