@@ -302,8 +302,8 @@ def _passages(engine: sa.Engine, entries: list[Documented]) -> None:
         backfill(engine, cast("sa.Column[Any]", whole.expression))
     _title("A long document by its passage", f"the documentation of {len(texts)} modules")
     with Session(engine) as session:
-        found: Any = session.execute(nearest(Module.passages, LONG, limit=1)).one()
-        document, passage = found[0], found[1]
+        nearest_row: Any = session.execute(nearest(Module.passages, LONG, limit=1)).one()
+        document, passage = nearest_row[0], nearest_row[1]
         ranked = [row[0].id for row in session.execute(nearest(whole, LONG))]
         count = session.scalar(sa.select(sa.func.count()).select_from(type(passage)))
         text = " ".join(str(passage.text).split())

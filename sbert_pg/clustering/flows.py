@@ -66,11 +66,11 @@ def flows(
     totals: dict[int | None, int] = {}
     for was, _, rows in moved:
         totals[was] = totals.get(was, 0) + rows
-    found = [
+    moves = [
         Flow(clusters.get(was), clusters.get(now), rows, rows / totals[was])
         for was, now, rows in moved
     ]
-    return sorted(found, key=lambda flow: (-flow.rows, flow.earlier or (), flow.later or ()))
+    return sorted(moves, key=lambda flow: (-flow.rows, flow.earlier or (), flow.later or ()))
 
 
 def _runs(

@@ -161,13 +161,13 @@ def _stems(
     if stop_words != "english":
         return {}
     words = sorted({term for own in counts.values() for term in own if " " not in term})
-    given = sa.func.unnest(sa.cast(words, ARRAY(sa.Text))).table_valued(sa.column("word", sa.Text))
-    given = given.render_derived(name="given")
+    terms = sa.func.unnest(sa.cast(words, ARRAY(sa.Text))).table_valued(sa.column("word", sa.Text))
+    terms = terms.render_derived(name="given")
     lexemes = sa.func.ts_lexize(
-        sa.literal_column("'english_stem'"), given.c.word, type_=ARRAY(sa.Text)
+        sa.literal_column("'english_stem'"), terms.c.word, type_=ARRAY(sa.Text)
     )
-    found = connection.execute(sa.select(given.c.word, lexemes))
-    return {word: stems[0] for word, stems in found if stems}
+    stemmed = connection.execute(sa.select(terms.c.word, lexemes))
+    return {word: stems[0] for word, stems in stemmed if stems}
 
 
 def find_keywords(

@@ -161,17 +161,17 @@ def vector_of(connection: Connection, binding: Binding) -> tuple[int, str, bool]
         NotBoundError: the column is gone.
     """
     a = system.ATTRIBUTE.c
-    found = connection.execute(
+    row = connection.execute(
         sa.select(a.atttypid, sa.func.format_type(a.atttypid, None), a.attnotnull).where(
             a.attrelid == binding.relation, a.attname == binding.column, ~a.attisdropped
         )
     ).first()
-    if found is None:
+    if row is None:
         raise NotBoundError(
             f"Column {binding} does not exist any more. Run SELECT sbert.prune_v1() if its table "
             "was dropped; if it was renamed, bind it again under its new name."
         )
-    oid, name, required = found
+    oid, name, required = row
     return oid, name, required
 
 

@@ -135,9 +135,9 @@ def audit(
     result = Audit(str(binding), whole=sample is None)
     before = cut_so_far(encoder)
     for page in _pages(engine, rows, sample, batch):
-        found = _compare(page, rows, encoder, min_cosine, result)
-        if requeue and found:
-            labels = [label for label, _ in found]
+        findings = _compare(page, rows, encoder, min_cosine, result)
+        if requeue and findings:
+            labels = [label for label, _ in findings]
             with engine.begin() as connection:
                 rows.prepare(connection)
                 result.requeued += rows.requeue(connection, rows.label.in_(labels))
@@ -179,10 +179,10 @@ def _pages(
         with engine.begin() as connection:
             # The labels depend on the session's formats, and the plan is the sample's own affair.
             rows.prepare(connection, plans=False)
-            found = sample_rows(
+            drawn = sample_rows(
                 connection, rows.table, rows.binding.key_columns, _columns(rows), size=sample
             )
-        yield from (found[start : start + batch] for start in range(0, len(found), batch))
+        yield from (drawn[start : start + batch] for start in range(0, len(drawn), batch))
         return
     after = None
     while True:
@@ -251,12 +251,12 @@ def _compare(
 
 
 def _noted(wrong: _Wrong, result: Audit) -> list[tuple[str, Finding]]:
-    found = [(label, Finding(shown(label), *what)) for label, what in wrong.items()]
-    for _, finding in found:
+    findings = [(label, Finding(shown(label), *what)) for label, what in wrong.items()]
+    for _, finding in findings:
         setattr(result, finding.kind, getattr(result, finding.kind) + 1)
     room = max(MAX_EXAMPLES - len(result.findings), 0)
-    result.findings += [finding for _, finding in found[:room]]
-    return found
+    result.findings += [finding for _, finding in findings[:room]]
+    return findings
 
 
 def _record(connection: Connection, binding: Binding, result: Audit) -> None:

@@ -78,8 +78,8 @@ def claim(
     rows.prepare(connection)
     lock(connection, rows.binding)
     taken = _taken(connection, rows.binding)
-    found = rows.candidates(connection, class_, most + len(taken), after)
-    chosen = [one for one in found if one.label not in taken][:most]
+    pending = rows.candidates(connection, class_, most + len(taken), after)
+    chosen = [one for one in pending if one.label not in taken][:most]
     _lease(connection, rows.binding, token, chosen, lease)
     return chosen
 
@@ -119,10 +119,10 @@ def _readable(connection: Connection, rows: Rows, label: str) -> Candidate | Non
 
 
 def _taken(connection: Connection, binding: Binding) -> set[str]:
-    found = connection.execute(
+    leased = connection.execute(
         sa.select(_claim.c["keys"]).where(_claim.c.binding_id == binding.id)
     ).scalars()
-    return {label for labels in found for label in labels}
+    return {label for labels in leased for label in labels}
 
 
 def _lease(
@@ -173,13 +173,13 @@ def expire(
         .with_for_update(skip_locked=True)
         .cte("ended")
     )
-    found = connection.execute(
+    leased = connection.execute(
         sa.delete(_claim)
         .where(_claim.c.binding_id == binding.id, _claim.c.worker == ended.c.worker)
         .returning(_claim.c["keys"])
     ).scalars()
     failed = []
-    for labels in found.all():
+    for labels in leased.all():
         reasons = dict.fromkeys(labels, ENDED)
         if len(labels) == 1:
             most = max(max_attempts, _LEAST_ATTEMPTS)
@@ -234,7 +234,7 @@ def fail(
     if not reasons:
         return []
     labels = sorted(reasons)
-    given = (
+    failures = (
         sa.func.unnest(
             _texts(labels),
             _texts([reasons[label][:ERROR_LENGTH].replace("\0", "\ufffd") for label in labels]),
@@ -250,11 +250,11 @@ def fail(
     failed = attempts >= max_attempts
     wait = sa.func.least(backoff * sa.func.power(2, sa.func.least(attempts - 1, 30)), LONGEST_WAIT)
     rows = sa.select(
-        sa.literal(binding.id), given.c.key, attempts, sa.func.now() + wait, given.c.error,
-        failed, sa.false(), given.c.of_text, sa.func.now(),
+        sa.literal(binding.id), failures.c.key, attempts, sa.func.now() + wait, failures.c.error,
+        failed, sa.false(), failures.c.of_text, sa.func.now(),
     ).select_from(
-        given.outerjoin(
-            before, sa.and_(before.c.binding_id == binding.id, before.c.key == given.c.key)
+        failures.outerjoin(
+            before, sa.and_(before.c.binding_id == binding.id, before.c.key == failures.c.key)
         )
     )  # fmt: skip
     names = (
@@ -306,13 +306,13 @@ def skip(connection: Connection, rows: Rows, labels: Sequence[str]) -> int:
     """
     binding = rows.binding
     named = [one for label in labels if (one := _readable(connection, rows, label)) is not None]
-    found = rows.read(connection, named, to_skip=True)
+    read = rows.read(connection, named, to_skip=True)
     record = [
         {
             "binding_id": binding.id, "key": row.label, "attempts": 1, "failed": True,
             "skipped": True, "of_text": row.of, "error": SKIPPED,
         }
-        for row in found
+        for row in read
     ]  # fmt: skip
     if not record:
         return 0
@@ -327,8 +327,8 @@ def skip(connection: Connection, rows: Rows, labels: Sequence[str]) -> int:
         record,
     )  # fmt: skip
     if not rows.required:
-        rows.write(connection, found, dict.fromkeys((row.label for row in found), None))
-    return len(found)
+        rows.write(connection, read, dict.fromkeys((row.label for row in read), None))
+    return len(read)
 
 
 def end_waits(connection: Connection, bindings: Sequence[Binding]) -> tuple[bool, bool]:
@@ -348,7 +348,7 @@ def end_waits(connection: Connection, bindings: Sequence[Binding]) -> tuple[bool
 
 def _due(connection: Connection, binding: Binding, most: int) -> list[str]:
     f = _failure.c
-    found = connection.execute(
+    keys = connection.execute(
         sa.select(f.key)
         .where(
             f.binding_id == binding.id, ~f.failed, f.attempts > 0,
@@ -357,23 +357,23 @@ def _due(connection: Connection, binding: Binding, most: int) -> list[str]:
         .order_by(f.next_attempt_at, f.key)
         .limit(most)
     )  # fmt: skip
-    return list(found.scalars())
+    return list(keys.scalars())
 
 
 def in_hand(connection: Connection, binding: Binding) -> int:
     """Rows of a column that are leased, by this worker or others."""
     length = sa.func.coalesce(sa.func.sum(sa.func.cardinality(_claim.c["keys"])), 0)
-    found = connection.execute(sa.select(length).where(_claim.c.binding_id == binding.id))
-    return int(found.scalar_one())
+    leased = connection.execute(sa.select(length).where(_claim.c.binding_id == binding.id))
+    return int(leased.scalar_one())
 
 
 def retrying(connection: Connection, binding: Binding) -> int:
     """Rows of a column that are put off, to be tried again."""
     f = _failure.c
-    found = connection.execute(
+    count = connection.execute(
         sa.select(sa.func.count()).where(f.binding_id == binding.id, ~f.failed)
     )
-    return int(found.scalar_one())
+    return int(count.scalar_one())
 
 
 def _texts(values: Sequence[str | None]) -> sa.ColumnElement[Any]:

@@ -73,9 +73,9 @@ class Cutter:
                 texts = dict(self._read(connection, group, self.rows.of, *columns))
                 digests = {row.label: self.stored.digests(connection, row.key) for row in group}
             for row in group:
-                found: list[Any] | None = texts.get(row.label)
-                if found is not None and found[0] == row.of:
-                    yield row, found[1:], digests[row.label]
+                columns_now: list[Any] | None = texts.get(row.label)
+                if columns_now is not None and columns_now[0] == row.of:
+                    yield row, columns_now[1:], digests[row.label]
 
     def _size(self) -> sa.ColumnElement[int]:
         body = self.rows.table.c[self.rows.binding.source.columns[-1]]

@@ -247,12 +247,12 @@ class CachedEncoder:
         return np.stack([known[text] for text in texts])
 
     def _get(self, connection: Connection, texts: Sequence[str]) -> dict[str, Vectors]:
-        wanted = {_digest_of(text): text for text in texts}
+        text_of = {_digest_of(text): text for text in texts}
         c = _cache.c
         rows = connection.execute(
             sa.select(
                 c.digest, c.vector, (c.used_at < sa.func.now() - _TOUCH_AFTER).label("untouched")
-            ).where(self._mine(), _is_one_of(list(wanted)))
+            ).where(self._mine(), _is_one_of(list(text_of)))
         ).all()
         untouched = sorted(bytes(row.digest) for row in rows if row.untouched)
         if untouched:
@@ -261,7 +261,7 @@ class CachedEncoder:
         for row in rows:
             vector = np.frombuffer(row.vector, dtype=STORED)
             if vector.shape == (self.spec.dimensions,):
-                known[wanted[bytes(row.digest)]] = vector.astype(np.float32)
+                known[text_of[bytes(row.digest)]] = vector.astype(np.float32)
         return known
 
     def _keep(self, texts: list[str], vectors: Vectors) -> None:
@@ -280,12 +280,12 @@ class CachedEncoder:
             due = self._untrimmed >= max(self._max_rows // 20, 1_000)
             if due:
                 self._untrimmed = 0
-        given = (
+        payload = (
             sa.func.unnest(_bytes(list(payloads)), _bytes(list(payloads.values())))
             .table_valued(sa.column("digest"), sa.column("vector"), name="given")
             .render_derived()
         )
-        rows = sa.select(sa.literal(self._fingerprint, sa.Text), given.c.digest, given.c.vector)
+        rows = sa.select(sa.literal(self._fingerprint, sa.Text), payload.c.digest, payload.c.vector)
         insert = pg.insert(_cache).from_select(["fingerprint", "digest", "vector"], rows)
         with self._engine.begin() as connection:
             connection.execute(insert.on_conflict_do_nothing())

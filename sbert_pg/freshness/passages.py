@@ -96,30 +96,30 @@ class StoredPassages:
             # Not by the columns' own names, which SQLAlchemy keeps for itself.
             bind = sa.bindparam(f"sbert_{name}", type_=type_)
             binds.append(sa.cast(bind, _NUMBERS) if type_ is _NUMBERS else bind)
-        given = sa.func.unnest(*binds).table_valued(
+        parameters = sa.func.unnest(*binds).table_valued(
             *(sa.column(name) for name in arrays), name="sbert_given"
         )
-        return given.render_derived()
+        return parameters.render_derived()
 
     def _moving(self, own: sa.ColumnElement[bool]) -> sa.Update:
-        given = self._given(
+        moved = self._given(
             id=_NUMBERS, ordinal=_NUMBERS, start=_NUMBERS, stop=_NUMBERS, heading=ArrayOf("text")
         )
-        places = {n: given.c[n] for n in ("ordinal", "start", "stop", "heading")}
-        return sa.update(self.table).values(places).where(own, self.table.c.id == given.c.id)
+        places = {n: moved.c[n] for n in ("ordinal", "start", "stop", "heading")}
+        return sa.update(self.table).values(places).where(own, self.table.c.id == moved.c.id)
 
     def _inserting(
         self, names: list[str], keys: Sequence[sa.ColumnElement[Any]], vector_type: str
     ) -> sa.Insert:
         binding = self.binding
         texts = ["heading", "digest", *([CONTENT] if self.settings["copy"] else [])]
-        given = self._given(
+        added = self._given(
             **dict.fromkeys(("ordinal", "start", "stop"), _NUMBERS),
             **dict.fromkeys(texts, ArrayOf("text")),
             vector=ArrayOf(vector_type), proof=ArrayOf("uuid"),
         )  # fmt: skip
         columns = [*names, "ordinal", "start", "stop", *texts, binding.column, binding.companion]
-        values = [given.c[n] for n in ("ordinal", "start", "stop", *texts, "vector", "proof")]
+        values = [added.c[n] for n in ("ordinal", "start", "stop", *texts, "vector", "proof")]
         return sa.insert(self.table).from_select(columns, sa.select(*keys, *values))
 
     def _key(self, key: Key) -> dict[str, WireArray]:
@@ -209,9 +209,9 @@ class StoredPassages:
     def _proof(self, passage: Passage, vector: bytes | None) -> bytes:
         if vector is None:
             return digest.NIL.bytes
-        made = digest.digest(self.binding.id, passage.digest, vector, self.binding.storage)
-        assert made is not None  # since there is a text
-        return made.bytes
+        proof = digest.digest(self.binding.id, passage.digest, vector, self.binding.storage)
+        assert proof is not None  # since there is a text
+        return proof.bytes
 
 
 def stored_passages(connection: Connection, documents: Binding) -> StoredPassages:

@@ -117,10 +117,10 @@ class Rows:
         keys = [sa.bindparam(f"sbert__k{i}", type_=ArrayOf(type_)) for i, type_ in enumerate(types)]
         columns: list[sa.ColumnClause[Any]] = [sa.column(f"sbert__k{i}") for i in range(len(types))]
         columns += [sa.column(name) for name in names]
-        given = sa.func.unnest(*keys, *arrays.values()).table_valued(
+        parameters = sa.func.unnest(*keys, *arrays.values()).table_valued(
             *columns, with_ordinality=_N, name="sbert__given"
         )
-        return given.render_derived()
+        return parameters.render_derived()
 
     def _same(self, given: sa.FromClause) -> sa.ColumnElement[bool]:
         """Whether a row is the one that a row of parameters names."""
@@ -176,7 +176,7 @@ class Rows:
         return sa.tuple_(*self.keys) > sa.tuple_(*last)
 
     def _reading(self) -> sa.Select[Any]:
-        given = self._given()
+        asked = self._given()
         # Documents may be large, and who cuts them reads them one after the other.
         text = (
             self.binding.expressions.on(self.table, "text")
@@ -184,28 +184,28 @@ class Rows:
             else sa.null()
         )
         return sa.select(
-            given.c[_N],
+            asked.c[_N],
             text.label("sbert__text"),
             self.of.label(_OF),
             # Not a criterion, which would have the planner read the whole queue.
             self.binding.is_stale(self.table).label("sbert__stale"),
             self.binding.expressions.on(self.table, "failed").label("sbert__failed"),
-        ).select_from(given.join(self.table, self._same(given)))
+        ).select_from(asked.join(self.table, self._same(asked)))
 
     def _writing(self, vector_type: str) -> sa.Select[Any]:
         """Lock, in the order of keys and past what others hold, where the text is still the same;
         then write where it still is.
         """
-        given = self._given(
+        asked = self._given(
             _OF, _DIGEST, _VECTOR,
             of=sa.bindparam(_OF, type_=_TEXTS),
             digest=sa.bindparam(_DIGEST, type_=_UUIDS),
             vector=sa.bindparam(_VECTOR, type_=ArrayOf(vector_type)),
         )  # fmt: skip
         locked = (
-            sa.select(*given.c)
-            .select_from(given.join(self.table, self._same(given)))
-            .where(self.binding.is_here(), self.of.is_not_distinct_from(given.c[_OF]))
+            sa.select(*asked.c)
+            .select_from(asked.join(self.table, self._same(asked)))
+            .where(self.binding.is_here(), self.of.is_not_distinct_from(asked.c[_OF]))
             .order_by(*self.keys)
             .with_for_update(of=self.table, skip_locked=True, key_share=True)
             .cte("sbert__locked")
@@ -229,11 +229,11 @@ class Rows:
 
     def _holding(self) -> sa.Select[Any]:
         """Which rows still have the text, locked or not."""
-        given = self._given(_OF, of=sa.bindparam(_OF, type_=_TEXTS))
+        asked = self._given(_OF, of=sa.bindparam(_OF, type_=_TEXTS))
         return (
-            sa.select(given.c[_N])
-            .select_from(given.join(self.table, self._same(given)))
-            .where(self.of.is_not_distinct_from(given.c[_OF]))
+            sa.select(asked.c[_N])
+            .select_from(asked.join(self.table, self._same(asked)))
+            .where(self.of.is_not_distinct_from(asked.c[_OF]))
         )
 
     # -- what workers do ----------------------------------------------------------------------
@@ -252,11 +252,11 @@ class Rows:
         values: dict[str, Any] = {"sbert__most": most}
         if after is not None:
             values |= self._key_arrays([after])
-        found = connection.execute(self._claim[class_, after is not None], values).all()
+        pending = connection.execute(self._claim[class_, after is not None], values).all()
         parts = len(self.keys)
         return [
             Candidate(tuple(map(element_of, row[:parts])), row[parts], row[parts + 1])
-            for row in found
+            for row in pending
         ]
 
     def find(self, connection: Connection, label: str) -> Candidate | None:
@@ -295,9 +295,9 @@ class Rows:
             statement = statement.order_by(*self.keys).with_for_update(
                 of=self.table, key_share=True
             )
-        found = connection.execute(statement, self._key_arrays([one.key for one in wanted])).all()
+        texts = connection.execute(statement, self._key_arrays([one.key for one in wanted])).all()
         rows = []
-        for number, text, of, stale, failed in sorted(found, key=lambda row: row[0]):
+        for number, text, of, stale, failed in sorted(texts, key=lambda row: row[0]):
             one = wanted[number - 1]
             if stale or (to_skip and failed):
                 rows.append(Row(one.key, one.label, one.failed_before, text, of))
@@ -312,9 +312,9 @@ class Rows:
         """Columns of rows: the number of the row from 1 on, and what is asked for of ``table``."""
         if not rows:
             return ()
-        given = self._given()
-        statement = sa.select(given.c[_N], *columns)
-        statement = statement.select_from(given.join(self.table, self._same(given)))
+        asked = self._given()
+        statement = sa.select(asked.c[_N], *columns)
+        statement = statement.select_from(asked.join(self.table, self._same(asked)))
         return connection.execute(statement, self._key_arrays([row.key for row in rows])).all()
 
     def write(
@@ -430,10 +430,10 @@ class Rows:
         if after is not None:
             statement = statement.where(self._beyond())
             values = dict(self._key_arrays([after]))
-        found = connection.execute(statement, values).all()
-        if not found:
+        page = connection.execute(statement, values).all()
+        if not page:
             return (), None
-        return found, tuple(map(element_of, found[-1][len(columns) :]))
+        return page, tuple(map(element_of, page[-1][len(columns) :]))
 
     def requeue(self, connection: Connection, *where: sa.ColumnElement[bool]) -> int:
         """Make rows pending whose vector is wrong or is to be made again; the caller commits.

@@ -130,10 +130,10 @@ def refresh(
         for binding in worker.bindings():
             try:
                 with connection.begin_nested():
-                    found = counts(connection, binding)
+                    waiting = counts(connection, binding)
             except (BindingError, sa.exc.ProgrammingError):
                 continue  # Rows are hidden from this role, or columns gone: it is blocked.
-            left += found.pending + found.backfill
+            left += waiting.pending + waiting.backfill
     return Refreshed(
         tally.total("embedded"), tally.total("errors"), tally.total("failed"), left, blocked
     )

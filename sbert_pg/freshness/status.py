@@ -93,12 +93,12 @@ def counts(connection: Connection, binding: Binding, cap: int | None = None) -> 
         # A column that is NOT NULL cannot say of a row that it failed.
         failed = min(of_record, pending + backfill)
         pending, backfill = max(pending - failed, 0), max(backfill - max(failed - pending, 0), 0)
-    found = [pending, backfill, failed]
-    capped = cap is not None and max(found) > cap
+    numbers = [pending, backfill, failed]
+    capped = cap is not None and max(numbers) > cap
     if cap is not None:
-        found = [min(count, cap) for count in found]
+        numbers = [min(count, cap) for count in numbers]
     return Counts(
-        found[0], found[1], max(found[2] - skipped, 0), skipped, capped,
+        numbers[0], numbers[1], max(numbers[2] - skipped, 0), skipped, capped,
         None if seconds is None else max(float(seconds), 0.0),
     )  # fmt: skip
 
@@ -262,8 +262,8 @@ def _cut_share(connection: Connection, binding: Binding, row: sa.Row[Any]) -> fl
     text = binding.expressions.on(drawn, "text")
     # Beyond this a text is cut whatever it says, as good as certainly.
     text = text if limit is None else sa.func.left(text, 20 * limit)
-    found = sa.select(text).where(text.is_not(None)).limit(4 * LENGTHS)
-    texts = list(connection.execute(found).scalars())
+    filled = sa.select(text).where(text.is_not(None)).limit(4 * LENGTHS)
+    texts = list(connection.execute(filled).scalars())
     cut = count_cut(counter, texts)
     return None if cut is None or not texts else cut / len(texts)
 
@@ -314,7 +314,7 @@ def failures(
         .where(_failure.binding_id == binding.id, _failure.attempts > 0)
         .subquery()
     )
-    wanted = (
+    statement = (
         sa.select(
             sa.func.coalesce(failed.c.label, record.c.key),
             sa.func.coalesce(record.c.attempts, 0), record.c.error, record.c.at,
@@ -326,8 +326,8 @@ def failures(
         .limit(limit)
     )  # fmt: skip
     if not skipped:
-        wanted = wanted.where(~sa.func.coalesce(record.c.skipped, sa.false()))
-    return [Failure(shown(label), *rest) for label, *rest in connection.execute(wanted)]
+        statement = statement.where(~sa.func.coalesce(record.c.skipped, sa.false()))
+    return [Failure(shown(label), *rest) for label, *rest in connection.execute(statement)]
 
 
 def retry(connection: Connection, binding: Binding, keys: Sequence[str] | None = None) -> int:

@@ -120,8 +120,10 @@ class Keeper:
         backlog = {}
         for column in self._columns.served():
             with self._database.begin() as connection:
-                found = counts(connection, column.binding, cap=_COUNTED)
-            backlog[column.name] = Backlog(found.pending, found.backfill, found.failed, found.age)
+                waiting = counts(connection, column.binding, cap=_COUNTED)
+            backlog[column.name] = Backlog(
+                waiting.pending, waiting.backfill, waiting.failed, waiting.age
+            )
         self._tally.set_backlog(backlog)
 
 
@@ -275,8 +277,8 @@ class Store:
     def conclude(self, column: Column, labels: Sequence[str]) -> None:
         """Fail rows that ended a process each time they were tried."""
         self._report(column, dict.fromkeys(labels, claims.ENDED), len(labels))
-        found = self._try("record failures", lambda c: claims.conclude(c, column.rows, labels))
-        self._write_failed(column, found or [])
+        ended = self._try("record failures", lambda c: claims.conclude(c, column.rows, labels))
+        self._write_failed(column, ended or [])
 
     def _write_failed(self, column: Column, rows: Sequence[Row]) -> None:
         """Write into rows that their text failed, so that the queue is rid of them.

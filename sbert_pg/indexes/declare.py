@@ -158,7 +158,7 @@ def indexes_per(
     Raises:
         DeclarationError: as ``make``; or, when an index meets its table, there is no such column.
     """
-    given = options.pop("where", None)
+    where = options.pop("where", None)
 
     def predicate(value: Any) -> Callable[[sa.Table], ColumnElement[bool]]:
         def made(table: sa.Table) -> ColumnElement[bool]:
@@ -167,7 +167,7 @@ def indexes_per(
             if key not in table.c:
                 raise DeclarationError(f"indexes_per: {table.name} has no column {key!r}.")
             own: ColumnElement[bool] = table.c[key] == value
-            rest = given(table) if callable(given) else given
+            rest = where(table) if callable(where) else where
             return own if rest is None else sa.and_(own, rest)
 
         return made
@@ -221,14 +221,14 @@ def vector_index(
         real = next(iter(index.columns))
         expression, opclass, metric = _indexed(method, table, real, form, similarity)
         type_ = cast("VectorType", real.type)
-        given = options(type_, metric) if callable(options) else options
+        storage = options(type_, metric) if callable(options) else options
         if form.name != "column":
             expression = expression.label(f"{real.key}_{form.name}")
             # In place, since copies to other metadata are made from a second name of the list.
             cast("list[Any]", index.expressions)[:] = [expression]
         own = index.dialect_options["postgresql"]
         own["ops"] = {expression.key: opclass}
-        own["with"] = {key: quoted(value) for key, value in given.items()}
+        own["with"] = {key: quoted(value) for key, value in storage.items()}
         if callable(where):
             own["where"] = where(table)
 

@@ -119,8 +119,8 @@ def vchordrq_index(
             internal.append(f"build_threads = {build_threads}")
         text = ["residual_quantization = true"] if residual else []
         text += ["[build.internal]", *internal] if internal else []
-        made: dict[str, int | str] = {"options": "\n".join(text)} if text else {}
-        return {**made, "probes": ",".join(map(str, looked))} if looked else made
+        storage: dict[str, int | str] = {"options": "\n".join(text)} if text else {}
+        return {**storage, "probes": ",".join(map(str, looked))} if looked else storage
 
     return vector_index("vchordrq", name, column, FormOf(form), similarity, options, where)
 

@@ -254,8 +254,8 @@ class FixedChunker:
 
 def _words(text: str, tokens: Tokens, most: int) -> Iterator[tuple[int, int, int]]:
     """Words with their tokens; those of scripts without blanks in pieces."""
-    found = _WORD.finditer(text)
-    while batch := list(islice(found, _AT_ONCE)):
+    matches = _WORD.finditer(text)
+    while batch := list(islice(matches, _AT_ONCE)):
         for word, count in zip(batch, tokens([word[0] for word in batch]), strict=True):
             start, stop = word.span()
             if count <= most // 4 or stop - start < 2:

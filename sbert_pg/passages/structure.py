@@ -216,7 +216,7 @@ def border_before(text: str, start: int, stop: int) -> int:
     middle = (start + stop) // 2
     earliest = start + max(1, (stop - start) // 4)
     for blank in ("\n", " "):
-        found = text.rfind(blank, earliest, middle)
-        if found > 0:
-            return found
+        border = text.rfind(blank, earliest, middle)
+        if border > 0:
+            return border
     return max(middle, start + 1)

@@ -157,7 +157,7 @@ def require_droppable(connection: sa.Connection, binding: Binding) -> None:
     Raises:
         ReembeddingError: there is one; dropping it with the column is not ours to decide.
     """
-    found = connection.scalars(
+    dependents = connection.scalars(
         _DEPENDENT,
         {
             "relation": binding.relation,
@@ -165,10 +165,10 @@ def require_droppable(connection: sa.Connection, binding: Binding) -> None:
             "companion": binding.companion,
         },
     ).all()
-    if found:
+    if dependents:
         raise ReembeddingError(
-            f"{binding} cannot be dropped, since the server keeps for it: {joined(found)}. Change "
-            "or drop these first, then run the same again. Nothing was changed."
+            f"{binding} cannot be dropped, since the server keeps for it: {joined(dependents)}. "
+            "Change or drop these first, then run the same again. Nothing was changed."
         )
 
 

@@ -114,13 +114,13 @@ def explain_words(session: Session | sa.Connection, statement: Nearest) -> Words
             "explain_words() explains one question of matching() or hybrid(); give it one."
         )
     connection = session.connection() if isinstance(session, Session) else session
-    found = session.execute(words_of(words)).all()
+    words_found = session.execute(words_of(words)).all()
     weight, meaning = None, None
     if isinstance(search, HybridSearch):
         weight = session.execute(weight_of(search)).scalar()
         meaning = explain_search(session, search.meaning)
     sql = _written_out(statement, connection)
-    return WordsExplanation(tuple(Word(*row) for row in found), weight, meaning, sql)
+    return WordsExplanation(tuple(Word(*row) for row in words_found), weight, meaning, sql)
 
 
 def explain_search(session: Session | sa.Connection, statement: Nearest) -> SearchExplanation:
@@ -150,10 +150,10 @@ def explain_search(session: Session | sa.Connection, statement: Nearest) -> Sear
         )
     connection = session.connection() if isinstance(session, Session) else session
     sql = _written_out(statement, connection)
-    made = parts_of(search)
-    if made is None:
+    parted = parts_of(search)
+    if parted is None:
         return SearchExplanation("exact", _without(search), True, None, 0, 0, sql)
-    ways, parts = made
+    ways, parts = parted
     verdict = sa.select(ways.verdict.subquery("verdict")).add_cte(*parts, nest_here=True)
     return _explained(session.execute(verdict).mappings().one(), ways, sql)
 

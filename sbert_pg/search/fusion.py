@@ -290,10 +290,10 @@ def _weight(search: HybridSearch, words: sa.CTE, meaning: sa.CTE) -> sa.CTE:
         sure = first.c.held * sa.func.least(1.0, 2 * ahead, type_=_F)
         usual = MEANING - MEANING * sure * sure
     weight = sa.case((first.c.query.is_(None), 1.0), (nearest_.c.query.is_(None), 0.0), else_=usual)
-    found = sa.join(first, second, second.c.query == first.c.query, isouter=True)
-    found = sa.join(found, nearest_, nearest_.c.query == first.c.query, full=True)
+    joined = sa.join(first, second, second.c.query == first.c.query, isouter=True)
+    joined = sa.join(joined, nearest_, nearest_.c.query == first.c.query, full=True)
     query = sa.func.coalesce(first.c.query, nearest_.c.query).label("query")
-    select = sa.select(query, sa.cast(weight, _F).label("weight")).select_from(found)
+    select = sa.select(query, sa.cast(weight, _F).label("weight")).select_from(joined)
     return select.cte("hybrid_weight").prefix_with("MATERIALIZED")
 
 

@@ -203,11 +203,11 @@ def planned(sample: sa.FromClause, look: Look, shape: Shape) -> sa.Select[Any]:
     if not shape.indexed:
         effort = effort + number(SCAN_COST) * whole.c.rows
     size = sa.cast(looked, sa.Integer).label("looked")
-    made = sa.select(*whole.c, effort.label("effort"), size, risk).subquery("nearest_effort")
-    worth = made.c.effort > made.c.risk * look.cost(made.c.looked, made.c.rows)
+    costs = sa.select(*whole.c, effort.label("effort"), size, risk).subquery("nearest_effort")
+    worth = costs.c.effort > costs.c.risk * look.cost(costs.c.looked, costs.c.rows)
     use = sa.func.coalesce(worth, sa.false()).label("by_index")
-    many = (made.c.effort >= number(MANY)).label("many")
-    return sa.select(made.c.share, made.c.closest, made.c.looked, use, many)
+    many = (costs.c.effort >= number(MANY)).label("many")
+    return sa.select(costs.c.share, costs.c.closest, costs.c.looked, use, many)
 
 
 def settings(index: VectorIndex, look: Look, looked: Any) -> sa.ColumnElement[str]:

@@ -175,8 +175,8 @@ class Explorer:
     def rows(self, query: QueryParams) -> Any:
         """Rows of a table by their keys."""
         keys = query.getlist("key")[:LASSOED]
-        found = self._shown.within(query.get("table"), lambda c, shown: shown.rows(c, keys))
-        return [{"key": one.key, "row": one.row} for one in found]
+        rows = self._shown.within(query.get("table"), lambda c, shown: shown.rows(c, keys))
+        return [{"key": one.key, "row": one.row} for one in rows]
 
     def hits(self, query: QueryParams) -> Any:
         """Keys of the rows that a question finds, best first."""
