@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 import sbert_pg
-from sbert_pg.cli.app import run
+from sbert_pg.cli.app import build_app, run
 
 from .test_commands import commands
 
@@ -28,6 +30,40 @@ def test_commands_in_messages_exist(path: Path) -> None:
             assert (first, second) in PATHS, f"{path.name}: sbert-pg {first} {second}"
         else:
             assert first in GROUPS or (first,) in PATHS, f"{path.name}: sbert-pg {first}"
+
+
+ROOT = Path(__file__).parents[2]
+WRITTEN = [
+    *SOURCES, ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "examples").glob("*.py")),
+]  # fmt: skip
+
+
+def options_of(path: tuple[str, ...]) -> set[str]:
+    """The options of a command, by both their names."""
+    command: Any = typer.main.get_command(build_app())
+    for name in path:
+        command = command.commands[name]
+    options = [p.opts for p in command.params if p.param_type_name == "option"]
+    return {"--help", "-h"}.union(*options)
+
+
+def test_options_in_messages_and_docs_exist() -> None:
+    """Of a command that is written out, up to the end of its line or quotation."""
+    wrong, seen = [], 0
+    for page in WRITTEN:
+        text = re.sub(r'"\s*\n\s*f?"', "", page.read_text(encoding="utf-8"))
+        for line in re.findall(r"sbert-pg ((?:[^\n`'#&|;\[]|\[(?=-))+)", text):
+            words = line.split()
+            path = next((p for n in (2, 1) if (p := tuple(words[:n])) in PATHS), None)
+            unquoted = re.sub(r'"[^"]*"', " ", line)
+            named = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+|-[a-z])\b", unquoted))
+            if path is not None and named:
+                seen += 1
+                unknown = " ".join(named - options_of(path))
+                wrong += [f"{page.name}: sbert-pg {' '.join(path)} {unknown}"] if unknown else []
+    assert seen > 60
+    assert not wrong, "\n".join(wrong)
 
 
 #: What stands before a password and after it, whole URLs and broken ones.
