@@ -10,7 +10,7 @@ one, so that duplicates of a text cannot make a perfect index look wrong. nDCG h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +52,10 @@ class LabelledQuery:
     def answers(self) -> dict[str, float]:
         """The rows that answer it; one with a gain of 0 is known to be wrong."""
         return {key: gain for key, gain in self.gains.items() if gain > 0}
+
+    def answers_in(self, rows: Container[str]) -> dict[str, float]:
+        """The answers that are among some rows."""
+        return {key: gain for key, gain in self.answers.items() if key in rows}
 
 
 @dataclass(frozen=True, slots=True)

@@ -277,8 +277,7 @@ def _texts(
         chosen = sa.or_(drawn(label, most, total, seed), labelled)
         rows = connection.execute(sa.select(label, text).where(*present, chosen).order_by(label))
         texts = dict(rows.all())
-    answers = [{k: gain for k, gain in q.answers.items() if k in texts} for q in queries]
-    kept = [replace(q, gains=gains) for q, gains in zip(queries, answers, strict=True) if gains]
+    kept = [replace(q, gains=gains) for q in queries if (gains := q.answers_in(texts))]
     if not kept:
         raise TooFewPairsError(
             f"None of the {len(queries)} labelled questions names a row of {name} that is there to "
