@@ -237,13 +237,15 @@ def database(
             engine.dispose()
 
 
-def prepare(app: str | None, log: str | None = None) -> sa.MetaData | None:
+def prepare(
+    app: str | None, log: str | None = None, *, usual: str = "warning"
+) -> sa.MetaData | None:
     """Set logging up and import the application.
 
     Args:
         app: ``module``, or ``module:attribute`` where the attribute is metadata or has it.
-        log: a level, with ``:json`` for one object a line; ``$SBERT_PG_LOG`` by default, else
-            warnings.
+        log: a level, with ``:json`` for one object a line; ``$SBERT_PG_LOG`` by default.
+        usual: the level where neither says one.
 
     Returns:
         The metadata, ``None`` where no attribute is named.
@@ -253,7 +255,7 @@ def prepare(app: str | None, log: str | None = None) -> sa.MetaData | None:
     """
     from sbert_pg.freshness import logs
 
-    log = log or os.environ.get("SBERT_PG_LOG") or "warning"
+    log = log or os.environ.get("SBERT_PG_LOG") or usual
     name, _, form = log.partition(":")
     level = logging.getLevelName(name.upper())
     if not isinstance(level, int) or form not in ("", "json"):

@@ -56,7 +56,6 @@ def load(
             "--passages", help="Cut the last source into passages; those before it are headings."
         ),
     ] = False,
-    json: common.JsonOption = False,
 ) -> None:
     """Load rows with their embeddings, through binary COPY.
 
@@ -86,15 +85,11 @@ def load(
                 advance(f"building {index.name}")
                 connection.execute(sa.schema.CreateIndex(index))
         passages.cut_all(engine, target)
-    _tell(table, rows, time.perf_counter() - started, json)
+    _tell(table, rows, time.perf_counter() - started)
 
 
-def _tell(table: str, rows: Loaded, seconds: float, json: bool) -> None:
+def _tell(table: str, rows: Loaded, seconds: float) -> None:
     """What was loaded, and which texts only in part."""
-    if json:
-        seconds = round(seconds, 3)
-        common.print_json({"table": table, "rows": rows, "cut": rows.cut, "seconds": seconds})
-        return
     common.note(f"{rows:,} rows loaded into {table} in {seconds:.1f} s.")
     for column, cut in rows.cut.items():
         if cut:

@@ -54,7 +54,6 @@ def serve(
     reranker: Annotated[list[str] | None, _RERANKER] = None,
     http: common.HttpOption = ADDRESS,
     token: common.TokenOption = None,
-    log: common.LogOption = "info",
 ) -> None:
     """Serve embeddings as OpenAI's API does, reranking, and searches of tables, over HTTP.
 
@@ -70,7 +69,7 @@ def serve(
     from sbert_pg.serving.server import serving
 
     address = address_of(http or ADDRESS)
-    metadata = common.prepare(app, log)
+    metadata = common.prepare(app, usual="info")
     with ExitStack() as stack:
         names = list(tables or (() if metadata is None else _declared(metadata)))
         shown = None

@@ -82,7 +82,7 @@ def test_the_command_line_stays_small() -> None:
         for name in path:
             command = command.commands[name]
         options += sum(p.param_type_name == "option" for p in command.params)
-    assert len(commands()) <= 34
+    assert len(commands()) <= 35
     assert options <= 150
 
 
@@ -128,11 +128,11 @@ def test_every_command_is_explained(path: tuple[str, ...]) -> None:
 
 def test_load_and_search(database_url: sa.URL, articles: Path, minilm: Any) -> None:
     loaded = sbert_pg(
-        "load", "article", str(articles), "--create", "-s", "title", "-s", "body", "--json",
+        "load", "article", str(articles), "--create", "-s", "title", "-s", "body",
         url=database_url,
     )  # fmt: skip
     assert loaded.returncode == 0, loaded.stderr
-    assert json.loads(loaded.stdout)["rows"] == 3
+    assert "3 rows loaded into article" in loaded.stderr
     more = '{"title": "Shipping", "body": "Where is my parcel?"}\n'
     assert sbert_pg("load", "article", "-", url=database_url, stdin=more).returncode == 0
     found = sbert_pg("search", "article", "track a package", "--json", url=database_url)
