@@ -66,24 +66,24 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (9, 1967),
     "alembic": (9, 2746),
-    "catalog": (9, 2531),
-    "cli": (18, 4462),
+    "catalog": (9, 2522),
+    "cli": (17, 4448),
     "clustering": (17, 5044),
     "encoder": (30, 7749),
-    "freshness": (23, 5180),
+    "freshness": (23, 5172),
     "indexes": (6, 1407),
     "loading": (4, 1128),
     "orm": (5, 922),
     "passages": (6, 1183),
     "reembed": (12, 3233),
-    "search": (13, 3827),
+    "search": (13, 3836),
     "serving": (18, 3434),
     "sql": (1, 24),
-    "tuning": (18, 4273),
+    "tuning": (18, 4256),
     "types": (9, 1718),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3379
+MOST_LINES_OF_THE_REST = 3388
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60
