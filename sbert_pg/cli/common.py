@@ -137,17 +137,6 @@ TokenOption = Annotated[
         show_default=False,
     ),
 ]
-LogOption = Annotated[
-    str,
-    typer.Option(
-        "--log",
-        help="What to log, and as what: debug, info, warning or error, with :json one JSON object "
-        "a line.",
-        envvar="SBERT_PG_LOG",
-        metavar="LEVEL[:json]",
-    ),
-]
-
 #: What a process needs that lives for months. Keepalives find a peer that is gone without a word.
 #: Statements are not prepared on the server, which poolers in transaction mode do not bear, and
 #: which would gain nothing here.

@@ -35,6 +35,17 @@ SetOption = Annotated[
     ),
 ]
 
+LogOption = Annotated[
+    str,
+    typer.Option(
+        "--log",
+        help="What to log, and as what: debug, info, warning or error, with :json one JSON object "
+        "a line.",
+        envvar="SBERT_PG_LOG",
+        metavar="LEVEL[:json]",
+    ),
+]
+
 
 def worker(
     targets: Annotated[
@@ -53,7 +64,7 @@ def worker(
     http: common.HttpOption = None,
     settings: SetOption = None,
     json: common.JsonOption = False,
-    log: common.LogOption = "info",
+    log: LogOption = "info",
 ) -> None:
     """Embed what is pending, as it comes, until it is stopped.
 
