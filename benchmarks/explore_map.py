@@ -3,9 +3,9 @@
     python benchmarks/explore_map.py [--rows 100000] [--times 3] [--url postgresql://...]
 
 Rows of 16 dimensions in forty clusters, on the embedded server by default. Seconds on the wall, and
-of CPU in the server's process and in the browser, from the visit to the moment that
+of CPU in the server's process, in the browser and in PostgreSQL, from the visit to the moment that
 the points are drawn; then how long a lasso around a part of the map takes, and a row's text under
-the pointer. Needs Debian's ``chromium`` and the packages ``playwright`` and ``plotly``.
+the pointer. Needs Debian's ``chromium`` and the packages ``playwright`` and ``bokeh``.
 """
 
 from __future__ import annotations
@@ -74,34 +74,41 @@ def fill(engine: sa.Engine, rows: int) -> None:
         store_map(connection, topics, projection="pca")
 
 
-def cpu_of(names: tuple[str, ...]) -> float:
-    """Seconds of CPU of all processes of these names."""
-    ticks = 0
+def cpu_of(names: tuple[str, ...]) -> dict[str, float]:
+    """Seconds of CPU of each process of these names."""
+    seconds = {}
     for folder in Path("/proc").iterdir():
         try:
             name, _, rest = (folder / "stat").read_text().partition("(")[2].rpartition(")")
         except (OSError, ValueError):
             continue
         if name.startswith(names):
-            ticks += sum(map(int, rest.split()[11:13]))
-    return ticks / os.sysconf("SC_CLK_TCK")
+            ticks = sum(map(int, rest.split()[11:13]))
+            seconds[folder.name] = ticks / os.sysconf("SC_CLK_TCK")
+    return seconds
+
+
+def since(before: dict[str, float], names: tuple[str, ...]) -> float:
+    """Seconds of CPU of the processes that there are now."""
+    return sum(now - before.get(number, 0.0) for number, now in cpu_of(names).items())
 
 
 def visit(page: Page, address: str, rows: int) -> dict[str, float]:
     """One visit, from the address to a drawn map; a lasso; a row under the pointer."""
-    began = time.perf_counter(), time.process_time(), cpu_of(("chrom",))
+    began = time.perf_counter(), time.process_time(), cpu_of(("chrom",)), cpu_of(("postgres",))
     page.goto(f"{address}/explore/map?table=point", timeout=PATIENCE)
     page.locator(f"#map[data-rows='{rows}']").wait_for(timeout=PATIENCE)
     seconds = {
         "appears": time.perf_counter() - began[0],
         "cpu server": time.process_time() - began[1],
-        "cpu browser": cpu_of(("chrom",)) - began[2],
+        "cpu browser": since(began[2], ("chrom",)),
+        "cpu database": since(began[3], ("postgres",)),
     }
     for name, start, end in page.evaluate(
         "() => performance.getEntriesByType('resource').map(e => [e.name, e.startTime, "
         "e.responseEnd])"
     ):
-        for part in ("points", "plotly"):
+        for part in ("points", "bokeh.min"):
             if part in name.rpartition("/")[2]:
                 seconds[f"loading {part}"] = (end - start) / 1000
     box: Any = page.locator("#map").bounding_box()

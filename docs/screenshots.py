@@ -3,7 +3,7 @@
     sbert-pg demo --explore        # in one terminal; it fills the database, and prints the address
     python docs/screenshots.py http://127.0.0.1:8080 docs/images
 
-Needs Debian's ``chromium`` and the packages ``playwright`` and ``plotly``.
+Needs Debian's ``chromium`` and the packages ``playwright`` and ``bokeh``.
 """
 
 from __future__ import annotations
@@ -53,10 +53,11 @@ def light_up(page: Page) -> None:
     page.get_by_role("button", name="Search").click()
     page.locator("#map[data-lit]").wait_for(timeout=120_000)
     x, y = page.evaluate(
-        """() => { const m = document.getElementById("map"), l = m._fullLayout;
-        const t = m.data[m.data.length - 1], b = m.getBoundingClientRect();
-        return [b.x + l.xaxis._offset + l.xaxis.d2p(t.x[0]),
-                b.y + l.yaxis._offset + l.yaxis.d2p(t.y[0])]; }"""
+        """() => { const m = document.getElementById("map").getBoundingClientRect();
+        const plot = Bokeh.documents[0].roots()[0], { x, y } = plot.renderers[1].data_source.data;
+        const at = (value, range) => (value - range.start) / (range.end - range.start);
+        return [m.x + m.width * at(x[0], plot.x_range),
+                m.y + m.height * (1 - at(y[0], plot.y_range))]; }"""
     )
     page.mouse.move(x + 2, y + 2)
     page.mouse.move(x, y)

@@ -72,9 +72,11 @@ def run(
         facts = {name: getattr(done, name) for name in JSON_RUN}
         common.print_json({"run": facts, "clusters": shown})
         return
+    sample = done.parameters.get("sample")
+    begun = f", begun from a sample of {sample:,}" if sample else ""
     common.note(
         f"Run {done.id}: {done.n_clusters} clusters of {done.rows:,} rows, "
-        f"{done.outliers:,} outliers, by {done.algorithm}."
+        f"{done.outliers:,} outliers, by {done.algorithm}{begun}."
     )
     for warning in done.warnings:
         common.note(f"Note: {warning}.")

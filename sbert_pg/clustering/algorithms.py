@@ -81,10 +81,10 @@ class KMeans:
                 f"KMeans: n_clusters is {self.n_clusters!r}; give a number from 1, several, or "
                 "'auto'."
             )
-        if self.method in ("database", "blocks") and not isinstance(self.n_clusters, int):
+        if self.method == "database" and not isinstance(self.n_clusters, int):
             raise DeclarationError(
                 f"KMeans: the method {self.method!r} needs one number of clusters, and n_clusters "
-                f"is {self.n_clusters!r}. Choose it in memory first, on a part of the rows."
+                f"is {self.n_clusters!r}. Choose it in memory or blocks first."
             )
 
 

@@ -19,13 +19,12 @@ import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, aggregate_order_by
 
-from sbert_pg.clustering.algorithms import KMeans
+from sbert_pg.clustering.algorithms import KMeans, fit_in_memory
 from sbert_pg.clustering.kmeans import (
     SAMPLE_PER_CLUSTER,
     Fit,
     Positions,
     choose_seeds,
-    fit_kmeans,
     generator,
     nearest_centroids,
     normalize,
@@ -250,26 +249,27 @@ def fit_in_blocks(
 ) -> tuple[Keys, Fit]:
     """Cluster a sample in memory, then iterate over all rows block by block; arguments as above.
 
+    Where the number of clusters is to be chosen, the sample decides.
+
     Memory is that of the sample, of a block, and of a key, a label and a distance for each row.
 
     Returns:
-        Keys of the rows, and their clusters; ``passes`` among the details.
+        Keys of the rows, and their clusters; ``passes`` and rows of the ``sample`` among the details.
     """
-    n_clusters = cast("int", algorithm.n_clusters)
-    drawn = rows.sample(max(SAMPLE_PER_CLUSTER * n_clusters, BLOCK_SAMPLE), total, seed)
+    numbers = algorithm.n_clusters
+    # The number is chosen on fewer rows than the least sample has.
+    most = numbers if isinstance(numbers, int) else 0 if numbers == "auto" else max(numbers)
+    drawn = rows.sample(max(SAMPLE_PER_CLUSTER * most, BLOCK_SAMPLE), total, seed)
     _, sample = read_rows(connection, drawn)
-    if rows.spherical:
-        normalize(sample)
-    centroids = fit_kmeans(
+    first = fit_in_memory(
         sample,
-        n_clusters,
+        algorithm,
         seed=seed,
-        n_init=algorithm.n_init,
-        max_iter=algorithm.max_iter,
-        tol=algorithm.tol,
         spherical=rows.spherical,
+        max_memory=0,
         progress=progress,
-    ).centroids
+    )
+    centroids = first.centroids
     before = np.inf
     for passes in range(1, min(algorithm.max_iter, MAX_PASSES) + 1):
         progress(f"pass {passes}", 0, total)
@@ -277,7 +277,8 @@ def fit_in_blocks(
         if fit.inertia > (1 - _IMPROVEMENT) * before:
             break
         before, centroids = fit.inertia, means
-    return keys, replace(fit, details={"method": "blocks", "passes": passes})
+    details = {"method": "blocks", "passes": passes, "sample": len(sample)}
+    return keys, replace(fit, details=details, score=first.score, curve=first.curve)
 
 
 def _assigned(

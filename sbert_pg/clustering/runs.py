@@ -210,12 +210,17 @@ def _method(algorithm: Algorithm, rows: RowSet, total: int, max_memory: int) -> 
         return algorithm.method
     if needed <= max_memory:
         return "memory"
-    if isinstance(algorithm, KMeans) and isinstance(algorithm.n_clusters, int):
+    if isinstance(algorithm, KMeans):
+        logger.info(
+            "%s vectors take %.1f GB, and max_memory is %.1f GB: k-means begins from a sample, "
+            "which also decides the number of clusters, and reads the rows in blocks.",
+            f"{total:,}", needed / 1e9, max_memory / 1e9,
+        )  # fmt: skip
         return "blocks"
     raise ClusteringError(
         f"{total:,} vectors of {rows.dimensions} dimensions take {needed / 1e9:.1f} GB, and "
         f"max_memory is {max_memory / 1e9:.1f} GB. Filter the rows, raise max_memory, or use "
-        "KMeans(n_clusters=...) with a number, which is computed in blocks."
+        "KMeans(), which is computed in blocks."
     )
 
 

@@ -34,45 +34,49 @@ async function load(path, parameters) {
 }
 
 async function draw(frame) {
-  const table = frame.dataset.table;
-  // The points come while Plotly is still on its way.
+  const { table, by } = frame.dataset;
+  // The points come while Bokeh is still on its way.
   const [{ groups, projection, rows, command }] = await Promise.all(
-    [load("points", { table }), script("plotly")]);
-  for (const group of groups) {
-    group.x = floats(group.x);
-    group.y = floats(group.y);
-  }
-  const count = groups.reduce((sum, group) => sum + group.keys.length, 0);
+    [load("points", { table, by }), script("bokeh-api")]);
+  const points = joined(groups);
+  const count = points.keys.length;
   if (count === 0) return say(`The rows have no places yet. This makes them: ${command}`);
-  // A group for each cluster draws far faster than a colour for each row.
+  const plot = Bokeh.Plotting.figure({
+    tools: [], toolbar_location: null, sizing_mode: "stretch_both", outline_line_color: null,
+    background_fill_alpha: 0, border_fill_alpha: 0, min_border: 0, match_aspect: false,
+  });
+  plot.xaxis.visible = plot.yaxis.visible = plot.xgrid.visible = plot.ygrid.visible = false;
+  whole(plot, frame);
   const size = Math.max(2.5, Math.min(7, 500 / Math.sqrt(count)));
-  const traces = groups.map((group) => trace(group, { color: group.colour, size, opacity: 0.75 }));
+  const source = new Bokeh.ColumnDataSource(
+    { data: { x: points.x, y: points.y, colour: points.colours } });
+  const dots = plot.scatter({ field: "x" }, { field: "y" },
+    { source, size, color: { field: "colour" }, line_color: null, fill_alpha: 0.75 });
   const ink = getComputedStyle(document.body).color;
-  const lit = { color: "#e11d48", size: size + 7, symbol: "star", line: { width: 1, color: ink } };
-  traces.push({ ...trace({ label: "found", x: [], y: [] }, lit), showlegend: false });
-  // Its keys change with each question.
-  const shown = [...groups, { keys: [] }];
-  // Places are in the unit square, so nobody has to look for their range.
-  const axis = { visible: false, fixedrange: false, range: [-0.02, 1.02] };
-  const wide = frame.clientWidth > 760;
-  await Plotly.newPlot(frame, traces, {
-    dragmode: "lasso", hovermode: "closest", hoverdistance: 12, margin: { l: 8, r: 8, t: 8, b: 8 },
-    xaxis: axis, yaxis: { ...axis, scaleanchor: "x" }, showlegend: wide,
-    legend: { itemsizing: "constant", bgcolor: "rgba(0,0,0,0)" }, font: { color: ink, size: 11 },
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-  }, { displayModeBar: false, scrollZoom: true, responsive: true });
+  const found = new Bokeh.ColumnDataSource({ data: { x: [], y: [] } });
+  plot.scatter({ field: "x" }, { field: "y" }, { source: found, marker: "star", size: size + 12,
+    fill_color: "#e11d48", line_color: ink });
+  const around = new Bokeh.LassoSelectTool({ renderers: [dots], continuous: false });
+  const wheel = new Bokeh.WheelZoomTool({});
+  plot.add_tools(around, wheel);
+  plot.toolbar.active_drag = around;
+  plot.toolbar.active_scroll = wheel;
+  await Bokeh.Plotting.show(plot, frame);
+  legend(groups, points, dots);
+  hover(plot, frame, table, points);
+  lasso(source, table, groups, points);
+  light(frame, table, points, found);
+  // Bokeh paints in the next frame of the browser.
+  await new Promise((painted) => requestAnimationFrame(() => setTimeout(painted)));
   say(`${count.toLocaleString("en")} of ${rows.toLocaleString("en")} rows, by ${projection}.`);
   frame.dataset.rows = count;
-  hover(frame, table, shown);
-  lasso(frame, table, groups);
-  light(frame, table, shown);
 }
 
 function script(id) {
-  const tag = document.getElementById(id);
-  return window.Plotly ? undefined : new Promise((done, failed) => {
+  return window.Bokeh?.Plotting ? undefined : new Promise((done, failed) => {
+    const tag = document.getElementById(id);
     tag.addEventListener("load", done);
-    tag.addEventListener("error", () => failed(new Error("Plotly could not be loaded.")));
+    tag.addEventListener("error", () => failed(new Error("Bokeh could not be loaded.")));
   });
 }
 
@@ -81,79 +85,129 @@ function floats(text) {
   return new Float32Array(bytes.buffer);
 }
 
-function trace(group, marker) {
-  const name = group.label.length > 32 ? `${group.label.slice(0, 31)}…` : group.label;
-  // Plotly reads some markup in names; a name is only ever a name.
-  const plain = name.replace(/&/g, "&amp;").replace(/</g, "&lt;");
-  return { type: "scattergl", mode: "markers", x: group.x, y: group.y,
-           name: plain, marker, hoverinfo: "none" };
+// All groups in one: keys, places, colours with their opacity, and which group a row is in.
+function joined(groups) {
+  const keys = groups.flatMap((group) => group.keys);
+  const points = { keys, x: new Float32Array(keys.length), y: new Float32Array(keys.length),
+                   colours: new Uint32Array(keys.length), groups: new Uint16Array(keys.length),
+                   hidden: new Set() };
+  let start = 0;
+  groups.forEach((group, number) => {
+    const end = start + group.keys.length;
+    points.x.set(floats(group.x), start);
+    points.y.set(floats(group.y), start);
+    points.colours.fill(parseInt(`${group.colour.slice(1)}ff`, 16), start, end);
+    points.groups.fill(number, start, end);
+    start = end;
+  });
+  return points;
 }
 
-function hover(frame, table, shown) {
+// The unit square, as wide as it is high, in the middle of the frame.
+function whole(plot, frame) {
+  const { clientWidth: width, clientHeight: height } = frame;
+  for (const [range, length] of [[plot.x_range, width], [plot.y_range, height]]) {
+    const half = (0.52 * length) / Math.min(width, height);
+    range.setv({ start: 0.5 - half, end: 0.5 + half });
+  }
+}
+
+// A press hides a group, the next one shows it again.
+function legend(groups, points, dots) {
+  const { hidden } = points;
+  document.getElementById("legend").replaceChildren(...groups.map((group, number) => {
+    const swatch = element("i");
+    swatch.style.background = group.colour;
+    const button = element("button", "", swatch, element("span", group.label),
+      element("small", group.keys.length.toLocaleString("en")));
+    button.ariaPressed = true;
+    button.addEventListener("click", () => {
+      if (!hidden.delete(number)) hidden.add(number);
+      button.ariaPressed = !hidden.has(number);
+      const indices = [];
+      points.groups.forEach((one, row) => { if (!hidden.has(one)) indices.push(row); });
+      dots.view.filter = new Bokeh.IndexFilter({ indices });
+    });
+    return button;
+  }));
+}
+
+// The row nearest to the pointer, at most twelve pixels away, or -1.
+function nearest(plot, frame, points, { x, y }) {
+  let best = -1;
+  let least = (12 * (plot.x_range.end - plot.x_range.start) / frame.clientWidth) ** 2;
+  for (let row = 0; row < points.keys.length; row++) {
+    const distance = (points.x[row] - x) ** 2 + (points.y[row] - y) ** 2;
+    if (distance < least && !points.hidden.has(points.groups[row])) {
+      [best, least] = [row, distance];
+    }
+  }
+  return best;
+}
+
+function hover(plot, frame, table, points) {
   const tip = document.getElementById("tip");
-  let wanted = null;
-  frame.on("plotly_hover", async ({ points, event }) => {
-    const key = (wanted = shown[points[0].curveNumber].keys[points[0].pointNumber]);
-    const [found] = await load("rows", { table, key });
-    if (wanted !== key || !found) return;
+  let wanted = -1;
+  const leave = () => { wanted = -1; tip.hidden = true; };
+  plot.on_event("mouseleave", leave);
+  plot.on_event("doubletap", () => whole(plot, frame));
+  plot.on_event("mousemove", async (event) => {
+    const row = nearest(plot, frame, points, event);
+    if (row < 0) return leave();
+    if (row === wanted) return;
+    wanted = row;
+    const [found] = await load("rows", { table, key: points.keys[row] });
+    if (wanted !== row || !found) return;
     tip.replaceChildren(...Object.entries(found.row).filter(([, value]) => value !== null)
       .map(([name, value]) => element("p", "", element("small", `${name} `), String(value))));
     tip.hidden = false;
-    const x = Math.min(event.pageX + 14, document.body.clientWidth - tip.offsetWidth - 8);
-    tip.style.left = `${Math.max(4, x)}px`;
-    tip.style.top = `${event.pageY + 14}px`;
+    const box = frame.getBoundingClientRect();
+    const x = box.x + scrollX + event.sx + 14;
+    tip.style.left = `${Math.max(4, Math.min(x, document.body.clientWidth - tip.offsetWidth - 8))}px`;
+    tip.style.top = `${box.y + scrollY + event.sy + 14}px`;
   });
-  frame.on("plotly_unhover", () => { wanted = null; tip.hidden = true; });
 }
 
-function lasso(frame, table, groups) {
+function lasso(source, table, groups, points) {
   const chosen = document.getElementById("chosen");
-  frame.on("plotly_selected", async (selected) => {
-    // What a question lit up lies above its own row, which is the one that counts.
-    const points = (selected?.points ?? []).filter((point) => point.curveNumber < groups.length);
-    const keys = points.map((point) => groups[point.curveNumber].keys[point.pointNumber]);
-    if (keys.length === 0) return chosen.replaceChildren();
+  source.selected.properties.indices.change.connect(async () => {
+    const rows = source.selected.indices;
+    if (rows.length === 0) return chosen.replaceChildren();
     // A head of a request has its bound, and nobody reads more.
     const query = [["table", table]];
-    for (const key of keys.slice(0, 50)) query.push(["key", key]);
-    const rows = await load("rows", query);
-    const names = Object.keys(rows[0]?.row ?? {});
+    for (const row of rows.slice(0, 50)) query.push(["key", points.keys[row]]);
+    const found = await load("rows", query);
+    const names = Object.keys(found[0]?.row ?? {});
     const head = element("tr", "", ...names.map((name) => element("th", name)));
-    const body = rows.map(({ row }) =>
+    const body = found.map(({ row }) =>
       element("tr", "", ...names.map((name) => element("td", String(row[name] ?? "").slice(0, 300)))));
     const box = element("div", "", element("table", "", head, ...body));
     box.className = "scroll";
     const labels = new Map();
-    for (const { curveNumber } of points) {
-      const { label } = groups[curveNumber];
+    for (const row of rows) {
+      const { label } = groups[points.groups[row]];
       labels.set(label, (labels.get(label) ?? 0) + 1);
     }
     const parts = [...labels].sort((a, b) => b[1] - a[1]).slice(0, 5);
     chosen.replaceChildren(
-      element("h2", `${keys.length.toLocaleString("en")} rows chosen`),
+      element("h2", `${rows.length.toLocaleString("en")} rows chosen`),
       element("p", parts.map(([label, number]) => `${label}: ${number}`).join(" · ")),
       box);
-    chosen.dataset.rows = keys.length;
+    chosen.dataset.rows = rows.length;
   });
 }
 
-function light(frame, table, shown) {
-  const last = shown.length - 1;
+function light(frame, table, points, found) {
   const places = new Map();
   document.getElementById("light").addEventListener("submit", async (event) => {
     event.preventDefault();
     try {
       const keys = await load("hits", { table, q: new FormData(event.target).get("q") });
-      for (const group of places.size ? [] : shown.slice(0, last)) {
-        group.keys.forEach((key, i) => places.set(key, [group.x[i], group.y[i]]));
-      }
-      const there = keys.filter((key) => places.has(key));
-      await Plotly.restyle(frame, {
-        x: [there.map((key) => places.get(key)[0])], y: [there.map((key) => places.get(key)[1])],
-      }, [last]);
-      shown[last].keys = there;
-      say(`${there.length} of the ${keys.length} rows that were found are on the map.`);
-      frame.dataset.lit = there.length;
+      if (places.size === 0) points.keys.forEach((key, row) => places.set(key, row));
+      const rows = keys.filter((key) => places.has(key)).map((key) => places.get(key));
+      found.data = { x: rows.map((row) => points.x[row]), y: rows.map((row) => points.y[row]) };
+      say(`${rows.length} of the ${keys.length} rows that were found are on the map.`);
+      frame.dataset.lit = rows.length;
     } catch (error) {
       say(error.message, true);
     }

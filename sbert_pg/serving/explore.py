@@ -8,9 +8,6 @@ scripts, but for the map and the buttons that copy.
 from __future__ import annotations
 
 import importlib.util
-import sys
-from array import array
-from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
@@ -20,12 +17,10 @@ from typing import Any
 from urllib.parse import urlencode
 
 import sqlalchemy as sa
-from sqlalchemy.orm import Session
 from starlette.datastructures import QueryParams
 from starlette.responses import Response
 
-from sbert_pg.clustering import Clustering, mapped_rows
-from sbert_pg.clustering.mapping import colours
+from sbert_pg.clustering import Clustering
 from sbert_pg.errors import MissingExtraError
 from sbert_pg.reranking import Scorer
 from sbert_pg.search.exact import LabelledQuery
@@ -33,12 +28,15 @@ from sbert_pg.serving.comparing import OPERATORS, compared, filters_of
 from sbert_pg.serving.exposed import Exposed, Question, Shown
 from sbert_pg.serving.html import Html, guarded, h, page
 from sbert_pg.serving.http import JSON, RefusedError, json_bytes, refusal_of
+from sbert_pg.serving.points import points
 from sbert_pg.serving.states import changes, health
 from sbert_pg.serving.topics import members, no_topics, overview
 
 #: Rows of a list, and rows that a lasso shows.
 LISTED = 20
 LASSOED = 50
+#: Bokeh's scripts by the name of their element: all models, and the interface to make them.
+_BOKEH = {"bokeh": "bokeh.min.js", "bokeh-api": "bokeh-api.min.js"}
 _VIEWS = {"": "Search", "/topics": "Topics", "/map": "Map", "/change": "Change",
           "/health": "Health"}  # fmt: skip
 
@@ -89,7 +87,7 @@ class Explorer:
                 f"/explore/{name}": partial(_file, own.joinpath(name).read_bytes(), kind)
                 for name, kind in files.items()
             },
-            "/explore/plotly.js": lambda query: _file(_plotly(), "text/javascript", query),
+            **{f"/explore/{name}": partial(_script, name) for name in _BOKEH.values()},
         }
 
     def _page(
@@ -99,10 +97,12 @@ class Explorer:
         tables = self._shown.tables()
         name = query.get("table") or next(iter(tables))
         code, scripts = 200, [h("script", src="/explore/explore.js", defer=True)]
-        plotly = path == "/map"
-        if plotly:
+        if path == "/map":
             # After the page's own script, which asks for the points meanwhile.
-            scripts.append(h("script", id="plotly", src="/explore/plotly.js", defer=True))
+            scripts += [
+                h("script", id=one, src=f"/explore/{file}", defer=True)
+                for one, file in _BOKEH.items()
+            ]
         try:
             body: Any = list(view(query, name))
         except Exception as error:
@@ -114,7 +114,7 @@ class Explorer:
             h("main", body, class_=_VIEWS[path].lower()),
             head=scripts,
             status=code,
-            plotly=plotly,
+            styled=path == "/map",
         )
 
     def search(self, query: QueryParams, name: str) -> Iterator[Any]:
@@ -150,27 +150,27 @@ class Explorer:
             if topics is None:
                 yield no_topics(name)
                 return
+        by = query.get("by", "")
+        yield h("div", _light(), _colour_by(exposed, name, by), class_="tools")
         yield h(
-            "form",
-            h("input", type="search", name="q", placeholder="Light up what a question finds",
-              aria_label="Question", dir="auto"),
-            h("button", "Search"),
-            h("span", "Drag to lasso rows, scroll to zoom, hover for the row.", class_="faint"),
-            id="light",
+            "div",
+            h("div", id="map", data_table=name, data_by=by, role="img",
+              aria_label=f"Rows of {name}"),
+            h("div", id="legend", role="group", aria_label="Colours"),
+            class_="plot",
         )  # fmt: skip
-        yield h("div", id="map", data_table=name, role="img", aria_label=f"Rows of {name}")
         yield h("div", id="tip", class_="tip", hidden=True)
         yield h("p", "Loading ...", id="said", role="status")
         yield h("section", id="chosen", aria_live="polite")
 
     def points(self, query: QueryParams) -> Any:
-        """Where the rows of a map are, cluster by cluster."""
+        """Where the rows of a map are, colour by colour."""
         with self._shown.connected() as connection:
             exposed = self._table(query.get("table", ""))
             topics = self._topics(connection, exposed)
             if topics is None:
                 raise RefusedError(404, "There are no clusters of this table.", "not_found")
-            return _points(connection, exposed, topics)
+            return points(connection, exposed, topics, query.get("by", ""))
 
     def rows(self, query: QueryParams) -> Any:
         """Rows of a table by their keys."""
@@ -240,6 +240,29 @@ def _search_form(
     )  # fmt: skip
 
 
+def _light() -> Html:
+    return h(
+        "form",
+        h("input", type="search", name="q", placeholder="Light up what a question finds",
+          aria_label="Question", dir="auto"),
+        h("button", "Search"),
+        id="light",
+    )  # fmt: skip
+
+
+def _colour_by(exposed: Exposed, name: str, by: str) -> Html:
+    choices = [h("option", "cluster", value="")] + [
+        h("option", column, value=column, selected=column == by) for column in exposed.columns
+    ]
+    return h(
+        "form",
+        h("input", type="hidden", name="table", value=name),
+        h("label", "Colour by ", h("select", choices, name="by")),
+        h("button", "Show"),
+        class_="choice",
+    )
+
+
 def _introduction(exposed: Exposed) -> str:
     kinds = "by meaning, by words, by both" if exposed.text is not None else "by meaning"
     more = "" if exposed.text is not None else (
@@ -248,54 +271,23 @@ def _introduction(exposed: Exposed) -> str:
     return f"{exposed.bound} is asked {kinds}, and compared with the exact answer.{more}"
 
 
-def _points(connection: sa.Connection, exposed: Exposed, topics: Clustering) -> dict[str, Any]:
-    """A group for each cluster, outliers last: keys, and places in the unit square, as base64 of
-    floats.
-    """
-    clusters = Session(connection).scalars(topics.clusters()).all()
-    groups: dict[int | None, dict[str, Any]] = {
-        c.id: {"number": c.number, "label": c.label or f"cluster {c.number}", "colour": colour}
-        for c, colour in zip(clusters, colours(len(clusters)), strict=True)
-    }
-    groups[None] = {"number": None, "label": "outliers", "colour": "#9ca3af"}
-    for group in groups.values():
-        group.update(keys=[], x=array("f"), y=array("f"))
-    for cluster, x, y, *key in connection.execute(mapped_rows(topics)):
-        group = groups[cluster]
-        group["keys"].append(exposed.key_of(key))
-        group["x"].append(x)
-        group["y"].append(y)
-    for group in groups.values():
-        group.update(x=_floats(group["x"]), y=_floats(group["y"]))
-    run = topics.require_current(connection)
-    return {
-        "groups": [group for group in groups.values() if group["keys"]],
-        "projection": run.projection,
-        "rows": run.rows,
-        "command": f"sbert-pg cluster map {exposed.name}",
-    }
-
-
-def _floats(values: array[float]) -> str:
-    """Single precision, the low byte first as browsers have it, in base64."""
-    if sys.byteorder == "big":
-        values.byteswap()
-    return b64encode(values).decode("ascii")
-
-
 @cache
-def _plotly() -> bytes:
-    """Plotly's script, as its package brings it."""
-    spec = importlib.util.find_spec("plotly")
+def _bokeh(name: str) -> bytes:
+    """One of Bokeh's scripts, as its package brings them."""
+    spec = importlib.util.find_spec("bokeh")
     if spec is None or spec.origin is None:
-        raise MissingExtraError("plotly", "explore", "draw the map")
-    return Path(spec.origin).with_name("package_data").joinpath("plotly.min.js").read_bytes()
+        raise MissingExtraError("bokeh", "explore", "draw the map")
+    return Path(spec.origin).with_name("server").joinpath("static", "js", name).read_bytes()
 
 
 def _whole(text: str) -> int:
     with suppress(ValueError):
         return int(text[:20])
     raise RefusedError(400, "A cluster's number is a whole number.", "invalid_value")
+
+
+def _script(name: str, query: QueryParams) -> Response:
+    return _file(_bokeh(name), "text/javascript", query)
 
 
 def _data(view: Callable[[QueryParams], Any], query: QueryParams) -> Response:

@@ -12,7 +12,7 @@ from starlette.responses import Response
 _VOID = frozenset({"input", "meta", "link", "br"})
 #: No script but ours, nothing from elsewhere, and no frame around it.
 _POLICY = (
-    "default-src 'none'; script-src 'self'{evaluates}; style-src 'self'{styles}; "
+    "default-src 'none'; script-src 'self'; style-src 'self'{styles}; "
     "img-src 'self' data: blob:; connect-src 'self'; form-action 'self'; base-uri 'none'; "
     "frame-ancestors 'none'"
 )
@@ -63,13 +63,13 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[Any]]) -> Html:
 
 
 def page(
-    title: str, *body: Any, head: Any = None, status: int = 200, plotly: bool = False
+    title: str, *body: Any, head: Any = None, status: int = 200, styled: bool = False
 ) -> Response:
     """A whole page.
 
     Args:
         head: more of its head.
-        plotly: whether Plotly draws in it, which styles its elements and compiles what draws them.
+        styled: whether a script draws in it that brings styles of its own.
     """
     document = h(
         "html",
@@ -85,12 +85,7 @@ def page(
         h("body", *body),
         lang="en",
     )
-    headers = guarded(
-        _POLICY.format(
-            evaluates=" 'unsafe-eval'" if plotly else "",
-            styles=" 'unsafe-inline'" if plotly else "",
-        )
-    )
+    headers = guarded(_POLICY.format(styles=" 'unsafe-inline'" if styled else ""))
     return Response(f"<!doctype html>{document}", status, headers, media_type="text/html")
 
 

@@ -497,9 +497,15 @@ def test_more_than_fits_into_memory(engine: sa.Engine, app: Any) -> None:
     assert run.parameters["method"] == "blocks"
     found = numbers_of(engine, app.topics)
     assert same_partition([found[n] for n in range(1, 3001)], list(truth))
-    for algorithm in (cl.KMeans("auto"), cl.HDBSCAN()):
-        with pytest.raises(ClusteringError, match=r"max_memory is 0\.0 GB"):
-            cl.cluster(engine, app.topics, algorithm, max_memory=100_000)
+    for numbers in ("auto", [3, 5, 8]):
+        run = cl.cluster(engine, app.topics, cl.KMeans(numbers), max_memory=100_000)
+        assert run.parameters["method"] == "blocks"
+        assert run.parameters["sample"] == 3000
+        assert [each["n_clusters"] for each in run.curve if each["score"] == run.score] == [5]
+        found = numbers_of(engine, app.topics)
+        assert same_partition([found[n] for n in range(1, 3001)], list(truth))
+    with pytest.raises(ClusteringError, match=r"max_memory is 0\.0 GB"):
+        cl.cluster(engine, app.topics, cl.HDBSCAN(), max_memory=100_000)
     with pytest.raises(ClusteringError, match=r"takes about 0\.1 GB"):
         cl.cluster(engine, app.topics, cl.Agglomerative(), max_memory=1_000_000)
 
