@@ -254,7 +254,8 @@ def fit_in_blocks(
     Memory is that of the sample, of a block, and of a key, a label and a distance for each row.
 
     Returns:
-        Keys of the rows, and their clusters; ``passes`` and rows of the ``sample`` among the details.
+        Keys of the rows, and their clusters; ``passes`` and the ``sample``'s rows among the
+        details.
     """
     numbers = algorithm.n_clusters
     # The number is chosen on fewer rows than the least sample has.

@@ -81,7 +81,8 @@ function script(id) {
 }
 
 function floats(text) {
-  const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+  const characters = atob(text), bytes = new Uint8Array(characters.length);
+  for (let i = 0; i < bytes.length; i++) bytes[i] = characters.charCodeAt(i);
   return new Float32Array(bytes.buffer);
 }
 

@@ -261,6 +261,48 @@ def test_map(tab: Any) -> None:
         tab.wait_for_timeout(100)
 
 
+def test_the_map_by_a_column(tab: Any) -> None:
+    tab.goto("/explore/map")
+    tab.locator("#map[data-rows]").wait_for()
+    assert tab.locator("#legend button").count() == 3
+    tab.get_by_label("Colour by").select_option("title")
+    tab.get_by_role("button", name="Show").click()
+    tab.locator("#map[data-by=title][data-rows]").wait_for()
+    legend = tab.locator("#legend button")
+    assert legend.count() == 21, "twenty values, and the others"
+    assert "4 other values" in legend.last.inner_text()
+    # What is hidden is neither drawn nor hovered, until it is shown again.
+    shown = "Bokeh.documents[0].roots()[0].renderers[0].view.indices.count"
+    hidden = legend.last
+    hidden.click()
+    tab.wait_for_function(f"{shown} === {len(TEXTS) - 4}")
+    assert hidden.get_attribute("aria-pressed") == "false"
+    hidden.click()
+    tab.wait_for_function(f"{shown} === {len(TEXTS)}")
+
+
+def test_colours_of_values(notes: sa.Engine, minilm: Any, client: Any) -> None:
+    """Few values have a colour each, many numbers are cut into ranges, and all rows are in one."""
+    with serving({}, None, port=0, views=explorer(notes).views()) as port:
+        http: httpx.Client = client(port)
+
+        def groups(column: str) -> list[tuple[str, set[str]]]:
+            answer = http.get("/explore/points", params={"table": "note", "by": column}).json()
+            return [(group["label"], set(group["keys"])) for group in answer["groups"]]
+
+        years = groups("year")
+        assert years[0] == ("2000", {str(n) for n in range(17, 25)})
+        assert ("2020", {"1", "9"}) in years
+        assert len(years) == 9
+        ids = groups("id")
+        assert [label for label, _ in ids] == [f"{n} – {n + 2}" for n in range(1, 24, 3)]
+        assert [len(keys) for _, keys in ids] == [3] * 8
+        for column in ("secret", "nothing"):
+            answer = http.get("/explore/points", params={"table": "note", "by": column})
+            assert answer.status_code == 400
+            assert "to colour by" in answer.text
+
+
 def test_health_and_change(tab: Any, notes: sa.Engine) -> None:
     tab.goto("/explore/health")
     tab.get_by_role("cell", name="public.note.embedding").wait_for()
