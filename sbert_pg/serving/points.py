@@ -87,25 +87,32 @@ def _clusters(connection: sa.Connection, topics: Clustering) -> Callable[[Any], 
 def _values(values: Iterable[Any]) -> Callable[[Any], tuple[int, Group]]:
     """Which group a value is in: a range of many numbers or dates, else one of the frequent."""
     counts = Counter(map(_hashable, values))
-    nothing = VALUES + 1, {"label": "no value", "colour": _GREY}
     counts.pop(None, None)
-    if len(counts) > VALUES and all(isinstance(value, _ORDERED) for value in counts):
-        ranges = _ranges(sorted(counts.elements()))
-        lows = [low for low, _ in ranges]
-        known = [
-            (rank, {"label": f"{low} – {high}", "colour": colour})
-            for rank, ((low, high), colour) in enumerate(
-                zip(ranges, _shades(len(ranges)), strict=True)
-            )
-        ]
-        return lambda value: nothing if value is None else known[bisect_right(lows, value) - 1]
+    nothing = VALUES + 1, {"label": "no value", "colour": _GREY}
+    in_order = len(counts) > VALUES and all(isinstance(value, _ORDERED) for value in counts)
+    group_of = _by_range(counts) if in_order else _by_frequency(counts)
+    return lambda value: nothing if value is None else group_of(_hashable(value))
+
+
+def _by_range(counts: Counter[Any]) -> Callable[[Any], tuple[int, Group]]:
+    ranges = _ranges(sorted(counts.elements()))
+    lows = [low for low, _ in ranges]
+    known = [
+        (rank, {"label": f"{low} – {high}", "colour": colour})
+        for rank, ((low, high), colour) in enumerate(zip(ranges, _shades(len(ranges)), strict=True))
+    ]
+    return lambda value: known[bisect_right(lows, value) - 1]
+
+
+def _by_frequency(counts: Counter[Any]) -> Callable[[Any], tuple[int, Group]]:
     frequent = [value for value, _ in counts.most_common(VALUES)]
-    of = {
+    known = {
         value: (rank, {"label": str(value) or "(empty)", "colour": colour})
         for rank, (value, colour) in enumerate(zip(frequent, colours(len(frequent)), strict=True))
     }
-    other = VALUES, {"label": f"{len(counts) - len(frequent):,} other values", "colour": "#6b7280"}
-    return lambda value: nothing if value is None else of.get(_hashable(value), other)
+    others = f"{len(counts) - len(frequent):,} other values"
+    other = VALUES, {"label": others, "colour": _GREY}
+    return lambda value: known.get(value, other)
 
 
 def _ranges(values: Sequence[Any]) -> list[tuple[Any, Any]]:
