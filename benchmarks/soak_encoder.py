@@ -87,8 +87,10 @@ RETURNS boolean LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN $3 IS NULL OR
     sbert.proven_original($1, $2, '00000000-0000-0000-0000-000000000007')
 """
 _FENCE = """
-CREATE OR REPLACE FUNCTION sbert.fence_v1(relation regclass, column_name text, fingerprint text)
-RETURNS boolean LANGUAGE sql STABLE AS $$ SELECT true $$
+CREATE OR REPLACE FUNCTION sbert.fence_v1(
+    relation regclass, column_name text, fingerprint text, known uuid DEFAULT NULL)
+RETURNS uuid LANGUAGE sql STABLE AS $$
+    SELECT coalesce(sbert.binding_id_v1($1, $2), '00000000-0000-0000-0000-000000000000') $$
 """
 
 

@@ -60,7 +60,6 @@ FUNCTIONS = (
     "binding_id_v1",
     "require_unswapped_v1",
     "fence_v1",
-    "fence_unbound_v1",
     "proof_v1",
     "proven_v1",
     "seal_v1",

@@ -326,13 +326,19 @@ class QueryVector(VectorType):
         encoder: the column's encoder.
         storage: the column's storage.
         column: schema, table and column that the parameter is compared with, where known.
+        fenced: whether the parameter asks for the column's encoder, and not its statement.
     """
 
     cache_ok = True
 
     def __init__(
-        self, encoder: EncoderSpec, storage: Storage, column: ColumnIdentity | None
+        self,
+        encoder: EncoderSpec,
+        storage: Storage,
+        column: ColumnIdentity | None,
+        fenced: bool = True,
     ) -> None:
+        self.fenced = fenced
         self.encoder = encoder
         self.storage = storage
         self.column = column
@@ -362,7 +368,11 @@ class QueryVector(VectorType):
 
     def bind_expression(self, bindvalue: sa.BindParameter[Any]) -> sa.ColumnElement[Any]:
         """Have the statement itself ask whether the column is still of this encoder."""
-        return guard.fenced(bindvalue, self.column, self.encoder, self)
+        return guard.fenced(bindvalue, self.column if self.fenced else None, self.encoder, self)
+
+    def unfenced(self) -> QueryVector:
+        """The same of a parameter whose statement asks; see ``guard.asked``."""
+        return QueryVector(self.encoder, self.storage, self.column, fenced=False)
 
     def bind_processor(self, dialect: Dialect) -> Callable[[Any], Any]:
         """Encode a text, check a vector."""

@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import sqlalchemy as sa
 from sqlalchemy import event
@@ -33,8 +33,8 @@ from sqlalchemy.types import TypeEngine, UserDefinedType
 from sbert_pg.catalog.binding import installed
 from sbert_pg.catalog.holding import Held, fingerprint_of, hold
 from sbert_pg.catalog.record import Binding, binding_id_of, translated
-from sbert_pg.digest import PROVEN_DIMENSIONS
-from sbert_pg.errors import EncoderMismatchError, SbertPgError
+from sbert_pg.digest import NIL, PROVEN_DIMENSIONS
+from sbert_pg.errors import CatalogError, EncoderMismatchError, SbertPgError
 from sbert_pg.process import ProcessLock
 from sbert_pg.registry import find_encoder
 from sbert_pg.spec import EncoderSpec
@@ -59,12 +59,11 @@ class _Memory:
     """What a process has learned on one dialect, that is, on one engine."""
 
     def __init__(self) -> None:
-        #: Whether the catalog is there; statements compiled while it was not known have no fence.
-        self.installed = False
+        #: Whether the catalog is there, where known.
+        self.installed: bool | None = None
         self.held: dict[_Key, Held] = {}
-        #: What this process was last accepted with, by the name that a statement has for a column;
-        #: of one that was not bound what it has, and ``None`` where no answer holds for long.
-        self.fingerprints: dict[_Key, str | None] = {}
+        #: What this process was last accepted with, by the name that a statement has for a column.
+        self.accepted: dict[_Key, _Accepted] = {}
         self.bindings: dict[tuple[uuid.UUID, EncoderSpec], Held] = {}
         self.unbound: dict[_Key, float] = {}
         self.traced: dict[tuple[uuid.UUID, bool], float] = {}
@@ -73,6 +72,15 @@ class _Memory:
         self.again: WeakKeyDictionary[Connection, tuple[Any, Any]] = WeakKeyDictionary()
         #: What holds until a transaction or savepoint ends.
         self.answers: WeakKeyDictionary[Transaction, dict[Any, Any]] = WeakKeyDictionary()
+
+
+class _Accepted(NamedTuple):
+    """With what a statement asks the catalog whether it may compare vectors with a column."""
+
+    #: Of a column that was not bound what the process has; ``None`` where no answer holds for long.
+    fingerprint: str | None = None
+    #: The binding that the process was compared with, where that holds.
+    known: uuid.UUID | None = None
 
 
 class _Use(NamedTuple):
@@ -87,8 +95,8 @@ class _Use(NamedTuple):
 
 
 _lock = ProcessLock()
-#: What was compiled while nothing was known of a catalog, and asks nothing.
-_unaware: WeakSet[Any] = WeakSet()
+#: Whether a statement was compiled for a database with a catalog: it asks, and fails without one.
+_assumed: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 _memories: WeakKeyDictionary[Dialect, _Memory] = WeakKeyDictionary()
 
 
@@ -110,7 +118,7 @@ def forget(dialect: Dialect) -> None:
     """Ask about every column again at its next use, as after a change of bindings."""
     memory = _memories.get(dialect)
     if memory is not None:
-        known = (memory.held, memory.fingerprints, memory.bindings, memory.unbound, memory.answers)
+        known = (memory.held, memory.accepted, memory.bindings, memory.unbound, memory.answers)
         for each in known:
             each.clear()
 
@@ -169,8 +177,36 @@ def fenced(
     return value if column is None else _Fenced(value, column, spec, type_)
 
 
+class Fence(NamedTuple):
+    """How a statement asks once for what it needs of a column's binding, and not each parameter.
+
+    Attributes:
+        rows: one row with ``id``, never ``NULL``; an error where the column has changed hands.
+        id: the same as the identity of the binding, ``NULL`` where the column has none.
+        type: type of a parameter that does not ask by itself.
+    """
+
+    rows: sa.Subquery
+    id: sa.ColumnElement[Any]
+    type: TypeEngine[Any]
+
+
+def fence_of(column: sa.ColumnElement[Any]) -> Fence | None:
+    """The fence of an embedding column, of a table or alias; ``None`` of any other."""
+    identity, type_ = identity_behind(column), getattr(column.type, "query_type", None)
+    if identity is None or type_ is None:
+        return None
+    query: Any = type_(column)
+    asked = sa.select(_Asked(*_question(identity, query.encoder)).label("id"))
+    rows = asked.offset(sa.literal_column("0")).subquery("nearest_fence")
+    bound = sa.func.nullif(rows.c.id, sa.literal_column(f"'{NIL}'::uuid"))
+    return Fence(rows, bound, query.unfenced())
+
+
 def proven(
-    column: sa.ColumnElement[Any], companion: sa.ColumnElement[Any]
+    column: sa.ColumnElement[Any],
+    companion: sa.ColumnElement[Any],
+    binding_id: sa.ColumnElement[Any] | None = None,
 ) -> sa.ColumnElement[bool]:
     """Whether a row's companion proves its vector: true where the column is not bound.
 
@@ -179,16 +215,11 @@ def proven(
 
     Args:
         column: the embedding column, of a table, alias or subquery.
+        binding_id: identity of the column's binding, where the statement knows it.
     """
-    identity = identity_behind(column)
-    if identity is None:
+    if identity_behind(column) is None:
         return sa.true()
-    return _Proven(
-        column,
-        companion,
-        relation(identity.schema, identity.table),
-        sa.literal(identity.column, sa.Text),
-    )
+    return _Proven(column, companion, bound(column) if binding_id is None else binding_id)
 
 
 def claimed(
@@ -198,11 +229,16 @@ def claimed(
 
     Costs nothing to speak of, so that it can be asked of every row that a search looks at.
     """
+    return sa.true() if identity_behind(column) is None else _Claimed(companion, bound(column))
+
+
+def bound(column: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
+    """Identity of a column's binding, asked once a statement; ``NULL`` where it has none."""
     identity = identity_behind(column)
     if identity is None:
-        return sa.true()
+        return sa.null()
     name = sa.literal(identity.column, sa.Text)
-    return _Claimed(companion, relation(identity.schema, identity.table), name)
+    return _Bound(relation(identity.schema, identity.table), name)
 
 
 def relation(schema: str | None, table: str) -> sa.ColumnElement[Any]:
@@ -228,6 +264,18 @@ class _Fenced(sa.ColumnElement[Any]):
         self.value, self.column, self.spec, self.type = value, column, spec, type_
 
 
+class _Asked(FunctionElement[uuid.UUID]):
+    name = "asked"
+    inherit_cache = True
+    type = sa.Uuid()
+
+
+class _Bound(FunctionElement[uuid.UUID]):
+    name = "bound"
+    inherit_cache = True
+    type = sa.Uuid()
+
+
 class _Proven(FunctionElement[bool]):
     name = "proven"
     inherit_cache = True
@@ -240,23 +288,28 @@ class _Claimed(FunctionElement[bool]):
     type = sa.Boolean()
 
 
-class _Fingerprint(UserDefinedType[str]):
-    """A parameter without a value: the fingerprint with which this process compared itself."""
+class _With(UserDefinedType[str]):
+    """A parameter without a value: with what this process was compared, a field of _Accepted."""
 
     cache_ok = True
 
-    def __init__(self, column: ColumnIdentity, spec: EncoderSpec) -> None:
-        self.column, self.spec = column, spec
+    def __init__(self, column: ColumnIdentity, spec: EncoderSpec, field: str) -> None:
+        self.column, self.spec, self.field = column, spec, field
 
     def get_col_spec(self, **_: object) -> str:
-        return "TEXT"
+        return "UUID" if self.field == "known" else "TEXT"
+
+    def bind_expression(self, bindvalue: sa.BindParameter[Any]) -> sa.ColumnElement[Any]:
+        return sa.cast(bindvalue, self)
 
     def bind_processor(self, dialect: Dialect) -> Callable[[Any], str | None]:
         key = (self.column, self.spec)
 
         def process(_: Any) -> str | None:
             memory = _memories.get(dialect)
-            return None if memory is None else memory.fingerprints.get(key)
+            accepted = _Accepted() if memory is None else memory.accepted.get(key, _Accepted())
+            value = getattr(accepted, self.field)
+            return None if value is None else str(value)
 
         return process
 
@@ -292,12 +345,18 @@ def _write_relation(element: _Relation, compiler: SQLCompiler, **_: Any) -> str:
 
 
 def _aware(compiler: SQLCompiler) -> bool:
-    """Whether the catalog is known to be there; a statement that needs it is noted where not."""
+    """Whether the catalog may be there; before it is executed, that is asked."""
+    watch(compiler.dialect)
     memory = _memories.get(compiler.dialect)
-    aware = memory is not None and memory.installed
-    if not aware:
-        _unaware.add(compiler)
-    return aware
+    _assumed[compiler] = memory is not None and memory.installed is not False
+    return _assumed[compiler]
+
+
+def _question(column: ColumnIdentity, spec: EncoderSpec) -> list[sa.ColumnElement[Any]]:
+    """The arguments with which a statement asks for a column's binding."""
+    types = [sa.Text(), *(_With(column, spec, field) for field in _Accepted._fields)]
+    named = [sa.bindparam(None, column.column, type_, unique=True) for type_ in types]
+    return [relation(column.schema, column.table), *named]
 
 
 @compiles(_Fenced)
@@ -306,29 +365,36 @@ def _write_fenced(element: _Fenced, compiler: SQLCompiler, **options: Any) -> st
         return compiler.process(element.value, **options)
     # Some drivers do not say of which type a parameter is, and CASE would make text of it.
     value = compiler.process(sa.cast(element.value, element.type), **options)
-    relation = compiler.process(_Relation(element.column.schema, element.column.table))
     options.pop("skip_bind_expression", None)
-    name, fingerprint = (
-        compiler.process(sa.bindparam(None, text, type_, unique=True), **options)
-        for text, type_ in (
-            (element.column.column, sa.Text()),
-            (element.column.column, _Fingerprint(element.column, element.spec)),
-        )
-    )
-    return f"(SELECT CASE WHEN {_FENCE}{relation}, {name}, {fingerprint}) THEN {value} END)"
+    asked = compiler.process(_Asked(*_question(element.column, element.spec)), **options)
+    return f"(SELECT CASE WHEN {asked} IS NOT NULL THEN {value} END)"
+
+
+@compiles(_Asked)
+def _write_asked(element: _Asked, compiler: SQLCompiler, **options: Any) -> str:
+    if not _aware(compiler):
+        return f"'{NIL}'::uuid"
+    clauses = (compiler.process(clause, **options) for clause in element.clauses)
+    return f"{_FENCE}{', '.join(clauses)})"
+
+
+@compiles(_Bound)
+def _write_bound(element: _Bound, compiler: SQLCompiler, **options: Any) -> str:
+    if not _aware(compiler):
+        return "NULL::uuid"
+    clauses = (compiler.process(clause, **options) for clause in element.clauses)
+    return f"(SELECT sbert.binding_id_v1({', '.join(clauses)}))"
 
 
 @compiles(_Proven)
 def _write_proven(element: _Proven, compiler: SQLCompiler, **options: Any) -> str:
     if not _aware(compiler):
         return "true"
-    vector, companion, relation, column = (
-        compiler.process(clause, **options) for clause in element.clauses
-    )
+    vector, companion, known = (compiler.process(clause, **options) for clause in element.clauses)
     storage = getattr(element.clauses.clauses[0].type, "storage", "vector")
     return (
         f"sbert.proven_v1({storage}_send(subvector({vector}, 1, {PROVEN_DIMENSIONS})), "
-        f"{companion}, (SELECT sbert.binding_id_v1({relation}, {column})))"
+        f"{companion}, {known})"
     )
 
 
@@ -336,13 +402,11 @@ def _write_proven(element: _Proven, compiler: SQLCompiler, **options: Any) -> st
 def _write_claimed(element: _Claimed, compiler: SQLCompiler, **options: Any) -> str:
     if not _aware(compiler):
         return "true"
-    companion, relation, column = (
-        compiler.process(clause, **options) for clause in element.clauses
-    )
+    companion, known = (compiler.process(clause, **options) for clause in element.clauses)
     # The first half is the proof. The catalog is asked at the first row without one, if ever.
     return (
         f"({companion} > '00000000-0000-0000-ffff-ffffffffffff' "
-        f"OR (SELECT sbert.binding_id_v1({relation}, {column})) IS NULL)"
+        f"OR {known} IS NULL)"
     )
 
 
@@ -367,9 +431,8 @@ def _before_execute(name: str, cursor: Any, statement: str, *rest: Any) -> bool:
         compared = list(_compared(memory, context, statement, uses))
     except SbertPgError as error:
         raise unwrapped(error) from error.__cause__
-    values = _values_of(context) if memory.installed and compiled in _unaware else None
-    if values is not None:
-        _execute_aware(memory, cursor, context, values)
+    if _is_otherwise(memory, context, compiled):
+        _execute_again(memory, cursor, context, _values_of(context))
         return True
     if compared:
         getattr(context.dialect, name)(cursor, statement, *rest)
@@ -377,7 +440,19 @@ def _before_execute(name: str, cursor: Any, statement: str, *rest: Any) -> bool:
     return bool(compared)
 
 
-def _only_reads(context: Any) -> bool:
+def _is_otherwise(memory: _Memory, context: Any, compiled: Any) -> bool:
+    """Whether the catalog that a statement was compiled for is not there, or the reverse."""
+    assumed = _assumed.get(compiled)
+    if assumed is None:
+        return False
+    if memory.installed is None:
+        memory.installed = installed(context.root_connection)
+        if not memory.installed:
+            context.root_connection.engine.clear_compiled_cache()
+    return assumed is not memory.installed
+
+
+def _may_be_repeated(context: Any) -> bool:
     compiled = context.compiled
     writes = compiled.isinsert or compiled.isupdate or compiled.isdelete
     # Of a statement that came compiled there is nothing to compile once more.
@@ -399,13 +474,14 @@ def _require_still_theirs(context: Any, compared: list[tuple[_Use, uuid.UUID]]) 
             )
 
 
-def _values_of(context: Any) -> dict[str, Any] | None:
+def _values_of(context: Any) -> dict[str, Any]:
     """Values of the caller's own parameters for a statement that only reads.
 
-    ``None`` of another one, and where a value went into the text, or is a list of rows.
+    Raises:
+        CatalogError: it is another one, or a value went into the text, or is a list of rows.
     """
-    if not _only_reads(context):
-        return None
+    if not _may_be_repeated(context):
+        raise unwrapped(_not_repeated())
     (row,), values = context.compiled_parameters, {}
     for bind, name in context.compiled.bind_names.items():
         if name != bind.key:
@@ -414,14 +490,21 @@ def _values_of(context: Any) -> dict[str, Any] | None:
         if name in row:
             values[name] = row[name]
         elif isinstance(bind.type, sa.types.TupleType) or bind.literal_execute:
-            return None
+            raise unwrapped(_not_repeated())
         else:
             values[name] = [row[part] for part in parts]
     return values
 
 
-def _execute_aware(memory: _Memory, cursor: Any, context: Any, values: dict[str, Any]) -> None:
-    """Execute a statement as it reads now that the catalog is known, on the cursor that it has."""
+def _not_repeated() -> CatalogError:
+    return CatalogError(
+        "This statement was made before it was known whether its database has the schema sbert, and "
+        "that is otherwise. Nothing was sent; execute it once more."
+    )
+
+
+def _execute_again(memory: _Memory, cursor: Any, context: Any, values: dict[str, Any]) -> None:
+    """Execute a statement as it reads now that this is known, on the cursor that it has."""
     connection = context.root_connection
     options = {**context.execution_options, "compiled_cache": None, "stream_results": False}
     options.pop("yield_per", None)
@@ -484,7 +567,7 @@ def _check(memory: _Memory, connection: Connection, use: _Use, fence: bool) -> H
     key = (translated(connection, use.identity), use.spec)
     name = (use.identity, use.spec)
     held = memory.held.get(key)
-    if held is not None and fence and memory.fingerprints.get(name) == _accepted(held):
+    if held is not None and fence and memory.accepted.get(name) == _accepted(held):
         _leave_trace(memory, connection, held.binding.id, wrote=False)
         return None
 
@@ -496,25 +579,26 @@ def _check(memory: _Memory, connection: Connection, use: _Use, fence: bool) -> H
     held = _once(memory, connection, ("read", key), look)
     if held is not None:
         _leave_trace(memory, connection, held.binding.id, wrote=False)
-        memory.fingerprints[name] = _accepted(held) if held.final else None
-    elif not memory.fingerprints.get(name):
+        memory.accepted[name] = _accepted(held) if held.final else _Accepted()
+    elif not memory.accepted.get(name, _Accepted()).fingerprint:
         # It may be bound the next moment, so the statement asks with what this process has.
         encoder = find_encoder(use.spec)
-        memory.fingerprints[name] = "" if encoder is None else fingerprint_of(encoder)
+        memory.accepted[name] = _Accepted("" if encoder is None else fingerprint_of(encoder))
     return held
 
 
-def _accepted(held: Held) -> str | None:
-    """The fingerprint by which a statement asks for what this process was compared with."""
-    return held.fingerprint or held.binding.fingerprint
+def _accepted(held: Held) -> _Accepted:
+    """With what a statement asks for what this process was compared with."""
+    return _Accepted(held.fingerprint or held.binding.fingerprint, held.binding.id)
 
 
 def _compare(memory: _Memory, connection: Connection, key: _Key) -> Held | None:
     held = hold(connection, *key)
     if not memory.installed and (held is not None or installed(connection)):
+        if memory.installed is False:
+            # What was compiled since then has no fence.
+            connection.engine.clear_compiled_cache()
         memory.installed = True
-        # What was compiled before has no fence.
-        connection.engine.clear_compiled_cache()
     if held is None:
         memory.unbound[key] = time.monotonic()
         return None

@@ -281,7 +281,7 @@ def _with_whole(
     whole = target_of(getattr(declared.document, declared.whole))
     distance = whole.distance(whole.column, right)
     offset = sa.literal_column(str(int(whole.metric.offset)), _F)
-    usable = sa.and_(*whole.comparable(), *whole.proof)
+    usable = sa.and_(*whole.comparable(), *whole.proven(whole.column))
     best = found.c.score
     # A document that is being embedded again has its passages, and perhaps not yet its whole.
     similarity = sa.case((usable, offset - distance), else_=best).label("whole")
@@ -318,7 +318,7 @@ def _best(
     distance = target.distance(passage.embedding, right)
     similarity = target.similarity_from(distance).label("similarity")
     rows: Any = sa.select(passage.id.label("id"), similarity).where(
-        *target.comparable(), *target.proof,
+        *target.comparable(), *target.proven(target.column),
         *(getattr(passage, ours.key) == page.c[name]
           for (ours, _), name in zip(declared.keys, names, strict=True)),
     )  # fmt: skip

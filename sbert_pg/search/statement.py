@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -261,7 +262,9 @@ def _compared(search: Search) -> Nearest:
         # What only the server knows may be no vector: nothing is near to that.
         directed = len(comparable) > 1
         comparable.append(target.directed(search.right) if directed else search.right.is_not(None))
-    made = made.where(*comparable, *target.proof, *_others(search))
+    # Here no part of the statement has asked for the binding.
+    proof = target.proven(target.column)
+    made = made.where(*comparable, *proof, *_others(search))
     if search.furthest is not None:
         made = made.where(distance <= search.furthest)
     made = _correlated(replayed(made, search.narrowing), search)
@@ -314,15 +317,25 @@ def _finished(made: Any, search: Search) -> Nearest:
 
 
 def _query_part(search: Search, vector: Any) -> sa.Select[Any]:
-    """What was asked, as a part of one row."""
+    """What was asked, as a part of one row; it asks the catalog, for the whole statement."""
     assert search.limit is not None
+    fence, binding_id = search.target.fence, search.target.bound
+    if not isinstance(vector, sa.BindParameter):
+        fence = None
+    if fence is not None:
+        # The type is said, since not every driver does.
+        value = sa.cast(sa.type_coerce(vector, fence.type), fence.type)
+        vector, binding_id = sa.case((fence.rows.c.id.is_not(None), value)), fence.id
     columns = [vector.label("vector"), sa.literal(search.limit + search.offset).label("needed")]
+    if search.target.proof:
+        columns.append(binding_id.label("binding"))
     if search.furthest is not None:
         columns.append(sa.literal(search.furthest, sa.Float(53)).label("furthest"))
     names = key_names(SELF, len(search.itself))
     for name, value, key in zip(names, search.itself, search.target.row_key, strict=False):
         columns.append(sa.literal(value, key.type).label(name))
-    return sa.select(*columns)
+    query = sa.select(*columns)
+    return query if fence is None else query.select_from(fence.rows)
 
 
 def _within_part(search: Search, *criteria: Any) -> sa.CTE:
@@ -534,6 +547,15 @@ def _each_compared(search: Search) -> Nearest:
     return _each(search, compared_page(search.target, search.furthest is not None), None)
 
 
+def _one_asks(search: Search) -> Iterator[Any]:
+    """The vectors of several queries; the first that is a parameter asks for the binding."""
+    fence, asked = search.target.fence, False
+    for vector in search.right:
+        parameter = fence is not None and isinstance(vector, sa.BindParameter)
+        yield sa.type_coerce(vector, fence.type) if parameter and asked else vector
+        asked = asked or parameter
+
+
 def _each(search: Search, page: sa.Select[Any], shape: Shape | None) -> Nearest:
     """The nearest of each of several queries."""
     target = search.target
@@ -543,7 +565,7 @@ def _each(search: Search, page: sa.Select[Any], shape: Shape | None) -> Nearest:
             "rest to its subquery, or use exists()."
         )
     queries = (
-        sa.func.unnest(postgresql.array(search.right))
+        sa.func.unnest(postgresql.array(list(_one_asks(search))))
         .table_valued("vector", with_ordinality="number", name="nearest_queries")
         .render_derived()
     )

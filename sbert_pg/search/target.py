@@ -31,6 +31,10 @@ WIDE = 2000
 PARTITIONED = 200
 #: How many of the nearest rows may lack a proof before a page is short by them.
 MARGIN = 100
+#: The identity of the column's binding, of which ``nearest_query`` has asked.
+ASKED: Any = sa.select(
+    sa.table("nearest_query", sa.column("binding", sa.Uuid())).c.binding
+).scalar_subquery()
 
 
 class Target:
@@ -51,9 +55,12 @@ class Target:
         dividing: names of columns that predicates of partial indexes speak of.
         divided: of those that predicates compare with values, as of ``indexes_per``, these values.
         quantized: whether it ranks too coarsely, so that an exact distance ranks again.
+        fence: how the statement asks for the column's binding, where a parameter is compared.
+        bound: identity of the binding, as an expression that asks for it.
         narrows: whether the entity is less than the rows of its table (a mapped subclass).
         proof: that a row's vector is proven to be its binding's, where the column has a companion.
-            It is asked of the rows of an answer alone, since it hashes.
+            It is asked of the rows of an answer alone, since it hashes, and where
+            ``nearest_query`` is known, which has asked for the binding.
     """
 
     def __init__(self, column: Any) -> None:
@@ -67,7 +74,8 @@ class Target:
         self.metric: Metric = metric_for(clause)
         self.label = "similarity"
         self.narrows = False
-        self.proof = self.proven(clause)
+        self.proof = self.proven(clause, ASKED)
+        self.fence, self.bound = guard.fence_of(clause), guard.bound(clause)
         #: Candidates beyond those wanted, since some may not be proven.
         self.margin = MARGIN if self.proof else 0
         #: Finished parts of statements, by what they depend on; see ``statement``.
@@ -169,10 +177,17 @@ class Target:
         proof = [] if companion is None else [guard.claimed(column, companion)]
         return [column.is_not(None), *proof]
 
-    def proven(self, column: sa.ColumnElement[Any]) -> list[sa.ColumnElement[bool]]:
-        """That a row's proof is one of its vector; asked of the column under any name."""
+    def proven(
+        self, column: sa.ColumnElement[Any], binding_id: Any = None
+    ) -> list[sa.ColumnElement[bool]]:
+        """That a row's proof is one of its vector; asked of the column under any name.
+
+        Args:
+            column: the column.
+            binding_id: identity of its binding, where the statement has asked for it: ``ASKED``.
+        """
         companion = companion_of(column)
-        return [] if companion is None else [guard.proven(column, companion)]
+        return [] if companion is None else [guard.proven(column, companion, binding_id)]
 
     def owns(self, element: Any) -> bool:
         """Whether it is a column of the searched rows: not of their table by another name."""

@@ -39,7 +39,7 @@ from sbert_pg.search.looks import (
     settings,
     settings_back,
 )
-from sbert_pg.search.target import Target
+from sbert_pg.search.target import ASKED, Target
 
 #: Part of the rows looked at in which the first has to pass.
 HEAD = 0.3
@@ -165,7 +165,7 @@ class Ways:
     # -- small pieces
 
     def _proof(self) -> list[sa.ColumnElement[bool]]:
-        return [] if self.partial else self.target.proven(self.target.row_column(self.row))
+        return [] if self.partial else self.target.proven(self.target.row_column(self.row), ASKED)
 
     def _carried(self) -> dict[str, Any]:
         column = self.target.row_column(self.row)

@@ -13,7 +13,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, aliased, mapped_col
 from sbert_pg import catalog
 from sbert_pg.catalog import guard
 from sbert_pg.catalog.embedding import Embedding, companion_of
-from sbert_pg.errors import EncoderMismatchError
+from sbert_pg.errors import CatalogError, EncoderMismatchError
 from sbert_pg.orm import embed_on_flush, embedding_column
 from sbert_pg.registry import forget_encoders, use_encoder
 from sbert_pg.search import hybrid, matching, nearest
@@ -402,7 +402,7 @@ def test_what_is_not_proven_can_be_left_out(foreign: sa.Engine) -> None:
 
 @pytest.mark.parametrize(
     "how",
-    ["execute", "session", "stream", "own cache", "parameter", "list", "in the text"],
+    ["execute", "session", "stream", "own cache", "parameter", "list", "in the text", "pairs"],
 )
 def test_the_first_search_of_a_process_leaves_it_out_too(foreign: sa.Engine, how: str) -> None:
     """It was compiled before anything was known of a catalog."""
@@ -419,6 +419,10 @@ def test_the_first_search_of_a_process_leaves_it_out_too(foreign: sa.Engine, how
     elif how == "in the text":
         statement = statement.where(Note.body == sa.bindparam("own", literal_execute=True))
         values["own"] = "a"
+    elif how == "pairs":
+        pair = sa.tuple_(Note.id, Note.body)
+        statement = statement.where(pair.in_(sa.bindparam("pairs", expanding=True)))
+        values["pairs"] = [(1, "a"), (2, "x")]
     elif how == "stream":
         options["yield_per"] = 1
     elif how == "own cache":
@@ -429,6 +433,79 @@ def test_the_first_search_of_a_process_leaves_it_out_too(foreign: sa.Engine, how
             rows = execute(statement, values, execution_options=options)
             assert [getattr(row[0], "id", row[0]) for row in rows] == [1]
     reader.dispose()
+
+
+@pytest.mark.parametrize("how", ["update", "delete", "returning", "insert", "session"])
+def test_a_write_over_the_first_search_of_a_process(foreign: sa.Engine, how: str) -> None:
+    writer = sa.create_engine(foreign.url)
+    near = nearest(Note.embedding, "a", limit=9).with_only_columns(Note.id)
+    statement: Any = sa.delete(Note).where(Note.id.in_(near))
+    if how in ("update", "session"):
+        statement = sa.update(Note).where(Note.id.in_(near)).values(body="changed")
+    elif how == "returning":
+        statement = statement.returning(Note.id)
+    elif how == "insert":
+        bare = sa.table("note", sa.column("id"), sa.column("body"))
+        copied = near.with_only_columns(Note.id + 10, Note.body)
+        statement = bare.insert().from_select(["id", "body"], copied)
+    with Session(writer) as session:
+        execute = session.connection().execute if how != "session" else session.execute
+        result: Any = execute(statement)
+        if how == "returning":
+            assert result.scalars().all() == [1]
+        else:
+            assert result.rowcount == 1
+    writer.dispose()
+
+
+@pytest.mark.parametrize("how", ["read", "list", "in the text", "delete"])
+def test_the_first_search_where_there_is_no_catalog(bare_database_url: sa.URL, how: str) -> None:
+    """It asks a catalog that is not there; what cannot be made once more is not sent."""
+    engine = sa.create_engine(bare_database_url)
+    Base.metadata.create_all(engine)
+    vector = DeterministicEncoder().encode_document(["a"])[0]
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO note (id, body, embedding) VALUES (1, 'a', %s)", (str(vector.tolist()),)
+        )
+    engine.dispose()
+    reader = sa.create_engine(bare_database_url)
+    statement: Any = nearest(Note.embedding, vector, limit=9).with_only_columns(Note.id)
+    values: dict[str, Any] = {}
+    if how == "list":
+        statement = statement.where(Note.body.in_(sa.bindparam("bodies", expanding=True)))
+        values["bodies"] = ["a"]
+    elif how == "in the text":
+        statement = statement.where(Note.body == sa.bindparam("own", literal_execute=True))
+        values["own"] = "a"
+    elif how == "delete":
+        statement = sa.delete(Note).where(Note.id.in_(statement)).returning(Note.id)
+    with reader.begin() as connection:
+        if how in ("in the text", "delete"):
+            with pytest.raises(CatalogError, match="once more"):
+                connection.execute(statement, values)
+        assert connection.execute(statement, values).scalars().all() == [1]
+    reader.dispose()
+
+
+def test_a_catalog_that_comes_while_a_process_runs(bare_database_url: sa.URL) -> None:
+    engine = sa.create_engine(bare_database_url)
+    Base.metadata.create_all(engine)
+    statement = nearest(Note.embedding, [1.0] * 384, limit=9)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO note (id, body, embedding) VALUES (1, 'x', %s)", (str([1.0] * 384),)
+        )
+        assert len(connection.execute(statement).all()) == 1
+    with engine.begin() as connection:
+        catalog.upgrade(connection)
+        binding = catalog.bind(connection, COLUMN)
+        catalog.seal(connection, binding, DeterministicEncoder())
+    guard.forget(engine.dialect)
+    for _ in range(2):
+        with engine.begin() as connection:
+            assert connection.execute(statement).all() == [], "nothing proves the vector"
+    engine.dispose()
 
 
 def test_without_a_catalog_everything_is_proven(bare_database_url: sa.URL) -> None:
