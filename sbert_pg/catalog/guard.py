@@ -404,10 +404,7 @@ def _write_claimed(element: _Claimed, compiler: SQLCompiler, **options: Any) -> 
         return "true"
     companion, known = (compiler.process(clause, **options) for clause in element.clauses)
     # The first half is the proof. The catalog is asked at the first row without one, if ever.
-    return (
-        f"({companion} > '00000000-0000-0000-ffff-ffffffffffff' "
-        f"OR {known} IS NULL)"
-    )
+    return f"({companion} > '00000000-0000-0000-ffff-ffffffffffff' OR {known} IS NULL)"
 
 
 # ---------------------------------------------------------------- what is executed
@@ -498,8 +495,8 @@ def _values_of(context: Any) -> dict[str, Any]:
 
 def _not_repeated() -> CatalogError:
     return CatalogError(
-        "This statement was made before it was known whether its database has the schema sbert, and "
-        "that is otherwise. Nothing was sent; execute it once more."
+        "This statement was made before it was known whether its database has the schema sbert, "
+        "and that is otherwise. Nothing was sent; execute it once more."
     )
 
 

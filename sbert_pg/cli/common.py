@@ -206,8 +206,11 @@ def database(
     if url is None and variables and any(os.environ.get(name) for name in _OF_LIBPQ):
         url = "postgresql://"  # libpq takes the rest from its variables too
     if url is not None:
-        options = {"pool_pre_ping": True, "connect_args": LASTING} if lasting else {}
-        engine = sa.create_engine(normalized_url(url), **options)
+        # Said, since from a database in SQL_ASCII psycopg gives texts as bytes otherwise.
+        arguments = {"client_encoding": "utf8", **(LASTING if lasting else {})}
+        engine = sa.create_engine(
+            normalized_url(url), pool_pre_ping=lasting, connect_args=arguments
+        )
         try:
             yield engine
         finally:

@@ -14,7 +14,7 @@ from sbert_pg import catalog
 from sbert_pg.catalog import Binding, tables
 from sbert_pg.catalog.binding import installed, require_all_rows
 from sbert_pg.freshness import claims
-from sbert_pg.freshness.labels import BACKFILL, CHANGED, label_from, label_of, shown
+from sbert_pg.freshness.labels import BACKFILL, CHANGED, label_from, shown
 from sbert_pg.freshness.rows import rows_of
 from sbert_pg.registry import token_counter
 from sbert_pg.row_vectors import count_cut
@@ -294,18 +294,20 @@ def failures(
 ) -> list[Failure]:
     """Rows of a column that could not be embedded, in the order of their keys.
 
+    Values are spelt as workers spell them for the rest of the transaction (``DateStyle`` and such).
+
     Args:
         binding: the column.
         limit: most rows to return.
         skipped: include rows that an operator has decided to leave.
     """
     require_all_rows(connection, binding)
-    table = binding.clause()
-    keys = [table.c[name] for name in binding.key_columns]
+    rows = rows_of(connection, binding)
+    rows.prepare(connection, plans=False)
     failed = (
-        sa.select(label_of(keys).label("label"))
-        .where(binding.expressions.on(table, "failed"))
-        .order_by(*keys)
+        sa.select(rows.label.label("label"))
+        .where(binding.expressions.on(rows.table, "failed"))
+        .order_by(*rows.keys)
         .limit(limit)
         .subquery()
     )

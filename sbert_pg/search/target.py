@@ -31,6 +31,9 @@ WIDE = 2000
 PARTITIONED = 200
 #: How many of the nearest rows may lack a proof before a page is short by them.
 MARGIN = 100
+#: Parts of a statement, which would stand for a table of their name.
+_PARTS = ("query", "within", "page", "sample", "plan", "near", "far", "judged_near", "judged_far")
+_OWN_NAMES = {f"nearest_{part}" for part in _PARTS}
 #: The identity of the column's binding, of which ``nearest_query`` has asked.
 ASKED: Any = sa.select(
     sa.table("nearest_query", sa.column("binding", sa.Uuid())).c.binding
@@ -134,6 +137,11 @@ class Target:
             return
         if self.mapper is not None:
             self.key = [self._attribute(c) for c in row_key]
+        if table.name in _OWN_NAMES and table.schema is None:
+            raise DeclarationError(
+                f"nearest() has a part named {table.name} in its statements, as this table is. "
+                "Give the table its schema (schema=...), which tells the two apart."
+            )
         self.table, self.row_key, self.index = table, row_key, index_on(self.column)
         self._base = base
         if self.index is not None:

@@ -453,6 +453,8 @@ def test_a_write_over_the_first_search_of_a_process(foreign: sa.Engine, how: str
         result: Any = execute(statement)
         if how == "returning":
             assert result.scalars().all() == [1]
+        elif how == "insert":
+            assert session.scalars(sa.select(Note.id).where(Note.id > 10)).all() == [11]
         else:
             assert result.rowcount == 1
     writer.dispose()

@@ -261,6 +261,39 @@ def test_failures_and_retry(connection: Connection, binding: catalog.Binding) ->
     assert pending(connection, binding) == [1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("type_", "value", "shown"),
+    [
+        ("date", "2026-03-04", "2026-03-04"),
+        ("timestamptz", "2026-03-04 05:06:07+00", "2026-03-04 05:06:07+00"),
+        ("interval", "1 year 2 days", "1 year 2 days"),
+        ("bytea", r"\x0f", r"\x0f"),
+    ],
+)
+def test_failures_are_named_alike_however_values_are_spelt(
+    connection: Connection, type_: str, value: str, shown: str
+) -> None:
+    connection.exec_driver_sql("DROP TABLE note")
+    connection.exec_driver_sql(
+        f"CREATE TABLE note (id {type_} PRIMARY KEY, title text, e vector(3))"
+    )
+    binding = catalog.bind(connection, IDENTITY, SPEC, Source.of("title"))
+    connection.execute(
+        sa.text(f"INSERT INTO note VALUES (CAST(:v AS {type_}), 'text')"), {"v": value}
+    )
+    make_fail(connection, binding, f'["{shown}"]'.replace("\\", "\\\\"))
+    spelt = {
+        "DateStyle": "SQL, DMY", "IntervalStyle": "iso_8601", "TimeZone": "Asia/Tokyo",
+        "bytea_output": "escape",
+    }  # fmt: skip
+    for name, setting in spelt.items():
+        connection.execute(sa.select(sa.func.set_config(name, setting, False)))
+    connection.commit()
+    [one] = failures(connection, binding)
+    assert (one.key, one.failed, one.error) == (shown, True, "too odd")
+    assert retry(connection, binding, [one.key]) == 1
+
+
 def test_a_failed_row_without_a_record_is_shown_as_well(
     connection: Connection, binding: catalog.Binding
 ) -> None:

@@ -274,3 +274,25 @@ def test_a_search_passes_few_modules() -> None:
         filtered = modules_of(lambda: nearest(thing.c.vec, QUERY).where(lang), leave_out=())
     # Eight for the search, and one that is asked whether passages are searched.
     assert max(len(plain), len(filtered)) <= 9, sorted(plain | filtered)
+
+
+@pytest.mark.parametrize(
+    "name", ["nearest_query", "nearest_within", "nearest_near", "nearest_page"]
+)
+def test_a_table_that_is_called_as_a_part_of_the_statement(engine: sa.Engine, name: str) -> None:
+    def made(schema: str | None) -> sa.Table:
+        columns = [sa.Column("id", sa.Integer, primary_key=True), sa.Column("vec", Vector(3))]
+        return sa.Table(name, sa.MetaData(), *columns, hnsw_index("i", "vec"), schema=schema)
+
+    with pytest.raises(DeclarationError, match="schema="):
+        nearest(made(None).c.vec, QUERY)
+    told_apart = made("public")
+    told_apart.create(engine)
+    with engine.begin() as connection:
+        connection.execute(told_apart.insert(), [{"id": n, "vec": [n, 1, 0]} for n in (1, 2, 3)])
+        for search in (
+            nearest(told_apart.c.vec, QUERY),
+            nearest(told_apart.c.vec, QUERY, exact=True),
+        ):
+            for one in (search, search.where(told_apart.c.id > 0)):
+                assert len(connection.execute(one).all()) == 3
