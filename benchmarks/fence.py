@@ -4,9 +4,10 @@
 
 Ten rows at a time, prepared, in two forms: a bare scan of the HNSW index, with the vector as a
 plain parameter and as it is sent in an expression of one's own; and the statement of ``nearest``,
-as it is and with the answer of the catalog as a constant. Blocks of searches are interleaved; printed are microseconds of the server's CPU time a
-search (medians of the blocks) and the median of the ratios of neighbouring blocks. CPU time, since
-other programs may share the machine. Runs on an embedded server of its own.
+as it is and with the answer of the catalog as a constant. Blocks of searches are interleaved;
+printed are microseconds of the server's CPU time a search (medians of the blocks) and the median of
+the ratios of neighbouring blocks. CPU time, since other programs may share the machine. Runs on an
+embedded server of its own.
 """
 
 from __future__ import annotations
