@@ -551,9 +551,9 @@ def _one_asks(search: Search) -> Iterator[Any]:
     """The vectors of several queries; the first that is a parameter asks for the binding."""
     fence, asked = search.target.fence, False
     for vector in search.right:
-        parameter = fence is not None and isinstance(vector, sa.BindParameter)
-        yield sa.type_coerce(vector, fence.type) if parameter and asked else vector
-        asked = asked or parameter
+        if fence is not None and isinstance(vector, sa.BindParameter):
+            vector, asked = (sa.type_coerce(vector, fence.type) if asked else vector), True
+        yield vector
 
 
 def _each(search: Search, page: sa.Select[Any], shape: Shape | None) -> Nearest:

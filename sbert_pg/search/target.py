@@ -137,11 +137,7 @@ class Target:
             return
         if self.mapper is not None:
             self.key = [self._attribute(c) for c in row_key]
-        if table.name in _OWN_NAMES and table.schema is None:
-            raise DeclarationError(
-                f"nearest() has a part named {table.name} in its statements, as this table is. "
-                "Give the table its schema (schema=...), which tells the two apart."
-            )
+        _require_a_name_of_its_own(table)
         self.table, self.row_key, self.index = table, row_key, index_on(self.column)
         self._base = base
         if self.index is not None:
@@ -297,6 +293,14 @@ class Target:
                 "or search with its text."
             )
         return identity
+
+
+def _require_a_name_of_its_own(table: sa.Table) -> None:
+    if table.name in _OWN_NAMES and table.schema is None:
+        raise DeclarationError(
+            f"nearest() has a part named {table.name} in its statements, as this table is. "
+            "Give the table its schema (schema=...), which tells the two apart."
+        )
 
 
 def _require_direction(vector: WireVector) -> None:
