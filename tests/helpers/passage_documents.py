@@ -90,10 +90,12 @@ def work(engine: sa.Engine, base: type[DeclarativeBase] = Base) -> int:
     )
 
 
-def require_whole(engine: sa.Engine, encoder: DeterministicEncoder) -> None:
+def require_whole(
+    engine: sa.Engine, encoder: DeterministicEncoder, cls: type[Any] = Document
+) -> None:
     """Every document has the passages of its text as it is, each with the vector of its part."""
     with Session(engine) as session:
-        for document in session.scalars(sa.select(Document)):
+        for document in session.scalars(sa.select(cls)):
             if document.title is None and document.body is None:
                 assert not document.passages, document.id
                 continue
