@@ -17,6 +17,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -27,16 +28,25 @@ import sqlalchemy as sa
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from sbert_pg import create_all, embedding_column, hnsw_index, load, nearest, use_encoder
+from sbert_pg.catalog import bind, require_binding
+from sbert_pg.clustering import KMeans, cluster, clusters_of, duplicate_pairs
 from sbert_pg.embedded import embedded_server
-from sbert_pg.freshness import backfill, status
+from sbert_pg.freshness import audit, backfill, refresh, status
 from sbert_pg.indexes.build import build_index
+from sbert_pg.source import Source
 from sbert_pg.testing import DeterministicEncoder
+from sbert_pg.tuning.evaluation import evaluate
+from sbert_pg.types.identity import ColumnIdentity
 
 SETTINGS = {
     "shared_buffers": "4GB", "maintenance_work_mem": "4GB", "max_wal_size": "16GB",
     "synchronous_commit": "off",
 }  # fmt: skip
 CENTRES, QUERIES, TOPICS = 1_000, 40, 200
+DRAINED, PAIRS = 2_000, 1_000
+#: Each row is searched for once, which takes hours beyond.
+MOST_FOR_PAIRS = 100_000
+COPIED = ColumnIdentity("public", "copied", "embedding")
 
 
 class GivenVectors(DeterministicEncoder):
@@ -119,9 +129,10 @@ def measure(engine: sa.Engine, encoder: GivenVectors, rows: int, figures: Figure
             "deterministic", source="body", dimensions=encoder.spec.dimensions
         )
 
+    table = Item.__table__
+    topics = clusters_of(Item.embedding)
     with engine.begin() as connection:
         create_all(connection, Base.metadata)
-    table = Item.__table__
     given = (
         {"id": n, "topic": n % CENTRES % TOPICS, "body": f"row {n}", "embedding": vector}
         for first in range(0, rows, 1_000)
@@ -166,6 +177,24 @@ def measure(engine: sa.Engine, encoder: GivenVectors, rows: int, figures: Figure
             figures.add(f"nearest of {name} topic, recall@10", statistics.mean(shares))
     with engine.connect() as connection:
         figures.median("status, s", lambda _: status(connection), 5)
+        figures.median("status, all rows counted, s", lambda _: status(connection, exact=True), 1)
+        binding = require_binding(connection, table.c.embedding)
+    with figures.of("audit of 1,000 rows, s"):
+        audit(engine, binding, encoder)
+    pairs = [(f"row {10**9 + n}", next(iter(right[n]))) for n in range(QUERIES)] * (
+        PAIRS // QUERIES
+    )
+    with figures.of(f"evaluate {PAIRS:,} pairs, s"):
+        evaluate(engine, {"nearest": lambda questions: nearest(Item.embedding, questions)}, pairs)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"UPDATE item SET embedding_of = NULL WHERE id < {DRAINED}")
+    with figures.of(f"drain of {DRAINED:,} rows beside an index, s"):
+        refresh(engine)
+    with figures.of("k-means, 100 clusters, s"):
+        cluster(engine, topics, KMeans(100), keywords=False)
+    if rows <= MOST_FOR_PAIRS:
+        with figures.of("near-duplicates by the index, s"), engine.connect() as connection:
+            deque(duplicate_pairs(connection, Item.embedding, method="index"), maxlen=0)
     with engine.begin() as connection:
         connection.exec_driver_sql("DROP INDEX ix_item_embedding")
         with figures.of("make all pending, s"):
@@ -174,6 +203,15 @@ def measure(engine: sa.Engine, encoder: GivenVectors, rows: int, figures: Figure
         connection.exec_driver_sql("VACUUM ANALYZE item")
     with figures.of("backfill without an index, s"):
         backfill(engine, table.c.embedding)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE copied AS SELECT id, body FROM item")
+        vector = f"vector({encoder.spec.dimensions})"
+        connection.exec_driver_sql(
+            f"ALTER TABLE copied ADD PRIMARY KEY (id), ADD embedding {vector}"
+        )
+        with figures.of("bind a table that is there, s"):
+            bind(connection, COPIED, encoder.spec, Source.of("body"))
+        connection.exec_driver_sql("DROP TABLE copied")
     with engine.begin() as connection:
         Base.metadata.drop_all(connection)
         connection.exec_driver_sql("SELECT sbert.prune_v1()")
