@@ -22,9 +22,6 @@ PICTURES = {
     "explore-topics": ("/topics?", "light", 1100, "ol.topics li"),
     "explore-map": ("/map?", "light", 1280, "#map[data-rows]"),
     "explore-map-dark": ("/map?", "dark", 1280, "#map[data-rows]"),
-    "explore-change": ("/change?", "light", 1000, "main *"),
-    "explore-health": ("/health?", "light", 1100, "table"),
-    "explore-search-narrow": (f"?q={QUESTION}", "dark", 420, "section[data-kind=exact] li"),
 }
 
 

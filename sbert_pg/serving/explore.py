@@ -29,7 +29,7 @@ from sbert_pg.serving.exposed import Exposed, Question, Shown
 from sbert_pg.serving.html import Html, guarded, h, page
 from sbert_pg.serving.http import JSON, RefusedError, json_bytes, refusal_of
 from sbert_pg.serving.points import points
-from sbert_pg.serving.states import changes, health
+from sbert_pg.serving.states import Pace, changes, health
 from sbert_pg.serving.topics import members, no_topics, overview
 
 #: Rows of a list, and rows that a lasso shows.
@@ -67,6 +67,7 @@ class Explorer:
         self._diagnose = diagnose
         self._reranker = reranker
         self._queries = queries
+        self._pace = Pace()
 
     def views(self) -> dict[str, Callable[[QueryParams], Response]]:
         """The pages and what they load, by path."""
@@ -186,7 +187,7 @@ class Explorer:
 
     def change(self, query: QueryParams, name: str) -> Iterator[Any]:
         """Changes of encoder that are under way."""
-        return changes(self._shown, query, self._queries)
+        return changes(self._shown, query, self._pace, self._queries)
 
     def health(self, query: QueryParams, name: str) -> Iterator[Any]:
         """Columns, failed rows, and what the doctor finds."""

@@ -91,14 +91,19 @@ def _values(values: Iterable[Any]) -> Callable[[Any], tuple[int, Group]]:
     nothing = VALUES + 1, {"label": "no value", "colour": _GREY}
     in_order = len(counts) > VALUES and all(isinstance(value, _ORDERED) for value in counts)
     group_of = _by_range(counts) if in_order else _by_frequency(counts)
-    return lambda value: nothing if value is None else group_of(_hashable(value))
+
+    def of(value: Any) -> tuple[int, Group]:
+        known = _hashable(value)
+        return nothing if known is None else group_of(known)
+
+    return of
 
 
 def _by_range(counts: Counter[Any]) -> Callable[[Any], tuple[int, Group]]:
     ranges = _ranges(sorted(counts.elements()))
     lows = [low for low, _ in ranges]
     known = [
-        (rank, {"label": f"{low} – {high}", "colour": colour})
+        (rank, {"label": f"{_shown(low)} – {_shown(high)}", "colour": colour})
         for rank, ((low, high), colour) in enumerate(zip(ranges, _shades(len(ranges)), strict=True))
     ]
     return lambda value: known[bisect_right(lows, value) - 1]
@@ -132,8 +137,14 @@ def _shades(number: int) -> list[str]:
 
 
 def _hashable(value: Any) -> Any:
-    """A value itself, or as text where it is an array or a document."""
-    return value if isinstance(value, Hashable) else str(value)
+    """A value itself, as text where it is an array or a document; not a number is no value."""
+    if not isinstance(value, Hashable):
+        return str(value)
+    return value if value == value else None
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, (float, Decimal)) else str(value)
 
 
 def _floats(values: array[float]) -> str:

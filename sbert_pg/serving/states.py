@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 from urllib.parse import urlencode
 
@@ -27,8 +29,28 @@ MEASURED_ROWS = 200_000
 ASKED, CHANGED = 100, 10
 
 
+class Pace:
+    """How long a backfill still takes, from what was to go when a page last saw more of it."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, tuple[float, int]] = {}
+
+    def left(self, column: str, missing: int) -> str:
+        """A sentence on the time that is left; nothing where nothing is to go."""
+        now = time.monotonic()
+        start, most = self._first.setdefault(column, (now, missing))
+        if missing > most:
+            start, most = self._first[column] = now, missing
+        if missing == 0:
+            return ""
+        if missing == most:
+            return "Reload this page for the time that is left."
+        seconds = round(missing * (now - start) / (most - missing))
+        return f"About {timedelta(seconds=seconds)} left, at the pace since this page saw {most:,}."
+
+
 def changes(
-    shown: Shown, query: QueryParams, queries: Sequence[LabelledQuery] = ()
+    shown: Shown, query: QueryParams, pace: Pace, queries: Sequence[LabelledQuery] = ()
 ) -> Iterator[Any]:
     """Changes of encoder that are under way; labelled questions are asked of both columns."""
     with shown.connected() as connection:
@@ -46,7 +68,8 @@ def changes(
         return
     for binding, state in states:
         yield h("h2", f"{state.table}: {state.old} → {state.new}", dir="auto")
-        yield _changing(shown, state, binding, known, rows[str(binding)], query, queries)
+        left = pace.left(str(binding), state.coverage.missing)
+        yield _changing(shown, state, binding, known, rows[str(binding)], left, query, queries)
 
 
 def _changing(
@@ -55,6 +78,7 @@ def _changing(
     binding: Binding,
     known: Mapping[str, ColumnStatus],
     rows: int | None,
+    left: str,
     query: QueryParams,
     queries: Sequence[LabelledQuery],
 ) -> Iterator[Any]:
@@ -62,7 +86,7 @@ def _changing(
     old = known.get(f"{binding.schema}.{binding.table}.{state.old}")
     if new is not None and old is not None:
         yield h("p", f"{old.encoder} → {new.encoder}", class_="faint", dir="auto")
-    yield _progress(state, rows)
+    yield _progress(state, rows, left)
     bound = {t.bound: t for t in shown.tables().values()}
     pair = [bound[one.column] for one in (old, new) if one is not None and one.column in bound]
     measured = query.get("measure") == str(binding)
@@ -73,7 +97,7 @@ def _changing(
         yield _both(shown, pair, query)
 
 
-def _progress(state: reembed.Status, rows: int | None) -> Iterator[Any]:
+def _progress(state: reembed.Status, rows: int | None, left: str) -> Iterator[Any]:
     """The steps, what is to go, and the command for the next step."""
     steps = ["begin", "backfill", "verify", "switch", "finish"]
     reached = 1 if state.state != "ready" else 2
@@ -88,6 +112,8 @@ def _progress(state: reembed.Status, rows: int | None) -> Iterator[Any]:
         share = max(0.0, 1 - missing / rows)
         yield h("progress", max="1", value=f"{share:.4f}")
         yield h("p", f"{share:.1%} of about {rows:,} rows; {missing:,} to go.")
+    if left:
+        yield h("p", left, class_="faint", id="left")
     yield h("p", "Index: ", ", ".join(state.new_indexes) or "none that is valid", "; ",
             "being built: " + ", ".join(state.building) if state.building else "none is built",
             ".", class_="faint")  # fmt: skip
@@ -205,10 +231,10 @@ def health(shown: Shown, diagnose: Callable[[sa.Connection], Iterable[Any]]) -> 
     ]  # fmt: skip
     yield h("h2", "Columns")
     heads = ("column", "encoder", "state", "rows", "embedded", "pending", "backfill", "failed",
-             "index", "worker")  # fmt: skip
+             "cut texts", "index", "worker")  # fmt: skip
     yield table(heads, ([
         c.column, c.encoder, c.state, _number(c.rows), _number(c.embedded),
-        _number(c.pending), _number(c.backfill), _number(c.failed), c.index,
+        _number(c.pending), _number(c.backfill), _number(c.failed), _number(c.truncated), c.index,
         "never" if c.age is None else f"caught up {c.age:,.0f} s ago",
     ] for c in columns))  # fmt: skip
     for column, rows in failed.items():

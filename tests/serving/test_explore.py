@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -361,6 +362,7 @@ def test_a_change_under_way(browser: Any, changing: sa.Engine) -> None:
         tab.get_by_role("heading", name="embedding → embedding_next").wait_for()
         tab.get_by_text("all-MiniLM-L6-v2 → next").wait_for()
         assert "; 6 to go." in tab.locator("main").inner_text()
+        assert tab.locator("#left").inner_text().startswith("Reload")
         assert float(tab.locator("progress").get_attribute("value")) == pytest.approx(0.75)
         assert tab.locator(".steps .now").inner_text() == "backfill"
         assert "sbert-pg backfill" in tab.locator("code.command").first.inner_text()
@@ -382,6 +384,12 @@ def test_a_change_under_way(browser: Any, changing: sa.Engine) -> None:
         tab.goto("/explore/change")
         assert "; 0 to go." in tab.locator("main").inner_text()
         assert "verify" in tab.locator(".steps .now").inner_text()
+        assert tab.locator("#left").count() == 0
+        with changing.begin() as connection:
+            connection.execute(sa.update(Note).where(Note.id <= 3).values(body="Shifts"))
+        tab.goto("/explore/change")
+        left = tab.locator("#left").inner_text()
+        assert re.fullmatch(r"About \d+:\d\d:\d\d left, at the pace since this page saw 6\.", left)
         context.close()
 
 
