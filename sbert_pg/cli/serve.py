@@ -250,8 +250,9 @@ def _all_bound(connection: sa.Connection) -> list[str]:
     bindings = sorted(catalog.all_bindings(connection), key=str)
     if not bindings:
         raise DeclarationError(
-            "No embedding column is bound in this database; 'sbert-pg load TABLE FILE --create' "
-            "makes a table with one, and 'sbert-pg demo --explore' fills one to look at."
+            "No embedding column is bound in this database whose table this role may read; "
+            "'sbert-pg load TABLE FILE --create' makes a table with one, GRANT SELECT lets the role "
+            "read it, and 'sbert-pg demo --explore' fills one to look at."
         )
     tables = [b.table for b in bindings]
     columns = [(b.table, b.column) for b in bindings]
