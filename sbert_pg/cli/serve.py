@@ -251,7 +251,7 @@ def _all_bound(connection: sa.Connection) -> list[str]:
     if not bindings:
         raise DeclarationError(
             "No embedding column is bound in this database whose table this role may read; "
-            "'sbert-pg load TABLE FILE --create' makes a table with one, GRANT SELECT lets the role "
+            "'sbert-pg load TABLE FILE --create' makes a table with one, GRANT SELECT lets a role "
             "read it, and 'sbert-pg demo --explore' fills one to look at."
         )
     tables = [b.table for b in bindings]
