@@ -252,7 +252,7 @@ def statement_of(search: Search) -> Nearest:
 def _compared(search: Search) -> Nearest:
     """Every row that passes is compared, and the nearest are taken."""
     target = search.target
-    told_apart = len(target.key) == 1 if search.joins else bool(target.key)
+    told_apart = len(target.key) == 1 if _criteria_of(search)[0] else bool(target.key)
     if target.proof and search.limit and told_apart:
         return _compared_then_proven(search)
     distance = target.distance(target.column, search.right)
@@ -269,7 +269,7 @@ def _compared(search: Search) -> Nearest:
         made = made.where(distance <= search.furthest)
     made = _correlated(replayed(made, search.narrowing), search)
     # Adding zero keeps an index, whose settings are not made, from serving the order.
-    made = made.order_by(distance + sa.literal_column("0"), *target.key)
+    made = made.order_by(distance + sa.literal_column("0"), *target.key, *_partners(search))
     if search.limit is not None:
         made = made.limit(search.limit)
     if search.offset:
@@ -281,7 +281,7 @@ def _compared_then_proven(search: Search) -> Nearest:
     """The same; the proof is asked of the rows that are taken, not of all."""
     target, bounded = search.target, search.furthest is not None
     parts = [_asked(search).cte("nearest_query"), _within_part(search, *_others(search))]
-    if search.joins:
+    if _criteria_of(search)[0]:
         parts.append(compared_page(target, bounded).cte("nearest_page"))
         return _finished(_cut(_joined_page(search), search, parts), search)
     if bounded not in target.prepared:
@@ -299,7 +299,35 @@ def _joined_page(search: Search) -> Any:
     vector = sa.select(named("nearest_query", "vector").c.vector).scalar_subquery()
     similarity = target.similarity_from(target.distance(target.column, vector))
     made = replayed(Nearest(*target.selected, similarity), search.narrowing)
-    return made.where(*taken, *target.proof).order_by(similarity.desc(), *target.key)
+    made = made.where(*taken, *target.proof).order_by(similarity.desc(), *target.key)
+    return made.order_by(*_partners(search))
+
+
+def _partners(search: Search) -> list[Any]:
+    """What tells the partners apart that a row may have by joins, for an order of all pairs.
+
+    Keys of the other tables, or what can be ordered of their columns: pairs that are equal in these
+    differ in nothing that pages could repeat or miss.
+    """
+    target = search.target
+    if not _criteria_of(search)[0]:
+        return []
+    origin = target.key[0] if target.key else target.column
+    joined = replayed(sa.select(origin), search.narrowing).get_final_froms()
+    order: list[Any] = []
+    while joined:
+        one = joined.pop(0)
+        if isinstance(one, sa.Join):
+            joined += [one.left, one.right]
+        elif one not in tables_of(target.column):
+            order += one.primary_key or [c for c in one.c if _orderable(c.type)]
+    return order
+
+
+def _orderable(type_: Any) -> bool:
+    """Whether PostgreSQL surely orders the values of a type; ``json`` and shapes it does not."""
+    plain = (sa.String, sa.Numeric, sa.Integer, sa.Boolean, sa.Date, sa.DateTime, sa.Uuid)
+    return isinstance(getattr(type_, "impl_instance", type_), plain)
 
 
 def _others(search: Search) -> list[sa.ColumnElement[bool]]:
@@ -442,6 +470,7 @@ def _by_ways(search: Search, shape: Shape) -> Nearest:
     page = named("nearest_page", *key_names(KEY, len(target.key)), DISTANCE, WAY)
     made = Nearest(*target.selected, target.similarity_from(page.c[DISTANCE]))
     made = _ordered(replayed(made, search.narrowing), target, page).where(*_of_few(target, page))
+    made = made.order_by(*_partners(search))
     return _finished(_cut(made, search, parts), search)
 
 

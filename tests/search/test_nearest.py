@@ -213,6 +213,32 @@ def test_joins_to_many_give_each_pair_once(indexed: Shop, session: Session, exac
     assert len(rows) == len({row[2] for row in rows}) == with_vector
 
 
+@pytest.mark.parametrize("options", [{}, {"exact": True}])
+@pytest.mark.parametrize("implied", [False, True])
+def test_pages_of_pairs_follow_each_other(
+    indexed: Shop, session: Session, options: dict[str, Any], implied: bool
+) -> None:
+    """However the server joins: where partners have no order, each page has another one."""
+    article, tag = indexed.Article, indexed.Tag
+    statement = nearest(article.embedding, "shipping gift", limit=5, **options)
+    if implied:
+        statement = statement.where(tag.article_id == article.id)
+    else:
+        statement = statement.join(article.tags)
+    statement = statement.add_columns(tag.id)
+    wanted = [row[2] for row in session.execute(statement.limit(200))]
+    found = []
+    for offset in range(0, len(wanted), 5):
+        for way in ("hashjoin", "nestloop", "mergejoin"):
+            off = offset % 3 == ("hashjoin", "nestloop", "mergejoin").index(way)
+            session.execute(sa.text(f"SET LOCAL enable_{way} = {'off' if off else 'on'}"))
+        # The rows move within the table, as they do in any that is written to.
+        session.execute(sa.update(tag).where(tag.id == 1 + offset % 7).values(name=f"{offset}"))
+        found += [row[2] for row in session.execute(statement.offset(offset))]
+    assert found == wanted
+    assert len(set(found)) == len(wanted)
+
+
 def test_loader_options(
     indexed: Shop, session: Session, fake_encoder: DeterministicEncoder
 ) -> None:
