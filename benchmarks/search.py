@@ -13,7 +13,8 @@ microseconds, the processor time of the client (tenth percentile, which other lo
 touches least), and recall@10 against exact search.
 
 A second table has filters by relation and share kept: none, drawn at random, the topics farthest
-from the query, all but the nearest topics, the query's own topic, and two filters at once. It gives
+from the query, all but the nearest topics, the query's own topic, two filters at once, tenants by
+equality, by a join, by ``IN (SELECT ...)`` and by ``EXISTS``, and an aggregated subquery. It gives
 recall@10 (mean and worst query) and the median time of ``nearest``, of exact search, and of plain
 ``ORDER BY ... LIMIT`` by pgvector's iterative scan with ``ef_search`` 100 and twice as many rows,
 all of the index that ``--index`` names.
@@ -41,7 +42,7 @@ import numpy as np
 import psycopg
 import sqlalchemy as sa
 from server_cpu import cpu_seconds
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, aliased, mapped_column
 
 import sbert_pg
 from sbert_pg import catalog, create_all, embedding_column, hnsw_index, ivfflat_index, load, nearest
@@ -544,6 +545,15 @@ class Related:
             keep = self.tenant_part[tenant] == part
             joined = [("join", Tenant, Tenant.id == Item.tenant), Tenant.part == part]
             yield f"tenants of {part:.2%} each, by a join", joined, keep
+        keep = self.tenant_part[tenant] == TENANTS[2][0]
+        theirs = sa.select(Tenant.id).where(Tenant.part == TENANTS[2][0])
+        yield "tenants of 5 % each, by IN (SELECT)", [Item.tenant.in_(theirs)], keep
+        exists = theirs.where(Tenant.id == Item.tenant).correlate(Item).exists()
+        yield "tenants of 5 % each, by EXISTS", [exists], keep
+        other, usual = aliased(Item), int(np.median(self.sizes[self.made.family]))
+        large = sa.select(other.family).group_by(other.family).having(sa.func.count() > usual)
+        keep = self.sizes[self.made.family] > usual
+        yield "large families, by an aggregated subquery", [Item.family.in_(large)], keep
 
 
 def narrowed(statement: Any, calls: list[Any]) -> Any:
@@ -566,14 +576,51 @@ def plain_search(query: np.ndarray, calls: list[Any]) -> Any:
     return narrowed(sa.select(Item).where(once), calls).order_by(order).limit(20)
 
 
-def filtered(engine: sa.Engine, made: Rows, queries: np.ndarray, timed: int) -> list[Row]:
+def alone(engine: sa.Engine, autocommit: bool) -> sa.Engine:
+    """Connections whose processes do all of the work themselves, so that it can be measured."""
+    options = f"-c max_parallel_workers_per_gather=0 -c hnsw.ef_search={EF_SEARCH}"
+    made = sa.create_engine(engine.url, connect_args={"options": options})
+    return made.execution_options(isolation_level="AUTOCOMMIT") if autocommit else made
+
+
+def unfiltered(engine: sa.Engine, queries: np.ndarray) -> list[Row]:
+    """The server's processor time of a search without a filter, beside the index scan alone.
+
+    In turns, each prepared (psycopg does it from the sixth time on) and parsed each time.
+    """
+    rows = []
+    for prepared in (True, False):
+        with alone(engine, prepared).connect() as connection:
+            driver: Any = connection.connection.driver_connection
+            driver.prepare_threshold = 5 if prepared else None
+            pid = connection.scalar(sa.select(sa.func.pg_backend_pid()))
+            columns = [Item.id, Item.title, Item.lang]
+            spent: dict[str, list[float]] = {"nearest": [], "plain": []}
+            for query in np.concatenate([queries[:8], queries]):
+                distance = Item.embedding.distance(query)
+                plain = sa.select(*columns, distance).order_by(distance).limit(10)
+                search = nearest(Item.embedding, query, ef_search=EF_SEARCH)
+                ways = {"nearest": search.with_only_columns(*columns), "plain": plain}
+                for way, statement in ways.items():
+                    began = cpu_seconds(pid)
+                    connection.execute(statement).all()
+                    spent[way].append(cpu_seconds(pid) - began)
+        kept = {way: np.array(times[8:]) for way, times in spent.items()}
+        row: Row = {"without a filter": "prepared" if prepared else "parsed each time"}
+        row |= {f"{way} ms": round(float(np.median(v)) * 1e3, 2) for way, v in kept.items()}
+        row["by plain"] = round(float(np.median(kept["nearest"] / kept["plain"])), 2)
+        print(row, flush=True)
+        rows.append(row)
+    return rows
+
+
+def filtered(
+    engine: sa.Engine, made: Rows, queries: np.ndarray, timed: int, autocommit: bool
+) -> list[Row]:
     """Recall of all queries, and the server's processor time of the first ``timed``."""
     related = Related(made)
     noted: dict[str, dict[str, list[float]]] = {}
-    alone = sa.create_engine(
-        engine.url, connect_args={"options": "-c max_parallel_workers_per_gather=0"}
-    )
-    with Session(alone) as session:
+    with Session(alone(engine, autocommit)) as session:
         pid = session.scalar(sa.select(sa.func.pg_backend_pid()))
         session.rollback()
 
@@ -738,7 +785,9 @@ def run(url: sa.URL, options: argparse.Namespace) -> Row:
     if not options.only_filters:
         results["ways"] = beside_others(engine, vectors, queries, options.keep)
         queries = queries[: max(10, options.queries // 8)]
-    results["filtered"] = filtered(engine, made, queries, options.timed)
+    results["unfiltered"] = unfiltered(engine, queries)
+    filters = filtered(engine, made, queries, options.timed, options.autocommit)
+    results["filtered"] = filters
     results["never short"] = never_short(engine, made, queries[: options.timed])
     engine.dispose()
     return results
@@ -790,6 +839,9 @@ def main() -> None:
     parser.add_argument("--timed", type=int, default=10, help="queries by which filters are timed")
     parser.add_argument(
         "--no-btree", action="store_true", help="drop the filtered columns' indexes"
+    )
+    parser.add_argument(
+        "--autocommit", action="store_true", help="time filters without a transaction each"
     )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -58,7 +58,6 @@ class Shape:
         filtered: whether the caller's criteria or joins may turn rows away.
         joined: whether a row may occur more than once among the caller's rows.
         indexed: whether an index finds the rows that pass.
-        pinned: whether a column that has an index is compared for equality.
         itself: whether a row is left out by its key ("more like this").
         bounded: whether there is a largest distance.
         known: whether there is one query, a vector or a text, and no expression: that may be
@@ -74,7 +73,6 @@ class Shape:
     filtered: bool = False
     joined: bool = False
     indexed: bool = False
-    pinned: bool = False
     itself: bool = False
     bounded: bool = False
     known: bool = False
@@ -157,7 +155,7 @@ def far_look(index: VectorIndex, shape: Shape) -> Look | None:
     None with IVFFlat, which would look into half of the lists: comparing costs hardly more, and
     misses nothing. A quantised index has it for later pages alone.
     """
-    wide = shape.deep or (shape.filtered and not shape.pinned and not index.quantized)
+    wide = shape.deep or (shape.filtered and not index.quantized)
     if index.method != "hnsw" or shape.size > 100 or not wide or index.partial:
         return None
     if index.quantized:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import LoaderCriteriaOption
-from sqlalchemy.sql import operators
+from sqlalchemy.sql import functions, operators, visitors
 
 from sbert_pg.errors import DeclarationError
 from sbert_pg.search.looks import Shape, number, size_for
@@ -44,6 +44,10 @@ Call = tuple[str, tuple[Any, ...], dict[str, Any]]
 #: Types of columns, and of values that become literals of them.
 _SPELLED = ((sa.Enum, enum.Enum), (sa.String, str), (sa.Integer, int), (sa.Boolean, bool))
 _UUID = re.compile(r"[0-9A-Fa-f-]{32,36}")
+#: Functions of many rows: a subquery with one is computed whole, however few rows are asked for.
+_AGGREGATES = frozenset(
+    ["avg", "sum", "min", "max", "count", "array_agg", "string_agg", "bool_and", "bool_or"]
+)
 #: Methods that take criteria alone; the others that choose rows are joins.
 _CRITERIA = ("where", "filter_by")
 
@@ -184,6 +188,8 @@ def _shape(search: Search) -> Shape | None:
     usable = target.index is not None and target.table is not None and not search.exact
     if not usable or not search.limit:
         return None
+    if any(target.names_rows(criterion) for criterion in search.criteria):
+        return None
     size = size_for(search.limit, target.quantized, search.filtered)
     joined, indexed = _criteria_of(search)
     # A partial index serves criteria on its own rows alone.
@@ -224,7 +230,6 @@ def _shape_of(search: Search, size: int, joined: bool, indexed: bool) -> Shape:
         filtered=search.filtered,
         joined=joined,
         indexed=indexed,
-        pinned=any(target.pins(criterion) for criterion in search.criteria),
         itself=bool(search.itself),
         bounded=search.furthest is not None,
         known=isinstance(search.right, sa.BindParameter),
@@ -381,6 +386,40 @@ def _within_part(search: Search, *criteria: Any) -> sa.CTE:
     return part
 
 
+def _once(search: Search) -> tuple[Search, list[sa.CTE]]:
+    """A search whose aggregated subqueries are parts of their own, and these.
+
+    Within the criteria each would be computed once more for every part that asks them.
+    """
+    parts: list[sa.CTE] = []
+    columns = [column for criterion in search.criteria for column in columns_of(criterion)]
+    known = [search.target.column.table, *search.outer(), *(column.table for column in columns)]
+
+    def apart(element: Any, **_: Any) -> Any:
+        if not isinstance(element, sa.Select):
+            return None
+        inner = list(visitors.iterate(element))
+        called = (e.name for e in inner if isinstance(e, functions.FunctionElement))
+        whole = not _AGGREGATES.isdisjoint(called)
+        # One that is about the row itself is another for each.
+        if not whole or any(getattr(e, "table", None) in known for e in inner):
+            return None
+        name = f"nearest_set_{len(parts)}"
+        part = element.cte(name)
+        parts.append(part.prefix_with("MATERIALIZED"))
+        types = {column.key: column.type for column in part.c}
+        return sa.select(*named(name, **types).c)
+
+    traverse: Any = visitors.replacement_traverse
+    calls = [
+        (name, tuple(traverse(clause_of(one), {}, apart) for one in all_), options)
+        if name == "where"
+        else (name, all_, options)
+        for name, all_, options in search.narrowing
+    ]
+    return (replace(search, narrowing=tuple(calls)) if parts else search), parts
+
+
 def _literal(target: Target, column: str, value: Any) -> sa.BindParameter[Any] | None:
     """A value as part of the text, where a partial index may need it there.
 
@@ -529,7 +568,8 @@ def _parts(search: Search, shape: Shape, query: sa.Select[Any] | None = None) ->
     ways = _prepared(search.target, shape)[0]
     parts = [(_asked(search) if query is None else query).cte("nearest_query")]
     if shape.filtered:
-        parts.append(_within_part(search))
+        search, sets = (search, []) if search.joins else _once(search)
+        parts += [*sets, _within_part(search)]
     return parts + ways.parts(lambda row: _passes(search, row))
 
 

@@ -29,6 +29,8 @@ PAGES_OF_WIDE = 24
 WIDE = 2000
 #: The same of a partitioned table, as one row in so many.
 PARTITIONED = 200
+#: Values of a unique column that are compared at once: fewer rows than a look at an index costs.
+NAMED = 1000
 #: How many of the nearest rows may lack a proof before a page is short by them.
 MARGIN = 100
 #: Parts of a statement, which would stand for a table of their name.
@@ -53,6 +55,7 @@ class Target:
         table: the table that holds the column, where an index on it can be used.
         row_key: the columns of ``table`` that ``key`` stands for.
         leading: names of columns that an index finds rows by.
+        unique: names of columns of which each value is one row's.
         index: the index that serves the column, or ``None``.
         partial: whether that is a partial index.
         dividing: names of columns that predicates of partial indexes speak of.
@@ -90,6 +93,7 @@ class Target:
         self.table: sa.Table | None = None
         self.row_key: list[sa.Column[Any]] = []
         self.leading: set[str] = set()
+        self.unique: set[str] = set()
         self.index: VectorIndex | None = None
         self.partial = self.quantized = False
         self.dividing: set[str] = set()
@@ -146,6 +150,8 @@ class Target:
             self.dividing, self.divided = _dividing(table)
         firsts = [list(index.columns)[:1] for index in table.indexes]
         self.leading = {column.name for first in [*firsts, row_key[:1]] for column in first}
+        self.unique = {column.name for column in table.c if column.unique}
+        self.unique |= {column.name for column in row_key if len(row_key) == 1}
 
     def _row_key(self, table: sa.Table) -> list[sa.Column[Any]]:
         """The primary key; of a subclass in its own table, what the mapper's is there."""
@@ -198,16 +204,20 @@ class Target:
         own = isinstance(element, sa.Column) and element.table is self.column.table
         return own and table_behind(element.table) is self.table
 
-    def pins(self, criterion: Any) -> bool:
-        """Whether a criterion compares a column that has an index for equality."""
+    def names_rows(self, criterion: Any) -> bool:
+        """Whether a criterion says few rows one by one, by values of a unique column."""
+        criterion = clause_of(criterion)
         if isinstance(criterion, sa.BooleanClauseList) and criterion.operator is operators.and_:
-            return any(self.pins(one) for one in criterion.clauses)
-        if not isinstance(criterion, sa.BinaryExpression):
+            return any(self.names_rows(one) for one in criterion.clauses)
+        if not isinstance(criterion, sa.BinaryExpression) or not self.owns(criterion.left):
             return False
-        listed = criterion.operator is operators.in_op
-        listed = listed and isinstance(criterion.right, sa.BindParameter)
-        known = listed or criterion.operator is operators.eq
-        return known and self.owns(criterion.left) and criterion.left.name in self.leading
+        if criterion.operator is operators.in_op:
+            values = getattr(criterion.right, "value", None)
+            if not isinstance(values, (list, tuple)) or len(values) > NAMED:
+                return False
+        elif criterion.operator is not operators.eq:
+            return False
+        return criterion.left.name in self.unique
 
     def about(self, row: sa.FromClause, criterion: Any) -> Any:
         """A criterion about a row under another name.

@@ -11,8 +11,7 @@ know each other. docs/search.md has a picture.
 - **exact**: the rows that pass are all compared. It is right by itself, and taken at once where
   few rows pass, and where what the index has found is no answer.
 - **far**: the index once more, with as many candidates as it allows; for later pages, and where so
-  many rows pass that comparing them costs more. Not where a column that has an index is compared
-  for equality, so that few rows pass: it would be planned in vain.
+  many rows pass that comparing them costs more.
 
 The index is never asked to go on until enough rows pass (pgvector's iterative scan): under a filter
 that is related to the vectors this is what comes back wrong, or empty behind an island of equal
@@ -368,28 +367,29 @@ class Ways:
                 ),
             ]
         criteria.append(counts.c.seen >= whole)
-        accepted = sa.func.coalesce(sa.and_(*criteria), sa.false())
         head = sa.null() if plan is None else counts.c.head
         columns: list[Any] = [
-            accepted.label("accepted"),
+            sa.func.coalesce(sa.and_(*criteria), sa.false()).label("accepted"),
             counts.c.passed,
             head.label("head"),
             counts.c.spread,
-            settings_back(self.index, look).label("back"),
         ]
+        if plan is not None and self.second is not None:
+            columns.append(sa.and_(plan.c.by_index, plan.c.many).label("worth"))
+        judged = sa.select(*columns).select_from(source).subquery("nearest_judgement")
+        columns = [judged.c[name] for name in ("accepted", "passed", "head", "spread")]
+        columns.append(settings_back(self.index, look).label("back"))
         if self.second is not None:
-            columns.append(self._further(accepted, counts).label("further"))
-        return self._part("judged_near", sa.select(*columns).select_from(source))
+            columns.append(self._further(judged).label("further"))
+        return self._part("judged_near", sa.select(*columns))
 
-    def _further(self, accepted: Any, counts: Any) -> sa.ColumnElement[bool]:
+    def _further(self, judged: Any) -> sa.ColumnElement[bool]:
         """Whether the second look is worth its cost."""
-        later: Any = counts.c.passed < self._asked("needed") if self.shape.deep else sa.false()
+        later: Any = judged.c.passed < self._asked("needed") if self.shape.deep else sa.false()
         if self.plan is None:
-            return sa.and_(accepted, later)
-        spread = sa.func.coalesce(counts.c.spread, sa.true())
-        return sa.case(
-            (accepted, later), else_=sa.and_(self.plan.c.by_index, self.plan.c.many, spread)
-        )
+            return sa.and_(judged.c.accepted, later)
+        spread = sa.func.coalesce(judged.c.spread, sa.true())
+        return sa.case((judged.c.accepted, later), else_=sa.and_(judged.c.worth, spread))
 
     def _judged_far(self, look: Look) -> sa.CTE:
         """Whether its rows may follow those of the first look, or stand for them."""

@@ -97,6 +97,33 @@ def test_criteria_about_columns_of_the_row_are_asked_of_it_as_they_are() -> None
     assert sql(nearest(thing.c.vec, QUERY).where(known)).count("FROM other") == 1
 
 
+def test_rows_that_are_said_one_by_one_are_compared() -> None:
+    thing = table(hnsw_index("i", "vec"), sa.Index("l", "lang"))
+    key, lang = thing.c.id, thing.c.lang
+    for criterion in (key == 7, key.in_([1, 2, 3]), sa.and_(key.in_([1, 2]), lang == "de")):
+        assert "nearest_near" not in sql(nearest(thing.c.vec, QUERY).where(criterion))
+    several = sa.or_(key == 7, lang == "de")
+    for criterion in (lang == "de", key > 7, key.not_in([1]), key.in_(range(2000)), several):
+        assert "FROM nearest_far" in sql(nearest(thing.c.vec, QUERY).where(criterion))
+
+
+def test_what_is_computed_of_many_rows_is_computed_once() -> None:
+    thing = table(hnsw_index("i", "vec"))
+    other = sa.table("other", sa.column("thing_id", sa.Integer), sa.column("size", sa.Integer))
+    popular = sa.select(other.c.thing_id).group_by(other.c.thing_id).having(sa.func.count() > 2)
+    largest = sa.select(sa.func.max(other.c.size)).scalar_subquery()
+    text = sql(nearest(thing.c.vec, QUERY).where(thing.c.id.in_(popular), thing.c.id < largest))
+    assert "nearest_set_0 AS MATERIALIZED (SELECT other.thing_id AS thing_id FROM other" in text
+    assert "thing.id IN (SELECT nearest_set_0.thing_id FROM nearest_set_0)" in text
+    assert "thing.id < (SELECT nearest_set_1.max_1 FROM nearest_set_1)" in text
+    # One that is about the row is another for each.
+    own = sa.select(sa.func.count()).where(other.c.thing_id == thing.c.id).scalar_subquery()
+    another = sa.table("another", sa.column("id"))
+    theirs = sa.select(sa.func.count()).where(other.c.size == another.c.id).scalar_subquery()
+    for criterion in (own > 2, sa.and_(another.c.id == thing.c.id, theirs.correlate(another) > 2)):
+        assert "nearest_set_0" not in sql(nearest(thing.c.vec, QUERY).where(criterion))
+
+
 @pytest.mark.parametrize("indexed", [False, True])
 def test_what_comparing_costs_under_a_join_depends_on_an_index(indexed: bool) -> None:
     thing = table(hnsw_index("i", "vec"), *([sa.Index("l", "lang")] if indexed else []))
