@@ -389,13 +389,19 @@ def _within_part(search: Search, *criteria: Any) -> sa.CTE:
 def _once(search: Search) -> tuple[Search, list[sa.CTE]]:
     """A search whose aggregated subqueries are parts of their own, and these.
 
-    Within the criteria each would be computed once more for every part that asks them.
+    Within the criteria each would be computed once more for every part that asks them. Not those
+    that the row's key is to be in: PostgreSQL asks them of that key alone.
     """
     parts: list[sa.CTE] = []
     columns = [column for criterion in search.criteria for column in columns_of(criterion)]
     known = [search.target.column.table, *search.outer(), *(column.table for column in columns)]
 
+    own = [column.name for column in search.target.row_key]
+
     def apart(element: Any, **_: Any) -> Any:
+        if isinstance(element, sa.BinaryExpression) and element.operator is operators.in_op:
+            left: Any = element.left
+            return element if search.target.owns(left) and left.name in own else None
         if not isinstance(element, sa.Select):
             return None
         inner = list(visitors.iterate(element))
