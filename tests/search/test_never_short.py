@@ -125,6 +125,84 @@ def test_recall_under_filters_that_are_related_to_the_query(form: str, engine: s
     assert all(np.mean(values) >= 0.98 for values in shares.values()), shares
 
 
+def kinds(world: World, topic: int) -> dict[str, tuple[list[Any], Any]]:
+    """Filters as applications write them, each as calls and as a mask."""
+    table, other = world.item, world.item.alias("other")
+    item, tenants, day = table.c, world.topic // 4, world.day
+    a, b = (topic // 4 + 2) % 10, (topic // 4 + 5) % 10
+    sizes = np.bincount(tenants, minlength=10)
+    large = int(np.median(sizes))
+    many = sa.select(other.c.tenant).group_by(other.c.tenant).having(sa.func.count() > large)
+    mean = sa.select(sa.func.avg(other.c.day)).scalar_subquery()
+    later = sa.select(other.c.id).where(other.c.day > 200).group_by(other.c.id)
+    known = sa.exists().where(other.c.id == item.id, other.c.day < topic * 10)
+    some = np.arange(topic, ROWS, 131)
+    following = np.append(tenants[1:], -1)
+    criteria: dict[str, tuple[Any, Any]] = {
+        "one of two tenants": (
+            sa.or_(item.tenant == a, item.tenant == b),
+            (tenants == a) | (tenants == b),
+        ),
+        "days between": (item.day.between(100, 290), (day >= 100) & (day <= 290)),
+        "an expression": (
+            sa.func.abs(item.day - topic * 10) > 150,
+            np.abs(day - topic * 10) > 150,
+        ),
+        "nothing": (sa.func.nullif(item.tenant, a).is_(None), tenants == a),
+        "days above the mean": (item.day > mean, day > day.mean()),
+        "large tenants": (item.tenant.in_(many), sizes[tenants] > large),
+        "rows counted": (item.id.in_(later.having(sa.func.count() > 0)), day > 200),
+        "rows that are known": (known, day < topic * 10),
+        "rows one by one": (item.id.in_(some.tolist()), np.isin(np.arange(ROWS), some)),
+    }
+    calls = {name: ([("where", one)], keep) for name, (one, keep) in criteria.items()}
+    joined = [("join", other, other.c.id == item.id + 1), ("where", other.c.tenant != item.tenant)]
+    last = np.arange(ROWS) == ROWS - 1
+    calls["another than the next one's"] = (joined, (following != tenants) & ~last)
+    return calls
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_filters_as_applications_write_them(form: str, engine: sa.Engine) -> None:
+    world = World(engine, form)
+    shares: dict[str, list[float]] = {}
+    with engine.connect() as connection:
+        for topic, query in world.queries(5):
+            for name, (calls, keep) in kinds(world, topic).items():
+                statement = nearest(world.item.c.v, query)
+                for method, *arguments in calls:
+                    statement = getattr(statement, method)(*arguments)
+                found = [row.id for row in connection.execute(statement)]
+                right = world.exact(query, keep)
+                assert len(found) == len(set(found)) == len(right), name
+                assert keep[found].all(), name
+                share = len(set(found) & set(right)) / max(len(right), 1) if right else 1.0
+                shares.setdefault(name, []).append(share)
+    assert all(np.mean(values) >= 0.98 for values in shares.values()), shares
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_that_a_policy_hides(form: str, engine: sa.Engine) -> None:
+    """The server leaves them out of what the index gives; what is missing then is compared."""
+    world = World(engine, form)
+    topic, query = world.queries(1)[0]
+    keep = world.topic // 4 != topic // 4
+    with engine.connect() as connection:
+        for command in (
+            "CREATE ROLE nearest_reader", "GRANT SELECT ON item TO nearest_reader",
+            "ALTER TABLE item ENABLE ROW LEVEL SECURITY",
+            f"CREATE POLICY others ON item USING (tenant <> {topic // 4})",
+            "SET LOCAL ROLE nearest_reader",
+        ):  # fmt: skip
+            connection.exec_driver_sql(command)
+        statement = nearest(world.item.c.v, query)
+        early = statement.where(world.item.c.day < 250)
+        for asked, passing in ((statement, keep), (early, keep & (world.day < 250))):
+            found = [row.id for row in connection.execute(asked)]
+            assert found == world.exact(query, passing)
+        connection.rollback()
+
+
 @pytest.mark.parametrize("island", [0.1, 0.3, 0.6])
 @pytest.mark.parametrize("form", ["hnsw", "halfvec", "binary"])
 def test_islands_of_equal_vectors(form: str, island: float, engine: sa.Engine) -> None:
