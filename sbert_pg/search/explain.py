@@ -185,6 +185,8 @@ def _without(search: Any) -> str:
         return "no vector index is declared on the table"
     if not search.limit:
         return "all rows are asked for"
+    if search.named:
+        return "the criteria name the rows one by one"
     return f"limit {search.limit} is more than an index finds reliably, or it holds other rows"
 
 

@@ -163,6 +163,11 @@ class Search(Changeable):
         return [one for name, all_, _ in self.narrowing if name == "where" for one in all_]
 
     @property
+    def named(self) -> bool:
+        """Whether criteria say few rows one by one."""
+        return any(self.target.names_rows(criterion) for criterion in self.criteria)
+
+    @property
     def filtered(self) -> bool:
         """Whether rows may be turned away."""
         return bool(self.narrowing) or self.target.narrows or self.loader_criteria
@@ -188,7 +193,7 @@ def _shape(search: Search) -> Shape | None:
     usable = target.index is not None and target.table is not None and not search.exact
     if not usable or not search.limit:
         return None
-    if any(target.names_rows(criterion) for criterion in search.criteria):
+    if search.named:
         return None
     size = size_for(search.limit, target.quantized, search.filtered)
     joined, indexed = _criteria_of(search)

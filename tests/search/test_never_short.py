@@ -441,7 +441,9 @@ def test_what_a_search_says_of_itself(engine: sa.Engine) -> None:
     with engine.connect() as connection:
         plain = explain_search(connection, nearest(item.v, query))
         assert plain.looked == 50
-        rare = explain_search(connection, nearest(item.v, query).where(item.id == 77))
+        one = explain_search(connection, nearest(item.v, query).where(item.id == 77))
+        assert (one.way, one.share, "one by one" in one.reason) == ("exact", None, True)
+        rare = explain_search(connection, nearest(item.v, query).where(item.day == 77))
         assert (rare.way, rare.certain, rare.looked) == ("exact", True, 0)
         assert rare.share is not None
         assert rare.share < 0.02
