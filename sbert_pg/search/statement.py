@@ -391,6 +391,15 @@ def _within_part(search: Search, *criteria: Any) -> sa.CTE:
     return part
 
 
+def _whole(subquery: Any, known: list[Any]) -> bool:
+    """Whether a subquery is computed whole, and the same for all rows of some tables."""
+    inner = list(visitors.iterate(subquery))
+    called = (e.name for e in inner if isinstance(e, functions.FunctionElement))
+    return not _AGGREGATES.isdisjoint(called) and not any(
+        getattr(e, "table", None) in known for e in inner
+    )
+
+
 def _once(search: Search) -> tuple[Search, list[sa.CTE]]:
     """A search whose aggregated subqueries are parts of their own, and these.
 
@@ -407,13 +416,7 @@ def _once(search: Search) -> tuple[Search, list[sa.CTE]]:
         if isinstance(element, sa.BinaryExpression) and element.operator is operators.in_op:
             left: Any = element.left
             return element if search.target.owns(left) and left.name in own else None
-        if not isinstance(element, sa.Select):
-            return None
-        inner = list(visitors.iterate(element))
-        called = (e.name for e in inner if isinstance(e, functions.FunctionElement))
-        whole = not _AGGREGATES.isdisjoint(called)
-        # One that is about the row itself is another for each.
-        if not whole or any(getattr(e, "table", None) in known for e in inner):
+        if not isinstance(element, sa.Select) or not _whole(element, known):
             return None
         name = f"nearest_set_{len(parts)}"
         part = element.cte(name)

@@ -148,6 +148,10 @@ class Target:
             self.partial, self.quantized = self.index.partial, self.index.quantized
         if self.partial:
             self.dividing, self.divided = _dividing(table)
+        self._find(table, row_key)
+
+    def _find(self, table: sa.Table, row_key: list[sa.Column[Any]]) -> None:
+        """Which columns find rows, and which one row each."""
         firsts = [list(index.columns)[:1] for index in table.indexes]
         self.leading = {column.name for first in [*firsts, row_key[:1]] for column in first}
         self.unique = {column.name for column in table.c if column.unique}
