@@ -76,7 +76,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "orm": (5, 922),
     "passages": (6, 1183),
     "reembed": (12, 3233),
-    "search": (13, 3975),
+    "search": (13, 3982),
     "serving": (19, 3605),
     "sql": (1, 24),
     "tuning": (18, 4256),
