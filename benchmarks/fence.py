@@ -50,7 +50,7 @@ def declared(encoder: DeterministicEncoder) -> Any:
 
     class Note(Base):
         __tablename__ = "note"
-        __table_args__ = (hnsw_index("note_embedding", "embedding"),)
+        __table_args__ = (hnsw_index("note_embedding", "embedding", ef_construction=64),)
         id: Mapped[int] = mapped_column(primary_key=True)
         body: Mapped[str]
         embedding = embedding_column(encoder.spec, source="body")
