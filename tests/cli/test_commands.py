@@ -404,3 +404,35 @@ def test_the_database_may_be_named_as_for_psql(database_url: sa.URL) -> None:
     engine.dispose()
     result = sbert_pg("status", "--json", **{k: str(v) for k, v in given.items() if v})
     assert "only_here" in result.stdout, result
+
+
+def test_a_database_in_sql_ascii(bare_database_url: sa.URL, fake_encoder: Any) -> None:
+    """Where psycopg gives texts as bytes unless the client names its encoding."""
+    name = f"{bare_database_url.database}_ascii"
+    server = sa.create_engine(bare_database_url, isolation_level="AUTOCOMMIT")
+    made = f"CREATE DATABASE {name} ENCODING 'SQL_ASCII' LOCALE 'C' TEMPLATE template0"
+    with server.connect() as connection:
+        connection.exec_driver_sql(made)
+    url = bare_database_url.set(database=name)
+    engine = sa.create_engine(url, connect_args={"client_encoding": "utf8"}, poolclass=sa.NullPool)
+    note = sa.Table(
+        "note",
+        sa.MetaData(),
+        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("body", sa.Text),
+        sa.Column("e", Embedding("deterministic", source="body", dimensions=384)),
+    )
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE EXTENSION vector")
+        create_all(connection, note.metadata)
+        connection.execute(
+            note.insert(), [{"id": 1, "body": "grün \u2603"}, {"id": 2, "body": "b"}]
+        )
+    assert "2 rows embedded" in sbert_pg("worker", "--once", url=url).stdout
+    shown = sbert_pg("search", "note.e", "grün \u2603", url=url).stdout
+    assert "grün \u2603" in shown
+    assert "0 wrong" in sbert_pg("audit", "note.e", url=url).stdout
+    assert sbert_pg("status", url=url).returncode == 0
+    with server.connect() as connection:
+        connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
+    server.dispose()
