@@ -34,6 +34,8 @@ from sbert_pg.search import fusion
 from sbert_pg.types import Vector
 
 DIMENSIONS = 64
+#: Vectors are noise: how well the graph is built says nothing, and takes most of the time.
+HNSW = hnsw_index("text_vector", "vector", ef_construction=64)
 
 
 class Base(DeclarativeBase):
@@ -44,7 +46,7 @@ class Text(Base):
     """A long text."""
 
     __tablename__ = "text"
-    __table_args__ = (text_index("text_search", "search"), hnsw_index("text_vector", "vector"))
+    __table_args__ = (text_index("text_search", "search"), HNSW)
     id: Mapped[int] = mapped_column(primary_key=True)
     body: Mapped[str]
     vector: Mapped[Any] = mapped_column(Vector(DIMENSIONS))
@@ -101,6 +103,7 @@ def fill(engine: sa.Engine, texts: list[str]) -> None:
                 for n, (body, vector) in enumerate(zip(part, vectors, strict=True))
             ]
             connection.execute(sa.insert(Text), rows)
+        connection.execute(sa.text("SET LOCAL maintenance_work_mem = '1GB'"))
         for index in Text.__table__.indexes:
             index.create(connection)
         connection.execute(sa.text("ALTER TABLE text ALTER search SET STATISTICS 1000"))

@@ -15,7 +15,7 @@ from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.cli import common
 from sbert_pg.cli.encoder import encoder_named
 from sbert_pg.cli.target import queries_of, resolve, text_column_of
-from sbert_pg.errors import DeclarationError
+from sbert_pg.errors import DeclarationError, LoadError
 from sbert_pg.progress import bar
 from sbert_pg.reembed.change import Side
 from sbert_pg.search.exact import LabelledQuery
@@ -68,7 +68,7 @@ def evaluate(
     with common.database(database) as engine:
         with engine.connect() as connection:
             side = resolve(connection, target)
-        queries = queries_of(engine, pairs)
+        queries = _in_table(engine, side, queries_of(engine, pairs))
         if fit_weight:
             text = text_column_of(side.table)
             with bar("searching"):
@@ -91,6 +91,20 @@ def evaluate(
     for name, rows in misses.items():
         for miss in rows:
             print(f"\n{name}: {miss}")
+
+
+def _in_table(engine: sa.Engine, side: Side, queries: list[LabelledQuery]) -> list[LabelledQuery]:
+    """The questions; says which of their rows the table has not, and refuses where it has none."""
+    key = next(iter(side.table.primary_key)).name
+    known = lib.of_keys(engine, side.table, key, queries)
+    unknown = sorted({key for query in queries for key in query.gains} - set(known))
+    if unknown:
+        some = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
+        problem = f"{len(unknown)} labelled rows are not in {side.table.fullname}: {some}"
+        if not known:
+            raise LoadError(f"All {problem}. Pairs name rows by their primary key.")
+        common.note(f"{problem}; no search can find them.")
+    return queries
 
 
 def tune(

@@ -22,6 +22,8 @@ K1, B = 1.2, 0.75
 FIRST, FIRST_EACH = 500, 20
 #: Pages of a table that are sampled for the mean length, and rows of those that are looked at.
 PAGES, ROWS = 16, 128
+#: Pages that are sampled where words are of some of the rows: of one language, or of an index.
+PAGES_OF_SOME = 160
 #: The statistics of a column, by values and not by a join: the view's tables are read by their
 #: indexes then, instead of whole.
 _STATISTICS = """s.schemaname = (SELECT schema FROM words_table)
@@ -49,28 +51,40 @@ SELECT q.number, a.lexeme
  CROSS JOIN unnest(to_tsvector(s.language, q.words)) AS a
 """,
     ),
-    # What the server knows of the table; nothing of a view, of a subquery, or of one whose rows are
-    # not all seen. *percent* of its pages are sampled, and each *every*-th row of those looked at.
+    # What the server knows of the table; nothing of a view, of one whose rows are not all
+    # seen, or with tables that inherit from it. *percent* of its pages are sampled.
     "words_table": (
-        ("schema", "name", "partitioned", "rows", "percent", "every"),
-        f"""
+        ("schema", "name", "partitioned", "rows", "percent"),
+        """
 SELECT n.nspname AS schema, c.relname AS name, c.relkind = 'p' AS partitioned,
        CASE WHEN leaves.rows > 0 AND NOT row_security_active(c.oid) THEN leaves.rows END AS rows,
-       least(100, 100.0 * {PAGES} / greatest(leaves.pages, 1)) AS percent,
-       greatest(1, floor(leaves.rows * {PAGES} / greatest(leaves.pages, 1) / {ROWS})) AS every
+       least(100, 100.0 * q.pages / greatest(leaves.pages, 1)) AS percent
   FROM words_search AS q
-  JOIN pg_catalog.pg_class AS c ON c.oid = to_regclass(q.table_name) AND c.relkind IN ('p', 'r')
+  JOIN pg_catalog.pg_class AS c ON c.oid = to_regclass(q.table_name)
+   AND (c.relkind IN ('m', 'p') OR c.relkind = 'r' AND NOT c.relhassubclass)
   JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
  CROSS JOIN LATERAL (
        SELECT CASE WHEN min(leaf.reltuples) >= 0
                    THEN sum(CAST(leaf.reltuples AS float8)) END AS rows, sum(leaf.relpages) AS pages
          FROM pg_catalog.pg_class AS leaf
-        WHERE leaf.oid = c.oid AND c.relkind = 'r' OR c.relkind = 'p' AND leaf.oid = ANY (
+        WHERE leaf.oid = c.oid AND c.relkind <> 'p' OR c.relkind = 'p' AND leaf.oid = ANY (
               ARRAY(SELECT t.relid FROM pg_catalog.pg_partition_tree(c.oid) AS t WHERE t.isleaf))
        ) AS leaves
-""",  # noqa: S608 (a constant of this module)
+""",
     ),
-    # The shares of rows that have a lexeme, as ANALYZE kept them: thousands, read once.
+    # How many of the table's rows are those whose words count, by the sample.
+    "words_share": (
+        ("share",),
+        """
+SELECT CASE WHEN q.whole THEN CAST(1 AS float8)
+            WHEN (SELECT rows FROM words_table) IS NOT NULL THEN (
+                 SELECT nullif(CAST(avg(CAST(r.own AS integer)) AS float8), 0)
+                   FROM words_sample AS r) END AS share
+  FROM words_search AS q
+""",
+    ),
+    # The shares of rows that have a lexeme, as ANALYZE kept them: thousands, read once. They are of
+    # all rows, and say little of the words of less than half of them.
     "words_kept": (
         ("lexeme", "share"),
         f"""
@@ -79,6 +93,7 @@ SELECT kept.lexeme, kept.share
  CROSS JOIN unnest(CAST(CAST(s.most_common_elems AS text) AS text[]), s.most_common_elem_freqs)
        AS kept (lexeme, share)
  WHERE kept.lexeme = ANY (ARRAY(SELECT lexeme FROM words_asked))
+   AND (SELECT share FROM words_share) >= .5
    AND {_STATISTICS}
 """,  # noqa: S608 (a constant of this module)
     ),
@@ -86,13 +101,15 @@ SELECT kept.lexeme, kept.share
     "words_corpus": (
         ("rows", "mean"),
         f"""
-SELECT coalesce(t.rows, CAST((SELECT count(*) FROM words_rows) AS float8)) AS rows,
+SELECT coalesce(t.rows * s.share, CAST((SELECT count(*) FROM words_rows) AS float8)) AS rows,
        coalesce(nullif(coalesce(
-           CASE WHEN t.rows IS NOT NULL THEN (
+           CASE WHEN t.rows * s.share IS NOT NULL THEN (
                SELECT avg({length_of("r.vector")}) FROM words_sample AS r
-                WHERE r.place % (SELECT CAST(every AS bigint) FROM words_table) = 0) END,
+                WHERE r.own AND r.place % (
+                      SELECT CAST(greatest(1, floor(t.rows * s.share * t.percent / 100 / {ROWS}))
+                                  AS bigint)) = 0) END,
            (SELECT avg({length_of("r.vector")}) FROM words_rows AS r)), 0), 1) AS mean
-  FROM words_search LEFT JOIN words_table AS t ON true
+  FROM words_share AS s LEFT JOIN words_table AS t ON true
 """,  # noqa: S608 (a constant of this module)
     ),
     # Each lexeme in quotes (quotes and backslashes doubled), and in how many rows it is; those that
@@ -101,13 +118,14 @@ SELECT coalesce(t.rows, CAST((SELECT count(*) FROM words_rows) AS float8)) AS ro
         ("lexeme", "quoted", "rows", "df"),
         r"""
 SELECT a.lexeme, a.quoted, c.rows,
-       least(CASE WHEN k.share IS NOT NULL THEN k.share * c.rows
+       least(CASE WHEN k.share IS NOT NULL THEN k.share * coalesce(t.rows, c.rows)
                   ELSE (SELECT count(*) FROM words_rows AS r
                          WHERE r.vector @@ CAST(a.quoted AS tsquery)) END, c.rows) AS df
   FROM (SELECT DISTINCT lexeme, concat('''', replace(replace(
                lexeme, E'\\', E'\\\\'), '''', ''''''), '''') AS quoted
           FROM words_asked) AS a
- CROSS JOIN words_corpus AS c LEFT JOIN words_kept AS k ON k.lexeme = a.lexeme
+ CROSS JOIN words_corpus AS c LEFT JOIN words_table AS t ON true
+  LEFT JOIN words_kept AS k ON k.lexeme = a.lexeme
 """,
     ),
     # The words of each question. *reach* is what a row can score at most by a word and those that

@@ -23,15 +23,18 @@ from typing import Any, ClassVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
+from sqlalchemy.sql import visitors
 
 from sbert_pg.errors import DeclarationError
-from sbert_pg.search.bm25 import looked_up, ranking
+from sbert_pg.search.bm25 import PAGES, PAGES_OF_SOME, looked_up, ranking
 from sbert_pg.search.statement import Call, Changeable, Nearest, replayed
 from sbert_pg.search.target import readable_columns
 from sbert_pg.types.comparator import base_of, clause_of
 from sbert_pg.types.text import TextSearch
 
-_QUOTED = re.compile(r'(-?)"([^"]*)"?')
+_QUOTED = re.compile(r'(-*)"([^"]*)"?')
+#: Each dash negates what follows: ``-word`` is excluded, and ``--word`` is a word.
+_EXCLUDED = re.compile(r"-(?:--)*([^-].*)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +58,16 @@ class Question:
         phrases: list[str] = []
 
         def take(match: re.Match[str]) -> str:
-            required.append(f'{match[1]}"{match[2]}"')
-            if not match[1]:
+            excluded = len(match[1]) % 2 == 1
+            required.append(f'{"-" * excluded}"{match[2]}"')
+            if not excluded:
                 phrases.append(match[2])
             return " "
 
         rest = []
         for word in _QUOTED.sub(take, text.replace("\0", " ")).split():
-            if word.startswith("-") and len(word) > 1:
-                required.append(f'-"{word[1:]}"')
+            if excluded := _EXCLUDED.fullmatch(word):
+                required.append(f'-"{excluded[1]}"')
             else:
                 rest.append(word)
         return cls(" ".join([*rest, *phrases]), " ".join(required))
@@ -266,15 +270,33 @@ def _search_part(search: WordSearch, depth: int | None) -> sa.CTE:
         "skipped": offset,
         "table_name": name,
         "vector_column": base.name,
+        "pages": PAGES if _own_rows(search) is None else PAGES_OF_SOME,
     }
-    columns = []
+    columns = [_regconfig(search.language).label("language")]
     for key, value in values.items():
         type_: Any = sa.Text() if isinstance(value, str) else sa.BigInteger()
         columns.append(sa.cast(sa.literal(value, type_), type_).label(key))
-    part: sa.CTE = sa.select(_regconfig(search.language).label("language"), *columns).cte(
-        "words_search"
-    )
+    whole = sa.true() if _own_rows(search) is None else sa.false()
+    part: sa.CTE = sa.select(*columns, whole.label("whole")).cte("words_search")
     return part.prefix_with("MATERIALIZED")
+
+
+def _own_rows(search: WordSearch) -> Any:
+    """Which rows of the table words are counted in: those of the language, or of a partial index.
+
+    ``None`` for all. A word of one language is rare in a table of many, whatever it is.
+    """
+    base: Any = base_of(search.column)
+    if search.column.type.language_column is not None:
+        return base.table.c[search.column.type.language_column] == _regconfig(search.language)
+    indexes = _indexes_of(base)
+    return indexes[0].dialect_options["postgresql"]["where"] if len(indexes) == 1 else None
+
+
+def _indexes_of(base: Any) -> list[sa.Index]:
+    """The declared indexes of a text column."""
+    indexes = getattr(base.table, "indexes", ())
+    return [index for index in indexes if base.name in index.columns]
 
 
 def _questions_part(search: WordSearch) -> sa.CTE:
@@ -304,18 +326,26 @@ def _rows_parts(search: WordSearch) -> tuple[sa.CTE, sa.CTE]:
     index each search reads all rows, and counting them adds little.
     """
     base: Any = base_of(search.column)
-    rows = base.table.alias("words_all")
-    vector = rows.c[base.key].label("vector")
-    place = sa.literal_column("0", sa.BigInteger())
-    sample = sa.select(vector, place.label("place")).where(sa.false())
-    if any(base.name in index.columns for index in getattr(base.table, "indexes", ())):
-        percent = sa.literal_column("(SELECT percent FROM words_table)", sa.Float())
-        some = sa.tablesample(base.table, sa.func.system(percent), "words_some", seed=sa.text("0"))
-        numbered = sa.func.row_number().over()
-        sample = sa.select(some.c[base.key].label("vector"), numbered.label("place"))
-    every: sa.CTE = sa.select(vector).cte("words_rows").prefix_with("NOT MATERIALIZED")
-    some_: sa.CTE = sample.cte("words_sample").prefix_with("NOT MATERIALIZED")
-    return every, some_
+    table, own = base.table, _own_rows(search)
+    every = sa.select(base.label("vector"))
+    percent = sa.literal_column("(SELECT percent FROM words_table)", sa.Float())
+    some = sa.tablesample(table, sa.func.system(percent), table.name, seed=sa.text("0"))
+
+    def of_some(element: Any, **_: Any) -> Any:
+        return some.c[element.key] if getattr(element, "table", None) is table else None
+
+    counts: Any = sa.true()
+    if own is not None:
+        every, counts = every.where(own), visitors.replacement_traverse(own, {}, of_some)
+    place = sa.func.row_number().over().label("place")
+    sample = sa.select(some.c[base.key].label("vector"), counts.label("own"), place)
+    if not _indexes_of(base):
+        none = sa.literal_column("0", sa.BigInteger()).label("place")
+        sample = sa.select(base.label("vector"), sa.true().label("own"), none).where(sa.false())
+    return tuple(  # type: ignore[return-value]
+        select.cte(name).prefix_with("NOT MATERIALIZED")
+        for name, select in (("words_rows", every), ("words_sample", sample))
+    )
 
 
 def _within_part(search: WordSearch) -> sa.CTE:
@@ -332,7 +362,8 @@ def _within_part(search: WordSearch) -> sa.CTE:
 
 
 def _regconfig(language: str) -> sa.ColumnElement[Any]:
-    return sa.cast(sa.literal(language, sa.Text()), postgresql.REGCONFIG())
+    # Written out: of a parameter no planner knows that it is what a partial index is for.
+    return sa.cast(sa.literal(language, sa.Text(), literal_execute=True), postgresql.REGCONFIG())
 
 
 def _statement(search: WordSearch) -> Nearest:

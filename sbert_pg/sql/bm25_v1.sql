@@ -2,7 +2,8 @@
 -- callers without it. The row type says which table:
 --   SELECT (matched).id, (matched).title, score
 --     FROM sbert.bm25_v1(NULL::article, 'search', 'laser "both sides" -toner');
--- column_name is a tsvector, as text_column() makes it. row_filter is SQL about the row d. language is the column's own by default; weights are those
+-- column_name is a tsvector, as text_column() makes it. row_filter is SQL about the row d. language is the
+-- column's own by default, and of rows with their own only those of it are found; weights are those
 -- of the classes A to D. It runs with the caller's rights and search path, and its numbers come from
 -- ANALYZE where there are any; else, and for rare words, they are counted.
 CREATE FUNCTION sbert.bm25_v1(
@@ -31,6 +32,7 @@ DECLARE
     v_words text;
     v_required tsquery;
     v_rows float8;
+    v_table_rows float8;
     v_mean float8;
     v_terms text[];
     v_df float8[];
@@ -43,9 +45,14 @@ DECLARE
     v_select text;
     v_order text;
     v_rekeyed text;
+    v_speaks text;
+    v_own text := 'true';
+    v_share float8 := 1;
+    v_sampled float8 := 16;
 BEGIN
     SELECT k.oid, n.nspname, k.relname, k.relkind = 'p', leaves.pages,
-           CASE WHEN leaves.rows > 0 AND NOT row_security_active(k.oid) THEN leaves.rows END,
+           CASE WHEN leaves.rows > 0 AND NOT row_security_active(k.oid)
+                 AND (k.relkind <> 'r' OR NOT k.relhassubclass) THEN leaves.rows END,
            primary_key.inner_order, primary_key.outer_order
       INTO v_relation, v_schema, v_name, v_parts, v_pages, v_rows, v_keys, v_rekeyed
       FROM pg_catalog.pg_type t
@@ -55,7 +62,7 @@ BEGIN
            SELECT CASE WHEN min(leaf.reltuples) >= 0 THEN sum(leaf.reltuples::float8) END AS rows,
                   greatest(sum(leaf.relpages), 1) AS pages
              FROM pg_catalog.pg_class leaf
-            WHERE leaf.oid = k.oid AND k.relkind = 'r' OR k.relkind = 'p' AND leaf.oid = ANY (
+            WHERE leaf.oid = k.oid AND k.relkind <> 'p' OR k.relkind = 'p' AND leaf.oid = ANY (
                   ARRAY(SELECT tree.relid FROM pg_catalog.pg_partition_tree(k.oid) tree WHERE tree.isleaf))
            ) AS leaves
      CROSS JOIN LATERAL (
@@ -76,43 +83,61 @@ BEGIN
             HINT = 'Give the row type of a table, as in NULL::article, and a column that '
                    'text_column() has made.';
     END IF;
-    IF language IS NULL THEN
-        SELECT coalesce(substring(pg_get_expr(d.adbin, d.adrelid) FROM 'to_tsvector\(''([^'']+)''::regconfig')::regconfig,
-                        get_current_ts_config())
-          INTO language
-          FROM pg_catalog.pg_attribute a
-          LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
-         WHERE a.attrelid = v_relation AND a.attname = column_name;
+    -- The column that says each row's language, in quotes where it needs them; or the language.
+    SELECT substring(made FROM 'to_tsvector\(("(?:[^"]|"")+"|\w+), '),
+           coalesce(language, substring(made FROM 'to_tsvector\(''([^'']+)''::regconfig')::regconfig,
+                    get_current_ts_config())
+      INTO v_speaks, language
+      FROM pg_catalog.pg_attribute a
+      LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+     CROSS JOIN LATERAL pg_get_expr(d.adbin, d.adrelid) AS made
+     WHERE a.attrelid = v_relation AND a.attname = column_name;
+    IF v_speaks IS NOT NULL THEN
+        v_own := format('d.%s = %L::regconfig', v_speaks, language);
+        v_sampled := 160;
+        row_filter := format('(%s) AND %s', row_filter, v_own);
     END IF;
 
     -- Quoted phrases and words behind a minus are required, or excluded; the words of phrases score.
-    SELECT concat_ws(' ', string_agg(p[2], ' ') FILTER (WHERE p[1] = '')),
-           websearch_to_tsquery(language, coalesce(string_agg(format('%s"%s"', p[1], p[2]), ' '), ''))
+    -- Two dashes are none: --word is a word.
+    SELECT concat_ws(' ', string_agg(p[2], ' ') FILTER (WHERE length(p[1]) % 2 = 0)),
+           websearch_to_tsquery(language, coalesce(
+               string_agg(format('%s"%s"', left(p[1], length(p[1]) % 2), p[2]), ' '), ''))
       INTO v_words, v_required
-      FROM regexp_matches(question, '(-?)"([^"]*)"?', 'g') AS p;
-    SELECT concat_ws(' ', string_agg(w, ' ') FILTER (WHERE w !~ '^-.'), v_words),
-           v_required && websearch_to_tsquery(
-               language, coalesce(string_agg(format('-"%s"', substr(w, 2)), ' ') FILTER (WHERE w ~ '^-.'), ''))
+      FROM regexp_matches(question, '(-*)"([^"]*)"?', 'g') AS p;
+    SELECT concat_ws(' ', string_agg(w, ' ') FILTER (WHERE w !~ '^-(--)*[^-]'), v_words),
+           v_required && websearch_to_tsquery(language, coalesce(
+               string_agg(format('-"%s"', ltrim(w, '-')), ' ') FILTER (WHERE w ~ '^-(--)*[^-]'), ''))
       INTO v_words, v_required
-      FROM regexp_split_to_table(regexp_replace(question, '-?"[^"]*"?', ' ', 'g'), '\s+') AS w;
+      FROM regexp_split_to_table(regexp_replace(question, '-*"[^"]*"?', ' ', 'g'), '\s+') AS w;
 
-    -- The mean length is that of a sample: each so-manieth row of 16 pages.
+    -- Of rows with their own language a sample says how many are of the question's. The mean length is
+    -- that of each so-manieth row of the sample.
+    v_table_rows := v_rows;
+    v_sampled := least(1, v_sampled / v_pages);
+    IF v_rows IS NOT NULL AND v_speaks IS NOT NULL THEN
+        EXECUTE format('SELECT nullif(avg((%s)::integer)::float8, 0) FROM %s AS d '
+                       'TABLESAMPLE system (100 * $1) REPEATABLE (0)', v_own, v_relation)
+           INTO v_share USING v_sampled;
+        v_rows := v_rows * v_share;
+    END IF;
     IF v_rows IS NOT NULL THEN
-        EXECUTE format('SELECT avg(%s) FROM (SELECT %I AS vector, row_number() OVER () AS place FROM %s '
-                       'TABLESAMPLE system (least(100, 1600 / $1)) REPEATABLE (0)) AS r '
-                       'WHERE mod(place, greatest(1, floor($2 * 16 / $1 / 128))::bigint) = 0',
-                       format(v_length, 'r.vector'), column_name, v_relation)
-           INTO v_mean USING v_pages, v_rows;
+        EXECUTE format('SELECT avg(%s) FROM (SELECT d.%I AS vector, %s AS own, row_number() OVER () AS place '
+                       'FROM %s AS d TABLESAMPLE system (100 * $1) REPEATABLE (0)) AS r '
+                       'WHERE own AND mod(place, greatest(1, floor($2 * $1 / 128))::bigint) = 0',
+                       format(v_length, 'r.vector'), column_name, v_own, v_relation)
+           INTO v_mean USING v_sampled, v_rows;
     END IF;
     IF v_mean IS NULL THEN
-        EXECUTE format('SELECT coalesce($1, count(*)), avg(%s) FROM %s AS d',
-                       format(v_length, format('d.%I', column_name)), v_relation)
+        EXECUTE format('SELECT coalesce($1, count(*)), avg(%s) FROM %s AS d WHERE %s',
+                       format(v_length, format('d.%I', column_name)), v_relation, v_own)
            INTO v_rows, v_mean USING v_rows;
     END IF;
     v_mean := coalesce(nullif(v_mean, 0), 1);
 
+    -- What ANALYZE kept is of all rows, and says little of the words of less than half of them.
     SELECT array_agg(a.quoted ORDER BY lexeme COLLATE "C"),
-           array_agg(kept.share * v_rows ORDER BY lexeme COLLATE "C")
+           array_agg(kept.share * coalesce(v_table_rows, v_rows) ORDER BY lexeme COLLATE "C")
       INTO v_terms, v_df
       FROM (SELECT lexeme, concat('''', replace(replace(lexeme, E'\\', E'\\\\'), '''', ''''''), '''') AS quoted
               FROM unnest(to_tsvector(language, v_words))) a
@@ -121,10 +146,11 @@ BEGIN
                   CROSS JOIN unnest(s.most_common_elems::text::text[], s.most_common_elem_freqs)
                         AS u (lexeme, share)
                   WHERE s.schemaname = v_schema AND s.tablename = v_name AND s.attname = column_name
-                    AND s.inherited = v_parts) kept USING (lexeme);
+                    AND s.inherited = v_parts AND v_share >= .5) kept USING (lexeme);
     FOR i IN 1 .. coalesce(cardinality(v_terms), 0) LOOP
         IF v_df[i] IS NULL THEN
-            EXECUTE format('SELECT count(*) FROM %s WHERE %I @@ $1', v_relation, column_name)
+            EXECUTE format('SELECT count(*) FROM %s AS d WHERE %s AND d.%I @@ $1',
+                           v_relation, v_own, column_name)
                INTO v_counted USING v_terms[i]::tsquery;
             v_df[i] := v_counted;
         END IF;

@@ -10,10 +10,11 @@ from sbert_pg.tuning.files import (
     with_attribute,
     write_qrels,
     write_run,
+    write_topics,
 )
 from sbert_pg.tuning.fitting import Method, Tuning, tune
 from sbert_pg.tuning.limits import Limits, limits_of, own_texts
-from sbert_pg.tuning.pairs import Split, hard_negatives, own_pairs, split_pairs
+from sbert_pg.tuning.pairs import Split, hard_negatives, of_keys, own_pairs, split_pairs
 from sbert_pg.tuning.searches import searches_for
 from sbert_pg.tuning.weight import FittedWeight, fit_weight
 
@@ -36,6 +37,7 @@ __all__ = [
     "hard_negatives",
     "limits_of",
     "local_encoders",
+    "of_keys",
     "own_pairs",
     "own_texts",
     "pairs_of",
@@ -47,4 +49,5 @@ __all__ = [
     "with_attribute",
     "write_qrels",
     "write_run",
+    "write_topics",
 ]

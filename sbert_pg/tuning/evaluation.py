@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import sqlalchemy as sa
 
-from sbert_pg.errors import DeclarationError
+from sbert_pg.errors import DeclarationError, LoadError
 from sbert_pg.search import exact
 from sbert_pg.search.exact import LabelledQuery
 from sbert_pg.tuning.files import Run, in_columns, names_of, pairs_of
@@ -164,7 +164,7 @@ def evaluate(
         seed: of the bootstrap.
 
     Raises:
-        LoadError: the pairs are not readable, or there are none.
+        LoadError: the pairs are not readable, or there are none; a run answers none of them.
         DeclarationError: a search gives something else than answers.
     """
     queries = pairs_of(engine, pairs)
@@ -175,7 +175,13 @@ def evaluate(
         connection = None
         for name, search in searches.items():
             if isinstance(search, Mapping):
-                lists = [search.get(n) or search.get(t) or [] for n, t in _named(queries)]
+                named = _named(queries)
+                lists = [search.get(n) or search.get(t) or [] for n, t in named]
+                if not search.keys() & {each for pair in named for each in pair}:
+                    raise LoadError(
+                        f"The run {name!r} answers none of the questions. It has to call them as "
+                        f"the pairs do: {', '.join(n for n, _ in named[:3])}, ..."
+                    )
                 answers[name] = [[Answer(*row[:2]) for row in rows] for rows in lists]
                 continue
             if connection is None:
@@ -246,8 +252,8 @@ def _scores(
     }
     groups: dict[str | None, npt.NDArray[np.bool_]] = {None: np.ones(len(queries), dtype=bool)}
     if slices is not None:
-        of = np.array([query.attributes.get(slices, "(none)") for query in queries])
-        if set(of) == {"(none)"}:
+        of = np.array([query.attributes.get(slices) or "(none)" for query in queries])
+        if not any(slices in query.attributes for query in queries):
             raise DeclarationError(f"No pair has an attribute {slices!r} to slice by.")
         groups |= {str(value): of == value for value in sorted(set(of))}
     scores = []

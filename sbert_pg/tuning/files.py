@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,9 @@ Run = dict[str, list[tuple[str, float]]]
 #: Names of the columns of pairs; every other column is an attribute of the question.
 _QUESTION, _KEY, _GAIN = ("question", "query"), ("id", "key", "relevant"), ("gain", "relevance")
 
+#: White space ends a field of TREC's files: in keys and names it is written as ``\u0020``.
+_BLANK, _ESCAPED = re.compile(r"\s|\\(?=u[0-9a-f]{4})"), re.compile(r"\\u([0-9a-f]{4})")
+
 
 def labelled(pairs: Iterable[Any]) -> list[LabelledQuery]:
     """Questions with the rows that answer them, from pairs in any of their forms.
@@ -35,20 +40,20 @@ def labelled(pairs: Iterable[Any]) -> list[LabelledQuery]:
             belong together.
 
     Raises:
-        LoadError: a pair is in none of these forms, or a gain is no number from 0 on.
+        LoadError: a pair is in none of these forms, a gain is no number from 0 on, a row has two
+            gains for one question, or two questions have one name.
     """
     queries: dict[str, LabelledQuery] = {}
     for number, pair in enumerate(pairs, start=1):
         try:
             one = pair if isinstance(pair, LabelledQuery) else _of_pair(pair)
-            if not one.text.strip() or not all(0 <= g < math.inf for g in one.gains.values()):
-                raise ValueError("the question is empty, or a gain is no number from 0 on")
+            known = queries.get(one.name or one.text)
+            _require_sound(one, known)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise LoadError(
                 f"Pair {number}, {pair!r}: it has to be a question, the key of a row that answers "
                 f"it, and perhaps a gain; {error}."
             ) from error
-        known = queries.get(one.name or one.text)
         if known is not None:
             one = LabelledQuery(
                 one.text,
@@ -58,6 +63,19 @@ def labelled(pairs: Iterable[Any]) -> list[LabelledQuery]:
             )
         queries[one.name or one.text] = one
     return list(queries.values())
+
+
+def _require_sound(one: LabelledQuery, known: LabelledQuery | None) -> None:
+    """Refuse what has no meaning, and what contradicts the earlier pairs of the question."""
+    if not one.text.strip() or any(not 0 <= gain < math.inf for gain in one.gains.values()):
+        raise ValueError("the question is empty, or a gain is below 0 or infinite")
+    if known is None:
+        return
+    if known.text != one.text:
+        raise ValueError(f"its name is that of another question, {known.text!r}")
+    for key, gain in one.gains.items():
+        if known.gains.get(key, gain) != gain:
+            raise ValueError(f"the row {key} has the gain {known.gains[key]:g} there already")
 
 
 def _of_pair(pair: Any) -> LabelledQuery:
@@ -114,13 +132,29 @@ def read_pairs(path: Path | str, topics: Path | str | None = None) -> list[Label
         raise LoadError(
             f"{path} is read as TREC qrels, which name questions by number: add topics."
         )
-    texts = dict(_fields(path, line, 2, "\t") for line in _lines(Path(topics)))
+    texts = read_topics(topics)
 
     def judged(line: str) -> list[dict[str, Any]]:
         name, _, key, gain = _fields(path, line, 4)
+        if name not in texts:
+            raise ValueError(f"{topics} has no question {name!r}")
         return [{"question": texts[name], "id": key, "gain": max(float(gain), 0.0), "name": name}]
 
     return labelled(_each_of(path, _lines(path), judged))
+
+
+def read_topics(path: Path | str) -> dict[str, str]:
+    """Questions by their names, from lines of a name, a tab, and the text.
+
+    Raises:
+        LoadError: there is no such file, a line is not of this form, or names two questions alike.
+    """
+    texts: dict[str, str] = {}
+    for line in _lines(Path(path)):
+        name, text = _fields(Path(path), line, 2, "\t")
+        if texts.setdefault(name, text) != text:
+            raise LoadError(f"{path} has two questions {name!r}: {texts[name]!r} and {text!r}.")
+    return texts
 
 
 def _together(pairs: list[LabelledQuery]) -> list[LabelledQuery]:
@@ -175,25 +209,38 @@ def read_run(path: Path | str) -> Run:
     run: Run = {}
     for line in _lines(Path(path)):
         name, _, key, _, score, _ = _fields(Path(path), line, 6)
-        run.setdefault(name, []).append((key, float(score)))
+        try:
+            run.setdefault(name, []).append((key, float(score)))
+        except ValueError as error:
+            raise LoadError(f"{path}: the score of {line!r} is no number.") from error
     # By score, as trec_eval reads it; ranks are there for people.
     return {name: sorted(rows, key=lambda row: -row[1]) for name, rows in run.items()}
 
 
 def write_qrels(path: Path | str, queries: Sequence[LabelledQuery]) -> None:
-    """Write the judgements of labelled questions as TREC qrels; gains become whole numbers."""
+    """Write the judgements of labelled questions as TREC qrels.
+
+    Gains become whole numbers, and those below 1 that are not 0 become 1.
+    """
     lines = [
-        f"{name} 0 {_unbroken(key)} {round(gain)}\n"
+        f"{_unbroken(name)} 0 {_unbroken(key)} {round(gain) or math.ceil(gain)}\n"
         for name, query in names_of(queries).items()
         for key, gain in query.gains.items()
     ]
     Path(path).write_text("".join(lines), encoding="utf-8")
 
 
+def write_topics(path: Path | str, queries: Sequence[LabelledQuery]) -> None:
+    """Write the questions that qrels and runs name, as ``read_topics`` reads them."""
+    named = names_of(queries).items()
+    lines = [f"{_unbroken(name)}\t{' '.join(query.text.split())}\n" for name, query in named]
+    Path(path).write_text("".join(lines), encoding="utf-8")
+
+
 def write_run(path: Path | str, run: Run, tag: str) -> None:
     """Write rankings as a TREC run."""
     lines = [
-        f"{name} Q0 {_unbroken(key)} {rank} {score:.9g} {_unbroken(tag)}\n"
+        f"{_unbroken(name)} Q0 {_unbroken(key)} {rank} {score:.9g} {_unbroken(tag)}\n"
         for name, rows in run.items()
         for rank, (key, score) in enumerate(rows, start=1)
     ]
@@ -211,7 +258,9 @@ def write_queries(path: Path | str, queries: Sequence[LabelledQuery]) -> None:
 
 def names_of(queries: Sequence[LabelledQuery]) -> dict[str, LabelledQuery]:
     """Labelled questions by what files call them: their names, else their numbers from 1."""
-    return {query.name or str(n): query for n, query in enumerate(queries, start=1)}
+    taken = {query.name for query in queries}
+    numbers = (n for n in itertools.count(1) if str(n) not in taken)
+    return {query.name or str(next(numbers)): query for query in queries}
 
 
 def in_columns(lines: Sequence[Sequence[str]]) -> list[str]:
@@ -240,16 +289,19 @@ def _fields(path: Path, line: str, number: int, separator: str | None = None) ->
     fields = line.split(separator, number - 1)
     if len(fields) != number:
         raise LoadError(f"{path}: {line!r} has {len(fields)} fields and not {number}.")
-    return fields
+    return [_ESCAPED.sub(lambda match: chr(int(match[1], 16)), field) for field in fields]
 
 
 def _unbroken(text: str) -> str:
-    """A key without blanks, which end a field."""
-    return "".join(text.split()) or "_"
+    """A key or name as a field, which white space would end."""
+    return _BLANK.sub(lambda match: f"\\u{ord(match[0]):04x}", text) or "_"
 
 
 def pairs_of(engine: sa.Engine, pairs: Any) -> list[LabelledQuery]:
     """Pairs in any form, those of a query and of a click log included; see ``labelled``.
+
+    Questions that no row answers, of which only wrong rows are known, measure nothing: without
+    them.
 
     Raises:
         LoadError: there are none.
@@ -262,9 +314,10 @@ def pairs_of(engine: sa.Engine, pairs: Any) -> list[LabelledQuery]:
         queries = clicks.of_log([query for pair in pairs for query in labelled([pair])])
     else:
         queries = labelled(pairs)
-    if not queries:
+    answered = [query for query in queries if any(query.gains.values())]
+    if not answered:
         raise LoadError("There are no labelled questions to measure by.")
-    return queries
+    return answered
 
 
 def with_attribute(

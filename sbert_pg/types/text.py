@@ -139,9 +139,18 @@ def text_column(
     return mapped_column(*positional, deferred=True, **options)
 
 
-def text_index(name: str, column: str) -> sa.Index:
-    """The GIN index of a text column, for ``__table_args__``."""
-    return sa.Index(name, column, postgresql_using="gin")
+def text_index(
+    name: str, column: str, *, where: sa.ColumnElement[bool] | sa.TextClause | None = None
+) -> sa.Index:
+    """The GIN index of a text column, for ``__table_args__``.
+
+    Args:
+        name: its name.
+        column: name of the text column.
+        where: the rows that it holds, for one index a language. Of a column with a single index the
+            words are counted in the rows of that.
+    """
+    return sa.Index(name, column, postgresql_using="gin", postgresql_where=where)
 
 
 def _quoted(name: str) -> str:

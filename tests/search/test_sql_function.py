@@ -12,7 +12,16 @@ from standard_docstrings import documented
 from sbert_pg.search.words import matching
 from tests.search.test_words import QUESTIONS, Base, Note, Odd, Spoken, Weighed
 
-ODD = ["", "the of and", '"a list" -sorted', "qqq ' \\ zz", "deque -rotate", '-"x y" -z "']
+ODD = [
+    "",
+    "the of and",
+    '"a list" -sorted',
+    "qqq ' \\ zz",
+    "deque -rotate",
+    '-"x y" -z "',
+    "deque --rotate",
+    '--"a list" ---sorted',
+]
 
 
 @pytest.fixture
@@ -68,10 +77,11 @@ def test_weights_languages_and_odd_names(session: Session) -> None:
     found = rows_of(session, "weighed", "id", "search", "fox", 10, "true", None, classes)
     assert [id_ for id_, _ in found] == [id_ for id_, _ in expected]
     assert [s for _, s in found] == pytest.approx([s for _, s in expected])
-    german = rows_of(
-        session, "spoken", "id", "search", "haus", 10, "d.language = 'german'::regconfig", "german"
-    )
-    assert [id_ for id_, _ in german] == [1]
+    for language, house in (("german", "haus"), ("english", "house")):
+        rows = session.execute(matching(Spoken.search, house, language=language))
+        found = rows_of(session, "spoken", "id", "search", house, 10, "true", language)
+        assert found == [(row[0].id, pytest.approx(row.score)) for row in rows]
+        assert len(found) == 1
     found = rows_of(session, '"a ""$x$ %table\\:1"', "key", 'se"arch', "words")
     assert [id_ for id_, _ in found] == [1]
 

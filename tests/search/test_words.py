@@ -19,7 +19,7 @@ from sbert_pg.cli.demo_data import standard_library
 from sbert_pg.errors import DeclarationError
 from sbert_pg.search.bm25 import K1, B, length_of
 from sbert_pg.search.words import Question, matching
-from sbert_pg.types.text import text_column, text_index
+from sbert_pg.types.text import TextSearch, text_column, text_index
 
 
 class Base(DeclarativeBase):
@@ -53,6 +53,10 @@ class Weighed(Base):
 
 class Spoken(Base):
     __tablename__ = "spoken"
+    __table_args__ = tuple(
+        text_index(f"spoken_{name}", "search", where=sa.text(f"language = '{name}'::regconfig"))
+        for name in ("english", "german")
+    )
     id: Mapped[int] = mapped_column(primary_key=True)
     language: Mapped[Any] = mapped_column(sa.dialects.postgresql.REGCONFIG)
     body: Mapped[str]
@@ -64,6 +68,9 @@ class Odd(Base):
     id: Mapped[int] = mapped_column("key", primary_key=True)
     body: Mapped[str] = mapped_column('the "body" %s :x')
     search = text_column('the "body" %s :x', language="simple", name='se"arch')
+
+
+_ALONE = TextSearch(("body",), "german")
 
 
 @pytest.fixture
@@ -312,6 +319,10 @@ def test_phrases_and_exclusions(session: Session) -> None:
     assert {id_ for id_, _ in found} == {1}
     found = answers(session, matching(Note.search, 'york -"new york"'))
     assert {id_ for id_, _ in found} == {2, 3}
+    for dashes in ("--new", "----new", '--"new"'):
+        found = answers(session, matching(Note.search, f"york {dashes}"))
+        assert {id_ for id_, _ in found} == {1, 2, 3, 4}, "two dashes exclude nothing"
+    assert answers(session, matching(Note.search, "york ---new")) == []
     assert Question.read('a "b c" -d -"e f" g') == Question("a g b c", '"b c" -"e f" -"d"')
 
 
@@ -363,6 +374,41 @@ def test_a_language_for_each_row(session: Session) -> None:
     german = session.execute(matching(Spoken.search, "Garten", language="german")).all()
     assert [row[0].id for row in english] == [1]
     assert [row[0].id for row in german] == [2]
+
+
+def test_words_of_a_language_are_counted_in_its_rows(library: Session) -> None:
+    """A language of few rows, whose words the other rows have too; its own partial index."""
+    texts = [entry.docstring for entry in documented(1000)]
+    rows = [
+        {"id": n, "language": "english" if n % 20 else "german", "body": text}
+        for n, text in enumerate(texts, start=1)
+    ]
+    library.execute(sa.insert(Spoken), rows)
+    library.execute(sa.delete(Note).where(Note.id % 20 != 0))
+    library.execute(sa.update(Note).values(title=None))
+    german = "to_tsvector('german', body)"
+    library.execute(sa.text(f"CREATE TABLE alone AS SELECT id, {german} AS search FROM note"))
+    columns = (sa.Column("id", sa.Integer, primary_key=True), sa.Column("search", _ALONE))
+    alone = sa.Table("alone", sa.MetaData(), *columns)
+    for analysed in (False, True):
+        if analysed:
+            library.execute(sa.text("ANALYZE spoken"))
+        for question in QUESTIONS:
+            expected = library.execute(matching(alone.c.search, question)).all()
+            found = answers(library, matching(Spoken.search, question, language="german"))
+            assert [id_ for id_, _ in found] == [row.id for row in expected]
+            assert [s for _, s in found] == pytest.approx([r.score for r in expected], rel=1e-6)
+    library.execute(sa.text("SET LOCAL enable_seqscan = off"))
+    plans: list[str] = []
+    sa.event.listen(
+        library.connection(),
+        "before_cursor_execute",
+        lambda _, cursor, text, values, *__: plans.extend(
+            row[0] for row in cursor.connection.execute("EXPLAIN " + text, values)
+        ),
+    )
+    library.execute(matching(Spoken.search, "deque", language="german")).all()
+    assert any("Index Scan on spoken_german" in line for line in plans)
 
 
 def test_lengths_are_positions(session: Session) -> None:
@@ -445,6 +491,27 @@ def test_views_and_partitioned_tables(library: Session) -> None:
     assert found(declared("parted")) == expected
     library.execute(sa.text("ANALYZE parted"))
     assert found(declared("parted")) == expected
+    for statement in (
+        "CREATE MATERIALIZED VIEW kept AS SELECT * FROM note",
+        "CREATE TABLE heir (LIKE note INCLUDING GENERATED)",
+        "INSERT INTO heir (id, title, body, kind) SELECT id, title, body, kind FROM note",
+        "ANALYZE heir",
+    ):
+        library.execute(sa.text(statement))
+    assert found(declared("kept")) == expected
+    library.execute(sa.text("ANALYZE kept"))
+    assert found(declared("kept")) == expected
+    # The statistics of a table say nothing of those that inherit from it.
+    library.execute(sa.text("CREATE TABLE late () INHERITS (heir)"))
+    rows = "SELECT n, '', 'return' FROM generate_series(9001, 9900) AS n"
+    many = f"INSERT INTO late (id, kind, title) {rows}"
+    library.execute(sa.text(many))
+    library.execute(sa.text("CREATE TABLE flat AS SELECT * FROM heir"))
+    both = [
+        [(row.id, row.score) for row in library.execute(matching(table.c.search, "return deque"))]
+        for table in (declared("heir"), declared("flat"))
+    ]
+    assert both[0] == both[1]
 
 
 def test_what_is_asked_wrongly() -> None:

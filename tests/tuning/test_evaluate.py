@@ -24,7 +24,15 @@ from sbert_pg.cli.demo_data import standard_library
 from sbert_pg.errors import DeclarationError, LoadError
 from sbert_pg.search.exact import LabelledQuery
 from sbert_pg.testing import DeterministicEncoder
-from sbert_pg.tuning import read_pairs, read_run, searches_for, write_qrels, write_run
+from sbert_pg.tuning import (
+    read_pairs,
+    read_run,
+    searches_for,
+    write_qrels,
+    write_run,
+    write_topics,
+)
+from sbert_pg.tuning.files import names_of
 
 
 class Base(DeclarativeBase):
@@ -166,8 +174,7 @@ def test_pairs_by_a_query_and_from_files(library: Any, tmp_path: Path) -> None:
     assert from_file.scores[0].ndcg == by_query.scores[0].ndcg
     write_qrels(tmp_path / "qrels", from_file.queries)
     write_run(tmp_path / "run", from_file.run("words"), "words")
-    topics = "".join(f"{n}\t{q.text}\n" for n, q in enumerate(from_file.queries, start=1))
-    (tmp_path / "topics").write_text(topics)
+    write_topics(tmp_path / "topics", from_file.queries)
     again = evaluate(
         engine,
         {"run": read_run(tmp_path / "run")},
@@ -190,6 +197,11 @@ def test_pairs_by_a_query_and_from_files(library: Any, tmp_path: Path) -> None:
         ("a.jsonl", '{"query": "x", "relevant": "12"}\n', "list of keys"),
         ("a.jsonl", '{"query": "x", "relevant": ["1"]}\nnonsense\n', "line 2"),
         ("a.qrels", "1 0 2\n", "topics"),
+        ("a.csv", "question,id\nWhat, then?,5\n", "line 1.*more fields"),
+        ("a.csv", 'question,id\nx,1\n"unclosed,1\n', "cannot be read"),
+        ("a.csv", "question,id,gain\nx,1,inf\n", "infinite"),
+        ("a.csv", "question,id,gain\nx,1,1\ny,1,1\nx,1,0\n", "has the gain 1"),
+        ("a.csv", "question,id,name\nx,1,Ann\ny,1,Ann\n", "that of another question"),
         ("missing.csv", None, "cannot be read"),
     ],
 )
@@ -200,6 +212,84 @@ def test_unreadable_pairs(
         (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(LoadError, match=message):
         read_pairs(tmp_path / name)
+
+
+def test_files_that_are_not_what_they_should_be(tmp_path: Path) -> None:
+    """Another encoding, unknown questions, judgements that contradict each other."""
+    file, topics = tmp_path / "file", tmp_path / "topics"
+    topics.write_text("q1\tWho?\nq2\tWhat?\n")
+    (tmp_path / "latin.csv").write_bytes("question,id\nCaf\xe9?,1\n".encode("latin-1"))
+    with pytest.raises(LoadError, match=r"UTF-8"):
+        read_pairs(tmp_path / "latin.csv")
+    for qrels, message in (
+        ("q1 0 1 1\nq3 0 1 1\n", "line 2.*no question 'q3'"),
+        ("q1 0 1 1\nq2 0 1 1\nq1 0 1 0\n", "has the gain 1"),
+        ("q1 0 1 one\n", "line 1"),
+    ):
+        file.write_text(qrels)
+        with pytest.raises(LoadError, match=message):
+            read_pairs(file, topics)
+    file.write_text("q1 Q0 1 1 best tag\n")
+    with pytest.raises(LoadError, match="no number"):
+        read_run(file)
+    file.write_bytes(b"\xff\xfeq1 Q0 1 1 2.0 tag\n")
+    with pytest.raises(LoadError, match="UTF-8"):
+        read_run(file)
+    topics.write_text("q1\tWho?\nq1\tWhat?\n")
+    file.write_text("q1 0 1 1\n")
+    with pytest.raises(LoadError, match="two questions 'q1'"):
+        read_pairs(file, topics)
+
+
+def test_files_keep_every_key_and_name(library: Any, tmp_path: Path) -> None:
+    """Keys of several columns, with white space, and with what stands for it; a name for some."""
+    engine, _ = library
+    keys = [
+        '["1", "a b"]',
+        "New York",
+        "NewYork",
+        r"back\u0020slash",
+        "\u3000",
+        "tab\tbed",
+        "a%20b",
+    ]
+    pairs = [
+        LabelledQuery(f"which is {n}?", {key: 0.25}, "2" if n == 5 else "a name" if n == 3 else "")
+        for n, key in enumerate(keys)
+    ]
+    run = {name: [(*query.gains, 1.0)] for name, query in names_of(pairs).items()}
+    assert len(run) == len(keys)
+    write_topics(tmp_path / "topics", pairs)
+    write_qrels(tmp_path / "qrels", pairs)
+    write_run(tmp_path / "run", run, "every key")
+    assert read_run(tmp_path / "run") == run
+    again = read_pairs(tmp_path / "qrels", tmp_path / "topics")
+    assert {query.name: dict.fromkeys(query.gains, 0.25) for query in again} == {
+        name: query.gains for name, query in names_of(pairs).items()
+    }
+    report = evaluate(engine, {"run": read_run(tmp_path / "run")}, again)
+    assert report.scores[0].ndcg.value == pytest.approx(1)
+
+
+def test_what_measures_nothing(library: Any) -> None:
+    """A run of other questions, and questions that no row answers."""
+    engine, rows = library
+    pairs = questions(rows)
+    with pytest.raises(LoadError, match="none of the questions"):
+        evaluate(engine, {"run": {"q1": [("1", 1.0)]}}, pairs)
+    wrong = [("no row answers this", 1, 0), ("nor this", 2, 0)]
+    with pytest.raises(LoadError, match="no labelled questions"):
+        evaluate(engine, SEARCHES, wrong)
+    some = [LabelledQuery(p["question"], {str(p["id"]): 1.0}) for p in pairs]
+    without = evaluate(engine, SEARCHES, [*some, LabelledQuery("not this", {"1": 0.0})])
+    assert without.scores[0].ndcg == evaluate(engine, SEARCHES, some).scores[0].ndcg
+
+
+def test_a_slice_of_what_has_no_value(library: Any) -> None:
+    engine, rows = library
+    pairs = [{**p, "kind": None if p["kind"] == "b" else "a"} for p in questions(rows)]
+    report = evaluate(engine, {"words": SEARCHES["words"]}, pairs, slices="kind")
+    assert [score.slice for score in report.scores] == [None, "(none)", "a"]
 
 
 def test_what_is_asked_wrongly(library: Any) -> None:
