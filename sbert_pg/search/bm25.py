@@ -20,6 +20,8 @@ K1, B = 1.2, 0.75
 #: each row wanted; the others score, but bring no candidates of their own before these are known.
 #: As in MaxScore (Turtle and Flood, 1995) the answer is the same.
 FIRST, FIRST_EACH = 500, 20
+#: Words up to which those that are too light alone are asked for in pairs.
+PAIRED = 24
 #: Pages of a table that are sampled for the mean length, and rows of those that are looked at.
 PAGES, ROWS = 16, 128
 #: Pages that are sampled where words are of some of the rows: of one language, or of an index.
@@ -177,11 +179,20 @@ SELECT {keys}, s.score, s.held
                   / (SELECT mean FROM words_corpus)))) AS score,
               sum(t.idf) FILTER (WHERE c.tf > 0) / sum(t.idf) AS held
          FROM words_terms AS t CROSS JOIN LATERAL (SELECT {tf} AS tf OFFSET 0) AS c) AS s
- WHERE w.vector @@ (SELECT CAST(string_agg(quoted, ' | ') AS tsquery) FROM words_terms{some})
+ WHERE w.vector @@ (SELECT CAST(string_agg({asked}, ' | ') AS tsquery) FROM {some})
    AND (numnode(words_one.required) = 0 OR w.vector @@ words_one.required){more}
  ORDER BY s.score DESC, {keys}
  LIMIT (SELECT needed FROM words_search)
 """
+#: A word as it is asked for where *least* is the score to reach: alone where it can be enough, else
+#: with a lesser word by which it can. Of rows with common words most have one of them alone, and so
+#: the index leaves them out. Pairs of very many words would be more work than rows.
+_PAIRED = f"""CASE WHEN coalesce({K1 + 1} * t.idf >= least, true)
+           OR (SELECT count(*) FROM words_terms) > {PAIRED} THEN t.quoted
+           ELSE t.quoted || ' & (' || (
+                SELECT string_agg(lesser.quoted, ' | ') FROM words_terms AS lesser
+                 WHERE lesser.reach < t.reach
+                   AND {K1 + 1} * t.idf + lesser.reach >= least) || ')' END"""  # noqa: S608 (a constant)
 #: Rows of the other words alone are looked at where they can score more than the last row found.
 _BEYOND = "common AND coalesce(reach > least, true)"
 _VERDICT = f"""
@@ -230,12 +241,14 @@ def ranking(keys: int, weights: tuple[tuple[str, float], ...], exhaustive: bool)
     ranked = (*names, "score", "held")
     parts = [_part("words_terms", ("quoted", "query", "idf", "common", "reach"), _TERMS)]
     if exhaustive:
-        parts.append(_part("words_chosen", ranked, _RANKED.format(**values, some="", more="")))
+        all_of = {"asked": "quoted", "some": "words_terms", "more": ""}
+        parts.append(_part("words_chosen", ranked, _RANKED.format(**values, **all_of)))
     else:
         unless = "\n   AND NOT (SELECT suffice FROM words_verdict)"
-        some = f", words_verdict WHERE NOT common OR {_BEYOND}"
-        every = _RANKED.format(**values, some=some, more=unless)
-        rare = _RANKED.format(**values, some=" WHERE NOT common", more="")
+        some = "words_terms AS t, words_verdict WHERE coalesce(t.reach >= least, true)"
+        every = _RANKED.format(**values, asked=_PAIRED, some=some, more=unless)
+        some = "words_terms WHERE NOT common"
+        rare = _RANKED.format(**values, asked="quoted", some=some, more="")
         parts.append(_part("words_rare", ranked, rare))
         parts.append(_part("words_verdict", ("least", "suffice"), _VERDICT))
         parts.append(_part("words_chosen", ranked, _CHOSEN.format(every=every)))

@@ -190,20 +190,26 @@ BEGIN
     -- Rows with the rarest words first; then those with others that can score more than the last.
     RETURN QUERY EXECUTE concat(
         'WITH rare (d, score) AS MATERIALIZED (', v_select, '$7', v_order, '), verdict AS MATERIALIZED ('
-        'SELECT least, NOT EXISTS (SELECT FROM unnest($8, $9) AS t (word, reach) '
-        'WHERE reach < ''Infinity'' AND coalesce(reach > least, true)) AS suffice '
+        'SELECT least, NOT EXISTS (SELECT FROM unnest($9, $10) AS t (reach, common) '
+        'WHERE common AND coalesce(reach > least, true)) AS suffice '
         'FROM (SELECT CASE WHEN count(*) >= $6 THEN min(score) END AS least FROM rare) AS last) '
         'SELECT * FROM (SELECT * FROM rare WHERE (SELECT suffice FROM verdict) UNION ALL (', v_select,
-        '(SELECT string_agg(word, '' | '')::tsquery FROM unnest($8, $9) AS t (word, reach), verdict '
-        'WHERE coalesce(reach > least, true)) AND NOT (SELECT suffice FROM verdict)', v_order,
+        -- A word alone where it can be enough, else with a lesser one by which it can.
+        '(SELECT string_agg(CASE WHEN coalesce(2.2 * t.idf >= least, true) OR cardinality($8) > 24 THEN t.word '
+        'ELSE t.word || '' & ('' || (SELECT string_agg(lesser.word, '' | '') '
+        'FROM unnest($8, $9) AS lesser (word, reach) WHERE lesser.reach < t.reach '
+        'AND 2.2 * t.idf + lesser.reach >= least) || '')'' END, '' | '')::tsquery '
+        'FROM unnest($8, $9, $2) AS t (word, reach, idf), verdict WHERE coalesce(t.reach >= least, true)) '
+        'AND NOT (SELECT suffice FROM verdict)', v_order,
         ')) AS chosen (d, score) ORDER BY score DESC, ', v_rekeyed)
         USING v_terms::tsquery[], v_idf, v_required, v_levels, v_mean, row_limit,
               (SELECT string_agg(v_terms[i], ' | ') FROM generate_subscripts(v_terms, 1) AS i
                 WHERE NOT v_common[i])::tsquery,
               v_terms,
-              -- What a row can score at most by a common word and those that weigh less.
-              (SELECT array_agg(CASE WHEN v_common[i] THEN reach ELSE 'Infinity' END ORDER BY i)
+              -- What a row can score at most by a word and those that weigh less.
+              (SELECT array_agg(reach ORDER BY i)
                  FROM (SELECT i, 2.2 * sum(v_idf[i]) OVER (ORDER BY v_idf[i], i) AS reach
-                         FROM generate_subscripts(v_terms, 1) AS i) AS reaches);
+                         FROM generate_subscripts(v_terms, 1) AS i) AS reaches),
+              v_common;
 END
 $body$;

@@ -68,7 +68,7 @@ def labelled(pairs: Iterable[Any]) -> list[LabelledQuery]:
 def _require_sound(one: LabelledQuery, known: LabelledQuery | None) -> None:
     """Refuse what has no meaning, and what contradicts the earlier pairs of the question."""
     if not one.text.strip() or any(not 0 <= gain < math.inf for gain in one.gains.values()):
-        raise ValueError("the question is empty, or a gain is below 0 or infinite")
+        raise ValueError("the question is empty, or a gain is no number from 0 on")
     if known is None:
         return
     if known.text != one.text:

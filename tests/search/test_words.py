@@ -214,6 +214,7 @@ def test_rows_left_out_change_nothing(session: Session, table: str) -> None:
         "scarce w5", "w0", "w7 w0", "w0 w1 w2 w3", "w999 w1", "equal text w0", "giant w5 w0",
         "w1 -w2 w5", '"w1 w2" w9', "unknown", "w0 " * 300,
         " ".join(f"w{n}" for n in range(0, 999, 20)),
+        *(" ".join(f"w{n}" for n in drawn) for drawn in random.integers(0, 50, (12, 5))),
     ):  # fmt: skip
         for options in ({}, {"limit": 3, "offset": 7}, {"where": Note.kind == "b"}):
             found = answers(session, matching(Note.search, question, **options))

@@ -199,7 +199,6 @@ def test_pairs_by_a_query_and_from_files(library: Any, tmp_path: Path) -> None:
         ("a.qrels", "1 0 2\n", "topics"),
         ("a.csv", "question,id\nWhat, then?,5\n", "line 1.*more fields"),
         ("a.csv", 'question,id\nx,1\n"unclosed,1\n', "cannot be read"),
-        ("a.csv", "question,id,gain\nx,1,inf\n", "infinite"),
         ("a.csv", "question,id,gain\nx,1,1\ny,1,1\nx,1,0\n", "has the gain 1"),
         ("a.csv", "question,id,name\nx,1,Ann\ny,1,Ann\n", "that of another question"),
         ("missing.csv", None, "cannot be read"),
