@@ -2,8 +2,9 @@
 
     python benchmarks/words.py [--rows N] [--questions N] [--database URL] [--json FILE]
 
-One table of texts (three docstrings of the standard library each, some 90 words). Every question is asked in turns: ``matching``, the same scoring every row with any
-of its words (``exhaustive``), ``ts_rank_cd`` with the words joined by OR, ``nearest`` alone and
+One table of texts (three docstrings of the standard library each, some 90 words). Every question is
+asked in turns: ``matching``, the same scoring every row with any of its words (``exhaustive``),
+``ts_rank_cd`` with the words joined by OR, ``nearest`` alone and
 ``hybrid``. Given are medians in milliseconds, the median of the ratio to ``ts_rank_cd`` asked the
 same question, and the ratio of ``hybrid`` to the sum of its arms.
 
