@@ -175,14 +175,7 @@ def evaluate(
         connection = None
         for name, search in searches.items():
             if isinstance(search, Mapping):
-                named = _named(queries)
-                lists = [search.get(n) or search.get(t) or [] for n, t in named]
-                if not search.keys() & {each for pair in named for each in pair}:
-                    raise LoadError(
-                        f"The run {name!r} answers none of the questions. It has to call them as "
-                        f"the pairs do: {', '.join(n for n, _ in named[:3])}, ..."
-                    )
-                answers[name] = [[Answer(*row[:2]) for row in rows] for rows in lists]
+                answers[name] = _of_run(name, search, queries)
                 continue
             if connection is None:
                 opened = engine.connect().execution_options(isolation_level="REPEATABLE READ")
@@ -193,9 +186,16 @@ def evaluate(
     return Evaluation(k, tuple(queries), tuple(scores), answers)
 
 
-def _named(queries: Sequence[LabelledQuery]) -> list[tuple[str, str]]:
-    """Name and text of each question."""
-    return [(name, query.text) for name, query in names_of(queries).items()]
+def _of_run(name: str, run: Run, queries: Sequence[LabelledQuery]) -> list[list[Answer]]:
+    """The answers of a run, which calls each question by its name or its text."""
+    named = names_of(queries)
+    lists = [run.get(called, run.get(query.text)) for called, query in named.items()]
+    if all(rows is None for rows in lists):
+        raise LoadError(
+            f"The run {name!r} answers none of the questions. It has to call them as the pairs do: "
+            f"{', '.join(list(named)[:3])}, ..."
+        )
+    return [[Answer(*row[:2]) for row in rows or ()] for rows in lists]
 
 
 def _answers(
@@ -238,6 +238,19 @@ def _measured(answers: Sequence[Answer], query: LabelledQuery, k: int) -> list[f
     ]
 
 
+def _groups(
+    queries: Sequence[LabelledQuery], slices: str | None
+) -> dict[str | None, npt.NDArray[np.bool_]]:
+    """The questions of each value of an attribute, after all of them."""
+    every: dict[str | None, npt.NDArray[np.bool_]] = {None: np.ones(len(queries), dtype=bool)}
+    if slices is None:
+        return every
+    if not any(slices in query.attributes for query in queries):
+        raise DeclarationError(f"No pair has an attribute {slices!r} to slice by.")
+    of = np.array([query.attributes.get(slices) or "(none)" for query in queries])
+    return every | {str(value): of == value for value in sorted(set(of))}
+
+
 def _scores(
     queries: Sequence[LabelledQuery],
     answers: Mapping[str, list[list[Answer]]],
@@ -250,12 +263,7 @@ def _scores(
         name: np.array([_measured(a, q, k) for a, q in zip(rows, queries, strict=True)])
         for name, rows in answers.items()
     }
-    groups: dict[str | None, npt.NDArray[np.bool_]] = {None: np.ones(len(queries), dtype=bool)}
-    if slices is not None:
-        of = np.array([query.attributes.get(slices) or "(none)" for query in queries])
-        if not any(slices in query.attributes for query in queries):
-            raise DeclarationError(f"No pair has an attribute {slices!r} to slice by.")
-        groups |= {str(value): of == value for value in sorted(set(of))}
+    groups = _groups(queries, slices)
     scores = []
     for group, members in groups.items():
         count = int(members.sum())
