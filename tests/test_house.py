@@ -67,7 +67,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (9, 1967),
     "alembic": (9, 2746),
     "catalog": (9, 2613),
-    "cli": (17, 4454),
+    "cli": (17, 4468),
     "clustering": (17, 5051),
     "encoder": (30, 7749),
     "freshness": (23, 5174),
@@ -76,11 +76,11 @@ ROOMS: dict[str, tuple[int, int]] = {
     "orm": (5, 922),
     "passages": (6, 1183),
     "reembed": (12, 3233),
-    "search": (13, 3982),
+    "search": (13, 4044),
     "serving": (19, 3605),
     "sql": (1, 24),
-    "tuning": (18, 4256),
-    "types": (9, 1718),
+    "tuning": (18, 4326),
+    "types": (9, 1727),
 }
 #: All rooms that are one module.
 MOST_LINES_OF_THE_REST = 3388
