@@ -72,7 +72,7 @@ format: $(VENV)/.ready
 # The site, from docs/ and what docs/hooks.py makes of the rest; a warning is an error.
 docs: $(VENV)/.ready
 	$(VENV)/bin/python -m pip install --quiet --group docs
-	PYTHONPATH=. $(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(VENV)/bin/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) $(DEMO_VENV) dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis

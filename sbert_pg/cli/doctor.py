@@ -23,6 +23,8 @@ from sbert_pg.indexes.read import StoredIndex, vector_indexes
 
 #: Rows from which comparing all of them takes some 25 ms and more; below, an index gains little.
 LARGE = 50_000
+#: Rows that autovacuum gathers no statistics of, by PostgreSQL's default.
+_UNGATHERED = 50
 #: Seconds that pending rows may wait, and that a replica may be behind.
 LATE = 3600.0
 LAG = 30.0
@@ -105,7 +107,8 @@ def diagnose(connection: sa.Connection, *, large: int = LARGE) -> Iterator[Findi
         name = str(binding)
         yield from _of_indexes(name, indexes[name])
         if name in columns:
-            yield from _of_column(columns[name], large, building=bool(indexes[name]))
+            few = columns[name].rows is None and _has_few_rows(connection, binding)
+            yield from _of_column(columns[name], large, few=few, building=bool(indexes[name]))
         yield from _of_precision(connection, binding)
     yield from _of_questions(connection)
     yield from _of_replicas(connection)
@@ -143,17 +146,24 @@ def _of_indexes(column: str, indexes: tuple[StoredIndex, ...]) -> Iterator[Findi
             )
 
 
-def _of_column(column: ColumnStatus, large: int, *, building: bool) -> Iterator[Finding]:
+def _has_few_rows(connection: sa.Connection, binding: Binding) -> bool:
+    """Whether a table is so small that autovacuum leaves it without statistics."""
+    some = sa.select(sa.literal(1)).select_from(binding.clause()).limit(_UNGATHERED + 1)
+    count = sa.select(sa.func.count()).select_from(some.subquery())
+    return connection.execute(count).scalar_one() <= _UNGATHERED
+
+
+def _of_column(column: ColumnStatus, large: int, *, few: bool, building: bool) -> Iterator[Finding]:
     name = column.column
     table = name.rpartition(".")[0]
     for problem in column.problems:
         yield Finding("fault", name, problem.rstrip("."), "docs/freshness.md says what each means.")
-    if column.rows is None:
+    if column.rows is None and not few:
         yield Finding(
             "advice", table, "statistics were never gathered, so plans are guesses",
             f"ANALYZE {table}; and see that autovacuum is on.",
         )  # fmt: skip
-    elif column.rows >= large and not building:
+    elif (column.rows or 0) >= large and not building:
         yield Finding(
             "advice",
             name,
