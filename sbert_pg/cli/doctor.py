@@ -153,17 +153,22 @@ def _has_few_rows(connection: sa.Connection, binding: Binding) -> bool:
     return connection.execute(count).scalar_one() <= _UNGATHERED
 
 
+def _of_statistics(table: str, few: bool) -> Iterator[Finding]:
+    if not few:
+        yield Finding(
+            "advice", table, "statistics were never gathered, so plans are guesses",
+            f"ANALYZE {table}; and see that autovacuum is on.",
+        )  # fmt: skip
+
+
 def _of_column(column: ColumnStatus, large: int, *, few: bool, building: bool) -> Iterator[Finding]:
     name = column.column
     table = name.rpartition(".")[0]
     for problem in column.problems:
         yield Finding("fault", name, problem.rstrip("."), "docs/freshness.md says what each means.")
-    if column.rows is None and not few:
-        yield Finding(
-            "advice", table, "statistics were never gathered, so plans are guesses",
-            f"ANALYZE {table}; and see that autovacuum is on.",
-        )  # fmt: skip
-    elif (column.rows or 0) >= large and not building:
+    if column.rows is None:
+        yield from _of_statistics(table, few)
+    elif column.rows >= large and not building:
         yield Finding(
             "advice",
             name,
