@@ -67,7 +67,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (9, 1967),
     "alembic": (9, 2746),
     "catalog": (9, 2613),
-    "cli": (17, 4468),
+    "cli": (17, 4483),
     "clustering": (17, 5051),
     "encoder": (30, 7749),
     "freshness": (23, 5174),
