@@ -1,7 +1,7 @@
 """Semantic search in a FastAPI application, synchronous or not: the statements are the same.
 
-pip install 'sbert-pg[convert]' fastapi uvicorn
-export DATABASE_URL=postgresql+psycopg://localhost/shop
+pip install 'sbert-pg[convert]' fastapi uvicorn asyncpg greenlet
+export DATABASE_URL=postgresql+asyncpg://localhost/shop
 sbert-pg migrate -d "$DATABASE_URL"
 uvicorn fastapi_search:app
 """

@@ -1,5 +1,6 @@
 """Flask-SQLAlchemy: declare on ``db.Model``, search with ``db.session``.
 
+pip install 'sbert-pg[convert]' flask-sqlalchemy
 export DATABASE_URL=postgresql+psycopg://localhost/shop
 flask --app flask_search run
 """
