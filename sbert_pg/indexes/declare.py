@@ -27,7 +27,7 @@ from sbert_pg.distance import (
 )
 from sbert_pg.errors import DeclarationError
 from sbert_pg.types.indexed import Form, VectorIndex, quoted, signs, subvector
-from sbert_pg.types.vector import HalfVector, VectorType, plain_type
+from sbert_pg.types.vector import HalfVector, VectorType, plain_type, vector_type
 
 VectorColumn = sa.Column[Any] | MappedColumn[Any] | str
 #: A predicate, or what makes it of the table, where there is none yet.
@@ -220,7 +220,7 @@ def vector_index(
         # A column of a mapped class gets its name, and a name its column, when the table is made.
         real = next(iter(index.columns))
         expression, opclass, metric = _indexed(method, table, real, form, similarity)
-        type_ = cast("VectorType", real.type)
+        type_ = cast("VectorType", vector_type(real.type))
         storage = options(type_, metric) if callable(options) else options
         if form.name != "column":
             expression = expression.label(f"{real.key}_{form.name}")
@@ -255,11 +255,11 @@ def _indexed(
     similarity: Similarity | None,
 ) -> tuple[Any, str, Metric]:
     """The expression to index, the operator class for it, and the metric."""
-    type_, where = column.type, f"{method}_index on {table.name}.{column.name}"
-    if not isinstance(type_, VectorType) or type_.dimensions is None:
+    type_, where = vector_type(column.type), f"{method}_index on {table.name}.{column.name}"
+    if type_ is None or type_.dimensions is None:
         raise DeclarationError(
-            f"{where}: the column has type {type_!r}; an index needs a vector column of known "
-            "width, as embedding_column() or Vector(384) make it."
+            f"{where}: the column has type {column.type!r}; an index needs a vector column of "
+            "known width, as embedding_column() or Vector(384) make it."
         )
     kinds = {"halfvec": "halfvec", "binary": "bit"}
     kind = kinds.get(form.name, type_.storage)

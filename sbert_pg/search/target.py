@@ -18,7 +18,7 @@ from sbert_pg.errors import DeclarationError, ZeroVectorError
 from sbert_pg.types.comparator import apply_operator, base_of, clause_of, metric_for, operand
 from sbert_pg.types.indexed import VectorIndex, description_of, index_on
 from sbert_pg.types.text import TextSearch
-from sbert_pg.types.vector import VectorType
+from sbert_pg.types.vector import vector_type
 from sbert_pg.types.wire import WireVector
 
 #: Pages of the table that are tried to estimate how many rows pass.
@@ -47,6 +47,7 @@ class Target:
 
     Attributes:
         column: the column in expressions of the caller's.
+        type: its type, one of this library's also where the column's own is another's.
         entity: the mapped class or its alias; ``None`` for a ``Table``'s column.
         metric: metric of the column's encoder.
         origin: what the rows are selected from, as the caller would write it.
@@ -71,12 +72,15 @@ class Target:
 
     def __init__(self, column: Any) -> None:
         clause = clause_of(column)
-        if not isinstance(clause, sa.ColumnElement) or not isinstance(clause.type, VectorType):
+        type_ = vector_type(clause.type) if isinstance(clause, sa.ColumnElement) else None
+        if type_ is None:
             raise DeclarationError(
                 f"nearest() was given {column!r}, which is no vector column. Give an attribute "
-                "made with embedding_column(), or a column of type Vector, HalfVector or Embedding."
+                "made with embedding_column(), or a column of type Vector, HalfVector or "
+                "Embedding, or pgvector's VECTOR or HALFVEC."
             )
         self.column: sa.ColumnElement[Any] = clause
+        self.type = type_
         self.metric: Metric = metric_for(clause)
         self.label = "similarity"
         self.narrows = False
@@ -256,9 +260,8 @@ class Target:
     @property
     def wide(self) -> bool:
         """Whether the vectors are likely stored apart, where fetching one costs more than a row."""
-        type_: Any = self.column.type
-        size = 2 if getattr(type_, "storage", "vector") == "halfvec" else 4
-        return size * (getattr(type_, "dimensions", None) or 0) > WIDE
+        size = 2 if self.type.storage == "halfvec" else 4
+        return size * (self.type.dimensions or 0) > WIDE
 
     def comparable(self) -> list[sa.ColumnElement[bool]]:
         """That a row has a vector, and a similarity to something."""
@@ -269,7 +272,7 @@ class Target:
 
     def directed(self, vector: sa.ColumnElement[Any]) -> sa.ColumnElement[bool]:
         """That a vector is not all zeros, which has a cosine with nothing."""
-        half = getattr(self.column.type, "storage", None) == "halfvec"
+        half = self.type.storage == "halfvec"
         norm = sa.func.l2_norm(vector) if half else sa.func.vector_norm(vector)
         # By the planner's lights most rows are unequal to something, and few larger.
         return norm != sa.literal_column("0")
@@ -277,7 +280,8 @@ class Target:
     def operand(self, query: Any) -> sa.ColumnElement[Any]:
         """The query as the right-hand side of a distance operator."""
         if not self.is_row(query):
-            right = operand(self.column, query)
+            theirs = self.type is not self.column.type
+            right = operand(self.column, query, self.type if theirs else None)
             value = getattr(right, "value", None)
             if isinstance(value, WireVector) and self.metric.similarity == "cosine":
                 _require_direction(value)
@@ -353,7 +357,7 @@ def _compares(part: Any) -> bool:
 
 def readable_columns(table: Any) -> list[Any]:
     """Columns of a table that are there for readers: no vectors, and nothing made for searches."""
-    vectors = [c for c in table.c if isinstance(c.type, VectorType)]
+    vectors = [c for c in table.c if vector_type(c.type) is not None]
     texts = [c for c in table.c if isinstance(c.type, TextSearch)]
     apart = {id(c) for c in (*vectors, *map(companion_of, vectors), *texts)}
     return [c for c in table.c if id(c) not in apart]

@@ -142,8 +142,13 @@ def apply_operator(
     return sa.BinaryExpression(left, operand(left, other), operation, type_=operation.return_type)
 
 
-def operand(left: sa.ColumnElement[Any], other: Any) -> sa.ColumnElement[Any]:
+def operand(left: sa.ColumnElement[Any], other: Any, type_: Any = None) -> sa.ColumnElement[Any]:
     """The right-hand side of an operator: an expression as it is, anything else as a parameter.
+
+    Args:
+        left: what it is compared with.
+        other: the vector, text or expression.
+        type_: type of the parameter, where ``left`` has one of another library's.
 
     Raises:
         DeclarationError: it is ``None``, or a text where no encoder is declared.
@@ -152,7 +157,7 @@ def operand(left: sa.ColumnElement[Any], other: Any) -> sa.ColumnElement[Any]:
     """
     other = clause_of(other)
     if isinstance(other, sa.BindParameter) and isinstance(other.type, NullType):
-        return sa.type_coerce(other, query_type(left))
+        return sa.type_coerce(other, type_ or query_type(left))
     if isinstance(other, sa.ClauseElement):
         if isinstance(other, (sa.Select, sa.CompoundSelect)):
             other = other.scalar_subquery()
@@ -163,7 +168,7 @@ def operand(left: sa.ColumnElement[Any], other: Any) -> sa.ColumnElement[Any]:
             "A vector column was compared with None. Give a text, a vector or an expression; "
             "a row without a vector is found with column.is_(None)."
         )
-    type_ = query_type(left)
+    type_ = type_ or query_type(left)
     return sa.literal(_value(left, other, type_), type_)
 
 
@@ -173,7 +178,7 @@ def _value(left: sa.ColumnElement[Any], other: Any, type_: Any) -> Any:
     if vector is not None:
         # Checked where the mistake is made; the bind processor takes the finished form as it is.
         return wire.WireVector(type_.checked(vector), type_.storage)
-    if type_ is left.type:
+    if not hasattr(left.type, "query_type"):
         raise DeclarationError(
             f"Column {left} was compared with the text {other[:40]!r} and has no encoder. Declare "
             "it with embedding_column() or the type Embedding, or give a vector."

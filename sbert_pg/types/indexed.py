@@ -21,6 +21,7 @@ from sqlalchemy.sql.functions import FunctionElement
 
 from sbert_pg.distance import INDEX_METHODS, METRICS, IndexMethod, Metric, Similarity
 from sbert_pg.errors import DeclarationError
+from sbert_pg.types.shapes import shape_of
 
 Form = Literal["column", "halfvec", "subvector", "binary"]
 _PREFERENCE: tuple[Form, ...] = ("column", "halfvec", "subvector", "binary")
@@ -270,7 +271,7 @@ def description_of(index: sa.Index) -> VectorIndex | None:
         element=None if element is column else element,
         predicate=options["where"],
         tablespace=options["tablespace"],
-        dimensions=getattr(type_, "dimensions", None) or 0,
+        dimensions=(shape_of(type_) or ("vector", None))[1] or 0,
         cast_to=cast_to,
         centre=centre,
         exact="cosine" if spec is None else spec.similarity,
@@ -395,7 +396,7 @@ def _with_opclass(expression: str, opclass: str | None) -> tuple[str, str | None
 
 
 def _vector_column(index: sa.Index) -> str:
-    names = [c.name for c in index.columns if hasattr(c.type, "dimensions")]
+    names = [c.name for c in index.columns if shape_of(c.type) is not None]
     return names[0] if names else next((c.name for c in index.columns), "")
 
 

@@ -23,6 +23,7 @@ from sbert_pg.distance import MAX_DIMENSIONS, Storage
 from sbert_pg.errors import DeclarationError, SbertPgError
 from sbert_pg.types import drivers, wire
 from sbert_pg.types.comparator import VectorComparator
+from sbert_pg.types.shapes import shape_of
 from sbert_pg.types.wire import Array, as_value, reader
 
 
@@ -147,6 +148,17 @@ class HalfVector(VectorType):
 def plain_type(storage: Storage, dimensions: int | None) -> VectorType:
     """The type that stores vectors without knowing of an encoder."""
     return Vector(dimensions) if storage == "vector" else HalfVector(dimensions)
+
+
+def vector_type(type_: Any) -> VectorType | None:
+    """A column's type as one of this library's; ``None`` where it is no vector's.
+
+    pgvector-python's ``VECTOR`` and ``HALFVEC`` stand for the same columns.
+    """
+    if isinstance(type_, VectorType):
+        return type_
+    shape = shape_of(type_)
+    return None if shape is None else plain_type(*shape)
 
 
 def register_reflection() -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
 from other_drivers import url_of
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, undefer
 from write_models import Array, Article, Page, embedding, pending, require_true_or_pending
@@ -25,6 +27,7 @@ from sbert_pg import (
     load,
     nearest,
 )
+from sbert_pg.alembic import autogenerate_plugins
 from sbert_pg.errors import (
     CatalogMissingError,
     DeclarationError,
@@ -34,6 +37,8 @@ from sbert_pg.errors import (
 )
 from sbert_pg.testing import DeterministicEncoder
 from sbert_pg.types import VectorArray, drivers
+from sbert_pg.types.indexed import description_of
+from sbert_pg.types.wire import to_text
 
 DRIVERS = ("psycopg", "psycopg_async", "psycopg2", "pg8000", "asyncpg")
 Run = Callable[[Callable[[Session], Any]], Any]
@@ -302,6 +307,47 @@ class TestPgvectorsOwn:
                 assert row.id in (1, 3)
                 assert similarity == pytest.approx(1, abs=1e-3)
         assert require_true_or_pending(tables, encoder, Article, Page) == (5, 0)
+
+    @pytest.mark.parametrize("name", ["VECTOR", "HALFVEC"])
+    @pytest.mark.parametrize("driver", ["psycopg", "pg8000"])
+    def test_columns(self, engine: sa.Engine, name: str, driver: str) -> None:
+        """Searched with vectors, beside a filter that follows them, and indexed."""
+        type_ = getattr(pytest.importorskip("pgvector.sqlalchemy"), name)(8)
+        table = sa.Table(
+            "theirs",
+            sa.MetaData(),
+            sa.Column("id", sa.Integer, primary_key=True),
+            sa.Column("side", sa.Boolean),
+            sa.Column("vector", type_),
+        )
+        index = hnsw_index("theirs_vector", table.c.vector)
+        table.create(engine)
+        vectors = np.random.default_rng(5).normal(size=(300, 8)).astype(np.float32)
+        rows = [{"id": n, "side": bool(v[0] > 0), "vector": v} for n, v in enumerate(vectors)]
+        found = description_of(index)
+        assert found is not None
+        assert (found.dimensions, found.opclass) == (8, f"{name.lower()}_cosine_ops")
+        assert type(table.c.vector.type) is type(type_)
+        other = sa.create_engine(url_of(engine.url, driver))
+        with other.begin() as connection:
+            connection.execute(table.insert(), rows)
+            cosines = vectors @ vectors[7] / np.linalg.norm(vectors, axis=1)
+            for side in (vectors[7][0] > 0, vectors[7][0] <= 0):
+                passing = np.flatnonzero((vectors[:, 0] > 0) == side)
+                best = passing[np.argsort(-cosines[passing])][:10]
+                for query in (vectors[7], vectors[7].tolist(), to_text(vectors[7])):
+                    where = table.c.side == bool(side)
+                    statement = nearest(table.c.vector, query, limit=10, where=where)
+                    got = [row.id for row in connection.execute(statement)]
+                    assert got[0] == best[0]
+                    assert len(set(got) & {int(n) for n in best}) >= 9  # half precision
+            with pytest.raises(DeclarationError, match="has no encoder"):
+                nearest(table.c.vector, "words")
+            context = MigrationContext.configure(
+                connection, opts={"autogenerate_plugins": autogenerate_plugins()}
+            )
+            assert not [d for d in compare_metadata(context, table.metadata) if "theirs" in str(d)]
+        other.dispose()
 
 
 class TestSQLite:
