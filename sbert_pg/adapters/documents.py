@@ -16,7 +16,7 @@ from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.errors import DeclarationError
 from sbert_pg.orm.declaring import attributes_of, plain_attributes
 from sbert_pg.row_vectors import embed_rows
-from sbert_pg.search import nearest
+from sbert_pg.search import hybrid, matching, nearest
 from sbert_pg.search.filters import condition
 from sbert_pg.spec import EncoderSpec
 from sbert_pg.types.wire import VectorValue
@@ -89,6 +89,7 @@ class Documents:
         column: the embedding column of the class, as in ``Article.embedding``.
         content: name of the attribute that is the text; the embedding's source by default.
         metadata: name of a JSON attribute for metadata that has no attribute of its own.
+        words: name of a text column's attribute, for searches by words or both.
 
     Raises:
         DeclarationError: the column is no embedding column of a mapped class with a primary key of
@@ -96,7 +97,12 @@ class Documents:
     """
 
     def __init__(
-        self, column: Any, *, content: str | None = None, metadata: str | None = None
+        self,
+        column: Any,
+        *,
+        content: str | None = None,
+        metadata: str | None = None,
+        words: str | None = None,
     ) -> None:
         mapper = _mapper_of(column)
         self.column = column
@@ -105,8 +111,9 @@ class Documents:
         self._attribute = next((a for a in attributes_of(mapper) if a.key == column.key), None)
         self.content = content or self._source()
         self.metadata = metadata
+        self.words = words
         attributes = {a.key for a in mapper.attrs if isinstance(a, ColumnProperty)}
-        taken = {self.content, *filter(None, [metadata])}
+        taken = {self.content, *filter(None, [metadata, words])}
         if missing := taken - attributes:
             raise DeclarationError(f"{self.class_.__name__} has no attribute {min(missing)!r}.")
         # What the other embeddings of the class say of their rows is written with them too.
@@ -224,7 +231,14 @@ class Documents:
         return work
 
     def search(
-        self, query: Any, limit: int, conditions: Any = None, *, vectors: bool = False, **how: Any
+        self,
+        query: Any,
+        limit: int,
+        conditions: Any = None,
+        *,
+        by: str = "meaning",
+        vectors: bool = False,
+        **how: Any,
     ) -> Work[list[Row]]:
         """The rows nearest to a text or vector, nearest first.
 
@@ -232,16 +246,31 @@ class Documents:
             query: a text or a vector.
             limit: how many.
             conditions: as ``filters.condition`` takes them, or ``None``.
+            by: ``"meaning"``; or ``"words"`` or ``"both"``, whose scores are in the place of
+                similarities.
             vectors: whether to read their vectors as well.
-            **how: further arguments of ``nearest``.
+            **how: further arguments of the search.
+
+        Raises:
+            DeclarationError: words are asked for, and there are none.
         """
-        where = () if conditions is None else self.where(conditions)
-        statement: Any = nearest(self.column, query, limit=limit, where=where, **how)
+        how |= {"limit": limit, "where": () if conditions is None else self.where(conditions)}
+        statement: Any
+        if by == "meaning":
+            statement = nearest(self.column, query, **how)
+        elif by not in ("words", "both") or self.words is None or not isinstance(query, str):
+            raise DeclarationError(
+                f"A search by {by!r}: it is 'meaning'; or 'words' or 'both', of a question in "
+                "words and a store that is given words=, the name of a text_column()."
+            )
+        elif by == "words":
+            statement = matching(getattr(self.class_, self.words), query, **how)
+        else:
+            statement = hybrid(self.column, getattr(self.class_, self.words), query, **how)
         if vectors:
             statement = statement.options(undefer(self.column))
         return lambda session: [
-            self._row(entity, similarity, vectors)
-            for entity, similarity in session.execute(statement)
+            self._row(entity, score, vectors) for entity, score, *_ in session.execute(statement)
         ]
 
     def has_id(self, ids: Iterable[str]) -> sa.ColumnElement[bool]:

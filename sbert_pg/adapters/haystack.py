@@ -40,6 +40,7 @@ class SbertDocumentStore:
         sessions: a ``sessionmaker``, or an ``async_sessionmaker`` for asynchronous calls alone.
         content: name of the attribute that is the text; the embedding's source by default.
         metadata: name of a JSON attribute for fields of ``meta`` without an attribute.
+        words: name of a text column's attribute, for retrievers by words or both.
 
     Raises:
         DeclarationError: what the class declares cannot be used so.
@@ -52,8 +53,9 @@ class SbertDocumentStore:
         *,
         content: str | None = None,
         metadata: str | None = None,
+        words: str | None = None,
     ) -> None:
-        self.documents = Documents(column, content=content, metadata=metadata)
+        self.documents = Documents(column, content=content, metadata=metadata, words=words)
         runner = Runner(sessions)
         self.run, self.arun = runner.run, runner.arun
 
@@ -183,12 +185,13 @@ class SbertDocumentStore:
 
 @component
 class SbertRetriever:
-    """Finds the documents nearest in meaning to a text.
+    """Finds the documents that answer a question.
 
     Args:
         document_store: the store.
         top_k: how many to find.
         filters: conditions for every search; those of a call are taken in their place.
+        by: ``"meaning"``, ``"words"`` or ``"both"``.
     """
 
     def __init__(
@@ -196,8 +199,10 @@ class SbertRetriever:
         document_store: SbertDocumentStore,
         top_k: int = 10,
         filters: dict[str, Any] | None = None,
+        by: str = "meaning",
     ) -> None:
         self.document_store = document_store
+        self.by = by
         self.top_k = top_k
         self.filters = filters
 
@@ -220,7 +225,7 @@ class SbertRetriever:
     def _search(self, query: str, top_k: int | None, filters: Any) -> Work[list[Row]]:
         store = self.document_store
         conditions = store.translated(filters or self.filters)
-        return store.documents.search(query, top_k or self.top_k, conditions)
+        return store.documents.search(query, top_k or self.top_k, conditions, by=self.by)
 
 
 def _documents(rows: Sequence[Row]) -> list[Document]:

@@ -67,6 +67,7 @@ class SbertVectorStore(VectorStore):
             a thread; or an ``async_sessionmaker``, for asynchronous calls alone.
         content: name of the attribute that is the text; the embedding's source by default.
         metadata: name of a JSON attribute for metadata that has no attribute of its own.
+        words: name of a text column's attribute, for searches with ``by="words"`` or ``"both"``.
 
     Raises:
         DeclarationError: what the class declares cannot be used so.
@@ -79,8 +80,9 @@ class SbertVectorStore(VectorStore):
         *,
         content: str | None = None,
         metadata: str | None = None,
+        words: str | None = None,
     ) -> None:
-        self.documents = Documents(column, content=content, metadata=metadata)
+        self.documents = Documents(column, content=content, metadata=metadata, words=words)
         runner = Runner(sessions)
         self._run, self._arun = runner.run, runner.arun
 
@@ -134,28 +136,28 @@ class SbertVectorStore(VectorStore):
         return _documents(await self._arun(self.documents.get(ids)))
 
     def similarity_search(
-        self, query: str, k: int = 4, filter: Any = None, **kwargs: Any
+        self, query: str, k: int = 4, filter: Any = None, by: str = "meaning", **kwargs: Any
     ) -> list[Document]:
         """The documents nearest to a question, nearest first."""
-        return _documents(self._run(self.documents.search(query, k, filter)))
+        return _documents(self._run(self.documents.search(query, k, filter, by=by)))
 
     async def asimilarity_search(
-        self, query: str, k: int = 4, filter: Any = None, **kwargs: Any
+        self, query: str, k: int = 4, filter: Any = None, by: str = "meaning", **kwargs: Any
     ) -> list[Document]:
         """As ``similarity_search``."""
-        return _documents(await self._arun(self.documents.search(query, k, filter)))
+        return _documents(await self._arun(self.documents.search(query, k, filter, by=by)))
 
     def similarity_search_with_score(
-        self, query: Any, k: int = 4, filter: Any = None, **kwargs: Any
+        self, query: Any, k: int = 4, filter: Any = None, by: str = "meaning", **kwargs: Any
     ) -> list[tuple[Document, float]]:
-        """As ``similarity_search``, each with its similarity."""
-        return _scored(self._run(self.documents.search(query, k, filter)))
+        """As ``similarity_search``, each with its similarity or score."""
+        return _scored(self._run(self.documents.search(query, k, filter, by=by)))
 
     async def asimilarity_search_with_score(
-        self, query: Any, k: int = 4, filter: Any = None, **kwargs: Any
+        self, query: Any, k: int = 4, filter: Any = None, by: str = "meaning", **kwargs: Any
     ) -> list[tuple[Document, float]]:
         """As ``similarity_search_with_score``."""
-        return _scored(await self._arun(self.documents.search(query, k, filter)))
+        return _scored(await self._arun(self.documents.search(query, k, filter, by=by)))
 
     def similarity_search_by_vector(
         self, embedding: list[float], k: int = 4, filter: Any = None, **kwargs: Any

@@ -80,6 +80,15 @@ class SbertEmbedding(BaseEmbedding):
         return encoder
 
 
+#: What rows are found by, of each mode.
+_MODES = {
+    VectorStoreQueryMode.DEFAULT: "meaning",
+    VectorStoreQueryMode.HYBRID: "both",
+    VectorStoreQueryMode.TEXT_SEARCH: "words",
+    VectorStoreQueryMode.SPARSE: "words",
+}
+
+
 class SbertVectorStore(BasePydanticVectorStore):
     """The rows of a mapped class as LlamaIndex's vector store.
 
@@ -93,6 +102,8 @@ class SbertVectorStore(BasePydanticVectorStore):
         metadata: name of a JSON attribute, for what LlamaIndex keeps of a node and for metadata
             that has no attribute of its own.
         content: name of the attribute that is the text; the embedding's source by default.
+        words: name of a text column's attribute, for the modes ``hybrid``, ``text_search`` and
+            ``sparse``.
 
     Raises:
         DeclarationError: what the class declares cannot be used so.
@@ -105,10 +116,16 @@ class SbertVectorStore(BasePydanticVectorStore):
     _runner: Runner = PrivateAttr()
 
     def __init__(
-        self, column: Any, sessions: Any, *, metadata: str, content: str | None = None
+        self,
+        column: Any,
+        sessions: Any,
+        *,
+        metadata: str,
+        content: str | None = None,
+        words: str | None = None,
     ) -> None:
         super().__init__(stores_text=True)
-        self._documents = Documents(column, content=content, metadata=metadata)
+        self._documents = Documents(column, content=content, metadata=metadata, words=words)
         self._runner = Runner(sessions)
 
     @classmethod
@@ -192,7 +209,7 @@ class SbertVectorStore(BasePydanticVectorStore):
         """The nodes nearest to a question, nearest first.
 
         Raises:
-            DeclarationError: a mode other than the default one, or no question.
+            DeclarationError: a mode that this store has not, or no question.
         """
         return _result(self._runner.run(self._search(query)))
 
@@ -201,11 +218,15 @@ class SbertVectorStore(BasePydanticVectorStore):
         return _result(await self._runner.arun(self._search(query)))
 
     def _search(self, query: VectorStoreQuery) -> Work[list[Row]]:
-        if query.mode != VectorStoreQueryMode.DEFAULT:
+        if query.mode not in _MODES:
+            modes = ", ".join(mode.value for mode in _MODES)
             raise DeclarationError(
-                f"This store has no mode {query.mode.value!r}; it has the default one. See "
-                "hybrid() and diverse() of sbert_pg for words and for diversity."
+                f"This store has no mode {query.mode.value!r}; it has {modes}. See diverse() of "
+                "sbert_pg for diversity."
             )
+        by, limit = _MODES[query.mode], query.similarity_top_k
+        if by != "meaning":
+            limit = (query.hybrid_top_k if by == "both" else query.sparse_top_k) or limit
         question = query.query_str or query.query_embedding
         if question is None:
             raise DeclarationError("A query has query_str or query_embedding.")
@@ -213,7 +234,7 @@ class SbertVectorStore(BasePydanticVectorStore):
         if query.doc_ids:
             of_documents = condition({"ref_doc_id": {"$in": query.doc_ids}}, self._documents.field)
             where = sa.and_(where, of_documents)
-        return self._documents.search(question, query.similarity_top_k, where)
+        return self._documents.search(question, limit, where, by=by)
 
     def _where(self, node_ids: list[str] | None, filters: MetadataFilters | None) -> Condition:
         where = sa.true() if filters is None else self._translated(filters)

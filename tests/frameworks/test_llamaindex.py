@@ -130,6 +130,7 @@ def test_querying(store: SbertVectorStore, encoder: DeterministicEncoder) -> Non
         assert sorted(store.query(query).ids or []) == ["2", "3"]
     for refused in (
         VectorStoreQuery(query_str="a", mode=VectorStoreQueryMode.HYBRID),
+        VectorStoreQuery(query_str="a", mode=VectorStoreQueryMode.MMR),
         VectorStoreQuery(similarity_top_k=1),
     ):
         with pytest.raises(DeclarationError):
