@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, Literal, TypeVar
 
 import sqlalchemy as sa
@@ -303,7 +304,7 @@ def _parts(key: str, count: int) -> list[Any]:
 
 def _plain(value: Any) -> Any:
     """A value as JSON has it; what has no form there is text."""
-    if value is None or isinstance(value, (str, bool, int)):
+    if isinstance(value, (str, bool, int, NoneType)):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
