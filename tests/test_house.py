@@ -64,7 +64,7 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 
 #: Most modules and lines of each room: a new capability raises its own, and nobody else's.
 ROOMS: dict[str, tuple[int, int]] = {
-    "adapters": (9, 1967),
+    "adapters": (9, 2024),
     "alembic": (9, 2746),
     "catalog": (9, 2613),
     "cli": (17, 4483),
@@ -76,11 +76,11 @@ ROOMS: dict[str, tuple[int, int]] = {
     "orm": (5, 922),
     "passages": (6, 1183),
     "reembed": (12, 3233),
-    "search": (13, 4044),
-    "serving": (19, 3605),
+    "search": (13, 4048),
+    "serving": (19, 3606),
     "sql": (1, 24),
     "tuning": (18, 4326),
-    "types": (9, 1727),
+    "types": (10, 1773),
 }
 #: All rooms that are one module.
 MOST_LINES_OF_THE_REST = 3388
