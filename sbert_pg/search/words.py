@@ -64,8 +64,10 @@ class Question:
                 phrases.append(match[2])
             return " "
 
+        # Half of a character, as JSON can hold it, is none that PostgreSQL could be sent.
+        whole = text.replace("\0", " ").encode("utf-8", "replace").decode()
         rest = []
-        for word in _QUOTED.sub(take, text.replace("\0", " ")).split():
+        for word in _QUOTED.sub(take, whole).split():
             if excluded := _EXCLUDED.fullmatch(word):
                 required.append(f'-"{excluded[1]}"')
             else:

@@ -331,6 +331,9 @@ def test_phrases_and_exclusions(session: Session) -> None:
 def test_questions_without_a_known_word_find_nothing(session: Session, question: str) -> None:
     session.execute(sa.insert(Note), [{"id": 1, "body": "x marks the spot"}])
     assert session.execute(matching(Note.search, question)).all() == []
+    for broken in ("\0", "\ud83d", "\ud83d \udc00"):
+        assert len(session.execute(matching(Note.search, f"{question}{broken}spot")).all()) < 2
+        assert session.execute(matching(Note.search, f"{broken} spot")).one()[0].id == 1
 
 
 @given(question=st.text(max_size=60) | st.text("'\"\\:*&|!()<-> aé", max_size=40))
