@@ -76,7 +76,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "orm": (5, 922),
     "passages": (6, 1183),
     "reembed": (12, 3233),
-    "search": (13, 4050),
+    "search": (13, 4055),
     "serving": (19, 3606),
     "sql": (1, 24),
     "tuning": (18, 4326),
