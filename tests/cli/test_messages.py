@@ -1,4 +1,4 @@
-"""A message that names a command names one that there is."""
+"""A message or page that names a command names one that there is."""
 
 from __future__ import annotations
 
@@ -17,26 +17,24 @@ from .test_commands import commands
 PATHS = commands()
 GROUPS = {path[0] for path in PATHS if len(path) > 1}
 #: Quoted or bracketed, as messages and docstrings do.
-_NAMED = re.compile(r"[`'(]sbert-pg ([a-z-]+)(?: ([a-z-]+))?")
+_NAMED = re.compile(r"[`'(]sbert-pg ([a-z][a-z-]*)(?: ([a-z-]+))?")
 SOURCES = sorted(Path(sbert_pg.__file__).parent.rglob("*.py"))
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
-def test_commands_in_messages_exist(path: Path) -> None:
-    # A message may be broken over lines of the source.
-    text = re.sub(r'"\s*\n\s*f?"', "", path.read_text())
-    for first, second in _NAMED.findall(text):
-        if first in GROUPS and second:
-            assert (first, second) in PATHS, f"{path.name}: sbert-pg {first} {second}"
-        else:
-            assert first in GROUPS or (first,) in PATHS, f"{path.name}: sbert-pg {first}"
-
-
 ROOT = Path(__file__).parents[2]
 WRITTEN = [
     *SOURCES, ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "examples").glob("*.py")),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.stem)
+def test_commands_in_messages_and_docs_exist(path: Path) -> None:
+    # A message may be broken over lines of the source.
+    text = re.sub(r'"\s*\n\s*f?"', "", path.read_text(encoding="utf-8"))
+    for first, second in _NAMED.findall(text):
+        if first in GROUPS and second:
+            assert (first, second) in PATHS, f"{path.name}: sbert-pg {first} {second}"
+        else:
+            assert first in GROUPS or (first,) in PATHS, f"{path.name}: sbert-pg {first}"
 
 
 def options_of(path: tuple[str, ...]) -> set[str]:
