@@ -89,6 +89,14 @@ _MODES = {
 }
 
 
+def _how(query: VectorStoreQuery) -> dict[str, Any]:
+    """What a query's mode asks for; ``alpha`` is the weight of meaning, 1 being meaning alone."""
+    by, limit = _MODES[query.mode], query.similarity_top_k
+    if by == "both":
+        return {"by": by, "limit": query.hybrid_top_k or limit, "weight": query.alpha}
+    return {"by": by, "limit": (by == "words" and query.sparse_top_k) or limit}
+
+
 class SbertVectorStore(BasePydanticVectorStore):
     """The rows of a mapped class as LlamaIndex's vector store.
 
@@ -224,9 +232,6 @@ class SbertVectorStore(BasePydanticVectorStore):
                 f"This store has no mode {query.mode.value!r}; it has {modes}. See diverse() of "
                 "sbert_pg for diversity."
             )
-        by, limit = _MODES[query.mode], query.similarity_top_k
-        if by != "meaning":
-            limit = (query.hybrid_top_k if by == "both" else query.sparse_top_k) or limit
         question = query.query_str or query.query_embedding
         if question is None:
             raise DeclarationError("A query has query_str or query_embedding.")
@@ -234,7 +239,7 @@ class SbertVectorStore(BasePydanticVectorStore):
         if query.doc_ids:
             of_documents = condition({"ref_doc_id": {"$in": query.doc_ids}}, self._documents.field)
             where = sa.and_(where, of_documents)
-        return self._documents.search(question, limit, where, by=by)
+        return self._documents.search(question, conditions=where, **_how(query))
 
     def _where(self, node_ids: list[str] | None, filters: MetadataFilters | None) -> Condition:
         where = sa.true() if filters is None else self._translated(filters)

@@ -80,9 +80,9 @@ def llamaindex(engine: sa.Engine, words: str | None) -> Any:
     index = VectorStoreIndex.from_vector_store(store, embed_model=SbertEmbedding("deterministic"))
     modes = {"meaning": "default", "words": "text_search", "both": "hybrid"}
 
-    def ids(by: str) -> list[Any]:
+    def ids(by: str, **more: Any) -> list[Any]:
         retriever = index.as_retriever(
-            similarity_top_k=2, sparse_top_k=2, vector_store_query_mode=modes[by]
+            similarity_top_k=2, sparse_top_k=2, vector_store_query_mode=modes[by], **more
         )
         return [one.node.node_id for one in retriever.retrieve("refunds")]
 
@@ -99,3 +99,8 @@ def test_stores_are_searched_by_words_too(engine: sa.Engine, library: Any) -> No
         library(engine, None)("both")
     with pytest.raises(DeclarationError, match="no attribute"):
         library(engine, "nothing")
+
+
+def test_llamaindex_weighs_meaning_by_alpha(engine: sa.Engine) -> None:
+    ids = llamaindex(engine, "words")
+    assert [ids("both", alpha=alpha)[0] for alpha in (0.0, 1.0)] == ["title", "body"]
