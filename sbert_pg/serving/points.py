@@ -24,6 +24,8 @@ from sbert_pg.serving.exposed import Exposed
 #: Values of a column that have a colour each; the ranges that more numbers or dates make.
 VALUES, RANGES = 20, 8
 _GREY = "#9ca3af"
+#: Characters of a text by which it has its colour: whole texts of many rows take much memory.
+TEXT = 80
 #: What is in order, and is cut into ranges.
 _ORDERED = (int, float, Decimal, date, time, timedelta)
 Group = dict[str, Any]
@@ -41,7 +43,7 @@ def points(
         by: the column whose values decide; the clusters by default.
 
     Raises:
-        DeclarationError: it is no column that is shown.
+        DeclarationError: it is not a column that is shown.
     """
     statement = mapped_rows(topics)
     if by:
@@ -51,7 +53,7 @@ def points(
         same = zip(topics.row_keys, topics.keys, strict=True)
         statement = statement.join(
             table, sa.and_(*(left == table.c[key.name] for left, key in same))
-        ).with_only_columns(table.c[by], *list(statement.selected_columns)[1:])
+        ).with_only_columns(_read(table.c[by]), *list(statement.selected_columns)[1:])
     rows = connection.execute(statement).all()
     group_of = _values(row[0] for row in rows) if by else _clusters(connection, topics)
     groups: dict[int, tuple[Group, list[str], array[float], array[float]]] = {}
@@ -71,6 +73,11 @@ def points(
         "rows": run.rows,
         "command": f"sbert-pg cluster map {exposed.name}",
     }
+
+
+def _read(column: sa.Column[Any]) -> sa.ColumnElement[Any]:
+    is_text = isinstance(column.type, sa.String) and not isinstance(column.type, sa.Enum)
+    return sa.func.left(column, TEXT) if is_text else column
 
 
 def _clusters(connection: sa.Connection, topics: Clustering) -> Callable[[Any], tuple[int, Group]]:
@@ -112,7 +119,7 @@ def _by_range(counts: Counter[Any]) -> Callable[[Any], tuple[int, Group]]:
 def _by_frequency(counts: Counter[Any]) -> Callable[[Any], tuple[int, Group]]:
     frequent = [value for value, _ in counts.most_common(VALUES)]
     known = {
-        value: (rank, {"label": str(value) or "(empty)", "colour": colour})
+        value: (rank, {"label": str(value)[:TEXT] or "(empty)", "colour": colour})
         for rank, (value, colour) in enumerate(zip(frequent, colours(len(frequent)), strict=True))
     }
     others = f"{len(counts) - len(frequent):,} other values"
@@ -152,6 +159,3 @@ def _floats(values: array[float]) -> str:
     if sys.byteorder == "big":
         values.byteswap()
     return b64encode(values).decode("ascii")
-
-
-__all__ = ["points"]

@@ -30,6 +30,7 @@ from sbert_pg.clustering import Flow, KMeans, cluster, clusters_of, store_map
 from sbert_pg.serving import topics as topics_page
 from sbert_pg.serving.explore import Explorer
 from sbert_pg.serving.exposed import Shown
+from sbert_pg.serving.points import TEXT
 from sbert_pg.serving.server import serving
 from sbert_pg.testing import DeterministicEncoder
 
@@ -298,6 +299,9 @@ def test_colours_of_values(notes: sa.Engine, minilm: Any, client: Any) -> None:
         ids = groups("id")
         assert [label for label, _ in ids] == [f"{n} – {n + 2}" for n in range(1, 24, 3)]
         assert [len(keys) for _, keys in ids] == [3] * 8
+        with notes.begin() as connection:
+            connection.exec_driver_sql("UPDATE note SET body = repeat('x', 300) WHERE id < 3")
+        assert {len(label) for label, keys in groups("body") if keys & {"1", "2"}} == {TEXT}
         for column in ("secret", "nothing"):
             answer = http.get("/explore/points", params={"table": "note", "by": column})
             assert answer.status_code == 400
