@@ -122,9 +122,7 @@ PairsOption = Annotated[str, _PAIRS]
 SomePairsOption = Annotated[str | None, _PAIRS]
 HttpOption = Annotated[
     str | None,
-    typer.Option(
-        "--http", help="HOST:PORT to listen on.", envvar="SBERT_PG_HTTP", show_default=False
-    ),
+    typer.Option("--http", help="HOST:PORT to listen on.", envvar="SBERT_PG_HTTP"),
 ]
 TokenOption = Annotated[
     str | None,
@@ -252,7 +250,7 @@ def prepare(
     level = logging.getLevelName(name.upper())
     if not isinstance(level, int) or form not in ("", "json"):
         raise DeclarationError(
-            f"--log {log!r} is none of debug, info, warning, error, or info:json."
+            f"--log or $SBERT_PG_LOG {log!r} is none of debug, info, warning, error, or info:json."
         )
     logs.configure(as_json=form == "json", level=level)
     return None if app is None else _application(app)

@@ -279,7 +279,7 @@ def _create(
     )
     text.resolve(table)
     if in_passages:
-        passages.create(connection, table, text.columns, spec)
+        passages.create(connection, table, text, spec)
         return table
     connection.execute(sa.schema.CreateTable(table))
     catalog.bind(connection, table.c[EMBEDDING])

@@ -174,7 +174,7 @@ def limits(
     [b]sbert-pg encoder limits all-MiniLM-L6-v2 ./models/other --texts article[/]
     """
     own: list[str] = []
-    if texts is not None and (Path(texts).exists() or "/" in texts):
+    if texts is not None and (Path(texts).is_file() or "/" in texts):
         own = _lines_of(Path(texts))
     elif texts is not None:
         with common.database(database) as engine, engine.connect() as connection:

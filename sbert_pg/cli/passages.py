@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 import sqlalchemy as sa
@@ -21,6 +20,7 @@ from sbert_pg.passages.declaring import passages_between
 from sbert_pg.progress import bar
 from sbert_pg.reembed.change import Side, reflect, side_of
 from sbert_pg.row_vectors import embedding_columns
+from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
 
 
@@ -59,14 +59,23 @@ def show(
 def create(
     connection: sa.Connection,
     table: sa.Table,
-    source: Sequence[str],
+    source: Source,
     encoder: EncoderSpec,
 ) -> None:
-    """A table of documents with its passages: those of the last source column, bound."""
+    """A table of documents with its passages: those of the last source column, bound.
+
+    Raises:
+        DeclarationError: the source is a template, whose text nothing could cut.
+    """
+    if source.pattern is not None:
+        raise DeclarationError(
+            "--passages cuts a column: name it by --source, after those that are headings, and "
+            "without braces."
+        )
     document = type("Document", (), {})
     registry(metadata=table.metadata).map_imperatively(document, table)
     index = hnsw_index(f"{table.name}_passage_embedding", "embedding")
-    *headings, text = source
+    *headings, text = source.columns
     declared = passages_of(encoder, text, heading=headings, table_args=[index])
     add_passages(document, "passages", declared)
     create_all(connection, table.metadata)

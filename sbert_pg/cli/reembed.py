@@ -178,7 +178,7 @@ def finish(
     database: common.DatabaseOption = None,
     force: Annotated[
         bool,
-        typer.Option("--force", help="Drop the old column although it was used a moment ago."),
+        typer.Option("--force", help="Drop the old column although it is still in use."),
     ] = False,
 ) -> None:
     """Drop the old column and its index.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -176,7 +177,8 @@ def source_of(given: Sequence[str] | None) -> Source | None:
 
 def queries_of(engine: sa.Engine, pairs: str) -> list[LabelledQuery]:
     """Labelled questions from a file or by a query."""
-    if pairs.lstrip()[:6].upper() in ("SELECT", "VALUES") or pairs.lstrip()[:4].upper() == "WITH":
+    # A file may be called values.csv.
+    if re.match(r"\s*(SELECT|VALUES|WITH)[\s(*'\"]", pairs, re.IGNORECASE):
         return pairs_of(engine, sa.text(pairs.replace(":", r"\:")))
     return read_pairs(pairs)
 

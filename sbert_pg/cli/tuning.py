@@ -65,15 +65,13 @@ def evaluate(
     [b]sbert-pg evaluate article --pairs pairs.csv --fit-weight[/]
     """
     criteria = common.criteria(where)
+    _refuse_others(fit_weight, slice_by or encoder)
     with common.database(database) as engine:
         with engine.connect() as connection:
             side = resolve(connection, target)
         queries = _in_table(engine, side, queries_of(engine, pairs))
         if fit_weight:
-            text = text_column_of(side.table)
-            with bar("searching"):
-                fitted = lib.fit_weight(engine, side.column, text, queries, where=criteria)
-            common.show(fitted, asdict(fitted), json)
+            _fit_weight(engine, side, queries, criteria, json)
             return
         if slice_by is not None:
             queries = _sliced(engine, side, queries, slice_by)
@@ -91,6 +89,23 @@ def evaluate(
     for name, rows in misses.items():
         for miss in rows:
             print(f"\n{name}: {miss}")
+
+
+def _refuse_others(fit_weight: bool, others: Any) -> None:
+    if fit_weight and others:
+        raise DeclarationError(
+            "--fit-weight learns one weight, for the column's own encoder: leave --slice and "
+            "--encoder out."
+        )
+
+
+def _fit_weight(
+    engine: sa.Engine, side: Side, queries: list[LabelledQuery], where: Any, json: bool
+) -> None:
+    text = text_column_of(side.table)
+    with bar("searching"):
+        fitted = lib.fit_weight(engine, side.column, text, queries, where=where)
+    common.show(fitted, asdict(fitted), json)
 
 
 def _in_table(engine: sa.Engine, side: Side, queries: list[LabelledQuery]) -> list[LabelledQuery]:

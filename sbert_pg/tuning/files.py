@@ -130,7 +130,8 @@ def read_pairs(path: Path | str, topics: Path | str | None = None) -> list[Label
         return _together(read_lines(path))
     if topics is None:
         raise LoadError(
-            f"{path} is read as TREC qrels, which name questions by number: add topics."
+            f"{path} ends in none of .csv, .tsv and .jsonl, so it would be TREC qrels, which name "
+            "questions by number: read_pairs() in Python takes them with topics."
         )
     texts = read_topics(topics)
 

@@ -19,6 +19,7 @@ from sbert_pg.catalog import downgrade
 from sbert_pg.cli import app, common
 
 ROOT = Path(__file__).parents[2]
+NOWHERE = "postgresql://127.0.0.1:1/db"
 
 
 @pytest.fixture
@@ -192,6 +193,57 @@ def test_documents_are_loaded_cut_and_found_by_passages(
     assert sbert_pg("load", "manual", "-", url=database_url, stdin=more).returncode == 0
     found = sbert_pg("search", "manual", "crumbs", "-n", "1", url=database_url)
     assert "Empty the crumb tray." in found.stdout
+
+
+def test_a_template_is_not_cut_into_passages(database_url: sa.URL, articles: Path) -> None:
+    """Its last column would be, and what the template says be lost."""
+    arguments = ("load", "manual", str(articles), "--create", "--passages", "-s", "{title}: {body}")
+    refused = sbert_pg(*arguments, url=database_url)
+    assert refused.returncode == 1
+    assert "without braces" in " ".join(refused.stderr.split())
+
+
+def test_files_that_are_called_like_statements(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sbert_pg.cli.target import queries_of
+
+    monkeypatch.chdir(tmp_path)
+    engine = sa.create_engine(NOWHERE)
+    for name in ("with_gains.csv", "values.csv", "selected.csv"):
+        Path(name).write_text("question,id\nwhere is it?,1\n")
+        assert [query.text for query in queries_of(engine, name)] == ["where is it?"]
+    for statement in ("SELECT 1", "values('a', '1')", "  with a as (SELECT 1) SELECT 1"):
+        with pytest.raises(sa.exc.OperationalError):
+            queries_of(engine, statement)
+
+
+def test_options_that_do_not_go_together(capsys: pytest.CaptureFixture[str]) -> None:
+    from sbert_pg.cli.app import run
+
+    fitted = ["evaluate", "note", "--pairs", "pairs.csv", "--fit-weight", "-d", NOWHERE]
+    for more in (["--slice", "lang"], ["--encoder", "all-MiniLM-L6-v2"]):
+        assert run([*fitted, *more]) == 1
+        assert "leave --slice and --encoder out" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_directory_does_not_hide_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same name, as packages of applications have: texts are in files and tables alone."""
+    from sbert_pg.cli.app import run
+
+    monkeypatch.chdir(tmp_path)
+    Path("article").mkdir()
+    unreachable = 3
+    limits = ["encoder", "limits", "all-MiniLM-L6-v2", "--texts", "article", "-d", NOWHERE]
+    assert run(limits) == unreachable
+
+
+def test_the_help_says_where_a_server_listens(capsys: pytest.CaptureFixture[str]) -> None:
+    from sbert_pg.cli.app import run
+
+    for command in ("serve", "explore"):
+        assert run([command, "--help"]) == 0
+        assert "127.0.0.1:8080" in capsys.readouterr().out
 
 
 def test_a_column_is_named_the_same_way_everywhere(database_url: sa.URL, minilm: Any) -> None:
