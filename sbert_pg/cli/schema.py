@@ -53,6 +53,8 @@ def migrate(
     if alembic is not None:
         prepare_alembic(alembic, write=write)
         return
+    if write:
+        raise DeclarationError("--write edits an env.py: name its directory by --alembic.")
     if sql:
         typer.echo(catalog.upgrade_sql())
         return

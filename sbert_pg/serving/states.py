@@ -37,12 +37,13 @@ class Pace:
 
     def left(self, column: str, missing: int) -> str:
         """A sentence on the time that is left; nothing where nothing is to go."""
+        if missing == 0:
+            self._first.pop(column, None)
+            return ""
         now = time.monotonic()
         start, most = self._first.setdefault(column, (now, missing))
         if missing > most:
             start, most = self._first[column] = now, missing
-        if missing == 0:
-            return ""
         if missing == most:
             return "Reload this page for the time that is left."
         seconds = round(missing * (now - start) / (most - missing))

@@ -45,6 +45,7 @@ def test_every_template_of_alembic(
     capsys.readouterr()
     assert run(["migrate", "--alembic", str(tmp_path / "migrations")]) == 0
     assert env.read_text() == before
+    assert run(["migrate", "--write", "-d", "postgresql://127.0.0.1:1/db"]) == 1, "of which?"
     assert f"+{IMPORT}" in capsys.readouterr().out
     assert run(["migrate", "--alembic", str(tmp_path / "migrations"), "--write"]) == 0
     after = env.read_text()

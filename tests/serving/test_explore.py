@@ -32,6 +32,7 @@ from sbert_pg.serving.explore import Explorer
 from sbert_pg.serving.exposed import Shown
 from sbert_pg.serving.points import TEXT
 from sbert_pg.serving.server import serving
+from sbert_pg.serving.states import Pace
 from sbert_pg.testing import DeterministicEncoder
 
 #: Seconds that a browser on a busy machine may need for anything.
@@ -392,9 +393,18 @@ def test_a_change_under_way(browser: Any, changing: sa.Engine) -> None:
         with changing.begin() as connection:
             connection.execute(sa.update(Note).where(Note.id <= 3).values(body="Shifts"))
         tab.goto("/explore/change")
-        left = tab.locator("#left").inner_text()
-        assert re.fullmatch(r"About \d+:\d\d:\d\d left, at the pace since this page saw 6\.", left)
+        assert tab.locator("#left").inner_text().startswith("Reload"), "what was done says nothing"
         context.close()
+
+
+def test_time_that_is_left() -> None:
+    """By the pace of what is under way, and not of a backfill that has ended."""
+    pace = Pace()
+    assert pace.left("a", 6).startswith("Reload")
+    left = pace.left("a", 3)
+    assert re.fullmatch(r"About \d+:\d\d:\d\d left, at the pace since this page saw 6\.", left)
+    assert pace.left("a", 0) == ""
+    assert pace.left("a", 3).startswith("Reload")
 
 
 def test_who_may_ask(notes: sa.Engine, minilm: Any, client: Any) -> None:
