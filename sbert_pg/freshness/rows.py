@@ -73,7 +73,7 @@ def _setting(values: dict[str, str]) -> sa.Select[Any]:
     return sa.select(*(sa.func.set_config(name, value, True) for name, value in values.items()))
 
 
-_SET_FORMATS, _SET_BOTH = _setting(_FORMATS), _setting(_FORMATS | _PLANS)
+SET_FORMATS, _SET_BOTH = _setting(_FORMATS), _setting(_FORMATS | _PLANS)
 
 
 class Rows:
@@ -406,7 +406,7 @@ class Rows:
 
     def prepare(self, connection: Connection, *, plans: bool = True) -> None:
         """Set, for this transaction, how keys are spelt and how plans are chosen."""
-        connection.execute(_SET_BOTH if plans else _SET_FORMATS)
+        connection.execute(_SET_BOTH if plans else SET_FORMATS)
         register(connection)
 
     def page(

@@ -14,8 +14,8 @@ from sbert_pg import catalog
 from sbert_pg.catalog import Binding, tables
 from sbert_pg.catalog.binding import installed, require_all_rows
 from sbert_pg.freshness import claims
-from sbert_pg.freshness.labels import BACKFILL, CHANGED, label_from, shown
-from sbert_pg.freshness.rows import rows_of
+from sbert_pg.freshness.labels import BACKFILL, CHANGED, label_from, label_of, shown
+from sbert_pg.freshness.rows import SET_FORMATS, rows_of
 from sbert_pg.registry import token_counter
 from sbert_pg.row_vectors import count_cut
 
@@ -302,12 +302,13 @@ def failures(
         skipped: include rows that an operator has decided to leave.
     """
     require_all_rows(connection, binding)
-    rows = rows_of(connection, binding)
-    rows.prepare(connection, plans=False)
+    connection.execute(SET_FORMATS)
+    table = binding.clause()
+    keys = [table.c[name] for name in binding.key_columns]
     failed = (
-        sa.select(rows.label.label("label"))
-        .where(binding.expressions.on(rows.table, "failed"))
-        .order_by(*rows.keys)
+        sa.select(label_of(keys).label("label"))
+        .where(binding.expressions.on(table, "failed"))
+        .order_by(*keys)
         .limit(limit)
         .subquery()
     )

@@ -294,6 +294,19 @@ def test_failures_are_named_alike_however_values_are_spelt(
     assert retry(connection, binding, [one.key]) == 1
 
 
+def test_failures_are_listed_over_another_driver(
+    connection: Connection, binding: catalog.Binding
+) -> None:
+    pytest.importorskip("psycopg2")
+    insert(connection, binding, (1, False))
+    make_fail(connection, binding, key(1))
+    connection.commit()
+    engine = sa.create_engine(connection.engine.url.set(drivername="postgresql+psycopg2"))
+    with engine.connect() as other:
+        assert [one.key for one in failures(other, binding)] == [key(1)]
+    engine.dispose()
+
+
 def test_a_failed_row_without_a_record_is_shown_as_well(
     connection: Connection, binding: catalog.Binding
 ) -> None:
