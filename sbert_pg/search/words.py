@@ -292,7 +292,8 @@ def _own_rows(search: WordSearch) -> Any:
     if search.column.type.language_column is not None:
         return base.table.c[search.column.type.language_column] == _regconfig(search.language)
     indexes = _indexes_of(base)
-    return indexes[0].dialect_options["postgresql"]["where"] if len(indexes) == 1 else None
+    where = indexes[0].dialect_options["postgresql"]["where"] if len(indexes) == 1 else None
+    return sa.text(where) if isinstance(where, str) else where
 
 
 def _indexes_of(base: Any) -> list[sa.Index]:
@@ -339,6 +340,8 @@ def _rows_parts(search: WordSearch) -> tuple[sa.CTE, sa.CTE]:
     counts: Any = sa.true()
     if own is not None:
         every, counts = every.where(own), visitors.replacement_traverse(own, {}, of_some)
+        # A row of which it is not known is a part of the sample all the same.
+        counts = sa.func.coalesce(counts, sa.false())
     place = sa.func.row_number().over().label("place")
     sample = sa.select(some.c[base.key].label("vector"), counts.label("own"), place)
     if not _indexes_of(base):

@@ -50,14 +50,17 @@ DECLARE
     v_share float8 := 1;
     v_sampled float8 := 16;
 BEGIN
-    SELECT k.oid, n.nspname, k.relname, k.relkind = 'p', leaves.pages,
+    -- What ANALYZE kept of a table says nothing of those that inherit from it.
+    SELECT k.oid, n.nspname, whole.name, k.relkind = 'p', leaves.pages,
            CASE WHEN leaves.rows > 0 AND NOT row_security_active(k.oid)
-                 AND (k.relkind <> 'r' OR NOT k.relhassubclass) THEN leaves.rows END,
+                 AND whole.name IS NOT NULL THEN leaves.rows END,
            primary_key.inner_order, primary_key.outer_order
       INTO v_relation, v_schema, v_name, v_parts, v_pages, v_rows, v_keys, v_rekeyed
       FROM pg_catalog.pg_type t
       JOIN pg_catalog.pg_class k ON k.oid = t.typrelid
       JOIN pg_catalog.pg_namespace n ON n.oid = k.relnamespace
+     CROSS JOIN LATERAL (
+           SELECT CASE WHEN k.relkind <> 'r' OR NOT k.relhassubclass THEN k.relname END AS name) AS whole
      CROSS JOIN LATERAL (
            SELECT CASE WHEN min(leaf.reltuples) >= 0 THEN sum(leaf.reltuples::float8) END AS rows,
                   greatest(sum(leaf.relpages), 1) AS pages
@@ -95,6 +98,7 @@ BEGIN
     IF v_speaks IS NOT NULL THEN
         v_own := format('d.%s = %L::regconfig', v_speaks, language);
         v_sampled := 160;
+        v_share := NULL;
         row_filter := format('(%s) AND %s', row_filter, v_own);
     END IF;
 
@@ -116,7 +120,7 @@ BEGIN
     v_table_rows := v_rows;
     v_sampled := least(1, v_sampled / v_pages);
     IF v_rows IS NOT NULL AND v_speaks IS NOT NULL THEN
-        EXECUTE format('SELECT nullif(avg((%s)::integer)::float8, 0) FROM %s AS d '
+        EXECUTE format('SELECT nullif(avg(coalesce(%s, false)::integer)::float8, 0) FROM %s AS d '
                        'TABLESAMPLE system (100 * $1) REPEATABLE (0)', v_own, v_relation)
            INTO v_share USING v_sampled;
         v_rows := v_rows * v_share;

@@ -86,6 +86,59 @@ def test_weights_languages_and_odd_names(session: Session) -> None:
     assert [id_ for id_, _ in found] == [1]
 
 
+def scores_of_both(session: Session, question: str) -> list[list[Any]]:
+    """Of ``matching`` and of the function, in German."""
+    rows = session.execute(matching(Spoken.search, question, language="german", limit=50))
+    found = rows_of(session, "spoken", "id", "search", question, 50, "true", "german")
+    return [[row.score for row in rows], [score for _, score in found]]
+
+
+def test_a_language_among_rows_without_one(session: Session) -> None:
+    session.execute(sa.text("ALTER TABLE spoken ALTER language DROP NOT NULL"))
+    session.execute(
+        sa.text(
+            "INSERT INTO spoken (id, language, body) SELECT n, CAST(CASE n % 4 WHEN 1 THEN "
+            "'german' WHEN 2 THEN 'english' END AS regconfig), repeat('Haus Garten ', n % 7 + 1) "
+            "FROM generate_series(1, 400) AS n"
+        )
+    )
+    counted, _ = scores_of_both(session, "Haus")
+    session.execute(sa.text("ANALYZE spoken"))
+    for scores in scores_of_both(session, "Haus"):
+        assert scores == pytest.approx(counted, rel=1e-6)
+
+
+def test_statistics_of_all_languages_say_nothing_of_one(session: Session) -> None:
+    """In a table of which the server does not know how many rows there are."""
+    made = "tsvector GENERATED ALWAYS AS (to_tsvector(language, coalesce(body, ''))) STORED"
+    columns = f"id int PRIMARY KEY, language regconfig, body text, search {made}"
+    german = "generate_series(1, 40) AS n"
+    for statement in (
+        "DROP TABLE spoken",
+        f"CREATE TABLE spoken ({columns}) PARTITION BY RANGE (id)",
+        "CREATE TABLE spoken_1 PARTITION OF spoken FOR VALUES FROM (0) TO (1000)",
+        f"INSERT INTO spoken SELECT n, 'german', repeat('Haus ', n % 7 + 1) FROM {german}",
+        "INSERT INTO spoken SELECT n, 'english', 'home' FROM generate_series(41, 400) AS n",
+        "ANALYZE spoken",
+        "CREATE TABLE spoken_2 PARTITION OF spoken FOR VALUES FROM (1000) TO (2000)",
+    ):
+        session.execute(sa.text(statement))
+    expected, found = scores_of_both(session, "Haus")
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_statistics_of_a_table_say_nothing_of_its_heirs(session: Session) -> None:
+    notes = [{"id": n, "title": "fox" if n % 2 else "dog", "kind": ""} for n in range(1, 101)]
+    session.execute(sa.insert(Note), notes)
+    session.execute(sa.text("ANALYZE note"))
+    session.execute(sa.text("CREATE TABLE heir () INHERITS (note)"))
+    rows = "SELECT n, 'dog', '' FROM generate_series(101, 900) AS n"
+    session.execute(sa.text(f"INSERT INTO heir (id, title, kind) {rows}"))
+    expected = [row.score for row in session.execute(matching(Note.search, "fox", limit=3))]
+    found = [score for _, score in rows_of(session, "note", "id", "search", "fox", 3)]
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
 def test_what_is_no_text_column_is_refused(session: Session) -> None:
     with pytest.raises(sa.exc.DBAPIError, match="no text column"):
         rows_of(session, "note", "id", "body", "x")
