@@ -371,7 +371,7 @@ class QueryVector(VectorType):
         return guard.fenced(bindvalue, self.column if self.fenced else None, self.encoder, self)
 
     def unfenced(self) -> QueryVector:
-        """The same of a parameter whose statement asks; see ``guard.asked``."""
+        """The same of a parameter whose statement asks; see ``guard.fence_of``."""
         return QueryVector(self.encoder, self.storage, self.column, fenced=False)
 
     def bind_processor(self, dialect: Dialect) -> Callable[[Any], Any]:

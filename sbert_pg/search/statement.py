@@ -15,12 +15,13 @@ import enum
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import LoaderCriteriaOption
 from sqlalchemy.sql import functions, operators, visitors
+from sqlalchemy.sql.selectable import FromGrouping
 
 from sbert_pg.errors import DeclarationError
 from sbert_pg.search.looks import Shape, number, size_for
@@ -165,7 +166,8 @@ class Search(Changeable):
     @property
     def named(self) -> bool:
         """Whether criteria say few rows one by one."""
-        return any(self.target.names_rows(criterion) for criterion in self.criteria)
+        outer = self.outer()
+        return any(self.target.names_rows(criterion, outer) for criterion in self.criteria)
 
     @property
     def filtered(self) -> bool:
@@ -322,16 +324,32 @@ def _partners(search: Search) -> list[Any]:
     target = search.target
     if not _criteria_of(search)[0]:
         return []
-    origin = target.key[0] if target.key else target.column
-    joined = replayed(sa.select(origin), search.narrowing).get_final_froms()
     order: list[Any] = []
-    while joined:
-        one = joined.pop(0)
-        if isinstance(one, sa.Join):
-            joined += [one.left, one.right]
-        elif one not in tables_of(target.column):
+    for one in _joined_tables(search):
+        if one not in tables_of(target.column):
             order += one.primary_key or [c for c in one.c if _orderable(c.type)]
     return order
+
+
+def _joined_tables(search: Search) -> list[Any]:
+    """Tables, and what stands for such, that a row and its partners are of."""
+    target = search.target
+    origin = target.key[0] if target.key else target.column
+    return _froms_of(replayed(sa.select(origin), search.narrowing))
+
+
+def _froms_of(select: Any) -> list[Any]:
+    """What a select is from, the sides of joins one by one."""
+    froms, alone = list(select.get_final_froms()), []
+    while froms:
+        one = froms.pop(0)
+        if isinstance(one, FromGrouping):
+            froms.append(one.element)
+        elif isinstance(one, sa.Join):
+            froms += [one.left, one.right]
+        else:
+            alone.append(one)
+    return alone
 
 
 def _orderable(type_: Any) -> bool:
@@ -395,9 +413,15 @@ def _whole(subquery: Any, known: list[Any]) -> bool:
     """Whether a subquery is computed whole, and the same for all rows of some tables."""
     inner = list(visitors.iterate(subquery))
     called = (e.name for e in inner if isinstance(e, functions.FunctionElement))
-    return not _AGGREGATES.isdisjoint(called) and not any(
-        getattr(e, "table", None) in known for e in inner
-    )
+    return not _AGGREGATES.isdisjoint(called) and not any(_may_be_of(e, known) for e in inner)
+
+
+def _may_be_of(element: Any, known: list[Any]) -> bool:
+    """Whether a part of a subquery is about one of some tables; names alone do not say it."""
+    table = getattr(element, "table", None)
+    if table is None and isinstance(element, sa.ColumnClause):
+        return re.search(r"[^\W\d]", element.name) is not None
+    return table in known or isinstance(element, sa.TextClause)
 
 
 def _once(search: Search) -> tuple[Search, list[sa.CTE]]:
@@ -407,16 +431,20 @@ def _once(search: Search) -> tuple[Search, list[sa.CTE]]:
     that the row's key is to be in: PostgreSQL asks them of that key alone.
     """
     parts: list[sa.CTE] = []
-    columns = [column for criterion in search.criteria for column in columns_of(criterion)]
-    known = [search.target.column.table, *search.outer(), *(column.table for column in columns)]
-
+    known: list[Any] = []
     own = [column.name for column in search.target.row_key]
 
     def apart(element: Any, **_: Any) -> Any:
         if isinstance(element, sa.BinaryExpression) and element.operator is operators.in_op:
             left: Any = element.left
             return element if search.target.owns(left) and left.name in own else None
-        if not isinstance(element, sa.Select) or not _whole(element, known):
+        if not isinstance(element, sa.Select):
+            return None
+        if not known:
+            known.extend([search.target.column.table, *search.outer(), *_joined_tables(search)])
+        if not _whole(element, known):
+            # What is within it may be about its rows.
+            known.extend(_froms_of(element))
             return None
         name = f"nearest_set_{len(parts)}"
         part = element.cte(name)
@@ -424,11 +452,13 @@ def _once(search: Search) -> tuple[Search, list[sa.CTE]]:
         types = {column.key: column.type for column in part.c}
         return sa.select(*named(name, **types).c)
 
-    traverse: Any = visitors.replacement_traverse
+    def parted(criterion: Any) -> Any:
+        clause, traverse = clause_of(criterion), cast("Any", visitors.replacement_traverse)
+        is_clause = isinstance(clause, sa.ClauseElement)
+        return traverse(clause, {}, apart) if is_clause else criterion
+
     calls = [
-        (name, tuple(traverse(clause_of(one), {}, apart) for one in all_), options)
-        if name == "where"
-        else (name, all_, options)
+        (name, tuple(map(parted, all_)) if name == "where" else all_, options)
         for name, all_, options in search.narrowing
     ]
     return (replace(search, narrowing=tuple(calls)) if parts else search), parts

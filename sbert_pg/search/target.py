@@ -201,7 +201,6 @@ class Target:
         """That a row's proof is one of its vector; asked of the column under any name.
 
         Args:
-            column: the column.
             binding_id: identity of its binding, where the statement has asked for it: ``ASKED``.
         """
         companion = companion_of(column)
@@ -212,20 +211,14 @@ class Target:
         own = isinstance(element, sa.Column) and element.table is self.column.table
         return own and table_behind(element.table) is self.table
 
-    def names_rows(self, criterion: Any) -> bool:
-        """Whether a criterion says few rows one by one, by values of a unique column."""
+    def names_rows(self, criterion: Any, outer: list[Any]) -> bool:
+        """Whether it names few rows: a unique column equals values, or columns of outer tables."""
         criterion = clause_of(criterion)
         if isinstance(criterion, sa.BooleanClauseList) and criterion.operator is operators.and_:
-            return any(self.names_rows(one) for one in criterion.clauses)
+            return any(self.names_rows(one, outer) for one in criterion.clauses)
         if not isinstance(criterion, sa.BinaryExpression) or not self.owns(criterion.left):
             return False
-        if criterion.operator is operators.in_op:
-            values = getattr(criterion.right, "value", None)
-            if not isinstance(values, (list, tuple)) or len(values) > NAMED:
-                return False
-        elif criterion.operator is not operators.eq:
-            return False
-        return criterion.left.name in self.unique
+        return criterion.left.name in self.unique and _is_of_few(criterion, outer)
 
     def about(self, row: sa.FromClause, criterion: Any) -> Any:
         """A criterion about a row under another name.
@@ -311,6 +304,15 @@ class Target:
                 "or search with its text."
             )
         return identity
+
+
+def _is_of_few(criterion: sa.BinaryExpression[Any], outer: list[Any]) -> bool:
+    """Whether a column is to be one of few values, and none of other rows."""
+    if criterion.operator is operators.in_op:
+        values = getattr(criterion.right, "value", None)
+        return isinstance(values, (list, tuple)) and len(values) <= NAMED
+    others = [column for column in columns_of(criterion.right) if column.table not in outer]
+    return criterion.operator is operators.eq and not others
 
 
 def _require_a_name_of_its_own(table: sa.Table) -> None:

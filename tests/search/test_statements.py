@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import psycopg
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from ways import modules_of
 
 from sbert_pg import Embedding, HalfVector, Vector, hnsw_index, ivfflat_index, nearest
@@ -105,6 +106,13 @@ def test_rows_that_are_said_one_by_one_are_compared() -> None:
     several = sa.or_(key == 7, lang == "de")
     for criterion in (lang == "de", key > 7, key.not_in([1]), key.in_(range(2000)), several):
         assert "FROM nearest_far" in sql(nearest(thing.c.vec, QUERY).where(criterion))
+    # A partner's key says which rows go together, and not that they are few.
+    other = sa.table("other", sa.column("thing_id"))
+    for criterion in (key == other.c.thing_id, key == lang):
+        assert "nearest_near" in sql(nearest(thing.c.vec, QUERY).where(criterion))
+    asked = sa.table("asked", sa.column("id"), sa.column("vec", Vector(3)))
+    near = nearest(thing.c.vec, asked.c.vec).where(key == asked.c.id)
+    assert "nearest_near" not in sql(sa.select(asked.c.id).join(near.lateral(), sa.true()))
 
 
 def test_what_is_computed_of_many_rows_is_computed_once() -> None:
@@ -123,6 +131,53 @@ def test_what_is_computed_of_many_rows_is_computed_once() -> None:
     theirs = sa.select(sa.func.count()).where(other.c.size == another.c.id).scalar_subquery()
     for criterion in (own > 2, sa.and_(another.c.id == thing.c.id, theirs.correlate(another) > 2)):
         assert "nearest_set_0" not in sql(nearest(thing.c.vec, QUERY).where(criterion))
+
+
+def test_what_is_about_rows_of_a_subquery_stays_there() -> None:
+    """Each of these would count other rows, or be no SQL, as a part of its own."""
+    thing = table(hnsw_index("i", "vec"))
+    note = sa.table("note", sa.column("id", sa.Integer), sa.column("thing_id", sa.Integer))
+    vote = sa.table("vote", sa.column("note_id", sa.Integer), sa.column("size", sa.Integer))
+    votes = sa.select(sa.func.count()).select_from(vote)
+    of_note = votes.where(vote.c.note_id == note.c.id).scalar_subquery()
+    in_words = votes.where(sa.text("note_id = thing.id")).scalar_subquery()
+    by_name = votes.where(vote.c.note_id == sa.literal_column("thing.id")).scalar_subquery()
+    popular = sa.exists().where(note.c.thing_id == thing.c.id, of_note > 2)
+    for criterion in (popular, in_words > 2, by_name > 2):
+        assert "nearest_set_0" not in sql(nearest(thing.c.vec, QUERY).where(criterion))
+    assert "FROM vote WHERE vote.note_id = note.id" in sql(
+        nearest(thing.c.vec, QUERY).where(popular)
+    )
+    # What the subquery itself is from is computed once nevertheless.
+    groups = sa.select(vote.c.note_id).group_by(vote.c.note_id).having(sa.func.count() > 2)
+    sets = groups.subquery()
+    known = sa.exists().where(sets.c.note_id == thing.c.id)
+    assert sql(nearest(thing.c.vec, QUERY).where(known)).count("FROM vote") == 1
+
+
+def test_what_is_about_a_table_that_the_class_inherits_from_stays_there() -> None:
+    class Base(DeclarativeBase):
+        pass
+
+    class Item(Base):
+        __tablename__ = "item"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        title: Mapped[str]
+
+    class Thing(Item):
+        __tablename__ = "thing"
+        __table_args__ = (hnsw_index("i", "vec"),)
+        id: Mapped[int] = mapped_column(sa.ForeignKey("item.id"), primary_key=True)
+        vec: Mapped[Any] = mapped_column(Vector(3))
+
+    vote = sa.table("vote", sa.column("title"))
+    own = sa.select(sa.func.count()).where(vote.c.title == Thing.title).scalar_subquery()
+    assert "nearest_set_0" not in sql(nearest(Thing.vec, QUERY).where(own > 2))
+
+
+def test_a_criterion_may_be_a_plain_truth() -> None:
+    thing = table(hnsw_index("i", "vec"))
+    assert "FROM thing WHERE thing.vec IS" in sql(nearest(thing.c.vec, QUERY).where(True))
 
 
 @pytest.mark.parametrize("indexed", [False, True])
