@@ -156,6 +156,11 @@ class Writer:
                 self._copy(rows, at)
         except (psycopg.Error, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise self._named(error, first, at[0]) from error
+        except BaseException:
+            # An interrupt can leave the connection within the COPY, where no rollback is taken.
+            if self._driver.info.transaction_status == psycopg.pq.TransactionStatus.ACTIVE:
+                self._connection.invalidate()
+            raise
         if self._staging is not None:
             self._merge(self._staging, first, first + len(rows) - 1)
 

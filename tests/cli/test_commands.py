@@ -356,7 +356,7 @@ def test_unreachable_database() -> None:
     url = sa.make_url("postgresql+psycopg://nobody@127.0.0.1:9/none?connect_timeout=2")
     code, _, stderr = as_process("status", url=url)
     assert code == 3
-    assert "Traceback" not in stderr
+    assert "Traceback" not in stderr, stderr
 
 
 def test_not_postgres() -> None:
@@ -402,7 +402,7 @@ def test_interrupt_leaves_nothing_half_done(
     running.send_signal(signal.SIGINT)
     _, stderr = running.communicate(timeout=300)
     assert running.returncode == 130, stderr
-    assert "Traceback" not in stderr
+    assert "Traceback" not in stderr, stderr
     assert not sa.inspect(engine).has_table("many")
     engine.dispose()
 

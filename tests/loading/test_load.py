@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psycopg
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
@@ -288,6 +289,21 @@ class TestErrors:
         with engine.begin() as connection, pytest.raises(EncoderMismatchError, match="article"):
             load(connection, Article, titles(1))
         engine.dispose()
+
+
+def test_an_interrupt_within_a_copy_ends_its_connection(
+    tables: sa.Engine, encoder: RecordingEncoder, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """The server waits for rows; on that connection nothing could be rolled back."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(psycopg.Copy, "finish", interrupted)
+    with pytest.raises(KeyboardInterrupt), tables.begin() as connection:
+        load(connection, Article, titles(10))
+    assert [r.getMessage() for r in caplog.records if r.name.startswith("sqlalchemy.pool")] == []
+    assert count(tables, Article) == 0
 
 
 class TestCommits:
