@@ -72,7 +72,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "encoder": (30, 7749),
     "freshness": (23, 5175),
     "indexes": (6, 1407),
-    "loading": (4, 1128),
+    "loading": (4, 1133),
     "orm": (5, 922),
     "passages": (6, 1183),
     "reembed": (12, 3233),
