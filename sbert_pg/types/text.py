@@ -150,7 +150,8 @@ def text_index(
         where: the rows that it holds, for one index a language. Of a column with a single index the
             words are counted in the rows of that.
     """
-    return sa.Index(name, column, postgresql_using="gin", postgresql_where=where)
+    partial: dict[str, Any] = {} if where is None else {"postgresql_where": where}
+    return sa.Index(name, column, postgresql_using="gin", **partial)
 
 
 def _quoted(name: str) -> str:
