@@ -80,7 +80,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "serving": (19, 3611),
     "sql": (1, 24),
     "tuning": (18, 4327),
-    "types": (10, 1773),
+    "types": (10, 1774),
 }
 #: All rooms that are one module.
 MOST_LINES_OF_THE_REST = 3388
