@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -48,9 +49,9 @@ SETTINGS = WorkerSettings(batch_size=256, encoders=2, lease=timedelta(seconds=5)
 class Node:
     """A node of a cluster, with all its processes, until it is killed at once."""
 
-    def __init__(self, *options: str) -> None:
+    def __init__(self, host: str, *options: str) -> None:
         command = [Path(sys.executable).with_name("ray"), "start", "--block", *options]
-        command += ["--node-ip-address=127.0.0.2", "--object-store-memory=80000000"]
+        command += [f"--node-ip-address={host}", "--object-store-memory=80000000"]
         command += ["--disable-usage-stats"]
         self._process = subprocess.Popen(
             command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -153,18 +154,24 @@ def run(engine: sa.Engine, options: argparse.Namespace, folder: Path) -> dict[st
         )
         spec = EncoderSpec(name="deterministic", dimensions=DIMENSIONS)
         catalog.bind(connection, IDENTITY, spec, Source.of("body"))
-    head = Node("--head", f"--port={options.port}", "--include-dashboard=false", "--num-cpus=0")
-    address = f"127.0.0.2:{options.port}"
+    # An address for each on the loopback device, by which Ray tells nodes apart. Not 127.0.0.1, for
+    # which Ray puts the machine's own.
+    hosts = iter(f"127.0.0.{number}" for number in count(2))
+    host = next(hosts)
+    address = f"{host}:{options.port}"
+    head = Node(
+        host, "--head", f"--port={options.port}", "--include-dashboard=false", "--num-cpus=0"
+    )
     join = f"--address={address}", "--num-cpus=1"
-    nodes = [head, *(Node(*join) for _ in range(options.nodes))]
-    ray.init(address=address, _node_ip_address="127.0.0.2", log_to_driver=False)
+    nodes = [head, *(Node(next(hosts), *join) for _ in range(options.nodes))]
+    ray.init(address=address, _node_ip_address=host, log_to_driver=False)
     vanished = []
 
     def vanish(progress) -> None:
         if not vanished and progress.rows > options.rows / 3:
             vanished.append(nodes[-1])
             nodes[-1].kill()
-            nodes[-1] = Node(*join)
+            nodes[-1] = Node(next(hosts), *join)
 
     started = time.monotonic()
     try:
