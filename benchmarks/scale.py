@@ -44,8 +44,8 @@ SETTINGS = {
 }  # fmt: skip
 CENTRES, QUERIES, TOPICS = 1_000, 40, 200
 DRAINED, PAIRS = 2_000, 1_000
-#: Each row is searched for once, which takes hours beyond.
-MOST_FOR_PAIRS = 100_000
+#: Each row is searched for once, which takes minutes beyond.
+MOST_FOR_PAIRS = 20_000
 COPIED = ColumnIdentity("public", "copied", "embedding")
 
 
@@ -181,9 +181,8 @@ def measure(engine: sa.Engine, encoder: GivenVectors, rows: int, figures: Figure
         binding = require_binding(connection, table.c.embedding)
     with figures.of("audit of 1,000 rows, s"):
         audit(engine, binding, encoder)
-    pairs = [(f"row {10**9 + n}", next(iter(right[n]))) for n in range(QUERIES)] * (
-        PAIRS // QUERIES
-    )
+    # Which row answers says nothing of the time.
+    pairs = [(f"row {10**9 + n}", n % rows) for n in range(PAIRS)]
     with figures.of(f"evaluate {PAIRS:,} pairs, s"):
         evaluate(engine, {"nearest": lambda questions: nearest(Item.embedding, questions)}, pairs)
     with engine.begin() as connection:
