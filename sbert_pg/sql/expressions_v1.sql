@@ -34,9 +34,11 @@ BEGIN
     v_proof := sbert.proof_sql_v1(v.id, v.storage, v.dimensions, v_vector);
     v_of := sbert.of_sql_v1(v.id, v_text);
     v_digest := format('(%s || %s)::uuid', v_proof, v_of);
-    -- A row with neither a text nor a vector is fresh, whatever its companion says.
-    SELECT format('%s IS NOT NULL OR ', v_vector)
-           || string_agg(format('%s%I IS NOT NULL', qualifier, s.name), ' OR ' ORDER BY s.position)
+    -- A row with neither a text nor a vector is fresh, whatever its companion says. Not spelt by IS
+    -- NOT NULL: from PostgreSQL 17 on the planner drops that of a column that is NOT NULL from a
+    -- query, and then no longer sees that the query asks for the rows of the partial index.
+    SELECT format('num_nonnulls(%s, ', v_vector)
+           || string_agg(format('%s%I', qualifier, s.name), ', ' ORDER BY s.position) || ') > 0'
       INTO v_something FROM unnest(v.source_columns) WITH ORDINALITY AS s (name, position);
     IF v.source ? 'document' THEN
         -- Rows of passages hold a digest of their text, which stands in their document.

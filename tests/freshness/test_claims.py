@@ -146,9 +146,12 @@ def test_a_cursor_goes_on_behind_the_last_row(engine, rows, plain):
     assert take(engine, rows, most=1)[0].label == '["1"]', "the beginning is still there"
 
 
+@pytest.mark.parametrize("required", [False, True])
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("class_", [CHANGED, BACKFILL])
-def test_claims_use_the_queue_and_sort_nothing(engine, rows, plain, after, class_):
+def test_claims_use_the_queue_and_sort_nothing(engine, rows, plain, after, class_, required):
+    if required:
+        plain.execute("ALTER TABLE note ALTER body SET NOT NULL")
     plain.execute("INSERT INTO note (body) SELECT 'n' || i FROM generate_series(1, 5000) AS i")
     plain.execute("ANALYZE note")
     seen: list[tuple[str, object]] = []
