@@ -42,7 +42,7 @@ from sbert_pg.types.wire import from_text
 
 IDENTITY = ColumnIdentity("public", "note", "embedding")
 DIMENSIONS = 32
-#: Fewer than the default, so that many are in hand when an actor dies; the lease ends as fast.
+#: A short lease, so that what an actor had in hand when it died is soon taken by another.
 SETTINGS = WorkerSettings(batch_size=256, encoders=2, lease=timedelta(seconds=5))
 
 
