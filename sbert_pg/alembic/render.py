@@ -144,6 +144,9 @@ def with_vector_types(
                 return rendered
         if kind == "type" and isinstance(item, VectorType):
             return render_type(item, context)
+        if kind == "type" and type(item).__module__.startswith("pgvector."):
+            # Alembic writes the type with its module, and not the import.
+            context.imports.add("import pgvector.sqlalchemy")
         return False
 
     return render

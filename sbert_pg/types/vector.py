@@ -167,6 +167,9 @@ def register_reflection() -> None:
     Reflection looks types up in one table per dialect class, so this is process-wide, and nothing
     but this call does it.
     """
+    # Its import enters its own types there: before this, not at some later moment.
+    import pgvector.sqlalchemy  # noqa: F401
+
     ischema_names["vector"] = Vector
     ischema_names["halfvec"] = HalfVector
 

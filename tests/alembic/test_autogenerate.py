@@ -167,6 +167,26 @@ def test_dropped_table_leaves_nothing(app) -> None:
     assert app.check() == ""
 
 
+def test_columns_of_pgvector_python(app) -> None:
+    """Alembic writes such types with their module; the script imports it, upward and downward."""
+    app.models("""
+    from pgvector.sqlalchemy import BIT, HALFVEC, VECTOR
+
+    class Thing(Base):
+        __tablename__ = "thing"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        a = mapped_column(VECTOR(3))
+        b = mapped_column(HALFVEC(4))
+        c = mapped_column(BIT(5))
+    """)
+    app.step()
+    assert app.check() == ""
+    app.models("")
+    app.step()
+    app.undo()
+    assert app.scalar("SELECT atttypmod FROM pg_attribute WHERE attname = 'b'") == 4
+
+
 def test_mixed_changes_are_two_revisions(app) -> None:
     app.models(model().replace("embedding = ", "pass #").replace(f"({HNSW},)", "()"))
     app.step()

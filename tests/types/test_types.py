@@ -368,6 +368,18 @@ def test_reflection(bare_database_url: sa.URL, monkeypatch: pytest.MonkeyPatch) 
     engine.dispose()
 
 
+def test_reflection_stays_when_pgvector_is_imported_later() -> None:
+    code = """
+from sqlalchemy.dialects.postgresql.base import ischema_names
+from sbert_pg.types.vector import HalfVector, Vector, register_reflection
+register_reflection()
+import pgvector.sqlalchemy
+assert ischema_names["vector"] is Vector
+assert ischema_names["halfvec"] is HalfVector
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
 def test_declaring_changes_nothing_for_others() -> None:
     """Neither what reflection gives, nor what psycopg does with values; in a fresh process."""
     code = """
