@@ -190,8 +190,10 @@ def _refuse_unknown(connection: Connection) -> None:
     if revision is not None and revision not in known:
         raise CatalogVersionError(
             f"The catalog in database {_database(connection)!r} is at revision {revision}, which "
-            f"this version of sbert-pg does not know; it knows up to {head()}. "
-            "Use a newer one here."
+            f"this version of sbert-pg does not know; it knows up to {head()}. Use a newer one "
+            f"here; or, where the catalog is older than any release, run DROP SCHEMA {SCHEMA} "
+            "CASCADE in the database, which keeps your tables and their vectors, and 'sbert-pg "
+            "migrate'."
         )
 
 

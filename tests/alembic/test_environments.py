@@ -33,7 +33,7 @@ EMBEDDING = 'embedding = embedding_column(ENCODER, source="title", nullable=True
 
 #: A next revision of the library's own history.
 NEWER = """
-revision, down_revision = "0002", "0001"
+revision, down_revision = "0002", {head!r}
 
 
 def upgrade(op):
@@ -63,16 +63,18 @@ def test_newer_version_of_the_schema(
     app.models(models())
     app.step("embedding")
     shutil.copytree(catalog.script_location(), tmp_path / "history")
-    (tmp_path / "history" / "versions" / "0002_newer.py").write_text(NEWER)
+    (tmp_path / "history" / "versions" / "0002_newer.py").write_text(
+        NEWER.format(head=(head := catalog.head()))
+    )
     for module in (catalog, catalog.migrate):
         monkeypatch.setattr(module, "script_location", lambda: tmp_path / "history")
     assert "upgrade_sbert_schema" in app.check()
     text = app.step("newer")
     assert f"op.upgrade_sbert_schema('{catalog.head()}')" in text
-    assert "op.downgrade_sbert_schema('0001')" in text
+    assert f"op.downgrade_sbert_schema('{head}')" in text
     app.downgrade("-1")
     with app.engine.connect() as connection:
-        assert catalog.current(connection) == "0001"
+        assert catalog.current(connection) == head
     app.upgrade()
     assert app.check() == ""
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
+import runpy
 import subprocess
 import sys
 import threading
@@ -256,6 +259,20 @@ def test_alembic_itself_can_run_the_history(bare_database_url: sa.URL, tmp_path:
     with engine.connect() as connection:
         assert catalog.current(connection) == catalog.head()
     engine.dispose()
+
+
+def test_a_revision_is_named_by_what_it_does() -> None:
+    """A database whose catalog came of another form of a revision is refused, not taken for current.
+
+    Before a release a change gives the revision another name; after it, it is a new revision.
+    """
+    for path in catalog.script_location().glob("versions/*.py"):
+        text = path.read_text()
+        revision, functions = runpy.run_path(str(path))["revision"], re.findall(r'"(\w+)"', text)
+        files = [Path(migrate.__file__).parents[1] / "sql" / f"{name}.sql" for name in functions]
+        content = text.replace(revision, "") + "".join(f.read_text() for f in files if f.exists())
+        digest = hashlib.sha256(content.encode()).hexdigest()[:8]
+        assert revision == f"{path.stem.partition('_')[0]}_{digest}"
 
 
 def test_every_sql_file_is_used_and_says_what_it_is_for() -> None:
