@@ -262,7 +262,7 @@ def test_alembic_itself_can_run_the_history(bare_database_url: sa.URL, tmp_path:
 
 
 def test_a_revision_is_named_by_what_it_does() -> None:
-    """A database whose catalog came of another form of a revision is refused, not taken for current.
+    """A database whose catalog another form of a revision made is refused, not taken for current.
 
     Before a release a change gives the revision another name; after it, it is a new revision.
     """
