@@ -66,7 +66,7 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (9, 2030),
     "alembic": (9, 2749),
-    "catalog": (9, 2613),
+    "catalog": (9, 2615),
     "cli": (17, 4509),
     "clustering": (17, 5051),
     "encoder": (30, 7749),
