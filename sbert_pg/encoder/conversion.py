@@ -194,7 +194,7 @@ def convert(
     )
     vectors = _vectors(folder, manifest, engine)
     if precision != FP32:
-        with tempfile.TemporaryDirectory(prefix=".reference-", dir=folder.parent) as scratch:
+        with tempfile.TemporaryDirectory(prefix=".reference-", dir=folder) as scratch:
             reference = Path(scratch)
             shutil.copy(folder / converted.TOKENIZER, reference)
             reference_inputs, _ = build(description, FP32, reference / converted.MODEL)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -330,13 +331,7 @@ def publish(place: Path, write: Callable[[Path], object]) -> None:
         place: where the directory shall be; what was there is replaced.
         write: fills the directory that it is given.
     """
-    place.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{place.name}-"
-    # Left by a process that was killed; the lock says that none is at work here now.
-    for left in place.parent.glob(f"{prefix}*"):
-        shutil.rmtree(left, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=place.parent))
-    try:
+    with scratch(place) as folder:
         write(folder)
         # mkdtemp makes it private; a cache may be shared.
         folder.chmod(0o755)
@@ -350,6 +345,24 @@ def publish(place: Path, write: Callable[[Path], object]) -> None:
             shutil.rmtree(old, ignore_errors=True)
         else:
             folder.rename(place)
-    except BaseException:
+
+
+@contextmanager
+def scratch(place: Path, prefix: str = ".") -> Iterator[Path]:
+    """A fresh directory beside a place; the caller holds the lock of the place.
+
+    What a process that was killed has left of earlier ones goes: the lock says that none is at
+    work here now.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    start = f"{prefix}{place.name}-"
+    # The eight letters of mkdtemp, so that what is under way for "name-2" is none of "name".
+    ours = re.compile(rf"{re.escape(start)}[a-z0-9_]{{8}}(-old)?")
+    for left in place.parent.iterdir():
+        if ours.fullmatch(left.name):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=start, dir=place.parent))
+    try:
+        yield folder
+    finally:
         shutil.rmtree(folder, ignore_errors=True)
-        raise

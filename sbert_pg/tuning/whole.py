@@ -7,7 +7,6 @@ is deployed in: the labelled rows and the questions kept back are encoded withou
 from __future__ import annotations
 
 import re
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -49,13 +48,15 @@ def fit(
     matryoshka: Sequence[int],
 ) -> Proof:
     """Train a model, convert it, and write it where it is proven; arguments as for ``tune``."""
+    from sbert_pg.encoder import directory as converted
     from sbert_pg.encoder.adapting import refuse_taken
 
-    refuse_taken(kept_model(place))
     passes = epochs or EPOCHS[method]
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".training-{place.name}-", dir=place.parent) as folder:
-        trained = Path(folder) / "model"
+    # Who comes second waits, and is refused what is there by then.
+    with converted.locked(place), converted.scratch(place, ".training-") as folder:
+        for taken in (place, kept_model(place)):
+            refuse_taken(taken)
+        trained = folder / "model"
         if method == "distill":
             return _distill(task, place, trained, base, passes)
         source = _source(task.encoder, base)
@@ -244,7 +245,7 @@ def _publish(
     """Convert a trained model, judge it, and put both where they belong if it is proven.
 
     Args:
-        place: the new encoder's directory.
+        place: the new encoder's directory, whose lock is held.
         before: nDCG@k of each question kept back with the encoder that it is compared with.
         notes: what else was measured.
 
@@ -277,8 +278,7 @@ def _publish(
         judged[0].require_gain()
         converted.write_manifest(folder, replace(manifest, training=judged[0].record()))
 
-    with converted.locked(place):
-        converted.publish(place, write)
+    converted.publish(place, write)
     trained.rename(kept_model(place))
     # Speed is this machine's and no fact of the encoder, so the record has none of it.
     return replace(judged[0], notes={**judged[0].notes, **_speeds(task, Encoder.open(place))})

@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -169,6 +172,42 @@ def test_nothing_is_written_without_a_gain(
     with pytest.raises(NoGainError, match="Nothing was written"):
         tune(engine, Note.embedding, noise, out=tmp_path / "x", method="full", epochs=1)
     assert not [p for p in tmp_path.iterdir() if "x" in p.name and p.suffix != ".lock"]
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
+def test_what_a_killed_training_leaves_goes_with_the_next(
+    engine: sa.Engine, notes: Encoder, tiny: Path, tmp_path: Path, stop: signal.Signals
+) -> None:
+    out = tmp_path / "out"
+    code = (
+        "import sys, sqlalchemy as sa, test_training as t\n"
+        "t.use_encoder(t.Encoder.load(sys.argv[1], precision='fp32'), name='tiny')\n"
+        "engine = sa.create_engine(sys.argv[2])\n"
+        "t.tune(engine, t.Note.embedding, t.PAIRS, out=sys.argv[3], method='full', epochs=9999)\n"
+    )
+    url = engine.url.render_as_string(hide_password=False)
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    other = tmp_path / ".training-out-2-abcdefgh"
+    other.mkdir()
+
+    def left() -> list[Path]:
+        return [p for p in tmp_path.glob(".training-*") if p != other]
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tiny), url, str(out)],
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    while not left():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(stop)
+    process.wait()
+    (half,) = left()
+    assert not out.exists()
+    tune(engine, Note.embedding, PAIRS, out=out, method="full", epochs=25)
+    assert not half.exists()
+    assert left() == []
+    assert other.exists(), "that of another encoder, which may be at work"
 
 
 def test_batches_have_one_of_a_group() -> None:
