@@ -115,7 +115,7 @@ FiltersOption = Annotated[
 _PAIRS: Any = typer.Option(
     "--pairs",
     help="Labelled questions: a file (.csv and .tsv with the header question,id and perhaps gain; "
-    ".jsonl), or a query in SQL that gives those columns.",
+    ".jsonl; TREC qrels beside their .topics), or a query in SQL that gives those columns.",
     show_default=False,
 )
 PairsOption = Annotated[str, _PAIRS]

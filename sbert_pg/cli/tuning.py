@@ -58,7 +58,7 @@ def evaluate(
 
     By meaning (dense; by each index where there are several; exact), by words and by both where the
     table has a text column, and with the encoders of --encoder, which may be repeated, and encode
-    every row. evaluate() in Python takes any search, TREC's runs and qrels, and other cut-offs.
+    every row. evaluate() in Python takes any search, TREC's runs, and other cut-offs.
 
     [b]sbert-pg evaluate article --pairs pairs.csv --slice lang[/]
     [b]sbert-pg evaluate article --pairs "SELECT question, article_id AS id FROM faq"[/]

@@ -115,7 +115,8 @@ def read_pairs(path: Path | str, topics: Path | str | None = None) -> list[Label
             columns are attributes); ``.jsonl`` with those, or with ``query`` and ``relevant`` (a
             list of keys) or ``gains`` (key and gain); any other name is a TREC qrels file. With
             the columns ``position`` and ``clicked`` it is a click log (see ``clicks.of_log``).
-        topics: for qrels, the questions: lines of a name, a tab, and the text.
+        topics: for qrels, the questions: lines of a name, a tab, and the text. By default a file of
+            the same name that ends in ``.topics``.
 
     Raises:
         LoadError: there is no such file, or a line is not of its form; the message says which.
@@ -128,12 +129,15 @@ def read_pairs(path: Path | str, topics: Path | str | None = None) -> list[Label
             return _together(_each_of(path, reader, lambda row: [row]))
     if suffix in (".jsonl", ".ndjson"):
         return _together(read_lines(path))
-    if topics is None:
+    topics = Path(topics or path.with_suffix(".topics"))
+    if path.is_file() and not topics.is_file():
         raise LoadError(
             f"{path} ends in none of .csv, .tsv and .jsonl, so it would be TREC qrels, which name "
-            "questions by number: read_pairs() in Python takes them with topics."
+            "questions by number. Write the questions, lines of a name, a tab, and the text, into "
+            f"{topics}."
         )
-    texts = read_topics(topics)
+    # Where there are no qrels it is these that are missed.
+    texts = read_topics(topics) if path.is_file() else {}
 
     def judged(line: str) -> list[dict[str, Any]]:
         name, _, key, gain = _fields(path, line, 4)

@@ -207,6 +207,9 @@ def test_rows_left_out_change_nothing(session: Session, table: str) -> None:
     bodies.append(" ".join(f"w{n} w{n % 50} giant" for n in range(20_000)))
     # Long texts, whose only rare word weighs less than a common one in a short text.
     bodies += ["scarce " + " ".join(f"f{n}" for n in range(3_000))] * 15
+    # The best have common words alone, of which two do not make a row as good as the rare one does.
+    bodies += ["seldom " + " ".join(f"g{n}" for n in range(25))] * 15
+    bodies += [common := " ".join(f"w{n}" for n in range(4, 20, 2))] * 12
     rows = [{"id": n, "body": body, "kind": "abc"[n % 3]} for n, body in enumerate(bodies)]
     session.execute(sa.insert(Note), rows)
     session.commit()
@@ -220,7 +223,7 @@ def test_rows_left_out_change_nothing(session: Session, table: str) -> None:
         ):  # fmt: skip
             session.execute(sa.text(statement))
     for question in (
-        "scarce w5", "w0", "w7 w0", "w0 w1 w2 w3", "w999 w1", "equal text w0", "giant w5 w0",
+        f"seldom {common}", "scarce w5", "w0", "w7 w0", "w0 w1 w2 w3", "w999 w1", "equal text w0", "giant w5 w0",
         "w1 -w2 w5", '"w1 w2" w9', "unknown", "w0 " * 300,
         " ".join(f"w{n}" for n in range(0, 999, 20)),
         *(" ".join(f"w{n}" for n in drawn) for drawn in random.integers(0, 50, (12, 5))),

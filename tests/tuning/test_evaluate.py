@@ -181,6 +181,8 @@ def test_pairs_by_a_query_and_from_files(library: Any, tmp_path: Path) -> None:
         read_pairs(tmp_path / "qrels", tmp_path / "topics"),
     )
     assert again.scores[0].ndcg == from_file.scores[0].ndcg
+    (tmp_path / "topics").rename(tmp_path / "qrels.topics")
+    assert len(read_pairs(tmp_path / "qrels")) == len(again.queries), "those beside them"
 
 
 @pytest.mark.parametrize(
@@ -202,6 +204,7 @@ def test_pairs_by_a_query_and_from_files(library: Any, tmp_path: Path) -> None:
         ("a.csv", "question,id,gain\nx,1,1\ny,1,1\nx,1,0\n", "has the gain 1"),
         ("a.csv", "question,id,name\nx,1,Ann\ny,1,Ann\n", "that of another question"),
         ("missing.csv", None, "cannot be read"),
+        ("missing.qrels", None, "missing.qrels cannot be read"),
     ],
 )
 def test_unreadable_pairs(
