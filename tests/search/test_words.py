@@ -223,8 +223,8 @@ def test_rows_left_out_change_nothing(session: Session, table: str) -> None:
         ):  # fmt: skip
             session.execute(sa.text(statement))
     for question in (
-        f"seldom {common}", "scarce w5", "w0", "w7 w0", "w0 w1 w2 w3", "w999 w1", "equal text w0", "giant w5 w0",
-        "w1 -w2 w5", '"w1 w2" w9', "unknown", "w0 " * 300,
+        f"seldom {common}", "scarce w5", "w0", "w7 w0", "w0 w1 w2 w3", "w999 w1", "equal text w0",
+        "giant w5 w0", "w1 -w2 w5", '"w1 w2" w9', "unknown", "w0 " * 300,
         " ".join(f"w{n}" for n in range(0, 999, 20)),
         *(" ".join(f"w{n}" for n in drawn) for drawn in random.integers(0, 50, (12, 5))),
     ):  # fmt: skip
