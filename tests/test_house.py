@@ -69,7 +69,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "catalog": (9, 2615),
     "cli": (17, 4509),
     "clustering": (17, 5051),
-    "encoder": (30, 7762),
+    "encoder": (30, 7749),
     "freshness": (23, 5175),
     "indexes": (6, 1407),
     "loading": (4, 1133),
@@ -79,7 +79,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "search": (13, 4090),
     "serving": (19, 3611),
     "sql": (1, 24),
-    "tuning": (18, 4331),
+    "tuning": (18, 4327),
     "types": (10, 1777),
 }
 #: All rooms that are one module.
