@@ -4,11 +4,12 @@ Both arms search with the caller's filters; their best rows are fused. *Relative
 scores of each arm to 0 to 1 by its best and worst row (min-max), and adds them with a weight. *RRF*
 (reciprocal rank fusion; Cormack, Clarke and Buettcher, 2009) adds 1 / (60 + rank).
 
-The default weight follows the question: meaning weighs ``.75 - .5 * held * ahead``. *held* rises
-from 0 to 1 as the best row by words holds 20 to 50 % of the question's idf, *ahead* as it leads the
-second by 0 to 40 % of its score. Where words know one row from the others they decide, so names,
-numbers and identifiers become a search by words, sentences one by both. docs/words.md has the
-figures; the constants are those whose worst loss against the better arm was least over the sets.
+The default weight follows the question: meaning weighs ``.7 - .5 * more * clear``. *more* rises
+from 0 to 1 as the best row by words holds 0 to 45 % more of the question's idf than the nearest
+row, *clear* as its score leads the second by 0 to 40 %, or the tenth by 25 to 60 %. Where words
+know one row from the others, and meaning does not find it, they decide; so names, numbers and
+identifiers become a search by words, sentences one by both. docs/words.md has the figures; the
+constants are those whose losses against the better arm were least over the sets.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ Fusion = Literal["relative", "rrf"]
 #: Rows of each arm that are fused. Ten in place of a hundred cost 3 % of nDCG@10.
 DEPTH = 100
 #: Weight of meaning where words say nothing special, and how much of it they can take.
-MEANING, TAKEN = 0.75, 0.5
+MEANING, TAKEN = 0.7, 0.5
+#: Share of the idf that the best row holds beyond the nearest one, and shares of its score by which
+#: it leads the second, and the tenth (from, and beyond that), where words take all they can.
+MORE, LEAD, LEAD_OF_TEN = 0.45, 0.4, (0.25, 0.35)
 #: The constant of reciprocal rank fusion, as its authors chose it.
 RRF_K = 60
 
@@ -175,7 +179,7 @@ def _statement(search: HybridSearch) -> Nearest:
 def _fused(search: HybridSearch, names: list[str]) -> sa.Select[Any]:
     """Keys, scores and ranks of the rows of each question's page."""
     meaning, by_words = _arms(search, names)
-    weight = _weight(search, by_words, meaning)
+    weight = _weight(search, by_words, meaning, names)
     same = [meaning.c[n] == by_words.c[n] for n in ("query", *names)]
     query = sa.func.coalesce(meaning.c.query, by_words.c.query)
     if search.fusion == "rrf":
@@ -214,7 +218,7 @@ def weight_of(search: HybridSearch) -> sa.Select[Any]:
     """The weight of meaning that a search of one question takes; no row where nothing is found."""
     names = [f"hybrid_key_{n}" for n in range(len(search.key))]
     meaning, words = _arms(search, names)
-    return sa.select(_weight(search, words, meaning).c.weight)
+    return sa.select(_weight(search, words, meaning, names).c.weight)
 
 
 def _arms(search: HybridSearch, names: list[str]) -> tuple[sa.CTE, sa.CTE]:
@@ -274,27 +278,43 @@ def _arm(rows: sa.Subquery, name: str, names: list[str], fused: int, by: str, *m
     return select.cte(name).prefix_with("MATERIALIZED")
 
 
-def _weight(search: HybridSearch, words: sa.CTE, meaning: sa.CTE) -> sa.CTE:
+def _weight(search: HybridSearch, words: sa.CTE, meaning: sa.CTE, names: list[str]) -> sa.CTE:
     """Weight of meaning for each question: all where words find nothing, none where it does."""
-    first, second, nearest_ = (
-        sa.select(*arm.c).where(arm.c.rank == rank).subquery(name)
-        for arm, rank, name in (
-            (words, 1, "words_first"),
-            (words, 2, "words_second"),
-            (meaning, 1, "meaning_first"),
+    score, rank = words.c.score, words.c.rank
+    matched = (
+        sa.select(
+            words.c.query,
+            sa.func.max(score).label("first"),
+            sa.func.coalesce(sa.func.max(score).filter(rank == 2), 0.0).label("second"),
+            sa.func.min(score).filter(rank <= 10).label("tenth"),
+            sa.func.max(words.c.held).filter(rank == 1).label("held"),
         )
+        .group_by(words.c.query)
+        .subquery("words_matched")
+    )
+    same = [words.c[n] == meaning.c[n] for n in ("query", *names)]
+    # Rows behind those that are fused are read on later pages only, and weigh nothing.
+    joined = sa.join(meaning, words, sa.and_(*same, rank <= search.fused[1]), isouter=True)
+    nearest_ = (
+        sa.select(meaning.c.query, sa.func.coalesce(words.c.held, 0.0).label("held"))
+        .select_from(joined)
+        .where(meaning.c.rank == 1)
+        .subquery("meaning_first")
     )
     usual: Any = sa.literal(search.weight, _F)
     if search.weight is None:
-        lead = first.c.score - sa.func.coalesce(second.c.score, 0.0)
-        ahead = sa.func.coalesce(lead / sa.func.nullif(first.c.score, 0.0), 0.0)
-        held = sa.func.greatest(0.0, (first.c.held - 0.2) / 0.3)
-        usual = MEANING - TAKEN * _at_most_1(held) * _at_most_1(2.5 * ahead)
-    weight = sa.case((first.c.query.is_(None), 1.0), (nearest_.c.query.is_(None), 0.0), else_=usual)
-    joined = sa.join(first, second, second.c.query == first.c.query, isouter=True)
-    joined = sa.join(joined, nearest_, nearest_.c.query == first.c.query, full=True)
-    query = sa.func.coalesce(first.c.query, nearest_.c.query).label("query")
-    select = sa.select(query, sa.cast(weight, _F).label("weight")).select_from(joined)
+        best = sa.func.nullif(matched.c.first, 0.0)
+        lead, of_ten = (1 - matched.c[name] / best for name in ("second", "tenth"))
+        low, high = LEAD_OF_TEN
+        clear = sa.func.greatest(lead / LEAD, (of_ten - low) / high, 0.0)
+        more = sa.func.greatest((matched.c.held - nearest_.c.held) / MORE, 0.0)
+        usual = MEANING - TAKEN * _at_most_1(more) * _at_most_1(clear)
+    weight = sa.case(
+        (matched.c.query.is_(None), 1.0), (nearest_.c.query.is_(None), 0.0), else_=usual
+    )
+    both = sa.join(matched, nearest_, nearest_.c.query == matched.c.query, full=True)
+    query = sa.func.coalesce(matched.c.query, nearest_.c.query).label("query")
+    select = sa.select(query, sa.cast(weight, _F).label("weight")).select_from(both)
     return select.cte("hybrid_weight").prefix_with("MATERIALIZED")
 
 
