@@ -12,6 +12,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sbert_pg import embed_on_flush, embedding_column
 from sbert_pg.errors import DeclarationError
 from sbert_pg.search import hybrid, matching, nearest
+from sbert_pg.search.fusion import weight_of
 from sbert_pg.types.text import text_column
 
 TITLES = [
@@ -151,6 +152,20 @@ def test_equal_scores_divide_by_nothing(session: Session) -> None:
     rows = session.execute(hybrid(Page.embedding, Page.search, "title")).all()
     assert [row[0].id for row in rows] == [1, 2]
     assert rows[0].score == rows[1].score == pytest.approx(1)
+
+
+@pytest.mark.parametrize("limit", [2, 150])
+def test_words_weigh_more_where_meaning_does_not_find_them(
+    session: Session, minilm: Any, limit: int
+) -> None:
+    """The nearest row has none of the words, or is the one that they know; the same on any page."""
+    vector = minilm.encode_query("XJ-4712")
+    for row, weight in ((0, 0.2), (8, 0.7)):
+        session.execute(sa.update(Page).values(embedding=-vector))
+        session.execute(sa.update(Page).where(Page.id == row).values(embedding=vector))
+        for offset in (0, 3 * limit):
+            both: Any = hybrid(Page.embedding, Page.search, "XJ-4712", limit=limit, offset=offset)
+            assert session.execute(weight_of(both.search)).scalar() == pytest.approx(weight)
 
 
 def test_what_is_asked_wrongly(session: Session) -> None:
