@@ -26,7 +26,7 @@ from server_cpu import cpu_seconds
 from sbert_pg import catalog
 from sbert_pg.embedded import embedded_server
 from sbert_pg.freshness import claims
-from sbert_pg.freshness.labels import BACKFILL, CHANGED, Class, Key
+from sbert_pg.freshness.keys import BACKFILL, CHANGED, Class, Key
 from sbert_pg.freshness.rows import Rows, rows_of
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec

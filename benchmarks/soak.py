@@ -56,7 +56,7 @@ from soak_writers import (
 from sbert_pg import catalog, create_all
 from sbert_pg.embedded import EmbeddedServer, embedded_server
 from sbert_pg.freshness import WorkerSettings, claims, counts, refresh, retry
-from sbert_pg.freshness.labels import CHANGED, label_of
+from sbert_pg.freshness.keys import CHANGED, label_of
 from sbert_pg.freshness.rows import rows_of
 from sbert_pg.sqlstates import sqlstate_of
 from sbert_pg.types.identity import ColumnIdentity

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 
 from sbert_pg import digest
 from sbert_pg.freshness import claims
-from sbert_pg.freshness.arrays import ArrayOf
+from sbert_pg.freshness.keys import ArrayOf
 from sbert_pg.freshness.rows import Rows
 from sbert_pg.freshness.worker import Worker
 from sbert_pg.registry import use_encoder

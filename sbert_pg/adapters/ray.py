@@ -20,8 +20,8 @@ import sqlalchemy as sa
 from sbert_pg import catalog, freshness
 from sbert_pg.catalog import Binding
 from sbert_pg.errors import DeclarationError, MissingExtraError, SbertPgError
-from sbert_pg.freshness.arrays import require_psycopg
 from sbert_pg.freshness.database import Database
+from sbert_pg.freshness.keys import require_psycopg
 from sbert_pg.freshness.running import Watch
 from sbert_pg.freshness.settings import worker_name
 from sbert_pg.types.identity import ColumnIdentity

@@ -243,7 +243,7 @@ def prepare(
     Raises:
         DeclarationError: there is no such level, module or attribute, or it holds no metadata.
     """
-    from sbert_pg.freshness import logs
+    from sbert_pg.freshness.settings import configure_logs
 
     log = log or os.environ.get("SBERT_PG_LOG") or usual
     name, _, form = log.partition(":")
@@ -252,7 +252,7 @@ def prepare(
         raise DeclarationError(
             f"--log or $SBERT_PG_LOG {log!r} is none of debug, info, warning, error, or info:json."
         )
-    logs.configure(as_json=form == "json", level=level)
+    configure_logs(as_json=form == "json", level=level)
     return None if app is None else _application(app)
 
 

@@ -17,8 +17,8 @@ from sbert_pg import catalog, system
 from sbert_pg.catalog import Binding, tables
 from sbert_pg.cli import common
 from sbert_pg.errors import SbertPgError
+from sbert_pg.freshness.database import replica_lag
 from sbert_pg.freshness.status import ColumnStatus, status
-from sbert_pg.freshness.throttle import replica_lag
 from sbert_pg.indexes.read import StoredIndex, vector_indexes
 
 #: Rows from which comparing all of them takes some 25 ms and more; below, an index gains little.

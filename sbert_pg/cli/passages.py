@@ -33,7 +33,7 @@ def show(
 
     [b]sbert-pg passages show document 17[/]
     """
-    from sbert_pg.freshness.labels import Row, label_from
+    from sbert_pg.freshness.keys import Row, label_from
     from sbert_pg.freshness.rows import rows_of
 
     with common.database(database) as engine, engine.begin() as connection:

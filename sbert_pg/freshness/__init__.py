@@ -6,7 +6,7 @@ Whether a row is fresh is a state of the row, and a partial index is the queue o
 
 from sbert_pg.freshness.audit import Audit, Finding, audit
 from sbert_pg.freshness.running import Filled, Filler, Refreshed, backfill, refresh, worker_thread
-from sbert_pg.freshness.settings import Companion, Progress, WorkerSettings
+from sbert_pg.freshness.settings import Companion, Progress, Tally, WorkerSettings
 from sbert_pg.freshness.status import (
     ColumnStatus,
     Counts,
@@ -17,7 +17,6 @@ from sbert_pg.freshness.status import (
     skip,
     status,
 )
-from sbert_pg.freshness.tally import Tally
 from sbert_pg.freshness.worker import Health, Worker
 
 __all__ = [

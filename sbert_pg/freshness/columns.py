@@ -18,9 +18,9 @@ from sbert_pg.errors import NotBoundError
 from sbert_pg.freshness.cutting import Cutter
 from sbert_pg.freshness.database import Database
 from sbert_pg.freshness.encoding import cached
-from sbert_pg.freshness.labels import CHANGED, Class, Key
-from sbert_pg.freshness.logs import LOGGER, say
+from sbert_pg.freshness.keys import CHANGED, Class, Key
 from sbert_pg.freshness.rows import Rows, rows_of
+from sbert_pg.freshness.settings import LOGGER, say
 from sbert_pg.freshness.status import queue_fault
 from sbert_pg.passages.chunker import chunker_of
 from sbert_pg.probes import measured

@@ -8,10 +8,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from sbert_pg.freshness.arrays import register
 from sbert_pg.freshness.database import Database
 from sbert_pg.freshness.encoding import Embedded, embed
-from sbert_pg.freshness.labels import Row
+from sbert_pg.freshness.keys import Row, register
 from sbert_pg.freshness.passages import Cut, StoredPassages
 from sbert_pg.freshness.rows import Rows
 from sbert_pg.passages.chunker import Chunker, chunker_of

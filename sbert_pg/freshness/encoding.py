@@ -19,7 +19,7 @@ from sqlalchemy.engine import Connection
 from sbert_pg.catalog import Binding, tables
 from sbert_pg.catalog.holding import fingerprint_of
 from sbert_pg.errors import DeclarationError, DimensionError, EncoderError, EncodingError
-from sbert_pg.freshness.labels import Row
+from sbert_pg.freshness.keys import Row
 from sbert_pg.freshness.passages import Cut
 from sbert_pg.probes import STORED, measured
 from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors

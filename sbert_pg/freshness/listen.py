@@ -20,8 +20,8 @@ from psycopg import sql
 
 from sbert_pg.catalog.tables import PENDING_CHANNEL
 from sbert_pg.errors import DeclarationError
-from sbert_pg.freshness.arrays import driver_connection
-from sbert_pg.freshness.logs import LOGGER, say
+from sbert_pg.freshness.keys import driver_connection
+from sbert_pg.freshness.settings import LOGGER, say
 from sbert_pg.sqlstates import words_of
 
 logger = logging.getLogger(LOGGER)

@@ -20,8 +20,15 @@ from sqlalchemy.engine import Connection
 from sbert_pg import digest, system
 from sbert_pg.catalog import Binding, all_bindings
 from sbert_pg.errors import NotBoundError
-from sbert_pg.freshness.arrays import UUID_OID, ArrayOf, TextArray, WireArray, register, vector_of
-from sbert_pg.freshness.labels import Key
+from sbert_pg.freshness.keys import (
+    UUID_OID,
+    ArrayOf,
+    Key,
+    TextArray,
+    WireArray,
+    register,
+    vector_of,
+)
 from sbert_pg.passages.cutting import Passage
 from sbert_pg.passages.declaring import CONTENT, PASSAGE_COLUMNS
 

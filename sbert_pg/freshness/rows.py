@@ -23,24 +23,22 @@ from sbert_pg import digest
 from sbert_pg.catalog import tables
 from sbert_pg.catalog.binding import require_all_rows
 from sbert_pg.catalog.record import Binding, Named
-from sbert_pg.freshness.arrays import (
-    UUID_OID,
-    ArrayOf,
-    TextArray,
-    WireArray,
-    element_of,
-    register,
-    vector_of,
-)
-from sbert_pg.freshness.labels import (
+from sbert_pg.freshness.keys import (
     BACKFILL,
     CHANGED,
+    UUID_OID,
+    ArrayOf,
     Candidate,
     Class,
     Key,
     Row,
+    TextArray,
+    WireArray,
     Written,
+    element_of,
     label_of,
+    register,
+    vector_of,
 )
 from sbert_pg.freshness.passages import Cut, StoredPassages, stored_passages
 

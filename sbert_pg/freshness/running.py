@@ -17,12 +17,11 @@ from sbert_pg import catalog
 from sbert_pg.catalog import Binding
 from sbert_pg.catalog.holding import hold_encoder
 from sbert_pg.errors import BackfillError, BindingError
-from sbert_pg.freshness.arrays import require_psycopg
 from sbert_pg.freshness.claims import retrying
 from sbert_pg.freshness.database import Database
-from sbert_pg.freshness.logs import LOGGER, say
+from sbert_pg.freshness.keys import require_psycopg
 from sbert_pg.freshness.rows import rows_of
-from sbert_pg.freshness.settings import Companion, Progress, WorkerSettings
+from sbert_pg.freshness.settings import LOGGER, Companion, Progress, WorkerSettings, say
 from sbert_pg.freshness.status import Counts, counts, queue_fault
 from sbert_pg.freshness.worker import Worker
 from sbert_pg.probes import measured

@@ -14,7 +14,7 @@ from sbert_pg import catalog
 from sbert_pg.catalog import Binding, tables
 from sbert_pg.catalog.binding import installed, require_all_rows
 from sbert_pg.freshness import claims
-from sbert_pg.freshness.labels import BACKFILL, CHANGED, label_from, label_of, shown
+from sbert_pg.freshness.keys import BACKFILL, CHANGED, label_from, label_of, shown
 from sbert_pg.freshness.rows import SET_FORMATS, rows_of
 from sbert_pg.registry import token_counter
 from sbert_pg.row_vectors import count_cut

@@ -18,11 +18,9 @@ from sbert_pg.freshness.claims import Claimed
 from sbert_pg.freshness.columns import Column, Columns
 from sbert_pg.freshness.database import Database, Patience, Payloads, write_in_pieces
 from sbert_pg.freshness.encoding import Embedded
-from sbert_pg.freshness.labels import Row, Written, shown
-from sbert_pg.freshness.logs import LOGGER, say
-from sbert_pg.freshness.settings import WorkerSettings
+from sbert_pg.freshness.keys import Row, Written, shown
+from sbert_pg.freshness.settings import LOGGER, Backlog, Tally, WorkerSettings, say
 from sbert_pg.freshness.status import counts
-from sbert_pg.freshness.tally import Backlog, Tally
 from sbert_pg.sqlstates import Fault, fault_of, words_of
 
 logger = logging.getLogger(LOGGER)

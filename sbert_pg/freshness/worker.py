@@ -22,19 +22,14 @@ from sbert_pg import catalog
 from sbert_pg.catalog import Binding
 from sbert_pg.errors import SbertPgError
 from sbert_pg.freshness import claims
-from sbert_pg.freshness.arrays import require_psycopg
-from sbert_pg.freshness.claiming import Claimer
+from sbert_pg.freshness.batches import Claimer, Flow
 from sbert_pg.freshness.columns import Column, Columns
-from sbert_pg.freshness.database import Database, Pause
+from sbert_pg.freshness.database import Database, Pause, Throttle
 from sbert_pg.freshness.encoding import Embedded, embed
-from sbert_pg.freshness.flow import Flow
-from sbert_pg.freshness.labels import BACKFILL, CHANGED, Class
+from sbert_pg.freshness.keys import BACKFILL, CHANGED, Class, require_psycopg
 from sbert_pg.freshness.listen import Listener
-from sbert_pg.freshness.logs import LOGGER, say
-from sbert_pg.freshness.settings import Companion, WorkerSettings
+from sbert_pg.freshness.settings import LOGGER, Companion, Tally, WorkerSettings, say
 from sbert_pg.freshness.storing import Keeper, Store, Work
-from sbert_pg.freshness.tally import Tally
-from sbert_pg.freshness.throttle import Throttle
 from sbert_pg.sqlstates import Fault, fault_of, words_of
 
 logger = logging.getLogger(LOGGER)

@@ -18,7 +18,7 @@ from sbert_pg import catalog
 from sbert_pg.catalog import Binding, rows
 from sbert_pg.catalog.record import qualified
 from sbert_pg.errors import AlreadyBoundError, NotProvenError
-from sbert_pg.freshness.comparing import compare
+from sbert_pg.freshness.audit import compare
 from sbert_pg.locks import ATTEMPTS, LOCK_TIMEOUT, in_short_transactions
 from sbert_pg.reembed.candidates import (
     Candidate,

@@ -22,7 +22,7 @@ from sbert_pg.catalog.holding import compatibility, recorded_encoder
 from sbert_pg.errors import EncoderError, EncoderMismatchError, ReembeddingError, StepStoppedError
 from sbert_pg.freshness import Filled, Filler, Progress, WorkerSettings
 from sbert_pg.freshness import backfill as encode_rows
-from sbert_pg.freshness.comparing import Comparison, compare_rows
+from sbert_pg.freshness.audit import Comparison, compare_rows
 from sbert_pg.probes import (
     MAX_LENGTH_RATIO,
     PRECISION_MIN_COSINE,

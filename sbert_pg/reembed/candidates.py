@@ -12,7 +12,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import JSONB
 
 from sbert_pg.errors import SourceError
-from sbert_pg.freshness.comparing import Comparison
+from sbert_pg.freshness.audit import Comparison
 from sbert_pg.source import Source
 from sbert_pg.spec import TextEncoder
 

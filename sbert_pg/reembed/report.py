@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from sbert_pg.errors import VerificationError
-from sbert_pg.freshness.comparing import Comparison
+from sbert_pg.freshness.audit import Comparison
 from sbert_pg.reembed.ready import Coverage
 
 

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from sbert_pg.catalog import rows
 from sbert_pg.distance import similarity_matrix
 from sbert_pg.errors import EncoderError
-from sbert_pg.freshness.comparing import Comparison, compare_rows
+from sbert_pg.freshness.audit import Comparison, compare_rows
 from sbert_pg.locks import set_timeouts_aside
 from sbert_pg.reembed.change import Pair, Side, pair_of
 from sbert_pg.reembed.ready import coverage_of

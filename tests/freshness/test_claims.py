@@ -15,7 +15,7 @@ from sbert_pg import catalog, refresh
 from sbert_pg.errors import EncoderError
 from sbert_pg.freshness import claims
 from sbert_pg.freshness.encoding import embed, encode_each
-from sbert_pg.freshness.labels import BACKFILL, CHANGED, Class, Key, Row, Written
+from sbert_pg.freshness.keys import BACKFILL, CHANGED, Class, Key, Row, Written
 from sbert_pg.freshness.rows import Rows, rows_of
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
