@@ -24,10 +24,9 @@ from sbert_pg.errors import SbertPgError
 from sbert_pg.freshness import claims
 from sbert_pg.freshness.batches import Claimer, Flow
 from sbert_pg.freshness.columns import Column, Columns
-from sbert_pg.freshness.database import Database, Pause, Throttle
+from sbert_pg.freshness.database import Database, Listener, Pause, Throttle
 from sbert_pg.freshness.encoding import Embedded, embed
 from sbert_pg.freshness.keys import BACKFILL, CHANGED, Class, require_psycopg
-from sbert_pg.freshness.listen import Listener
 from sbert_pg.freshness.settings import LOGGER, Companion, Tally, WorkerSettings, say
 from sbert_pg.freshness.storing import Keeper, Store, Work
 from sbert_pg.sqlstates import Fault, fault_of, words_of
