@@ -27,7 +27,6 @@ from sbert_pg import catalog
 from sbert_pg.alembic import changes, ops
 from sbert_pg.alembic.indexes import CreateVectorIndexOp, DropVectorIndexOp
 from sbert_pg.alembic.render import in_drop_order
-from sbert_pg.alembic.texts import changed_texts
 from sbert_pg.alembic.toimpl import holds_vectors, reached
 from sbert_pg.catalog import Binding
 from sbert_pg.catalog.embedding import Embedding
@@ -272,7 +271,7 @@ class Comparison:
                 continue
             self._refuse_two(key, table)
             self._compare_bindings(key, table)
-            self.middle += changed_texts(self.connection, table)
+            self.middle += changes.changed_texts(self.connection, table)
             if key in self.index_tables or any(isinstance(c.type, VectorType) for c in table.c):
                 self._compare_indexes(key, table)
 

@@ -14,10 +14,10 @@ from sbert_pg.clustering.duplicates import (
     groups_of,
     index_recall,
 )
-from sbert_pg.clustering.flows import Flow, flows, run_before
 from sbert_pg.clustering.keywords import find_keywords, name_cluster
 from sbert_pg.clustering.mapping import ClusterMap, cluster_map, mapped_rows, store_map
 from sbert_pg.clustering.runs import cluster, fail_lost_runs, make_current, prune
+from sbert_pg.clustering.summary import Flow, flows, run_before
 from sbert_pg.clustering.tables import Assignment, Cluster, ClusterRun
 from sbert_pg.clustering.views import ClusterViews, create_views, drop_views
 

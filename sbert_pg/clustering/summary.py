@@ -1,7 +1,9 @@
-"""A run summed up: sizes and radii, numbers and names kept from run to run."""
+"""A run summed up, and held against an earlier one: sizes, numbers, names, rows that moved."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import sqlalchemy as sa
 from sbert_pg.clustering.declaration import Clustering
 from sbert_pg.clustering.kmeans import need
 from sbert_pg.clustering.tables import EXEMPLAR_PREFIX
+from sbert_pg.errors import ClusteringError
 
 #: Share of the rows that lie within a cluster's radius and within a run's ``far_distance``.
 WITHIN = 0.99
@@ -148,26 +151,32 @@ def number_clusters(
     return len(pairs)
 
 
+def _shared(
+    connection: sa.Connection, clustering: Clustering, earlier: int, later: int
+) -> Sequence[sa.Row[tuple[Any, ...]]]:
+    """Rows that two runs have in common: the cluster in either, ``None`` for outliers, how many."""
+    before, after = (clustering.assignment_table.alias(name) for name in ("earlier", "later"))
+    same = (before.c[key.name] == after.c[key.name] for key in clustering.row_keys)
+    return connection.execute(
+        sa.select(before.c.cluster_id, after.c.cluster_id, sa.func.count())
+        .select_from(before.join(after, sa.and_(*same)))
+        .where(before.c.run_id == earlier, after.c.run_id == later)
+        .group_by(before.c.cluster_id, after.c.cluster_id)
+    ).all()
+
+
 def _pairs(
     connection: sa.Connection, clustering: Clustering, run_id: int, previous: int
 ) -> dict[int, int]:
     """The earlier cluster that a new one continues, by their ids."""
-    assignment = clustering.assignment_table
-    old, new = assignment.alias("old"), assignment.alias("new")
-    same_row = sa.and_(*(old.c[key.name] == new.c[key.name] for key in clustering.row_keys))
-    shared = connection.execute(
-        sa.select(old.c.cluster_id, new.c.cluster_id, sa.func.count())
-        .join_from(old, new, same_row)
-        .where(
-            old.c.run_id == previous,
-            new.c.run_id == run_id,
-            old.c.cluster_id.is_not(None),
-            new.c.cluster_id.is_not(None),
-        )
-        .group_by(old.c.cluster_id, new.c.cluster_id)
-    ).all()
+    shared = [
+        row
+        for row in _shared(connection, clustering, previous, run_id)
+        if row[0] is not None and row[1] is not None
+    ]
     if not shared:
         return {}
+    assignment = clustering.assignment_table
     rows = connection.execute(
         sa.select(assignment.c.cluster_id, sa.func.count())
         .where(assignment.c.run_id.in_([previous, run_id]), assignment.c.cluster_id.is_not(None))
@@ -187,3 +196,81 @@ def _pairs(
         if common > 0 and common >= MIN_OVERLAP * either:
             continued[news[j]] = olds[i]
     return continued
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """Rows that went from a cluster of one run to a cluster of another.
+
+    Attributes:
+        earlier: number and label of the cluster that they were in; ``None`` for outliers.
+        later: the same of the cluster that they are in now.
+        rows: how many.
+        share: their share of the rows of the earlier cluster that both runs have.
+    """
+
+    earlier: tuple[int, str] | None
+    later: tuple[int, str] | None
+    rows: int
+    share: float
+
+
+def run_before(connection: sa.Connection, clustering: Clustering, run_id: int) -> int | None:
+    """The last run before another that is done, of any column that shares the tables."""
+    run = clustering.run_table.c
+    statement = sa.select(sa.func.max(run.id)).where(run.id < run_id, run.state == "done")
+    number: int | None = connection.scalar(statement)
+    return number
+
+
+def flows(
+    connection: sa.Connection,
+    clustering: Clustering,
+    earlier: int | None = None,
+    later: int | None = None,
+) -> list[Flow]:
+    """Where the rows of a run's clusters are in a later run, most rows first.
+
+    Rows that one of the runs does not have are not counted. One join of the assignments of both.
+
+    Args:
+        clustering: what is clustered.
+        earlier: a run; by default the last one that was done before ``later``.
+        later: a run; the current one by default.
+
+    Raises:
+        ClusteringError: there is no current run, or none before it.
+    """
+    earlier, later = _runs(connection, clustering, earlier, later)
+    moved = _shared(connection, clustering, earlier, later)
+    clusters = _labels(connection, clustering, [earlier, later])
+    totals: dict[int | None, int] = {}
+    for was, _, rows in moved:
+        totals[was] = totals.get(was, 0) + rows
+    moves = [
+        Flow(clusters.get(was), clusters.get(now), rows, rows / totals[was])
+        for was, now, rows in moved
+    ]
+    return sorted(moves, key=lambda flow: (-flow.rows, flow.earlier or (), flow.later or ()))
+
+
+def _runs(
+    connection: sa.Connection, clustering: Clustering, earlier: int | None, later: int | None
+) -> tuple[int, int]:
+    later = clustering.require_current(connection).id if later is None else later
+    earlier = run_before(connection, clustering, later) if earlier is None else earlier
+    if earlier is None:
+        raise ClusteringError(f"Run {later} of {clustering.column} is the first one.")
+    return earlier, later
+
+
+def _labels(
+    connection: sa.Connection, clustering: Clustering, runs: list[int]
+) -> dict[int | None, tuple[int, str]]:
+    """Number and label of the clusters of some runs, by their keys."""
+    cluster = clustering.cluster_table.c
+    named = sa.select(cluster.id, cluster.number, cluster.label).where(cluster.run_id.in_(runs))
+    return {
+        id_: (number, label or f"cluster {number}")
+        for id_, number, label in connection.execute(named)
+    }

@@ -1,7 +1,6 @@
 """What the graph of a transformer is written from, whatever architecture it was read from.
 
-Sources are named where an architecture is read (``architectures``, ``rotary``, ``decoders``,
-``t5``).
+Sources are named where an architecture is read (``architectures``, ``rotary``, ``rms``).
 """
 
 from __future__ import annotations

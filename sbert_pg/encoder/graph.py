@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from sbert_pg.encoder import architectures, decoders, rotary, t5, transformer
+from sbert_pg.encoder import architectures, rms, rotary, transformer
 from sbert_pg.encoder.architectures import ARCHITECTURES as ABSOLUTE
 from sbert_pg.encoder.blocks import Transformer
 from sbert_pg.encoder.classification import SAMPLE_PAIRS
@@ -45,7 +45,7 @@ from sbert_pg.encoder.transformer import Attention, Fused, FusedByLength, Plain
 from sbert_pg.encoder.writer import FLOAT, INT32, INT64, Writer, activate, even_blocks
 from sbert_pg.probes import PROBES, SAMPLE_TEXTS
 
-_ROTARY = {**rotary.READERS, **decoders.READERS, **t5.READERS}
+_ROTARY = {**rotary.READERS, **rms.READERS}
 #: ``model_type`` of the architectures whose graph is built here.
 ARCHITECTURES = ABSOLUTE | _ROTARY.keys() | {STATIC}
 
