@@ -14,17 +14,13 @@ machine. Runs on an embedded server of its own.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import tempfile
 from datetime import timedelta
-from pathlib import Path
 
 import sqlalchemy as sa
-from server_cpu import cpu_seconds
+from bench_server import cpu_seconds, fresh_server
 
 from sbert_pg import catalog
-from sbert_pg.embedded import embedded_server
 from sbert_pg.freshness import claims
 from sbert_pg.freshness.keys import BACKFILL, CHANGED, Class, Key
 from sbert_pg.freshness.rows import Rows, rows_of
@@ -117,16 +113,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--claims", type=int, default=240)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="sbert-pg-claims-") as name:
-        os.chmod(name, 0o755)
-        with embedded_server(Path(name) / "data", settings=SETTINGS) as server:
-            engine = sa.create_engine(server.ensure_database("bench"))
-            with engine.begin() as connection:
-                catalog.upgrade(connection)
-            for class_ in (BACKFILL, CHANGED):
-                for held in (False, True):
-                    report(engine, class_, held, options)
-            engine.dispose()
+    with fresh_server(SETTINGS) as server:
+        engine = sa.create_engine(server.ensure_database("bench"))
+        with engine.begin() as connection:
+            catalog.upgrade(connection)
+        for class_ in (BACKFILL, CHANGED):
+            for held in (False, True):
+                report(engine, class_, held, options)
+        engine.dispose()
 
 
 if __name__ == "__main__":

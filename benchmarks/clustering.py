@@ -25,7 +25,6 @@ import argparse
 import json
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,12 +35,12 @@ from typing import Any
 import numpy as np
 import psycopg
 import sqlalchemy as sa
+from bench_server import fresh_server
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from sbert_pg import clustering as cl
 from sbert_pg.clustering.duplicates import similar_pairs
 from sbert_pg.clustering.kmeans import normalize
-from sbert_pg.embedded import embedded_server
 from sbert_pg.types import Vector, to_wire_rows
 
 DIMENSIONS = 384
@@ -314,10 +313,8 @@ def main() -> None:
         measure(sa.make_url(options.database).set(drivername="postgresql+psycopg"))
     elif options.rows:
         settings = {"shared_buffers": "1GB", "max_wal_size": "4GB", "synchronous_commit": "off"}
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder).chmod(0o755)
-            with embedded_server(Path(folder) / "data", settings=settings) as server:
-                measure(server.ensure_database("benchmark"))
+        with fresh_server(settings) as server:
+            measure(server.ensure_database("benchmark"))
     if options.duplicates:
         results["near-duplicates"] = near_duplicates(
             vectors[: options.duplicates], options.threshold

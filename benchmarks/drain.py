@@ -26,7 +26,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,9 +34,9 @@ from typing import Any
 
 import psycopg
 import sqlalchemy as sa
+from bench_server import fresh_server
 
 from sbert_pg import catalog
-from sbert_pg.embedded import embedded_server
 from sbert_pg.encoder import Encoder
 from sbert_pg.freshness import WorkerSettings, refresh, worker_thread
 from sbert_pg.process import usable_cores
@@ -225,29 +224,27 @@ def main() -> int:
     encoder.encode_document(rows[:512])
     report: dict[str, Any] = {"rows": options.rows, "rounds": []}
     settings = {"shared_buffers": "1GB", "max_wal_size": "4GB"}
-    with tempfile.TemporaryDirectory(prefix="sbert-pg-drain-") as name:
-        Path(name).chmod(0o755)
-        with embedded_server(Path(name) / "data", settings=settings) as server:
-            url = server.ensure_database("drain")
-            engine = sa.create_engine(url)
-            with engine.begin() as connection:
-                catalog.upgrade(connection)
-            pid = int((server.data_dir / "postmaster.pid").read_text().splitlines()[0])
-            for _ in range(options.repeat):
-                spent = {0: encoder_alone(encoder, rows)}
-                for workers in (1, 2):
-                    load(engine, rows)
-                    spent[workers] = drain(url, workers, pid)
-                again = encoder_alone(encoder, rows)
-                report["rounds"].append(summary(options.rows, spent, again))
-            report["median"] = {
-                name: statistics.median(r[name] for r in report["rounds"])
-                for name in report["rounds"][0]
-            }
-            report["latency"] = latency(
-                engine, server.dsn("drain"), encoder, rows[: options.latency_rows]
-            )
-            engine.dispose()
+    with fresh_server(settings) as server:
+        url = server.ensure_database("drain")
+        engine = sa.create_engine(url)
+        with engine.begin() as connection:
+            catalog.upgrade(connection)
+        pid = int((server.data_dir / "postmaster.pid").read_text().splitlines()[0])
+        for _ in range(options.repeat):
+            spent = {0: encoder_alone(encoder, rows)}
+            for workers in (1, 2):
+                load(engine, rows)
+                spent[workers] = drain(url, workers, pid)
+            again = encoder_alone(encoder, rows)
+            report["rounds"].append(summary(options.rows, spent, again))
+        report["median"] = {
+            name: statistics.median(r[name] for r in report["rounds"])
+            for name in report["rounds"][0]
+        }
+        report["latency"] = latency(
+            engine, server.dsn("drain"), encoder, rows[: options.latency_rows]
+        )
+        engine.dispose()
     print(json.dumps(report, indent=2))
     return 0
 

@@ -16,18 +16,15 @@ import argparse
 import os
 import re
 import statistics
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psycopg
 import sqlalchemy as sa
-from server_cpu import cpu_seconds
+from bench_server import cpu_seconds, fresh_server
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from sbert_pg import catalog, create_all, embedding_column, hnsw_index, nearest
-from sbert_pg.embedded import embedded_server
 from sbert_pg.testing import DeterministicEncoder
 from sbert_pg.types.identity import ColumnIdentity
 
@@ -122,21 +119,19 @@ def main() -> None:
     note = declared(encoder)
     queries = np.random.default_rng(1).standard_normal((SEARCHES, options.dimensions))
     directory = "/dev/shm" if os.path.isdir("/dev/shm") else None
-    with tempfile.TemporaryDirectory(prefix="sbert-pg-fence-", dir=directory) as name:
-        os.chmod(name, 0o755)
-        with embedded_server(Path(name) / "data", settings=SETTINGS) as server:
-            engine = sa.create_engine(server.ensure_database("bench"))
-            known = prepare(engine, note, encoder, options.rows)
-            text, parameters = statement_of(engine, note, queries[0])
-            engine.dispose()
-            shared = {**parameters, "fingerprint": encoder.spec.fingerprint, "known": known}
-            rows = [shared | {"param_1": str(query.tolist())} for query in queries]
-            searched = (FENCE.sub(f"'{known}'::uuid AS id", text), text)
-            assert "fence_v1" in text
-            assert "fence_v1" not in searched[0]
-            with psycopg.connect(server.dsn("bench"), autocommit=True) as connection:
-                report(connection, "bare scan of the index", (PLAIN, FENCED), rows, options.blocks)
-                report(connection, "nearest", searched, rows, options.blocks)
+    with fresh_server(SETTINGS, directory=directory) as server:
+        engine = sa.create_engine(server.ensure_database("bench"))
+        known = prepare(engine, note, encoder, options.rows)
+        text, parameters = statement_of(engine, note, queries[0])
+        engine.dispose()
+        shared = {**parameters, "fingerprint": encoder.spec.fingerprint, "known": known}
+        rows = [shared | {"param_1": str(query.tolist())} for query in queries]
+        searched = (FENCE.sub(f"'{known}'::uuid AS id", text), text)
+        assert "fence_v1" in text
+        assert "fence_v1" not in searched[0]
+        with psycopg.connect(server.dsn("bench"), autocommit=True) as connection:
+            report(connection, "bare scan of the index", (PLAIN, FENCED), rows, options.blocks)
+            report(connection, "nearest", searched, rows, options.blocks)
 
 
 if __name__ == "__main__":

@@ -19,18 +19,16 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
+from bench_server import fresh_server
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from sbert_pg import create_all, embed_on_flush, embedding_column, use_encoder
-from sbert_pg.embedded import embedded_server
 from sbert_pg.testing import DeterministicEncoder
 
 SETTINGS = {"shared_buffers": "512MB", "synchronous_commit": "off"}
@@ -155,13 +153,9 @@ def main() -> None:
     else:
         encoder = Timed(DeterministicEncoder(dimensions=384))
     use_encoder(encoder, name="bench")
-    with tempfile.TemporaryDirectory(prefix="sbert-pg-bench-") as folder:
-        Path(folder).chmod(0o755)
-        with embedded_server(Path(folder) / "data", settings=SETTINGS) as server:
-            url = server.ensure_database("bench")
-            with sa.create_engine(url).begin() as connection:
-                connection.exec_driver_sql("CREATE EXTENSION IF NOT EXISTS vector")
-            found = measure(url, encoder, arguments.objects, arguments.rounds)
+    with fresh_server(SETTINGS) as server:
+        url = server.ensure_database("bench")
+        found = measure(url, encoder, arguments.objects, arguments.rounds)
     print(f"{'ms':18}{'whole':>8}{'encoding':>10}{'server':>8}{'rest':>8}  rest's share")
     for name, (whole, encoding, in_server) in found.items():
         rest = whole - encoding - in_server

@@ -22,18 +22,17 @@ import os
 import random
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import sqlalchemy as sa
+from bench_server import fresh_server
 from live_load import LockWatch, Tally, Version, text_of
 
 from sbert_pg import catalog, errors
 from sbert_pg import reembed as ree
-from sbert_pg.embedded import embedded_server
 from sbert_pg.freshness import WorkerSettings, refresh
 from sbert_pg.types.identity import ColumnIdentity
 from sbert_pg.types.wire import from_text
@@ -353,11 +352,9 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=3000)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="sbert-pg-live-") as folder:
-        os.chmod(folder, 0o755)
-        with embedded_server(Path(folder) / "data", settings=SETTINGS) as server:
-            url = server.ensure_database("live")
-            return Live(url, Path(folder), options).run()
+    with fresh_server(SETTINGS) as server:
+        url = server.ensure_database("live")
+        return Live(url, server.data_dir.parent, options).run()
 
 
 if __name__ == "__main__":

@@ -16,19 +16,17 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psycopg
 import sqlalchemy as sa
+from bench_server import fresh_server
 
 from sbert_pg import Embedding, create_all, load, use_encoder
-from sbert_pg.embedded import embedded_server
 from sbert_pg.testing import DeterministicEncoder
 from sbert_pg.types.wire import to_wire_rows
 
@@ -201,15 +199,8 @@ def main() -> None:
         url = sa.make_url(arguments.dsn).set(drivername="postgresql+psycopg")
         rates = measure(url, *sizes)
     else:
-        with (
-            tempfile.TemporaryDirectory(prefix="sbert-pg-bench-") as folder,
-            embedded_server(Path(folder) / "data", settings=SETTINGS) as server,
-        ):
-            Path(folder).chmod(0o755)
-            url = server.ensure_database("bench")
-            with sa.create_engine(url).begin() as connection:
-                connection.exec_driver_sql("CREATE EXTENSION IF NOT EXISTS vector")
-            rates = measure(url, *sizes)
+        with fresh_server(SETTINGS) as server:
+            rates = measure(server.ensure_database("bench"), *sizes)
     bare = rates.get("bare")
     for name, (best, median, cpu) in sorted(rates.items(), key=lambda item: -item[1][0]):
         of_bare = f"{best / bare[0]:6.2f} {median / bare[1]:6.2f}" if bare else ""

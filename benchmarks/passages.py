@@ -16,12 +16,12 @@ import math
 import random
 import resource
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import sqlalchemy as sa
+from bench_server import fresh_server
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from sbert_pg import (
@@ -35,7 +35,6 @@ from sbert_pg import (
     refresh,
     use_encoder,
 )
-from sbert_pg.embedded import embedded_server
 from sbert_pg.passages import Chunker, FixedChunker, SentenceChunker
 from sbert_pg.passages.cutting import cut, embedded_text
 from sbert_pg.passages.structure import sentences
@@ -122,23 +121,21 @@ def quality(directory: Path) -> None:
     """nDCG@10 of every score, through the database, beside that of the whole text as it is cut."""
     for name, read in SETS.items():
         documents, questions = read(directory)
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder).chmod(0o755)
-            with embedded_server(Path(folder) / "data") as server:
-                engine = sa.create_engine(server.ensure_database("passages"))
-                with engine.begin() as connection:
-                    create_all(connection, Base.metadata)
-                with Session(engine) as session:
-                    session.add_all(documents)
-                    session.commit()
-                    backfill(engine, Document.__table__.c.passages_embedding)
-                    for score in ("cut", "best", "sum", "auto"):
-                        started = time.perf_counter()
-                        gains = [_gain(session, *question, score) for question in questions]
-                        seconds = (time.perf_counter() - started) / len(questions)
-                        mean = sum(gains) / len(gains)
-                        print(f"{name} {score}: nDCG@10 {mean:.4f}, {1000 * seconds:.1f} ms")
-                engine.dispose()
+        with fresh_server() as server:
+            engine = sa.create_engine(server.ensure_database("passages"))
+            with engine.begin() as connection:
+                create_all(connection, Base.metadata)
+            with Session(engine) as session:
+                session.add_all(documents)
+                session.commit()
+                backfill(engine, Document.__table__.c.passages_embedding)
+                for score in ("cut", "best", "sum", "auto"):
+                    started = time.perf_counter()
+                    gains = [_gain(session, *question, score) for question in questions]
+                    seconds = (time.perf_counter() - started) / len(questions)
+                    mean = sum(gains) / len(gains)
+                    print(f"{name} {score}: nDCG@10 {mean:.4f}, {1000 * seconds:.1f} ms")
+            engine.dispose()
 
 
 def _gain(session: Session, question: str, due: int, score: str) -> float:
@@ -208,28 +205,26 @@ def memory(megabytes: int) -> None:
     use_encoder(encoder_of(first_letters, name="nothing", dimensions=384))
     numbers = random.Random(16)
     words = ["".join(numbers.choices("aeimnorst", k=2 + i % 9)) for i in range(4_000)]
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
-        with embedded_server(Path(folder) / "data") as server:
-            engine = sa.create_engine(server.ensure_database("memory"))
-            with engine.begin() as connection:
-                create_all(connection, Base.metadata)
-            with engine.begin() as connection:
-                connection.execute(sa.insert(Large).values(body=""))
-                for _ in range(megabytes):
-                    # A megabyte at a time, so that the document is never in this process.
-                    text = ""
-                    while len(text) < 1_000_000:
-                        text += " ".join(numbers.choices(words, k=14)).capitalize() + ". "
-                    connection.execute(sa.update(Large).values(body=Large.body + text))
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1_000
-            refresh(engine)
-            after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1_000
-            with engine.connect() as connection:
-                count = connection.scalar(sa.text("SELECT count(embedding) FROM large_passage"))
-            print(f"{megabytes} MB in {count:,} passages: from {before:.0f} to {after:.0f} MB, "
-                  f"of which {count * 384 * 4 / 1e6:.0f} are vectors")  # fmt: skip
-            engine.dispose()
+    with fresh_server() as server:
+        engine = sa.create_engine(server.ensure_database("memory"))
+        with engine.begin() as connection:
+            create_all(connection, Base.metadata)
+        with engine.begin() as connection:
+            connection.execute(sa.insert(Large).values(body=""))
+            for _ in range(megabytes):
+                # A megabyte at a time, so that the document is never in this process.
+                text = ""
+                while len(text) < 1_000_000:
+                    text += " ".join(numbers.choices(words, k=14)).capitalize() + ". "
+                connection.execute(sa.update(Large).values(body=Large.body + text))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1_000
+        refresh(engine)
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1_000
+        with engine.connect() as connection:
+            count = connection.scalar(sa.text("SELECT count(embedding) FROM large_passage"))
+        print(f"{megabytes} MB in {count:,} passages: from {before:.0f} to {after:.0f} MB, "
+              f"of which {count * 384 * 4 / 1e6:.0f} are vectors")  # fmt: skip
+        engine.dispose()
 
 
 if __name__ == "__main__":

@@ -22,25 +22,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
+from bench_server import fresh_server
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from sbert_pg import create_all, embedding_column, hnsw_index, nearest
 from sbert_pg import reembed as ree
 from sbert_pg.cli.demo_data import standard_library
-from sbert_pg.embedded import embedded_server
 from sbert_pg.encoder import Encoder
 from sbert_pg.freshness import WorkerSettings, backfill
 from sbert_pg.registry import use_encoder
@@ -392,17 +389,15 @@ def main() -> int:
     options = parser.parse_args()
     texts = corpus(options.rows)
     report: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="sbert-pg-reembedding-") as folder:
-        os.chmod(folder, 0o755)
-        with embedded_server(Path(folder) / "data", settings=SETTINGS) as server:
-            bench = Bench(sa.create_engine(server.ensure_database("bench")), texts)
-            if options.part in (None, "throughput"):
-                report["throughput"] = throughput(bench, options.repeat)
-            if options.part in (None, "ways"):
-                report["ways"] = ways(bench, options.repeat)
-            if options.part in (None, "foreground"):
-                report["foreground"] = foreground(bench, options.seconds)
-            bench.engine.dispose()
+    with fresh_server(SETTINGS) as server:
+        bench = Bench(sa.create_engine(server.ensure_database("bench")), texts)
+        if options.part in (None, "throughput"):
+            report["throughput"] = throughput(bench, options.repeat)
+        if options.part in (None, "ways"):
+            report["ways"] = ways(bench, options.repeat)
+        if options.part in (None, "foreground"):
+            report["foreground"] = foreground(bench, options.seconds)
+        bench.engine.dispose()
     print(json.dumps(report, indent=2))
     return 0
 

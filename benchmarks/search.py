@@ -31,7 +31,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -41,12 +40,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import psycopg
 import sqlalchemy as sa
-from server_cpu import cpu_seconds
+from bench_server import cpu_seconds, fresh_server
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, aliased, mapped_column
 
 import sbert_pg
 from sbert_pg import catalog, create_all, embedding_column, hnsw_index, ivfflat_index, load, nearest
-from sbert_pg.embedded import embedded_server
 from sbert_pg.testing import DeterministicEncoder
 from sbert_pg.types import to_wire_rows
 
@@ -850,10 +848,8 @@ def main() -> None:
         results = run(sa.make_url(options.database).set(drivername="postgresql+psycopg"), options)
     else:
         settings = {"shared_buffers": "1GB", "max_wal_size": "4GB", "maintenance_work_mem": "1GB"}
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder).chmod(0o755)
-            with embedded_server(Path(folder) / "data", settings=settings) as server:
-                results = run(server.ensure_database("benchmark"), options)
+        with fresh_server(settings) as server:
+            results = run(server.ensure_database("benchmark"), options)
     if options.json:
         options.json.write_text(json.dumps(results, indent=2))
 

@@ -14,22 +14,19 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import psycopg
 import sqlalchemy as sa
+from bench_server import fresh_server
 
 from sbert_pg import create_all, get_encoder
 from sbert_pg.catalog.embedding import Embedding
-from sbert_pg.embedded import embedded_server
 
 COMMAND = [sys.executable, "-m", "sbert_pg.cli.app"]
 CALL = "CALL sbert.embed('article.embedding', %s, NULL, 60)"
@@ -87,29 +84,27 @@ def main() -> None:
     parser.add_argument("--encoder", default="all-MiniLM-L6-v2")
     options = parser.parse_args()
     encoder = get_encoder(options.encoder)
-    with tempfile.TemporaryDirectory(prefix="sbert-pg-latency-") as name:
-        os.chmod(name, 0o755)
-        with embedded_server(Path(name) / "data") as server:
-            engine = sa.create_engine(server.ensure_database("bench"))
-            table = sa.Table(
-                "article",
-                sa.MetaData(),
-                sa.Column("title", sa.Text, primary_key=True),
-                sa.Column("embedding", Embedding(options.encoder, source="title")),
-            )
-            with engine.begin() as connection:
-                create_all(connection, table.metadata)
-            engine.dispose()
-            serve = ("serve", "--encoder", options.encoder, "--http", "127.0.0.1:0")
-            dsn = server.dsn("bench")
-            with running(*serve) as http_, running("worker", "-d", dsn) as worker:
-                with psycopg.connect(dsn, autocommit=True) as connection:
-                    measure(options.questions, {
-                        "encoding alone": lambda q: encoder.encode_query([q]),
-                        "/v1/embeddings": asker_of_http(port_of(http_), options.encoder),
-                        "CALL sbert.embed": lambda q: connection.execute(CALL, [q]),
-                    })  # fmt: skip
-                assert worker.poll() is None
+    with fresh_server() as server:
+        engine = sa.create_engine(server.ensure_database("bench"))
+        table = sa.Table(
+            "article",
+            sa.MetaData(),
+            sa.Column("title", sa.Text, primary_key=True),
+            sa.Column("embedding", Embedding(options.encoder, source="title")),
+        )
+        with engine.begin() as connection:
+            create_all(connection, table.metadata)
+        engine.dispose()
+        serve = ("serve", "--encoder", options.encoder, "--http", "127.0.0.1:0")
+        dsn = server.dsn("bench")
+        with running(*serve) as http_, running("worker", "-d", dsn) as worker:
+            with psycopg.connect(dsn, autocommit=True) as connection:
+                measure(options.questions, {
+                    "encoding alone": lambda q: encoder.encode_query([q]),
+                    "/v1/embeddings": asker_of_http(port_of(http_), options.encoder),
+                    "CALL sbert.embed": lambda q: connection.execute(CALL, [q]),
+                })  # fmt: skip
+            assert worker.poll() is None
 
 
 def measure(questions: int, ways: dict[str, Callable[[str], object]]) -> None:

@@ -25,7 +25,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -39,6 +38,7 @@ import soak_documents
 import soak_encoder
 import soak_shelf
 import sqlalchemy as sa
+from bench_server import fresh_server
 from soak_harm import GONE, HARMS, Harm
 from soak_writers import (
     INTRUSIONS,
@@ -54,7 +54,7 @@ from soak_writers import (
 )
 
 from sbert_pg import catalog, create_all
-from sbert_pg.embedded import EmbeddedServer, embedded_server
+from sbert_pg.embedded import EmbeddedServer
 from sbert_pg.freshness import WorkerSettings, claims, counts, refresh, retry
 from sbert_pg.freshness.keys import CHANGED, label_of
 from sbert_pg.freshness.rows import rows_of
@@ -428,14 +428,9 @@ def good(report: dict[str, Any]) -> bool:
 
 def soak(options: argparse.Namespace) -> dict[str, Any]:
     """One run on a server of its own; returns the report."""
-    with tempfile.TemporaryDirectory(prefix="sbert-pg-soak-") as name:
-        os.chmod(name, 0o755)
-        folder = Path(name)
-        version = int(os.environ.get("SBERT_PG_TEST_POSTGRES", "18"))
-        with embedded_server(
-            folder / "data", postgres_version=version, settings=SETTINGS
-        ) as server:
-            return Soak(server, options, folder).run()
+    version = int(os.environ.get("SBERT_PG_TEST_POSTGRES", "18"))
+    with fresh_server(SETTINGS, postgres_version=version) as server:
+        return Soak(server, options, server.data_dir.parent).run()
 
 
 def parser() -> argparse.ArgumentParser:

@@ -13,16 +13,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
-import tempfile
-from pathlib import Path
 
 import psycopg
 import sqlalchemy as sa
-from server_cpu import cpu_seconds
+from bench_server import cpu_seconds, fresh_server
 
 from sbert_pg import catalog
-from sbert_pg.embedded import embedded_server
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
 from sbert_pg.types.identity import ColumnIdentity
@@ -112,16 +108,14 @@ def main() -> None:
     parser.add_argument("--dimensions", type=int, nargs="+", default=[384, 1024])
     parser.add_argument("--text", type=int, nargs="+", default=[400, 2_000])
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="sbert-pg-prices-") as name:
-        os.chmod(name, 0o755)
-        with embedded_server(Path(name) / "data", settings=SETTINGS) as server:
-            engine = sa.create_engine(server.ensure_database("bench"))
-            with engine.begin() as connection:
-                catalog.upgrade(connection)
-            with psycopg.connect(server.dsn("bench"), autocommit=True) as connection:
-                for case in itertools.product(options.dimensions, options.text, (False, True)):
-                    report(engine, connection, options, *case)
-            engine.dispose()
+    with fresh_server(SETTINGS) as server:
+        engine = sa.create_engine(server.ensure_database("bench"))
+        with engine.begin() as connection:
+            catalog.upgrade(connection)
+        with psycopg.connect(server.dsn("bench"), autocommit=True) as connection:
+            for case in itertools.product(options.dimensions, options.text, (False, True)):
+                report(engine, connection, options, *case)
+        engine.dispose()
 
 
 def report(

@@ -20,15 +20,14 @@ import itertools
 import json
 import random
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
+from bench_server import fresh_server
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from sbert_pg import backfill, create_all, embedding_column, tune
-from sbert_pg.embedded import embedded_server
 from sbert_pg.errors import NoGainError
 from sbert_pg.tuning.fitting import Method
 
@@ -136,27 +135,25 @@ def main() -> None:
         rows = medquad(given.directory)
     else:
         rows = xquad(given.directory, given.data.removeprefix("xquad."))
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
-        with embedded_server(Path(folder) / "data") as server:
-            engine = sa.create_engine(server.ensure_database("tuning"))
-            pairs = fill(engine, rows)
-            for method, seed in itertools.product(given.methods, given.seed):
-                whole: dict[str, Any] = {}
-                if method not in ("linear", "contrastive"):
-                    whole = {"base": given.base, "epochs": given.epochs}
-                if method == "full":
-                    whole["matryoshka"] = given.matryoshka
-                out = Path(folder) / f"out-{method}-{seed}"
-                try:
-                    report = tune(
-                        engine, Answer.embedding, pairs, out=out, method=method, seed=seed,
-                        document="document" if given.by == "document" else None, **whole,
-                    )  # fmt: skip
-                    print(f"seed {seed}: {report}", flush=True)
-                except NoGainError as refused:
-                    print(f"{method}, seed {seed}: refused. {refused}", flush=True)
-            engine.dispose()
+    with fresh_server() as server:
+        engine = sa.create_engine(server.ensure_database("tuning"))
+        pairs = fill(engine, rows)
+        for method, seed in itertools.product(given.methods, given.seed):
+            whole: dict[str, Any] = {}
+            if method not in ("linear", "contrastive"):
+                whole = {"base": given.base, "epochs": given.epochs}
+            if method == "full":
+                whole["matryoshka"] = given.matryoshka
+            out = server.data_dir.parent / f"out-{method}-{seed}"
+            try:
+                report = tune(
+                    engine, Answer.embedding, pairs, out=out, method=method, seed=seed,
+                    document="document" if given.by == "document" else None, **whole,
+                )  # fmt: skip
+                print(f"seed {seed}: {report}", flush=True)
+            except NoGainError as refused:
+                print(f"{method}, seed {seed}: refused. {refused}", flush=True)
+        engine.dispose()
 
 
 if __name__ == "__main__":

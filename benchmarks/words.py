@@ -18,18 +18,17 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
+from bench_server import fresh_server
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from sbert_pg import hnsw_index, hybrid, matching, nearest, text_column, text_index
 from sbert_pg.cli.demo_data import standard_library
-from sbert_pg.embedded import embedded_server
 from sbert_pg.search import fusion
 from sbert_pg.types import Vector
 
@@ -200,13 +199,11 @@ def main() -> None:
     parser.add_argument("--database")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
-        if options.database:
-            run(sa.create_engine(options.database), options)
-            return
-        with embedded_server(Path(folder) / "data") as server:
-            run(sa.create_engine(server.ensure_database("words")), options)
+    if options.database:
+        run(sa.create_engine(options.database), options)
+        return
+    with fresh_server() as server:
+        run(sa.create_engine(server.ensure_database("words")), options)
 
 
 def run(engine: sa.Engine, options: Any) -> None:
