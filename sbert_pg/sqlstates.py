@@ -113,7 +113,8 @@ def words_of(error: BaseException) -> str:
         return " ".join(str(error).split())
     original = getattr(error, "orig", None) or error
     state, words = sqlstate_of(original), " ".join(_words(original)[0].split())
-    return f"{type(original).__name__}{f' {state}' if state else ''}: {words}"
+    kind = f"{type(original).__name__}{f' {state}' if state else ''}"
+    return f"{kind}: {words}" if words else kind
 
 
 def as_error(error: sa.exc.DBAPIError) -> SbertPgError | None:

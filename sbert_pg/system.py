@@ -6,7 +6,6 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, OID
-from sqlalchemy.engine import Dialect
 from sqlalchemy.ext.compiler import compiles
 
 
@@ -56,14 +55,8 @@ def oid_of(relation: str) -> sa.ColumnElement[int]:
     return sa.cast(sa.func.to_regclass(relation), OID)
 
 
-def relation_name(table: sa.Table, connection: sa.Connection) -> str:
-    """A table's name as text that ``to_regclass`` reads."""
-    return name_of(connection.dialect, table.schema, table.name)
-
-
-def name_of(dialect: Dialect, schema: str | None, table: str) -> str:
-    """As ``relation_name``, of a table given by its names."""
-    schema = schema or None
+def name_of(schema: str | None, table: str) -> str:
+    """A table's name as text that ``to_regclass`` reads, every part quoted."""
     # Not format_table, which doubles percents for the driver: this is data, not SQL.
     return ".".join('"' + part.replace('"', '""') + '"' for part in (schema, table) if part)
 

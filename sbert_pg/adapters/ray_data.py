@@ -135,7 +135,7 @@ def _columns(
     connection: sa.Connection, table: sa.Table, chosen: dict[str, sa.Column[Any]]
 ) -> tuple[_Column, ...]:
     attribute, type_ = system.ATTRIBUTE.c, system.TYPE.c
-    name = system.name_of(connection.dialect, table.schema, table.name)
+    name = system.name_of(table.schema, table.name)
     statement = (
         sa.select(attribute.attname, type_.typname, type_.oid)
         .join(system.TYPE, type_.oid == attribute.atttypid)
@@ -167,7 +167,7 @@ def _columns(
 
 def _parts(connection: sa.Connection, table: sa.Table) -> list[_Part]:
     """The table, or its partitions."""
-    name = system.name_of(connection.dialect, table.schema, table.name)
+    name = system.name_of(table.schema, table.name)
     tree = sa.func.pg_partition_tree(sa.func.to_regclass(name)).table_valued("relid", "isleaf")
     klass, size = system.CLASS.c, sa.func.current_setting("block_size").cast(sa.Integer)
     here = sa.or_(

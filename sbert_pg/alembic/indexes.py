@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from alembic.operations import Operations
 from alembic.operations.ops import MigrateOperation
 
+from sbert_pg import system
 from sbert_pg.alembic import statements
 from sbert_pg.alembic.ops import MEMORY, SbertOperation, operation
 from sbert_pg.alembic.statements import is_enclosed, online, require_left, within, write
@@ -56,7 +57,7 @@ class IndexOperation(SbertOperation):
     @property
     def relation(self) -> str:
         """The table, as text for ``regclass``."""
-        return statements.relation(self.table_name, self.schema)
+        return system.name_of(self.schema, self.table_name)
 
     def _alike(self) -> dict[str, Any]:
         """What an operation has in common with its inverse."""

@@ -51,14 +51,8 @@ def _json(value: Mapping[str, Any]) -> sa.ColumnElement[Any]:
     return sa.cast(_Json(value), JSONB)
 
 
-def relation(table: str, schema: str | None) -> str:
-    """A table as text that ``regclass`` reads."""
-    parts = (part for part in (schema, table) if part is not None)
-    return ".".join('"' + part.replace('"', '""') + '"' for part in parts)
-
-
 def _regclass(identity: ColumnIdentity) -> sa.ColumnElement[Any]:
-    return sa.cast(sa.literal(relation(identity.table, identity.schema), sa.Text()), REGCLASS)
+    return sa.cast(sa.literal(system.name_of(identity.schema, identity.table), sa.Text()), REGCLASS)
 
 
 def call(function: str, identity: ColumnIdentity, *arguments: Any) -> sa.Select[Any]:
@@ -90,7 +84,7 @@ def require_valid(index: str, schema: str | None) -> sa.Select[Any]:
     name = sa.cast(sa.cast(stored.indexrelid, REGCLASS), sa.Text())
     return sa.select(
         sa.case((stored.indisvalid, 0), else_=sa.cast(said.concat(name), sa.Integer))
-    ).where(stored.indexrelid == system.oid_of(relation(index, schema)))
+    ).where(stored.indexrelid == system.oid_of(system.name_of(schema, index)))
 
 
 class AlterColumn(ExecutableDDLElement):

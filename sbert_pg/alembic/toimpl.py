@@ -118,7 +118,7 @@ def identity_of(operation: ops.ColumnOperation) -> ColumnIdentity:
 
 
 def _relation(operation: ops.ColumnOperation) -> str:
-    return statements.relation(operation.table_name, operation.schema)
+    return system.name_of(operation.schema, operation.table_name)
 
 
 @carry_out.register
@@ -151,7 +151,7 @@ def _bind(runner: Online, identity: ColumnIdentity, declared: Embedding) -> None
 def _is_partitioned(connection: sa.Connection, identity: ColumnIdentity) -> bool:
     """Whether no index of the table can be built concurrently."""
     klass = system.CLASS.c
-    relation = statements.relation(identity.table, identity.schema)
+    relation = system.name_of(identity.schema, identity.table)
     kind = sa.select(klass.relkind).where(klass.oid == system.oid_of(relation))
     return bool(connection.execute(kind).scalar() == "p")
 

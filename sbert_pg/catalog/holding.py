@@ -148,16 +148,12 @@ def compatibility(connection: Connection, binding: Binding, encoder: TextEncoder
     return _compared(connection, binding, encoder)[1]
 
 
-def recorded_encoder(connection: Connection, binding: Binding) -> tuple[EncoderSpec, Vectors]:
-    """Spec and probe vectors of a column's encoder, the latter ``(probes, dimensions)``.
+def recorded_encoder(connection: Connection, binding: Binding) -> tuple[str, EncoderSpec, Vectors]:
+    """Fingerprint, spec and probe vectors ``(probes, dimensions)`` of a column's encoder.
 
     Raises:
         EncoderMismatchError: the column is not sealed, or not bound any more.
     """
-    return _recorded(connection, binding)[1:]
-
-
-def _recorded(connection: Connection, binding: Binding) -> tuple[str, EncoderSpec, Vectors]:
     encoder, c = tables.encoder.c, tables.binding.c
     row = connection.execute(
         sa.select(encoder.fingerprint, encoder.spec, encoder.probes)
@@ -189,7 +185,7 @@ def _compared(
     connection: Connection, binding: Binding, encoder: TextEncoder
 ) -> tuple[str, Compatibility]:
     """Fingerprint of a column's encoder, and the verdict on another one."""
-    fingerprint, spec, probes = _recorded(connection, binding)
+    fingerprint, spec, probes = recorded_encoder(connection, binding)
     return fingerprint, compatible_specs(spec, probes, encoder.spec, measured(encoder))
 
 

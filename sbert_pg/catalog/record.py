@@ -19,6 +19,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.sql.expression import ClauseList, Grouping
 from sqlalchemy.types import UserDefinedType
 
+from sbert_pg import system
 from sbert_pg.distance import Storage
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
@@ -234,8 +235,8 @@ class Binding:
 
     def is_here(self) -> sa.ColumnElement[bool]:
         """Whether the table of this name is still the bound one; evaluated once in a statement."""
-        name = ".".join('"' + part.replace('"', '""') + '"' for part in (self.schema, self.table))
-        oid = sa.cast(sa.func.to_regclass(sa.literal(name, sa.Text)), pg.OID)
+        name = sa.literal(system.name_of(self.schema, self.table), sa.Text)
+        oid = sa.cast(sa.func.to_regclass(name), pg.OID)
         return sa.cast(oid, sa.BigInteger) == sa.literal(self.relation, sa.BigInteger)
 
     def is_stale(self, table: sa.FromClause) -> sa.ColumnElement[bool]:
@@ -275,9 +276,7 @@ def known_id(connection: Connection, identity: ColumnIdentity) -> sa.ColumnEleme
 def qualified(connection: Connection, identity: ColumnIdentity) -> str:
     """The table's name as ``regclass`` reads it, every part quoted."""
     schema, table, _ = translated(connection, identity)
-    return ".".join(
-        '"' + part.replace('"', '""') + '"' for part in (schema, table) if part is not None
-    )
+    return system.name_of(schema, table)
 
 
 def translated(connection: Connection, identity: ColumnIdentity) -> ColumnIdentity:

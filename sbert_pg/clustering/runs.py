@@ -398,13 +398,13 @@ def _fail(connection: sa.Connection, table: sa.Table, number: int, error: str) -
 
 
 def _next_number(connection: sa.Connection, table: sa.Table) -> int:
-    sequence = sa.func.pg_get_serial_sequence(system.relation_name(table, connection), "id")
+    sequence = sa.func.pg_get_serial_sequence(system.name_of(table.schema, table.name), "id")
     return int(connection.scalar(sa.select(sa.func.nextval(sequence))) or 0)
 
 
 def _lock_key(connection: sa.Connection, table: sa.Table, number: int) -> sa.ColumnElement[int]:
     """A 64-bit number for one run of one table; run 0 stands for the switch of the table."""
-    oid = connection.scalar(sa.select(system.oid_of(system.relation_name(table, connection))))
+    oid = connection.scalar(sa.select(system.oid_of(system.name_of(table.schema, table.name))))
     if oid is None:
         raise ClusteringError(
             f"The table {table.fullname!r} is not in this database. A migration creates it: "

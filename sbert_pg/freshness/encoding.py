@@ -23,6 +23,7 @@ from sbert_pg.freshness.keys import Row
 from sbert_pg.freshness.passages import Cut
 from sbert_pg.probes import STORED, measured
 from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors
+from sbert_pg.sqlstates import words_of
 from sbert_pg.types import wire
 
 
@@ -129,7 +130,7 @@ def encode_each(encoder: TextEncoder, texts: Sequence[str]) -> tuple[Vectors, di
         vectors[span] = encoded
     if last is not None and not isinstance(last, EncodingError) and 1 < len(texts) == len(faults):
         raise EncoderError(
-            f"Encoder {encoder.spec.name!r} fails for every text: {reason_of(last)}"
+            f"Encoder {encoder.spec.name!r} fails for every text: {words_of(last)}"
         ) from last
     return vectors, faults
 
@@ -140,7 +141,7 @@ def _without(span: list[int], error: Exception, faults: dict[int, str]) -> list[
     if len(span) == 1:
         index = 0
     if index is not None and 0 <= index < len(span):
-        faults[span[index]] = reason_of(error)
+        faults[span[index]] = words_of(error)
         rest = span[:index] + span[index + 1 :]
         return [rest] if rest else []
     middle = len(span) // 2
@@ -162,12 +163,6 @@ def _unfit(binding: Binding, vectors: Vectors) -> dict[int, str]:
         large = np.flatnonzero(finite & (np.abs(vectors) > wire.HALF_MAX).any(axis=1))
         faults |= dict.fromkeys(large.tolist(), reason)
     return faults
-
-
-def reason_of(error: BaseException) -> str:
-    """An error in one line, for people."""
-    words = " ".join(str(error).split())
-    return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
 #: Bytes of a text's digest in the cache. 2**64 texts until a collision is likely.

@@ -87,7 +87,7 @@ def build_index(
     table = index.table
     if table is None or index.name is None:
         raise DeclarationError("build_index needs an index with a name, attached to its table.")
-    relation = system.name_of(engine.dialect, table.schema, table.name)
+    relation = system.name_of(table.schema, table.name)
     lock = system.ddl("LOCK TABLE %(fullname)s IN SHARE UPDATE EXCLUSIVE MODE", table)
     # Its own connection, which goes when the build has been cancelled.
     with engine.connect() as plain:
@@ -181,7 +181,7 @@ class IndexBuilder:
         self.connection = connection
         self.table = table
         self.schema = schema
-        self.relation = system.name_of(connection.dialect, schema, table)
+        self.relation = system.name_of(schema, table)
         self.lock_timeout = lock_timeout
         self.attempts = attempts
         self.on_progress = on_progress

@@ -84,10 +84,10 @@ class _Filling(NamedTuple):
             digest = hashlib.blake2s(f"{index_oid} {part.oid}".encode(), digest_size=4).hexdigest()
             name = f"{index[1].encode()[:50].decode(errors='ignore')}_{digest}"
             # As it is: what a driver needs to have percent signs doubled does so itself.
-            relation = system.name_of(self.connection.dialect, part.schema, part.name)
+            relation = system.name_of(part.schema, part.name)
             definition = f"{relation} USING {self.body}"
             if part.partitioned:
-                own = system.name_of(self.connection.dialect, part.schema, name)
+                own = system.name_of(part.schema, name)
                 if self._oid(own) is None:
                     self.execute(CreateOnly(name, definition, self.unique))
                 self.fill((part.schema, name), self._oid(own) or 0, part.oid)

@@ -357,7 +357,7 @@ def scaling_of(connection: sa.Connection, old: Binding, encoder: TextEncoder) ->
             f"{old} has not met its encoder yet, so nothing is known of its vectors. Use it once, "
             "or let a worker run, and try again."
         )
-    _, probes = recorded_encoder(connection, old)
+    _, _, probes = recorded_encoder(connection, old)
     width, expected = encoder.spec.dimensions, measured(encoder)
     if width > probes.shape[1] or len(probes) != len(expected):
         raise EncoderMismatchError(

@@ -151,7 +151,7 @@ def pair_of(connection: sa.Connection, column: ColumnIdentity) -> Pair:
     table = reflect(connection, new.schema, new.table)
     return Pair(
         table=table,
-        relation=system.relation_name(table, connection),
+        relation=system.name_of(table.schema, table.name),
         new=side_of(connection, table, new),
         old=None if old is None else side_of(connection, table, old),
     )
@@ -178,7 +178,7 @@ def reflect(connection: sa.Connection, schema: str | None, name: str) -> sa.Tabl
         NoSuchTableError: there is no such table.
     """
     attribute, type_ = system.ATTRIBUTE.c, system.TYPE.c
-    relation = system.name_of(connection.dialect, schema, name)
+    relation = system.name_of(schema, name)
     vectors = connection.execute(
         sa.select(attribute.attname, type_.typname, attribute.atttypmod)
         .join_from(system.ATTRIBUTE, system.TYPE, type_.oid == attribute.atttypid)
@@ -262,7 +262,7 @@ def begin(
     binding = in_short_transactions(
         engine,
         step,
-        relation=system.name_of(engine.dialect, request.old.schema, request.old.table),
+        relation=system.name_of(request.old.schema, request.old.table),
         lock_timeout=lock_timeout,
         attempts=attempts,
     )

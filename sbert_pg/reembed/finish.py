@@ -13,7 +13,6 @@ from sbert_pg.catalog import Binding
 from sbert_pg.catalog.record import qualified
 from sbert_pg.errors import BackfillIncompleteError, ReembeddingError, StillInUseError
 from sbert_pg.locks import ATTEMPTS, LOCK_TIMEOUT, in_short_transactions
-from sbert_pg.reembed.ready import joined
 from sbert_pg.reembed.status import (
     QUIET,
     operations_on,
@@ -117,16 +116,16 @@ def require_finishable(
     reasons = stands.reasons(max_pending, max_failed)
     if reasons:
         raise BackfillIncompleteError(
-            f"{new} cannot take the place of {old.column} yet: {joined(reasons)}. Next: "
+            f"{new} cannot take the place of {old.column} yet: {'; '.join(reasons)}. Next: "
             f"{stands.next_step}."
         )
     require_droppable(connection, old)
     in_use = () if force else use_of(connection, old, quiet, watch)
     if in_use:
         raise StillInUseError(
-            f"{old} is still in use: {joined(in_use)}. Wait until every process runs the code that "
-            f"declares {new.column!r}, and for {quiet.total_seconds():.0f} s more; or force it, "
-            "and whoever still uses it will fail."
+            f"{old} is still in use: {'; '.join(in_use)}. Wait until every process runs the code "
+            f"that declares {new.column!r}, and for {quiet.total_seconds():.0f} s more; or force "
+            "it, and whoever still uses it will fail."
         )
 
 
@@ -167,7 +166,7 @@ def require_droppable(connection: sa.Connection, binding: Binding) -> None:
     ).all()
     if dependents:
         raise ReembeddingError(
-            f"{binding} cannot be dropped, since the server keeps for it: {joined(dependents)}. "
+            f"{binding} cannot be dropped, since the server keeps for it: {'; '.join(dependents)}. "
             "Change or drop these first, then run the same again. Nothing was changed."
         )
 
@@ -251,7 +250,7 @@ def _dropping(
     return in_short_transactions(
         engine,
         step,
-        relation=system.name_of(engine.dialect, binding.schema, binding.table),
+        relation=system.name_of(binding.schema, binding.table),
         lock_timeout=lock_timeout,
         attempts=attempts,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -158,7 +158,7 @@ def require_ready(
             reasons.extend(_missing(connection, column, max_pending, max_failed))
     if reasons:
         raise BackfillIncompleteError(
-            f"This code cannot serve what it declares yet: {joined(reasons)}. Keep the version "
+            f"This code cannot serve what it declares yet: {'; '.join(reasons)}. Keep the version "
             "that serves now until 'sbert-pg reembed status' says ready."
         )
 
@@ -201,8 +201,3 @@ def declared_indexes(column: sa.Column[Any]) -> list[sa.Index]:
         for index in column.table.indexes
         if method_of(index) is not None and column.name in index.columns
     ]
-
-
-def joined(reasons: Sequence[str]) -> str:
-    """Reasons as one clause of a sentence."""
-    return "; ".join(reasons)

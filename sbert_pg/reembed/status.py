@@ -28,7 +28,7 @@ from sbert_pg import catalog, system
 from sbert_pg.catalog import Binding, tables
 from sbert_pg.errors import ReembeddingError
 from sbert_pg.indexes import StoredIndex, vector_indexes
-from sbert_pg.reembed.ready import Coverage, coverage_of, joined
+from sbert_pg.reembed.ready import Coverage, coverage_of
 from sbert_pg.types.identity import ColumnIdentity
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class Status:
         """What to do next, with the command."""
         names = f"{self.table}.{self.new}"
         if self.coverage.faults:
-            return f"mend the binding: {joined(self.coverage.faults)}"
+            return f"mend the binding: {'; '.join(self.coverage.faults)}"
         if self.state == "filling":
             rows = self.coverage.count(self.coverage.missing)
             return (
@@ -185,7 +185,7 @@ class Status:
             yield f"  old column {use}"
         if not self.in_use:
             yield "  old column not seen in use lately"
-            yield f"  not seen   {joined(self.unseen)}"
+            yield f"  not seen   {'; '.join(self.unseen)}"
         yield f"  next       {self.next_step}"
 
 

@@ -235,7 +235,7 @@ def test_the_first_encoder_seals(note: Any, connection: Connection) -> None:
     sealed = catalog.require_binding(connection, IDENTITY)
     assert sealed.fingerprint == encoder().spec.fingerprint
     assert sealed.sealed == encoder().spec
-    spec, probes = recorded_encoder(connection, sealed)
+    _, spec, probes = recorded_encoder(connection, sealed)
     assert spec == encoder().spec
     np.testing.assert_array_equal(probes, encoder().probe_vectors)
 

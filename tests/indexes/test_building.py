@@ -54,7 +54,7 @@ def queue_of(table: sa.Table) -> sa.Index:
 def state(engine: sa.Engine, index: sa.Index) -> str:
     with engine.connect() as connection:
         assert index.table is not None
-        relation = name_of(engine.dialect, None, index.table.name)
+        relation = name_of(None, index.table.name)
         return index_state(connection, relation, str(index.name))
 
 
