@@ -76,7 +76,7 @@ def _proof(binding_id: uuid.UUID, wire: bytes | None, storage: Storage) -> bytes
 def _leading(wire: bytes, storage: Storage) -> bytes:
     """The first dimensions of a vector, in the same format."""
     if len(wire) < _HEADER.size:
-        return wire  # which is no vector, and is refused when it is sent
+        return wire  # which is not a vector, and is refused when it is sent
     width = min(_HEADER.unpack_from(wire)[0], PROVEN_DIMENSIONS)
     end = _HEADER.size + width * _ELEMENT_BYTES[storage]
     return _HEADER.pack(width, 0) + wire[_HEADER.size : end]

@@ -189,7 +189,7 @@ def busy_message(
 ) -> str:
     """What to say where a lock could not be had: who holds it, and what to do."""
     lines = [] if relation is None else holders(connection, relation)
-    held = "; ".join(lines[:5]) or "nobody now, so trying again may do"
+    held = "; ".join(lines[:5]) or "no other session now, so trying again may do"
     return (
         f"The lock on {relation or 'the table'} could not be had in {attempts} attempts of "
         f"{lock_timeout:g} s. It is held by: {held}. Nothing was changed; end the long transaction "

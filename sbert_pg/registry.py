@@ -87,7 +87,7 @@ def token_counter(name: str) -> Any | None:
 
     The encoder itself where this process has it; else the tokenizer of one that was converted on
     this machine. Nothing is fetched or converted, and one that is damaged counts as none: whoever
-    loads it is told so.
+    loads it gets that error.
     """
     encoder = find_named(name)
     if encoder is not None or _loader is not _load_declared:

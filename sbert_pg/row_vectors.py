@@ -137,7 +137,7 @@ def target_of(table: Any) -> tuple[sa.Table, dict[str, sa.Column[Any]]]:
     mapper = sa.inspect(table, raiseerr=False)
     local = getattr(mapper, "local_table", None)
     if mapper is None or not isinstance(local, sa.Table):
-        raise DeclarationError(f"{table!r} is no table and no mapped class.")
+        raise DeclarationError(f"{table!r} is neither a table nor a mapped class.")
     if mapper.inherits is not None and mapper.local_table is not mapper.inherits.local_table:
         raise DeclarationError(
             f"{mapper.class_.__name__} is stored in several tables. Give the rows of each table, "

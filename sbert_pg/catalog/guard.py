@@ -48,7 +48,7 @@ UNBOUND_RECHECK = 30.0
 TRACE_EVERY = 10.0
 _MISMATCH = "SB001"
 _FENCE = "sbert.fence_v1("
-#: Dollar quote around a table's name; a name cannot hold it, since nobody can guess it.
+#: Dollar quote around a table's name; a name cannot hold it, since it cannot be guessed.
 _QUOTE = f"$q{secrets.token_hex(8)}$"
 
 _Key = tuple[ColumnIdentity, EncoderSpec]
@@ -634,7 +634,7 @@ def _leave_trace(
 
 
 def _on_error(context: Any) -> None:
-    """Forget what is no longer so, and raise the library's own error for a mismatch."""
+    """Forget what has changed, and raise the library's own error for a mismatch."""
     if sqlstate_of(context.original_exception) != _MISMATCH:
         return
     forget(context.dialect)

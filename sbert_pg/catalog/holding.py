@@ -162,7 +162,7 @@ def recorded_encoder(connection: Connection, binding: Binding) -> tuple[str, Enc
     ).first()
     if row is None:
         raise EncoderMismatchError(
-            f"Column {binding} has no encoder: nobody has used it yet, or it was unbound or bound "
+            f"Column {binding} has no encoder: it was not used yet, or it was unbound or bound "
             "again just before this process could compare itself with it. Try once more."
         )
     spec = EncoderSpec.from_json(row.spec)

@@ -29,7 +29,7 @@ Name = Literal["text", "proof", "of", "digest", "stale", "proven", "requeue", "f
 
 #: What stands between the parts of an expression.
 _NOTHING: Any = None
-#: What stands before every column name in what the server is asked for; nobody can guess it, so no
+#: What stands before every column name in what the server is asked for; it cannot be guessed, so no
 #: separator, template or name holds it.
 _QUALIFIER = f"q{secrets.token_hex(12)}."
 _COLUMN = re.compile(re.escape(_QUALIFIER) + r'("(?:[^"]|"")+"|[a-z_][a-z0-9_]*)')

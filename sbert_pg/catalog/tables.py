@@ -160,7 +160,7 @@ reader = sa.Table(
 )
 
 #: Questions that callers without Python ask workers to embed, and the answers, by the role that
-#: asked. Those that nobody answers, and answers that nobody asks for again, are removed by workers.
+#: asked. Those without an answer, and answers that are not asked for again, are removed by workers.
 question = sa.Table(
     "question",
     metadata,

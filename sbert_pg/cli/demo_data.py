@@ -212,8 +212,8 @@ def _weights(exported: Path) -> dict[str, Any]:
     result the bias of that name is added to, and its matrix is transposed.
 
     Raises:
-        EncoderNotFoundError: it is no graph of three layers, with five tensors for the embeddings
-            and sixteen for each layer.
+        EncoderNotFoundError: it is not a graph of three layers, with five tensors for the
+            embeddings and sixteen for each layer.
     """
     import onnx
     from onnx import numpy_helper

@@ -250,7 +250,7 @@ def _thresholds_of(path: Path | None) -> lib.Thresholds:
     """Thresholds from a JSON object in a file; those that it does not name are the defaults.
 
     Raises:
-        DeclarationError: it is no such object.
+        DeclarationError: it is not such an object.
     """
     if path is None:
         return lib.Thresholds()

@@ -168,7 +168,7 @@ def edited(source: str, name: str = "env.py") -> str:
     """The source of an ``env.py`` that registers the plugin; the same where it does already.
 
     Raises:
-        DeclarationError: it is no Python, or nothing in it calls ``context.configure``.
+        DeclarationError: it is not Python, or nothing in it calls ``context.configure``.
     """
     tree = _parsed(source, name)
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and _configures(node)]

@@ -37,7 +37,7 @@ def resolve(connection: sa.Connection, name: str) -> Side:
     matching = _called(connection, bindings, name)
     if len(matching) != 1:
         names = ", ".join(sorted(map(str, matching or bindings))) or "none"
-        problem = "means several embedding columns" if matching else "is no embedding column"
+        problem = "means several embedding columns" if matching else "is not an embedding column"
         raise DeclarationError(
             f"{name!r} {problem} of this database; name one of them as table.column or "
             f"schema.table.column: {names}."
@@ -140,7 +140,7 @@ def embedding_or_texts(connection: sa.Connection, name: str) -> list[sa.Column[A
         return [texts.c[column.strip()] for column in columns.split(",")]
     except (sa.exc.NoSuchTableError, KeyError, sa.exc.ArgumentError) as error:
         raise DeclarationError(
-            f"{name!r} is no embedding column of this database, and no column of texts either; "
+            f"{name!r} is not an embedding column of this database, and no column of texts either; "
             "name one as table.column, several as table.title,body."
         ) from error
 

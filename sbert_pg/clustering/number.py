@@ -16,7 +16,7 @@ from sbert_pg.spec import Vectors
 
 Criterion = Literal["bic", "silhouette", "calinski_harabasz"]
 
-#: Rows that the number is chosen by. More of them bear out ever finer clusters, which nobody reads.
+#: Rows that the number is chosen by. More of them bear out ever finer clusters, too many to read.
 CHOICE_ROWS = 5_000
 #: Factor between two numbers that are tried when none is given.
 _STEP = 1.5
@@ -41,7 +41,7 @@ def choose_number(
     """The best of several numbers of clusters, and the clusters of all rows.
 
     The numbers are compared on a sample of 5,000 rows. ``"auto"`` tries 2, 3, 4, 7, 10, 15... until
-    two of them are no better than the best so far, and then those near the best.
+    two of them are not better than the best so far, and then those near the best.
 
     Args:
         vectors: float32 array of shape ``(n, dimensions)``, rows of length one where spherical.

@@ -90,7 +90,7 @@ def read_bytes(path: Path, limit: int = SETTINGS_LIMIT) -> bytes:
     try:
         size = path.stat().st_size
         if not path.is_file():
-            raise DamagedEncoderError(f"{path} is no ordinary file.")
+            raise DamagedEncoderError(f"{path} is not an ordinary file.")
         if size > limit:
             raise DamagedEncoderError(
                 f"{path} has {size:,} bytes; no file of its kind has more than {limit:,}."

@@ -80,7 +80,7 @@ def home_of(name: str | Path) -> Path:
     except RuntimeError as error:
         raise EncoderNotFoundError(f"{str(name)!r}: {error} Give the whole path.") from error
     except ValueError as error:
-        raise EncoderNotFoundError(f"{str(name)!r} is no name of a directory: {error}.") from error
+        raise EncoderNotFoundError(f"{str(name)!r} does not name a directory: {error}.") from error
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             words = "is longer than a name of a directory can be"

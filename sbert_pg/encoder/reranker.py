@@ -47,7 +47,7 @@ class Reranker(Converted):
 
         Raises:
             EncoderNotFoundError: there is no such directory or repository.
-            UnsupportedEncoderError: it is no cross-encoder, or asks for something not implemented.
+            UnsupportedEncoderError: it is not a cross-encoder, or asks for something missing here.
             DamagedEncoderError: files are missing or do not match their digests.
             ConversionError: scores in the precision correlate with fp32's by less than its floor.
             ProviderError: an execution provider is missing.

@@ -98,7 +98,7 @@ def table(paths: tuple[Path, ...]) -> Array:
     weights = Weights(paths, integers=True)
     rows = weights.get("embedding.weight" if "embedding.weight" in weights else "embeddings")
     if rows.ndim != 2 or not rows.size:
-        raise DamagedEncoderError(f"{paths[0]}: vectors of the shape {rows.shape} are no table.")
+        raise DamagedEncoderError(f"{paths[0]}: vectors of the shape {rows.shape} are not a table.")
     if "embedding.weight" in weights:
         return rows
     if "mapping" in weights:

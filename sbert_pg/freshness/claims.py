@@ -48,7 +48,7 @@ class Claimed:
 
 
 def lock(connection: Connection, binding: Binding) -> None:
-    """Let nobody else claim rows of this column until the end of the transaction."""
+    """Let this transaction alone claim rows of this column until the end of the transaction."""
     number = int.from_bytes(binding.id.bytes[:8], "big", signed=True)
     connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.literal(number, sa.BigInteger))))
 
@@ -63,7 +63,7 @@ def claim(
     lease: timedelta,
     after: Key | None = None,
 ) -> list[Candidate]:
-    """Take a lease on pending rows that nobody has; the caller commits.
+    """Take a lease on pending rows that are free; the caller commits.
 
     Args:
         connection: a connection in a new transaction at READ COMMITTED.
@@ -185,7 +185,7 @@ def expire(
             most = max(max_attempts, _LEAST_ATTEMPTS)
             failed += fail(connection, binding, reasons, {}, max_attempts=most, backoff=backoff)
         else:
-            # In company each may have been the victim of another, so nobody has to wait.
+            # In company each may have been the victim of another, so none has to wait.
             fail(connection, binding, reasons, {}, max_attempts=_NEVER, backoff=timedelta(0))
     return failed
 

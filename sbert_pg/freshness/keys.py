@@ -103,7 +103,7 @@ def shown(label: str) -> str:
 
 
 def label_from(text: str) -> str:
-    """The label that somebody means by a key: ``17``, or ``["eu", "17"]`` where it has parts."""
+    """The label that a key stands for: ``17``, or ``["eu", "17"]`` where it has parts."""
     try:
         parts = json.loads(text)
     except ValueError:

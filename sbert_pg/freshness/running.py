@@ -232,7 +232,7 @@ def backfill(
 
 @contextmanager
 def _stopping(worker: Worker, stop: threading.Event | None) -> Iterator[None]:
-    """Stop the worker when somebody sets the event."""
+    """Stop the worker when the event is set."""
     done = threading.Event()
 
     def wait() -> None:

@@ -52,7 +52,7 @@ class Keeper:
         columns: the worker's.
 
     Attributes:
-        watch_backlog: whether somebody reads the backlog, so that it has to be looked at.
+        watch_backlog: whether the backlog is to be looked at, since it is read.
     """
 
     def __init__(

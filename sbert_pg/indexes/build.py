@@ -73,7 +73,7 @@ def build_index(
         attempts: how often to try.
         wait: seconds to wait for another session that is building this index, such as one whose
             client was killed.
-        on_progress: told the phase, and blocks or tuples done and in all, in a thread.
+        on_progress: called with the phase, and blocks or tuples done and in all, in a thread.
         stop: once it is set the build is cancelled, and its invalid index dropped.
 
     Returns:
@@ -139,7 +139,7 @@ def index_builder(
         connection: where; every statement commits itself (``AUTOCOMMIT``).
         schema: its schema, ``None`` for the search path's.
         lock_timeout: seconds that a statement waits for a lock at an attempt; without limit by
-            default. While it waits it holds up nobody but other DDL and vacuum.
+            default. While it waits it holds up only other DDL and vacuum.
         attempts: how often to try where a lock cannot be had.
     """
     values = {

@@ -284,8 +284,8 @@ def _history(state: InstanceState[Any], key: str) -> Any:
 def _is_assigned(state: InstanceState[Any], attribute: EmbeddingAttribute, vector: Any) -> bool:
     """Whether the caller assigned a vector, and not an earlier flush.
 
-    ``None`` is no vector, as a dataclass's ``__init__`` assigns it. A flush that failed leaves its
-    vectors in objects that the rollback made new again.
+    ``None``, as a dataclass's ``__init__`` assigns it, is not a vector. A flush that failed leaves
+    its vectors in objects that the rollback made new again.
     """
     if vector is None:
         return False

@@ -192,7 +192,7 @@ def _by_package(text: str, start: int, stop: int, language: str) -> Iterator[int
         from sentencex import segment
     except ImportError as error:
         raise DeclarationError(
-            f"Sentences of the language {language!r} are told apart by the package sentencex, "
+            f"Sentences of the language {language!r} are separated by the package sentencex, "
             "which is not installed. Install sbert-pg[sentences], or declare the chunker without a "
             "language."
         ) from error

@@ -40,7 +40,7 @@ class PassageView(sa.schema.ExecutableDDLElement):
         name: name of the view; the passage table's and ``_text`` by default.
 
     Raises:
-        DeclarationError: it is no such attribute.
+        DeclarationError: it is not such an attribute.
     """
 
     def __init__(self, passages: Any, name: str | None = None) -> None:

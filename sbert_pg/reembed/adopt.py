@@ -126,7 +126,7 @@ class _Column:
         column = self.table.c.get(identity.column)
         if column is None or not isinstance(column.type, VectorType):
             what = "does not exist" if column is None else f"has type {column.type!r}"
-            raise NotProvenError(f"{identity} is no vector column: it {what}.")
+            raise NotProvenError(f"{identity} is not a vector column: it {what}.")
         self.column = column
         self.width: int | None = column.type.dimensions
         self.keys = self._keys(connection, identity)

@@ -130,7 +130,7 @@ def require_finishable(
 
 
 #: What ``DROP COLUMN`` refuses, of the table, its partitions and those that inherit from it, but
-#: for this library's own triggers; what goes with the column, as a CHECK does, is no hindrance.
+#: for this library's own triggers; what goes with the column, as a CHECK does, is not in the way.
 _DEPENDENT = sa.text(
     "WITH RECURSIVE family (oid) AS (SELECT CAST(:relation AS oid) UNION "
     "SELECT i.inhrelid FROM family f JOIN pg_catalog.pg_inherits i ON i.inhparent = f.oid) "

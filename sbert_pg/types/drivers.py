@@ -1,6 +1,6 @@
 """What a vector is for a driver: pgvector's binary form, its text, or bytes. The place that knows.
 
-psycopg 3 sends the binary form, once a connection has been told of ``WireVector``. That is done for
+psycopg 3 sends the binary form, once a connection knows ``WireVector``. That is done for
 each connection of an engine that uses a vector type, when it executes its first statement; nothing
 is registered with psycopg itself. Other drivers of PostgreSQL, known or not, get pgvector's text.
 On other databases a vector is a blob, so that models can be declared, created, written and read

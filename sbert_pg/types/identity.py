@@ -41,7 +41,7 @@ def identity_of(column: ColumnIdentity | sa.Column[Any]) -> ColumnIdentity:
     table = getattr(column, "table", None)
     if table is None or not hasattr(table, "name"):
         raise DeclarationError(
-            f"{column!r} is no column of a table; pass Article.__table__.c.embedding or a "
+            f"{column!r} is not a column of a table; pass Article.__table__.c.embedding or a "
             "ColumnIdentity(schema, table, column)."
         )
     return _required(ColumnIdentity(getattr(table, "schema", None), table.name, column.name))

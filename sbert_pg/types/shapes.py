@@ -13,7 +13,7 @@ _THEIRS: dict[str, Storage] = {"VECTOR": "vector", "HALFVEC": "halfvec"}
 def shape_of(type_: Any) -> tuple[Storage, int | None] | None:
     """How a type stores vectors, and of which width; ``None`` of one that stores none.
 
-    pgvector-python's types are asked as well, where somebody has imported them.
+    pgvector-python's types are asked as well, where they are imported.
     """
     if hasattr(type_, "storage") and hasattr(type_, "dimensions"):
         return type_.storage, type_.dimensions

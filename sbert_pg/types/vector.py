@@ -151,7 +151,7 @@ def plain_type(storage: Storage, dimensions: int | None) -> VectorType:
 
 
 def vector_type(type_: Any) -> VectorType | None:
-    """A column's type as one of this library's; ``None`` where it is no vector's.
+    """A column's type as one of this library's; ``None`` where it is not a vector's.
 
     pgvector-python's ``VECTOR`` and ``HALFVEC`` stand for the same columns.
     """

@@ -126,7 +126,7 @@ def to_text(array: Array) -> str:
 def vector_in(text: str, dimensions: int) -> Array | None:
     """The vector that a text spells, where it is pgvector's text form of that many numbers.
 
-    SQL gives a vector as such a text where nobody has told the driver of its type, as with
+    SQL gives a vector as such a text where the driver does not know its type, as with
     ``func.avg()`` or in textual SQL.
 
     Returns:
@@ -150,7 +150,7 @@ class WireVector(list[float]):
     psycopg looks dumpers up by class and then by its bases. On a connection that knows this class
     the prepared bytes are sent as they are; on one that does not, such as an asynchronous one at
     its first statement, the value is a list of floats, which the server casts. Both give the same
-    vector; the first is faster. The floats are made when somebody asks for them: a thousand vectors
+    vector; the first is faster. The floats are made when they are asked for: a thousand vectors
     of a flush as lists are half a million references, which the garbage collector walks through.
     """
 

@@ -337,7 +337,7 @@ def test_a_bad_row_leaves_nothing(database_url: sa.URL, tmp_path: Path, minilm: 
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["search", "nowhere", "x"], 1, "is no embedding column"),
+        (["search", "nowhere", "x"], 1, "is not an embedding column"),
         (["load", "a", "missing.csv"], 1, "missing.csv"),
         (["search"], 2, "Missing argument"),
         (["no-such-command"], 2, "No such command"),
