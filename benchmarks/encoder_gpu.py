@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from sbert_pg.encoder import Encoder
-from sbert_pg.encoder.providers import CUDA
+from sbert_pg.encoder.engines import CUDA
 from sbert_pg.probes import SAMPLE_TEXTS
 
 #: Tokens of a text, and part of the number of texts.

@@ -23,13 +23,21 @@ from sbert_pg.encoder import directory as converted
 from sbert_pg.encoder.classification import SAMPLE_PAIRS, describe_reranker
 from sbert_pg.encoder.description import STATIC, Description
 from sbert_pg.encoder.directory import Manifest
-from sbert_pg.encoder.engines import ONNXRUNTIME, OPENVINO, VARIABLE, able, load_openvino
+from sbert_pg.encoder.engines import (
+    CPU,
+    ENGINE_VARIABLE,
+    ONNXRUNTIME,
+    OPENVINO,
+    Provider,
+    Providers,
+    able,
+    load_openvino,
+)
 from sbert_pg.encoder.files import Weights, require_model
 from sbert_pg.encoder.hub import ModelFiles, find, home_of, is_path, repository_of
 from sbert_pg.encoder.layers import layer_text
 from sbert_pg.encoder.measuring import measure as measure_engines
 from sbert_pg.encoder.pipeline import Pipeline
-from sbert_pg.encoder.providers import CPU, Provider, Providers
 from sbert_pg.encoder.static import describe_encoder
 from sbert_pg.encoder.tokenizer_files import tokenizer_content, truncation_side
 from sbert_pg.errors import ConversionError, DeclarationError, EncoderError, needing
@@ -207,7 +215,7 @@ def convert(
         require(manifest.agreement, floor, f"{name} in {precision}")
     np.save(folder / converted.PROBE_VECTORS, vectors[: len(PROBES)])
     manifest = converted.write_manifest(folder, manifest)
-    if not os.environ.get(VARIABLE):  # else the choice is made
+    if not os.environ.get(ENGINE_VARIABLE):  # else the choice is made
         measure_engines(folder, manifest)
     return manifest
 

@@ -16,9 +16,8 @@ from sbert_pg.distance import similarity_matrix
 from sbert_pg.encoder import directory as converted
 from sbert_pg.encoder.conversion import prepare
 from sbert_pg.encoder.directory import Manifest
-from sbert_pg.encoder.engines import ONNXRUNTIME
+from sbert_pg.encoder.engines import ONNXRUNTIME, Provider
 from sbert_pg.encoder.pipeline import Converted, opened, resolve_prompt
-from sbert_pg.encoder.providers import Provider
 from sbert_pg.encoder.runner import OUTPUT, QUERY_OUTPUT
 from sbert_pg.encoder.tokenizing import TextTokenizer, clean, clean_chunks
 from sbert_pg.errors import DeclarationError, EncoderMismatchError, ProviderError

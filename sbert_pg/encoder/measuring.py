@@ -21,8 +21,7 @@ from typing import Any
 
 from sbert_pg.encoder import directory as converted
 from sbert_pg.encoder.directory import Manifest
-from sbert_pg.encoder.engines import able, asked_for, installed
-from sbert_pg.encoder.providers import CPU, Provider, Providers, processor
+from sbert_pg.encoder.engines import CPU, Provider, Providers, able, asked_for, installed, processor
 from sbert_pg.encoder.runner import Runner
 from sbert_pg.encoder.tokenizing import TextTokenizer
 from sbert_pg.errors import EncoderError

@@ -16,8 +16,8 @@ import numpy as np
 
 from sbert_pg.encoder import directory as converted
 from sbert_pg.encoder.directory import Manifest
+from sbert_pg.encoder.engines import Provider, Providers
 from sbert_pg.encoder.measuring import engine_for
-from sbert_pg.encoder.providers import Provider, Providers
 from sbert_pg.encoder.runner import OUTPUT, Runner
 from sbert_pg.encoder.tokenizing import TextTokenizer, Tokens
 from sbert_pg.errors import EncodingError

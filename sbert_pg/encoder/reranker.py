@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sbert_pg.encoder.conversion import prepare
+from sbert_pg.encoder.engines import Provider
 from sbert_pg.encoder.pipeline import Converted, opened
-from sbert_pg.encoder.providers import Provider
 from sbert_pg.encoder.tokenizing import clean
 
 Scores = npt.NDArray[np.float32]

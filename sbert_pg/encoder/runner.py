@@ -24,8 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sbert_pg.encoder.engines import ONNXRUNTIME, OPENVINO, compile_graph
-from sbert_pg.encoder.providers import Provider, Providers
+from sbert_pg.encoder.engines import ONNXRUNTIME, OPENVINO, Provider, Providers, compile_graph
 from sbert_pg.errors import DamagedEncoderError, EncoderError
 from sbert_pg.process import usable_cores
 from sbert_pg.spec import Vectors

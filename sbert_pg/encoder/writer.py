@@ -12,8 +12,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from sbert_pg.encoder.engines import CPU, load_onnxruntime
 from sbert_pg.encoder.layers import MICROSOFT, Activation
-from sbert_pg.encoder.providers import CPU, load_onnxruntime
 
 #: LayerNormalization came with 17, axes of reductions as an input with 18.
 OPSET = 18

@@ -21,8 +21,18 @@ from tiny_model import write_tiny
 from sbert_pg import EncoderSpec
 from sbert_pg.cli.encoder import split_name
 from sbert_pg.encoder import Encoder, Reranker, measuring
-from sbert_pg.encoder.engines import ONNXRUNTIME, OPENVINO, VARIABLE, Compiled, able, installed
-from sbert_pg.encoder.providers import CPU, CUDA, Providers, processor
+from sbert_pg.encoder.engines import (
+    CPU,
+    CUDA,
+    ENGINE_VARIABLE,
+    ONNXRUNTIME,
+    OPENVINO,
+    Compiled,
+    Providers,
+    able,
+    installed,
+    processor,
+)
 from sbert_pg.errors import DeclarationError, MissingExtraError, ProviderError
 from sbert_pg.probes import agreement_of, compatible
 
@@ -48,7 +58,7 @@ def converted(model: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def _nothing_in_the_environment() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as environment:
-        environment.delenv(VARIABLE, raising=False)
+        environment.delenv(ENGINE_VARIABLE, raising=False)
         yield
 
 
@@ -87,7 +97,7 @@ def test_a_missing_extra_is_named(
     assert not list((tmp_path / "other").glob("**/model.onnx")), "said before the work"
     with pytest.raises(MissingExtraError, match=install):
         Encoder.open(converted, engine=OPENVINO)
-    monkeypatch.setenv(VARIABLE, OPENVINO)
+    monkeypatch.setenv(ENGINE_VARIABLE, OPENVINO)
     with pytest.raises(MissingExtraError, match=install):
         Encoder.open(converted)
 
@@ -95,7 +105,7 @@ def test_a_missing_extra_is_named(
 def test_an_engine_that_cannot_be(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DeclarationError, match="no engine 'tensorrt'; there are onnxruntime, open"):
         Encoder.open(converted, engine="tensorrt")
-    monkeypatch.setenv(VARIABLE, "tensorrt")
+    monkeypatch.setenv(ENGINE_VARIABLE, "tensorrt")
     with pytest.raises(DeclarationError, match="tensorrt"):
         Encoder.open(converted)
     assert Encoder.open(converted, engine=ONNXRUNTIME).engine == ONNXRUNTIME, "code goes first"
@@ -154,7 +164,7 @@ class TestChoice:
     def test_nothing_is_measured_where_the_choice_is_made(
         self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setenv(VARIABLE, OPENVINO)
+        monkeypatch.setenv(ENGINE_VARIABLE, OPENVINO)
         encoder = Encoder.load(model, precision="fp32", cache_dir=tmp_path)
         assert encoder.engine == OPENVINO
         assert not (encoder.directory / "engines.json").exists()

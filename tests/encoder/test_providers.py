@@ -12,7 +12,7 @@ import pytest
 from encoder_models import TEXTS, Make, Wish, worst
 
 from sbert_pg.encoder import Encoder
-from sbert_pg.encoder.providers import CPU, CUDA, VARIABLE, Providers
+from sbert_pg.encoder.engines import CPU, CUDA, PROVIDERS_VARIABLE, Providers
 from sbert_pg.encoder.runner import Runner
 from sbert_pg.errors import ProviderError
 
@@ -22,9 +22,9 @@ HALF = 0.99995
 
 
 def test_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(PROVIDERS_VARIABLE, raising=False)
     assert Providers.of(None).names == [CPU]
-    monkeypatch.setenv(VARIABLE, f" {CUDA}, {CPU}")
+    monkeypatch.setenv(PROVIDERS_VARIABLE, f" {CUDA}, {CPU}")
     assert Providers.of(None).names == Providers.of([]).names == [CUDA, CPU]
     # What code says goes before what the environment says.
     assert Providers.of([OPENVINO]).names == [OPENVINO]
@@ -63,7 +63,7 @@ def test_the_environment_reaches_a_load_by_name(
     """The form that suits the provider is converted, and then the provider is missed."""
     if CUDA in onnxruntime.get_available_providers():
         pytest.skip("it is not missed here")
-    monkeypatch.setenv(VARIABLE, CUDA)
+    monkeypatch.setenv(PROVIDERS_VARIABLE, CUDA)
     with pytest.raises(ProviderError, match=r"onnxruntime-gpu\[cuda,cudnn\]"):
         Encoder.load(minilm_path, cache_dir=tmp_path)
     assert [path.parent.name[:5] for path in tmp_path.glob("**/manifest.json")] == ["fp16-"]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sbert_pg.encoder import Encoder
-from sbert_pg.encoder.providers import lacks_vnni
+from sbert_pg.encoder.engines import lacks_vnni
 from sbert_pg.encoder.runner import Runner, plan
 from sbert_pg.errors import DamagedEncoderError, EncoderError, ProviderError
 from sbert_pg.process import usable_cores
