@@ -20,10 +20,8 @@ import sqlalchemy as sa
 
 from sbert_pg.freshness import claims
 from sbert_pg.freshness.claims import Claimed
-from sbert_pg.freshness.columns import Column, Columns
-from sbert_pg.freshness.database import Database
+from sbert_pg.freshness.columns import Column, Shared
 from sbert_pg.freshness.keys import CHANGED, Candidate, Class
-from sbert_pg.freshness.settings import Tally, WorkerSettings
 from sbert_pg.freshness.status import note_caught_up
 from sbert_pg.freshness.storing import Keeper, Work
 from sbert_pg.sqlstates import Fault, fault_of, words_of
@@ -33,26 +31,13 @@ _Claim = Callable[[sa.Connection, str], list[Candidate]]
 
 
 class Claimer:
-    """Claims and reads batches; used by one thread.
+    """Claims and reads batches; used by one thread."""
 
-    Args:
-        settings: the worker's.
-        tally: where it is counted.
-        columns: the worker's.
-    """
-
-    def __init__(
-        self,
-        database: Database,
-        settings: WorkerSettings,
-        tally: Tally,
-        columns: Columns,
-        keeper: Keeper,
-    ) -> None:
-        self._database = database
-        self._settings = settings
-        self._tally = tally
-        self._columns = columns
+    def __init__(self, shared: Shared, keeper: Keeper) -> None:
+        self._database = shared.database
+        self._settings = shared.settings
+        self._tally = shared.tally
+        self._columns = shared.columns
         self._keeper = keeper
         self._numbers = itertools.count(1)
         self._abandoned: list[tuple[Column, str]] = []

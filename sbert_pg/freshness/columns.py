@@ -20,7 +20,7 @@ from sbert_pg.freshness.database import Database
 from sbert_pg.freshness.encoding import cached
 from sbert_pg.freshness.keys import CHANGED, Class, Key
 from sbert_pg.freshness.rows import Rows, rows_of
-from sbert_pg.freshness.settings import LOGGER, say
+from sbert_pg.freshness.settings import LOGGER, Tally, WorkerSettings, say
 from sbert_pg.freshness.status import queue_fault
 from sbert_pg.passages.chunker import chunker_of
 from sbert_pg.probes import measured
@@ -227,6 +227,22 @@ class Columns:
             encoder,
             cached(passage_encoder, database.engine, self._cache_rows),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What the threads of one worker share.
+
+    Attributes:
+        settings: the worker's.
+        tally: where everything is counted.
+        columns: the columns that it keeps fresh.
+    """
+
+    database: Database
+    settings: WorkerSettings
+    tally: Tally
+    columns: Columns
 
 
 def _same(a: Binding, b: Binding) -> bool:

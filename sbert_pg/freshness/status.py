@@ -63,7 +63,6 @@ def counts(connection: Connection, binding: Binding, cap: int | None = None) -> 
     """
     require_all_rows(connection, binding)
     table = binding.clause()
-    keys = [table.c[name] for name in binding.key_columns]
     most = _ALL if cap is None else cap + 1
     stale, class_ = binding.is_stale(table), binding.class_of(table)
     states = (
@@ -71,13 +70,7 @@ def counts(connection: Connection, binding: Binding, cap: int | None = None) -> 
         sa.and_(stale, class_ == BACKFILL),
         binding.expressions.on(table, "failed"),
     )
-    # Ordered and limited, since PostgreSQL would else read the table of a count or an EXISTS.
-    counted = [
-        sa.select(sa.func.count())
-        .select_from(sa.select(*keys).where(state).order_by(*keys).limit(most).subquery())
-        .scalar_subquery()
-        for state in states
-    ]
+    counted = [_count(binding, table, state, most) for state in states]
     mine = _failure.binding_id == binding.id
     recorded = sa.select(sa.func.count()).where(mine, _failure.failed)
     b = tables.binding.c
@@ -103,21 +96,24 @@ def counts(connection: Connection, binding: Binding, cap: int | None = None) -> 
     )  # fmt: skip
 
 
+def _count(
+    binding: Binding, table: sa.TableClause, state: sa.ColumnElement[bool], most: int
+) -> sa.ScalarSelect[int]:
+    """How many rows are in a state, up to a number."""
+    keys = [table.c[name] for name in binding.key_columns]
+    # Ordered and limited, since PostgreSQL would else read the table of a count or an EXISTS.
+    rows = sa.select(*keys).where(state).order_by(*keys).limit(most).subquery()
+    return sa.select(sa.func.count()).select_from(rows).scalar_subquery()
+
+
 def note_caught_up(connection: Connection, binding: Binding) -> bool:
     """Note that nothing new is pending, if that is so; the caller commits.
 
     Every text that was committed before the statement began is fresh or failed.
     """
     table = binding.clause()
-    keys = [table.c[name] for name in binding.key_columns]
-    first = (
-        sa.select(*keys)
-        .where(binding.is_stale(table), binding.class_of(table) == CHANGED)
-        .order_by(*keys)
-        .limit(1)
-        .subquery()
-    )
-    nothing = sa.select(sa.func.count()).select_from(first).scalar_subquery() == 0
+    changed = sa.and_(binding.is_stale(table), binding.class_of(table) == CHANGED)
+    nothing = _count(binding, table, changed, 1) == 0
     note = sa.func.sbert.note_v1(binding.id, sa.func.statement_timestamp())
     return connection.execute(sa.select(note).where(nothing, binding.is_here())).first() is not None
 

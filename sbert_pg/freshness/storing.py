@@ -15,11 +15,11 @@ import sqlalchemy as sa
 
 from sbert_pg.freshness import claims
 from sbert_pg.freshness.claims import Claimed
-from sbert_pg.freshness.columns import Column, Columns
-from sbert_pg.freshness.database import Database, Patience, Payloads, write_in_pieces
+from sbert_pg.freshness.columns import Column, Shared
+from sbert_pg.freshness.database import Patience, Payloads, write_in_pieces
 from sbert_pg.freshness.encoding import Embedded
 from sbert_pg.freshness.keys import Row, Written, shown
-from sbert_pg.freshness.settings import LOGGER, Backlog, Tally, WorkerSettings, say
+from sbert_pg.freshness.settings import LOGGER, Backlog, say
 from sbert_pg.freshness.status import counts
 from sbert_pg.sqlstates import Fault, fault_of, words_of
 
@@ -46,22 +46,15 @@ class Work:
 class Keeper:
     """A thread that renews the leases of what is being worked on, and looks at the backlog.
 
-    Args:
-        settings: the worker's.
-        tally: where the backlog is noted.
-        columns: the worker's.
-
     Attributes:
         watch_backlog: whether the backlog is to be looked at, since it is read.
     """
 
-    def __init__(
-        self, database: Database, settings: WorkerSettings, tally: Tally, columns: Columns
-    ) -> None:
-        self._database = database
-        self._lease = settings.lease
-        self._tally = tally
-        self._columns = columns
+    def __init__(self, shared: Shared) -> None:
+        self._database = shared.database
+        self._lease = shared.settings.lease
+        self._tally = shared.tally
+        self._columns = shared.columns
         self._lock = threading.Lock()
         self._held: dict[str, float] = {}
         self._stop = threading.Event()
@@ -129,32 +122,20 @@ class Store:
     """Writes batches; called in one thread.
 
     Args:
-        settings: the worker's.
-        tally: where it is counted.
-        columns: the worker's.
         stop: set when the worker is to stop.
     """
 
-    def __init__(
-        self,
-        database: Database,
-        settings: WorkerSettings,
-        tally: Tally,
-        columns: Columns,
-        keeper: Keeper,
-        stop: threading.Event,
-    ) -> None:
-        self._database = database
-        self._settings = settings
-        self._tally = tally
-        self._columns = columns
+    def __init__(self, shared: Shared, keeper: Keeper, stop: threading.Event) -> None:
+        self._settings = shared.settings
+        self._tally = shared.tally
+        self._columns = shared.columns
         self._keeper = keeper
         self._patience = Patience(
-            database,
+            shared.database,
             logger,
             stop,
-            after_stop=settings.shutdown_timeout,
-            on_trouble=tally.count_database_error,
+            after_stop=shared.settings.shutdown_timeout,
+            on_trouble=shared.tally.count_database_error,
         )
         self._due: float | None = None
         self._rewritten: dict[tuple[UUID, str], int] = {}

@@ -23,7 +23,7 @@ from sbert_pg.catalog import Binding
 from sbert_pg.errors import SbertPgError
 from sbert_pg.freshness import claims
 from sbert_pg.freshness.batches import Claimer, Flow
-from sbert_pg.freshness.columns import Column, Columns
+from sbert_pg.freshness.columns import Column, Columns, Shared
 from sbert_pg.freshness.database import Database, Listener, Pause, Throttle
 from sbert_pg.freshness.encoding import Embedded, embed
 from sbert_pg.freshness.keys import BACKFILL, CHANGED, Class, require_psycopg
@@ -98,13 +98,10 @@ class Worker:
         self._heard_lock = threading.Lock()
         self._heard: set[UUID] = set()
         self._everything = True
-        self._keeper = Keeper(self._database, self.settings, self.tally, self._columns)
-        self._store = Store(
-            self._database, self.settings, self.tally, self._columns, self._keeper, self._stop
-        )
-        self._claimer = Claimer(
-            self._database, self.settings, self.tally, self._columns, self._keeper
-        )
+        shared = Shared(self._database, self.settings, self.tally, self._columns)
+        self._keeper = Keeper(shared)
+        self._store = Store(shared, self._keeper, self._stop)
+        self._claimer = Claimer(shared, self._keeper)
         self.throttle = Throttle(
             self._database, self.settings.rows_per_second, self.settings.max_replica_lag
         )
