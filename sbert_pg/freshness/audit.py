@@ -18,8 +18,9 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.engine import Connection
 
-from sbert_pg.catalog import Binding, rows
+from sbert_pg.catalog import Binding
 from sbert_pg.catalog.holding import hold_encoder
+from sbert_pg.catalog.rows import label as key_label
 from sbert_pg.catalog.rows import sample as sample_rows
 from sbert_pg.freshness.cutting import is_cut_as
 from sbert_pg.freshness.encoding import encode_for
@@ -154,12 +155,12 @@ def compare_rows(
     """
     table = binding.clause()
     vector, text = table.c[binding.column], binding.expressions.on(table, "text")
-    drawn = rows.sample(
+    drawn = sample_rows(
         connection,
         table,
         binding.key_columns,
         [
-            rows.label([table.c[name] for name in binding.key_columns]),
+            key_label([table.c[name] for name in binding.key_columns]),
             text,
             sent(vector, binding.storage),
         ],
