@@ -153,7 +153,7 @@ def number_clusters(
 
 def _shared(
     connection: sa.Connection, clustering: Clustering, earlier: int, later: int
-) -> Sequence[sa.Row[tuple[Any, ...]]]:
+) -> Sequence[Any]:
     """Rows that two runs have in common: the cluster in either, ``None`` for outliers, how many."""
     before, after = (clustering.assignment_table.alias(name) for name in ("earlier", "later"))
     same = (before.c[key.name] == after.c[key.name] for key in clustering.row_keys)
