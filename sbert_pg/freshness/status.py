@@ -98,7 +98,7 @@ def counts(connection: Connection, binding: Binding, cap: int | None = None) -> 
 
 def _count(
     binding: Binding, table: sa.TableClause, state: sa.ColumnElement[bool], most: int
-) -> sa.ScalarSelect[int]:
+) -> sa.ScalarSelect[Any]:
     """How many rows are in a state, up to a number."""
     keys = [table.c[name] for name in binding.key_columns]
     # Ordered and limited, since PostgreSQL would else read the table of a count or an EXISTS.
