@@ -19,7 +19,6 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.sql.expression import ClauseList, Grouping
 from sqlalchemy.types import UserDefinedType
 
-from sbert_pg import system
 from sbert_pg.distance import Storage
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
@@ -235,7 +234,7 @@ class Binding:
 
     def is_here(self) -> sa.ColumnElement[bool]:
         """Whether the table of this name is still the bound one; evaluated once in a statement."""
-        name = sa.literal(system.name_of(self.schema, self.table), sa.Text)
+        name = sa.literal(_quoted(self.schema, self.table), sa.Text)
         oid = sa.cast(sa.func.to_regclass(name), pg.OID)
         return sa.cast(oid, sa.BigInteger) == sa.literal(self.relation, sa.BigInteger)
 
@@ -276,7 +275,11 @@ def known_id(connection: Connection, identity: ColumnIdentity) -> sa.ColumnEleme
 def qualified(connection: Connection, identity: ColumnIdentity) -> str:
     """The table's name as ``regclass`` reads it, every part quoted."""
     schema, table, _ = translated(connection, identity)
-    return system.name_of(schema, table)
+    return _quoted(schema, table)
+
+
+def _quoted(*parts: str | None) -> str:
+    return ".".join('"' + part.replace('"', '""') + '"' for part in parts if part is not None)
 
 
 def translated(connection: Connection, identity: ColumnIdentity) -> ColumnIdentity:
