@@ -152,28 +152,34 @@ def number_clusters(
 
 
 def _shared(
-    connection: sa.Connection, clustering: Clustering, earlier: int, later: int
+    connection: sa.Connection,
+    clustering: Clustering,
+    earlier: int,
+    later: int,
+    *,
+    outliers: bool = True,
 ) -> Sequence[Any]:
     """Rows that two runs have in common: the cluster in either, ``None`` for outliers, how many."""
     before, after = (clustering.assignment_table.alias(name) for name in ("earlier", "later"))
     same = (before.c[key.name] == after.c[key.name] for key in clustering.row_keys)
-    return connection.execute(
+    statement = (
         sa.select(before.c.cluster_id, after.c.cluster_id, sa.func.count())
         .select_from(before.join(after, sa.and_(*same)))
         .where(before.c.run_id == earlier, after.c.run_id == later)
         .group_by(before.c.cluster_id, after.c.cluster_id)
-    ).all()
+    )
+    if not outliers:
+        statement = statement.where(
+            before.c.cluster_id.is_not(None), after.c.cluster_id.is_not(None)
+        )
+    return connection.execute(statement).all()
 
 
 def _pairs(
     connection: sa.Connection, clustering: Clustering, run_id: int, previous: int
 ) -> dict[int, int]:
     """The earlier cluster that a new one continues, by their ids."""
-    shared = [
-        row
-        for row in _shared(connection, clustering, previous, run_id)
-        if row[0] is not None and row[1] is not None
-    ]
+    shared = _shared(connection, clustering, previous, run_id, outliers=False)
     if not shared:
         return {}
     assignment = clustering.assignment_table
