@@ -65,17 +65,17 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 #: Most modules and lines of each room: a new capability raises its own, and nobody else's.
 ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (9, 2030),
-    "alembic": (9, 2749),
-    "catalog": (9, 2615),
+    "alembic": (8, 2737),
+    "catalog": (9, 2613),
     "cli": (17, 4509),
-    "clustering": (17, 5051),
-    "encoder": (30, 7762),
-    "freshness": (23, 5175),
+    "clustering": (16, 5049),
+    "encoder": (28, 7743),
+    "freshness": (16, 5081),
     "indexes": (6, 1407),
     "loading": (4, 1133),
     "orm": (5, 922),
     "passages": (6, 1183),
-    "reembed": (12, 3233),
+    "reembed": (12, 3227),
     "search": (13, 4110),
     "serving": (19, 3611),
     "sql": (1, 24),
@@ -83,7 +83,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "types": (10, 1777),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3388
+MOST_LINES_OF_THE_REST = 3382
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60
