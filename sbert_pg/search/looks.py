@@ -27,7 +27,8 @@ LEAST = 50
 UNKNOWN = 75
 #: What one candidate of HNSW costs, in rows compared exactly.
 CANDIDATE_COST = 15
-#: What reading a row to see whether it passes costs, in rows compared, where no index finds it.
+#: What reading a row to see whether it passes costs, in rows compared. Where an index finds those
+#: that pass, reading one costs as much as comparing it, but not more than reading the table.
 SCAN_COST = 0.2
 #: Times the cost of a look that comparing has to cost for the look to be worth its risk.
 WORTH = 1.5
@@ -188,23 +189,26 @@ def planned(sample: sa.FromClause, look: Look, shape: Shape) -> sa.Select[Any]:
     """
     share = sample.c.hits / sa.func.nullif(sample.c.tried, number(0), type_=sa.Float())
     rows = sample.c.tried * sample.c.times
-    columns = [sample.c.closest, share.label("share"), rows.label("rows")]
+    columns: list[Any] = [sample.c.closest, share.label("share"), rows.label("rows")]
     whole = sa.select(*columns).subquery("nearest_share")
     # As many rows as have twice the wanted ones among them; where those are too many, a probe.
     some = sa.func.nullif(whole.c.share, number(0), type_=sa.Float())
-    enough = sa.func.ceil(number(2 * shape.size) / some)
+    enough = sa.func.floor(number(2 * shape.size) / some)
     clamped = sa.func.least(number(look.most), sa.func.greatest(number(look.least), enough))
     wide = enough <= number(1.2 * look.most)
     looked = sa.case((wide, clamped), else_=number(look.least))
     risk = sa.case((wide, number(WORTH)), else_=number(PROBE)).label("risk")
-    effort: Any = whole.c.share * whole.c.rows
-    if not shape.indexed:
-        effort = effort + number(SCAN_COST) * whole.c.rows
+    passing: Any = whole.c.share * whole.c.rows
+    read: Any = number(SCAN_COST) * whole.c.rows
+    effort = passing if shape.indexed else passing + read
+    reading = sa.func.least(passing, read) if shape.indexed else number(0)
     size = sa.cast(looked, sa.Integer).label("looked")
-    costs = sa.select(*whole.c, effort.label("effort"), size, risk).subquery("nearest_effort")
-    worth = costs.c.effort > costs.c.risk * look.cost(costs.c.looked, costs.c.rows)
+    columns = [*whole.c, effort.label("effort"), reading.label("reading"), size, risk]
+    costs = sa.select(*columns).subquery("nearest_effort")
+    effort, cost = costs.c.effort, look.cost(costs.c.looked, costs.c.rows)
+    worth = effort + costs.c.reading > costs.c.risk * cost
     use = sa.func.coalesce(worth, sa.false()).label("by_index")
-    many = (costs.c.effort >= number(MANY)).label("many")
+    many = (effort >= number(MANY)).label("many")
     return sa.select(costs.c.share, costs.c.closest, costs.c.looked, use, many)
 
 

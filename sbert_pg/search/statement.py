@@ -25,7 +25,7 @@ from sqlalchemy.sql.selectable import FromGrouping
 
 from sbert_pg.errors import DeclarationError
 from sbert_pg.search.looks import Shape, number, size_for
-from sbert_pg.search.target import Target, columns_of
+from sbert_pg.search.target import Target, columns_of, table_behind
 from sbert_pg.search.ways import (
     DISTANCE,
     KEY,
@@ -327,7 +327,9 @@ def _partners(search: Search) -> list[Any]:
     order: list[Any] = []
     for one in _joined_tables(search):
         if one not in tables_of(target.column):
-            order += one.primary_key or [c for c in one.c if _orderable(c.type)]
+            # A subquery has the key of its table, whose rows may be in it more than once.
+            key = list(one.primary_key) if isinstance(table_behind(one), sa.Table) else []
+            order += key or [c for c in one.c if _orderable(c.type)]
     return order
 
 

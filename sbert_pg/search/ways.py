@@ -29,6 +29,7 @@ from sqlalchemy.sql import visitors
 
 from sbert_pg.catalog.embedding import companion_of
 from sbert_pg.search.looks import (
+    MAX_EF_SEARCH,
     Look,
     Shape,
     far_look,
@@ -56,6 +57,8 @@ ISLAND = 1e-6
 KEY, SELF, VECTOR = "nearest_key", "nearest_self", "nearest_vector"
 COMPANION = "nearest_companion"
 DISTANCE, PLACE, PASSES, WAY = "nearest_distance", "nearest_place", "nearest_passes", "nearest_way"
+# Of all rows that the index gave, those that are not taken too: how many, and the largest distance.
+SEEN, LAST = "nearest_seen", "nearest_last"
 NEAR, FAR, EXACT = 1, 2, 3
 
 
@@ -84,10 +87,10 @@ def _one_in(number_: int, key: Any) -> sa.ColumnElement[bool]:
     return remainder == number(0)
 
 
-def _spread(distance: sa.ColumnElement[float]) -> sa.ColumnElement[bool]:
+def _spread(distance: sa.ColumnElement[float], last: Any) -> sa.ColumnElement[bool]:
     """Whether rows are not all equally far: an island of equal vectors ends a search."""
     # In this form it does not hold where the query is all zeros, and no distance a number.
-    return sa.func.min(distance) + number(ISLAND) < sa.func.max(distance)
+    return sa.func.min(distance) + number(ISLAND) < sa.func.max(last)
 
 
 #: Whether a row passes the caller's filter, as an expression about the row.
@@ -172,7 +175,8 @@ class Ways:
 
     def _found(self, name: str) -> sa.TableClause:
         """The rows of a look, by its name."""
-        columns = [*self.names, DISTANCE, *([] if self.plain else [PLACE, PASSES])]
+        columns = [*self.names, DISTANCE]
+        columns += [] if self.plain else [PLACE, SEEN, LAST, PASSES]
         return named(name, *columns, **{n: column.type for n, column in self.carried.items()})
 
     def _part(self, name: str, statement: sa.Select[Any]) -> sa.CTE:
@@ -200,6 +204,11 @@ class Ways:
             return [column.is_not(None)]
         return self.target.claimed(column)
 
+    def _packed(self) -> int:
+        """How many times as many rows as of 384 dimensions a page of the table holds."""
+        size = 2 if self.target.type.storage == "halfvec" else 4
+        return max(1, 1600 // (size * (self.target.type.dimensions or 384) + 60))
+
     # -- the plan: about how many rows pass, and so whether the index is worth a look
 
     def _sample(self, passes: Any) -> sa.CTE:
@@ -207,16 +216,20 @@ class Ways:
         tried = self.tried
         key, vector = tried.c[self.target.row_key[0].key], self.target.row_column(tried)
         source: Any = tried
+        times = self.times
         if isinstance(passes, sa.Exists):
             # Each row is looked up by its key where that costs less than all rows that pass: the
             # planner compares both here, and not within an aggregate, for as many rows as it
             # expects. It expects a tenth of the table, but for a criterion that it takes for rare.
-            rows = sa.select(key, vector, passes.label(PASSES)).where(_one_in(1, key))
+            packed = self._packed()
+            some = _one_in(packed, key)
+            rows = sa.select(key, vector, passes.label(PASSES)).where(some)
             source = rows.offset(number(0)).subquery("nearest_tries")
             key, vector, passes = source.c
+            times = times * number(packed)
         few = sa.and_(passes, _one_in(EIGHTH, key)) if self.target.wide else passes
         closest = sa.func.min(self.target.distance(vector, self.vector)).filter(few)
-        counts: list[Any] = [sa.func.count().label("tried"), self.times.label("times")]
+        counts: list[Any] = [sa.func.count().label("tried"), times.label("times")]
         counts += [sa.func.count().filter(passes).label("hits"), closest.label("closest")]
         return sa.select(*counts).select_from(source).cte("nearest_sample")
 
@@ -276,15 +289,17 @@ class Ways:
         if name == "far" and self.shape.deep:
             known = sa.not_(self._accepted("near"))
             criteria.append(sa.or_(known, self._not_among("near", row)))
+        look = self.first if name == "near" else self.second
         given, passing = self._behind(rows, row, sa.and_(sa.true(), *criteria))
         columns = [given.c[column] for column in (*self.names, DISTANCE, *self.carried)]
-        place = sa.func.row_number().over(order_by=[given.c[DISTANCE], *self._keys(given)])
-        look = self.first if name == "near" else self.second
-        taken = sa.and_(passing, place <= self._looked(look))
-        return self._part(name, sa.select(*columns, place.label(PLACE), taken.label(PASSES)))
+        columns += [given.c[column] for column in (PLACE, SEEN, LAST)]
+        # Adding zero has the planner expect a third of the rows, as it does not of a mere number
+        # of rows: where a join decides, it looks these up, or computes all that pass.
+        among = given.c[PLACE] + number(0) <= self._looked(look)
+        return self._part(name, sa.select(*columns, passing.label(PASSES)).where(among))
 
     def _behind(self, rows: sa.Select[Any], row: Any, criterion: Any) -> tuple[Any, Any]:
-        """Rows of a look with the columns that a criterion needs, and the criterion about these.
+        """Rows of a look with places and what a criterion needs, and the criterion about these.
 
         Within the look the planner would expect it to be asked of all rows that there are, and look
         up by one scan of the table which of these pass.
@@ -293,16 +308,23 @@ class Ways:
         used: set[Any] = {c for c in visitors.iterate(criterion) if getattr(c, "table", 0) is row}
         more = {c: f"nearest_own_{n}" for n, c in enumerate(sorted(used - {*labels}, key=str))}
         given = rows.add_columns(*(c.label(n) for c, n in more.items())).subquery("nearest_rows")
+        order = [given.c[DISTANCE], *self._keys(given)]
+        placed = sa.select(
+            *given.c,
+            sa.func.row_number().over(order_by=order).label(PLACE),
+            sa.func.count().over().label(SEEN),
+            sa.func.max(given.c[DISTANCE]).over().label(LAST),
+        ).subquery("nearest_places")
         labels |= more
 
         def replace(element: Any, **_: Any) -> Any:
             # A part is another one where it is copied, and would be written once more.
             if isinstance(element, sa.CTE):
                 return element
-            return given.c[labels[element]] if element in labels else None
+            return placed.c[labels[element]] if element in labels else None
 
         traverse: Any = visitors.replacement_traverse
-        return given, traverse(criterion, {}, replace)
+        return placed, traverse(criterion, {}, replace)
 
     def _looked(self, look: Look | None) -> Any:
         assert look is not None
@@ -328,8 +350,8 @@ class Ways:
         """What is asked of the rows of a look, as one row."""
         found = self.found[name]
         more["passed"] = sa.func.count()
-        spread = _spread(found.c[DISTANCE])
-        columns: list[Any] = [sa.func.count().label("seen"), spread.label("spread")]
+        spread = _spread(found.c[DISTANCE], found.c[LAST])
+        columns: list[Any] = [sa.func.max(found.c[SEEN]).label("seen"), spread.label("spread")]
         columns += [value.filter(found.c[PASSES]).label(key) for key, value in more.items()]
         return sa.select(*columns).select_from(found).subquery("nearest_counts")
 
@@ -339,7 +361,11 @@ class Ways:
         Deleted rows that are not vacuumed are kept by the index and seen by nobody: where they
         crowd out others, fewer rows come than it keeps.
         """
-        return look.fetched * 3 // 4 if self.index.quantized else look.least
+        if not self.index.quantized:
+            return look.least
+        # As many candidates as the caller says, but where the scan goes on by itself.
+        kept = look.fetched if look.fetched > MAX_EF_SEARCH else look.ef_search or look.fetched
+        return min(look.fetched, kept) * 3 // 4
 
     def _judged_near(self) -> sa.CTE:
         look, found, plan = self.first, self.found["near"], self.plan
@@ -487,7 +513,8 @@ class Ways:
 
     def _plain_verdict(self) -> list[sa.ColumnElement[Any]]:
         full = sa.func.count() >= number(max(self.whole(self.first), self.shape.size))
-        spread = _spread(self.found["near"].c[DISTANCE])
+        distance = self.found["near"].c[DISTANCE]
+        spread = _spread(distance, distance)
         # First, since what follows a false part may not be asked for.
         back = settings_back(self.index, self.first).is_not(None)
         return [sa.and_(back, full, spread).label("accepted"), spread.label("spread")]
@@ -521,7 +548,9 @@ class Ways:
             counts = sa.select(*self._plain_verdict(), *counted).select_from(found)
             source = counts.subquery("nearest_counts")
         columns = [source.c[name] for name in ("accepted", "passed", "head", "spread")]
-        seen = sa.select(sa.func.count()).select_from(found).scalar_subquery().label("seen")
+        seen: Any = sa.func.count() if self.plain else sa.func.max(found.c[SEEN])
+        seen = sa.select(sa.func.coalesce(seen, number(0))).select_from(found)
+        seen = seen.scalar_subquery().label("seen")
         far = sa.false() if self.second is None else self._answers("far")
         columns += [seen, self._answers("near").label("taken"), far.label("far")]
         if self.plan is not None:

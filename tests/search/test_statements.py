@@ -80,8 +80,12 @@ def test_a_filter_chooses_the_rows_once_and_its_share_is_estimated() -> None:
     assert text.count("lang_1") == 1
     assert "FROM thing AS nearest_tried TABLESAMPLE system(" in text
     # Asked behind the limits, where the planner knows of how few rows.
-    assert "nearest_rows.nearest_key_0 = nearest_within.nearest_key_0" in text
-    assert "1 = 0 LIMIT ALL OFFSET 0) AS nearest_tries" in text
+    assert "nearest_places.nearest_key_0 = nearest_within.nearest_key_0" in text
+    # Few of the rows of a page that holds many.
+    assert "22 = 0 LIMIT ALL OFFSET 0) AS nearest_tries" in text
+    # Of the rows that count alone, a third as the planner has it.
+    among = "WHERE nearest_places.nearest_place + 0 <= (SELECT nearest_plan.looked"
+    assert among in text
 
 
 def test_criteria_about_columns_of_the_row_are_asked_of_it_as_they_are() -> None:
@@ -90,7 +94,7 @@ def test_criteria_about_columns_of_the_row_are_asked_of_it_as_they_are() -> None
     assert "(WHERE nearest_tried.lang = %(lang_" in text
     assert "AND nearest_tried.id > %(id_" in text
     assert ", nearest_row.lang AS nearest_own_0 FROM" in text
-    assert ", nearest_rows.nearest_own_0 = %(lang_" in text
+    assert ", nearest_places.nearest_own_0 = %(lang_" in text
     # Once, where the rows are compared.
     assert text.count("FROM nearest_within") == 1
     other = sa.table("other", sa.column("thing_id"))
@@ -185,7 +189,8 @@ def test_what_comparing_costs_under_a_join_depends_on_an_index(indexed: bool) ->
     thing = table(hnsw_index("i", "vec"), *([sa.Index("l", "lang")] if indexed else []))
     other = sa.table("other", sa.column("lang"))
     text = sql(nearest(thing.c.vec, QUERY).join(other, other.c.lang == thing.c.lang))
-    assert ("0.2 * nearest_share.rows" in text) is not indexed
+    reading = "least(nearest_share.share * nearest_share.rows, 0.2 * nearest_share.rows) AS reading"
+    assert (reading in text) is indexed
 
 
 @pytest.mark.parametrize("width", [384, 768])
