@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
+import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB, Insert, insert
-from sqlalchemy.orm import ColumnProperty, Mapper, Session, sessionmaker, undefer
+from sqlalchemy.orm import ColumnProperty, Mapper, Session, undefer
 
+from sbert_pg.adapters.running import Work
 from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.errors import DeclarationError
 from sbert_pg.orm.declaring import attributes_of, plain_attributes
+from sbert_pg.reranking import diverse
 from sbert_pg.row_vectors import embed_rows
 from sbert_pg.search import hybrid, matching, nearest
 from sbert_pg.search.filters import condition
 from sbert_pg.spec import EncoderSpec
+from sbert_pg.types.encoding import query_vector
 from sbert_pg.types.wire import VectorValue
-
-T = TypeVar("T")
-Work = Callable[[Session], T]
 
 
 @dataclass
@@ -43,41 +43,6 @@ class Row:
     metadata: dict[str, Any] = field(default_factory=dict)
     similarity: float | None = None
     vector: VectorValue | None = None
-
-
-class Runner:
-    """Does work in its own session, a transaction a call.
-
-    Args:
-        sessions: a ``sessionmaker``, for both synchronous calls and asynchronous ones, which run in
-            a thread; or an ``async_sessionmaker``, for asynchronous calls alone.
-    """
-
-    def __init__(self, sessions: Any) -> None:
-        self._sessions = sessions
-        self._is_async = not isinstance(sessions, sessionmaker)
-
-    def run(self, work: Work[T]) -> T:
-        """The result of some work.
-
-        Raises:
-            DeclarationError: the sessions are asynchronous.
-        """
-        if self._is_async:
-            raise DeclarationError(
-                "This store has an async_sessionmaker; call its asynchronous functions, or give it "
-                "a sessionmaker."
-            )
-        with self._sessions.begin() as session:
-            return work(session)
-
-    async def arun(self, work: Work[T]) -> T:
-        """The result of some work, in this event loop or a thread."""
-        if not self._is_async:
-            return await asyncio.to_thread(self.run, work)
-        async with self._sessions.begin() as session:
-            result: T = await session.run_sync(work)
-            return result
 
 
 class Documents:
@@ -273,6 +238,20 @@ class Documents:
             self._row(entity, score, vectors) for entity, score, *_ in session.execute(statement)
         ]
 
+    def diverse(
+        self, query: Any, limit: int, conditions: Any = None, *, out_of: int, trade: float, by: str
+    ) -> Work[list[Row]]:
+        """As ``search``, without what repeats itself: ``sbert_pg.diverse`` of ``out_of`` rows."""
+        search = self.search(query, out_of, conditions, by=by, vectors=True)
+
+        def work(session: Session) -> list[Row]:
+            text = isinstance(query, str)
+            asked = query_vector(self.encoder, query) if text else np.asarray(query, np.float32)
+            rows = search(session)
+            return diverse(rows, limit, vector=lambda r: r.vector, question=asked, trade=trade)
+
+        return work
+
     def has_id(self, ids: Iterable[str]) -> sa.ColumnElement[bool]:
         """Whether a row has one of some ids."""
         keys = [key for key in map(self._key_of, ids) if key is not None]
@@ -376,4 +355,4 @@ def _by_attributes(rows: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, 
     return list(groups.values())
 
 
-__all__ = ["Documents", "Row", "Runner", "Work"]
+__all__ = ["Documents", "Row"]

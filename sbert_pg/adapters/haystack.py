@@ -8,7 +8,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from sbert_pg.adapters.documents import Documents, Row, Runner, Work
+from sbert_pg.adapters.documents import Documents, Row
+from sbert_pg.adapters.running import Runner, Work, both, then
 from sbert_pg.errors import DeclarationError, MissingExtraError
 from sbert_pg.search.filters import Condition, condition
 
@@ -56,8 +57,16 @@ class SbertDocumentStore:
         words: str | None = None,
     ) -> None:
         self.documents = Documents(column, content=content, metadata=metadata, words=words)
-        runner = Runner(sessions)
-        self.run, self.arun = runner.run, runner.arun
+        self._runner = Runner(sessions)
+
+    def _find(
+        self, query: str, top_k: int, filters: dict[str, Any] | None, by: str
+    ) -> Work[dict[str, list[Document]]]:
+        """What a retriever answers."""
+        rows = self.documents.search(query, top_k, self.translated(filters), by=by)
+        return then(rows, lambda rows: {"documents": _documents(rows)})
+
+    find, find_async = both(_find)
 
     def to_dict(self) -> dict[str, Any]:
         """Refuse to be saved.
@@ -79,53 +88,34 @@ class SbertDocumentStore:
         """
         raise DeclarationError("A store is not read with a pipeline: build it in Python.")
 
-    def count_documents(self) -> int:
+    def _count(self) -> Work[int]:
         """How many there are."""
-        return self.run(self.documents.count())
+        return self.documents.count()
 
-    async def count_documents_async(self) -> int:
-        """As ``count_documents``."""
-        return await self.arun(self.documents.count())
+    count_documents, count_documents_async = both(_count)
 
-    def filter_documents(self, filters: dict[str, Any] | None = None) -> list[Document]:
+    def _filter(self, filters: dict[str, Any] | None = None) -> Work[list[Document]]:
         """The documents that pass filters, by their ids."""
-        return _documents(self.run(self._matching(filters)))
+        return then(self.documents.matching(self.translated(filters)), _documents)
 
-    async def filter_documents_async(self, filters: dict[str, Any] | None = None) -> list[Document]:
-        """As ``filter_documents``."""
-        return _documents(await self.arun(self._matching(filters)))
+    filter_documents, filter_documents_async = both(_filter)
 
-    def _matching(self, filters: dict[str, Any] | None) -> Work[list[Row]]:
-        return self.documents.matching(self.translated(filters))
-
-    def write_documents(
+    def _write(
         self, documents: list[Document], policy: DuplicatePolicy = DuplicatePolicy.NONE
-    ) -> int:
+    ) -> Work[int]:
         """Embed and write documents; how many were written.
 
         Raises:
             DuplicateDocumentError: a row has the id of one; by default, as by ``FAIL``. None is
                 written then.
         """
-        return self.run(self._writing(documents, policy))
-
-    async def write_documents_async(
-        self, documents: list[Document], policy: DuplicatePolicy = DuplicatePolicy.NONE
-    ) -> int:
-        """As ``write_documents``."""
-        return await self.arun(self._writing(documents, policy))
-
-    def _writing(self, documents: list[Document], policy: DuplicatePolicy) -> Work[int]:
         if not isinstance(documents, list) or any(not isinstance(d, Document) for d in documents):
             raise ValueError("write_documents() takes a list of documents.")
         rows = [Row(d.id, d.content or "", d.meta) for d in documents]
         if policy == DuplicatePolicy.OVERWRITE:
-            upsert = self.documents.upsert(rows)
-            return lambda session: len(upsert(session))
-        add = self.documents.add(rows)
+            return then(self.documents.upsert(rows), len)
 
-        def work(session: Any) -> int:
-            written = add(session)
+        def checked(written: int) -> int:
             if written < len(rows) and policy != DuplicatePolicy.SKIP:
                 raise DuplicateDocumentError(
                     f"{len(rows) - written} of {len(rows)} documents have the id of a row, or of "
@@ -133,39 +123,33 @@ class SbertDocumentStore:
                 )
             return written
 
-        return work
+        return then(self.documents.add(rows), checked)
 
-    def delete_documents(self, document_ids: list[str]) -> None:
+    write_documents, write_documents_async = both(_write)
+
+    def _delete(self, document_ids: list[str]) -> Work[None]:
         """Delete documents by their ids; those that no row has are passed over."""
-        self.run(self.documents.delete(document_ids))
+        return self.documents.delete(document_ids)
 
-    async def delete_documents_async(self, document_ids: list[str]) -> None:
-        """As ``delete_documents``."""
-        await self.arun(self.documents.delete(document_ids))
+    delete_documents, delete_documents_async = both(_delete)
 
-    def delete_all_documents(self) -> None:
+    def _delete_all(self) -> Work[None]:
         """Delete every row of the table."""
-        self.run(self.documents.remove())
+        return then(self.documents.remove(), lambda _: None)
 
-    async def delete_all_documents_async(self) -> None:
-        """As ``delete_all_documents``."""
-        await self.arun(self.documents.remove())
+    delete_all_documents, delete_all_documents_async = both(_delete_all)
 
-    def delete_by_filter(self, filters: dict[str, Any]) -> int:
+    def _delete_by_filter(self, filters: dict[str, Any]) -> Work[int]:
         """Delete the documents that pass filters; how many those were."""
-        return self.run(self.documents.remove(self.translated(filters)))
+        return self.documents.remove(self.translated(filters))
 
-    async def delete_by_filter_async(self, filters: dict[str, Any]) -> int:
-        """As ``delete_by_filter``."""
-        return await self.arun(self.documents.remove(self.translated(filters)))
+    delete_by_filter, delete_by_filter_async = both(_delete_by_filter)
 
-    def update_by_filter(self, filters: dict[str, Any], meta: dict[str, Any]) -> int:
+    def _update_by_filter(self, filters: dict[str, Any], meta: dict[str, Any]) -> Work[int]:
         """Set fields of ``meta`` of the documents that pass filters; how many those are."""
-        return self.run(self.documents.update(self.translated(filters), meta))
+        return self.documents.update(self.translated(filters), meta)
 
-    async def update_by_filter_async(self, filters: dict[str, Any], meta: dict[str, Any]) -> int:
-        """As ``update_by_filter``."""
-        return await self.arun(self.documents.update(self.translated(filters), meta))
+    update_by_filter, update_by_filter_async = both(_update_by_filter)
 
     def translated(self, filters: dict[str, Any] | None) -> Condition | None:
         """Haystack's filters as SQL; ``None`` for none.
@@ -211,21 +195,16 @@ class SbertRetriever:
         self, query: str, top_k: int | None = None, filters: dict[str, Any] | None = None
     ) -> dict[str, list[Document]]:
         """The documents nearest to a text, nearest first; ``score`` is their similarity."""
-        search = self._search(query, top_k, filters)
-        return {"documents": _documents(self.document_store.run(search))}
+        asked = (query, top_k or self.top_k, filters or self.filters, self.by)
+        return self.document_store.find(*asked)
 
     @component.output_types(documents=list[Document])
     async def run_async(
         self, query: str, top_k: int | None = None, filters: dict[str, Any] | None = None
     ) -> dict[str, list[Document]]:
         """As ``run``."""
-        search = self._search(query, top_k, filters)
-        return {"documents": _documents(await self.document_store.arun(search))}
-
-    def _search(self, query: str, top_k: int | None, filters: Any) -> Work[list[Row]]:
-        store = self.document_store
-        conditions = store.translated(filters or self.filters)
-        return store.documents.search(query, top_k or self.top_k, conditions, by=self.by)
+        asked = (query, top_k or self.top_k, filters or self.filters, self.by)
+        return await self.document_store.find_async(*asked)
 
 
 def _documents(rows: Sequence[Row]) -> list[Document]:

@@ -6,14 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from sqlalchemy.orm import Session
 
-from sbert_pg.adapters.documents import Documents, Row, Runner, Work
+from sbert_pg.adapters.documents import Documents, Row
+from sbert_pg.adapters.running import Runner, Work, both, loaded, then
 from sbert_pg.errors import DeclarationError, MissingExtraError
-from sbert_pg.registry import get_encoder
-from sbert_pg.reranking import by_marginal_relevance
 from sbert_pg.spec import EncoderSpec, TextEncoder
-from sbert_pg.types.encoding import query_vector
 
 try:
     from langchain_core.documents import Document
@@ -39,9 +36,7 @@ class SbertEmbeddings(Embeddings):
     @property
     def encoder(self) -> TextEncoder:
         """The encoder, loaded."""
-        if isinstance(self._encoder, (str, EncoderSpec)):
-            return get_encoder(self._encoder)
-        return self._encoder
+        return loaded(self._encoder)
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         """The vectors of texts, as documents."""
@@ -83,160 +78,110 @@ class SbertVectorStore(VectorStore):
         words: str | None = None,
     ) -> None:
         self.documents = Documents(column, content=content, metadata=metadata, words=words)
-        runner = Runner(sessions)
-        self._run, self._arun = runner.run, runner.arun
+        self._runner = Runner(sessions)
 
     @property
     def embeddings(self) -> Embeddings:
         """The column's encoder."""
         return SbertEmbeddings(self.documents.encoder)
 
-    def add_texts(
+    def _add_texts(
         self,
+        /,
         texts: Iterable[str],
         metadatas: list[dict[Any, Any]] | None = None,
         *,
         ids: list[str] | None = None,
         **kwargs: Any,
-    ) -> list[str]:
+    ) -> Work[list[str]]:
         """Embed and write texts; one with the id of an existing row takes its place."""
-        return self._run(self.documents.upsert(_rows(texts, metadatas, ids)))
+        return self.documents.upsert(_rows(texts, metadatas, ids))
 
-    async def aadd_texts(
-        self,
-        texts: Iterable[str],
-        metadatas: list[dict[Any, Any]] | None = None,
-        *,
-        ids: list[str] | None = None,
-        **kwargs: Any,
-    ) -> list[str]:
-        """As ``add_texts``."""
-        return await self._arun(self.documents.upsert(_rows(texts, metadatas, ids)))
+    add_texts, aadd_texts = both(_add_texts)
 
-    def delete(self, ids: list[str] | None = None, **kwargs: Any) -> bool:
+    def _delete(self, /, ids: list[str] | None = None, **kwargs: Any) -> Work[bool]:
         """Delete rows by their ids; those that no row has are passed over.
 
         Raises:
             DeclarationError: no ids, which would be every row of the application's table.
         """
-        self._run(self.documents.delete(_some(ids)))
-        return True
+        return then(self.documents.delete(_some(ids)), lambda _: True)
 
-    async def adelete(self, ids: list[str] | None = None, **kwargs: Any) -> bool:
-        """As ``delete``."""
-        await self._arun(self.documents.delete(_some(ids)))
-        return True
+    delete, adelete = both(_delete)
 
-    def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
+    def _get(self, ids: Sequence[str], /) -> Work[list[Document]]:
         """The documents of some ids; those that no row has are left out."""
-        return _documents(self._run(self.documents.get(ids)))
+        return then(self.documents.get(ids), _documents)
 
-    async def aget_by_ids(self, ids: Sequence[str], /) -> list[Document]:
-        """As ``get_by_ids``."""
-        return _documents(await self._arun(self.documents.get(ids)))
+    get_by_ids, aget_by_ids = both(_get)
 
-    def similarity_search(
-        self, query: str, k: int = 4, filter: Any = None, by: str = "meaning", **kwargs: Any
-    ) -> list[Document]:
+    def _search(
+        self, /, query: str, k: int = 4, filter: Any = None, by: str = "meaning", **kwargs: Any
+    ) -> Work[list[Document]]:
         """The documents nearest to a question, nearest first."""
-        return _documents(self._run(self.documents.search(query, k, filter, by=by)))
+        return then(self.documents.search(query, k, filter, by=by), _documents)
 
-    async def asimilarity_search(
-        self, query: str, k: int = 4, filter: Any = None, by: str = "meaning", **kwargs: Any
-    ) -> list[Document]:
-        """As ``similarity_search``."""
-        return _documents(await self._arun(self.documents.search(query, k, filter, by=by)))
+    similarity_search, asimilarity_search = both(_search)
 
-    def similarity_search_with_score(
-        self, query: Any, k: int = 4, filter: Any = None, by: str = "meaning", **kwargs: Any
-    ) -> list[tuple[Document, float]]:
+    def _search_scored(
+        self, /, query: Any, k: int = 4, filter: Any = None, by: str = "meaning", **kwargs: Any
+    ) -> Work[list[tuple[Document, float]]]:
         """As ``similarity_search``, each with its similarity or score."""
-        return _scored(self._run(self.documents.search(query, k, filter, by=by)))
+        return then(self.documents.search(query, k, filter, by=by), _scored)
 
-    async def asimilarity_search_with_score(
-        self, query: Any, k: int = 4, filter: Any = None, by: str = "meaning", **kwargs: Any
-    ) -> list[tuple[Document, float]]:
-        """As ``similarity_search_with_score``."""
-        return _scored(await self._arun(self.documents.search(query, k, filter, by=by)))
+    similarity_search_with_score, asimilarity_search_with_score = both(_search_scored)
 
-    def similarity_search_by_vector(
-        self, embedding: list[float], k: int = 4, filter: Any = None, **kwargs: Any
-    ) -> list[Document]:
+    def _search_by_vector(
+        self, /, embedding: list[float], k: int = 4, filter: Any = None, **kwargs: Any
+    ) -> Work[list[Document]]:
         """The documents nearest to a vector."""
-        return _documents(self._run(self.documents.search(embedding, k, filter)))
+        return then(self.documents.search(embedding, k, filter), _documents)
 
-    async def asimilarity_search_by_vector(
-        self, embedding: list[float], k: int = 4, filter: Any = None, **kwargs: Any
-    ) -> list[Document]:
-        """As ``similarity_search_by_vector``."""
-        return _documents(await self._arun(self.documents.search(embedding, k, filter)))
+    similarity_search_by_vector, asimilarity_search_by_vector = both(_search_by_vector)
 
-    def max_marginal_relevance_search_by_vector(
+    def _diverse(
         self,
-        embedding: Any,
+        /,
+        query: str,
         k: int = 4,
         fetch_k: int = 20,
         lambda_mult: float = 0.5,
         filter: Any = None,
+        by: str = "meaning",
         **kwargs: Any,
-    ) -> list[Document]:
-        """Documents near to a vector that differ from each other, out of the ``fetch_k`` nearest.
+    ) -> Work[list[Document]]:
+        """Documents near to a question that differ from each other, of the ``fetch_k`` nearest.
 
         Args:
-            embedding: the vector.
+            query: the question.
             k: documents to return.
             fetch_k: documents to choose from.
             lambda_mult: 1 for the nearest ones, 0 for those that differ most.
             filter: as in ``similarity_search``.
+            by: what those to choose from are found by, as in ``similarity_search``.
             **kwargs: ignored.
         """
-        return self._run(self._diverse(embedding, k, fetch_k, lambda_mult, filter))
+        work = self.documents.diverse(query, k, filter, out_of=fetch_k, trade=lambda_mult, by=by)
+        return then(work, _documents)
 
-    async def amax_marginal_relevance_search_by_vector(
+    max_marginal_relevance_search, amax_marginal_relevance_search = both(_diverse)
+
+    def _diverse_by_vector(
         self,
+        /,
         embedding: Any,
         k: int = 4,
         fetch_k: int = 20,
         lambda_mult: float = 0.5,
         filter: Any = None,
         **kwargs: Any,
-    ) -> list[Document]:
-        """As ``max_marginal_relevance_search_by_vector``."""
-        return await self._arun(self._diverse(embedding, k, fetch_k, lambda_mult, filter))
-
-    def max_marginal_relevance_search(
-        self, query: str, k: int = 4, fetch_k: int = 20, lambda_mult: float = 0.5, **kwargs: Any
-    ) -> list[Document]:
-        """As ``max_marginal_relevance_search_by_vector``, of a question."""
-        return self.max_marginal_relevance_search_by_vector(
-            query, k, fetch_k, lambda_mult, **kwargs
-        )
-
-    async def amax_marginal_relevance_search(
-        self, query: str, k: int = 4, fetch_k: int = 20, lambda_mult: float = 0.5, **kwargs: Any
-    ) -> list[Document]:
-        """As ``max_marginal_relevance_search``."""
-        return await self.amax_marginal_relevance_search_by_vector(
-            query, k, fetch_k, lambda_mult, **kwargs
-        )
-
-    def _diverse(
-        self, query: Any, k: int, fetch_k: int, lambda_mult: float, conditions: Any
     ) -> Work[list[Document]]:
-        search = self.documents.search(query, fetch_k, conditions, vectors=True)
+        """As ``max_marginal_relevance_search``, of a vector."""
+        return self._diverse(embedding, k, fetch_k, lambda_mult, filter)
 
-        def work(session: Session) -> list[Document]:
-            rows = search(session)
-            text = isinstance(query, str)
-            vector = query_vector(self.documents.encoder, query) if text else query
-            if not rows:
-                return []
-            vectors = np.asarray([row.vector for row in rows], dtype=np.float32)
-            asked = np.asarray(vector, dtype=np.float32)
-            chosen = by_marginal_relevance(vectors, asked, k, lambda_mult)
-            return _documents([rows[position] for position in chosen])
-
-        return work
+    max_marginal_relevance_search_by_vector, amax_marginal_relevance_search_by_vector = both(
+        _diverse_by_vector
+    )
 
     def _select_relevance_score_fn(self) -> Callable[[float], float]:
         if self.documents.encoder.similarity in ("euclidean", "manhattan"):
@@ -253,7 +198,7 @@ class SbertVectorStore(VectorStore):
         ids: list[str] | None = None,
         **kwargs: Any,
     ) -> SbertVectorStore:
-        """A store, with texts added to it.
+        """A store, with texts added to it; ``afrom_texts`` is its twin.
 
         Args:
             texts: the texts.

@@ -9,9 +9,9 @@ import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 
-from sbert_pg.adapters.documents import Documents, Row, Runner, Work
+from sbert_pg.adapters.documents import Documents, Row
+from sbert_pg.adapters.running import Runner, Work, both, loaded, then
 from sbert_pg.errors import DeclarationError, MissingExtraError
-from sbert_pg.registry import get_encoder
 from sbert_pg.search.filters import Condition, condition
 from sbert_pg.spec import EncoderSpec, TextEncoder
 
@@ -60,7 +60,9 @@ class SbertEmbedding(BaseEmbedding):
         self._encoder = encoder
 
     def _get_query_embedding(self, query: str) -> list[float]:
-        vectors: list[list[float]] = np.asarray(self._loaded().encode_query([query])).tolist()
+        vectors: list[list[float]] = np.asarray(
+            loaded(self._encoder).encode_query([query])
+        ).tolist()
         return vectors[0]
 
     async def _aget_query_embedding(self, query: str) -> list[float]:
@@ -70,14 +72,10 @@ class SbertEmbedding(BaseEmbedding):
         return self._get_text_embeddings([text])[0]
 
     def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
-        vectors: list[list[float]] = np.asarray(self._loaded().encode_document(texts)).tolist()
+        vectors: list[list[float]] = np.asarray(
+            loaded(self._encoder).encode_document(texts)
+        ).tolist()
         return vectors
-
-    def _loaded(self) -> TextEncoder:
-        if isinstance(self._encoder, (str, EncoderSpec)):
-            return get_encoder(self._encoder)
-        encoder: TextEncoder = self._encoder
-        return encoder
 
 
 #: What rows are found by, of each mode.
@@ -146,92 +144,59 @@ class SbertVectorStore(BasePydanticVectorStore):
         """The mapped class."""
         return self._documents.class_
 
-    def add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
+    def _add(self, /, nodes: Sequence[BaseNode], **kwargs: Any) -> Work[list[str]]:
         """Embed and write nodes; one with the id of a row is written in its place."""
-        return self._runner.run(self._documents.upsert(_rows(nodes)))
+        return self._documents.upsert(_rows(nodes))
 
-    async def async_add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
-        """As ``add``."""
-        return await self._runner.arun(self._documents.upsert(_rows(nodes)))
+    add, async_add = both(_add)
 
-    def get_nodes(
+    def _get(
         self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None
-    ) -> list[BaseNode]:
+    ) -> Work[list[BaseNode]]:
         """The nodes of some ids that pass filters, by their ids."""
-        return _nodes(self._runner.run(self._documents.matching(self._where(node_ids, filters))))
+        return then(self._documents.matching(self._where(node_ids, filters)), _nodes)
 
-    async def aget_nodes(
-        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None
-    ) -> list[BaseNode]:
-        """As ``get_nodes``."""
-        work = self._documents.matching(self._where(node_ids, filters))
-        return _nodes(await self._runner.arun(work))
+    get_nodes, aget_nodes = both(_get)
 
-    def delete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
+    def _delete(self, /, ref_doc_id: str, **delete_kwargs: Any) -> Work[None]:
         """Delete the nodes of a document."""
-        self._runner.run(self._documents.remove({"ref_doc_id": ref_doc_id}))
+        return then(self._documents.remove({"ref_doc_id": ref_doc_id}), lambda _: None)
 
-    async def adelete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
-        """As ``delete``."""
-        await self._runner.arun(self._documents.remove({"ref_doc_id": ref_doc_id}))
+    delete, adelete = both(_delete)
 
-    def delete_nodes(
+    def _delete_nodes(
         self,
+        /,
         node_ids: list[str] | None = None,
         filters: MetadataFilters | None = None,
         **delete_kwargs: Any,
-    ) -> None:
+    ) -> Work[None]:
         """Delete the nodes of some ids that pass filters.
 
         Raises:
             DeclarationError: neither is given, which would be every row; ``clear`` deletes those.
         """
-        self._runner.run(self._deleting(node_ids, filters))
-
-    async def adelete_nodes(
-        self,
-        node_ids: list[str] | None = None,
-        filters: MetadataFilters | None = None,
-        **delete_kwargs: Any,
-    ) -> None:
-        """As ``delete_nodes``."""
-        await self._runner.arun(self._deleting(node_ids, filters))
-
-    def _deleting(self, node_ids: list[str] | None, filters: MetadataFilters | None) -> Work[int]:
         if node_ids is None and filters is None:
             raise DeclarationError(
                 "delete_nodes() was given neither ids nor filters, which is every row of the "
                 "table; clear() deletes those."
             )
-        return self._documents.remove(self._where(node_ids, filters))
+        return then(self._documents.remove(self._where(node_ids, filters)), lambda _: None)
 
-    def clear(self) -> None:
+    delete_nodes, adelete_nodes = both(_delete_nodes)
+
+    def _clear(self) -> Work[None]:
         """Delete every row of the table."""
-        self._runner.run(self._documents.remove())
+        return then(self._documents.remove(), lambda _: None)
 
-    async def aclear(self) -> None:
-        """As ``clear``."""
-        await self._runner.arun(self._documents.remove())
+    clear, aclear = both(_clear)
 
-    def query(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
-        """The nodes nearest to a question, nearest first.
+    def _query(self, /, query: VectorStoreQuery, **kwargs: Any) -> Work[VectorStoreQueryResult]:
+        """The nodes nearest to a question, nearest first; in the mode ``mmr`` diverse ones.
 
         Raises:
             DeclarationError: a mode that this store has not, or no question.
         """
-        return _result(self._runner.run(self._search(query)))
-
-    async def aquery(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
-        """As ``query``."""
-        return _result(await self._runner.arun(self._search(query)))
-
-    def _search(self, query: VectorStoreQuery) -> Work[list[Row]]:
-        if query.mode not in _MODES:
-            modes = ", ".join(mode.value for mode in _MODES)
-            raise DeclarationError(
-                f"This store has no mode {query.mode.value!r}; it has {modes}. See diverse() of "
-                "sbert_pg for diversity."
-            )
         question = query.query_str or query.query_embedding
         if question is None:
             raise DeclarationError("A query has query_str or query_embedding.")
@@ -239,7 +204,20 @@ class SbertVectorStore(BasePydanticVectorStore):
         if query.doc_ids:
             of_documents = condition({"ref_doc_id": {"$in": query.doc_ids}}, self._documents.field)
             where = sa.and_(where, of_documents)
-        return self._documents.search(question, conditions=where, **_how(query))
+        if query.mode == VectorStoreQueryMode.MMR:
+            limit, trade = query.similarity_top_k, query.mmr_threshold
+            trade, out_of = 0.5 if trade is None else trade, int(kwargs.get("mmr_prefetch_k", 0))
+            rows = self._documents.diverse(
+                question, limit, where, out_of=out_of or 4 * limit, trade=trade, by="meaning"
+            )
+        elif query.mode in _MODES:
+            rows = self._documents.search(question, conditions=where, **_how(query))
+        else:
+            modes = ", ".join(mode.value for mode in (*_MODES, VectorStoreQueryMode.MMR))
+            raise DeclarationError(f"This store has no mode {query.mode.value!r}; it has {modes}.")
+        return then(rows, _result)
+
+    query, aquery = both(_query)
 
     def _where(self, node_ids: list[str] | None, filters: MetadataFilters | None) -> Condition:
         where = sa.true() if filters is None else self._translated(filters)

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
-from sbert_pg.adapters.documents import Documents, Row, Runner
+from sbert_pg.adapters.documents import Documents, Row
+from sbert_pg.adapters.running import Runner
 from sbert_pg.errors import DeclarationError
 
 #: Documents that are embedded and written in one transaction.

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.engine import Dialect
+from sqlalchemy.orm import Mapper
 from sqlalchemy.sql.visitors import iterate
 
 from sbert_pg.catalog import guard
@@ -203,6 +204,23 @@ def _add_companion(column: sa.Column[Any], table: Any) -> None:
     name = companion_name(column.name)
     if all(other.name != name for other in table.columns):
         table.append_column(companion_column(column.name))
+
+
+@event.listens_for(Mapper, "after_mapper_constructed")
+def _defer_fields(mapper: Mapper[Any], class_: type[Any]) -> None:
+    """Leave vectors that are fields of SQLModel's classes in the database until they are asked for.
+
+    As ``embedding_column`` does. SQLModel maps the column of a ``Field`` as it is, and has no
+    option for it.
+    """
+    columns = mapper.columns
+    for key in set(getattr(class_, "__pydantic_fields__", ())).intersection(columns.keys()):
+        if isinstance(columns[key].type, Embedding):
+            for column in (companion_of(columns[key]), columns[key]):
+                if column is not None:
+                    mapped: Any = mapper.get_property_by_column(column)
+                    mapped.deferred = True
+                    mapped.strategy_key = (("deferred", True), ("instrument", True))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ catalog), and this module says which of them are faults, and the remedy.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
@@ -18,6 +19,7 @@ from sbert_pg.catalog import Binding, tables
 from sbert_pg.cli import common
 from sbert_pg.errors import SbertPgError
 from sbert_pg.freshness.database import replica_lag
+from sbert_pg.freshness.seen import seen_workers
 from sbert_pg.freshness.status import ColumnStatus, status
 from sbert_pg.indexes.read import StoredIndex, vector_indexes
 
@@ -62,22 +64,34 @@ def doctor(
     """Say what is wrong with a database, and what to do about it.
 
     Looks at pgvector's version, the catalog, each embedding column with its indexes and statistics,
-    questions of full text that want every word, replicas and settings. Changes nothing. Exits with
-    1 if there is a fault; advice alone exits with 0.
+    questions of full text that want every word, replicas and settings, and says which workers it
+    sees. Changes nothing. Exits with 1 if there is a fault; advice alone exits with 0.
 
     [b]sbert-pg doctor -d postgresql://localhost/shop[/]
     [b]sbert-pg doctor --json | jq '.[].remedy'[/]
     """
     with common.database(database) as engine, engine.connect() as connection:
         findings = list(diagnose(connection))
+        workers = list(_workers(connection))
     if json:
         common.print_json([finding._asdict() for finding in findings])
     elif not findings:
         common.note("Nothing was found.")
     for finding in () if json else findings:
         typer.echo(f"{finding.level}: {finding.subject}: {finding.what}.\n  {finding.remedy}")
+    if workers and not json:
+        typer.echo("\n".join(workers), err=True)
     if any(finding.level == "fault" for finding in findings):
         raise typer.Exit(common.EXIT_FAILED)
+
+
+def _workers(connection: sa.Connection) -> Iterator[str]:
+    """Who works on which column, as far as the database knows."""
+    with contextlib.suppress(SbertPgError):  # which is a finding
+        columns, workers = status(connection), seen_workers(connection)
+        yield f"Workers: {workers}."
+        for column in columns:
+            yield f"  {column.column}: {workers.of(column)}."
 
 
 def diagnose(connection: sa.Connection, *, large: int = LARGE) -> Iterator[Finding]:

@@ -34,12 +34,56 @@ _MOST_TERMS = 300_000
 #: Of scikit-learn's stop words those that often say what a text is about.
 _NO_STOP_WORDS = frozenset({
     "amount", "back", "bill", "bottom", "call", "computer", "cry", "describe", "detail", "empty",
-    "fill", "find", "fire", "full", "interest", "mill", "mine", "move", "name", "show", "system",
+    "fill", "find", "fire", "full", "interest", "mill", "move", "name", "show", "system",
     "thick", "thin", "top",
 })  # fmt: skip
+#: Further words of questions and habit that say nothing of what a text is about.
+_ALSO_STOP_WORDS = frozenset({
+    "able", "actually", "ago", "asked", "asking", "came", "certain", "come", "coming", "did",
+    "does", "doing", "gave", "getting", "given", "going", "gone", "got", "happened", "having",
+    "help", "just", "kept", "kind", "know", "let", "like", "look", "looking", "make", "making",
+    "need", "possible", "really", "said", "says", "tell", "thing", "things", "think", "thought",
+    "today", "tomorrow", "tried", "try", "trying", "use", "used", "using", "want", "wanted",
+    "way", "went", "yesterday",
+})  # fmt: skip
+#: Stop words that belong to the word before them, as in "top up" and "log out".
+_PARTICLES = frozenset({"up", "down", "off", "out"})
+#: How many times as frequent a term is in its class as in all others together, at least; and one
+#: that is in every one of five classes or more, as what joins words in any language is.
+_TELLS, _TELLS_EVERYWHERE = 2.0, 4.0
+#: Share of a word's texts that have it in one pair, from which the pair is as good as the word.
+_PAIRED = 0.6
+#: Share of the texts of the most frequent term of a class that a proper name has to be in.
+_CHARACTERISTIC = 0.5
+#: Share of a word's places within sentences at which a proper name has a capital; and share of all
+#: words beyond which capitals say nothing, as in German and in titles.
+_NAMED, _CAPITALS = 0.7, 0.2
 # Two characters at least, as scikit-learn's CountVectorizer; a word begins with a letter.
-# What stands before n't says nothing.
-_WORD = re.compile(r"\b[^\W\d_]\w+\b(?!['’]t\b)")
+# What stands before n't, or after an apostrophe as in I've, says nothing.
+_WORD = re.compile(r"(?<!\w['’])\b[^\W\d_]\w+\b(?!['’]t\b)")
+#: A word within a sentence: one or a comma stands before it.
+_WITHIN = re.compile(r"(?<=[\w,] )[^\W\d_]\w+\b")
+
+
+class Capitals:
+    """Which words of some texts are proper names, by the capitals within their sentences."""
+
+    def __init__(self) -> None:
+        self._capital: Counter[str] = Counter()
+        self._all: Counter[str] = Counter()
+
+    def add(self, text: str) -> None:
+        """Look at one more text."""
+        words = _WITHIN.findall(text)
+        self._all.update(word.lower() for word in words)
+        # Not those in capitals, as PIN and ATM.
+        self._capital.update(word.lower() for word in words if word.istitle())
+
+    def names(self) -> frozenset[str]:
+        """The proper names; none where so many words have a capital that it says nothing."""
+        if self._capital.total() > _CAPITALS * self._all.total():
+            return frozenset()
+        return frozenset(w for w, n in self._capital.items() if n >= _NAMED * self._all[w])
 
 
 def class_tfidf(
@@ -47,40 +91,43 @@ def class_tfidf(
     number: int = KEYWORDS,
     *,
     stems: Mapping[str, str] | None = None,
+    names: Collection[str] = (),
 ) -> dict[int, list[str]]:
     """The words and pairs of words that tell each class from the others, best first.
 
     A term of a class weighs ``tf * log(1 + A / f)``: ``tf`` its share of the class's words, ``f``
     its frequency in all classes, ``A`` the mean number of words in a class (class-based TF-IDF,
-    Grootendorst 2022, "BERTopic"). What only one text of a class has is left out where there is
-    more. No two terms of a class share a word, or a form of it.
+    Grootendorst 2022, "BERTopic"). Where there are others, terms are left out that only one text of
+    a class has, that are not twice as frequent in it as elsewhere (four times, if every class has
+    them, as articles are in any language), and proper names that few of its texts have. No two
+    terms of a class share a word, or a form of it.
 
     Args:
         counts: for each class in how many of its texts each term is, as ``count_words`` gives it.
         number: terms for each class, at most.
         stems: what forms of a word have in common; a word stands for itself where it is not named.
+        names: words that are proper names, in lower case.
     """
-    folded, forms = _folded(counts, stems or {})
+    stems = stems or {}
+    folded, forms = _folded(counts, stems)
+    named = {stems.get(name, name) for name in names}
+    sizes = {cluster: _words(own) for cluster, own in folded.items()}
+    mean = sum(sizes.values()) / max(len(sizes), 1)
     everywhere: Counter[str] = Counter()
     for own in folded.values():
         everywhere.update(own)
-    sizes = {
-        cluster: sum(count for stem, count in own.items() if " " not in stem)
-        for cluster, own in folded.items()
-    }
-    mean = sum(sizes.values()) / max(len(sizes), 1)
     keywords: dict[int, list[str]] = {}
     for cluster, own in folded.items():
-        most = max(own.values(), default=0)
-        least = min(_LEAST_TEXTS, most)
+        telling = _telling(folded, cluster, sizes, everywhere, named) or own
+        rare = _RARE * max(own.values(), default=0)
         weights = {
             stem: count
             / sizes[cluster]
             * math.log1p(mean / everywhere[stem])
-            * min(1.0, count / (_RARE * most))
-            for stem, count in own.items()
-            if count >= least
+            * min(1, count / rare)
+            for stem, count in telling.items()
         }
+        weights = _paired(weights, own)
         # Of a pair and its words, all as frequent, the pair says more.
         ranked = sorted(weights, key=lambda stem: (-weights[stem], -stem.count(" "), stem))
         keywords[cluster] = [
@@ -88,6 +135,50 @@ def class_tfidf(
             for stem in _without_repetition(ranked, number)
         ]
     return keywords
+
+
+def _words(own: Mapping[str, int]) -> int:
+    return sum(count for stem, count in own.items() if " " not in stem)
+
+
+def _telling(
+    folded: Mapping[int, Mapping[str, int]],
+    cluster: int,
+    sizes: Mapping[int, int],
+    everywhere: Mapping[str, int],
+    named: set[str],
+) -> dict[str, int]:
+    """The terms of a class that tell it from the others, and in how many of its texts each is."""
+    own = folded[cluster]
+    most, others = max(own.values(), default=0), sum(sizes.values()) - sizes[cluster]
+
+    def tells(stem: str, count: int) -> bool:
+        in_all = len(folded) >= 5 and all(stem in other for other in folded.values())
+        least = _TELLS_EVERYWHERE if in_all else _TELLS
+        return count * others >= least * (everywhere[stem] - count) * sizes[cluster]
+
+    return {
+        stem: count
+        for stem, count in own.items()
+        if count >= min(_LEAST_TEXTS, most)
+        and (count >= _CHARACTERISTIC * most or named.isdisjoint(stem.split(" ")))
+        and tells(stem, count)
+    }
+
+
+def _paired(weights: Mapping[str, float], counts: Mapping[str, int]) -> dict[str, float]:
+    """The weights, where a pair has that of a word that mostly stands in it: "apple pay"."""
+    return {
+        stem: max(
+            [weight]
+            + [
+                weights[word]
+                for word in stem.split(" ")
+                if word in weights and counts[stem] >= _PAIRED * counts[word]
+            ]
+        )
+        for stem, weight in weights.items()
+    }
 
 
 def _folded(
@@ -111,10 +202,10 @@ def _without_repetition(stems: Iterable[str], number: int) -> list[str]:
     # letters makes them one.
     taken: list[str] = []
     for stem in stems:
-        words = stem.split(" ")
+        words = [word for word in stem.split(" ") if word not in _PARTICLES]
         if len(chosen) == number:
             break
-        if not any(_related(word, other) for word in words for other in taken):
+        if words and not any(_related(word, other) for word in words for other in taken):
             chosen.append(stem)
             taken += words
     return chosen
@@ -125,33 +216,44 @@ def _related(a: str, b: str) -> bool:
 
 
 def count_words(
-    texts: Iterable[tuple[int, str | None]], stop_words: StopWords = "english"
+    texts: Iterable[tuple[int, str | None]],
+    stop_words: StopWords = "english",
+    capitals: Capitals | None = None,
 ) -> dict[int, Counter[str]]:
     """In how many texts of each class each word is, and each pair of neighbours, in lower case.
 
     Args:
         texts: a class and a text, in any order.
         stop_words: words to leave out, which part their neighbours; ``"english"`` is
-            scikit-learn's list but for words that often say what a text is about.
+            scikit-learn's list but for words that often say what a text is about, and more verbs.
+        capitals: is shown each text.
     """
-    stop: Collection[str] = (
-        need("sklearn.feature_extraction.text", "find keywords").ENGLISH_STOP_WORDS - _NO_STOP_WORDS
-        if stop_words == "english"
-        else frozenset(stop_words)
-    )
+    stop: Collection[str] = frozenset(stop_words)
+    if stop_words == "english":
+        theirs = need("sklearn.feature_extraction.text", "find keywords").ENGLISH_STOP_WORDS
+        stop = (theirs - _NO_STOP_WORDS) | _ALSO_STOP_WORDS
     counts: dict[int, Counter[str]] = {}
     for cluster, text in texts:
         own = counts.setdefault(cluster, Counter())
         own.update(_terms(text or "", stop))
+        if capitals is not None:
+            capitals.add(text or "")
         if len(own) > _MOST_TERMS:
             counts[cluster] = Counter({t: n for t, n in own.items() if n > 1 or " " not in t})
     return counts
 
 
 def _terms(text: str, stop: Collection[str]) -> set[str]:
-    words = [word if word not in stop else "" for word in _WORD.findall(text.lower())]
-    pairs = {f"{a} {b}" for a, b in pairwise(words) if a and b and a != b}
-    return {*words, *pairs} - {""}
+    units: list[str] = []
+    for word in _WORD.findall(text.lower()):
+        if word not in stop:
+            units.append(word)
+        elif word in _PARTICLES and units and units[-1]:
+            units[-1] += f" {word}"
+        else:
+            units.append("")
+    pairs = {f"{a} {b}" for a, b in pairwise(units) if "" not in (a, b) and a != b}
+    return {*units, *pairs} - {""}
 
 
 def _stems(
@@ -209,11 +311,12 @@ def find_keywords(
         .execution_options(yield_per=_FETCH)
     )
     rows = connection.execute(statement)
-    counts = count_words(((row[0], row[1]) for row in rows), stop_words)
+    capitals = Capitals()
+    counts = count_words(((row[0], row[1]) for row in rows), stop_words, capitals)
     stems = _stems(connection, counts, stop_words)
     values: list[dict[str, Any]] = [
         {"this": cluster_id, "words": words, "name": ", ".join(words[:_LABEL_WORDS]) or None}
-        for cluster_id, words in class_tfidf(counts, stems=stems).items()
+        for cluster_id, words in class_tfidf(counts, stems=stems, names=capitals.names()).items()
     ]
     if values:
         connection.execute(

@@ -285,6 +285,8 @@ _RETRY_LOST = 2.0
 #: How often the thread looks whether it should stop, in seconds.
 _LOOK = 0.5
 _TEST_PREFIX = "test:"
+#: What the connection is called in ``pg_stat_activity``, before the worker's name.
+LISTENS_AS = "sbert-pg worker "
 
 
 class _UnavailableError(Exception):
@@ -296,14 +298,20 @@ class Listener:
 
     Args:
         engine: where to listen.
+        name: the worker's.
         on_notify: called, in the thread, for what is heard.
         on_state: called with whether it listens, whenever that changes.
     """
 
     def __init__(
-        self, engine: sa.Engine, on_notify: OnNotify, on_state: Callable[[bool], None]
+        self,
+        engine: sa.Engine,
+        name: str,
+        on_notify: OnNotify,
+        on_state: Callable[[bool], None],
     ) -> None:
         self._engine = engine
+        self._name = name
         self._on_notify = on_notify
         self._on_state = on_state
         self._stop = threading.Event()
@@ -348,6 +356,8 @@ class Listener:
                 raise _UnavailableError(str(error)) from error
             # It waits for notifications for as long as it lives, so the pool gets its place back.
             connection.detach()
+            called = (LISTENS_AS + self._name)[:63]  # which the server keeps in ASCII
+            driver.execute("SELECT set_config('application_name', %s, false)", [called])
             driver.execute(sql.SQL("LISTEN {}").format(sql.Identifier(PENDING_CHANNEL)))
             self._test(driver)
             self._said = None

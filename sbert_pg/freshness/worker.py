@@ -193,7 +193,9 @@ class Worker:
                     stack.callback(companion.stop)
                     companion.start()
                 if self.settings.listen and not until_empty:
-                    listener = Listener(self._database.engine, self.wake, self._set_listening)
+                    listener = Listener(
+                        self._database.engine, self.settings.name, self.wake, self._set_listening
+                    )
                     stack.callback(listener.stop)
                     listener.start()
                 self._flow = stack.enter_context(

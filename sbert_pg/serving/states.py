@@ -13,6 +13,7 @@ from starlette.datastructures import QueryParams
 
 from sbert_pg import catalog, reembed
 from sbert_pg.catalog import Binding
+from sbert_pg.freshness.seen import seen_workers
 from sbert_pg.freshness.status import ColumnStatus, failures, status
 from sbert_pg.reembed.status import change_of, status_of
 from sbert_pg.search.exact import LabelledQuery
@@ -214,7 +215,7 @@ def _both(shown: Shown, tables: Sequence[Exposed], query: QueryParams) -> Iterat
 def health(shown: Shown, diagnose: Callable[[sa.Connection], Iterable[Any]]) -> Iterator[Any]:
     """Columns, failed rows, and what the doctor finds."""
     with shown.connected() as connection:
-        columns = status(connection)
+        columns, workers = status(connection), seen_workers(connection)
         bindings = {str(b): b for b in catalog.all_bindings(connection)}
         failed = {
             c.column: failures(connection, bindings[c.column], limit=FAILED)
@@ -236,8 +237,9 @@ def health(shown: Shown, diagnose: Callable[[sa.Connection], Iterable[Any]]) -> 
     yield table(heads, ([
         c.column, c.encoder, c.state, _number(c.rows), _number(c.embedded),
         _number(c.pending), _number(c.backfill), _number(c.failed), _number(c.truncated), c.index,
-        "never" if c.age is None else f"caught up {c.age:,.0f} s ago",
+        workers.of(c),
     ] for c in columns))  # fmt: skip
+    yield h("p", "Workers: ", str(workers), ".", id="workers", dir="auto")
     for column, rows in failed.items():
         yield h("h2", f"Failed rows of {column}", dir="auto")
         yield table(("key", "attempts", "reason"), ([f.key, f.attempts, f.error] for f in rows))

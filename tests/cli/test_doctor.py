@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from typing import Any
 
 import pytest
@@ -10,7 +12,14 @@ import sqlalchemy as sa
 from command_line import sbert_pg
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from sbert_pg import create_all, embed_on_flush, embedding_column, hnsw_index
+from sbert_pg import (
+    WorkerSettings,
+    create_all,
+    embed_on_flush,
+    embedding_column,
+    hnsw_index,
+    worker_thread,
+)
 from sbert_pg.cli.doctor import Finding, diagnose
 from sbert_pg.testing import DeterministicEncoder
 
@@ -59,6 +68,29 @@ def one(engine: sa.Engine, **options: Any) -> Finding:
 
 def test_nothing_is_found_where_nothing_is_wrong(well: sa.Engine) -> None:
     assert found(well) == []
+
+
+def test_workers_that_listen_work_and_ended(well: sa.Engine) -> None:
+    def lines() -> list[str]:
+        return sbert_pg("doctor", url=well.url).stderr.splitlines()[-2:]
+
+    alone, column = lines()
+    assert alone == "Workers: No worker listens."
+    assert column == "  public.note.embedding: caught up never."
+    with worker_thread(well, WorkerSettings(name="haus:12:ab" + "x" * 60)) as worker:
+        until = time.monotonic() + 60
+        while not worker.tally.listening or "never" in lines()[1]:
+            assert time.monotonic() < until
+        listening, column = lines()
+    assert listening.startswith("Workers: 1 listening: haus:12:abxxx")
+    assert re.fullmatch(r"  public.note.embedding: caught up \d+ s ago\.", column)
+    lease = (
+        "INSERT INTO sbert.claim SELECT id, '{}', '{{[1],[2]}}', now() + '{} s' FROM sbert.binding"
+    )
+    run(well, lease.format("a:1/7", 60), lease.format("a:1/8", -9), lease.format("b:2/1", -90))
+    stopped, column = lines()
+    assert stopped == "Workers: No worker listens."
+    assert "a:1 has 4 rows in hand; b:2 came to an end with 2; its lease did 9" in column
 
 
 @pytest.mark.parametrize(("version", "faults"), [("0.8.0", 3), ("0.8.3", 1), ("0.8.4", 0)])

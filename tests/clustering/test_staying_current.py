@@ -12,7 +12,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from sbert_pg import catalog, registry
 from sbert_pg import clustering as cl
-from sbert_pg.clustering.keywords import _stems, class_tfidf, count_words
+from sbert_pg.clustering.keywords import Capitals, _stems, class_tfidf, count_words
 from sbert_pg.errors import ClusteringError, DeclarationError, EncoderMismatchError
 from sbert_pg.orm import embed_on_flush, embedding_column
 from sbert_pg.testing import DeterministicEncoder
@@ -290,9 +290,55 @@ def test_after_the_change_of_encoder_the_tables_go_on(engine: sa.Engine) -> None
 def test_what_few_texts_of_a_cluster_have_is_not_what_it_is_about() -> None:
     counts = {
         1: {"development": 200, "libfoo": 6, "headers": 15},
-        2: {"headers": 190, "game": 110},
+        2: {"headers": 3, "game": 110},
     }
     assert class_tfidf(counts)[1] == ["development", "headers", "libfoo"]
+    # What is as frequent elsewhere says nothing; of one class alone there is nothing to compare.
+    counts[2]["headers"] = 190
+    assert class_tfidf(counts)[1] == ["development", "libfoo"]
+    assert class_tfidf({1: {"a": 3, "b": 2}})[1] == ["a", "b"]
+
+
+def test_what_joins_words_is_no_keyword_in_any_language() -> None:
+    """Without German stop words: articles are in every class, in some more often than in others."""
+    topics = ["Regen", "Bank", "Butter", "Hotel", "Rennen"]
+    texts = [
+        (n, f"Die {topic} und das {topic} {'durch ' * (n == 0)}von {n}x")
+        for n, topic in enumerate(topics)
+        for _ in range(4)
+    ] + [(n, "durch") for n in range(1, 5)]
+    for n, keywords in class_tfidf(count_words(texts)).items():
+        assert topics[n].lower() in keywords[0].split()
+        assert not {"die", "das", "und", "von", "durch"} & set(keywords)
+
+
+def test_proper_names_are_left_out_but_for_those_that_a_class_is_about() -> None:
+    texts = [
+        *[(1, "we want to pay for it with Apple here and there, for a PIN")] * 3,
+        *[(1, "Paying is what we do in the town of London where one takes it all")] * 3,
+        (1, "why we pay in the shop of Zoe, if ever"),
+        (1, "and pay in the shop of Zoe, if ever"),
+        *[(2, "some of the boats left and others came to the shore")] * 4,
+    ]
+    capitals = Capitals()
+    counts = count_words(texts, capitals=capitals)
+    assert capitals.names() == {"apple", "london", "zoe"}, "no PIN, nor how a sentence begins"
+    keywords = class_tfidf(counts, names=capitals.names())[1]
+    assert {"apple", "london"} <= set(keywords)
+    assert "zoe" not in keywords
+    assert "zoe" in class_tfidf(counts)[1]
+    german = Capitals()
+    german.add("mit dem Hund, der Katze und einem Vogel im Haus")
+    assert german.names() == frozenset(), "every noun has a capital, so capitals say nothing"
+
+
+def test_a_verb_keeps_its_particle() -> None:
+    counts = count_words(
+        [(1, "auto top up, and log out"), (1, "I've topped up"), (2, "up, not down")]
+    )
+    assert {"top up", "auto top up", "log out", "topped up"} <= set(counts[1])
+    assert not {"top", "up", "ve", "out"} & set(counts[1])
+    assert counts[2] == {}
 
 
 def test_keywords_by_hand(engine: sa.Engine, app: Any) -> None:
@@ -351,4 +397,5 @@ def test_terms_of_a_class_do_not_repeat_each_other(engine: sa.Engine) -> None:
     assert len(keywords[1]) == 2, keywords
     assert {word[:4] for word in keywords[1]} == {"veri", "iden"}
     assert "hasn" not in counts[1]
-    assert class_tfidf(counts)[2] == ["bank", "transfer"], "without stems, each form is a word"
+    # Without stems the pair is in two of three texts, and says more than its words all the same.
+    assert class_tfidf(counts)[2] == ["bank transfer"]

@@ -247,6 +247,8 @@ def test_diversity(store: SbertVectorStore, encoder: DeterministicEncoder) -> No
         store.amax_marginal_relevance_search("apples", k=2, fetch_k=4, lambda_mult=0.3)
     )
     assert [d.page_content for d in again] == [d.page_content for d in diverse]
+    with pytest.raises(DeclarationError, match="words="):  # which it hears, as the other searches
+        store.max_marginal_relevance_search("apples", k=2, by="words")
 
 
 def test_other_keys(tables: sa.Engine) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 from llama_index.core import VectorStoreIndex
-from llama_index.core.schema import NodeRelationship, RelatedNodeInfo, TextNode
+from llama_index.core.schema import IndexNode, NodeRelationship, RelatedNodeInfo, TextNode
 from llama_index.core.vector_stores.types import (
     FilterCondition,
     FilterOperator,
@@ -130,7 +130,7 @@ def test_querying(store: SbertVectorStore, encoder: DeterministicEncoder) -> Non
         assert sorted(store.query(query).ids or []) == ["2", "3"]
     for refused in (
         VectorStoreQuery(query_str="a", mode=VectorStoreQueryMode.HYBRID),
-        VectorStoreQuery(query_str="a", mode=VectorStoreQueryMode.MMR),
+        VectorStoreQuery(query_str="a", mode=VectorStoreQueryMode.SVM),
         VectorStoreQuery(similarity_top_k=1),
     ):
         with pytest.raises(DeclarationError):
@@ -179,6 +179,51 @@ def test_deleting(store: SbertVectorStore) -> None:
     assert ids(store.get_nodes()) == ["1"]
     store.clear()
     assert store.get_nodes() == []
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+async def test_what_their_tests_of_postgres_ask(
+    store: SbertVectorStore, asynchronous: bool
+) -> None:
+    """The behaviours of LlamaIndex's own tests of a store in Postgres, by both kinds of calls."""
+
+    async def do(name: str, *arguments: Any) -> Any:
+        names = {"add": "async_add"}
+        if asynchronous:
+            return await getattr(store, names.get(name, f"a{name}"))(*arguments)
+        return getattr(store, name)(*arguments)
+
+    async def asked(limit: int = 10, **how: Any) -> Any:
+        return await do("query", VectorStoreQuery(similarity_top_k=limit, **how))
+
+    # A node that stands for an index comes back as one, and is added a second time in its place.
+    reference = IndexNode(id_="4", text="jam and honey", index_id="other", metadata={"topic": "x"})
+    assert await do("add", [reference]) == await do("add", [reference]) == ["4"]
+    found = await asked(2, query_str="jam and honey")
+    assert (found.ids[0], len(found.nodes), len(found.similarities)) == ("4", 2, 2)
+    assert isinstance(found.nodes[0], IndexNode)
+    assert found.nodes[0].index_id == "other"
+    assert type(found.nodes[1]) is TextNode
+    # Filters and ids in one question; a filter that nothing passes.
+    food = filters(("topic", "==", "food"))
+    assert sorted((await asked(query_str="bread", filters=food)).ids) == ["2", "3"]
+    assert (await asked(query_str="bread", filters=food, node_ids=["1", "2"])).ids == ["2"]
+    nothing = await asked(query_str="bread", filters=filters(("topic", "==", "none")))
+    assert (nothing.ids, list(nothing.nodes), nothing.similarities) == ([], [], [])
+    # Diversity: of rows that say the same, one.
+    await do("add", [node(f"j{n}", "jam and honey", "shop") for n in range(3)])
+    how: dict[str, Any] = {"query_str": "jam and honey", "mode": VectorStoreQueryMode.MMR}
+    texts = [n.get_content() for n in (await asked(2, mmr_threshold=0.3, **how)).nodes]
+    assert texts[0] == "jam and honey" != texts[1]
+    assert len((await asked(3, mmr_threshold=1, **how)).ids) == 3
+    # Deleting: what no row has, what filters and ids have in common, a document, everything.
+    await do("delete_nodes", ["none"])
+    await do("delete_nodes", ["1", "2"], food)
+    assert ids(await do("get_nodes")) == ["1", "3", "4", "j0", "j1", "j2"]
+    await do("delete", "shop")
+    assert ids(await do("get_nodes", ["3", "4"])) == ["4"]
+    await do("clear")
+    assert (await asked(query_str="bread")).ids == []
 
 
 def test_an_index_of_it(store: SbertVectorStore) -> None:
