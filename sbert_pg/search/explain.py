@@ -28,8 +28,8 @@ class SearchExplanation:
         reason: why, in words.
         certain: whether the answer is exact. An index is approximate: with the defaults recall@10
             is .98 or more on average.
-        share: estimated part of the table's rows that pass the criteria; ``None`` where there are
-            none, or nothing was estimated.
+        share: estimated part of the table's rows that pass the criteria; ``None`` where a sample
+            of the table has no rows, or nothing was estimated.
         looked: nearest rows of the index that were looked at, 0 where it was not asked.
         passed: how many of those pass.
         sql: the statement.
@@ -161,9 +161,11 @@ def explain_search(session: Session | sa.Connection, statement: Nearest) -> Sear
 def _explained(row: Any, ways: Ways, sql: str) -> SearchExplanation:
     """What the deciding part has decided, in words."""
     looked = ways.first.least if ways.plan is None else row["looked"]
-    share = None if ways.plan is None else float(row["share"])
+    share = None if ways.plan is None or row["share"] is None else float(row["share"])
     if ways.plan is not None and not row["by_index"]:
-        reason = f"about {share:.2%} of the rows pass, which are compared sooner than looked for"
+        reason = "a sample of the table has no rows, so those that pass are compared"
+        if share is not None:
+            reason = f"about {share:.2%} of the rows pass, and comparing them is sooner than a look"
         return SearchExplanation("exact", reason, True, share, 0, 0, sql)
     counts = f"{row['passed']} of the nearest {looked} rows pass"
     if row["far"] and ways.second is not None:

@@ -81,9 +81,12 @@ def named(name: str, *columns: str, **typed: Any) -> sa.TableClause:
 NAN: Any = sa.literal_column("'NaN'::float8")
 
 
-def _one_in(number_: int, key: Any) -> sa.ColumnElement[bool]:
-    """That a row is one in so many, by its key."""
-    remainder = sa.func.hashtext(sa.cast(key, sa.Text)) % number(number_)
+def _one_in(number_: int, keys: list[Any]) -> sa.ColumnElement[bool]:
+    """That a row is one in so many, by its whole key: a part of it may be that of many rows."""
+    text: Any = sa.cast(keys[0], sa.Text)
+    if len(keys) > 1:
+        text = sa.func.concat_ws(sa.literal_column("'/'"), *keys)
+    remainder = sa.func.hashtext(text) % number(number_)
     return remainder == number(0)
 
 
@@ -214,7 +217,8 @@ class Ways:
     def _sample(self, passes: Any) -> sa.CTE:
         """How many rows of a few pages pass, and how near the nearest of them is."""
         tried = self.tried
-        key, vector = tried.c[self.target.row_key[0].key], self.target.row_column(tried)
+        keys: list[Any] = [tried.c[column.key] for column in self.target.row_key]
+        vector = self.target.row_column(tried)
         source: Any = tried
         times = self.times
         if isinstance(passes, sa.Exists):
@@ -222,12 +226,12 @@ class Ways:
             # planner compares both here, and not within an aggregate, for as many rows as it
             # expects. It expects a tenth of the table, but for a criterion that it takes for rare.
             packed = self._packed()
-            some = _one_in(packed, key)
-            rows = sa.select(key, vector, passes.label(PASSES)).where(some)
+            some = _one_in(packed, keys)
+            rows = sa.select(*keys, vector, passes.label(PASSES)).where(some)
             source = rows.offset(number(0)).subquery("nearest_tries")
-            key, vector, passes = source.c
+            *keys, vector, passes = source.c
             times = times * number(packed)
-        few = sa.and_(passes, _one_in(EIGHTH, key)) if self.target.wide else passes
+        few = sa.and_(passes, _one_in(EIGHTH, keys)) if self.target.wide else passes
         closest = sa.func.min(self.target.distance(vector, self.vector)).filter(few)
         counts: list[Any] = [sa.func.count().label("tried"), times.label("times")]
         counts += [sa.func.count().filter(passes).label("hits"), closest.label("closest")]

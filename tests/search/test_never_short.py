@@ -499,3 +499,29 @@ def test_a_partitioned_table_is_estimated_as_a_whole(form: Any, engine: sa.Engin
             right = np.argsort(np.where(keep, -(v @ query), np.inf))[:10].tolist()
             assert len(set(pages[0]) & set(right)) >= 9
             assert len(set(pages[0] + pages[1])) == 20
+
+
+def test_of_rows_with_keys_of_parts_some_are_tried(engine: sa.Engine) -> None:
+    """Under criteria about other tables few are; the first part of their key is that of all."""
+    random = np.random.default_rng(6)
+    v = unit(random.normal(size=(8000, 16)))
+    metadata = sa.MetaData()
+    item = sa.Table(
+        "keyed",
+        metadata,
+        sa.Column("tenant", sa.Integer, primary_key=True),
+        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("v", Vector(16)),
+        hnsw_index("keyed_v", "v", m=8, ef_construction=40),
+    )
+    tag = sa.Table("keyed_tag", metadata, sa.Column("item", sa.Integer, index=True))
+    statement = nearest(item.c.v, v[7]).where(sa.exists().where(tag.c.item == item.c.id))
+    with engine.begin() as connection:
+        metadata.create_all(connection)
+        assert explain_search(connection, statement).share is None, "of a table without rows"
+        load(connection, item, ({"tenant": 1, "id": n, "v": v[n]} for n in range(8000)))
+        connection.execute(sa.insert(tag), [{"item": n} for n in range(8000) if n % 10])
+        connection.execute(sa.text("ANALYZE keyed, keyed_tag"))
+        how = explain_search(connection, statement)
+        assert how.share == pytest.approx(0.9, abs=0.1)
+        assert how.way == "index", how
