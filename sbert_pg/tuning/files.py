@@ -7,6 +7,7 @@ import csv
 import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -129,15 +130,18 @@ def read_pairs(path: Path | str, topics: Path | str | None = None) -> list[Label
             return _together(_each_of(path, reader, lambda row: [row]))
     if suffix in (".jsonl", ".ndjson"):
         return _together(read_lines(path))
-    topics = Path(topics or path.with_suffix(".topics"))
-    if path.is_file() and not topics.is_file():
-        raise LoadError(
-            f"{path} ends in none of .csv, .tsv and .jsonl, so it would be TREC qrels, which name "
-            "questions by number. Write the questions, lines of a name, a tab, and the text, into "
-            f"{topics}."
-        )
+    if topics is None:
+        topics = path.parent / f"{path.stem}.topics"
+        # These ask without raising, whatever was passed for a path.
+        if os.path.isfile(path) and not os.path.exists(topics):
+            raise LoadError(
+                f"{path} ends in none of .csv, .tsv and .jsonl, so it would be TREC qrels, which "
+                "name questions by number. Write the questions, lines of a name, a tab, and the "
+                f"text, into {topics}."
+            )
     # Where there are no qrels it is these that are missed.
-    texts = read_topics(topics) if path.is_file() else {}
+    lines = list(_lines(path))
+    texts = read_topics(topics)
 
     def judged(line: str) -> list[dict[str, Any]]:
         name, _, key, gain = _fields(path, line, 4)
@@ -145,7 +149,7 @@ def read_pairs(path: Path | str, topics: Path | str | None = None) -> list[Label
             raise ValueError(f"{topics} has no question {name!r}")
         return [{"question": texts[name], "id": key, "gain": max(float(gain), 0.0), "name": name}]
 
-    return labelled(_each_of(path, _lines(path), judged))
+    return labelled(_each_of(path, lines, judged))
 
 
 def read_topics(path: Path | str) -> dict[str, str]:

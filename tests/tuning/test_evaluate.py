@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,22 @@ def test_unreadable_pairs(
         (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(LoadError, match=message):
         read_pairs(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["", ".", "/", "x" * 300])
+def test_what_is_not_the_name_of_a_file(name: str) -> None:
+    with pytest.raises(LoadError, match="cannot be read"):
+        read_pairs(name)
+
+
+def test_qrels_through_a_pipe(tmp_path: Path) -> None:
+    """As a shell gives what a command prints in place of a file."""
+    topics, (end, start) = tmp_path / "topics", os.pipe()
+    topics.write_text("q1\tWho?\n")
+    with os.fdopen(start, "w") as writing:
+        writing.write("q1 0 7 1\n")
+    assert [query.text for query in read_pairs(f"/dev/fd/{end}", topics)] == ["Who?"]
+    os.close(end)
 
 
 def test_files_that_are_not_what_they_should_be(tmp_path: Path) -> None:
