@@ -23,7 +23,7 @@ import sqlalchemy as sa
 from sbert_pg.errors import DeclarationError
 from sbert_pg.search.entry import nearest
 from sbert_pg.search.passages import MOST_BY_INDEX, DocumentSearch
-from sbert_pg.search.statement import Call, Changeable, Nearest, replayed
+from sbert_pg.search.statement import Call, Changeable, Nearest, replayed, replayed_of
 from sbert_pg.search.words import WordSearch, check_page, word_search, words_page
 
 Fusion = Literal["relative", "rrf"]
@@ -165,9 +165,9 @@ def _statement(search: HybridSearch) -> Nearest:
     values = ["score", "similarity", "meaning_rank", "words_score", "words_rank"]
     query = [page.c.query] if words.many else []
     statement: Any = Nearest(*words.selected, *(page.c[name] for name in values), *query)
-    if words.joins:
-        statement = replayed(statement, words.narrowing)
     origin = words.entity if words.entity is not None else words.table
+    if words.joins:
+        statement = replayed_of(statement, origin, words.narrowing)
     on = [key == page.c[name] for key, name in zip(words.key, names, strict=True)]
     statement = statement.join_from(origin, page, sa.and_(*on))
     statement = statement.order_by(*query, page.c.score.desc(), _first(page), *words.key)

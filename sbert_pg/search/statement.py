@@ -253,6 +253,16 @@ def replayed(statement: Any, calls: tuple[Call, ...]) -> Any:
     return statement
 
 
+def replayed_of(statement: Any, origin: Any, calls: tuple[Call, ...]) -> Any:
+    """The same of a select that has a page beside the origin.
+
+    A join whose ON names no column, as to what is ``LATERAL``, might be to either of the two.
+    """
+    if not any(name in ("select_from", "join_from") for name, _, _ in calls):
+        statement = statement.select_from(origin)
+    return replayed(statement, calls)
+
+
 def statement_of(search: Search) -> Nearest:
     """The statement of a search."""
     shape = _shape(search)
@@ -554,7 +564,8 @@ def _by_ways(search: Search, shape: Shape) -> Nearest:
     parts.append(ways.page.cte("nearest_page"))
     page = named("nearest_page", *key_names(KEY, len(target.key)), DISTANCE, WAY)
     made = Nearest(*target.selected, target.similarity_from(page.c[DISTANCE]))
-    made = _ordered(replayed(made, search.narrowing), target, page).where(*_of_few(target, page))
+    made = replayed_of(made, target.origin, search.narrowing)
+    made = _ordered(made, target, page).where(*_of_few(target, page))
     made = made.order_by(*_partners(search))
     return _finished(_cut(made, search, parts), search)
 

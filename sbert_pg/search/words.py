@@ -27,7 +27,7 @@ from sqlalchemy.sql import visitors
 
 from sbert_pg.errors import DeclarationError
 from sbert_pg.search.bm25 import PAGES, PAGES_OF_SOME, looked_up, ranking
-from sbert_pg.search.statement import Call, Changeable, Nearest, replayed
+from sbert_pg.search.statement import Call, Changeable, Nearest, replayed, replayed_of
 from sbert_pg.search.target import readable_columns
 from sbert_pg.types.comparator import base_of, clause_of
 from sbert_pg.types.text import TextSearch
@@ -376,9 +376,9 @@ def _statement(search: WordSearch) -> Nearest:
     same = [key == page.c[f"key_{n}"] for n, key in enumerate(search.key)]
     query = [page.c.query] if search.many else []
     statement: Any = Nearest(*search.selected, page.c.score.label("score"), *query)
-    if search.joins:
-        statement = replayed(statement, search.narrowing)
     origin = search.entity if search.entity is not None else search.table
+    if search.joins:
+        statement = replayed_of(statement, origin, search.narrowing)
     statement = statement.join_from(origin, page, sa.and_(*same))
     statement = statement.order_by(*query, page.c.score.desc(), *search.key)
     statement = replayed(statement, search.shaping)

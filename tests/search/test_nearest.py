@@ -214,7 +214,7 @@ def test_joins_to_many_give_each_pair_once(indexed: Shop, session: Session, exac
 
 
 @pytest.mark.parametrize("options", [{}, {"exact": True}])
-@pytest.mark.parametrize("by", ["relationship", "criterion", "subquery"])
+@pytest.mark.parametrize("by", ["relationship", "criterion", "subquery", "lateral"])
 def test_pages_of_pairs_follow_each_other(
     indexed: Shop, session: Session, options: dict[str, Any], by: str
 ) -> None:
@@ -225,6 +225,10 @@ def test_pages_of_pairs_follow_each_other(
         statement = statement.where(tag.article_id == article.id)
     elif by == "relationship":
         statement = statement.join(article.tags)
+    elif by == "lateral":
+        # Its ON names neither of the two that are joined.
+        part = sa.select(tag.id).where(tag.article_id == article.id).lateral()
+        statement, key = statement.join(part, sa.true()), part.c.id
     else:
         # In it the author's key is that of a table, and there as often as they have tags.
         theirs = sa.select(indexed.Author.id, tag.id.label("tag_id"), tag.article_id)
