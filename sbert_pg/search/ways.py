@@ -369,7 +369,9 @@ class Ways:
             return look.least
         # As many candidates as the caller says, but where the scan goes on by itself.
         kept = look.fetched if look.fetched > MAX_EF_SEARCH else look.ef_search or look.fetched
-        return min(look.fetched, kept) * 3 // 4
+        # They are ordered coarsely, so that twice as many as are wanted have to be there.
+        wide = min(look.fetched, 2 * self.shape.size)
+        return max(min(look.fetched, kept) * 3 // 4, wide)
 
     def _judged_near(self) -> sa.CTE:
         look, found, plan = self.first, self.found["near"], self.plan
