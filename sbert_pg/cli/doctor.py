@@ -88,6 +88,7 @@ def doctor(
 def _workers(connection: sa.Connection) -> Iterator[str]:
     """Who works on which column, as far as the database knows."""
     with contextlib.suppress(SbertPgError):  # which is a finding
+        catalog.require_current(connection)
         columns, workers = status(connection), seen_workers(connection)
         yield f"Workers: {workers}."
         for column in columns:

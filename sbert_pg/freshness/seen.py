@@ -10,6 +10,7 @@ from sqlalchemy.engine import Connection
 
 from sbert_pg import catalog, system
 from sbert_pg.catalog import tables
+from sbert_pg.catalog.binding import installed
 from sbert_pg.freshness.database import LISTENS_AS
 from sbert_pg.freshness.status import ColumnStatus
 
@@ -67,11 +68,13 @@ class SeenWorkers:
 
 
 def seen_workers(connection: Connection) -> SeenWorkers:
-    """The workers that a database sees; it only reads.
+    """The workers that a database sees, none without a catalog; it only reads.
 
     Raises:
         CatalogError: this role may not use the catalog.
     """
+    if not installed(connection):
+        return SeenWorkers((), {})
     listening = sa.select(_session.application_name).where(
         _session.datname == sa.func.current_database(),
         _session.application_name.startswith(LISTENS_AS, autoescape=True),

@@ -21,6 +21,7 @@ from sbert_pg import (
     worker_thread,
 )
 from sbert_pg.cli.doctor import Finding, diagnose
+from sbert_pg.freshness.seen import seen_workers
 from sbert_pg.testing import DeterministicEncoder
 
 
@@ -68,6 +69,15 @@ def one(engine: sa.Engine, **options: Any) -> Finding:
 
 def test_nothing_is_found_where_nothing_is_wrong(well: sa.Engine) -> None:
     assert found(well) == []
+
+
+def test_a_database_without_a_catalog(engine: sa.Engine) -> None:
+    run(engine, "DROP SCHEMA IF EXISTS sbert CASCADE")
+    said = sbert_pg("doctor", url=engine.url)
+    assert "fault: schema sbert: The schema 'sbert' is not installed" in said.stdout
+    assert said.stderr == ""
+    with engine.connect() as connection:
+        assert str(seen_workers(connection)) == "No worker listens"
 
 
 def test_workers_that_listen_work_and_ended(well: sa.Engine) -> None:
