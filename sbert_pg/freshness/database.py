@@ -356,10 +356,11 @@ class Listener:
                 raise _UnavailableError(str(error)) from error
             # It waits for notifications for as long as it lives, so the pool gets its place back.
             connection.detach()
-            called = (LISTENS_AS + self._name)[:63]  # which the server keeps in ASCII
-            driver.execute("SELECT set_config('application_name', %s, false)", [called])
             driver.execute(sql.SQL("LISTEN {}").format(sql.Identifier(PENDING_CHANNEL)))
             self._test(driver)
+            # Only now: a pooler's connection would keep the name, and be of another client.
+            called = (LISTENS_AS + self._name)[:63]  # which the server keeps in ASCII
+            driver.execute("SELECT set_config('application_name', %s, false)", [called])
             self._said = None
             say(logger, logging.INFO, "Listening for pending rows")
             self._on_state(True)
