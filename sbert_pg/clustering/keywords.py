@@ -59,8 +59,8 @@ _CHARACTERISTIC = 0.5
 #: words beyond which capitals say nothing, as in German and in titles.
 _NAMED, _CAPITALS = 0.7, 0.2
 # Two characters at least, as scikit-learn's CountVectorizer; a word begins with a letter.
-# What stands before n't, or after an apostrophe as in I've, says nothing.
-_WORD = re.compile(r"(?<!\w['’])\b[^\W\d_]\w+\b(?!['’]t\b)")
+# What stands before n't, or is the rest of I've, says nothing; that of l'hôtel does.
+_WORD = re.compile(r"\b(?!(?<=['’])(?:ve|ll|re)\b)[^\W\d_]\w+\b(?!['’]t\b)")
 #: A word within a sentence: one or a comma stands before it.
 _WITHIN = re.compile(r"(?<=[\w,] )[^\W\d_]\w+\b")
 
@@ -116,9 +116,13 @@ def class_tfidf(
     everywhere: Counter[str] = Counter()
     for own in folded.values():
         everywhere.update(own)
+    # Of fewer classes a word may be in all by chance.
+    in_all = set.intersection(*map(set, folded.values())) if len(folded) >= 5 else set()
     keywords: dict[int, list[str]] = {}
     for cluster, own in folded.items():
-        telling = _telling(folded, cluster, sizes, everywhere, named) or own
+        telling = (
+            _telling(own, sizes[cluster], everywhere, sum(sizes.values()), in_all, named) or own
+        )
         rare = _RARE * max(own.values(), default=0)
         weights = {
             stem: count
@@ -138,24 +142,28 @@ def class_tfidf(
 
 
 def _words(own: Mapping[str, int]) -> int:
-    return sum(count for stem, count in own.items() if " " not in stem)
+    """How many words a class has; one with its particle is one, which may be all there is."""
+    return sum(
+        count
+        for stem, count in own.items()
+        if " " not in stem or sum(word not in _PARTICLES for word in stem.split(" ")) < 2
+    )
 
 
 def _telling(
-    folded: Mapping[int, Mapping[str, int]],
-    cluster: int,
-    sizes: Mapping[int, int],
+    own: Mapping[str, int],
+    size: int,
     everywhere: Mapping[str, int],
+    total: int,
+    in_all: set[str],
     named: set[str],
 ) -> dict[str, int]:
     """The terms of a class that tell it from the others, and in how many of its texts each is."""
-    own = folded[cluster]
-    most, others = max(own.values(), default=0), sum(sizes.values()) - sizes[cluster]
+    most, others = max(own.values(), default=0), total - size
 
     def tells(stem: str, count: int) -> bool:
-        in_all = len(folded) >= 5 and all(stem in other for other in folded.values())
-        least = _TELLS_EVERYWHERE if in_all else _TELLS
-        return count * others >= least * (everywhere[stem] - count) * sizes[cluster]
+        least = _TELLS_EVERYWHERE if stem in in_all else _TELLS
+        return count * others >= least * (everywhere[stem] - count) * size
 
     return {
         stem: count
@@ -262,7 +270,7 @@ def _stems(
     """What PostgreSQL's dictionary makes of each English word; nothing of other languages."""
     if stop_words != "english":
         return {}
-    words = sorted({term for own in counts.values() for term in own if " " not in term})
+    words = sorted({word for own in counts.values() for term in own for word in term.split(" ")})
     terms = sa.func.unnest(sa.cast(words, ARRAY(sa.Text))).table_valued(sa.column("word", sa.Text))
     terms = terms.render_derived(name="given")
     lexemes = sa.func.ts_lexize(

@@ -339,6 +339,15 @@ def test_a_verb_keeps_its_particle() -> None:
     assert {"top up", "auto top up", "log out", "topped up"} <= set(counts[1])
     assert not {"top", "up", "ve", "out"} & set(counts[1])
     assert counts[2] == {}
+    # Nothing but such verbs, in all texts.
+    counts = count_words([(1, "How do I log out?"), (1, "log out"), (2, "lost cards")])
+    assert class_tfidf(counts) == {1: ["log out"], 2: ["lost cards"]}
+
+
+def test_what_an_article_is_elided_before_counts() -> None:
+    texts = [(1, "L'hôtel de l’aéroport"), (1, "j'ai vu qu'ils've vu l'hôtel, we'll see")]
+    assert count_words(texts, ["de"])[1].keys() >= {"hôtel", "aéroport"}
+    assert not {"ve", "ll"} & set(count_words(texts, ["de"])[1])
 
 
 def test_keywords_by_hand(engine: sa.Engine, app: Any) -> None:
