@@ -205,10 +205,14 @@ class SbertVectorStore(BasePydanticVectorStore):
             of_documents = condition({"ref_doc_id": {"$in": query.doc_ids}}, self._documents.field)
             where = sa.and_(where, of_documents)
         if query.mode == VectorStoreQueryMode.MMR:
-            limit, trade = query.similarity_top_k, query.mmr_threshold
-            trade, out_of = 0.5 if trade is None else trade, int(kwargs.get("mmr_prefetch_k", 0))
+            limit, trade = query.similarity_top_k, kwargs.get("mmr_threshold", query.mmr_threshold)
             rows = self._documents.diverse(
-                question, limit, where, out_of=out_of or 4 * limit, trade=trade, by="meaning"
+                question,
+                limit,
+                where,
+                out_of=kwargs.get("mmr_prefetch_k") or 4 * limit,
+                trade=0.5 if trade is None else trade,
+                by="meaning",
             )
         elif query.mode in _MODES:
             rows = self._documents.search(question, conditions=where, **_how(query))

@@ -232,6 +232,16 @@ def test_an_index_of_it(store: SbertVectorStore) -> None:
     found = index.as_retriever(similarity_top_k=2).retrieve("jam and honey")
     assert found[0].node.node_id == "4"
     assert found[0].score == pytest.approx(1)
+    # How much they differ comes by the framework's own way, which sets nothing in the query.
+    index.insert_nodes([node(f"j{n}", "jam and honey", "shop") for n in range(3)])
+    for threshold, same in ((1.0, {"jam and honey"}), (0.3, None)):
+        diverse = index.as_retriever(
+            similarity_top_k=2,
+            vector_store_query_mode="mmr",
+            vector_store_kwargs={"mmr_threshold": threshold, "mmr_prefetch_k": None},
+        ).retrieve("jam and honey")
+        contents = {one.get_content() for one in diverse}
+        assert contents == same if same else len(contents) == 2
     assert len(found) == 2
 
 
