@@ -112,7 +112,10 @@ def words_of(error: BaseException) -> str:
     if isinstance(error, SbertPgError):
         return " ".join(str(error).split())
     original = getattr(error, "orig", None) or error
-    state, words = sqlstate_of(original), " ".join(_words(original)[0].split())
+    state = sqlstate_of(original)
+    # An encoder's error speaks for itself, whatever caused it.
+    of_driver = state is not None or isinstance(error, sa.exc.DBAPIError)
+    words = " ".join((_words(original)[0] if of_driver else str(original)).split())
     kind = f"{type(original).__name__}{f' {state}' if state else ''}"
     return f"{kind}: {words}" if words else kind
 

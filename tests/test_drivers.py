@@ -156,3 +156,12 @@ def test_time_outs_of_a_role_do_not_end_a_step(driver: str, bare_database_url: s
     with engine.connect() as connection:
         assert shown(connection) == ["1min", "0", "0"]
     engine.dispose()
+
+
+def test_an_error_that_a_client_caused_says_its_own_words() -> None:
+    cause = RuntimeError("429")
+    cause.message = "of the client"  # type: ignore[attr-defined]
+    error = ValueError("text 17 is\ntoo long")
+    error.__cause__ = cause
+    assert sqlstates.words_of(error) == "ValueError: text 17 is too long"
+    assert sqlstates.words_of(ValueError()) == "ValueError"
