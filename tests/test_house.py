@@ -83,7 +83,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "types": (10, 1777),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3382
+MOST_LINES_OF_THE_REST = 3385
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60

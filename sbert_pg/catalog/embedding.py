@@ -213,8 +213,8 @@ def _defer_fields(mapper: Mapper[Any], class_: type[Any]) -> None:
     As ``embedding_column`` does. SQLModel maps the column of a ``Field`` as it is, and has no
     option for it.
     """
-    columns = mapper.columns
-    for key in set(getattr(class_, "__pydantic_fields__", ())).intersection(columns.keys()):
+    columns, fields = mapper.columns, getattr(class_, "model_fields", None)
+    for key in fields.keys() & set(columns.keys()) if isinstance(fields, dict) else ():
         if isinstance(columns[key].type, Embedding):
             for column in (companion_of(columns[key]), columns[key]):
                 if column is not None:
