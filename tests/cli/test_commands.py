@@ -280,7 +280,7 @@ def test_a_column_is_named_the_same_way_everywhere(database_url: sa.URL, minilm:
             assert isinstance(target.column.type, Embedding)
         with pytest.raises(DeclarationError, match=r"several.*other.note.a, other.note.b.c"):
             resolve(connection, "other.note")
-        with pytest.raises(DeclarationError, match=r"no embedding column.*public.note.a"):
+        with pytest.raises(DeclarationError, match=r"not an embedding column.*public.note.a"):
             resolve(connection, "NOTE")
     engine.dispose()
 

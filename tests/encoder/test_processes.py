@@ -340,4 +340,4 @@ def test_telemetry_is_off_wherever_a_session_is_opened(
     opening = [
         path.name for path in sources.rglob("*.py") if ".InferenceSession(" in path.read_text()
     ]
-    assert sorted(opening) == ["providers.py", "writer.py"]
+    assert sorted(opening) == ["engines.py", "writer.py"]

@@ -269,7 +269,7 @@ class TestErrors:
             connection.execute(sa.text("CREATE TABLE other (b text)"))
             with pytest.raises(LoadError, match="no column 'a'"):
                 load(connection, other, [{"a": "b"}])
-            with pytest.raises(DeclarationError, match="no table and no mapped class"):
+            with pytest.raises(DeclarationError, match="neither a table nor a mapped class"):
                 load(connection, dict, [{"a": "b"}])
 
     def test_autocommit(self, tables: sa.Engine, encoder: Any) -> None:

@@ -285,7 +285,7 @@ class TestCore:
             plain.execute(sa.insert(Page), pages)
             plain.commit()
         assert require_true_or_pending(tables, encoder, Line, Page) == (4, 0)
-        with pytest.raises(DeclarationError, match="no table and no mapped class"):
+        with pytest.raises(DeclarationError, match="neither a table nor a mapped class"):
             embed_rows(dict, [{}])
 
     def test_vectors_that_come_with_their_text(
