@@ -70,7 +70,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "cli": (17, 4524),
     "clustering": (16, 5160),
     "encoder": (28, 7743),
-    "freshness": (17, 5185),
+    "freshness": (17, 5174),
     "indexes": (6, 1407),
     "loading": (4, 1133),
     "orm": (5, 922),

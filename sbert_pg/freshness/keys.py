@@ -24,6 +24,7 @@ from sqlalchemy.types import UserDefinedType
 from sbert_pg import system
 from sbert_pg.catalog.record import Binding
 from sbert_pg.errors import DeclarationError, NotBoundError
+from sbert_pg.types.drivers import WireDumper
 
 #: New and changed rows, and rows of the backfill. Claims take them in this order.
 Class = Literal[0, 1]
@@ -136,18 +137,6 @@ class WireArray:
         self.payload = header if axes else header[:12]
         if axes:
             self.payload += b"".join(parts)
-
-
-class WireArrayDumper(Dumper):
-    """Send ``WireArray`` in binary; the cast around it names the type."""
-
-    format = Format.BINARY
-    oid = 0
-
-    def dump(self, obj: Any) -> bytes:
-        """Return the bytes that were prepared."""
-        payload: bytes = obj.payload
-        return payload
 
 
 class TextArray:
@@ -269,5 +258,5 @@ def vector_of(connection: Connection, binding: Binding) -> tuple[int, str, bool]
 def register(connection: Connection) -> None:
     """Let this connection send such arrays; nothing else about it changes."""
     adapters = driver_connection(connection).adapters
-    adapters.register_dumper(WireArray, WireArrayDumper)
+    adapters.register_dumper(WireArray, WireDumper)
     adapters.register_dumper(TextArray, TextArrayDumper)

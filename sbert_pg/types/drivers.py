@@ -46,14 +46,14 @@ def form_for(dialect: Dialect) -> Form:
     return "binary" if dialect.driver == "psycopg" else "text"
 
 
-class WireVectorDumper(Dumper):
-    """Send ``WireVector`` in binary, with no type of its own: the cast around it names the type."""
+class WireDumper(Dumper):
+    """Send what brings its bytes in binary, without a type: the cast around it names the type."""
 
     format = Format.BINARY
     oid = 0
 
     def dump(self, obj: Any) -> bytes:
-        """The bytes that the vector brings."""
+        """The bytes that the value brings."""
         payload: bytes = obj.payload
         return payload
 
@@ -78,7 +78,7 @@ def _teach(cursor: Any, statement: str, *rest: Any) -> None:
     if _TAUGHT not in connection.info:
         connection.info[_TAUGHT] = True
         for place in _places(connection, cursor):
-            place.adapters.register_dumper(WireVector, WireVectorDumper)
+            place.adapters.register_dumper(WireVector, WireDumper)
     if context.compiled is not None and _returns_arrays(context.compiled):
         _teach_arrays(context.root_connection, cursor)
 

@@ -99,8 +99,8 @@ URL = {bare_database_url.render_as_string(hide_password=False)!r}
 def use(connection):
     from sbert_pg.types import Vector, drivers
     sent = []
-    dump = drivers.WireVectorDumper.dump
-    drivers.WireVectorDumper.dump = lambda self, obj: sent.append(obj) or dump(self, obj)
+    dump = drivers.WireDumper.dump
+    drivers.WireDumper.dump = lambda self, obj: sent.append(obj) or dump(self, obj)
     table = sa.Table("t", sa.MetaData(), sa.Column("v", Vector(2)))
     table.create(connection)
     connection.execute(sa.insert(table), [{{"v": [1, 2]}}, {{"v": [3, 4]}}])
@@ -400,7 +400,7 @@ def state():
 
 before = state()
 from sbert_pg import Embedding, Vector, embedding_column
-from sbert_pg.types.drivers import WireVector, WireVectorDumper
+from sbert_pg.types.drivers import WireVector, WireDumper
 class Base(DeclarativeBase): pass
 class A(Base):
     __tablename__ = "a"
@@ -409,7 +409,7 @@ class A(Base):
     embedding = embedding_column("all-MiniLM-L6-v2", source="title")
 A.embedding.distance([1.0] * 384)
 assert state() == before
-assert psycopg.adapters.get_dumper(WireVector, psycopg.adapt.PyFormat.AUTO) is not WireVectorDumper
+assert psycopg.adapters.get_dumper(WireVector, psycopg.adapt.PyFormat.AUTO) is not WireDumper
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
