@@ -6,10 +6,10 @@ catalog), and this module says which of them are faults, and the remedy.
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from dataclasses import asdict
+from typing import Any, Literal, NamedTuple
 
 import sqlalchemy as sa
 import typer
@@ -68,31 +68,33 @@ def doctor(
     sees. Changes nothing. Exits with 1 if there is a fault; advice alone exits with 0.
 
     [b]sbert-pg doctor -d postgresql://localhost/shop[/]
-    [b]sbert-pg doctor --json | jq '.[].remedy'[/]
+    [b]sbert-pg doctor --json | jq '.findings[].remedy'[/]
     """
     with common.database(database) as engine, engine.connect() as connection:
         findings = list(diagnose(connection))
-        workers = list(_workers(connection))
+        text, workers = _workers(connection)
     if json:
-        common.print_json([finding._asdict() for finding in findings])
+        common.print_json({"findings": [one._asdict() for one in findings], "workers": workers})
     elif not findings:
         common.note("Nothing was found.")
     for finding in () if json else findings:
         typer.echo(f"{finding.level}: {finding.subject}: {finding.what}.\n  {finding.remedy}")
-    if workers and not json:
-        typer.echo("\n".join(workers), err=True)
+    if text and not json:
+        typer.echo(text, err=True)
     if any(finding.level == "fault" for finding in findings):
         raise typer.Exit(common.EXIT_FAILED)
 
 
-def _workers(connection: sa.Connection) -> Iterator[str]:
-    """Who works on which column, as far as the database knows."""
-    with contextlib.suppress(SbertPgError):  # which is a finding
+def _workers(connection: sa.Connection) -> tuple[str, dict[str, Any] | None]:
+    """Who works on which column, as far as the database knows: as text, and as data."""
+    try:
         catalog.require_current(connection)
         columns, workers = status(connection), seen_workers(connection)
-        yield f"Workers: {workers}."
-        for column in columns:
-            yield f"  {column.column}: {workers.of(column)}."
+    except SbertPgError:  # which is a finding
+        return "", None
+    lines = [f"Workers: {workers}.", *(f"  {c.column}: {workers.of(c)}." for c in columns)]
+    ages = {column.column: column.age for column in columns}
+    return "\n".join(lines), asdict(workers) | {"seconds_since_caught_up": ages}
 
 
 def diagnose(connection: sa.Connection, *, large: int = LARGE) -> Iterator[Finding]:

@@ -76,6 +76,7 @@ def test_a_database_without_a_catalog(engine: sa.Engine) -> None:
     said = sbert_pg("doctor", url=engine.url)
     assert "fault: schema sbert: The schema 'sbert' is not installed" in said.stdout
     assert said.stderr == ""
+    assert json.loads(sbert_pg("doctor", "--json", url=engine.url).stdout)["workers"] is None
     with engine.connect() as connection:
         assert str(seen_workers(connection)) == "No worker listens"
 
@@ -101,6 +102,10 @@ def test_workers_that_listen_work_and_ended(well: sa.Engine) -> None:
     stopped, column = lines()
     assert stopped == "Workers: No worker listens."
     assert "a:1 has 4 rows in hand; b:2 came to an end with 2; its lease did 9" in column
+    data = json.loads(sbert_pg("doctor", "--json", url=well.url).stdout)["workers"]
+    held = [(one["worker"], one["rows"]) for one in data["leases"]["public.note.embedding"]]
+    assert sorted(held) == [("a:1", 2), ("a:1", 2), ("b:2", 2)]
+    assert data["seconds_since_caught_up"]["public.note.embedding"] >= 0
 
 
 @pytest.mark.parametrize(("version", "faults"), [("0.8.0", 3), ("0.8.3", 1), ("0.8.4", 0)])
@@ -235,7 +240,10 @@ def test_the_command_exits_by_what_it_finds(well: sa.Engine) -> None:
     run(well, "CREATE VIEW asked AS SELECT plainto_tsquery('a')")
     done = sbert_pg("doctor", "--json", url=well.url)
     assert done.returncode == 0, done.stderr
-    assert [finding["level"] for finding in json.loads(done.stdout)] == ["advice"]
+    data = json.loads(done.stdout)
+    assert [finding["level"] for finding in data["findings"]] == ["advice"]
+    ages = {"public.note.embedding": None}
+    assert data["workers"] == {"listening": [], "leases": {}, "seconds_since_caught_up": ages}
     run(well, "UPDATE pg_extension SET extversion = '0.8.3' WHERE extname = 'vector'")
     done = sbert_pg("doctor", url=well.url)
     assert done.returncode == 1, done.stderr
