@@ -80,7 +80,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "serving": (19, 3613),
     "sql": (1, 24),
     "tuning": (18, 4335),
-    "types": (10, 1777),
+    "types": (10, 1778),
 }
 #: All rooms that are one module.
 MOST_LINES_OF_THE_REST = 3385

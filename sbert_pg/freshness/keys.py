@@ -24,7 +24,7 @@ from sqlalchemy.types import UserDefinedType
 from sbert_pg import system
 from sbert_pg.catalog.record import Binding
 from sbert_pg.errors import DeclarationError, NotBoundError
-from sbert_pg.types.drivers import WireDumper
+from sbert_pg.types.wire import WireDumper
 
 #: New and changed rows, and rows of the backfill. Claims take them in this order.
 Class = Literal[0, 1]

@@ -15,8 +15,7 @@ from typing import Any, Literal
 from weakref import WeakKeyDictionary, WeakSet
 
 import sqlalchemy as sa
-from psycopg.adapt import AdaptersMap, Dumper
-from psycopg.pq import Format
+from psycopg.adapt import AdaptersMap
 from psycopg.types import TypeInfo
 from psycopg.types.array import register_array
 from sqlalchemy import event
@@ -26,7 +25,7 @@ from sqlalchemy.exc import DontWrapMixin
 from sbert_pg.distance import Storage
 from sbert_pg.errors import SbertPgError
 from sbert_pg.process import ProcessLock
-from sbert_pg.types.wire import Array, WireVector, to_text
+from sbert_pg.types.wire import Array, WireDumper, WireVector, to_text
 
 Form = Literal["binary", "text", "blob"]
 
@@ -44,18 +43,6 @@ def form_for(dialect: Dialect) -> Form:
     if dialect.name != "postgresql":
         return "blob"
     return "binary" if dialect.driver == "psycopg" else "text"
-
-
-class WireDumper(Dumper):
-    """Send what brings its bytes in binary, without a type: the cast around it names the type."""
-
-    format = Format.BINARY
-    oid = 0
-
-    def dump(self, obj: Any) -> bytes:
-        """The bytes that the value brings."""
-        payload: bytes = obj.payload
-        return payload
 
 
 def prepare(dialect: Dialect) -> None:

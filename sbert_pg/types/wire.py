@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from psycopg.adapt import Dumper
+from psycopg.pq import Format
 
 from sbert_pg.distance import Storage
 from sbert_pg.errors import DimensionError, NonFiniteError, VectorError
@@ -185,6 +187,18 @@ def _restored_vector(array: Array, payload: bytes) -> WireVector:
     vector = WireVector.__new__(WireVector)
     vector.array, vector.payload = array, payload
     return vector
+
+
+class WireDumper(Dumper):
+    """Send what brings its bytes in binary, without a type: the cast around it names the type."""
+
+    format = Format.BINARY
+    oid = 0
+
+    def dump(self, obj: Any) -> bytes:
+        """The bytes that the value brings."""
+        payload: bytes = obj.payload
+        return payload
 
 
 class VectorValue(np.ndarray[Any, np.dtype[np.float32]]):

@@ -400,7 +400,7 @@ def state():
 
 before = state()
 from sbert_pg import Embedding, Vector, embedding_column
-from sbert_pg.types.drivers import WireVector, WireDumper
+from sbert_pg.types.wire import WireDumper, WireVector
 class Base(DeclarativeBase): pass
 class A(Base):
     __tablename__ = "a"
