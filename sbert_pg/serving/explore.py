@@ -139,7 +139,8 @@ class Explorer:
             if topics is None:
                 yield no_topics(name)
             elif number is not None:
-                yield from members(connection, exposed, topics, _whole(number))
+                title = query.get("name", "")
+                yield from members(connection, exposed, topics, _whole(number), title)
             else:
                 yield from overview(connection, exposed, topics)
 

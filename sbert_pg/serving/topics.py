@@ -47,9 +47,9 @@ def overview(connection: sa.Connection, exposed: Exposed, topics: Clustering) ->
 
 
 def members(
-    connection: sa.Connection, exposed: Exposed, topics: Clustering, number: int
+    connection: sa.Connection, exposed: Exposed, topics: Clustering, number: int, name: str
 ) -> Iterator[Any]:
-    """Rows of a cluster, nearest to its centroid first."""
+    """Rows of a cluster, nearest to its centroid first, and the command that gives it a name."""
     session = Session(connection)
     cluster = session.scalars(topics.clusters().where(topics.Cluster.number == number)).first()
     if cluster is None:
@@ -62,11 +62,26 @@ def members(
     yield h("h2", cluster.label or f"cluster {number}", dir="auto")
     yield h("p", f"{cluster.size:,} rows; the {len(keys)} nearest to their middle.",
             class_="faint")  # fmt: skip
-    name = shlex.quote(cluster.label or "a name")
-    command = f"sbert-pg cluster label {shlex.quote(exposed.name)} {number} {name}"
-    yield h("p", "Rename: ", h("code", command, class_="command", dir="auto"), class_="faint")
+    yield _renaming(exposed, number, name.strip())
     rows = exposed.rows(connection, keys)
     yield table(exposed.columns, ([row.row[c] for c in exposed.columns] for row in rows))
+
+
+def _renaming(exposed: Exposed, number: int, name: str) -> Iterator[Html]:
+    yield h(
+        "form",
+        h("input", type="hidden", name="table", value=exposed.name),
+        h("input", type="hidden", name="number", value=number),
+        h("input", name="name", value=name, required=True, placeholder="A name for this cluster",
+          aria_label="Name", dir="auto"),
+        h("button", "Rename"),
+        class_="choice",
+    )  # fmt: skip
+    if name:
+        words = [exposed.name, str(number), *(["--"] if name.startswith("-") else []), name]
+        copy = h("button", "Copy", type="button", class_="copy")
+        yield h("p", "These pages only read. This command renames it: ", copy, class_="faint")
+        yield h("pre", f"sbert-pg cluster label {shlex.join(words)}", dir="auto")
 
 
 def no_topics(name: str) -> Html:
