@@ -8,7 +8,7 @@ from sqlalchemy.dialects import postgresql as pg
 
 from sbert_pg.sql import load
 
-revision = "0001_68b09293"
+revision = "0001_a7cdb7c1"
 down_revision = None
 branch_labels = None
 depends_on = None

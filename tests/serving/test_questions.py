@@ -120,13 +120,39 @@ def test_errors_explain(plain, statement, says):
     assert plain.execute("SELECT count(*) FROM sbert.question").fetchone() == (0,)
 
 
-def test_inside_begin_it_is_refused(answering, plain):
-    with (
-        pytest.raises(psycopg.errors.InvalidTransactionTermination) as raised,
-        plain.transaction(),
-    ):
-        embedded(plain, "inside")
-    assert "sbert.embed" in raised.value.diag.context
+def test_where_it_cannot_commit_it_says_what_to_do(answering, plain):
+    plain.execute(
+        "CREATE FUNCTION asked() RETURNS text LANGUAGE plpgsql AS $$ DECLARE v text; "
+        "BEGIN CALL sbert.embed('article.embedding', 'in a function', v); RETURN v; END $$"
+    )
+    for statement in ("BEGIN; CALL sbert.embed('article.embedding', 'x', NULL)", "SELECT asked()"):
+        with pytest.raises(psycopg.errors.InvalidTransactionTermination) as raised:
+            plain.execute(statement)
+        assert "inside BEGIN or a function" in raised.value.diag.message_primary
+        assert "sbert.known_v1" in raised.value.diag.message_hint
+        plain.rollback()
+    # Where PostgreSQL lets procedures commit it works, also after an earlier one has.
+    plain.execute(
+        "DO $$ DECLARE v text; BEGIN CALL sbert.embed('article.embedding', 'one', v, 120); "
+        "CALL sbert.embed('article.embedding', 'two', v, 120); ASSERT v IS NOT NULL; END $$"
+    )
+
+
+def test_a_role_that_may_not_use_plpgsql_itself(answering, plain, database):
+    role = f"without_do_{database.url.database}"
+    plain.execute(f"CREATE ROLE {role}")
+    try:
+        plain.execute("REVOKE USAGE ON LANGUAGE plpgsql FROM public")
+        plain.execute("SELECT sbert.grant_v1(%s, 'reader')", [role])
+        plain.execute(f"GRANT SELECT ON article TO {role}")
+        plain.execute(f"SET ROLE {role}")
+        assert embedded(plain, "may I?").startswith("[")
+        with pytest.raises(psycopg.errors.InvalidTransactionTermination), plain.transaction():
+            embedded(plain, "inside")
+    finally:
+        plain.execute("RESET ROLE")
+        plain.execute(f"DROP OWNED BY {role}")
+        plain.execute(f"DROP ROLE {role}")
 
 
 def test_a_column_whose_encoder_is_not_here_is_said_in_time(answering, plain, monkeypatch):
