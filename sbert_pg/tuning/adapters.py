@@ -48,7 +48,8 @@ class Examples:
     """Questions with what is known of them, in vectors.
 
     Attributes:
-        queries: vectors of the questions, ``(questions, dimensions)``.
+        queries: vectors of the questions, ``(questions, dimensions)``, of length one: the length of
+            a question's vector ranks nothing.
         positives: mean vector of each question's answers, by gain.
         negatives: hard negatives of each, ``(questions, count, dimensions)``, zeros where fewer.
         parts: the part of each, from 0.
@@ -117,6 +118,9 @@ def examples_of(
 ) -> Examples:
     """Questions with the vectors of their answers and of the rows that are wrongly near.
 
+    Penalties and rates are for vectors of length one, which not every encoder gives. Where lengths
+    of rows rank, they keep their proportions.
+
     Args:
         candidates: all rows.
         learning: the questions, each with answers among the rows.
@@ -124,7 +128,10 @@ def examples_of(
         parts: the part of each.
     """
     place = {key: i for i, key in enumerate(candidates.keys)}
-    vectors = candidates.vectors
+    lengths = _lengths(candidates.vectors)
+    if candidates.similarity != "cosine":
+        lengths = np.full_like(lengths, np.sqrt((lengths**2).mean()))
+    vectors = candidates.vectors / lengths
     positives = np.stack(
         [
             np.average(
@@ -138,7 +145,11 @@ def examples_of(
         # A row that has come or gone meanwhile is passed over.
         there = [place[key] for key in keys if key in place]
         row[: len(there)] = vectors[there]
-    return Examples(asked, positives, negatives, parts, learning)
+    return Examples(asked / _lengths(asked), positives, negatives, parts, learning)
+
+
+def _lengths(vectors: Vectors) -> Vectors:
+    return np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -192,7 +203,7 @@ def apply(matrix: Matrix, queries: Vectors) -> Vectors:
     """Vectors of queries after the matrix, of the length that they had."""
     moved = queries @ matrix.T.astype(np.float32)
     lengths = np.linalg.norm(queries, axis=1, keepdims=True)
-    moved *= lengths / np.maximum(np.linalg.norm(moved, axis=1, keepdims=True), 1e-12)
+    moved *= lengths / _lengths(moved)
     return np.asarray(moved, np.float32)
 
 
@@ -212,7 +223,7 @@ def _ridges(examples: Examples) -> _Fits:
         turned = axes.T @ (queries.T @ (targets - scale * queries))
         for penalty in PENALTIES:
             moved = axes @ (turned / (values + penalty)[:, None])
-            yield (penalty, push), (scale * identity + moved).T
+            yield (penalty, push), identity + moved.T / scale
 
 
 def _contrasted(seed: int) -> Callable[[Examples], _Fits]:
@@ -242,7 +253,7 @@ def _slope(matrix: Vectors, examples: Examples, batch: npt.NDArray[np.int64]) ->
     """Gradient of InfoNCE by the matrix, for some questions."""
     queries = examples.queries[batch]
     moved = queries @ matrix.T
-    lengths = np.maximum(np.linalg.norm(moved, axis=1, keepdims=True), 1e-12)
+    lengths = _lengths(moved)
     units = moved / lengths
     positives, negatives = examples.positives[batch], examples.negatives[batch]
     among = units @ positives.T

@@ -190,6 +190,30 @@ def test_the_probes_of_documents_are_compared_still(
         ree.rebind(engine, ColumnIdentity("public", "thing", "embedding"), Turned())
 
 
+@pytest.mark.parametrize("method", adapters.METHODS)
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_lengths_of_vectors_change_nothing(
+    method: Any, similarity: str, shop: Any, minilm: Encoder
+) -> None:
+    """Not every encoder gives vectors of length one: paraphrase-MiniLM's are six times as long."""
+    asked, answers = (minilm.encode_document([row[c] for row in shop]) for c in ("asked", "body"))
+    keys = [str(row["id"]) for row in shop]
+    labelled = [LabelledQuery(row["asked"], {key: 1}) for row, key in zip(shop, keys, strict=True)]
+    parts = np.arange(len(shop)) // 3 % adapters.PARTS
+
+    def learned(length: float) -> adapters.Learned:
+        rows = adapters.Candidates(keys, answers * np.float32(length), similarity)
+        wrong = [[keys[n - 1], keys[n - 13]] for n in range(len(keys))]
+        examples = adapters.examples_of(rows, labelled, asked * np.float32(length), wrong, parts)
+        return adapters.learn(method, examples, rows, k=10, seed=0)
+
+    one, seven = learned(1), learned(7)
+    assert one.validation[0] > one.validation[1] + 0.1
+    assert seven.settings == one.settings
+    np.testing.assert_allclose(seven.validation, one.validation, atol=0.02)
+    np.testing.assert_allclose(seven.matrix, one.matrix, atol=1e-3)
+
+
 def test_the_same_again_is_the_same(
     engine: sa.Engine, shop: Any, minilm: Encoder, tmp_path: Path
 ) -> None:
