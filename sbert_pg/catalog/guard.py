@@ -335,13 +335,14 @@ class _Relation(sa.ColumnElement[Any]):
     type = sa.types.NullType()
 
     def __init__(self, schema: str | None, table: str) -> None:
-        self.clause = sa.table(table, schema=schema)
+        # Not sa.table(), whose schema no schema_translate_map changes.
+        self.table = sa.Table(table, sa.MetaData(), schema=schema)
 
 
 @compiles(_Relation)
 def _write_relation(element: _Relation, compiler: SQLCompiler, **_: Any) -> str:
     # By the preparer, so that a schema_translate_map is followed here as in the statement itself.
-    return f"{_QUOTE}{compiler.preparer.format_table(element.clause)}{_QUOTE}::regclass"
+    return f"{_QUOTE}{compiler.preparer.format_table(element.table)}{_QUOTE}::regclass"
 
 
 def _aware(compiler: SQLCompiler) -> bool:

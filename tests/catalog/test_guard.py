@@ -350,6 +350,44 @@ def test_schemas_that_are_translated(bound: sa.Engine) -> None:
             write(mapped, "b")
 
 
+def test_tenants_of_one_schema_map(engine: sa.Engine, fake_encoder: DeterministicEncoder) -> None:
+    """A name that only the map knows, and two schemas that it stands for in turn."""
+
+    class TenantBase(DeclarativeBase):
+        metadata = sa.MetaData(schema="per_tenant")
+
+    class Page(TenantBase):
+        __tablename__ = "Page"
+        id: Mapped[int] = mapped_column("Id", primary_key=True)
+        body: Mapped[str]
+        embedding = embedding_column("deterministic", source="body", dimensions=384, nullable=True)
+        words = text_column("body")
+
+    names = ("a", 'b"%s$1')
+    tenants = [engine.execution_options(schema_translate_map={"per_tenant": n}) for n in names]
+    for name, tenant in zip(names, tenants, strict=True):
+        with tenant.begin() as connection:
+            connection.execute(sa.schema.CreateSchema(name))
+            catalog.create_all(connection, TenantBase.metadata)
+        with note_session(tenant) as session:
+            session.add_all(Page(body=body) for body in (f"apple {name}", "pear"))
+            session.commit()
+            session.execute(sa.update(Page).where(Page.body == "pear").values(body="plum"))
+            session.commit()
+    searches = {
+        "meaning": nearest(Page.embedding, "apple", limit=10),
+        "words": matching(Page.words, "apple", limit=10),
+        "both": hybrid(Page.embedding, Page.words, "apple", limit=10),
+        "plain": sa.select(Page).order_by(Page.embedding.cosine_distance("apple")),
+    }
+    for _ in range(2):
+        for name, tenant in zip(names, tenants, strict=True):
+            for search in searches.values():
+                bodies = [row.Page.body for row in read(tenant, search)]
+                assert f"apple {name}" in bodies
+                assert not [body for body in bodies if body.startswith("apple") and name not in body]
+
+
 def test_a_search_path_that_means_another_table(bound: sa.Engine) -> None:
     write(bound, "a")
     with bound.begin() as connection:
