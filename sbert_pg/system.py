@@ -61,6 +61,13 @@ def name_of(schema: str | None, table: str) -> str:
     return ".".join('"' + part.replace('"', '""') + '"' for part in (schema, table) if part)
 
 
+def schema_in(connection: sa.Connection, schema: str | None) -> str | None:
+    """The schema that a connection's ``schema_translate_map`` makes of one."""
+    schemas = connection.get_execution_options().get("schema_translate_map") or {}
+    translated: str | None = schemas.get(schema, schema)
+    return translated
+
+
 def ddl_name(compiler: Any, schema: str | None, name: str) -> str:
     """A table or index given by its names, as a part of a statement that is being compiled."""
     table = sa.Table(name, sa.MetaData(), schema=schema or None)

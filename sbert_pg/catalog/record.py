@@ -19,6 +19,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.sql.expression import ClauseList, Grouping
 from sqlalchemy.types import UserDefinedType
 
+from sbert_pg import system
 from sbert_pg.distance import Storage
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
@@ -284,7 +285,4 @@ def _quoted(*parts: str | None) -> str:
 
 def translated(connection: Connection, identity: ColumnIdentity) -> ColumnIdentity:
     """The column that a connection's ``schema_translate_map`` makes of one."""
-    translations = connection.get_execution_options().get("schema_translate_map")
-    if translations and identity.schema in translations:
-        return identity._replace(schema=translations[identity.schema])
-    return identity
+    return identity._replace(schema=system.schema_in(connection, identity.schema))

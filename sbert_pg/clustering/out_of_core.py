@@ -43,7 +43,7 @@ MAX_PASSES = 5
 _IMPROVEMENT = 1e-3
 
 _NOTHING = sa.literal_column("''::bytea", sa.LargeBinary)
-_TABLES = sa.MetaData()
+_TABLES = sa.MetaData(schema="pg_temp")
 
 
 def _temporary(name: str, *columns: sa.Column[Any]) -> sa.Table:

@@ -11,6 +11,7 @@ import psycopg
 import sqlalchemy as sa
 from psycopg import sql
 
+from sbert_pg import system
 from sbert_pg.clustering.declaration import Clustering
 from sbert_pg.clustering.kmeans import Fit
 from sbert_pg.clustering.rows import Keys, RowSet, binary_cursor, is_integer
@@ -136,6 +137,7 @@ def _aside(keys: Sequence[sa.Column[Any]], columns: Sequence[sa.Column[Any]]) ->
             for number, column in enumerate(keys)
         ),
         *(sa.Column(column.name, column.type) for column in columns),
+        schema="pg_temp",
         prefixes=["TEMPORARY"],
         postgresql_on_commit="DROP",
     )
@@ -242,7 +244,8 @@ def write_block(
     """Copy values of equal length into columns of whole numbers, ``text``, ``real`` or
     ``boolean``.
     """
-    path = [name for name in (table.schema, table.name) if name is not None]
+    schema = system.schema_in(connection, table.schema)
+    path = [name for name in (schema, table.name) if name is not None]
     names = sql.SQL(", ").join(sql.Identifier(column.name) for column in columns)
     lists = [part.tolist() if isinstance(part, np.ndarray) else part for part in values]
     with binary_cursor(connection).copy(_COPY_IN.format(sql.Identifier(*path), names)) as copy:

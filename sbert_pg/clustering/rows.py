@@ -331,7 +331,13 @@ def fetch_binary(connection: sa.Connection, statement: sa.Select[Any]) -> list[t
 def _literal(connection: sa.Connection, statement: sa.Select[Any]) -> str:
     # COPY takes no parameters, so literals are rendered: by the connection's own dialect, which
     # knows how its server reads backslashes.
-    compiled = statement.compile(dialect=connection.dialect, compile_kwargs={"literal_binds": True})
+    schemas = connection.get_execution_options().get("schema_translate_map")
+    compiled = statement.compile(
+        dialect=connection.dialect,
+        compile_kwargs={"literal_binds": True},
+        schema_translate_map=schemas,
+        render_schema_translate=schemas is not None,
+    )
     # The dialect doubles percents for psycopg, which halves them only where there are parameters.
     return str(compiled).replace("%%", "%")
 

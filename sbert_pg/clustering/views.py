@@ -7,12 +7,13 @@ migration, by names that stay what they were when it was written, or by an expli
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.ext.compiler import compiles
 
+from sbert_pg import system
 from sbert_pg.clustering.declaration import OPERATORS, Clustering, ClusterMetric
 from sbert_pg.clustering.tables import EXEMPLAR_PREFIX, ROW_PREFIX, identifier
 from sbert_pg.types import Vector
@@ -184,15 +185,20 @@ class ClusterViews:
 _READ = ("number", "label", "size", "keywords", "cohesion", "radius")
 
 
+def _in(connection: sa.Connection, clustering: Clustering) -> ClusterViews:
+    views = ClusterViews.of(clustering, connection.dialect)
+    return replace(views, schema=system.schema_in(connection, views.schema))
+
+
 def create_views(connection: sa.Connection, clustering: Clustering) -> None:
     """Create the views and functions of a clustering now; the caller commits."""
-    for statement in ClusterViews.of(clustering, connection.dialect).create():
+    for statement in _in(connection, clustering).create():
         connection.execute(statement)
 
 
 def drop_views(connection: sa.Connection, clustering: Clustering) -> None:
     """Drop the views and functions of a clustering now; the caller commits."""
-    for statement in ClusterViews.of(clustering, connection.dialect).drop():
+    for statement in _in(connection, clustering).drop():
         connection.execute(statement)
 
 

@@ -87,16 +87,16 @@ def build_index(
     table = index.table
     if table is None or index.name is None:
         raise DeclarationError("build_index needs an index with a name, attached to its table.")
-    relation = system.name_of(table.schema, table.name)
     lock = system.ddl("LOCK TABLE %(fullname)s IN SHARE UPDATE EXCLUSIVE MODE", table)
     # Its own connection, which goes when the build has been cancelled.
     with engine.connect() as plain:
         connection = plain.execution_options(isolation_level="AUTOCOMMIT")
+        schema = system.schema_in(connection, table.schema)
         try:
             with index_builder(
                 connection,
                 table.name,
-                table.schema,
+                schema,
                 attempts=attempts,
                 maintenance_work_mem=maintenance_work_mem,
                 parallel_workers=parallel_workers,
@@ -109,7 +109,7 @@ def build_index(
                 in_short_transactions(
                     engine,
                     lambda locked: locked.execute(lock),
-                    relation=relation,
+                    relation=system.name_of(schema, table.name),
                     lock_timeout=lock_timeout,
                     attempts=attempts,
                 )

@@ -113,8 +113,7 @@ class Writer:
         self._driver: Any = connection.connection.driver_connection
         self._dumpers: list[type[Dumper]] = []
         self._oids = None if inserts or not self._is_psycopg() else self._find_types()
-        schemas = connection.get_execution_options().get("schema_translate_map") or {}
-        schema = schemas.get(table.schema, table.schema)
+        schema = system.schema_in(connection, table.schema)
         names = [table.name] if schema is None else [schema, table.name]
         self._staging = self._staged(schema) if existing != "refuse" and self.copies else None
         if self._staging is not None:

@@ -108,7 +108,8 @@ class Bench:
     def _leading(self) -> list[str]:
         """Columns that an index begins with, but vectors and texts."""
         table: Any = self.base.table
-        indexes = sa.inspect(self.connection).get_indexes(table.name, schema=table.schema)
+        schema = system.schema_in(self.connection, table.schema)
+        indexes = sa.inspect(self.connection).get_indexes(table.name, schema=schema)
         first = (index["column_names"][0] for index in indexes if index["column_names"])
         names = {c.name for c in table.c if not isinstance(c.type, (VectorType, TSVECTOR))}
         return [name for name in dict.fromkeys(first) if name is not None and name in names]

@@ -21,7 +21,7 @@ from sbert_pg.errors import DeclarationError, LoadError
 from sbert_pg.search import exact
 from sbert_pg.search.exact import LabelledQuery
 from sbert_pg.tuning.files import Run, in_columns, names_of, pairs_of
-from sbert_pg.tuning.searches import Answer, Search, encode_together, with_answers
+from sbert_pg.tuning.searches import Answer, Search, encode_together, require_rows, with_answers
 
 #: Questions of one statement.
 BATCH = 200
@@ -168,7 +168,6 @@ def evaluate(
         DeclarationError: a search gives something else than answers.
     """
     queries = pairs_of(engine, pairs)
-    texts = [query.text for query in queries]
     answers: dict[str, list[list[Answer]]] = {}
     times: dict[str, float] = {}
     with ExitStack() as stack:
@@ -180,7 +179,7 @@ def evaluate(
             if connection is None:
                 opened = engine.connect().execution_options(isolation_level="REPEATABLE READ")
                 connection = stack.enter_context(opened)
-            answers[name], seconds = _answers(connection, name, search, texts)
+            answers[name], seconds = _answers(connection, name, search, queries)
             times[name] = 1000 * seconds / len(queries)
     scores = _scores(queries, answers, times, k, slices, np.random.default_rng(seed))
     return Evaluation(k, tuple(queries), tuple(scores), answers)
@@ -199,11 +198,12 @@ def _of_run(name: str, run: Run, queries: Sequence[LabelledQuery]) -> list[list[
 
 
 def _answers(
-    connection: sa.Connection, name: str, search: Search, questions: list[str]
+    connection: sa.Connection, name: str, search: Search, queries: Sequence[LabelledQuery]
 ) -> tuple[list[list[Answer]], float]:
     """What a search finds for each question, and the seconds that it took."""
     answers: list[list[Answer]] = []
     seconds = 0.0
+    questions = [query.text for query in queries]
     for first in range(0, len(questions), BATCH):
         batch = questions[first : first + BATCH]
         statement = search(batch)
@@ -224,6 +224,10 @@ def _answers(
         raise DeclarationError(
             f"Search {name!r} answers {len(answers)} of {len(questions)} questions."
         )
+    relevant = {key for query in queries for key in query.gains}
+    if not any(answer.key in relevant for rows in answers for answer in rows):
+        # Nothing right among the answers: a poor search, or keys of another table.
+        require_rows(connection, statement, relevant)
     return answers, seconds
 
 

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sbert_pg.catalog import rows as catalog_rows
 from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.distance import similarity_matrix
-from sbert_pg.errors import DeclarationError
+from sbert_pg.errors import DeclarationError, LoadError
 from sbert_pg.indexes import index_like, vector_indexes
 from sbert_pg.search import exact, hybrid, matching, nearest
 from sbert_pg.search.fusion import HybridSearch
@@ -55,7 +55,7 @@ def with_answers(statement: Any) -> sa.Select[Any]:
         )
     if not isinstance(statement, Nearest):
         return statement  # type: ignore[no-any-return]
-    of = getattr(statement.search, "target", statement.search)
+    of = _target(statement)
     score = columns["score"] if "score" in columns else columns[of.label]
     chosen = (
         columns["query"].label("query"),
@@ -65,6 +65,27 @@ def with_answers(statement: Any) -> sa.Select[Any]:
     )
     # Of this very statement: the method of a search would make another, with other columns.
     return sa.Select.with_only_columns(statement, *chosen)
+
+
+def _target(statement: Nearest) -> Any:
+    return getattr(statement.search, "target", statement.search)
+
+
+def require_rows(connection: sa.Connection, statement: Any, keys: set[str]) -> None:
+    """Refuse labelled keys of which not one is a row of the table that a search reads.
+
+    Raises:
+        LoadError: there is no such row.
+    """
+    if not isinstance(statement, Nearest):
+        return
+    key = catalog_rows.label(_target(statement).key)
+    rows = sa.select(key)
+    if connection.scalar(rows.where(key.in_(keys)).limit(1)) is None:
+        raise LoadError(
+            f"The pairs name {len(keys)} rows, such as {min(keys)!r}, and the table has none of "
+            f"them. Its keys look like {connection.scalar(rows.limit(1))!r}."
+        )
 
 
 def _text_of(column: Any) -> sa.ColumnElement[str]:

@@ -53,6 +53,33 @@ def test_every_algorithm_finds_plain_topics(engine: sa.Engine, algorithm: Any, m
     assert same_partition([found[n] for n in inside], [truth[n - 1] for n in inside])
 
 
+@pytest.mark.parametrize(
+    "algorithm", EVERY, ids=lambda a: f"{a.name}-{getattr(a, 'method', '')}".strip("-")
+)
+def test_a_tenant_of_a_schema_map(engine: sa.Engine, algorithm: Any) -> None:
+    """The rows of the same tables in the schema that the map leaves play no part."""
+    app, (vectors, truth) = make_app(), blobs()
+    app.fill(engine, vectors[::-1][:50])
+    tenant = engine.execution_options(schema_translate_map={None: 'ten"ant'})
+    with tenant.begin() as connection:
+        connection.execute(sa.schema.CreateSchema('ten"ant'))
+    app.fill(tenant, vectors)
+    with tenant.begin() as connection:
+        cl.create_views(connection, app.topics)
+    run = cl.cluster(tenant, app.topics, algorithm)
+    assert (run.rows, run.n_clusters) == (300, 5)
+    found = numbers_of(tenant, app.topics)
+    inside = [number for number in range(1, 301) if found[number] is not None]
+    assert same_partition([found[n] for n in inside], [truth[n - 1] for n in inside])
+    assert set(numbers_of(engine, app.topics).values()) <= {None}
+    with tenant.connect() as connection:
+        view = sa.table("row_cluster_current", sa.column("size"), schema='ten"ant')
+        assert sum(connection.scalars(sa.select(view.c.size))) == len(inside)
+        for method in ("exact", "index"):
+            report = cl.find_duplicates(connection, app.duplicates, threshold=0.9, method=method)
+            assert report.rows > 250
+
+
 def test_what_a_run_records(engine: sa.Engine, app: Any) -> None:
     vectors, _ = blobs()
     app.fill(engine, vectors)

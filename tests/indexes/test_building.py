@@ -188,3 +188,18 @@ def test_replacing_goes_on_where_it_was_ended(engine: sa.Engine, table: sa.Table
                 assert (stored.name, stored.opclass) == ("ix", "vector_ip_ops")
                 assert builder.replace(old)
         assert connection.scalar(sa.text("SHOW lock_timeout")) == "0"
+
+
+def test_a_schema_map_is_followed(engine: sa.Engine, table: sa.Table) -> None:
+    tenant = engine.execution_options(schema_translate_map={None: "tenant"})
+    with tenant.begin() as connection:
+        connection.execute(sa.schema.CreateSchema("tenant"))
+        table.create(connection)
+    index = hnsw_index("of the tenant", table.c.vec)
+    assert build_index(tenant, index)
+    assert not build_index(tenant, index)
+    with engine.connect() as connection:
+        assert vector_indexes(connection, table.name) == ()
+        (stored,) = vector_indexes(connection, table.name, schema="tenant")
+        mapped = connection.execution_options(schema_translate_map={None: "tenant"})
+        assert vector_indexes(mapped, table.name)[0].name == stored.name == "of the tenant"

@@ -299,6 +299,9 @@ def test_what_measures_nothing(library: Any) -> None:
     wrong = [("no row answers this", 1, 0), ("nor this", 2, 0)]
     with pytest.raises(LoadError, match="no labelled questions"):
         evaluate(engine, SEARCHES, wrong)
+    for keys in (["a", "b"], [[1, 2], [3, 4]]):
+        with pytest.raises(LoadError, match=r"none of them. Its keys look like '\d+'"):
+            evaluate(engine, SEARCHES, [(rows[n]["name"], key) for n, key in enumerate(keys)])
     some = [LabelledQuery(p["question"], {str(p["id"]): 1.0}) for p in pairs]
     without = evaluate(engine, SEARCHES, [*some, LabelledQuery("not this", {"1": 0.0})])
     assert without.scores[0].ndcg == evaluate(engine, SEARCHES, some).scores[0].ndcg
