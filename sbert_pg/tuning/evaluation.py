@@ -8,7 +8,7 @@ difference is that of paired questions.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -214,21 +214,24 @@ def _answers(
         started = time.perf_counter()
         rows = connection.execute(with_answers(statement)).all()
         seconds += time.perf_counter() - started
-        of_batch: list[list[Answer]] = [[] for _ in batch]
-        for row in rows:
-            of_batch[row.query].append(
-                Answer(str(row.key), float(row.score), getattr(row, "text", "") or "")
-            )
-        answers += of_batch
+        answers += _by_question(rows, len(batch))
     if len(answers) != len(questions):
         raise DeclarationError(
             f"Search {name!r} answers {len(answers)} of {len(questions)} questions."
         )
     relevant = {key for query in queries for key in query.gains}
-    if not any(answer.key in relevant for rows in answers for answer in rows):
+    if relevant.isdisjoint(answer.key for rows in answers for answer in rows):
         # Nothing right among the answers: a poor search, or keys of another table.
         require_rows(connection, statement, relevant)
     return answers, seconds
+
+
+def _by_question(rows: Iterable[sa.Row[Any]], questions: int) -> list[list[Answer]]:
+    answers: list[list[Answer]] = [[] for _ in range(questions)]
+    for row in rows:
+        text = getattr(row, "text", "") or ""
+        answers[row.query].append(Answer(str(row.key), float(row.score), text))
+    return answers
 
 
 def _measured(answers: Sequence[Answer], query: LabelledQuery, k: int) -> list[float]:
