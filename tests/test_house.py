@@ -66,24 +66,24 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (10, 2006),
     "alembic": (8, 2737),
-    "catalog": (9, 2631),
+    "catalog": (9, 2630),
     "cli": (17, 4526),
-    "clustering": (16, 5160),
+    "clustering": (16, 5179),
     "encoder": (28, 7743),
     "freshness": (17, 5174),
     "indexes": (6, 1407),
-    "loading": (4, 1133),
+    "loading": (4, 1132),
     "orm": (5, 922),
     "passages": (6, 1183),
     "reembed": (12, 3227),
     "search": (13, 4164),
     "serving": (19, 3629),
     "sql": (1, 24),
-    "tuning": (18, 4346),
+    "tuning": (18, 4380),
     "types": (10, 1778),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3385
+MOST_LINES_OF_THE_REST = 3392
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60

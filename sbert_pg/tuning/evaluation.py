@@ -219,10 +219,7 @@ def _answers(
         raise DeclarationError(
             f"Search {name!r} answers {len(answers)} of {len(questions)} questions."
         )
-    relevant = {key for query in queries for key in query.gains}
-    if relevant.isdisjoint(answer.key for rows in answers for answer in rows):
-        # Nothing right among the answers: a poor search, or keys of another table.
-        require_rows(connection, statement, relevant)
+    require_rows(connection, statement, queries, answers)
     return answers, seconds
 
 

@@ -71,14 +71,22 @@ def _target(statement: Nearest) -> Any:
     return getattr(statement.search, "target", statement.search)
 
 
-def require_rows(connection: sa.Connection, statement: Any, keys: set[str]) -> None:
+def require_rows(
+    connection: sa.Connection,
+    statement: Any,
+    queries: Sequence[exact.LabelledQuery],
+    answers: Sequence[Sequence[Answer]],
+) -> None:
     """Refuse labelled keys of which not one is a row of the table that a search reads.
 
     Raises:
         LoadError: there is no such row.
     """
-    if not isinstance(statement, Nearest):
+    keys = {key for query in queries for key in query.gains}
+    answered = {answer.key for rows in answers for answer in rows}
+    if not isinstance(statement, Nearest) or keys & answered:
         return
+    # Nothing right among the answers: a poor search, or keys of another table.
     key = catalog_rows.label(_target(statement).key)
     rows = sa.select(key)
     if connection.scalar(rows.where(key.in_(keys)).limit(1)) is None:
