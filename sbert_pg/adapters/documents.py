@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB, Insert, insert
 from sqlalchemy.orm import ColumnProperty, Mapper, Session, undefer
 
-from sbert_pg.adapters.running import Work
+from sbert_pg.adapters.running import Runner, Work
 from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.errors import DeclarationError
 from sbert_pg.orm.declaring import attributes_of, plain_attributes
@@ -333,6 +333,34 @@ class Documents:
             return None
 
 
+class Store:
+    """What the stores of other libraries are: documents, and sessions to read and write them in.
+
+    Args:
+        column: the embedding column, as in ``Article.embedding``.
+        sessions: a ``sessionmaker``, for both synchronous calls and asynchronous ones, which run in
+            a thread; or an ``async_sessionmaker``, for asynchronous calls alone.
+        content: name of the attribute that is the text; the embedding's source by default.
+        metadata: name of a JSON attribute for metadata that has no attribute of its own.
+        words: name of a text column's attribute, for searches by words or both.
+
+    Raises:
+        DeclarationError: what the class declares cannot be used so.
+    """
+
+    def __init__(
+        self,
+        column: Any,
+        sessions: Any,
+        *,
+        content: str | None = None,
+        metadata: str | None = None,
+        words: str | None = None,
+    ) -> None:
+        self.documents = Documents(column, content=content, metadata=metadata, words=words)
+        self._runner = Runner(sessions)
+
+
 def _mapper_of(column: Any) -> Mapper[Any]:
     mapper: Mapper[Any] | None = getattr(column, "parent", None)
     if not isinstance(getattr(column, "type", None), Embedding) or mapper is None:
@@ -355,4 +383,4 @@ def _by_attributes(rows: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, 
     return list(groups.values())
 
 
-__all__ = ["Documents", "Row"]
+__all__ = ["Documents", "Row", "Store"]

@@ -8,20 +8,16 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from sbert_pg.adapters.documents import Documents, Row
-from sbert_pg.adapters.running import Runner, Work, both, then
-from sbert_pg.errors import DeclarationError, MissingExtraError
+from sbert_pg.adapters.documents import Row, Store
+from sbert_pg.adapters.running import Work, both, then
+from sbert_pg.errors import DeclarationError, needing
 from sbert_pg.search.filters import Condition, condition
 
-try:
+with needing("haystack-ai", "haystack", "offer a table as Haystack's document store"):
     from haystack import Document, component
     from haystack.document_stores.errors import DuplicateDocumentError
     from haystack.document_stores.types import DuplicatePolicy
     from haystack.errors import FilterError
-except ImportError as error:
-    raise MissingExtraError(
-        "haystack-ai", "haystack", "offer a table as Haystack's document store"
-    ) from error
 
 _OPERATORS = {
     "==": "$eq", "!=": "$ne", ">": "$gt", ">=": "$gte", "<": "$lt", "<=": "$lte",
@@ -29,7 +25,7 @@ _OPERATORS = {
 }  # fmt: skip
 
 
-class SbertDocumentStore:
+class SbertDocumentStore(Store):
     """The rows of a mapped class as Haystack's ``DocumentStore``.
 
     Ids are the primary key as text; ``meta`` is what the row's other attributes hold. Vectors are
@@ -46,18 +42,6 @@ class SbertDocumentStore:
     Raises:
         DeclarationError: what the class declares cannot be used so.
     """
-
-    def __init__(
-        self,
-        column: Any,
-        sessions: Any,
-        *,
-        content: str | None = None,
-        metadata: str | None = None,
-        words: str | None = None,
-    ) -> None:
-        self.documents = Documents(column, content=content, metadata=metadata, words=words)
-        self._runner = Runner(sessions)
 
     def _find(
         self, query: str, top_k: int, filters: dict[str, Any] | None, by: str

@@ -5,24 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
+from sbert_pg.adapters.documents import Row, Store
+from sbert_pg.adapters.running import Lists, Work, both, then
+from sbert_pg.errors import DeclarationError, needing
 
-from sbert_pg.adapters.documents import Documents, Row
-from sbert_pg.adapters.running import Runner, Work, both, loaded, then
-from sbert_pg.errors import DeclarationError, MissingExtraError
-from sbert_pg.spec import EncoderSpec, TextEncoder
-
-try:
+with needing("langchain-core", "langchain", "offer a table as LangChain's vector store"):
     from langchain_core.documents import Document
     from langchain_core.embeddings import Embeddings
     from langchain_core.vectorstores import VectorStore
-except ImportError as error:
-    raise MissingExtraError(
-        "langchain-core", "langchain", "offer a table as LangChain's vector store"
-    ) from error
 
 
-class SbertEmbeddings(Embeddings):
+class SbertEmbeddings(Lists, Embeddings):
     """An encoder of this library as LangChain's ``Embeddings``.
 
     Args:
@@ -30,26 +23,11 @@ class SbertEmbeddings(Embeddings):
             A name is loaded at the first text.
     """
 
-    def __init__(self, encoder: str | EncoderSpec | TextEncoder) -> None:
-        self._encoder = encoder
-
-    @property
-    def encoder(self) -> TextEncoder:
-        """The encoder, loaded."""
-        return loaded(self._encoder)
-
-    def embed_documents(self, texts: list[str]) -> list[list[float]]:
-        """The vectors of texts, as documents."""
-        vectors: list[list[float]] = np.asarray(self.encoder.encode_document(texts)).tolist()
-        return vectors
-
-    def embed_query(self, text: str) -> list[float]:
-        """The vector of a text, as a query."""
-        vectors: list[list[float]] = np.asarray(self.encoder.encode_query([text])).tolist()
-        return vectors[0]
+    embed_documents = Lists.of_documents
+    embed_query = Lists.of_query
 
 
-class SbertVectorStore(VectorStore):
+class SbertVectorStore(Store, VectorStore):
     """The rows of a mapped class as LangChain's ``VectorStore``.
 
     Scores are similarities, larger for nearer. Ids are the primary key as text. Metadata is what
@@ -67,18 +45,6 @@ class SbertVectorStore(VectorStore):
     Raises:
         DeclarationError: what the class declares cannot be used so.
     """
-
-    def __init__(
-        self,
-        column: Any,
-        sessions: Any,
-        *,
-        content: str | None = None,
-        metadata: str | None = None,
-        words: str | None = None,
-    ) -> None:
-        self.documents = Documents(column, content=content, metadata=metadata, words=words)
-        self._runner = Runner(sessions)
 
     @property
     def embeddings(self) -> Embeddings:

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 
 from sbert_pg.adapters.documents import Documents, Row
-from sbert_pg.adapters.running import Runner, Work, both, loaded, then
-from sbert_pg.errors import DeclarationError, MissingExtraError
+from sbert_pg.adapters.running import Lists, Runner, Work, both, then
+from sbert_pg.errors import DeclarationError, needing
 from sbert_pg.search.filters import Condition, condition
 from sbert_pg.spec import EncoderSpec, TextEncoder
 
-try:
+with needing("llama-index-core", "llamaindex", "offer a table as LlamaIndex's vector store"):
     from llama_index.core.base.embeddings.base import BaseEmbedding
     from llama_index.core.bridge.pydantic import PrivateAttr
     from llama_index.core.schema import BaseNode, MetadataMode, TextNode
@@ -29,10 +28,6 @@ try:
         VectorStoreQueryResult,
     )
     from llama_index.core.vector_stores.utils import metadata_dict_to_node, node_to_metadata_dict
-except ImportError as error:
-    raise MissingExtraError(
-        "llama-index-core", "llamaindex", "offer a table as LlamaIndex's vector store"
-    ) from error
 
 #: What LlamaIndex keeps of a node beside its text and metadata.
 _OF_NODE = ("_node_content", "_node_type", "document_id", "doc_id", "ref_doc_id")
@@ -52,18 +47,15 @@ class SbertEmbedding(BaseEmbedding):
             A name is loaded at the first text.
     """
 
-    _encoder: Any = PrivateAttr()
+    _lists: Lists = PrivateAttr()
 
     def __init__(self, encoder: str | EncoderSpec | TextEncoder) -> None:
         name = encoder if isinstance(encoder, str) else getattr(encoder, "name", "")
         super().__init__(model_name=name or "unknown")
-        self._encoder = encoder
+        self._lists = Lists(encoder)
 
     def _get_query_embedding(self, query: str) -> list[float]:
-        vectors: list[list[float]] = np.asarray(
-            loaded(self._encoder).encode_query([query])
-        ).tolist()
-        return vectors[0]
+        return self._lists.of_query(query)
 
     async def _aget_query_embedding(self, query: str) -> list[float]:
         return self._get_query_embedding(query)
@@ -72,10 +64,7 @@ class SbertEmbedding(BaseEmbedding):
         return self._get_text_embeddings([text])[0]
 
     def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
-        vectors: list[list[float]] = np.asarray(
-            loaded(self._encoder).encode_document(texts)
-        ).tolist()
-        return vectors
+        return self._lists.of_documents(texts)
 
 
 #: What rows are found by, of each mode.

@@ -19,7 +19,7 @@ import sqlalchemy as sa
 
 from sbert_pg import catalog, freshness
 from sbert_pg.catalog import Binding
-from sbert_pg.errors import DeclarationError, MissingExtraError, SbertPgError
+from sbert_pg.errors import DeclarationError, SbertPgError, needing
 from sbert_pg.freshness.database import Database
 from sbert_pg.freshness.keys import require_psycopg
 from sbert_pg.freshness.running import Watch
@@ -159,10 +159,8 @@ class _Cluster:
         self._connected = False
 
     def __enter__(self) -> Any:
-        try:
+        with needing("ray", "ray", "fill a column by a fleet"):
             import ray
-        except ImportError as error:
-            raise MissingExtraError("Ray", "ray", "A backfill by a fleet") from error
         if not ray.is_initialized():
             options: dict[str, Any] = {"address": self._address}
             if self._address == "local":

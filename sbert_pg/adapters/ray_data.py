@@ -21,7 +21,7 @@ from psycopg import sql
 
 from sbert_pg import system
 from sbert_pg.distance import Storage
-from sbert_pg.errors import DeclarationError, MissingExtraError
+from sbert_pg.errors import DeclarationError, needing
 from sbert_pg.freshness.keys import require_psycopg
 from sbert_pg.loading import load
 from sbert_pg.loading.copying import Existing
@@ -29,13 +29,11 @@ from sbert_pg.row_vectors import target_of
 from sbert_pg.types.vector import VectorType
 from sbert_pg.types.wire import from_wire_block, to_wire
 
-try:
+with needing("ray", "ray", "read and write tables by Ray Data"):
     import pyarrow as pa
     from ray.data import Datasink, Datasource, ReadTask
     from ray.data.block import BlockAccessor, BlockMetadata
     from ray.data.extensions import ArrowTensorArray
-except ImportError as error:
-    raise MissingExtraError("Ray", "ray", "Reading and writing tables by Ray Data") from error
 
 #: Rows of a block: some megabytes of vectors.
 _BLOCK_ROWS = 4096

@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from functools import update_wrapper
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
+import numpy as np
 from sqlalchemy.orm import Session, sessionmaker
 
 from sbert_pg.errors import DeclarationError
@@ -16,7 +17,7 @@ from sbert_pg.spec import EncoderSpec, TextEncoder
 P = ParamSpec("P")
 T = TypeVar("T")
 R = TypeVar("R")
-S = TypeVar("S", bound="Store")
+S = TypeVar("S", bound="Running")
 Work = Callable[[Session], T]
 
 
@@ -55,7 +56,7 @@ class Runner:
             return result
 
 
-class Store(Protocol):
+class Running(Protocol):
     """What ``both`` makes functions of."""
 
     _runner: Runner
@@ -82,9 +83,32 @@ def then(work: Work[T], function: Callable[[T], R]) -> Work[R]:
     return lambda session: function(work(session))
 
 
-def loaded(encoder: str | EncoderSpec | TextEncoder) -> TextEncoder:
-    """An encoder, given as a name, as the spec of a column, or as itself."""
-    return get_encoder(encoder) if isinstance(encoder, (str, EncoderSpec)) else encoder
+class Lists:
+    """An encoder's vectors as lists of numbers, as other libraries take them.
+
+    Args:
+        encoder: a name or path as ``Encoder.load`` takes it, the spec of a column, or an encoder.
+            A name is loaded at the first text.
+    """
+
+    def __init__(self, encoder: str | EncoderSpec | TextEncoder) -> None:
+        self._encoder = encoder
+
+    @property
+    def encoder(self) -> TextEncoder:
+        """The encoder, loaded."""
+        given = self._encoder
+        return get_encoder(given) if isinstance(given, (str, EncoderSpec)) else given
+
+    def of_documents(self, texts: list[str]) -> list[list[float]]:
+        """The vectors of texts, as documents."""
+        vectors: list[list[float]] = np.asarray(self.encoder.encode_document(texts)).tolist()
+        return vectors
+
+    def of_query(self, text: str) -> list[float]:
+        """The vector of a text, as a query."""
+        vector: list[float] = np.asarray(self.encoder.encode_query([text])[0]).tolist()
+        return vector
 
 
-__all__ = ["Runner", "Work", "both", "loaded", "then"]
+__all__ = ["Lists", "Runner", "Work", "both", "then"]

@@ -22,7 +22,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
-from sbert_pg import create_all, embedding_column, registry
+from sbert_pg import create_all, embedding_column, hnsw_index, registry, text_column
 from sbert_pg.adapters.llamaindex import SbertEmbedding, SbertVectorStore
 from sbert_pg.errors import DeclarationError
 from sbert_pg.testing import DeterministicEncoder
@@ -39,6 +39,20 @@ class Note(Base):
     topic: Mapped[str | None]
     extra: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
     embedding = embedding_column("deterministic", "body", nullable=True, dimensions=384)
+
+
+class Half(Base):
+    """In half precision, with an index and words."""
+
+    __tablename__ = "half"
+    __table_args__ = (hnsw_index("half_embedding", "embedding"),)
+    id: Mapped[str] = mapped_column(primary_key=True)
+    body: Mapped[str]
+    extra: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
+    embedding = embedding_column(
+        "deterministic", "body", nullable=True, dimensions=384, storage="halfvec"
+    )
+    words = text_column("body")
 
 
 @pytest.fixture(autouse=True)
@@ -146,11 +160,15 @@ def test_querying(store: SbertVectorStore, encoder: DeterministicEncoder) -> Non
         (filters(filters(("year", "<", 2022)), filters(("topic", "!=", "food"))), ["1"]),
         (filters(("year", "in", [2021, 2022])), ["1", "2"]),
         (filters(("year", "nin", [2021])), ["2", "3"]),
+        (filters(("topic", "in", ["traffic"])), ["1"]),
+        (filters(("nowhere", "is_empty", None)), ["1", "2", "3"]),
         (filters(("year", "is_empty", None)), ["3"]),
         (filters(("tags", "is_empty", None)), ["3"]),
         (filters(("tags", "contains", "bread")), ["2"]),
         (filters(("tags", "any", ["bread", "night"])), ["1", "2"]),
+        (filters(("tags", "any", ["bread", "unknown"])), ["2"]),
         (filters(("tags", "all", ["tram", "night"])), ["1"]),
+        (filters(("tags", "all", ["tram", "unknown"])), []),
         (filters(("topic", "text_match", "oo")), ["2", "3"]),
         (filters(("topic", "text_match", "OO")), []),
         (filters(("topic", "text_match_insensitive", "OO")), ["2", "3"]),
@@ -210,6 +228,8 @@ async def test_what_their_tests_of_postgres_ask(
     assert (await asked(query_str="bread", filters=food, node_ids=["1", "2"])).ids == ["2"]
     nothing = await asked(query_str="bread", filters=filters(("topic", "==", "none")))
     assert (nothing.ids, list(nothing.nodes), nothing.similarities) == ([], [], [])
+    read = [(None, food), (["1", "2"], food), (["1"], food), (["3", "none"], None)]
+    assert [ids(await do("get_nodes", *these)) for these in read] == [["2", "3"], ["2"], [], ["3"]]
     # Diversity: of rows that say the same, one.
     await do("add", [node(f"j{n}", "jam and honey", "shop") for n in range(3)])
     how: dict[str, Any] = {"query_str": "jam and honey", "mode": VectorStoreQueryMode.MMR}
@@ -224,6 +244,44 @@ async def test_what_their_tests_of_postgres_ask(
     assert ids(await do("get_nodes", ["3", "4"])) == ["4"]
     await do("clear")
     assert (await asked(query_str="bread")).ids == []
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+async def test_sentences_in_half_precision(
+    database: sa.Engine, encoder: DeterministicEncoder, asynchronous: bool
+) -> None:
+    """The same tests' questions in words: whole sentences, with signs, beside a vector."""
+    with database.begin() as connection:
+        connection.execute(sa.text("TRUNCATE half"))
+    sessions = sessionmaker(database)
+    store = SbertVectorStore(Half.embedding, sessions, metadata="extra", words="words")
+    animals = [
+        node("bread", "bread at six", "d"),
+        node("jam", "jam and honey", "d", kind="sweet"),
+        node("quick", "a quick fox jumps across this lazy dog", "d"),
+        node("friends", "one fox, two hounds", "d", kind="wild"),
+    ]
+    await store.async_add(animals) if asynchronous else store.add(animals)
+
+    async def found(text: str | None, mode: str, **how: Any) -> list[str]:
+        vector = encoder.encode_query(["bread at six"])[0].tolist()
+        query = VectorStoreQuery(
+            query_str=text, query_embedding=vector, mode=VectorStoreQueryMode(mode), **how
+        )
+        result = await store.aquery(query) if asynchronous else store.query(query)
+        return list(result.ids or [])
+
+    for text in ("fox", "who is the fox?", "  who' &..s |   (the): <-> **fox**?!!! "):
+        assert set(await found(text, "sparse", sparse_top_k=2)) == {"quick", "friends"}
+        both = await found(text, "hybrid", similarity_top_k=4)
+        assert set(both[:2]) == {"quick", "friends"}
+        assert len(await found(text, "hybrid", similarity_top_k=4, hybrid_top_k=1)) == 1
+    wild = filters(("kind", "in", ["wild", "sweet"]))
+    assert await found("fox", "hybrid", similarity_top_k=9, filters=wild) == ["friends", "jam"]
+    assert await found(None, "default", similarity_top_k=1) == ["bread"]
+    for mode in ("hybrid", "sparse"):
+        with pytest.raises(DeclarationError, match="words"):
+            await found(None, mode)
 
 
 def test_an_index_of_it(store: SbertVectorStore) -> None:
