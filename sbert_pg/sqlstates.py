@@ -36,7 +36,7 @@ SQLSTATES: dict[str, type[SbertPgError]] = {
 DEADLOCK_DETECTED = "40P01"
 LOCK_NOT_AVAILABLE = "55P03"
 QUERY_CANCELED = "57014"
-_INSUFFICIENT_PRIVILEGE = "42501"
+INSUFFICIENT_PRIVILEGE = "42501"
 _UNDEFINED_FUNCTION = "42883"
 _INVALID_SCHEMA = "3F000"
 
@@ -132,7 +132,7 @@ def as_error(error: sa.exc.DBAPIError) -> SbertPgError | None:
             f"The schema 'sbert' is not installed in this database, or is older than this code: "
             f"{message}. Run 'sbert-pg migrate'."
         )
-    if state == _INSUFFICIENT_PRIVILEGE:
+    if state == INSUFFICIENT_PRIVILEGE:
         return CatalogError(
             f"This role may not do that: {message}. Let the owner of the schema sbert run "
             "SELECT sbert.grant_v1(role, capability), where capability is 'reader', 'writer', "

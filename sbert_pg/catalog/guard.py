@@ -38,7 +38,7 @@ from sbert_pg.errors import CatalogError, EncoderMismatchError, SbertPgError
 from sbert_pg.process import ProcessLock
 from sbert_pg.registry import find_encoder
 from sbert_pg.spec import EncoderSpec
-from sbert_pg.sqlstates import as_error, sqlstate_of
+from sbert_pg.sqlstates import INSUFFICIENT_PRIVILEGE, as_error, sqlstate_of
 from sbert_pg.types.drivers import unwrapped
 from sbert_pg.types.identity import ColumnIdentity, identity_behind
 
@@ -635,8 +635,10 @@ def _leave_trace(
 
 
 def _on_error(context: Any) -> None:
-    """Forget what has changed, and raise the library's own error for a mismatch."""
-    if sqlstate_of(context.original_exception) != _MISMATCH:
+    """Forget what has changed, and raise the library's own error: a mismatch, or rights that lack."""
+    state = sqlstate_of(context.original_exception)
+    asks = _FENCE in (context.statement or "") and "sbert" in str(context.original_exception)
+    if state != _MISMATCH and not (state == INSUFFICIENT_PRIVILEGE and asks):
         return
     forget(context.dialect)
     error = as_error(context.sqlalchemy_exception)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import Any
 
 import numpy as np
@@ -348,6 +349,32 @@ def test_schemas_that_are_translated(bound: sa.Engine) -> None:
             read(mapped)
         with pytest.raises(EncoderMismatchError):
             write(mapped, "b")
+
+
+def test_a_reader_without_rights(bound: sa.Engine) -> None:
+    """Whether the process knows the column already, or not; and rights on the table are its own."""
+    write(bound, "apple")
+    role = f"web_{uuid.uuid4().hex[:8]}"
+    with bound.connect() as connection:
+        connection.exec_driver_sql(f"CREATE ROLE {role}")
+        connection.commit()
+        try:
+            for grant, message in (
+                (f"GRANT SELECT ON note TO {role}", r"SELECT sbert\.grant_v1"),
+                (f"SELECT sbert.grant_v1('{role}', 'reader')", "permission denied for table note"),
+            ):
+                for search in (
+                    nearest(Note.embedding, "apple"),
+                    sa.select(Note.embedding.cosine_distance("a")),
+                ):
+                    connection.exec_driver_sql(grant)
+                    connection.exec_driver_sql(f"SET LOCAL ROLE {role}")
+                    with pytest.raises((CatalogError, sa.exc.ProgrammingError), match=message):
+                        connection.execute(search)
+                    connection.rollback()
+        finally:
+            connection.exec_driver_sql(f"DROP OWNED BY {role}; DROP ROLE {role}")
+            connection.commit()
 
 
 def test_tenants_of_one_schema_map(engine: sa.Engine, fake_encoder: DeterministicEncoder) -> None:
