@@ -635,7 +635,7 @@ def _leave_trace(
 
 
 def _on_error(context: Any) -> None:
-    """Forget what has changed, and raise the library's own error: a mismatch, or rights that lack."""
+    """Forget what has changed, and raise the library's own error: mismatch, or want of rights."""
     state = sqlstate_of(context.original_exception)
     asks = _FENCE in (context.statement or "") and "sbert" in str(context.original_exception)
     if state != _MISMATCH and not (state == INSUFFICIENT_PRIVILEGE and asks):
