@@ -167,6 +167,42 @@ def test_pages_and_forms(ask: Ask, engine: sa.Engine) -> None:
     assert rows == [(1, "edited"), (2, "made")]
 
 
+def test_why_sqladmin_has_to_hear_of_columns(engine: sa.Engine) -> None:
+    """What keeps an embedding out of its forms is its own, with columns of SQLAlchemy's alone."""
+    module = pytest.importorskip("sqladmin")
+    from fastapi import FastAPI
+    from fastapi.testclient import TestClient
+    from sqlalchemy.orm.exc import DetachedInstanceError
+
+    class Own(DeclarativeBase):
+        pass
+
+    class Deferred(Own):
+        __tablename__ = "deferred"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        text: Mapped[str | None] = mapped_column(deferred=True)
+
+    class Loaded(Own):
+        __tablename__ = "loaded"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        text: Mapped[str | None]
+
+    Own.metadata.create_all(engine)
+    with Session(engine) as session:
+        session.add_all([Deferred(id=1, text="a"), Loaded(id=1, text="a")])
+        session.commit()
+    app = FastAPI()
+    admin = module.Admin(app, engine)
+    for class_ in (Deferred, Loaded):
+        admin.add_view(type("View", (module.ModelView,), {}, model=class_))
+    client = TestClient(app)
+    with pytest.raises(DetachedInstanceError):
+        client.get("/admin/deferred/edit/1")
+    answered(client.post("/admin/loaded/edit/1", data={"save": "Save"}))
+    with Session(engine) as session:
+        assert session.get_one(Loaded, 1).text is None, "it writes NULL for what was not sent"
+
+
 def test_sqladmin_refuses_a_form_with_a_vector(engine: sa.Engine, fake_encoder: Any) -> None:
     """No page shows a vector in a field that a browser would send back."""
     module = pytest.importorskip("sqladmin")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import numpy as np
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
@@ -77,3 +78,31 @@ def test_it_follows_the_protocol(search: SbertSearch) -> None:
         given = inspect.signature(getattr(search, name))
         names = [p.name for p in wanted.values() if p.kind is p.KEYWORD_ONLY]
         given.bind(CORPUS, **dict.fromkeys(names))
+
+
+def test_its_evaluation_asks_the_database(search: SbertSearch) -> None:
+    """A task of our own through the package's evaluation, where it is installed."""
+    mteb = pytest.importorskip("mteb")
+    from datasets import Dataset
+    from mteb.abstasks.retrieval import AbsTaskRetrieval
+
+    class Task(AbsTaskRetrieval):  # type: ignore[misc]
+        metadata = mteb.TaskMetadata(
+            name="Own", description="Ours.", type="Retrieval", category="t2t", modalities=["text"],
+            dataset={"path": "none", "revision": "1"}, eval_splits=["test"],
+            eval_langs=["eng-Latn"], main_score="ndcg_at_10",
+        )  # fmt: skip
+
+        def load_data(self, *_: Any, **__: Any) -> None:
+            corpus = [{**one, "title": one["title"] or ""} for one in CORPUS]
+            self.dataset = {"default": {"test": {
+                "corpus": Dataset.from_list(corpus), "queries": Dataset.from_list(QUERIES),
+                "relevant_docs": {"q1": {"a": 1}, "q2": {"a": 1}}, "top_ranked": None,
+            }}}  # fmt: skip
+            self.data_loaded = True
+
+    search.mteb_model_meta = mteb.get_model_meta("sentence-transformers/all-MiniLM-L6-v2")
+    [result] = mteb.evaluate(search, [Task()], cache=None).task_results
+    # Of the first question the document is the nearest, of the second the third of three.
+    expected = (1 + 1 / np.log2(4)) / 2
+    assert result.scores["test"][0]["main_score"] == pytest.approx(expected, abs=1e-4)
