@@ -149,7 +149,8 @@ def examples_of(
 
 
 def _lengths(vectors: Vectors) -> Vectors:
-    return np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    lengths: Vectors = np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return lengths
 
 
 @dataclass(frozen=True, slots=True, eq=False)
