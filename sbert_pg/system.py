@@ -43,6 +43,7 @@ ACTIVITY = _catalog(
     xact_start=_TS, query_start=_TS, backend_type=_T, wait_event_type=_T,
 )  # fmt: skip
 LOCKS = _catalog("pg_locks", pid=_I, relation=_O, granted=_B, mode=_T)
+DICTIONARY = _catalog("pg_ts_dict", oid=_O, dictname=_T, dictnamespace=_O)
 REPLICATION = _catalog("pg_stat_replication", pid=_I, state=_T, replay_lag=sa.Interval)
 INDEX_PROGRESS = _catalog(
     "pg_stat_progress_create_index", pid=_I, relid=_O, index_relid=_O, phase=_T, blocks_total=_I,

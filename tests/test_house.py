@@ -68,7 +68,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "alembic": (8, 2737),
     "catalog": (9, 2632),
     "cli": (17, 4526),
-    "clustering": (16, 5179),
+    "clustering": (16, 5222),
     "encoder": (28, 7743),
     "freshness": (17, 5174),
     "indexes": (6, 1407),
@@ -83,7 +83,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "types": (10, 1778),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3392
+MOST_LINES_OF_THE_REST = 3393
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60

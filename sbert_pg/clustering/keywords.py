@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal, cast
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
 
+from sbert_pg import system
 from sbert_pg.clustering.declaration import Clustering
 from sbert_pg.clustering.kmeans import need
 from sbert_pg.errors import ClusteringError
@@ -58,6 +59,10 @@ _CHARACTERISTIC = 0.5
 #: Share of a word's places within sentences at which a proper name has a capital; and share of all
 #: words beyond which capitals say nothing, as in German and in titles.
 _NAMED, _CAPITALS = 0.7, 0.2
+#: Words by which a language is known, and the share of them that are its stop words, at least. In
+#: German, French and Spanish texts it is .23 to .39; English ones have .003 of another language.
+_ASKED, _SPOKEN = 1000, 0.1
+_ENGLISH = "english_stem"
 # Two characters at least, as scikit-learn's CountVectorizer; a word begins with a letter.
 # What stands before n't, or is the rest of I've, says nothing; that of l'hôtel does.
 _WORD = re.compile(r"\b(?!(?<=['’])(?:ve|ll|re)\b)[^\W\d_]\w+\b(?!['’]t\b)")
@@ -265,19 +270,55 @@ def _terms(text: str, stop: Collection[str]) -> set[str]:
 
 
 def _stems(
-    connection: sa.Connection, counts: Mapping[int, Mapping[str, int]], stop_words: StopWords
+    connection: sa.Connection, counts: dict[int, Counter[str]], stop_words: StopWords
 ) -> dict[str, str]:
-    """What PostgreSQL's dictionary makes of each English word; nothing of other languages."""
+    """What PostgreSQL's dictionary of the texts' language makes of each word.
+
+    Terms with stop words of that language are taken out of the counts; those of English are not
+    there by now.
+    """
     if stop_words != "english":
         return {}
-    words = sorted({word for own in counts.values() for term in own for word in term.split(" ")})
+    texts: Counter[str] = Counter()
+    for own in counts.values():
+        texts.update(own)
+    language = _language(connection, texts)
+    words = sorted(set(" ".join(texts).split(" ")))
+    stemmed = {word: stems for _, word, stems in _lexized(connection, words, language)}
+    if language != _ENGLISH:
+        _leave_out(counts, {word for word, stems in stemmed.items() if not stems})
+    return {word: stems[0] for word, stems in stemmed.items() if stems}
+
+
+def _leave_out(counts: Mapping[int, Counter[str]], stops: Collection[str]) -> None:
+    """Take terms with one of these words out of the counts."""
+    for own in counts.values():
+        for term in [t for t in own if any(word in stops for word in t.split(" "))]:
+            del own[term]
+
+
+def _language(connection: sa.Connection, texts: Counter[str]) -> str:
+    """The dictionary whose stop words the texts have most; English, where that is none."""
+    words = Counter({term: n for term, n in texts.items() if " " not in term}).most_common(_ASKED)
+    said = Counter({_ENGLISH: _SPOKEN * sum(count for _, count in words)})
+    for language, word, stems in _lexized(connection, [word for word, _ in words]):
+        said[language] += 0 if stems else texts[word]
+    return max(said, key=said.__getitem__)
+
+
+def _lexized(
+    connection: sa.Connection, words: Sequence[str], language: str | None = None
+) -> Sequence[Any]:
+    """Each word with its stems, none of stop words, in one of PostgreSQL's dictionaries or all."""
+    d, n = system.DICTIONARY.c, system.NAMESPACE.c
     terms = sa.func.unnest(sa.cast(words, ARRAY(sa.Text))).table_valued(sa.column("word", sa.Text))
     terms = terms.render_derived(name="given")
-    lexemes = sa.func.ts_lexize(
-        sa.literal_column("'english_stem'"), terms.c.word, type_=ARRAY(sa.Text)
-    )
-    stemmed = connection.execute(sa.select(terms.c.word, lexemes))
-    return {word: stems[0] for word, stems in stemmed if stems}
+    own = sa.select(n.oid).where(n.nspname == "pg_catalog").scalar_subquery()
+    named = d.dictname.like(r"%\_stem") if language is None else d.dictname == language
+    lexemes = sa.func.ts_lexize(d.oid, terms.c.word, type_=ARRAY(sa.Text))
+    both = system.DICTIONARY.join(terms, sa.true())
+    statement = sa.select(d.dictname, terms.c.word, lexemes).select_from(both)
+    return connection.execute(statement.where(d.dictnamespace == own, named)).all()
 
 
 def find_keywords(
@@ -298,7 +339,8 @@ def find_keywords(
         clustering: what is clustered.
         run_id: the run.
         text: the text of a row; the source of an embedding column by default.
-        stop_words: words to leave out, ``"english"`` or a collection.
+        stop_words: words to leave out, a collection; or ``"english"``, and then those of the
+            texts' own language too, where PostgreSQL has a dictionary of it.
 
     Raises:
         ClusteringError: the column has no source, and no text is given.

@@ -80,7 +80,8 @@ def cluster(
             for a column that has none yet, the current run of another column of the table.
         keywords: whether to find keywords and label clusters by them.
         text: the text of a row, for keywords; the source of an embedding column by default.
-        stop_words: words that are not keywords, ``"english"`` or a collection.
+        stop_words: words that are not keywords, a collection; or ``"english"``, and then those of
+            the texts' own language too.
         make_current: whether readers are to see this run.
         max_memory: bytes that vectors may take; see ``KMeans.method``.
         progress: called with the stage (``reading``, ``iterations``, ``writing`` and others), how

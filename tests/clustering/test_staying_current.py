@@ -408,3 +408,27 @@ def test_terms_of_a_class_do_not_repeat_each_other(engine: sa.Engine) -> None:
     assert "hasn" not in counts[1]
     # Without stems the pair is in two of three texts, and says more than its words all the same.
     assert class_tfidf(counts)[2] == ["bank transfer"]
+
+
+def test_stop_words_and_forms_are_those_of_the_language(engine: sa.Engine) -> None:
+    """The language is that of whose stop words the texts have most; nobody says which it is."""
+    texts = [
+        (1, "Wenn sie können, besuchen die Touristen ein Hotel"),
+        (1, "Die Hotels können auch besuchte Touristen haben, wenn das geht"),
+        (2, "Der Krieg und die Kriege haben das Land verändert"),
+        (2, "Können sie das Land wenigstens im Krieg verlassen"),
+    ]
+    counts = count_words(texts)
+    assert "können" in counts[1]
+    with engine.connect() as connection:
+        stems = _stems(connection, counts, "english")
+        assert not {"können", "wenn", "sie", "die", "hotels können"} & set(counts[1])
+        assert stems["hotels"] == stems["hotel"]
+        assert stems["krieg"] == stems["kriege"]
+        assert {word for w in class_tfidf(counts, stems=stems)[1] for word in w.split()} & {
+            "touristen", "hotel", "hotels", "besuchen", "besuchte"
+        }  # fmt: skip
+        english = count_words([(1, "how do I top up my card"), (1, "topping up my own")])
+        before = {cluster: dict(own) for cluster, own in english.items()}
+        assert _stems(connection, english, "english")["topping"] == "top"
+        assert english == before, "a verb keeps its particle, which is a stop word"
