@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import ARRAY, OID
 from sqlalchemy.ext.compiler import compiles
 
@@ -51,6 +52,11 @@ INDEX_PROGRESS = _catalog(
 )  # fmt: skip
 
 
+#: Writes SQL that no driver reads: for people, scripts and the server's own definitions. A driver's
+#: dialect may double percent signs.
+PLAIN = postgresql.dialect(paramstyle="named")  # type: ignore[no-untyped-call]
+
+
 def oid_of(relation: str) -> sa.ColumnElement[int]:
     """The oid of a table given as text, quoted where it has to be; ``NULL`` where there is none."""
     return sa.cast(sa.func.to_regclass(relation), OID)
@@ -67,6 +73,11 @@ def schema_in(connection: sa.Connection, schema: str | None) -> str | None:
     schemas = connection.get_execution_options().get("schema_translate_map") or {}
     translated: str | None = schemas.get(schema, schema)
     return translated
+
+
+def written_name(schema: str | None, name: str) -> str:
+    """A table or index as psql reads it, quoted where it has to be."""
+    return PLAIN.identifier_preparer.format_table(sa.table(name, schema=schema))
 
 
 def ddl_name(compiler: Any, schema: str | None, name: str) -> str:

@@ -65,10 +65,10 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 #: Most modules and lines of each room: a new capability raises its own, and nobody else's.
 ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (10, 1993),
-    "alembic": (8, 2737),
-    "catalog": (9, 2632),
-    "cli": (17, 4526),
-    "clustering": (16, 5222),
+    "alembic": (8, 2734),
+    "catalog": (9, 2637),
+    "cli": (17, 4527),
+    "clustering": (16, 5221),
     "encoder": (28, 7743),
     "freshness": (17, 5174),
     "indexes": (6, 1407),
@@ -76,14 +76,14 @@ ROOMS: dict[str, tuple[int, int]] = {
     "orm": (5, 922),
     "passages": (6, 1183),
     "reembed": (12, 3227),
-    "search": (13, 4164),
+    "search": (13, 4163),
     "serving": (19, 3629),
     "sql": (1, 24),
     "tuning": (18, 4381),
-    "types": (10, 1778),
+    "types": (10, 1775),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3393
+MOST_LINES_OF_THE_REST = 3404
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60

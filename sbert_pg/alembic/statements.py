@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 from alembic.operations import Operations
-from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import JSONB, REGCLASS
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.schema import ExecutableDDLElement
@@ -124,9 +123,7 @@ def _alter_column(element: AlterColumn, compiler: Any, **_: Any) -> str:
 
 def write(operations: Operations, statement: Any) -> None:
     """Write a statement into a script, whatever ``env.py`` says of parameters and their style."""
-    # A style of parameters that leaves percent signs alone.
-    dialect = postgresql.dialect(paramstyle="named")  # type: ignore[no-untyped-call]
-    compiled = statement.compile(dialect=dialect, compile_kwargs={"literal_binds": True})
+    compiled = statement.compile(dialect=system.PLAIN, compile_kwargs={"literal_binds": True})
     write_text(operations, f"{str(compiled).strip()};")
 
 

@@ -65,7 +65,7 @@ def _nothing(operation: ops.NothingOp, operations: Operations) -> None:
 def _upgrade_schema(operation: ops.UpgradeSchemaOp, operations: Operations) -> None:
     if operations.migration_context.as_sql:
         write(operations, sa.text("CREATE EXTENSION IF NOT EXISTS vector"))
-        text = catalog.upgrade_sql(operation.revision, start=operation.previous)
+        text = catalog.upgrade_sql(operation.revision, start=operation.previous, transaction=False)
         write_text(operations, text)
         return
     connection = operations.get_bind()

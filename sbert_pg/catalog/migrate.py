@@ -80,12 +80,15 @@ def downgrade(connection: Connection, revision: str) -> None:
         connection.execute(sa.schema.DropSchema(SCHEMA))
 
 
-def upgrade_sql(revision: str = "head", *, start: str | None = None) -> str:
+def upgrade_sql(
+    revision: str = "head", *, start: str | None = None, transaction: bool = True
+) -> str:
     """The statements of ``upgrade``, for someone else to run; needs no database.
 
     Args:
         revision: where to go.
         start: the revision to start from; an empty database by default.
+        transaction: begin and commit one; not inside a script that has its own.
 
     Raises:
         CatalogVersionError: there is no such revision.
@@ -93,7 +96,7 @@ def upgrade_sql(revision: str = "head", *, start: str | None = None) -> str:
     buffer = io.StringIO()
     if start is None:
         buffer.write(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA};\n\n")
-    _run(None, "upgrade", revision, buffer=buffer, start=start)
+    _run(None, "upgrade", revision, buffer=buffer, start=start, transaction=transaction)
     return buffer.getvalue()
 
 
@@ -204,6 +207,7 @@ def _run(
     *,
     buffer: io.StringIO | None = None,
     start: str | None = None,
+    transaction: bool = True,
 ) -> None:
     from alembic.migration import MigrationContext
     from alembic.operations import Operations
@@ -225,7 +229,7 @@ def _run(
         "fn": steps,
         "version_table": VERSION_TABLE,
         "version_table_schema": SCHEMA,
-        "transactional_ddl": True,
+        "transactional_ddl": transaction,
     }
     if connection is None:
         options |= {"as_sql": True, "output_buffer": buffer, "starting_rev": start}

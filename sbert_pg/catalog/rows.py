@@ -42,13 +42,14 @@ def label(columns: Sequence[sa.ColumnElement[Any]]) -> sa.ColumnElement[str]:
     return sa.cast(sa.func.jsonb_build_array(*parts), sa.Text)
 
 
-def estimated_rows(connection: sa.Connection, table: sa.FromClause) -> float:
+def estimated_rows(connection: sa.Connection, table: sa.TableClause) -> float:
     """Rows of a table as the planner estimates them, with those of its partitions.
 
     Returns:
         0 for a table that was never analysed.
     """
-    relation = connection.dialect.identifier_preparer.format_table(table)
+    schema = system.schema_in(connection, table.schema)
+    relation = system.name_of(schema, table.name)
     # A table that is not partitioned is not a tree to this function, so it is named beside it.
     tree = sa.func.pg_partition_tree(sa.func.to_regclass(relation)).table_valued("relid")
     here = system.CLASS.c.oid
@@ -62,7 +63,7 @@ def estimated_rows(connection: sa.Connection, table: sa.FromClause) -> float:
 
 def sample(
     connection: sa.Connection,
-    table: sa.FromClause,
+    table: sa.TableClause,
     keys: Sequence[str],
     columns: Sequence[sa.ColumnElement[Any]],
     *,

@@ -7,6 +7,7 @@ catalog), and this module says which of them are faults, and the remedy.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any, Literal, NamedTuple
@@ -122,10 +123,10 @@ def diagnose(connection: sa.Connection, *, large: int = LARGE) -> Iterator[Findi
         yield Finding("fault", "status", str(error).rstrip("."), "Look with the owner's role.")
     for binding in bindings:
         name = str(binding)
-        yield from _of_indexes(name, indexes[name])
+        yield from _of_indexes(binding, indexes[name])
         if name in columns:
-            few = columns[name].rows is None and _has_few_rows(connection, binding)
-            yield from _of_column(columns[name], large, few=few, building=bool(indexes[name]))
+            yield from _of_statistics(connection, binding, columns[name])
+            yield from _of_column(columns[name], large, building=bool(indexes[name]))
         yield from _of_precision(connection, binding)
     yield from _of_questions(connection)
     yield from _of_replicas(connection)
@@ -152,14 +153,14 @@ def _of_pgvector(connection: sa.Connection, indexes: list[StoredIndex]) -> Itera
             )
 
 
-def _of_indexes(column: str, indexes: tuple[StoredIndex, ...]) -> Iterator[Finding]:
+def _of_indexes(binding: Binding, indexes: tuple[StoredIndex, ...]) -> Iterator[Finding]:
     for index in indexes:
         if not index.valid and not index.building:
             yield Finding(
                 "fault",
-                f"{column}, index {index.name}",
+                f"{binding}, index {index.name}",
                 "invalid, as a failed build leaves it: it costs every write and serves nothing",
-                f"REINDEX INDEX CONCURRENTLY {index.name};",
+                f"REINDEX INDEX CONCURRENTLY {system.written_name(binding.schema, index.name)};",
             )
 
 
@@ -170,27 +171,27 @@ def _has_few_rows(connection: sa.Connection, binding: Binding) -> bool:
     return connection.execute(count).scalar_one() <= _UNGATHERED
 
 
-def _of_statistics(table: str, few: bool) -> Iterator[Finding]:
-    if not few:
+def _of_statistics(
+    connection: sa.Connection, binding: Binding, column: ColumnStatus
+) -> Iterator[Finding]:
+    if column.rows is None and not _has_few_rows(connection, binding):
+        table = system.written_name(binding.schema, binding.table)
         yield Finding(
             "advice", table, "statistics were never gathered, so plans are guesses",
             f"ANALYZE {table}; and see that autovacuum is on.",
         )  # fmt: skip
 
 
-def _of_column(column: ColumnStatus, large: int, *, few: bool, building: bool) -> Iterator[Finding]:
-    name = column.column
-    table = name.rpartition(".")[0]
+def _of_column(column: ColumnStatus, large: int, *, building: bool) -> Iterator[Finding]:
+    name, target = column.column, shlex.quote(column.column)
     for problem in column.problems:
         yield Finding("fault", name, problem.rstrip("."), "docs/freshness.md says what each means.")
-    if column.rows is None:
-        yield from _of_statistics(table, few)
-    elif column.rows >= large and not building:
+    if column.rows is not None and column.rows >= large and not building:
         yield Finding(
             "advice",
             name,
             f"some {column.rows:,} rows and no vector index: every search compares all of them",
-            f"Declare hnsw_index(...) and migrate; 'sbert-pg index advise {name}' says which.",
+            f"Declare hnsw_index(...) and migrate; sbert-pg index advise {target} says which.",
         )
     waiting = column.pending + column.backfill
     if waiting and (column.age is None or column.age > LATE):
@@ -202,7 +203,7 @@ def _of_column(column: ColumnStatus, large: int, *, few: bool, building: bool) -
     if column.failed:
         yield Finding(
             "fault", name, f"{column.failed:,} rows could not be embedded",
-            f"'sbert-pg failed {name}' says why, and tries them again.",
+            f"sbert-pg failed {target} says why, and tries them again.",
         )  # fmt: skip
 
 

@@ -7,10 +7,10 @@ from functools import cached_property
 from typing import Any, Literal, cast
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import Mapper
 
 from sbert_pg import distance as d
+from sbert_pg import system
 from sbert_pg.clustering import tables
 from sbert_pg.clustering.rows import Criteria, RowSet, criteria_list, vector_column
 from sbert_pg.clustering.tables import Assignment, Cluster, ClusterRun
@@ -31,7 +31,6 @@ _METRIC_FOR: dict[d.Similarity, ClusterMetric] = {
     "manhattan": "euclidean",
 }
 #: A parameter style that leaves percent signs alone.
-_NAMED = postgresql.dialect(paramstyle="named")  # type: ignore[no-untyped-call]
 #: Where a metadata keeps its clusterings, for the command line to find them.
 _DECLARED = "sbert_pg_clusterings"
 OPERATORS: dict[ClusterMetric, str] = {"cosine": d.COSINE, "euclidean": d.L2}
@@ -148,7 +147,7 @@ class Clustering:
         if not filters:
             return None
         literal = {"literal_binds": True}
-        return str(sa.and_(*filters).compile(dialect=_NAMED, compile_kwargs=literal))
+        return str(sa.and_(*filters).compile(dialect=system.PLAIN, compile_kwargs=literal))
 
     def is_current(self) -> sa.ColumnElement[bool]:
         """Whether a run is the one that readers of this column see."""

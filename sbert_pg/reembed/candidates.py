@@ -8,9 +8,9 @@ from itertools import permutations
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import JSONB
 
+from sbert_pg import system
 from sbert_pg.errors import SourceError
 from sbert_pg.freshness.audit import Comparison
 from sbert_pg.source import Source
@@ -20,7 +20,6 @@ from sbert_pg.spec import TextEncoder
 SEPARATORS = (" ", "\n", "\n\n", ". ", ": ", ", ")
 #: More text columns than this are only tried alone.
 MOST_JOINED = 5
-_PREPARER = postgresql.dialect(paramstyle="named").identifier_preparer  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +96,11 @@ def hidden_texts(table: sa.Table, keys: Sequence[str], rows: Sequence[Sequence[A
             strings = sum(isinstance(document.get(key), str) for document in documents)
             if strings * 2 < len(rows):
                 continue
-            name, literal = _PREPARER.quote(f"{key}_text"), key.replace("'", "''")
+            quote, literal = system.PLAIN.identifier_preparer.quote, key.replace("'", "''")
             remedy = (
-                f"ALTER TABLE {_PREPARER.format_table(table)} ADD COLUMN {name} text GENERATED "
-                f"ALWAYS AS ({_PREPARER.quote(column.name)} ->> '{literal}') STORED"
+                f"ALTER TABLE {system.written_name(table.schema, table.name)} ADD COLUMN "
+                f"{quote(f'{key}_text')} text GENERATED ALWAYS AS "
+                f"({quote(column.name)} ->> '{literal}') STORED"
             )
             label = f"{column.name} ->> {key!r}"
             texts.append(Text(None, label, (i,), _from_json(key), remedy))

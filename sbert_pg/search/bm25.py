@@ -62,7 +62,7 @@ SELECT n.nspname AS schema, c.relname AS name, c.relkind = 'p' AS partitioned,
        CASE WHEN leaves.rows > 0 AND NOT row_security_active(c.oid) THEN leaves.rows END AS rows,
        least(100, 100.0 * q.pages / greatest(leaves.pages, 1)) AS percent
   FROM words_search AS q
-  JOIN pg_catalog.pg_class AS c ON c.oid = to_regclass(q.table_name)
+  JOIN pg_catalog.pg_class AS c ON c.oid = q.relation
    AND (c.relkind IN ('m', 'p') OR c.relkind = 'r' AND NOT c.relhassubclass)
   JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
  CROSS JOIN LATERAL (

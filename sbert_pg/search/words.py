@@ -23,8 +23,10 @@ from typing import Any, ClassVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects.postgresql import OID
 from sqlalchemy.sql import visitors
 
+from sbert_pg.catalog import guard
 from sbert_pg.errors import DeclarationError
 from sbert_pg.search.bm25 import PAGES, PAGES_OF_SOME, looked_up, ranking
 from sbert_pg.search.statement import Call, Changeable, Nearest, replayed, replayed_of
@@ -262,19 +264,16 @@ def _parts(search: WordSearch, depth: int | None) -> list[sa.CTE]:
 def _search_part(search: WordSearch, depth: int | None) -> sa.CTE:
     """What holds for all questions, as a part of one row."""
     base: Any = base_of(search.column)
-    # By a dialect of named parameters: others double the percent sign.
-    dialect: Any = postgresql.dialect
-    name = dialect(paramstyle="named").identifier_preparer.format_table(base.table)
     limit, offset = (search.limit, search.offset) if depth is None else (depth, 0)
     values = {
         "wanted": limit,
         "needed": None if limit is None else limit + offset,
         "skipped": offset,
-        "table_name": name,
         "vector_column": base.name,
         "pages": PAGES if _own_rows(search) is None else PAGES_OF_SOME,
     }
-    columns = [_regconfig(search.language).label("language")]
+    relation = sa.cast(guard.relation(base.table.schema, base.table.name), OID)
+    columns = [_regconfig(search.language).label("language"), relation.label("relation")]
     for key, value in values.items():
         type_: Any = sa.Text() if isinstance(value, str) else sa.BigInteger()
         columns.append(sa.cast(sa.literal(value, type_), type_).label(key))

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 from starlette.datastructures import QueryParams
 
+from sbert_pg import system
 from sbert_pg.errors import SbertPgError
 from sbert_pg.reranking import Scorer, rerank
 from sbert_pg.search import explain_search, explain_words
@@ -37,7 +38,6 @@ KINDS: dict[str, tuple[By, bool]] = {
 }
 Where = Mapping[str, Mapping[str, str]]
 #: A parameter style that leaves percent signs alone.
-_NAMED = postgresql.dialect(paramstyle="named")  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,7 +307,7 @@ def _python(column: sa.Column[Any], value: str) -> str:
 def _psql(exposed: Exposed, question: str, where: Where) -> str:
     """The ranking in plain SQL, for psql: docs/serve.md."""
     table, column = exposed.embedding.table, exposed.embedding
-    literal: Any = sa.String().literal_processor(_NAMED)  # type: ignore[no-untyped-call]
+    literal: Any = sa.String().literal_processor(system.PLAIN)  # type: ignore[no-untyped-call]
     storage = column.type.storage  # type: ignore[attr-defined]
     vector: sa.ColumnElement[Any] = sa.literal_column(f":'embedding'::{storage}")
     ranked = (
@@ -323,4 +323,4 @@ def _psql(exposed: Exposed, question: str, where: Where) -> str:
         .limit(sa.literal_column("10"))
     )
     call = f"CALL sbert.embed({literal(exposed.bound)}, {literal(question)}, NULL) \\gset"
-    return f"{call}\n{ranked.compile(dialect=_NAMED)};"
+    return f"{call}\n{ranked.compile(dialect=system.PLAIN)};"

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, cast
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import BIT
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.functions import FunctionElement
 
+from sbert_pg import system
 from sbert_pg.distance import INDEX_METHODS, METRICS, IndexMethod, Metric, Similarity
 from sbert_pg.errors import DeclarationError
 from sbert_pg.types.shapes import shape_of
@@ -404,9 +404,7 @@ def sql_of(expression: Any) -> str:
     """An expression of an index as SQL, without the table's name and without parameters."""
     if isinstance(expression, str):
         return expression
-    # A parameter style that leaves percent signs alone.
-    dialect = postgresql.dialect(paramstyle="named")  # type: ignore[no-untyped-call]
     compiled = expression.compile(
-        dialect=dialect, compile_kwargs={"literal_binds": True, "include_table": False}
+        dialect=system.PLAIN, compile_kwargs={"literal_binds": True, "include_table": False}
     )
     return str(compiled)

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import MappedColumn, mapped_column
 
+from sbert_pg import system
 from sbert_pg.errors import DeclarationError
 
 #: PostgreSQL keeps a weight class with each position, and there are four of them.
@@ -156,9 +157,7 @@ def text_index(
 
 def _quoted(name: str) -> str:
     """An identifier in the text of a generated column, where a colon would begin a parameter."""
-    # By a dialect of named parameters: others double the percent sign.
-    dialect: Any = postgresql.dialect
-    quoted: str = dialect(paramstyle="named").identifier_preparer.quote(name)
+    quoted: str = system.PLAIN.identifier_preparer.quote(name)
     return quoted.replace(":", r"\:")
 
 

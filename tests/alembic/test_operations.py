@@ -302,9 +302,15 @@ def run(app, script: str) -> None:
     import psycopg
 
     url = sa.make_url(app.url).set(drivername="postgresql").render_as_string(hide_password=False)
+    warnings: list[str] = []
     with psycopg.connect(url, autocommit=True) as connection:
+        connection.add_notice_handler(
+            lambda said: said.severity == "WARNING" and warnings.append(str(said.message_primary))
+        )
         for statement in statements(script):
             connection.execute(statement.encode(), prepare=False)
+    # Of a transaction within another, which would end the outer one.
+    assert warnings == []
 
 
 def statements(script: str) -> Iterator[str]:

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from sbert_pg import system
+from sbert_pg.catalog.rows import estimated_rows
 from sbert_pg.errors import BindingError
 from sbert_pg.sqlstates import translated
 
@@ -180,3 +182,17 @@ def test_an_unsized_halfvec(make: Any) -> None:
     assert note.pending() == []
     note.run("UPDATE note SET title = 'b'")
     assert note.pending() == ["1"]
+
+
+@pytest.mark.parametrize("name", ["plain", 'Per "cent" 100%', "a.b"])
+@pytest.mark.parametrize("schema", [None, "real", "a map knows it"])
+def test_rows_that_the_planner_knows_of(engine: sa.Engine, name: str, schema: str | None) -> None:
+    table = sa.Table(name, sa.MetaData(), sa.Column("id", sa.Integer), schema=schema)
+    with engine.begin() as plain:
+        plain.execute(sa.schema.CreateSchema("real"))
+        connection = plain.execution_options(schema_translate_map={"a map knows it": "real"})
+        table.create(connection)
+        assert estimated_rows(connection, table) == 0
+        connection.execute(sa.insert(table), [{"id": n} for n in range(50)])
+        connection.execute(system.ddl("ANALYZE %(fullname)s", table))
+        assert estimated_rows(connection, table) == 50

@@ -556,6 +556,25 @@ def test_views_and_partitioned_tables(library: Session) -> None:
     assert both[0] == both[1]
 
 
+@pytest.mark.parametrize("schema", [None, "tenants"])
+def test_a_schema_map(library: Session, schema: str | None) -> None:
+    """Scored by the statistics of the table that the map means."""
+    columns = [sa.Column(c.name, c.type, primary_key=c.primary_key) for c in Note.__table__.c]
+    mapped = sa.Table("note", sa.MetaData(), *columns, schema=schema)
+    for statement in (
+        "CREATE SCHEMA real",
+        "CREATE TABLE real.note (LIKE note INCLUDING GENERATED)",
+        "INSERT INTO real.note (id, kind, body) SELECT id, kind, body FROM note WHERE id < 900",
+        "ANALYZE real.note",
+        "ANALYZE note",
+    ):
+        library.execute(sa.text(statement))
+    real = mapped.to_metadata(sa.MetaData(), schema="real")
+    expected = library.execute(matching(real.c.search, QUESTIONS[0])).all()
+    connection = library.connection().execution_options(schema_translate_map={schema: "real"})
+    assert connection.execute(matching(mapped.c.search, QUESTIONS[0])).all() == expected
+
+
 def test_what_is_asked_wrongly() -> None:
     with pytest.raises(DeclarationError, match="no text column"):
         matching(Note.title, "word")
