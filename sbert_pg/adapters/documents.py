@@ -110,11 +110,12 @@ class Documents:
             keyed = {row[self.key]: row for row in embedded if self.key in row}  # the last one wins
             for same in _by_attributes(keyed.values()):
                 session.execute(self._upserting(same[0]), same)
-            new = insert(self.class_).returning(getattr(self.class_, self.key))
-            return [
-                str(row[self.key] if self.key in row else session.execute(new, [row]).scalar_one())
-                for row in embedded
-            ]
+            key = getattr(self.class_, self.key)
+            new = sa.insert(self.class_).returning(key, sort_by_parameter_order=True)
+            for same in _by_attributes(row for row in embedded if self.key not in row):
+                for row, made in zip(same, session.scalars(new, same).all(), strict=True):
+                    row[self.key] = made
+            return [str(row[self.key]) for row in embedded]
 
         return work
 
@@ -178,7 +179,7 @@ class Documents:
     def get(self, ids: Iterable[str]) -> Work[list[Row]]:
         """The rows of some ids, in their order; ids that no row has are left out."""
         keys = [key for key in map(self._key_of, ids) if key is not None]
-        statement = sa.select(self.class_).where(getattr(self.class_, self.key).in_(keys))
+        statement = sa.select(self.class_).where(self._is_one_of(keys))
 
         def work(session: Session) -> list[Row]:
             entities = {getattr(e, self.key): e for e in session.scalars(statement)}
@@ -254,8 +255,12 @@ class Documents:
 
     def has_id(self, ids: Iterable[str]) -> sa.ColumnElement[bool]:
         """Whether a row has one of some ids."""
-        keys = [key for key in map(self._key_of, ids) if key is not None]
-        criterion: sa.ColumnElement[bool] = getattr(self.class_, self.key).in_(keys)
+        return self._is_one_of([key for key in map(self._key_of, ids) if key is not None])
+
+    def _is_one_of(self, keys: list[Any]) -> sa.ColumnElement[bool]:
+        """One parameter, since a statement has 65,535 at most, and over asyncpg 32,767."""
+        key = getattr(self.class_, self.key)
+        criterion: sa.ColumnElement[bool] = key == sa.any_(sa.literal(keys, sa.ARRAY(key.type)))
         return criterion
 
     def field(self, name: str) -> sa.ColumnElement[Any]:
@@ -375,9 +380,9 @@ def _mapper_of(column: Any) -> Mapper[Any]:
     return mapper
 
 
-def _by_attributes(rows: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+def _by_attributes(rows: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Rows that name the same attributes together, as one statement writes them."""
-    groups: dict[frozenset[str], list[Mapping[str, Any]]] = {}
+    groups: dict[frozenset[str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(frozenset(row), []).append(row)
     return list(groups.values())

@@ -36,6 +36,7 @@ _OPERATORS = {
     FilterOperator.GTE: "$gte", FilterOperator.LT: "$lt", FilterOperator.LTE: "$lte",
     FilterOperator.IN: "$in", FilterOperator.NIN: "$nin",
 }  # fmt: skip
+_IN_ARRAYS = (FilterOperator.CONTAINS, FilterOperator.ANY, FilterOperator.ALL)
 _MATCHES = {FilterOperator.TEXT_MATCH: "$like", FilterOperator.TEXT_MATCH_INSENSITIVE: "$ilike"}
 
 
@@ -236,8 +237,10 @@ class SbertVectorStore(BasePydanticVectorStore):
             comparison = {_MATCHES[part.operator]: f"%{escaped}%"}
         elif part.operator == FilterOperator.IS_EMPTY:
             comparison = {"$in": [None, []] if isinstance(field.type, JSONB) else [None]}
-        else:
+        elif part.operator in _IN_ARRAYS:
             return self._in_array(field, part)
+        else:
+            raise DeclarationError(f"This store has no filter {part.operator.value!r}.")
         return condition({part.key: comparison}, self._documents.field)
 
     def _in_array(self, field: sa.ColumnElement[Any], part: MetadataFilter) -> Condition:

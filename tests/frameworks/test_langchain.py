@@ -312,3 +312,40 @@ def test_an_async_store_refuses_synchronous_calls(tables: sa.Engine) -> None:
     store = SbertVectorStore(Note.embedding, async_sessionmaker(engine))
     with pytest.raises(DeclarationError, match="asynchronous"):
         store.similarity_search("a")
+
+
+def test_new_rows_are_written_together(tables: sa.Engine) -> None:
+    """A database that is a millisecond away would add one for each row else."""
+    store = SbertVectorStore(Numbered.embedding, sessionmaker(tables))
+    statements: list[str] = []
+
+    def count(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        statements.append(statement)
+
+    texts = [f"text {n}" for n in range(60)]
+    metadatas: list[dict[str, Any]] = [{"topic": "odd"} if n % 2 else {} for n in range(60)]
+    sa.event.listen(tables, "before_cursor_execute", count)
+    try:
+        ids = store.add_texts(texts, metadatas)
+    finally:
+        sa.event.remove(tables, "before_cursor_execute", count)
+    assert len([s for s in statements if s.startswith("INSERT")]) <= 2
+    read = store.get_by_ids(ids)
+    assert [document.page_content for document in read] == texts
+    assert [document.metadata for document in read] == metadatas
+
+
+@pytest.mark.parametrize("class_", [Note, Numbered, ByUuid])
+async def test_more_ids_than_a_statement_has_parameters(tables: sa.Engine, class_: Any) -> None:
+    many = [str(uuid.UUID(int=n)) if class_ is ByUuid else str(n) for n in range(1, 70_001)]
+    store = SbertVectorStore(class_.embedding, sessionmaker(tables))
+    store.add_texts(["first", "other"], ids=[many[0], many[-1]])
+    assert [document.page_content for document in store.get_by_ids(many)] == ["first", "other"]
+    engine = create_async_engine(tables.url.set(drivername="postgresql+asyncpg"))
+    over_asyncpg = SbertVectorStore(class_.embedding, async_sessionmaker(engine))
+    assert len(await over_asyncpg.aget_by_ids(many)) == 2
+    await over_asyncpg.adelete(many[:-1])
+    assert [document.id for document in store.get_by_ids(many)] == many[-1:]
+    store.delete(many)
+    assert store.get_by_ids(many) == []
+    await engine.dispose()
