@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -184,7 +184,7 @@ def test_filters(store: SbertVectorStore, wanted: MetadataFilters, found: list[s
 def test_what_no_filter_can_be(store: SbertVectorStore) -> None:
     with pytest.raises(DeclarationError, match="arrays"):
         store.get_nodes(filters=filters(("topic", "contains", "food")))
-    newer: Any = SimpleNamespace(value="ends_with")  # of a later version of LlamaIndex
+    newer: Any = Enum("Newer", {"ENDS_WITH": "ends_with"}).ENDS_WITH  # of a later LlamaIndex
     part = MetadataFilter.model_construct(key="tags", operator=newer, value="bread")
     with pytest.raises(DeclarationError, match="no filter 'ends_with'"):
         store.get_nodes(filters=MetadataFilters.model_construct(filters=[part], condition=None))
