@@ -401,7 +401,8 @@ def _query_part(search: Search, vector: Any) -> sa.Select[Any]:
         columns.append(sa.literal(search.furthest, sa.Float(53)).label("furthest"))
     names = key_names(SELF, len(search.itself))
     for name, value, key in zip(names, search.itself, search.target.row_key, strict=False):
-        columns.append(sa.literal(value, key.type).label(name))
+        # The type is said: an enumeration's value alone would be a text.
+        columns.append(sa.cast(sa.literal(value, key.type), key.type).label(name))
     query = sa.select(*columns)
     return query if fence is None else query.select_from(fence.rows)
 

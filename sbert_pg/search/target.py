@@ -141,7 +141,9 @@ class Target:
     def _serve(self, table: sa.Table, base: sa.Column[Any]) -> None:
         """Let the index of a table serve the search, where its rows can be told by their key."""
         row_key = self._row_key(table)
-        if not row_key or len(row_key) != len(self.key):
+        # An array of keys that are arrays is one of more dimensions.
+        lists = any(isinstance(column.type, sa.ARRAY) for column in row_key)
+        if not row_key or len(row_key) != len(self.key) or lists:
             return
         if self.mapper is not None:
             self.key = [self._attribute(c) for c in row_key]

@@ -309,7 +309,8 @@ class Ways:
         up by one scan of the table which of these pass.
         """
         labels = dict(zip(self._keys(row), self.names, strict=True))
-        used: set[Any] = {c for c in visitors.iterate(criterion) if getattr(c, "table", 0) is row}
+        inner = visitors.iterate(criterion)
+        used: set[Any] = {c for c in inner if isinstance(c, sa.ColumnClause) and c.table is row}
         more = {c: f"nearest_own_{n}" for n, c in enumerate(sorted(used - {*labels}, key=str))}
         given = rows.add_columns(*(c.label(n) for c, n in more.items())).subquery("nearest_rows")
         order = [given.c[DISTANCE], *self._keys(given)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import enum
 import re
 import uuid
 from typing import Any
@@ -10,7 +12,14 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
-from sqlalchemy.orm import Session, aliased, joinedload, selectinload, with_loader_criteria
+from sqlalchemy.orm import (
+    Session,
+    aliased,
+    joinedload,
+    registry,
+    selectinload,
+    with_loader_criteria,
+)
 
 import sbert_pg
 from sbert_pg import hnsw_index, ivfflat_index, nearest
@@ -554,6 +563,57 @@ def test_composite_keys(engine: sa.Engine, fake_encoder: DeterministicEncoder) -
             found += connection.execute(nearest(table.c.vec, [1, 0, 0], offset=offset)).all()
     assert sorted((row.a, int(row.b)) for row in found) == sorted((n % 3, n) for n in range(30))
     assert found[0].similarity == pytest.approx(1)
+
+
+class Size(enum.Enum):
+    """A key of few values."""
+
+    small = 1
+    large = 2
+
+
+KEYS: dict[str, tuple[Any, Any]] = {
+    "enumeration": (sa.Enum(Size, name="size"), lambda n: list(Size)[n % 2]),
+    "date": (sa.Date(), lambda n: datetime.date(2020, 1, 1 + n % 2)),
+    "array": (sa.ARRAY(sa.Integer, as_tuple=True), lambda n: (n, n)),
+}
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_keys_of_any_type(engine: sa.Engine, kind: str) -> None:
+    """A value of a key is sent as one, and the rows like a row leave that row out alone."""
+    type_, value = KEYS[kind]
+    further = [] if kind == "array" else [sa.Column("b", sa.Integer, primary_key=True)]
+    columns = [
+        sa.Column("a", type_, primary_key=True),
+        *further,
+        sa.Column("v", sbert_pg.Vector(2)),
+    ]
+    table = sa.Table("keyed", sa.MetaData(), *columns, hnsw_index("keyed_v", "v"))
+
+    class Keyed:
+        """A row."""
+
+    registry().map_imperatively(Keyed, table)
+    rows: list[dict[str, Any]] = [{"a": value(n), "b": n, "v": [1, n]} for n in range(12)]
+    with engine.begin() as connection:
+        table.create(connection)
+        for row in rows:
+            connection.execute(sa.insert(table).values({c.name: row[c.name] for c in columns}))
+    first = table.c.a == value(0) if kind == "array" else table.c.b == 0
+    with Session(engine) as session:
+        session.execute(sa.text("SET LOCAL enable_seqscan = off"))
+        row = session.scalars(sa.select(Keyed).where(first)).one()
+        for statement in (nearest(Keyed.v, row), nearest(Keyed.v, row, limit=5, offset=5)):  # type: ignore[attr-defined]
+            for narrowed in (statement, statement.where(table.c.a != value(3))):
+                found = session.scalars(narrowed).all()
+                assert row not in found
+                kept = [one for one in rows[1:] if narrowed is statement or one["a"] != value(3)]
+                first_one, last_one = narrowed.search.offset, narrowed.search.offset + 5
+                assert len(found) == min(narrowed.search.limit, len(kept) - first_one)
+                assert [one.v[1] for one in found][:5] == [
+                    one["b"] for one in kept[first_one:last_one]
+                ]
 
 
 @pytest.mark.parametrize("seqscan", ["on", "off"])

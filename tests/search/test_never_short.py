@@ -46,6 +46,7 @@ class World:
             sa.Column("id", sa.Integer, primary_key=True),
             sa.Column("tenant", sa.Integer, index=form != "halfvec"),
             sa.Column("day", sa.Integer),
+            sa.Column("marks", sa.ARRAY(sa.Integer)),
             sa.Column("boiler", sa.Boolean),
             sa.Column("v", Vector(WIDTH)),
         )
@@ -64,6 +65,7 @@ class World:
                 "id": n,
                 "tenant": int(self.topic[n]) // 4,
                 "day": int(self.day[n]),
+                "marks": [int(self.topic[n]), n % 3],
                 "boiler": bool(self.boiler[n]),
                 "v": self.v[n],
             }
@@ -129,6 +131,7 @@ def kinds(world: World, topic: int) -> dict[str, tuple[list[Any], Any]]:
     """Filters as applications write them, each as calls and as a mask."""
     table, other = world.item, world.item.alias("other")
     item, tenants, day = table.c, world.topic // 4, world.day
+    own = world.topic == topic
     a, b = (topic // 4 + 2) % 10, (topic // 4 + 5) % 10
     sizes = np.bincount(tenants, minlength=10)
     large = int(np.median(sizes))
@@ -153,6 +156,7 @@ def kinds(world: World, topic: int) -> dict[str, tuple[list[Any], Any]]:
         "large tenants": (item.tenant.in_(many), sizes[tenants] > large),
         "rows counted": (item.id.in_(later.having(sa.func.count() > 0)), day > 200),
         "rows that are known": (known, day < topic * 10),
+        "a mark": (sa.literal(topic) != sa.all_(item.marks), ~own & (np.arange(ROWS) % 3 != topic)),
         "rows one by one": (item.id.in_(some.tolist()), np.isin(np.arange(ROWS), some)),
     }
     calls = {name: ([("where", one)], keep) for name, (one, keep) in criteria.items()}
