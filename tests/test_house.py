@@ -76,7 +76,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "orm": (5, 922),
     "passages": (6, 1183),
     "reembed": (12, 3227),
-    "search": (13, 4163),
+    "search": (13, 4174),
     "serving": (19, 3629),
     "sql": (1, 24),
     "tuning": (18, 4381),

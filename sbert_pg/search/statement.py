@@ -212,7 +212,7 @@ def _criteria_of(search: Search) -> tuple[bool, bool]:
     outer, own = search.outer(), list(filter(target.owns, columns))
     inner = [column for column in columns if not any(column.table is one for one in outer)]
     others = len(own) < len(inner) and not target.narrows
-    own += filter(target.owns, _joining(search))
+    own += filter(target.owns, [*_joining(search), *_asked_about(search)])
     return search.joins or others, any(column.name in target.leading for column in own)
 
 
@@ -225,9 +225,19 @@ def _joining(search: Search) -> list[Any]:
     return [*columns_of(said)] or [key.parent for key in keys]
 
 
+def _asked_about(search: Search) -> Iterator[Any]:
+    """Columns in ``EXISTS``: by those of the row's own the planner finds what it is there for."""
+    for element in visitors.iterate(sa.and_(sa.true(), *map(clause_of, search.criteria))):
+        if isinstance(element, sa.Exists):
+            yield from visitors.iterate(element)
+
+
 def _shape_of(search: Search, size: int, joined: bool, indexed: bool) -> Shape:
     target = search.target
     ef_search, overfetch, probes = search.overrides
+    assert target.index is not None
+    if target.index.method not in ("hnsw", "diskann"):
+        ef_search = None
     deep = search.offset > 0 or joined
     apart = deep or search.many or target.partial
     return Shape(

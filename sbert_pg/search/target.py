@@ -141,13 +141,15 @@ class Target:
     def _serve(self, table: sa.Table, base: sa.Column[Any]) -> None:
         """Let the index of a table serve the search, where its rows can be told by their key."""
         row_key = self._row_key(table)
-        # An array of keys that are arrays is one of more dimensions.
-        lists = any(isinstance(column.type, sa.ARRAY) for column in row_key)
-        if not row_key or len(row_key) != len(self.key) or lists:
+        if not row_key or len(row_key) != len(self.key):
             return
         if self.mapper is not None:
             self.key = [self._attribute(c) for c in row_key]
-        _require_a_name_of_its_own(table)
+        if table.name in _OWN_NAMES and table.schema is None:
+            raise DeclarationError(
+                f"nearest() has a part named {table.name} in its statements, as this table is. "
+                "Give the table its schema (schema=...), which tells the two apart."
+            )
         self.table, self.row_key, self.index = table, row_key, index_on(self.column)
         self._base = base
         if self.index is not None:
@@ -166,6 +168,9 @@ class Target:
     def _row_key(self, table: sa.Table) -> list[sa.Column[Any]]:
         """The primary key; of a subclass in its own table, what the mapper's is there."""
         key = list(table.primary_key)
+        if any(isinstance(column.type, sa.ARRAY) for column in key):
+            # An array of arrays is one of more dimensions, and holds no keys.
+            return []
         if self.mapper is None or all(self.mapper.c.contains_column(column) for column in key):
             return key
         return [column for column in self.mapper.primary_key if column.table is table]
@@ -315,14 +320,6 @@ def _is_of_few(criterion: sa.BinaryExpression[Any], outer: list[Any]) -> bool:
         return isinstance(values, (list, tuple)) and len(values) <= NAMED
     others = [column for column in columns_of(criterion.right) if column.table not in outer]
     return criterion.operator is operators.eq and not others
-
-
-def _require_a_name_of_its_own(table: sa.Table) -> None:
-    if table.name in _OWN_NAMES and table.schema is None:
-        raise DeclarationError(
-            f"nearest() has a part named {table.name} in its statements, as this table is. "
-            "Give the table its schema (schema=...), which tells the two apart."
-        )
 
 
 def _require_direction(vector: WireVector) -> None:

@@ -185,10 +185,16 @@ def test_a_criterion_may_be_a_plain_truth() -> None:
 
 
 @pytest.mark.parametrize("indexed", [False, True])
-def test_what_comparing_costs_under_a_join_depends_on_an_index(indexed: bool) -> None:
+@pytest.mark.parametrize("way", ["join", "exists"])
+def test_what_comparing_costs_beside_another_table_depends_on_an_index(
+    indexed: bool, way: str
+) -> None:
     thing = table(hnsw_index("i", "vec"), *([sa.Index("l", "lang")] if indexed else []))
     other = sa.table("other", sa.column("lang"))
-    text = sql(nearest(thing.c.vec, QUERY).join(other, other.c.lang == thing.c.lang))
+    same = other.c.lang == thing.c.lang
+    search = nearest(thing.c.vec, QUERY)
+    narrowed = search.join(other, same) if way == "join" else search.where(sa.exists().where(same))
+    text = sql(narrowed)
     reading = "least(nearest_share.share * nearest_share.rows, 0.2 * nearest_share.rows) AS reading"
     assert (reading in text) is indexed
 
@@ -227,6 +233,16 @@ def test_by_an_ivfflat_index() -> None:
     assert "set_config('ivfflat.iterative_scan', 'off', true)" in text
     assert "set_config('ivfflat.probes', '51', true)" in text
     assert "set_config('ivfflat.probes', '3', true)" in sql(nearest(thing.c.vec, QUERY, probes=3))
+
+
+@pytest.mark.parametrize("form", ["column", "binary"])
+@pytest.mark.parametrize("filtered", [False, True])
+def test_candidates_of_a_graph_mean_nothing_to_lists(form: Any, filtered: bool) -> None:
+    """How many rows have to come is not what another kind of index would keep."""
+    thing = table(ivfflat_index("i", "vec", lists=100, form=form))
+    searches = (nearest(thing.c.vec, QUERY, ef_search=ef) for ef in (None, 15))
+    texts = [sql(one.where(thing.c.lang == "de") if filtered else one) for one in searches]
+    assert texts[0] == texts[1]
 
 
 def test_exact_search_leaves_indexes_aside() -> None:
