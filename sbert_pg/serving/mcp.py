@@ -12,22 +12,21 @@ import logging
 import secrets
 from collections.abc import Callable
 from functools import wraps
+from importlib.metadata import version
 from typing import Annotated, Any, ParamSpec
 
 import sqlalchemy as sa
 
-from sbert_pg.errors import MissingExtraError, SbertPgError
+from sbert_pg.errors import SbertPgError, needing
 from sbert_pg.freshness import status
 from sbert_pg.serving.exposed import By, Found, Question, Shown
 from sbert_pg.sqlstates import words_of
 
-try:
+with needing("mcp", "mcp", "serve the Model Context Protocol"):
     from mcp.server.mcpserver import MCPServer
     from mcp.server.mcpserver.exceptions import ToolError
     from mcp.types import ToolAnnotations
     from pydantic import Field
-except ImportError as missing:
-    raise MissingExtraError("mcp", "mcp", "serve the Model Context Protocol") from missing
 
 logger = logging.getLogger("sbert_pg.serve")
 
@@ -58,7 +57,12 @@ def mcp_server(shown: Shown) -> MCPServer[Any]:
     Args:
         shown: the tables; its engine's transactions should be read-only.
     """
-    server: MCPServer[Any] = MCPServer("sbert-pg", instructions=_INSTRUCTIONS, log_level="WARNING")
+    server: MCPServer[Any] = MCPServer(
+        "sbert-pg",
+        version=version("sbert-pg"),
+        instructions=_INSTRUCTIONS,
+        log_level="WARNING",
+    )
     reads = ToolAnnotations(read_only_hint=True, open_world_hint=False)
 
     def tool(function: Callable[P, str]) -> None:

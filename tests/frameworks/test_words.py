@@ -1,7 +1,9 @@
-"""The stores of other libraries, searched by words and by both."""
+"""The stores of other libraries: what they lack, and searches by words and by both."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -12,7 +14,6 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sess
 from sbert_pg import create_all, embed_on_flush, embedding_column, text_column
 from sbert_pg.errors import DeclarationError
 
-pytestmark = pytest.mark.usefixtures("tables")
 pytest.importorskip("langchain_core")
 pytest.importorskip("haystack")
 pytest.importorskip("llama_index.core")
@@ -89,6 +90,7 @@ def llamaindex(engine: sa.Engine, words: str | None) -> Any:
     return ids
 
 
+@pytest.mark.usefixtures("tables")
 @pytest.mark.parametrize("library", [langchain, haystack, llamaindex])
 def test_stores_are_searched_by_words_too(engine: sa.Engine, library: Any) -> None:
     ids = library(engine, "words")
@@ -101,6 +103,23 @@ def test_stores_are_searched_by_words_too(engine: sa.Engine, library: Any) -> No
         library(engine, "nothing")
 
 
+@pytest.mark.usefixtures("tables")
 def test_llamaindex_weighs_meaning_by_alpha(engine: sa.Engine) -> None:
     ids = llamaindex(engine, "words")
     assert [ids("both", alpha=alpha)[0] for alpha in (0.0, 1.0)] == ["title", "body"]
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "extra"),
+    [
+        ("langchain", "langchain_core", "langchain"),
+        ("haystack", "haystack", "haystack"),
+        ("llamaindex", "llama_index", "llamaindex"),
+        ("ray_data", "ray", "ray"),
+    ],
+)
+def test_a_missing_package_is_said(module: str, package: str, extra: str) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; import sbert_pg.adapters.{module}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert " is needed to " in done.stderr
+    assert f"pip install 'sbert-pg[{extra}]'" in done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -38,6 +39,7 @@ def parameters(url: sa.URL, *arguments: str) -> StdioServerParameters:
 
 async def test_a_client_finds_rows_and_nothing_else(articles):
     async with Client(parameters(articles.url, "article:id,title,lang,year")) as client:
+        assert client.server_info.version == version("sbert-pg")
         tools = (await client.list_tools()).tools
         assert sorted(tool.name for tool in tools) == ["search", "similar", "status", "tables"]
         assert all(tool.annotations.read_only_hint for tool in tools)
