@@ -67,7 +67,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (10, 2001),
     "alembic": (8, 2734),
     "catalog": (9, 2637),
-    "cli": (17, 4527),
+    "cli": (17, 4532),
     "clustering": (16, 5221),
     "encoder": (28, 7743),
     "freshness": (17, 5174),

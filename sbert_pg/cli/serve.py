@@ -247,18 +247,20 @@ def _all_bound(connection: sa.Connection) -> list[str]:
     Raises:
         DeclarationError: there are none.
     """
-    bindings = sorted(catalog.all_bindings(connection), key=str)
+    bindings = catalog.all_bindings(connection)
+    # What a change is filling comes last, and leaves the table's name to the column before it.
+    bindings = sorted(bindings, key=lambda binding: (binding.replaces is not None, str(binding)))
     if not bindings:
         raise DeclarationError(
             "No embedding column is bound in this database whose table this role may read; "
             "'sbert-pg load TABLE FILE --create' makes a table with one, GRANT SELECT lets a role "
             "read it, and 'sbert-pg demo --explore' fills one to look at."
         )
-    tables = [b.table for b in bindings]
+    tables = [b.table for b in bindings if b.replaces is None]
     columns = [(b.table, b.column) for b in bindings]
     return [
         b.table
-        if tables.count(b.table) == 1
+        if b.replaces is None and tables.count(b.table) == 1
         else f"{b.table}.{b.column}"
         if columns.count((b.table, b.column)) == 1
         else str(b)

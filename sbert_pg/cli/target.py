@@ -28,13 +28,16 @@ def resolve(connection: sa.Connection, name: str) -> Side:
 
     Args:
         name: ``table``, ``schema.table``, ``table.column`` or ``schema.table.column``; a table
-            alone stands for its only embedding column.
+            alone stands for its only embedding column, and in the middle of a change for the one
+            that it had before, so that the name means until *finish* what it meant.
 
     Raises:
         DeclarationError: no column that is bound here has the name, or several have.
     """
     bindings = catalog.all_bindings(connection)
     matching = _called(connection, bindings, name)
+    if len(before := [binding for binding in matching if binding.replaces is None]) == 1:
+        matching = before
     if len(matching) != 1:
         names = ", ".join(sorted(map(str, matching or bindings))) or "none"
         problem = "means several embedding columns" if matching else "is not an embedding column"

@@ -116,9 +116,9 @@ def _progress(state: reembed.Status, rows: int | None, left: str) -> Iterator[An
         yield h("p", f"{share:.1%} of about {rows:,} rows; {missing:,} to go.")
     if left:
         yield h("p", left, class_="faint", id="left")
-    yield h("p", "Index: ", ", ".join(state.new_indexes) or "none that is valid", "; ",
-            "being built: " + ", ".join(state.building) if state.building else "none is built",
-            ".", class_="faint")  # fmt: skip
+    built = ", ".join(state.new_indexes) or "none yet"
+    building = f"; being built: {', '.join(state.building)}" if state.building else ""
+    yield h("p", f"Index: {built}{building}.", class_="faint", dir="auto")
     yield h("p", "Next: ", h("code", state.next_step, class_="command", dir="auto"))
 
 

@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from command_line import process, sbert_pg
 
 from sbert_pg import catalog
+from sbert_pg.cli.target import resolve
 from sbert_pg.digest import digest
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
@@ -131,7 +132,7 @@ def index_state(plain: psycopg.Connection) -> Any:
     ).fetchone()
 
 
-def test_step_by_step(note, plain, database_url, tmp_path):
+def test_step_by_step(note, plain, engine, database_url, tmp_path):
     url = database_url
     planned = json.loads(
         command("reembed", "begin", "note", *CHANGE, *KNOWN, "--dry-run", "--json", url=url)
@@ -143,6 +144,9 @@ def test_step_by_step(note, plain, database_url, tmp_path):
     said = command("reembed", "status", "--check", url=url, rc=1)
     assert f"{ROWS} of {ROWS} rows to go" in said
     assert "400 rows have no vector yet" in command("reembed", "finish", "note", url=url, rc=1)
+    # The table's name means what it meant: the new column would find nothing yet.
+    with engine.connect() as connection:
+        assert resolve(connection, "note").binding.column == "embedding"
     first = json.loads(command("backfill", "note.embedding_new", *KNOWN, "--json", url=url))
     assert (first["rows"], first["complete"]) == (ROWS, True)
     again = json.loads(command("backfill", "note", *KNOWN, "--json", url=url))

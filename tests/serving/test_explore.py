@@ -27,7 +27,7 @@ from sbert_pg import (
     use_encoder,
 )
 from sbert_pg.cli.doctor import diagnose
-from sbert_pg.cli.serve import _clusterings, looking
+from sbert_pg.cli.serve import _all_bound, _clusterings, looking
 from sbert_pg.clustering import Flow, KMeans, cluster, clusters_of, store_map
 from sbert_pg.serving import topics as topics_page
 from sbert_pg.serving.explore import Explorer
@@ -368,12 +368,17 @@ def test_a_change_under_way(browser: Any, changing: sa.Engine) -> None:
         reembed.LabelledQuery("opened at the weekend", {"10": 1.0}),
         reembed.LabelledQuery("When the shop is open on Sundays", {"10": 1.0, "11": 1.0}),
     ]
-    targets = [f"note.{name}:id,title,body,year" for name in ("embedding", "embedding_next")]
+    with changing.connect() as connection:
+        targets = _all_bound(connection)
+    assert targets == ["note", "note.embedding_next"], "the table's name means what it meant"
     views = explorer(changing, *targets, queries=queries).views()
     with serving({}, None, port=0, views=views) as port:
         context = browser.new_context(base_url=f"http://127.0.0.1:{port}")
         context.set_default_timeout(PATIENCE)
         tab = context.new_page()
+        tab.goto("/explore?q=money")
+        assert tab.get_by_label("Table").input_value() == "note"
+        tab.locator("section[data-kind=exact] li").first.wait_for()
         tab.goto("/explore/change")
         tab.get_by_role("heading", name="embedding → embedding_next").wait_for()
         tab.get_by_text("all-MiniLM-L6-v2 → next").wait_for()
