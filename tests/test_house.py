@@ -80,7 +80,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "serving": (19, 3633),
     "sql": (1, 24),
     "tuning": (18, 4381),
-    "types": (10, 1775),
+    "types": (10, 1784),
 }
 #: All rooms that are one module.
 MOST_LINES_OF_THE_REST = 3404

@@ -127,11 +127,9 @@ def _only_of_passages(of: str, per_document: int, score: str) -> None:
 
 def _are_many(query: Any) -> bool:
     """Whether a query is a list of queries, and not one vector."""
-    if isinstance(query, np.ndarray):
-        return query.ndim == 2
-    if not isinstance(query, (list, tuple)):
+    if not isinstance(query, (list, tuple, np.ndarray)) or getattr(query, "ndim", 1) == 0:
         return False
-    if not query:
+    if not len(query):
         raise DeclarationError("nearest() was given an empty list of queries.")
     return isinstance(query[0], (str, list, tuple, np.ndarray))
 

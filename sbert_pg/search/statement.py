@@ -773,6 +773,8 @@ class Nearest(sa.Select[Any]):
     distinct = _delegated("distinct", "refused")
     fetch = _delegated("fetch", "refused")
     from_statement = _delegated("from_statement", "refused")
+    union = _delegated("union", "refused")
+    union_all = _delegated("union_all", "refused")
 
     def filter(self, *criteria: Any) -> Any:
         """The same as ``where``."""

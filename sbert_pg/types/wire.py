@@ -34,6 +34,10 @@ _TOGETHER = 64
 HALF_MAX = 65_504.0
 
 
+#: Numbers in brackets that may be meant as words; more are a vector.
+WRITTEN = 16
+
+
 def as_float32(value: Any, *, what: str = "a vector") -> Array:
     """Take anything that is a sequence of numbers as a contiguous float32 array of one axis.
 
@@ -133,17 +137,22 @@ def vector_in(text: str, dimensions: int) -> Array | None:
 
     Returns:
         float32 array of shape ``(dimensions,)``; ``None`` for any other text.
+
+    Raises:
+        DimensionError: it is a vector of another width, of more numbers than anybody writes.
     """
     stripped = text.strip()
     if not (stripped.startswith("[") and stripped.endswith("]")):
         return None
     parts = stripped[1:-1].split(",")
-    if len(parts) != dimensions or dimensions == 1:
+    if len(parts) != dimensions and (len(parts) <= WRITTEN or not dimensions):
         return None
     try:
-        return np.array([float(part) for part in parts], dtype=np.float32)
+        vector = np.array([float(part) for part in parts], dtype=np.float32)
     except ValueError:
         return None
+    check_vector(vector, dimensions, "vector", "the text is a vector that")
+    return vector if dimensions > 1 else None
 
 
 class WireVector(list[float]):

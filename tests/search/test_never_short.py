@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy import orm
 
 from sbert_pg import Vector, explain_search, hnsw_index, ivfflat_index, load, nearest
-from sbert_pg.errors import DeclarationError, ZeroVectorError
+from sbert_pg.errors import DeclarationError, DimensionError, ZeroVectorError
 from tests.conftest import Databases
 
 ROWS, WIDTH, TOPICS = 4000, 48, 40
@@ -410,6 +410,9 @@ def test_a_text_that_is_a_vector(engine: sa.Engine) -> None:
         assert [row.id for row in found] == world.exact(right, np.ones(ROWS, dtype=bool))
     with pytest.raises(DeclarationError, match="has no encoder"):
         nearest(item.c.v, "[0.5, 1e-3]")
+    # Of another column, and no words.
+    with pytest.raises(DimensionError, match=f"has 60 dimensions and {WIDTH} are expected"):
+        nearest(item.c.v, f"[{','.join(['0.5'] * 60)}]")
 
 
 def test_a_column_called_similarity(engine: sa.Engine) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import psycopg
@@ -348,6 +349,9 @@ def test_queries_that_make_no_sense() -> None:
         nearest(thing.c.vec, None)
     with pytest.raises(DimensionError, match="2 dimensions and 3 are expected"):
         nearest(thing.c.vec, [1, 2])
+    for none in ([], np.zeros((0, 3), np.float32)):
+        with pytest.raises(DeclarationError, match="an empty list"):
+            nearest(thing.c.vec, none)
     known = table(type_=Embedding("deterministic", "lang", dimensions=3))
     with pytest.raises(ZeroVectorError, match="all zeros"):
         nearest(known.c.vec, [0, 0, 0])
@@ -361,10 +365,12 @@ def test_a_table_without_a_key_is_compared() -> None:
     assert HalfVector(3).get_col_spec() == "HALFVEC(3)"
 
 
-@pytest.mark.parametrize("name", ["order_by", "group_by", "having", "distinct", "fetch"])
+@pytest.mark.parametrize(
+    "name", ["order_by", "group_by", "having", "distinct", "fetch", "union", "union_all"]
+)
 def test_what_would_work_on_a_page_alone_is_refused(name: str) -> None:
     thing = table(hnsw_index("i", "vec"))
-    argument: Any = 3 if name == "fetch" else thing.c.lang
+    argument: Any = {"fetch": 3, "union": sa.select(thing)}.get(name, thing.c.lang)
     with pytest.raises(DeclarationError, match=f"{name}\\(\\) would work on what"):
         getattr(nearest(thing.c.vec, QUERY), name)(argument)
 
