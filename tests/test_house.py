@@ -73,7 +73,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "freshness": (17, 5174),
     "indexes": (6, 1407),
     "loading": (4, 1132),
-    "orm": (5, 922),
+    "orm": (5, 932),
     "passages": (6, 1183),
     "reembed": (12, 3227),
     "search": (13, 4174),

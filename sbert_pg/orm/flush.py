@@ -70,21 +70,31 @@ def embed_on_flush(target: SessionTarget, *, passages: bool = False) -> None:
 
     Args:
         target: a session, session class, ``sessionmaker`` or ``scoped_session``, or the
-            asynchronous form of one. Calling it again changes nothing.
+            asynchronous form of one. Calling it again changes nothing, unless its listeners have
+            been removed.
         passages: whether new and changed documents are cut and embedded in the flush too.
 
     Raises:
         DeclarationError: for anything else.
     """
     listened = _listened(target)
-    # Not event.contains(): it goes by id(), which another factory may have had before.
-    if not getattr(listened, _LISTENS, False):
+    if not _listens(listened):
         setattr(listened, _LISTENS, True)
         event.listen(listened, "before_flush", _before_flush)
         event.listen(listened, "do_orm_execute", _before_statement)
     setattr(listened, _EMBEDS, True)
     if passages:
         setattr(listened, _CUTS, True)
+
+
+def _listens(listened: Any) -> bool:
+    """Whether the listeners are on a session or session class, and have not been removed since."""
+    # Not event.contains() alone: it goes by id(), which another factory may have had before.
+    class_ = listened if isinstance(listened, type) else type(listened)
+    targets = (listened, *(base for base in class_.__mro__ if issubclass(base, Session)))
+    return getattr(listened, _LISTENS, False) and any(
+        event.contains(target, "before_flush", _before_flush) for target in targets
+    )
 
 
 def leave_to_workers(target: SessionTarget) -> None:

@@ -20,6 +20,7 @@ from sbert_pg import (
     use_encoder,
 )
 from sbert_pg.errors import DeclarationError, DimensionError, EncoderMismatchError
+from sbert_pg.orm import flush
 
 
 class Base(DeclarativeBase):
@@ -131,3 +132,31 @@ def test_sessions_leave_rows_to_workers_again(tables: sa.Engine, encoder: Any) -
     assert encoder.encoded == ["a", "d", "f", "g"]
     with pytest.raises(DeclarationError, match="takes a session"):
         leave_to_workers(tables)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["factory", "class", "session"])
+def test_listeners_that_were_removed_are_noticed(
+    tables: sa.Engine, encoder: Any, kind: str
+) -> None:
+    class Own(Session):
+        pass
+
+    factory = sessionmaker(tables, class_=Own)
+    with factory() as session:
+        target: Any = {"factory": factory, "class": Own, "session": session}[kind]
+        embed_on_flush(target)
+        embed_on_flush(session)  # It has them already, from its class or of its own.
+        listened = factory.class_ if kind == "factory" else target
+        for event, listener in (
+            ("before_flush", flush._before_flush),
+            ("do_orm_execute", flush._before_statement),
+        ):
+            sa.event.remove(listened, event, listener)
+        session.add(Article(id=1, title="a"))
+        session.flush()
+        assert encoder.encoded == []
+        embed_on_flush(target)
+        session.add(Article(id=2, title="b"))
+        session.execute(sa.insert(Article), [{"id": 3, "title": "c"}])
+        session.commit()
+    assert sorted(encoder.encoded) == ["b", "c"]
