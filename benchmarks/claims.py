@@ -22,11 +22,11 @@ from bench_server import cpu_seconds, fresh_server
 
 from sbert_pg import catalog
 from sbert_pg.freshness import claims
-from sbert_pg.freshness.keys import BACKFILL, CHANGED, Class, Key
+from sbert_pg.freshness.queue import BACKFILL, CHANGED, Class, Key
 from sbert_pg.freshness.rows import Rows, rows_of
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
-from sbert_pg.types.identity import ColumnIdentity
+from sbert_pg.system import ColumnIdentity
 
 SETTINGS = {"shared_buffers": "512MB", "max_wal_size": "8GB", "synchronous_commit": "off"}
 IDENTITY = ColumnIdentity(None, "note", "embedding")
@@ -67,7 +67,7 @@ def claim(engine: sa.Engine, rows: Rows, class_: Class, most: int, after: Key | 
 def drain(engine: sa.Engine, rows: Rows, class_: Class, options: argparse.Namespace) -> list[float]:
     """Milliseconds of each claim, from the first to the last row."""
     step = options.rows // options.claims
-    digest = rows.binding.expressions.digest.replace("%", "%%")
+    digest = rows.binding.expressions.bare("digest").replace("%", "%%")
     spent, after = [], None
     with engine.connect() as connection:
         # The pool's one connection, and so the process that does it all.

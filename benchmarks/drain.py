@@ -43,7 +43,7 @@ from sbert_pg.process import usable_cores
 from sbert_pg.registry import use_encoder
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
-from sbert_pg.types.identity import ColumnIdentity
+from sbert_pg.system import ColumnIdentity
 
 NAME = "sentence-transformers/all-MiniLM-L6-v2"
 IDENTITY = ColumnIdentity("public", "note", "embedding")

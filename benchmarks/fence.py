@@ -25,8 +25,8 @@ from bench_server import cpu_seconds, fresh_server
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from sbert_pg import catalog, create_all, embedding_column, hnsw_index, nearest
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.testing import DeterministicEncoder
-from sbert_pg.types.identity import ColumnIdentity
 
 SETTINGS = {"shared_buffers": "512MB", "max_wal_size": "4GB", "synchronous_commit": "off"}
 SEARCHES = 50
@@ -60,7 +60,7 @@ def prepare(engine: sa.Engine, note: Any, encoder: DeterministicEncoder, rows: i
     with engine.begin() as connection:
         create_all(connection, note.metadata)
         binding = catalog.require_binding(connection, ColumnIdentity(None, "note", "embedding"))
-        catalog.seal(connection, binding, encoder)
+        catalog.hold_encoder(connection, binding, encoder)
         run = connection.exec_driver_sql
         run("DROP INDEX note_embedding")
         run(

@@ -34,7 +34,7 @@ from live_load import LockWatch, Tally, Version, text_of
 from sbert_pg import catalog, errors
 from sbert_pg import reembed as ree
 from sbert_pg.freshness import WorkerSettings, refresh
-from sbert_pg.types.identity import ColumnIdentity
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.types.wire import from_text
 
 SETTINGS = {"fsync": "off", "max_connections": "120", "shared_buffers": "256MB"}

@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from sbert_pg import catalog, hnsw_index, nearest
 from sbert_pg.catalog.embedding import Embedding, digest_for
 from sbert_pg.catalog.guard import binding_for_write
-from sbert_pg.types.identity import identity_of
+from sbert_pg.system import identity_of
 
 # fmt: off
 WORDS = [

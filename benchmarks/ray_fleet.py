@@ -36,8 +36,8 @@ from sbert_pg.adapters.ray import backfill
 from sbert_pg.freshness import WorkerSettings
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.testing import DeterministicEncoder
-from sbert_pg.types.identity import ColumnIdentity
 from sbert_pg.types.wire import from_text
 
 IDENTITY = ColumnIdentity("public", "note", "embedding")

@@ -42,8 +42,8 @@ from sbert_pg.encoder import Encoder
 from sbert_pg.freshness import WorkerSettings, backfill
 from sbert_pg.registry import use_encoder
 from sbert_pg.spec import EncoderSpec
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.testing import DeterministicEncoder
-from sbert_pg.types.identity import ColumnIdentity
 
 NAME = "sentence-transformers/all-MiniLM-L6-v2"
 SETTINGS = {"max_connections": "60", "shared_buffers": "1GB", "max_wal_size": "4GB"}

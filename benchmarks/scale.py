@@ -34,9 +34,9 @@ from sbert_pg.embedded import embedded_server
 from sbert_pg.freshness import audit, backfill, refresh, status
 from sbert_pg.indexes.build import build_index
 from sbert_pg.source import Source
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.testing import DeterministicEncoder
 from sbert_pg.tuning.evaluation import evaluate
-from sbert_pg.types.identity import ColumnIdentity
 
 SETTINGS = {
     "shared_buffers": "4GB", "maintenance_work_mem": "4GB", "max_wal_size": "16GB",

@@ -56,10 +56,10 @@ from soak_writers import (
 from sbert_pg import catalog, create_all
 from sbert_pg.embedded import EmbeddedServer
 from sbert_pg.freshness import WorkerSettings, claims, counts, refresh, retry
-from sbert_pg.freshness.keys import CHANGED, label_of
+from sbert_pg.freshness.queue import CHANGED, label_of
 from sbert_pg.freshness.rows import rows_of
 from sbert_pg.sqlstates import sqlstate_of
-from sbert_pg.types.identity import ColumnIdentity
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.types.wire import from_text, to_wire
 
 SETTINGS = {"fsync": "off", "max_connections": "60", "shared_buffers": "128MB"}
@@ -137,7 +137,7 @@ class Soak:
             soak_encoder.sabotage_schema(connection)
             create_all(connection, Base.metadata)
             for binding in catalog.all_bindings(connection):
-                catalog.seal(connection, binding, self.encoders[binding.declared.name])
+                catalog.hold_encoder(connection, binding, self.encoders[binding.declared.name])
             soak_shelf.prepare(connection)
             soak_encoder.sabotage_tables(connection)
 

@@ -15,14 +15,14 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from sbert_pg import digest
+from sbert_pg import source
 from sbert_pg.freshness import claims
-from sbert_pg.freshness.keys import ArrayOf
 from sbert_pg.freshness.rows import Rows
 from sbert_pg.freshness.worker import Worker
 from sbert_pg.registry import use_encoder
 from sbert_pg.spec import Vectors
 from sbert_pg.testing import DeterministicEncoder
+from sbert_pg.types.wire import ArrayOf
 
 DIMENSIONS = 32
 
@@ -137,16 +137,16 @@ _TURN = Worker._turn
 
 def _sabotage() -> None:
     """The same in this process, and what is Python's alone."""
-    hashed, half = digest._hash, digest.HALF // 2
+    hashed, half = source._hash, source.HALF // 2
     if SABOTAGE == "text":
-        digest._hash = lambda binding_id, content: b"\0" * half
-        digest._proof = lambda binding_id, wire, storage: hashed(
-            binding_id, b"-" if wire is None else digest._leading(wire, storage).hex().encode()
+        source._hash = lambda binding_id, content: b"\0" * half
+        source._proof = lambda binding_id, wire, storage: hashed(
+            binding_id, b"-" if wire is None else source._leading(wire, storage).hex().encode()
         )
     elif SABOTAGE == "vector":
-        digest._proof = lambda binding_id, wire, storage: (b"\0" if wire else b"\x11") * half
+        source._proof = lambda binding_id, wire, storage: (b"\0" if wire else b"\x11") * half
     elif SABOTAGE == "seed":
-        digest._hash = lambda binding_id, content: hashed(_ONE, content)
+        source._hash = lambda binding_id, content: hashed(_ONE, content)
     elif SABOTAGE == "check":
         Rows._writing = _write_without_looking  # type: ignore[method-assign]
     elif SABOTAGE == "lease":

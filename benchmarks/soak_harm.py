@@ -25,7 +25,7 @@ from sbert_pg.cli.app import run
 from sbert_pg.embedded import EmbeddedServer
 from sbert_pg.errors import SbertPgError
 from sbert_pg.freshness import counts
-from sbert_pg.types.identity import ColumnIdentity
+from sbert_pg.system import ColumnIdentity
 
 #: Seconds of a lease; a paused worker sleeps longer.
 LEASE = 1

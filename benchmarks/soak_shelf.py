@@ -18,8 +18,8 @@ from soak_writers import LOST
 
 from sbert_pg import catalog, nearest
 from sbert_pg.catalog.embedding import Embedding
-from sbert_pg.digest import digest
 from sbert_pg.errors import EncoderMismatchError
+from sbert_pg.source import digest
 from sbert_pg.sqlstates import sqlstate_of
 from sbert_pg.types.wire import to_wire
 
@@ -69,7 +69,7 @@ def bind_other(url: sa.URL) -> None:
 def _fill(connection: sa.Connection, name: str) -> None:
     encoder = soak_encoder.encoder(name, slow=False)
     binding = catalog.bind(connection, _declared(name).c.embedding)
-    catalog.seal(connection, binding, encoder)
+    catalog.hold_encoder(connection, binding, encoder)
     vectors = encoder.encode_document([title(i) for i in range(ROWS)])
     with connection.connection.cursor() as cursor:
         for number, vector in enumerate(vectors):

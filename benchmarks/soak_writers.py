@@ -17,11 +17,11 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.orm.exc import StaleDataError
 
 from sbert_pg import catalog, embed_on_flush, embedding_column
-from sbert_pg.digest import digest
 from sbert_pg.errors import EncoderMismatchError, EncodingError
+from sbert_pg.source import digest
 from sbert_pg.sqlstates import sqlstate_of
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.types import wire
-from sbert_pg.types.identity import ColumnIdentity
 
 KEYS = 400
 REGIONS = ("eu", "us", "xx")

@@ -21,7 +21,7 @@ from bench_server import cpu_seconds, fresh_server
 from sbert_pg import catalog
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
-from sbert_pg.types.identity import ColumnIdentity
+from sbert_pg.system import ColumnIdentity
 
 SETTINGS = {"shared_buffers": "1GB", "max_wal_size": "8GB", "synchronous_commit": "off"}
 OPERATIONS = (
@@ -65,7 +65,7 @@ def digest(engine: sa.Engine, bound: bool) -> str:
         return "NULL::uuid"
     with engine.begin() as connection:
         binding = catalog.require_binding(connection, ColumnIdentity(None, "note", "embedding"))
-        return binding.expressions.digest
+        return binding.expressions.bare("digest")
 
 
 def measure(

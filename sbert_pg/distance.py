@@ -84,6 +84,12 @@ def metric_of(similarity: str) -> Metric:
     )
 
 
+def unit(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The rows of an array of shape ``(n, dimensions)`` at length one; zeros stay zeros."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.maximum(lengths, 1e-12), dtype=np.float32)
+
+
 def similarity_matrix(
     a: npt.NDArray[np.float32], b: npt.NDArray[np.float32], similarity: Similarity
 ) -> npt.NDArray[np.float32]:
@@ -98,9 +104,7 @@ def similarity_matrix(
         float32 array of shape ``(n, m)``, larger for nearer.
     """
     if similarity == "cosine":
-        a = a / np.maximum(np.linalg.norm(a, axis=1, keepdims=True), 1e-12)
-        b = b / np.maximum(np.linalg.norm(b, axis=1, keepdims=True), 1e-12)
-        return np.asarray(a @ b.T, dtype=np.float32)
+        return np.asarray(unit(a) @ unit(b).T, dtype=np.float32)
     if similarity == "dot":
         return np.asarray(a @ b.T, dtype=np.float32)
     if similarity == "euclidean":

@@ -13,6 +13,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import numpy.typing as npt
 
 from sbert_pg.errors import EncoderMismatchError
 from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors
@@ -231,17 +232,24 @@ def _encoded(encoder: TextEncoder) -> Vectors:
 
 
 def agreement_of(a: Vectors, b: Vectors) -> Agreement:
-    """Agreement of two arrays of shape ``(n, dimensions)``, row by row; two zeros agree."""
+    """Agreement of two arrays of shape ``(n, dimensions)``; see ``agreement_by_row``."""
+    cosines, ratios = agreement_by_row(a, b)
+    return Agreement(float(cosines.mean()), float(cosines.min()), float(ratios.max()))
+
+
+def agreement_by_row(
+    a: Vectors, b: Vectors
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Cosines of the rows of two arrays of one shape, and by how much one is longer.
+
+    Two zeros agree.
+    """
     length_a = np.linalg.norm(a.astype(np.float64), axis=1)
     length_b = np.linalg.norm(b.astype(np.float64), axis=1)
     cosine = (a.astype(np.float64) * b).sum(1) / np.maximum(length_a * length_b, 1e-12)
     cosine[np.maximum(length_a, length_b) < 1e-12] = 1.0
     ratio = np.maximum(length_a, 1e-12) / np.maximum(length_b, 1e-12)
-    return Agreement(
-        mean_cosine=float(cosine.mean()),
-        min_cosine=float(cosine.min()),
-        max_length_ratio=float(np.maximum(ratio, 1 / ratio).max()),
-    )
+    return cosine, np.maximum(ratio, 1 / ratio)
 
 
 def differences(a: EncoderSpec, b: EncoderSpec) -> list[str]:

@@ -22,9 +22,9 @@ from sbert_pg.errors import DeclarationError, DimensionError, EncodingError
 from sbert_pg.registry import get_encoder
 from sbert_pg.source import NOT_KNOWN, Text
 from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors
+from sbert_pg.system import ColumnIdentity, identity_of
 from sbert_pg.types.comparator import clause_of
 from sbert_pg.types.encoding import off_loop
-from sbert_pg.types.identity import ColumnIdentity, identity_of
 
 
 @dataclass(frozen=True)

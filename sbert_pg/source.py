@@ -1,20 +1,31 @@
-"""The source of an embedding column: which columns its text is made of, and how they are joined.
+"""The source of an embedding column: the text of a row, and what the row says of its vector.
 
-One rule, evaluated by Python where a writer encodes what it is about to write, and by the server
-for everything that is in a row already (``sbert.expressions_v1`` has the same rule in SQL).
+Two rules, evaluated by Python where a writer encodes what it is about to write, and by the server
+for everything that is in a row already: ``sbert.expressions_v1`` has the same in SQL, and a test
+compares the two.
+
+One is which columns a text is made of, and how they are joined. The other is the digest: beside
+each embedding column ``e`` stands a column ``e_of`` of type ``uuid``. Its first half proves the
+vector, its second half names the text that the vector was made from; both depend on the binding's
+identity, so what was written for another binding proves nothing.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import string
+import struct
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final
 
 import sqlalchemy as sa
 
+from sbert_pg.distance import Storage
 from sbert_pg.errors import SourceError
 
 
@@ -25,9 +36,22 @@ class NotKnown:
         return "NOT_KNOWN"
 
 
+#: Default of the companion column: a new row is pending.
+NIL = uuid.UUID(int=0)
+#: Dimensions of a vector that its proof covers.
+PROVEN_DIMENSIONS = 8
+#: Hexadecimal digits of either half.
+HALF = 16
+#: Bytes of the longest name that PostgreSQL keeps whole.
+_LONGEST_NAME = 63
+
+_HEADER = struct.Struct(">HH")
+_ELEMENT_BYTES: dict[Storage, int] = {"vector": 4, "halfvec": 2}
 #: Characters that no text or name of PostgreSQL has, over which drivers fail in their own ways.
 UNSTORABLE = re.compile(r"[\0\ud800-\udfff]")
 NOT_STORED = "which PostgreSQL cannot store: a text holds no NUL and no half of a surrogate pair."
+#: What stands between the heading of a passage and its part of the text.
+GAP = "\n\n"
 #: Columns of a passage that say, with its key, where its text stands.
 PLACE = ("heading", "start", "stop")
 #: Stands for a source value that was not given, and for a text that hangs on one.
@@ -171,7 +195,7 @@ class Source:
                     f"{_table_name(table)!r} does not have; its columns are "
                     f"{', '.join(sorted(by_name))}."
                 )
-            if not _is_text(column.type):
+            if not is_text(column.type):
                 raise SourceError(
                     f"Column {_table_name(table)}.{name} has type {column.type!r}; a source is "
                     "made of text columns, since other types read differently in Python and in SQL."
@@ -249,7 +273,7 @@ def _part_of_document(table: sa.FromClause, place: Mapping[str, Any]) -> sa.Colu
     part = sa.func.substr(
         document.c[place["column"]], table.c.start + 1, table.c.stop - table.c.start
     )
-    text = sa.func.concat_ws("\n\n", sa.func.nullif(table.c.heading, ""), part, type_=sa.Text())
+    text = sa.func.concat_ws(GAP, sa.func.nullif(table.c.heading, ""), part, type_=sa.Text())
     same = [table.c[ours] == document.c[n] for ours, n in zip(place["key"], names, strict=True)]
     return sa.select(text).where(*same).correlate(table).scalar_subquery()
 
@@ -261,7 +285,7 @@ def _parse(pattern: str) -> list[tuple[str, str | None, str | None, str | None]]
         raise SourceError(f"The template {pattern!r} is malformed: {error}.") from error
 
 
-def _is_text(type_: sa.types.TypeEngine[Any]) -> bool:
+def is_text(type_: sa.types.TypeEngine[Any]) -> bool:
     """Whether Python and SQL read the same text from a column of this type."""
     if isinstance(type_, sa.types.TypeDecorator):
         # One that only chooses among text types is text; one that changes values (encryption, say)
@@ -278,3 +302,61 @@ def _is_text(type_: sa.types.TypeEngine[Any]) -> bool:
 
 def _table_name(table: sa.FromClause) -> str:
     return str(getattr(table, "fullname", None) or getattr(table, "name", table))
+
+
+def digest(
+    binding_id: uuid.UUID, text: str | None, wire: bytes | None, storage: Storage
+) -> uuid.UUID | None:
+    """What the companion column of a fresh row holds.
+
+    Args:
+        text: the text that the vector was made from, as the source gives it.
+        wire: the vector in pgvector's binary format, ``None`` for "failed for this text".
+        storage: ``"vector"`` or ``"halfvec"``, the type of the column.
+
+    Returns:
+        ``None`` where there is no text. The server hashes texts in its own encoding, so the value
+        is of use only where that is UTF8.
+    """
+    if text is None:
+        return None
+    return uuid.UUID(bytes=_proof(binding_id, wire, storage) + _hash(binding_id, text.encode()))
+
+
+def proof(binding_id: uuid.UUID, wire: bytes | None, storage: Storage) -> str:
+    """The half that proves a vector: 16 hexadecimal digits over its first eight dimensions."""
+    return _proof(binding_id, wire, storage).hex()
+
+
+def companion_name(column: str) -> str:
+    """Name of the companion of an embedding column: ``embedding_of`` for ``embedding``.
+
+    Where that would be longer than PostgreSQL's 63 bytes it is made of a digest of the name.
+    """
+    encoded = column.encode()
+    if len(encoded) + len("_of") <= _LONGEST_NAME:
+        return f"{column}_of"
+    return f"of_{hashlib.sha256(encoded).hexdigest()[:HALF]}"
+
+
+def _proof(binding_id: uuid.UUID, wire: bytes | None, storage: Storage) -> bytes:
+    return _hash(binding_id, b"-" if wire is None else _leading(wire, storage).hex().encode())
+
+
+def _leading(wire: bytes, storage: Storage) -> bytes:
+    """The first dimensions of a vector, in the same format."""
+    if len(wire) < _HEADER.size:
+        return wire  # which is not a vector, and is refused when it is sent
+    width = min(_HEADER.unpack_from(wire)[0], PROVEN_DIMENSIONS)
+    end = _HEADER.size + width * _ELEMENT_BYTES[storage]
+    return _HEADER.pack(width, 0) + wire[_HEADER.size : end]
+
+
+def _hash(binding_id: uuid.UUID, content: bytes) -> bytes:
+    return hashlib.sha256(_seed(binding_id) + content).digest()[: HALF // 2]
+
+
+@cache
+def _seed(binding_id: uuid.UUID) -> bytes:
+    """The identity as text, which every hash begins with; made once, as it costs more than one."""
+    return str(binding_id).encode()

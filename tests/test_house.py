@@ -24,7 +24,7 @@ PACKAGE = Path(sbert_pg.__file__).parent
 #: Floor of each room, a folder or a module of the top level. Rooms of one floor are wings, and do
 #: not import each other; floor 0 is excepted, whose modules are small and stand on each other.
 FLOORS: dict[str, float] = {
-    "errors": 0, "distance": 0, "source": 0, "spec": 0, "digest": 0, "process": 0, "progress": 0,
+    "errors": 0, "distance": 0, "source": 0, "spec": 0, "process": 0, "progress": 0,
     "probes": 0, "system": 0, "sqlstates": 0, "locks": 0,
     "encoder": 1,
     # The encoders of this process: loads one that a column names, and imports its wing then.
@@ -64,26 +64,26 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 
 #: Most modules and lines of each room: a new capability raises its own, and nobody else's.
 ROOMS: dict[str, tuple[int, int]] = {
-    "adapters": (10, 2001),
-    "alembic": (8, 2734),
-    "catalog": (9, 2637),
+    "adapters": (10, 2000),
+    "alembic": (8, 2723),
+    "catalog": (9, 2567),
     "cli": (17, 4532),
     "clustering": (16, 5221),
     "encoder": (28, 7743),
-    "freshness": (17, 5174),
+    "freshness": (16, 5191),
     "indexes": (6, 1407),
     "loading": (4, 1132),
-    "orm": (5, 932),
-    "passages": (6, 1183),
-    "reembed": (12, 3227),
+    "orm": (5, 929),
+    "passages": (6, 1184),
+    "reembed": (12, 3125),
     "search": (13, 4174),
-    "serving": (19, 3633),
+    "serving": (19, 3632),
     "sql": (1, 24),
     "tuning": (18, 4381),
-    "types": (10, 1784),
+    "types": (8, 1803),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3404
+MOST_LINES_OF_THE_REST = 3453
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60

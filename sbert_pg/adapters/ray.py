@@ -20,11 +20,10 @@ import sqlalchemy as sa
 from sbert_pg import catalog, freshness
 from sbert_pg.catalog import Binding
 from sbert_pg.errors import DeclarationError, SbertPgError, needing
-from sbert_pg.freshness.database import Database
-from sbert_pg.freshness.keys import require_psycopg
+from sbert_pg.freshness.queue import require_psycopg
 from sbert_pg.freshness.running import Watch
-from sbert_pg.freshness.settings import worker_name
-from sbert_pg.types.identity import ColumnIdentity
+from sbert_pg.freshness.shared import Database, worker_name
+from sbert_pg.system import ColumnIdentity
 
 #: Seconds between looks at the actors.
 _LOOK = 0.5

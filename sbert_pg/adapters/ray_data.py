@@ -22,7 +22,7 @@ from psycopg import sql
 from sbert_pg import system
 from sbert_pg.distance import Storage
 from sbert_pg.errors import DeclarationError, needing
-from sbert_pg.freshness.keys import require_psycopg
+from sbert_pg.freshness.queue import require_psycopg
 from sbert_pg.loading import load
 from sbert_pg.loading.copying import Existing
 from sbert_pg.row_vectors import target_of

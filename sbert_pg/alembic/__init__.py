@@ -6,22 +6,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from alembic.autogenerate import renderers
 from alembic.autogenerate.api import AutogenContext
 from alembic.operations import Operations
 from alembic.operations.ops import UpgradeOps
-from alembic.util import CommandError
 
 from sbert_pg.alembic.compare import rewrite
 from sbert_pg.alembic.ops import OPERATIONS, SbertOperation
 from sbert_pg.alembic.render import render_operation, separating, with_vector_types
-from sbert_pg.alembic.toimpl import carry_out
+from sbert_pg.alembic.toimpl import implement, refusing
 from sbert_pg.catalog import SCHEMA
-from sbert_pg.errors import SbertPgError
 from sbert_pg.types import HalfVector, Vector, register_reflection
 
 NAME = "sbert_pg"
@@ -98,7 +94,7 @@ def register_operations() -> None:
     for name, operation in OPERATIONS.items():
         Operations.register_operation(name)(operation)
     # For all its subclasses, as Alembic looks along their bases.
-    Operations.implementation_for(SbertOperation)(_implementation)
+    Operations.implementation_for(SbertOperation)(implement)
     renderers.dispatch_for(SbertOperation)(render_operation)
 
 
@@ -146,35 +142,6 @@ def compare_embeddings(context: AutogenContext, upgrade_ops: UpgradeOps, schemas
     options["process_revision_directives"] = separating(hook)
     with refusing():
         rewrite(context, upgrade_ops)
-
-
-def _implementation(operations: Operations, operation: SbertOperation) -> None:
-    with refusing():
-        carry_out(operation, operations)
-
-
-@contextmanager
-def refusing() -> Iterator[None]:
-    """Make errors of this library Alembic's ``CommandError`` as well.
-
-    Alembic's command line, and Flask-Migrate's, print the message of such an error and exit; any
-    other one ends in a traceback of the migration's innards.
-    """
-    try:
-        yield
-    except CommandError:
-        raise
-    except SbertPgError as error:
-        raise _as_command_error(error).with_traceback(error.__traceback__) from error.__cause__
-
-
-def _as_command_error(error: SbertPgError) -> SbertPgError:
-    """The same error, and a ``CommandError``."""
-    kind = type(error)
-    both = type(kind.__name__, (kind, CommandError), {"__module__": kind.__module__})
-    twin: SbertPgError = both.__new__(both, *error.args)
-    twin.__dict__.update(error.__dict__)
-    return twin
 
 
 __all__ = ["autogenerate_plugins", "include_name", "register", "setup"]

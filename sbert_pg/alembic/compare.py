@@ -27,12 +27,13 @@ from sbert_pg import catalog
 from sbert_pg.alembic import changes, ops
 from sbert_pg.alembic.indexes import CreateVectorIndexOp, DropVectorIndexOp
 from sbert_pg.alembic.render import in_drop_order
-from sbert_pg.alembic.toimpl import holds_vectors, reached
+from sbert_pg.alembic.toimpl import reached
 from sbert_pg.catalog import Binding
 from sbert_pg.catalog.embedding import Embedding
-from sbert_pg.digest import companion_name
 from sbert_pg.indexes import StoredIndex, same_index, vector_indexes
-from sbert_pg.types.identity import ColumnIdentity
+from sbert_pg.reembed.change import holds_vectors
+from sbert_pg.source import companion_name
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.types.indexed import VectorIndex, declared_index, method_of
 from sbert_pg.types.vector import VectorType
 
@@ -125,7 +126,7 @@ class Comparison:
             self.middle.append(
                 ops.BindEmbeddingColumnOp.of(key[1], column.name, declared, schema=op.schema)
             )
-        for index, definition in self._wanted(table, op.schema):
+        for index, definition in self._declared_indexes(table, op.schema):
             self.middle.append(
                 CreateVectorIndexOp.of(definition, concurrently=False, name=index.name)
             )
@@ -340,7 +341,7 @@ class Comparison:
                 index.name, "index", {"table_name": key[1], "schema_name": key[0]}
             )
         }
-        for index, definition in self._wanted(table, key[0]):
+        for index, definition in self._declared_indexes(table, key[0]):
             stored = superfluous.pop(definition.name, None)
             existing = stored if stored is not None and stored.valid else None
             if existing is not None and same_index(self.connection, definition, existing):
@@ -385,7 +386,7 @@ class Comparison:
         ]
         return sorted(columns, key=lambda column: _depth(table, column))
 
-    def _wanted(
+    def _declared_indexes(
         self, table: sa.Table, schema: str | None
     ) -> Iterator[tuple[sa.Index, VectorIndex]]:
         for index in sorted(table.indexes, key=lambda index: str(index.name)):

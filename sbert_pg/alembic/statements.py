@@ -22,7 +22,7 @@ from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.errors import ReembeddingError
 from sbert_pg.locks import ATTEMPTS, LOCK_TIMEOUT, busy_message, milliseconds, retried, settings
 from sbert_pg.sqlstates import translated
-from sbert_pg.types.identity import ColumnIdentity
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.types.vector import VectorType
 
 

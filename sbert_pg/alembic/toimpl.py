@@ -9,7 +9,8 @@ from __future__ import annotations
 import datetime as dt
 import functools
 import logging
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import sqlalchemy as sa
 from alembic.operations import Operations
@@ -31,23 +32,57 @@ from sbert_pg.alembic.statements import (
 )
 from sbert_pg.catalog import Binding, guard
 from sbert_pg.catalog.embedding import Embedding
-from sbert_pg.digest import companion_name
-from sbert_pg.errors import BackfillIncompleteError, EncoderMismatchError, NotProvenError
+from sbert_pg.errors import (
+    BackfillIncompleteError,
+    EncoderMismatchError,
+    NotProvenError,
+    SbertPgError,
+)
 from sbert_pg.freshness import Progress, backfill, counts
+from sbert_pg.freshness.queue import COUNTED
+from sbert_pg.indexes.partitioned import is_partitioned
 from sbert_pg.locks import settings
 from sbert_pg.progress import bar
-from sbert_pg.reembed.change import begun_change
+from sbert_pg.reembed.change import begun_change, holds_vectors
 from sbert_pg.reembed.finish import require_droppable, require_finishable
 from sbert_pg.reembed.status import change_of
 from sbert_pg.registry import get_encoder
+from sbert_pg.source import companion_name
 from sbert_pg.spec import EncoderSpec
-from sbert_pg.types.identity import ColumnIdentity
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.types.vector import plain_type
 
 log = logging.getLogger("sbert_pg.alembic")
 
-#: How many rows too many are counted for the message.
-SAID = 100_000
+
+def implement(operations: Operations, operation: ops.SbertOperation) -> None:
+    """Carry an operation out for Alembic, which hands it on like this."""
+    with refusing():
+        carry_out(operation, operations)
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Make errors of this library Alembic's ``CommandError`` as well.
+
+    Alembic's command line, and Flask-Migrate's, print the message of such an error and exit; any
+    other one ends in a traceback of the migration's innards.
+    """
+    try:
+        yield
+    except CommandError:
+        raise
+    except SbertPgError as error:
+        raise _as_command_error(error).with_traceback(error.__traceback__) from error.__cause__
+
+
+def _as_command_error(error: SbertPgError) -> SbertPgError:
+    """The same error, and a ``CommandError``."""
+    kind = type(error)
+    both = type(kind.__name__, (kind, CommandError), {"__module__": kind.__module__})
+    twin: SbertPgError = both.__new__(both, *error.args)
+    twin.__dict__.update(error.__dict__)
+    return twin
 
 
 @functools.singledispatch
@@ -139,21 +174,15 @@ def _add_embedding_column(operation: ops.AddEmbeddingColumnOp, operations: Opera
 
 def _bind(runner: Online, identity: ColumnIdentity, declared: Embedding) -> None:
     """Bind, and build the two indexes of the binding beside live traffic where that is possible."""
-    plainly = runner.as_sql or runner.enclosed or _is_partitioned(runner.connection, identity)
+    # No index of a partitioned table can be built concurrently.
+    relation = system.name_of(identity.schema, identity.table)
+    plainly = runner.as_sql or runner.enclosed or is_partitioned(runner.connection, relation)
     runner.execute(statements.bind(identity, declared, build=plainly))
     if plainly:
         return
     connection = runner.connection
     binding = catalog.require_binding(connection, identity)
     catalog.build_queue(connection, binding, lock_timeout=runner.lock_timeout)
-
-
-def _is_partitioned(connection: sa.Connection, identity: ColumnIdentity) -> bool:
-    """Whether no index of the table can be built concurrently."""
-    klass = system.CLASS.c
-    relation = system.name_of(identity.schema, identity.table)
-    kind = sa.select(klass.relkind).where(klass.oid == system.oid_of(relation))
-    return bool(connection.execute(kind).scalar() == "p")
 
 
 @carry_out.register
@@ -237,14 +266,6 @@ def _refuse_foreign_vectors(connection: sa.Connection, identity: ColumnIdentity)
         )
 
 
-def holds_vectors(connection: sa.Connection, identity: ColumnIdentity) -> bool:
-    """Whether a column has a value in any row."""
-    column: sa.ColumnClause[Any] = sa.column(identity.column)
-    table = sa.table(identity.table, column, schema=identity.schema)
-    filled = sa.select(sa.literal(1)).select_from(table).where(column.is_not(None)).limit(1)
-    return connection.execute(filled).first() is not None
-
-
 @carry_out.register
 def _unbind_embedding_column(
     operation: ops.UnbindEmbeddingColumnOp, operations: Operations
@@ -319,7 +340,7 @@ def _require_backfill(operation: ops.RequireBackfillOp, operations: Operations) 
     connection = operations.get_bind()
     with settings(connection, {"statement_timeout": "0"}):
         binding = catalog.require_binding(connection, identity)
-        counted = counts(connection, binding, operation.max_missing + SAID)
+        counted = counts(connection, binding, operation.max_missing + COUNTED)
     missing = counted.pending + counted.backfill
     if missing <= operation.max_missing:
         return

@@ -2,18 +2,13 @@
 
 from sbert_pg.catalog.binding import (
     QueueIndex,
-    all_bindings,
     bind,
-    binding_by_id,
-    binding_of,
     build_queue,
     create_all,
-    health,
     queue_indexes,
-    require_binding,
     unbind,
 )
-from sbert_pg.catalog.holding import Held, hold, hold_encoder, rebind, seal
+from sbert_pg.catalog.holding import Held, hold, hold_encoder, rebind
 from sbert_pg.catalog.migrate import (
     current,
     downgrade,
@@ -23,7 +18,16 @@ from sbert_pg.catalog.migrate import (
     upgrade,
     upgrade_sql,
 )
-from sbert_pg.catalog.record import Binding, Expressions
+from sbert_pg.catalog.record import (
+    Binding,
+    Expressions,
+    all_bindings,
+    binding_by_id,
+    binding_of,
+    health,
+    installed,
+    require_binding,
+)
 from sbert_pg.catalog.tables import PENDING_CHANNEL, SCHEMA
 
 __all__ = [
@@ -45,12 +49,12 @@ __all__ = [
     "health",
     "hold",
     "hold_encoder",
+    "installed",
     "queue_indexes",
     "rebind",
     "require_binding",
     "require_current",
     "script_location",
-    "seal",
     "unbind",
     "upgrade",
     "upgrade_sql",

@@ -1,4 +1,4 @@
-"""Bind columns and look bindings up: which encoder and source a vector column belongs to.
+"""Bind columns: say which encoder and source one has, and build what its binding needs.
 
 A binding starts *declared*: a migration has said the encoder's name. The first process that uses
 the column with a loaded encoder *seals* it: fingerprint, spec and probe vectors are written once.
@@ -6,31 +6,20 @@ the column with a loaded encoder *seals* it: fingerprint, spec and probe vectors
 
 from __future__ import annotations
 
-import uuid
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.engine import Connection
 
-from sbert_pg import system
-from sbert_pg.catalog import tables
 from sbert_pg.catalog.migrate import upgrade
-from sbert_pg.catalog.record import (
-    Binding,
-    expressions_of,
-    known_id,
-    qualified,
-    read_expressions,
-)
-from sbert_pg.catalog.tables import SCHEMA
-from sbert_pg.distance import Storage
-from sbert_pg.errors import BindingError, CatalogError, NotBoundError
+from sbert_pg.catalog.record import Binding, binding_by_id, qualified
+from sbert_pg.errors import BindingError, NotBoundError
 from sbert_pg.indexes import index_builder
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
 from sbert_pg.sqlstates import translated
-from sbert_pg.types.identity import ColumnIdentity, identity_of
+from sbert_pg.system import ColumnIdentity, identity_of
 
 #: Seconds to wait while another session builds an index of a queue.
 QUEUE_WAIT = 600.0
@@ -178,20 +167,6 @@ def queue_indexes(connection: Connection, binding: Binding) -> list[QueueIndex]:
     return [QueueIndex(r.kind, r.name, r.definition, r.existing, bool(r.valid)) for r in rows]
 
 
-def require_all_rows(connection: Connection, binding: Binding) -> None:
-    """Refuse to speak of a table of which this role sees a part.
-
-    Raises:
-        BindingError: row-level security hides rows from this role.
-    """
-    active = sa.func.row_security_active(sa.cast(binding.relation, pg.OID))
-    if connection.execute(sa.select(active)).scalar_one():
-        raise BindingError(
-            f"Row-level security applies to this role on {binding.schema}.{binding.table}, so rows "
-            "could be left out unnoticed. Run as the table's owner or as a role with BYPASSRLS."
-        )
-
-
 def build_queue(
     connection: Connection, binding: Binding, *, lock_timeout: float | None = None
 ) -> None:
@@ -217,182 +192,3 @@ def build_queue(
             if index.existing is not None and unquoted(index.existing)[-1] != index.name:
                 builder.drop(unquoted(index.existing)[-1])
             builder.create_as(index.name, index.definition)
-
-
-def health(connection: Connection, binding: Binding) -> list[str]:
-    """What is wrong with a binding, in words; empty where nothing is.
-
-    Judged by what is there: indexes and triggers by their content, names by the columns that they
-    mean today. Binding again mends what can be mended.
-    """
-    problem = sa.func.sbert.health_v1(binding.id).column_valued("problem")
-    return list(connection.execute(sa.select(problem)).scalars())
-
-
-def binding_of(connection: Connection, column: ColumnIdentity | sa.Column[Any]) -> Binding | None:
-    """The binding of a column, or ``None`` where it, or the whole catalog, is not there.
-
-    Args:
-        connection: a connection to the database.
-        column: a column of a table, or its identity. A partition stands for its table, and a
-            ``schema_translate_map`` of the connection is followed.
-
-    Raises:
-        CatalogError: this role may not use the catalog.
-    """
-    identity = identity_of(column)
-    if not installed(connection):
-        return None
-    # In one statement: between two the column may change hands, and would seem not to be bound.
-    known = sa.select(known_id(connection, identity)).scalar_subquery()
-    return _first(connection, tables.binding.c.id == known)
-
-
-def require_binding(connection: Connection, column: ColumnIdentity | sa.Column[Any]) -> Binding:
-    """As ``binding_of``, for columns that have to be bound.
-
-    Raises:
-        NotBoundError: it is not bound, or the catalog is not installed.
-    """
-    binding = binding_of(connection, column)
-    if binding is None:
-        raise NotBoundError(
-            f"Column {identity_of(column)} is not bound to an encoder in this database. A "
-            "migration binds it (alembic revision --autogenerate), or sbert_pg.catalog.bind()."
-        )
-    return binding
-
-
-def binding_by_id(connection: Connection, binding_id: uuid.UUID) -> Binding | None:
-    """The binding with an identity, or ``None``."""
-    return _first(connection, tables.binding.c.id == binding_id)
-
-
-def all_bindings(connection: Connection) -> list[Binding]:
-    """Every binding whose table exists, oldest first; none where the catalog is not installed.
-
-    Raises:
-        CatalogError: this role may not use the catalog.
-    """
-    if not installed(connection):
-        return []
-    c = tables.binding.c
-    return [
-        _from_row(row) for row in connection.execute(_select().order_by(c.created_at, c.relation))
-    ]
-
-
-def installed(connection: Connection) -> bool:
-    """Whether the catalog is in the database.
-
-    Raises:
-        CatalogError: it is, and this role may not use it.
-    """
-    if connection.dialect.name != "postgresql":
-        return False
-    row = connection.execute(
-        sa.select(sa.func.has_schema_privilege(system.NAMESPACE.c.oid, "USAGE")).where(
-            system.NAMESPACE.c.nspname == SCHEMA,
-            sa.exists().where(
-                system.CLASS.c.relnamespace == system.NAMESPACE.c.oid,
-                system.CLASS.c.relname == tables.binding.name,
-            ),
-        )
-    ).first()
-    if row is not None and not row[0]:
-        role = connection.execute(sa.select(sa.func.current_user())).scalar_one()
-        raise CatalogError(
-            f"The role {role!r} may not use the schema {SCHEMA!r}. Let its owner run: "
-            f"SELECT sbert.grant_v1('{role}', 'writer')"
-        )
-    return row is not None
-
-
-def _first(connection: Connection, *where: sa.ColumnElement[bool]) -> Binding | None:
-    row = connection.execute(_select().where(*where)).first()
-    return None if row is None else _from_row(row)
-
-
-def _select() -> sa.Select[Any]:
-    """Bindings whose table exists; rows are read by ``_from_row``."""
-    binding, encoder = tables.binding, tables.encoder
-    replaced = binding.alias("replaced")
-    return (
-        sa.select(
-            binding.c.id,
-            sa.cast(sa.cast(binding.c.relation, pg.OID), sa.BigInteger).label("relation"),
-            sa.cast(system.NAMESPACE.c.nspname, sa.Text).label("schema"),
-            sa.cast(system.CLASS.c.relname, sa.Text).label("table"),
-            binding.c.column_name,
-            binding.c.companion,
-            binding.c.declared,
-            binding.c.source,
-            binding.c.key_columns,
-            _key_types(binding).label("key_types"),
-            binding.c.null_text,
-            binding.c.storage,
-            binding.c.state,
-            replaced.c.column_name.label("replaces"),
-            (system.CLASS.c.relkind == "p").label("partitioned"),
-            encoder.c.spec,
-            encoder.c.fingerprint,
-            # now() is the start of the transaction: its own seal can still be rolled back.
-            sa.func.coalesce(binding.c.sealed_at == sa.func.now(), sa.false()).label("sealed_here"),
-            (sa.func.current_setting("server_encoding") == "UTF8").label("utf8"),
-            expressions_of(binding.c.id).label("expressions"),
-        )
-        .select_from(binding)
-        .join(system.CLASS, system.CLASS.c.oid == binding.c.relation)
-        .join(system.NAMESPACE, system.NAMESPACE.c.oid == system.CLASS.c.relnamespace)
-        .outerjoin(encoder, encoder.c.id == binding.c.encoder_id)
-        .outerjoin(replaced, replaced.c.id == binding.c.replaces_id)
-    )
-
-
-def _key_types(binding: sa.FromClause) -> sa.ScalarSelect[Any]:
-    """Types of the key columns, in order, domains resolved to what they are made of."""
-    name = (
-        sa.func.unnest(binding.c.key_columns)
-        .table_valued(sa.column("name", sa.Text), with_ordinality="position", name="key_column")
-        .render_derived()
-    )  # fmt: skip
-    # -1 and not NULL, which would spell char(n) as a type of one character.
-    spelt = sa.func.format_type(sa.func.sbert.base_type_v1(system.ATTRIBUTE.c.atttypid), -1)
-    return (
-        sa.select(sa.func.array_agg(pg.aggregate_order_by(spelt, name.c.position)))
-        .select_from(name)
-        .join(
-            system.ATTRIBUTE,
-            sa.and_(
-                system.ATTRIBUTE.c.attrelid == binding.c.relation,
-                system.ATTRIBUTE.c.attname == name.c.name,
-            ),
-        )
-        .correlate(binding)
-        .scalar_subquery()
-    )
-
-
-def _from_row(row: sa.Row[Any]) -> Binding:
-    return Binding(
-        id=row.id,
-        relation=row.relation,
-        schema=row.schema,
-        table=row.table,
-        column=row.column_name,
-        companion=row.companion,
-        declared=EncoderSpec.from_json(row.declared),
-        source=Source.from_json(row.source),
-        key_columns=tuple(row.key_columns),
-        key_types=tuple(row.key_types or ()),
-        null_text=row.null_text,
-        storage=cast(Storage, row.storage),
-        state=row.state,
-        replaces=row.replaces,
-        partitioned=row.partitioned,
-        sealed=None if row.spec is None else EncoderSpec.from_json(row.spec),
-        fingerprint=row.fingerprint,
-        sealed_here=row.sealed_here,
-        utf8=row.utf8,
-        expressions=read_expressions(row.expressions),
-    )

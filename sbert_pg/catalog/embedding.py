@@ -1,7 +1,7 @@
 """The embedding column's type: a vector column that knows its encoder and its source.
 
 Beside an embedding column ``e`` its table has an ordinary column ``e_of``, its companion, which
-says of each row what the vector was made from; see ``sbert_pg.digest``. The type adds it.
+says of each row what the vector was made from; see ``sbert_pg.source``. The type adds it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,23 @@ from sqlalchemy.sql.visitors import iterate
 
 from sbert_pg.catalog import guard
 from sbert_pg.catalog.record import Binding
-from sbert_pg.digest import HALF, NIL, PROVEN_DIMENSIONS, companion_name, digest, proof
 from sbert_pg.distance import STORAGES, Similarity, Storage
 from sbert_pg.errors import DeclarationError, DimensionError, SbertPgError, ZeroVectorError
-from sbert_pg.source import NOT_KNOWN, Source, Text
+from sbert_pg.source import (
+    HALF,
+    NIL,
+    NOT_KNOWN,
+    PROVEN_DIMENSIONS,
+    Source,
+    Text,
+    companion_name,
+    digest,
+    proof,
+)
 from sbert_pg.spec import PRECISIONS, EncoderSpec
+from sbert_pg.system import ColumnIdentity, identity_behind, identity_of
 from sbert_pg.types import drivers, wire
 from sbert_pg.types.encoding import query_vector
-from sbert_pg.types.identity import ColumnIdentity, identity_behind, identity_of
 from sbert_pg.types.vector import VectorType
 from sbert_pg.types.wire import Array
 

@@ -30,17 +30,16 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeEngine, UserDefinedType
 
-from sbert_pg.catalog.binding import installed
 from sbert_pg.catalog.holding import Held, fingerprint_of, hold
-from sbert_pg.catalog.record import Binding, binding_id_of, translated
-from sbert_pg.digest import NIL, PROVEN_DIMENSIONS
+from sbert_pg.catalog.record import Binding, binding_id_of, installed, mapped
 from sbert_pg.errors import CatalogError, EncoderMismatchError, SbertPgError
 from sbert_pg.process import ProcessLock
 from sbert_pg.registry import find_encoder
+from sbert_pg.source import NIL, PROVEN_DIMENSIONS
 from sbert_pg.spec import EncoderSpec
 from sbert_pg.sqlstates import INSUFFICIENT_PRIVILEGE, as_error, sqlstate_of
+from sbert_pg.system import ColumnIdentity, identity_behind
 from sbert_pg.types.drivers import unwrapped
-from sbert_pg.types.identity import ColumnIdentity, identity_behind
 
 #: Seconds after which a column that was found unbound is looked at again.
 UNBOUND_RECHECK = 30.0
@@ -146,7 +145,7 @@ def binding_for_write(
         return None
     watch(connection.dialect)
     memory = _memories[connection.dialect]
-    key = (translated(connection, identity), spec)
+    key = (mapped(connection, identity), spec)
 
     def look() -> Binding | None:
         held = None
@@ -562,7 +561,7 @@ def _check(memory: _Memory, connection: Connection, use: _Use, fence: bool) -> H
     Returns:
         What it was compared with, where the statement does not ask.
     """
-    key = (translated(connection, use.identity), use.spec)
+    key = (mapped(connection, use.identity), use.spec)
     name = (use.identity, use.spec)
     held = memory.held.get(key)
     if held is not None and fence and memory.accepted.get(name) == _accepted(held):

@@ -12,14 +12,13 @@ from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.engine import Connection
 
 from sbert_pg.catalog import tables
-from sbert_pg.catalog.binding import binding_of, installed
-from sbert_pg.catalog.record import Binding, relation_of
+from sbert_pg.catalog.record import Binding, binding_of, installed, relation_of
 from sbert_pg.errors import EncoderMismatchError, EncoderNotFoundError
 from sbert_pg.probes import Compatibility, compatible_specs, from_bytes, measured, to_bytes
 from sbert_pg.registry import find_encoder, get_encoder
 from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors, same_encoder_name
 from sbert_pg.sqlstates import translated
-from sbert_pg.types.identity import ColumnIdentity
+from sbert_pg.system import ColumnIdentity
 
 
 class Held(NamedTuple):
@@ -75,8 +74,10 @@ def hold(connection: Connection, identity: ColumnIdentity, spec: EncoderSpec) ->
 def hold_encoder(connection: Connection, binding: Binding, encoder: TextEncoder) -> bool:
     """As ``hold``, for a binding and an encoder at hand; returns whether the answer is final.
 
+    Called before the first use of a column, it gives the binding its encoder then.
+
     Raises:
-        EncoderMismatchError: they are different spaces.
+        EncoderMismatchError: they are different spaces, or the column was declared for another one.
     """
     fingerprint = fingerprint_of(encoder)
     if binding.fingerprint is None:
@@ -99,15 +100,6 @@ def hold_encoder(connection: Connection, binding: Binding, encoder: TextEncoder)
         _record(connection, binding, encoder, verdict)
         final = False
     return final
-
-
-def seal(connection: Connection, binding: Binding, encoder: TextEncoder) -> None:
-    """Give a binding its encoder now, instead of at its first use.
-
-    Raises:
-        EncoderMismatchError: it has another one already, or was declared for another one.
-    """
-    hold_encoder(connection, binding, encoder)
 
 
 def rebind(

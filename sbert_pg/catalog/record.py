@@ -1,4 +1,4 @@
-"""A binding as Python sees it, with what its rows say, as SQL that the server has written.
+"""Look bindings up: a binding with what its rows say, as SQL that the server has written.
 
 ``sbert.expressions_v1`` is the one place where the text of a row, its digest and what follows from
 them are spelt in SQL. Python asks for them once for each binding and puts them into statements as
@@ -20,80 +20,40 @@ from sqlalchemy.sql.expression import ClauseList, Grouping
 from sqlalchemy.types import UserDefinedType
 
 from sbert_pg import system
+from sbert_pg.catalog import tables
 from sbert_pg.distance import Storage
+from sbert_pg.errors import CatalogError, NotBoundError
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
-from sbert_pg.types.identity import ColumnIdentity
+from sbert_pg.system import ColumnIdentity, identity_of
 
 Name = Literal["text", "proof", "of", "digest", "stale", "proven", "requeue", "failed"]
 
-#: What stands between the parts of an expression.
-_NOTHING: Any = None
 #: What stands before every column name in what the server is asked for; it cannot be guessed, so no
 #: separator, template or name holds it.
 _QUALIFIER = f"q{secrets.token_hex(12)}."
 _COLUMN = re.compile(re.escape(_QUALIFIER) + r'("(?:[^"]|"")+"|[a-z_][a-z0-9_]*)')
 _TYPES: dict[str, sa.types.TypeEngine[Any]] = {
-    "text": sa.Text(),
-    "proof": sa.Text(),
-    "of": sa.Text(),
-    "digest": sa.Uuid(),
-    "stale": sa.Boolean(),
-    "proven": sa.Boolean(),
-    "requeue": sa.Uuid(),
-    "failed": sa.Boolean(),
-}
+    "text": sa.Text(), "proof": sa.Text(), "of": sa.Text(), "digest": sa.Uuid(),
+    "stale": sa.Boolean(), "proven": sa.Boolean(), "requeue": sa.Uuid(), "failed": sa.Boolean(),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Expressions:
-    """SQL over the columns of a bound table.
+    """What rows say of themselves, as SQL over the columns of a bound table.
 
-    The attributes are texts over bare column names, for statements that name the table alone;
-    ``on`` gives expressions over the columns of a table, alias or subquery.
+    - ``text``: the text of the row; ``NULL`` where it has none.
+    - ``proof``: the half of the digest that proves the row's vector, 16 hexadecimal digits.
+    - ``of``: the half of the digest that names the row's text, as many digits, or ``NULL``.
+    - ``digest``: what the companion of a fresh row holds, a ``uuid``.
+    - ``stale``: whether the row is pending; the predicate of the queue's index, to the letter.
+    - ``proven``: whether the row's vector is proven by its companion, or missing.
+    - ``requeue``: a value for the companion that makes a row pending and its vector stay proven.
+    - ``failed``: whether the row has failed for its text; the predicate of the other index.
     """
 
     _texts: tuple[tuple[str, str], ...]
-
-    @property
-    def text(self) -> str:
-        """The text of the row; ``NULL`` where it has none."""
-        return self._bare("text")
-
-    @property
-    def proof(self) -> str:
-        """The half of the digest that proves the row's vector: 16 hexadecimal digits."""
-        return self._bare("proof")
-
-    @property
-    def of(self) -> str:
-        """The half of the digest that names the row's text: 16 hexadecimal digits, or ``NULL``."""
-        return self._bare("of")
-
-    @property
-    def digest(self) -> str:
-        """What the companion of a fresh row holds, a ``uuid``."""
-        return self._bare("digest")
-
-    @property
-    def stale(self) -> str:
-        """Whether the row is pending; the predicate of the queue's index, to the letter."""
-        return self._bare("stale")
-
-    @property
-    def proven(self) -> str:
-        """Whether the row's vector is proven by its companion, or missing."""
-        return self._bare("proven")
-
-    @property
-    def requeue(self) -> str:
-        """A value for the companion that makes the row pending and leaves its vector proven."""
-        return self._bare("requeue")
-
-    @property
-    def failed(self) -> str:
-        """Whether the row has failed for its text; the predicate of the other index."""
-        return self._bare("failed")
 
     def on(self, table: sa.FromClause, name: Name) -> sa.ColumnElement[Any]:
         """One of the expressions over the columns of a table, alias or subquery.
@@ -107,35 +67,30 @@ class Expressions:
         """
         columns = {column.name: column for column in table.c}
         parts: list[sa.ColumnElement[Any]] = []
+        nothing: Any = None  # what stands between the parts
         for i, part in enumerate(_COLUMN.split(dict(self._texts)[name])):
             if i % 2:
-                parts.append(columns[_unquoted(part)])
+                parts.append(
+                    columns[system.PLAIN.identifier_preparer.unformat_identifiers(part)[0]]
+                )
             elif part:
                 parts.append(sa.literal_column(part))
         return sa.type_coerce(
-            Grouping(ClauseList(*parts, operator=_NOTHING, group=False)), _TYPES[name]
+            Grouping(ClauseList(*parts, operator=nothing, group=False)), _TYPES[name]
         )
 
-    def _bare(self, name: Name) -> str:
+    def bare(self, name: Name) -> str:
+        """One of them as text over bare column names, for statements that name the table alone."""
         return dict(self._texts)[name].replace(_QUALIFIER, "")
 
 
-def expressions_of(binding_id: sa.ColumnElement[Any]) -> sa.ScalarSelect[Any]:
-    """A subquery with the expressions of a binding, to be read by ``read``."""
+def _expressions_of(binding_id: sa.ColumnElement[Any]) -> sa.ScalarSelect[Any]:
+    """A subquery with the expressions of a binding, in the order of ``_TYPES``."""
     names = [sa.column("of_text" if name == "of" else name, sa.Text) for name in _TYPES]
     row = sa.func.sbert.expressions_v1(
         binding_id, sa.literal(_QUALIFIER, sa.Text), type_=sa.Text()
     ).table_valued(*names, name="written")
     return sa.select(pg.array([row.c[column.name] for column in names])).scalar_subquery()
-
-
-def read_expressions(texts: list[str]) -> Expressions:
-    """What ``expressions_of`` has selected."""
-    return Expressions(tuple(zip(_TYPES, texts, strict=True)))
-
-
-def _unquoted(name: str) -> str:
-    return name[1:-1].replace('""', '"') if name.startswith('"') else name
 
 
 class Named(UserDefinedType[object]):
@@ -179,7 +134,7 @@ class Binding:
         fingerprint: fingerprint of that encoder.
         sealed_here: whether it was given that encoder in the transaction that read it, which may
             still be rolled back.
-        utf8: whether the server's encoding is UTF8, so that ``sbert_pg.digest`` agrees with it.
+        utf8: whether the server's encoding is UTF8, so that ``sbert_pg.source`` agrees with it.
         expressions: what its rows say, as SQL.
     """
 
@@ -235,7 +190,7 @@ class Binding:
 
     def is_here(self) -> sa.ColumnElement[bool]:
         """Whether the table of this name is still the bound one; evaluated once in a statement."""
-        name = sa.literal(_quoted(self.schema, self.table), sa.Text)
+        name = sa.func.format("%I.%I", self.schema, self.table)
         oid = sa.cast(sa.func.to_regclass(name), pg.OID)
         return sa.cast(oid, sa.BigInteger) == sa.literal(self.relation, sa.BigInteger)
 
@@ -264,25 +219,200 @@ def relation_of(connection: Connection, identity: ColumnIdentity) -> sa.ColumnEl
 
 def binding_id_of(connection: Connection, identity: ColumnIdentity) -> uuid.UUID | None:
     """Identity of a column's binding, where the catalog is installed and there is one."""
-    return connection.execute(sa.select(known_id(connection, identity))).scalar_one()
+    known: uuid.UUID | None = connection.execute(_known_id(connection, identity)).scalar_one()
+    return known
 
 
-def known_id(connection: Connection, identity: ColumnIdentity) -> sa.ColumnElement[uuid.UUID]:
-    """What ``binding_id_of`` gives, as an expression."""
+def _known_id(connection: Connection, identity: ColumnIdentity) -> sa.Select[Any]:
     relation = relation_of(connection, identity)
-    return sa.func.sbert.binding_id_v1(relation, identity.column, type_=sa.Uuid())
+    return sa.select(sa.func.sbert.binding_id_v1(relation, identity.column, type_=sa.Uuid()))
 
 
 def qualified(connection: Connection, identity: ColumnIdentity) -> str:
     """The table's name as ``regclass`` reads it, every part quoted."""
-    schema, table, _ = translated(connection, identity)
-    return _quoted(schema, table)
+    schema, table, _ = mapped(connection, identity)
+    return system.name_of(schema, table)
 
 
-def _quoted(*parts: str | None) -> str:
-    return ".".join('"' + part.replace('"', '""') + '"' for part in parts if part is not None)
-
-
-def translated(connection: Connection, identity: ColumnIdentity) -> ColumnIdentity:
+def mapped(connection: Connection, identity: ColumnIdentity) -> ColumnIdentity:
     """The column that a connection's ``schema_translate_map`` makes of one."""
     return identity._replace(schema=system.schema_in(connection, identity.schema))
+
+
+def binding_of(connection: Connection, column: ColumnIdentity | sa.Column[Any]) -> Binding | None:
+    """The binding of a column, or ``None`` where it, or the whole catalog, is not there.
+
+    Args:
+        connection: a connection to the database.
+        column: a column of a table, or its identity. A partition stands for its table, and a
+            ``schema_translate_map`` of the connection is followed.
+
+    Raises:
+        CatalogError: this role may not use the catalog.
+    """
+    identity = identity_of(column)
+    if not installed(connection):
+        return None
+    # In one statement: between two the column may change hands, and would seem not to be bound.
+    known = _known_id(connection, identity).scalar_subquery()
+    return _first(connection, tables.binding.c.id == known)
+
+
+def require_binding(connection: Connection, column: ColumnIdentity | sa.Column[Any]) -> Binding:
+    """As ``binding_of``, for columns that have to be bound.
+
+    Raises:
+        NotBoundError: it is not bound, or the catalog is not installed.
+    """
+    binding = binding_of(connection, column)
+    if binding is None:
+        raise NotBoundError(
+            f"Column {identity_of(column)} is not bound to an encoder in this database. A "
+            "migration binds it (alembic revision --autogenerate), or sbert_pg.catalog.bind()."
+        )
+    return binding
+
+
+def binding_by_id(connection: Connection, binding_id: uuid.UUID) -> Binding | None:
+    """The binding with an identity, or ``None``."""
+    return _first(connection, tables.binding.c.id == binding_id)
+
+
+def all_bindings(connection: Connection) -> list[Binding]:
+    """Every binding whose table exists, oldest first; none where the catalog is not installed.
+
+    Raises:
+        CatalogError: this role may not use the catalog.
+    """
+    if not installed(connection):
+        return []
+    c = tables.binding.c
+    return [
+        _from_row(row) for row in connection.execute(_select().order_by(c.created_at, c.relation))
+    ]
+
+
+def installed(connection: Connection) -> bool:
+    """Whether the catalog is in the database.
+
+    Raises:
+        CatalogError: it is, and this role may not use it.
+    """
+    if connection.dialect.name != "postgresql":
+        return False
+    row = connection.execute(
+        sa.select(sa.func.has_schema_privilege(system.NAMESPACE.c.oid, "USAGE")).where(
+            system.NAMESPACE.c.nspname == tables.SCHEMA,
+            sa.exists().where(
+                system.CLASS.c.relnamespace == system.NAMESPACE.c.oid,
+                system.CLASS.c.relname == tables.binding.name,
+            ),
+        )
+    ).first()
+    if row is not None and not row[0]:
+        role = connection.execute(sa.select(sa.func.current_user())).scalar_one()
+        raise CatalogError(
+            f"The role {role!r} may not use the schema {tables.SCHEMA!r}. Let its owner run: "
+            f"SELECT sbert.grant_v1('{role}', 'writer')"
+        )
+    return row is not None
+
+
+def _first(connection: Connection, *where: sa.ColumnElement[bool]) -> Binding | None:
+    row = connection.execute(_select().where(*where)).first()
+    return None if row is None else _from_row(row)
+
+
+def _select() -> sa.Select[Any]:
+    """Bindings whose table exists; rows are read by ``_from_row``."""
+    binding, encoder = tables.binding, tables.encoder
+    replaced = binding.alias("replaced")
+    return (
+        sa.select(
+            binding.c.id,
+            sa.cast(sa.cast(binding.c.relation, pg.OID), sa.BigInteger).label("relation"),
+            sa.cast(system.NAMESPACE.c.nspname, sa.Text).label("schema"),
+            sa.cast(system.CLASS.c.relname, sa.Text).label("table"),
+            binding.c.column_name,
+            binding.c.companion,
+            binding.c.declared,
+            binding.c.source,
+            binding.c.key_columns,
+            _key_types(binding).label("key_types"),
+            binding.c.null_text,
+            binding.c.storage,
+            binding.c.state,
+            replaced.c.column_name.label("replaces"),
+            (system.CLASS.c.relkind == "p").label("partitioned"),
+            encoder.c.spec,
+            encoder.c.fingerprint,
+            # now() is the start of the transaction: its own seal can still be rolled back.
+            sa.func.coalesce(binding.c.sealed_at == sa.func.now(), sa.false()).label("sealed_here"),
+            (sa.func.current_setting("server_encoding") == "UTF8").label("utf8"),
+            _expressions_of(binding.c.id).label("expressions"),
+        )
+        .select_from(binding)
+        .join(system.CLASS, system.CLASS.c.oid == binding.c.relation)
+        .join(system.NAMESPACE, system.NAMESPACE.c.oid == system.CLASS.c.relnamespace)
+        .outerjoin(encoder, encoder.c.id == binding.c.encoder_id)
+        .outerjoin(replaced, replaced.c.id == binding.c.replaces_id)
+    )
+
+
+def _key_types(binding: sa.FromClause) -> sa.ScalarSelect[Any]:
+    """Types of the key columns, in order, domains resolved to what they are made of."""
+    name = (
+        sa.func.unnest(binding.c.key_columns)
+        .table_valued(sa.column("name", sa.Text), with_ordinality="position", name="key_column")
+        .render_derived()
+    )  # fmt: skip
+    # -1 and not NULL, which would spell char(n) as a type of one character.
+    spelt = sa.func.format_type(sa.func.sbert.base_type_v1(system.ATTRIBUTE.c.atttypid), -1)
+    return (
+        sa.select(sa.func.array_agg(pg.aggregate_order_by(spelt, name.c.position)))
+        .select_from(name)
+        .join(
+            system.ATTRIBUTE,
+            sa.and_(
+                system.ATTRIBUTE.c.attrelid == binding.c.relation,
+                system.ATTRIBUTE.c.attname == name.c.name,
+            ),
+        )
+        .correlate(binding)
+        .scalar_subquery()
+    )
+
+
+def _from_row(row: sa.Row[Any]) -> Binding:
+    return Binding(
+        id=row.id,
+        relation=row.relation,
+        schema=row.schema,
+        table=row.table,
+        column=row.column_name,
+        companion=row.companion,
+        declared=EncoderSpec.from_json(row.declared),
+        source=Source.from_json(row.source),
+        key_columns=tuple(row.key_columns),
+        key_types=tuple(row.key_types or ()),
+        null_text=row.null_text,
+        storage=row.storage,
+        state=row.state,
+        replaces=row.replaces,
+        partitioned=row.partitioned,
+        sealed=None if row.spec is None else EncoderSpec.from_json(row.spec),
+        fingerprint=row.fingerprint,
+        sealed_here=row.sealed_here,
+        utf8=row.utf8,
+        expressions=Expressions(tuple(zip(_TYPES, row.expressions, strict=True))),
+    )
+
+
+def health(connection: Connection, binding: Binding) -> list[str]:
+    """What is wrong with a binding, in words; empty where nothing is.
+
+    Judged by what is there: indexes and triggers by their content, names by the columns that they
+    mean today. Binding again mends what can be mended.
+    """
+    problem = sa.func.sbert.health_v1(binding.id).column_valued("problem")
+    return list(connection.execute(sa.select(problem)).scalars())

@@ -13,7 +13,7 @@ from sbert_pg.catalog import create_all
 from sbert_pg.cli import common
 from sbert_pg.cli.target import resolve
 from sbert_pg.errors import DeclarationError
-from sbert_pg.freshness.settings import Progress
+from sbert_pg.freshness import Progress
 from sbert_pg.indexes import hnsw_index
 from sbert_pg.passages import add_passages, declared_passages, passages_of
 from sbert_pg.passages.declaring import passages_between
@@ -33,7 +33,7 @@ def show(
 
     [b]sbert-pg passages show document 17[/]
     """
-    from sbert_pg.freshness.keys import Row, label_from
+    from sbert_pg.freshness.queue import Row, label_from
     from sbert_pg.freshness.rows import rows_of
 
     with common.database(database) as engine, engine.begin() as connection:

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from sbert_pg import catalog
 from sbert_pg.catalog import Binding
-from sbert_pg.catalog.binding import installed
+from sbert_pg.catalog.record import installed
 from sbert_pg.errors import DeclarationError
 from sbert_pg.reembed import Request, request_of
 from sbert_pg.reembed.change import Side, reflect, side_of
@@ -18,8 +18,8 @@ from sbert_pg.reembed.ready import declared_indexes
 from sbert_pg.row_vectors import embedding_columns
 from sbert_pg.search.exact import LabelledQuery
 from sbert_pg.source import Source
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.tuning.files import pairs_of, read_pairs
-from sbert_pg.types.identity import ColumnIdentity
 from sbert_pg.types.text import TextSearch
 
 

@@ -24,10 +24,10 @@ from sbert_pg.catalog.rows import label as key_label
 from sbert_pg.catalog.rows import sample as sample_rows
 from sbert_pg.freshness.cutting import is_cut_as
 from sbert_pg.freshness.encoding import encode_for
-from sbert_pg.freshness.keys import shown
+from sbert_pg.freshness.queue import shown
 from sbert_pg.freshness.rows import Rows, rows_of
 from sbert_pg.freshness.status import wake
-from sbert_pg.probes import MAX_LENGTH_RATIO, PRECISION_MIN_COSINE
+from sbert_pg.probes import MAX_LENGTH_RATIO, PRECISION_MIN_COSINE, agreement_by_row
 from sbert_pg.row_vectors import cut_so_far
 from sbert_pg.spec import TextEncoder, Vectors
 from sbert_pg.types import wire
@@ -123,13 +123,10 @@ def compare(
             is not the cosine.
     """
     cosines, ratios = np.zeros(len(keys)), np.full(len(keys), np.inf)
-    for i, (vector, wanted) in enumerate(zip(stored, encoded, strict=True)):
-        if vector.shape != wanted.shape:
-            continue
-        left, right = float(np.linalg.norm(vector)), float(np.linalg.norm(wanted))
-        dot = float(np.dot(vector.astype(np.float64), wanted.astype(np.float64)))
-        cosines[i] = dot / max(left * right, 1e-12)
-        ratios[i] = max(left, right) / max(min(left, right), 1e-12)
+    same = [i for i, vector in enumerate(stored) if vector.shape == encoded.shape[1:]]
+    if same:
+        rows = np.stack([stored[i] for i in same])
+        cosines[same], ratios[same] = agreement_by_row(rows, encoded[same])
     agrees = cosines >= min_cosine
     if by_length:
         agrees &= ratios <= MAX_LENGTH_RATIO

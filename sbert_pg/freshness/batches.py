@@ -1,246 +1,406 @@
-"""Batches on their way: claimed in one transaction, read in another, encoded and written in order.
+"""What happens to a claimed batch: its lease is renewed, its vectors are written, it is let go.
 
-The encoder is the slowest part by far, so it must never wait: while it has one batch, the next is
-being read (by whoever calls ``Flow.put``) and the last is being written (by a thread). Encoding
-runs in two threads by default, so that one batch is tokenised while the other is computed.
+Encoding is what costs, so vectors are kept while a server restarts, a connection drops or a disk is
+full: transactions wait for a database that is away. A row that the database refuses is found by
+halving its batch, and is the only one not written.
 """
 
 from __future__ import annotations
 
-import itertools
-import queue
+import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Generic, TypeVar
+from uuid import UUID
 
 import sqlalchemy as sa
 
 from sbert_pg.freshness import claims
 from sbert_pg.freshness.claims import Claimed
-from sbert_pg.freshness.columns import Column, Shared
-from sbert_pg.freshness.keys import CHANGED, Candidate, Class
-from sbert_pg.freshness.status import note_caught_up
-from sbert_pg.freshness.storing import Keeper, Work
+from sbert_pg.freshness.columns import Column, Shared, Work
+from sbert_pg.freshness.encoding import Embedded
+from sbert_pg.freshness.queue import COUNTED, Row, Written, counts, shown
+from sbert_pg.freshness.shared import LOGGER, Backlog, Database, Pause, say
 from sbert_pg.sqlstates import Fault, fault_of, words_of
 
-#: Claims rows under a token, in a transaction.
-_Claim = Callable[[sa.Connection, str], list[Candidate]]
+logger = logging.getLogger(LOGGER)
+
+T = TypeVar("T")
+#: Vectors in pgvector's binary format by the label of their row; ``None`` clears the vector.
+Payloads = Mapping[str, "bytes | None"]
+
+#: Seconds between looks at the backlog.
+BACKLOG_INTERVAL = 15.0
+#: How often in a row a trigger may change a text that is being embedded; rows that are watched.
+_REWRITES, _REMEMBERED = 2, 10_000
+_LEFT_OUT = "a trigger of the table keeps the vector from being written"
 
 
-class Claimer:
-    """Claims and reads batches; used by one thread."""
-
-    def __init__(self, shared: Shared, keeper: Keeper) -> None:
-        self._database = shared.database
-        self._settings = shared.settings
-        self._tally = shared.tally
-        self._columns = shared.columns
-        self._keeper = keeper
-        self._numbers = itertools.count(1)
-        self._abandoned: list[tuple[Column, str]] = []
-
-    def claim(self, column: Column, class_: Class) -> tuple[Work | None, bool]:
-        """The next batch of a class, and whether there may be more than that."""
-        settings, cursor = self._settings, column.cursors[class_]
-        started = time.monotonic()
-        at_beginning = column.begin(class_)
-
-        def claim(connection: sa.Connection, token: str) -> list[Candidate]:
-            return claims.claim(
-                connection, column.rows, class_, token=token, most=settings.batch_size,
-                lease=settings.lease, after=cursor.after,
-            )  # fmt: skip
-
-        chosen, work = self._take(column, claim)
-        if at_beginning:
-            cursor.spent(time.monotonic() - started)
-        cursor.after = chosen[-1].key if len(chosen) == settings.batch_size else None
-        if class_ == CHANGED and not chosen and at_beginning:
-            self._note_caught_up(column)
-        # What lies before the cursor was not looked at.
-        return work, bool(chosen) or not at_beginning
-
-    def claim_alone(self, column: Column) -> Work | None:
-        """One row that failed before, or was in hand when a process came to an end."""
-
-        def claim(connection: sa.Connection, token: str) -> list[Candidate]:
-            one = claims.claim_alone(
-                connection, column.rows, token=token, lease=self._settings.lease
-            )
-            return [] if one is None else [one]
-
-        return self._take(column, claim)[1]
-
-    def look_for_ended(
-        self, columns: Sequence[Column]
-    ) -> tuple[list[tuple[Column, list[str]]], bool, bool]:
-        """What has come to an end, leases and waits.
-
-        Returns:
-            Rows that ended a process at each attempt, whether rows that were put off are in the
-            queue again, and whether rows are due to be tried alone.
-        """
-        settings = self._settings
-        ended = []
-        with self._database.begin() as connection:
-            for column in columns:
-                labels = claims.expire(
-                    connection, column.binding,
-                    max_attempts=settings.max_attempts, backoff=settings.backoff,
-                )  # fmt: skip
-                if labels:
-                    ended.append((column, labels))
-            back, due = claims.end_waits(connection, [column.binding for column in columns])
-        return ended, back, due
-
-    def give_back(self) -> None:
-        """Let go of rows that were claimed and could not be read."""
-        while self._abandoned:
-            column, token = self._abandoned[-1]
-            with self._database.begin() as connection:
-                claims.release(connection, column.binding, token)
-            self._abandoned.pop()
-
-    def _take(self, column: Column, claim: _Claim) -> tuple[list[Candidate], Work | None]:
-        """Claim rows and read their texts; blocks a column where that cannot be done."""
-        started = time.perf_counter()
-        token = f"{self._settings.name}/{next(self._numbers)}"
-        try:
-            with self._database.connect() as connection:
-                with connection.begin():
-                    chosen = claim(connection, token)
-                if not chosen:
-                    return [], None
-                self._keeper.hold(token)
-                with connection.begin():
-                    column.rows.prepare(connection)
-                    read = column.rows.read(connection, chosen)
-        except sa.exc.SQLAlchemyError as error:
-            self._keeper.drop(token)
-            self._abandoned.append((column, token))
-            fault = fault_of(error)
-            if fault is Fault.COLUMN:
-                self._columns.block(column.binding, words_of(error))
-            elif fault is not Fault.ROW:
-                raise
-            # A key that could be read a moment ago: what it is made of has just changed.
-            return [], None
-        with self._tally.of(column.name) as tally:
-            tally.batches += 1
-            tally.claim.add(time.perf_counter() - started)
-        return chosen, Work(column, Claimed(token, tuple(read)))
-
-    def _note_caught_up(self, column: Column) -> None:
-        """Note that nothing new is pending, once a second at most."""
-        now = time.monotonic()
-        if now < column.caught_up_at + 1.0:
-            return
-        column.caught_up_at = now
-        with self._database.begin() as connection:
-            note_caught_up(connection, column.binding)
-
-
-Batch = TypeVar("Batch")
-Result = TypeVar("Result")
-
-#: How often a thread that waits for room looks whether it should stop, in seconds.
-_LOOK = 0.2
-
-
-class Flow(Generic[Batch, Result]):
-    """A pipeline of three stages; use it as a context manager.
+class Patience:
+    """Runs transactions until the database lets them through.
 
     Args:
-        encode: makes the result of a batch; called in several threads.
-        write: takes batch and result, in the order of ``put``; called in one thread.
-        encoders: threads that encode.
+        logger: where waiting is reported.
+        stop: once it is set, there is little patience left.
+        after_stop: how much, in seconds.
+        on_trouble: called whenever a try fails for the database's sake.
+
+    Attributes:
+        trouble: what is wrong with the database, while something is.
     """
 
     def __init__(
         self,
-        encode: Callable[[Batch], Result],
-        write: Callable[[Batch, Result], None],
+        database: Database,
+        logger: logging.Logger,
+        stop: threading.Event,
         *,
-        encoders: int,
+        after_stop: float = 30.0,
+        on_trouble: Callable[[], None] = lambda: None,
     ) -> None:
-        self._encode = encode
-        self._write = write
-        self._pool = ThreadPoolExecutor(encoders, thread_name_prefix="sbert-pg-encode")
-        # One batch waits, encoded or not, beside those that are being encoded.
-        self._queue: queue.Queue[tuple[Batch, Future[Result]] | None] = queue.Queue(encoders + 1)
-        self._writer = threading.Thread(target=self._write_all, name="sbert-pg-write", daemon=True)
-        self._lock = threading.Condition()
-        self._open = 0
-        self._error: BaseException | None = None
+        self._database = database
+        self._logger = logger
+        self._stop = stop
+        self._after_stop = after_stop
+        self._on_trouble = on_trouble
+        self._stopped_at: float | None = None
+        self.trouble: str | None = None
 
-    def __enter__(self) -> Flow[Batch, Result]:
-        self._writer.start()
-        return self
+    def run(self, what: str, do: Callable[[sa.Connection], T]) -> T:
+        """Do something in a transaction, again and again while the database is away.
 
-    def put(self, batch: Batch) -> None:
-        """Hand a batch over; waits while enough are under way.
+        Args:
+            what: what it is, to be read after "Cannot".
+            do: what to do; may be called several times.
 
         Raises:
-            Exception: what a stage raised; nothing is taken after that.
+            Exception: what it raised, where waiting does not help or patience is out.
         """
-        self._raise()
-        with self._lock:
-            self._open += 1
-        entry = (batch, self._pool.submit(self._encode, batch))
+        pause = Pause()
         while True:
             try:
-                self._queue.put(entry, timeout=_LOOK)
-                return
-            except queue.Full:
-                self._raise()
+                with self._database.begin() as connection:
+                    result = do(connection)
+            except Exception as error:
+                if fault_of(error) not in (Fault.LOST, Fault.BUSY) or self._is_out():
+                    raise
+                self.trouble = words_of(error)
+                self._on_trouble()
+                wait = pause.next()
+                fields = {"error": self.trouble, "retry_in": round(wait, 2)}
+                say(self._logger, logging.WARNING, f"Cannot {what}; trying again", fields)
+                time.sleep(min(wait, 1.0) if self._stop.is_set() else wait)
+            else:
+                self.trouble = None
+                return result
+
+    def _is_out(self) -> bool:
+        if not self._stop.is_set():
+            return False
+        if self._stopped_at is None:
+            self._stopped_at = time.monotonic()
+        return time.monotonic() - self._stopped_at > self._after_stop
+
+
+@dataclass(slots=True)
+class Pieces(Generic[T]):
+    """What became of a batch that was written in one piece or several.
+
+    Attributes:
+        results: what each piece that was written returned.
+        reasons: why a row was refused, by label.
+        error: what ended the writing, where the batch as a whole could not go on.
+    """
+
+    results: list[T] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
+    error: Exception | None = None
+
+
+def write_in_pieces(
+    patience: Patience, batch: Payloads, write: Callable[[sa.Connection, Payloads], T]
+) -> Pieces[T]:
+    """Write a batch in one transaction, or in as many as its bad rows ask for."""
+    done: Pieces[T] = Pieces()
+    todo = [batch] if batch else []
+    while todo:
+        piece = todo.pop()
+        try:
+            done.results.append(patience.run("write vectors", _writing(write, piece)))
+        except Exception as error:
+            if fault_of(error) not in (Fault.ROW, Fault.SLOW):
+                done.error = error
+                break
+            if len(piece) == 1:
+                done.reasons.update(dict.fromkeys(piece, words_of(error)))
+                continue
+            labels = list(piece)
+            middle = len(labels) // 2
+            todo.append({label: piece[label] for label in labels[middle:]})
+            todo.append({label: piece[label] for label in labels[:middle]})
+    return done
+
+
+def _writing(write: Callable[[sa.Connection, Payloads], T], piece: Payloads) -> Callable[..., T]:
+    return lambda connection: write(connection, piece)
+
+
+class Keeper:
+    """A thread that renews the leases of what is being worked on, and looks at the backlog.
+
+    Attributes:
+        watch_backlog: whether the backlog is to be looked at, since it is read.
+    """
+
+    def __init__(self, shared: Shared) -> None:
+        self._database = shared.database
+        self._lease = shared.settings.lease
+        self._tally = shared.tally
+        self._columns = shared.columns
+        self._lock = threading.Lock()
+        self._held: dict[str, float] = {}
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.watch_backlog = False
+
+    def start(self) -> None:
+        """Begin."""
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._run, name="sbert-pg-keep", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End, and wait for it."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout=10)
+
+    def hold(self, token: str) -> None:
+        """Renew this lease from now on."""
+        with self._lock:
+            self._held[token] = time.monotonic()
+
+    def drop(self, token: str) -> None:
+        """Renew it no longer."""
+        with self._lock:
+            self._held.pop(token, None)
+
+    def _run(self) -> None:
+        period = self._lease.total_seconds() / 3
+        backlog_due = 0.0
+        renew_due = time.monotonic() + period
+        while not self._stop.wait(min(period, 1.0)):
+            now = time.monotonic()
+            try:
+                if now >= renew_due:
+                    renew_due = now + period
+                    self._renew(now - period / 2)
+                if self.watch_backlog and now >= backlog_due:
+                    backlog_due = now + BACKLOG_INTERVAL
+                    self._look()
+            except sa.exc.SQLAlchemyError as error:
+                fields = {"error": words_of(error)}
+                say(logger, logging.DEBUG, "Cannot renew leases or look at the backlog", fields)
+
+    def _renew(self, before: float) -> None:
+        with self._lock:
+            held = [token for token, since in self._held.items() if since < before]
+        if held:
+            with self._database.begin() as connection:
+                claims.renew(connection, held, self._lease)
+
+    def _look(self) -> None:
+        backlog = {}
+        for column in self._columns.served():
+            with self._database.begin() as connection:
+                waiting = counts(connection, column.binding, cap=COUNTED)
+            backlog[column.name] = Backlog(
+                waiting.pending, waiting.backfill, waiting.failed, waiting.age
+            )
+        self._tally.set_backlog(backlog)
+
+
+class Store:
+    """Writes batches; called in one thread.
+
+    Args:
+        stop: set when the worker is to stop.
+    """
+
+    def __init__(self, shared: Shared, keeper: Keeper, stop: threading.Event) -> None:
+        self._settings = shared.settings
+        self._tally = shared.tally
+        self._columns = shared.columns
+        self._keeper = keeper
+        self._patience = Patience(
+            shared.database,
+            logger,
+            stop,
+            after_stop=shared.settings.shutdown_timeout,
+            on_trouble=shared.tally.count_database_error,
+        )
+        self._due: float | None = None
+        self._rewritten: dict[tuple[UUID, str], int] = {}
 
     @property
-    def under_way(self) -> int:
-        """Batches that were put and are not written yet."""
-        with self._lock:
-            return self._open
+    def trouble(self) -> str | None:
+        """What is wrong with the database, while something is."""
+        return self._patience.trouble
 
-    def drain(self) -> None:
-        """Wait until everything that was put is written.
+    def due_in(self) -> float | None:
+        """Seconds until a row that was put off is due; asking clears it."""
+        due, self._due = self._due, None
+        return None if due is None else max(due - time.monotonic(), 0.0)
 
-        Raises:
-            Exception: what a stage raised.
-        """
-        with self._lock:
-            self._lock.wait_for(lambda: self._open == 0 or self._error is not None)
-        self._raise()
+    def store(self, work: Work, embedded: Embedded | Exception) -> None:
+        """Write a batch, and let go of it."""
+        column, claimed = work.column, work.claimed
+        released = False
+        try:
+            if isinstance(embedded, Exception):
+                self._columns.block(column.binding, words_of(embedded))
+            else:
+                released = self._write(column, claimed, embedded)
+        finally:
+            self._keeper.drop(claimed.token)
+            if not released:
+                self.release(column, claimed.token)
 
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
+    def _write(self, column: Column, claimed: Claimed, embedded: Embedded) -> bool:
+        """Write what was encoded; returns whether the lease was given back with it."""
+        started = time.perf_counter()
+        rows = claimed.rows
+        before = {row.label for row in rows if row.failed_before}
+        wait = self._settings.busy_wait
+        released = False
 
-    def _write_all(self) -> None:
-        while (entry := self._queue.get()) is not None:
-            batch, future = entry
-            try:
-                if self._error is None:
-                    self._write(batch, future.result())
-            except BaseException as error:  # Handed to the thread that puts.
-                self._error = error
-            finally:
-                with self._lock:
-                    self._open -= 1
-                    self._lock.notify_all()
+        def write(connection: sa.Connection, piece: Payloads) -> Written:
+            nonlocal released
+            written = column.rows.write(connection, rows, piece, embedded.cuts, embedded.passages)
+            settled = before.intersection(written.rows).difference(written.again)
+            claims.forget(connection, column.binding, sorted(settled))
+            # Before the lease is gone, or the row would be claimed and encoded again at once.
+            claims.put_off(connection, column.binding, sorted(written.busy), wait)
+            released = len(piece) == len(rows)
+            if released:
+                claims.release(connection, column.binding, claimed.token)
+            return written
 
-    def __exit__(
+        done = write_in_pieces(self._patience, embedded.vectors, write)
+        with self._tally.of(column.name) as tally:
+            tally.write.add(time.perf_counter() - started)
+        if done.error is not None and fault_of(done.error) is Fault.COLUMN:
+            self._columns.block(column.binding, words_of(done.error))
+            released = False
+        self._settle(column, rows, done.results, {**embedded.failures, **done.reasons})
+        return released and bool(done.results)
+
+    def _settle(
         self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
+        column: Column,
+        rows: Sequence[Row],
+        written: Sequence[Written],
+        reasons: Mapping[str, str],
     ) -> None:
-        if error is not None and self._error is None:
-            # The reader failed: what is under way is encoded no further.
-            self._pool.shutdown(wait=False, cancel_futures=True)
-        self._queue.put(None)
-        self._writer.join()
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        if error is None:
-            self._raise()
+        """Count, and record what was not written."""
+        done = sum(written, Written((), (), ()))
+        reasons = {
+            **reasons,
+            **self._rewritten_too_often(column, rows, done.again),
+            **dict.fromkeys(done.left_out, _LEFT_OUT),
+        }
+        without_text = {row.label for row in rows if row.of is None}
+        with self._tally.of(column.name) as tally:
+            tally.embedded += sum(label not in without_text for label in done.rows)
+            tally.changed += len(done.changed)
+            tally.busy += len(done.busy)
+        if done.busy:
+            self._put_off(self._settings.busy_wait)
+        if reasons:
+            self._fail(column, rows, reasons)
+            self._put_off(self._settings.backoff)
+        if done.changed or done.again:
+            self._put_off(timedelta(0))
+
+    def _rewritten_too_often(
+        self, column: Column, rows: Sequence[Row], again: Sequence[str]
+    ) -> dict[str, str]:
+        """Rows whose text a trigger changes at each write of their vector, which would never end.
+
+        Once or twice is what a trigger does that brings a text into a certain form.
+        """
+        for row in rows:
+            key = (column.binding.id, row.label)
+            if row.label not in again:
+                self._rewritten.pop(key, None)
+            elif len(self._rewritten) < _REMEMBERED:
+                self._rewritten[key] = self._rewritten.get(key, 0) + 1
+        return {
+            label: "a trigger changes the text of the row whenever its vector is written"
+            for label in again
+            if self._rewritten.get((column.binding.id, label), 0) > _REWRITES
+        }
+
+    def _fail(self, column: Column, rows: Sequence[Row], reasons: Mapping[str, str]) -> None:
+        settings = self._settings
+        texts = {row.label: row.of for row in rows if row.label in reasons}
+
+        def fail(connection: sa.Connection) -> list[str]:
+            return claims.fail(
+                connection, column.binding, reasons, texts,
+                max_attempts=settings.max_attempts, backoff=settings.backoff,
+            )  # fmt: skip
+
+        failed = self._try("record failures", fail) or []
+        self._report(column, reasons, len(failed))
+        self._write_failed(column, [row for row in rows if row.label in failed])
+
+    def conclude(self, column: Column, labels: Sequence[str]) -> None:
+        """Fail rows that ended a process each time they were tried."""
+        self._report(column, dict.fromkeys(labels, claims.ENDED), len(labels))
+        ended = self._try("record failures", lambda c: claims.conclude(c, column.rows, labels))
+        self._write_failed(column, ended or [])
+
+    def _write_failed(self, column: Column, rows: Sequence[Row]) -> None:
+        """Write into rows that their text failed, so that the queue is rid of them.
+
+        A column that is ``NOT NULL``, or a row that the database refuses to change at all, has only
+        the record of its failure.
+        """
+        if not rows or column.rows.required:
+            return
+        nothing: Payloads = dict.fromkeys((row.label for row in rows), None)
+        done = write_in_pieces(self._patience, nothing, lambda c, p: column.rows.write(c, rows, p))
+        if done.error is not None or done.reasons:
+            fields = {"column": column.name, "rows": len(rows)}
+            say(logger, logging.DEBUG, "Rows that failed cannot be changed", fields)
+
+    def _report(self, column: Column, reasons: Mapping[str, str], failed: int) -> None:
+        """Count and log why rows could not be embedded; their text is not logged."""
+        with self._tally.of(column.name) as tally:
+            tally.errors += len(reasons)
+            tally.failed += failed
+        for label, reason in reasons.items():
+            fields = {"column": column.name, "key": shown(label), "reason": reason}
+            words = f"Cannot embed row {shown(label)} of {column.name}"
+            say(logger, logging.WARNING, words, fields)
+
+    def release(self, column: Column, token: str) -> None:
+        """Give a lease back; if that fails, it ends by itself."""
+        self._try("give rows back", lambda c: claims.release(c, column.binding, token))
+
+    def _try(self, what: str, do: Callable[[sa.Connection], T]) -> T | None:
+        """Do something that may be left undone: the rows stay pending by what they say."""
+        try:
+            return self._patience.run(what, do)
+        except Exception as error:
+            fields = {"error": words_of(error)}
+            say(logger, logging.WARNING, f"Cannot {what}", fields)
+            return None
+
+    def _put_off(self, wait: timedelta) -> None:
+        due = time.monotonic() + wait.total_seconds()
+        self._due = due if self._due is None else min(due, self._due)

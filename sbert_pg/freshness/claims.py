@@ -21,7 +21,7 @@ from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.engine import Connection
 
 from sbert_pg.catalog import Binding, tables
-from sbert_pg.freshness.keys import Candidate, Class, Key, Row
+from sbert_pg.freshness.queue import Candidate, Class, Key, Row
 from sbert_pg.freshness.rows import Rows
 from sbert_pg.sqlstates import Fault, fault_of
 

@@ -1,11 +1,12 @@
-"""Which columns a worker keeps fresh, with their encoders, and which it cannot and why."""
+"""Which columns a worker keeps fresh, which it cannot and why, and claims of their rows."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from uuid import UUID
 
@@ -13,23 +14,30 @@ import sqlalchemy as sa
 
 from sbert_pg import catalog
 from sbert_pg.catalog import Binding
-from sbert_pg.catalog.holding import hold_encoder
-from sbert_pg.errors import NotBoundError
+from sbert_pg.errors import BindingError, NotBoundError
+from sbert_pg.freshness import claims
+from sbert_pg.freshness.claims import Claimed
 from sbert_pg.freshness.cutting import Cutter
-from sbert_pg.freshness.database import Database
-from sbert_pg.freshness.encoding import cached
-from sbert_pg.freshness.keys import CHANGED, Class, Key
+from sbert_pg.freshness.encoding import encoder_of
+from sbert_pg.freshness.queue import (
+    CHANGED,
+    Candidate,
+    Class,
+    Key,
+    counts,
+    note_caught_up,
+    queue_fault,
+)
 from sbert_pg.freshness.rows import Rows, rows_of
-from sbert_pg.freshness.settings import LOGGER, Tally, WorkerSettings, say
-from sbert_pg.freshness.status import queue_fault
-from sbert_pg.passages.chunker import chunker_of
-from sbert_pg.probes import measured
-from sbert_pg.registry import get_encoder
+from sbert_pg.freshness.shared import LOGGER, Database, Tally, WorkerSettings, say
+from sbert_pg.freshness.vector_cache import CachedEncoder
 from sbert_pg.spec import TextEncoder
 from sbert_pg.sqlstates import Fault, fault_of, words_of
 
 logger = logging.getLogger(LOGGER)
 
+#: Claims rows under a token, in a transaction.
+_Claim = Callable[[sa.Connection, str], list[Candidate]]
 #: Seconds after which a column that could not be served is tried again.
 BLOCKED_FOR = 60.0
 #: A claim from the queue's beginning reads past what was done since the last vacuum, so it may take
@@ -109,12 +117,12 @@ class Columns:
     """The columns of a worker; looked up again from time to time.
 
     Args:
-        wanted: names or identities of columns; all where it is empty.
+        columns: names or identities of columns; all where it is empty.
         cache_rows: vectors kept in the cache of the database; 0 for no cache.
     """
 
-    def __init__(self, wanted: Collection[str | UUID], cache_rows: int = 0) -> None:
-        self._wanted = tuple(wanted)
+    def __init__(self, columns: Collection[str | UUID], cache_rows: int = 0) -> None:
+        self._names = tuple(columns)
         self._cache_rows = cache_rows
         self._lock = threading.Lock()
         self._served: dict[UUID, Column] = {}
@@ -129,9 +137,22 @@ class Columns:
             return [self._served[i] for i in ids if i in self._served]
 
     def bindings(self) -> list[Binding]:
-        """All columns that are wanted, whether they can be served or not."""
+        """All columns that it is to serve, whether they can be served or not."""
         with self._lock:
             return list(self._bindings.values())
+
+    def left(self, database: Database) -> int:
+        """Rows that are pending, of all columns whose rows this role sees."""
+        left = 0
+        with database.begin() as connection:
+            for binding in self.bindings():
+                try:
+                    with connection.begin_nested():
+                        waiting = counts(connection, binding)
+                except (BindingError, sa.exc.ProgrammingError):
+                    continue  # Rows are hidden from this role, or columns gone: it is blocked.
+                left += waiting.pending + waiting.backfill
+        return left
 
     def blocked(self) -> dict[str, str]:
         """Columns that cannot be served, with the reason."""
@@ -159,11 +180,11 @@ class Columns:
         """Look at the catalog again, and whether each column's queue is what it should be.
 
         Raises:
-            NotBoundError: a wanted column is not bound.
+            NotBoundError: a column that is named is not bound.
             sqlalchemy.exc.DBAPIError: the database is away.
         """
         with database.begin() as connection:
-            bindings = _chosen(catalog.all_bindings(connection), self._wanted)
+            bindings = _chosen(catalog.all_bindings(connection), self._names)
             faults = {binding.id: queue_fault(connection, binding) for binding in bindings}
         for binding in bindings:
             fault = faults[binding.id]
@@ -191,14 +212,13 @@ class Columns:
     def _admit(self, database: Database, binding: Binding) -> None:
         """Load the column's encoder and hold it against the column."""
         try:
-            encoder = get_encoder(binding.declared)
-            # What it takes to encode the probes is not spent in a transaction.
-            measured(encoder)
+            encoder = self._encoder(database, binding)
             with database.begin() as connection:
-                hold_encoder(connection, binding, encoder)
                 rows = rows_of(connection, binding)
-            encoder = cached(encoder, database.engine, self._cache_rows)
-            cutter = None if rows.passages is None else self._cutter(database, rows, encoder)
+            cutter = None
+            if rows.passages is not None:
+                passages = self._encoder(database, rows.passages.binding)
+                cutter = Cutter.of(database, rows, encoder, passages)
         except Exception as error:  # Whatever loading an encoder raises, the others go on.
             if isinstance(error, sa.exc.SQLAlchemyError) and fault_of(error) is not Fault.COLUMN:
                 raise
@@ -210,23 +230,9 @@ class Columns:
         fields = {"column": str(binding), "encoder": encoder.spec.name}
         say(logger, logging.INFO, f"Keeping {binding} fresh", fields)
 
-    def _cutter(self, database: Database, rows: Rows, encoder: TextEncoder) -> Cutter:
-        """What cuts documents, with the encoder of their passages."""
-        stored = rows.passages
-        assert stored is not None
-        own = stored.binding.declared
-        passage_encoder = get_encoder(own)
-        measured(passage_encoder)
-        with database.begin() as connection:
-            hold_encoder(connection, stored.binding, passage_encoder)
-        return Cutter(
-            database,
-            rows,
-            chunker_of(stored.settings["chunker"]),
-            get_encoder(stored.settings["encoder"]),
-            encoder,
-            cached(passage_encoder, database.engine, self._cache_rows),
-        )
+    def _encoder(self, database: Database, binding: Binding) -> TextEncoder:
+        encoder, most = encoder_of(database, binding), self._cache_rows
+        return CachedEncoder(encoder, database.engine, max_rows=most) if most else encoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,17 +251,144 @@ class Shared:
     columns: Columns
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A batch on its way through the worker."""
+
+    column: Column
+    claimed: Claimed
+
+
+class Claimer:
+    """Claims batches in one transaction and reads them in another; used by one thread.
+
+    Args:
+        hold, drop: called with the token of a lease, to renew it from now on, and no longer.
+    """
+
+    def __init__(
+        self, shared: Shared, hold: Callable[[str], None], drop: Callable[[str], None]
+    ) -> None:
+        self._database = shared.database
+        self._settings = shared.settings
+        self._tally = shared.tally
+        self._columns = shared.columns
+        self._hold, self._drop = hold, drop
+        self._numbers = itertools.count(1)
+        self._abandoned: list[tuple[Column, str]] = []
+
+    def claim(self, column: Column, class_: Class) -> tuple[Work | None, bool]:
+        """The next batch of a class, and whether there may be more than that."""
+        settings, cursor = self._settings, column.cursors[class_]
+        started = time.monotonic()
+        at_beginning = column.begin(class_)
+
+        def claim(connection: sa.Connection, token: str) -> list[Candidate]:
+            return claims.claim(
+                connection, column.rows, class_, token=token, most=settings.batch_size,
+                lease=settings.lease, after=cursor.after,
+            )  # fmt: skip
+
+        chosen, work = self._take(column, claim)
+        if at_beginning:
+            cursor.spent(time.monotonic() - started)
+        cursor.after = chosen[-1].key if len(chosen) == settings.batch_size else None
+        if class_ == CHANGED and not chosen and at_beginning:
+            self._note_caught_up(column)
+        # What lies before the cursor was not looked at.
+        return work, bool(chosen) or not at_beginning
+
+    def claim_alone(self, column: Column) -> Work | None:
+        """One row that failed before, or was in hand when a process came to an end."""
+
+        def claim(connection: sa.Connection, token: str) -> list[Candidate]:
+            one = claims.claim_alone(
+                connection, column.rows, token=token, lease=self._settings.lease
+            )
+            return [] if one is None else [one]
+
+        return self._take(column, claim)[1]
+
+    def look_for_ended(
+        self, columns: Sequence[Column]
+    ) -> tuple[list[tuple[Column, list[str]]], bool, bool]:
+        """What has come to an end, leases and waits.
+
+        Returns:
+            Rows that ended a process at each attempt, whether rows that were put off are in the
+            queue again, and whether rows are due to be tried alone.
+        """
+        settings = self._settings
+        ended = []
+        with self._database.begin() as connection:
+            for column in columns:
+                labels = claims.expire(
+                    connection, column.binding,
+                    max_attempts=settings.max_attempts, backoff=settings.backoff,
+                )  # fmt: skip
+                if labels:
+                    ended.append((column, labels))
+            back, due = claims.end_waits(connection, [column.binding for column in columns])
+        return ended, back, due
+
+    def give_back(self) -> None:
+        """Let go of rows that were claimed and could not be read."""
+        while self._abandoned:
+            column, token = self._abandoned[-1]
+            with self._database.begin() as connection:
+                claims.release(connection, column.binding, token)
+            self._abandoned.pop()
+
+    def _take(self, column: Column, claim: _Claim) -> tuple[list[Candidate], Work | None]:
+        """Claim rows and read their texts; blocks a column where that cannot be done."""
+        started = time.perf_counter()
+        token = f"{self._settings.name}/{next(self._numbers)}"
+        try:
+            with self._database.connect() as connection:
+                with connection.begin():
+                    chosen = claim(connection, token)
+                if not chosen:
+                    return [], None
+                self._hold(token)
+                with connection.begin():
+                    column.rows.prepare(connection)
+                    read = column.rows.read(connection, chosen)
+        except sa.exc.SQLAlchemyError as error:
+            self._drop(token)
+            self._abandoned.append((column, token))
+            fault = fault_of(error)
+            if fault is Fault.COLUMN:
+                self._columns.block(column.binding, words_of(error))
+            elif fault is not Fault.ROW:
+                raise
+            # A key that could be read a moment ago: what it is made of has just changed.
+            return [], None
+        with self._tally.of(column.name) as tally:
+            tally.batches += 1
+            tally.claim.add(time.perf_counter() - started)
+        return chosen, Work(column, Claimed(token, tuple(read)))
+
+    def _note_caught_up(self, column: Column) -> None:
+        """Note that nothing new is pending, once a second at most."""
+        now = time.monotonic()
+        if now < column.caught_up_at + 1.0:
+            return
+        column.caught_up_at = now
+        with self._database.begin() as connection:
+            note_caught_up(connection, column.binding)
+
+
 def _same(a: Binding, b: Binding) -> bool:
     """Whether everything that statements are made of is still the same."""
     names = ("relation", "schema", "table", "column", "expressions", "key_columns", "key_types")
     return all(getattr(a, name) == getattr(b, name) for name in names)
 
 
-def _chosen(bindings: Sequence[Binding], wanted: Sequence[str | UUID]) -> list[Binding]:
-    if not wanted:
+def _chosen(bindings: Sequence[Binding], columns: Sequence[str | UUID]) -> list[Binding]:
+    if not columns:
         return list(bindings)
     chosen: dict[UUID, Binding] = {}
-    for name in wanted:
+    for name in columns:
         matching = [b for b in bindings if b.id == name or name in names_of(b)]
         if not matching:
             known = ", ".join(str(b) for b in bindings) or "none"

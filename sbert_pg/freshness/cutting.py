@@ -8,11 +8,11 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from sbert_pg.freshness.database import Database
 from sbert_pg.freshness.encoding import Embedded, embed
-from sbert_pg.freshness.keys import Row, register
 from sbert_pg.freshness.passages import Cut, StoredPassages
+from sbert_pg.freshness.queue import Row, register
 from sbert_pg.freshness.rows import Rows
+from sbert_pg.freshness.shared import Database
 from sbert_pg.passages.chunker import Chunker, chunker_of
 from sbert_pg.passages.cutting import cut, digest_of, embedded_text
 from sbert_pg.registry import get_encoder
@@ -38,6 +38,16 @@ class Cutter:
     tokens: TextEncoder
     encoder: TextEncoder
     passage_encoder: TextEncoder
+
+    @classmethod
+    def of(
+        cls, database: Database, rows: Rows, encoder: TextEncoder, passage_encoder: TextEncoder
+    ) -> Cutter:
+        """What cuts the documents of a column as their source says."""
+        assert rows.passages is not None
+        settings = rows.passages.settings
+        chunker, tokens = chunker_of(settings["chunker"]), get_encoder(settings["encoder"])
+        return cls(database, rows, chunker, tokens, encoder, passage_encoder)
 
     @property
     def stored(self) -> StoredPassages:

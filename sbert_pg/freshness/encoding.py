@@ -1,28 +1,31 @@
-"""Texts to vectors in bulk: one bad text does not cost the others theirs, and no text is encoded
-twice that was encoded before.
+"""Texts to vectors in bulk, in a pipeline; one bad text does not cost the others theirs.
+
+The encoder is the slowest part by far, so it must never wait: while it has one batch, the next is
+being read (by whoever calls ``Flow.put``) and the last is being written (by a thread). Encoding
+runs in two threads by default, so that one batch is tokenised while the other is computed.
 """
 
 from __future__ import annotations
 
-import hashlib
+import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import ClassVar
+from types import TracebackType
+from typing import Generic, TypeVar
 
 import numpy as np
-import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql as pg
-from sqlalchemy.engine import Connection
 
-from sbert_pg.catalog import Binding, tables
-from sbert_pg.catalog.holding import fingerprint_of
-from sbert_pg.errors import DeclarationError, DimensionError, EncoderError, EncodingError
-from sbert_pg.freshness.keys import Row
+from sbert_pg.catalog import Binding
+from sbert_pg.catalog.holding import hold_encoder
+from sbert_pg.errors import DimensionError, EncoderError, EncodingError
 from sbert_pg.freshness.passages import Cut
-from sbert_pg.probes import STORED, measured
-from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors
+from sbert_pg.freshness.queue import Row
+from sbert_pg.freshness.shared import Database
+from sbert_pg.probes import measured
+from sbert_pg.registry import get_encoder
+from sbert_pg.spec import TextEncoder, Vectors
 from sbert_pg.sqlstates import words_of
 from sbert_pg.types import wire
 
@@ -44,6 +47,16 @@ class Embedded:
     texts: int = 0
     cuts: dict[str, Cut] = field(default_factory=dict)
     passages: dict[str, bytes] = field(default_factory=dict)
+
+
+def encoder_of(database: Database, binding: Binding) -> TextEncoder:
+    """The encoder of a column, held against what the column was sealed with."""
+    encoder = get_encoder(binding.declared)
+    # What it takes to encode the probes is not spent in a transaction.
+    measured(encoder)
+    with database.begin() as connection:
+        hold_encoder(connection, binding, encoder)
+    return encoder
 
 
 def embed(binding: Binding, encoder: TextEncoder, batch: Sequence[Row]) -> Embedded:
@@ -165,184 +178,104 @@ def _unfit(binding: Binding, vectors: Vectors) -> dict[int, str]:
     return faults
 
 
-#: Bytes of a text's digest in the cache. 2**64 texts until a collision is likely.
-_DIGEST_BYTES = 16
-#: How stale ``used_at`` may be: a hit writes at most once in this time.
-_TOUCH_AFTER = timedelta(hours=1)
-_cache = tables.vector_cache
+Batch = TypeVar("Batch")
+Result = TypeVar("Result")
+
+#: How often a thread that waits for room looks whether it should stop, in seconds.
+_LOOK = 0.2
 
 
-class CachedEncoder:
-    """An encoder that first looks for a text in ``sbert.vector_cache``.
-
-    A restored row, the same paragraph in two tables, a column that is filled again: a look-up of a
-    thousand texts costs milliseconds, encoding them seconds. Each call uses connections of its own
-    and holds none while encoding. A text that the encoder refuses is refused as without a cache.
+class Flow(Generic[Batch, Result]):
+    """A pipeline of three stages; use it as a context manager.
 
     Args:
-        engine: an engine of the database whose cache is used.
-        max_rows: rows kept of this role, over all encoders; the least recently used go first. A
-            row of 384 dimensions takes about 1.7 kB.
-
-    Attributes:
-        hits: texts that were not encoded, being there or twice in one call.
+        encode: makes the result of a batch; called in several threads.
+        write: takes batch and result, in the order of ``put``; called in one thread.
+        encoders: threads that encode.
     """
 
-    measures_its_probes: ClassVar[bool] = True
+    def __init__(
+        self,
+        encode: Callable[[Batch], Result],
+        write: Callable[[Batch, Result], None],
+        *,
+        encoders: int,
+    ) -> None:
+        self._encode = encode
+        self._write = write
+        self._pool = ThreadPoolExecutor(encoders, thread_name_prefix="sbert-pg-encode")
+        # One batch waits, encoded or not, beside those that are being encoded.
+        self._queue: queue.Queue[tuple[Batch, Future[Result]] | None] = queue.Queue(encoders + 1)
+        self._writer = threading.Thread(target=self._write_all, name="sbert-pg-write", daemon=True)
+        self._lock = threading.Condition()
+        self._open = 0
+        self._error: BaseException | None = None
 
-    def __init__(self, encoder: TextEncoder, engine: sa.Engine, *, max_rows: int) -> None:
-        if max_rows < 1:
-            raise DeclarationError(f"A cache of {max_rows} rows keeps nothing; give at least 1.")
-        self._encoder = encoder
-        self._engine = engine
-        self._max_rows = max_rows
-        self._fingerprint = fingerprint_of(encoder)
-        self.hits = 0
-        self.misses = 0
-        self._untrimmed = 0
-        self._lock = threading.Lock()
+    def __enter__(self) -> Flow[Batch, Result]:
+        self._writer.start()
+        return self
 
-    @property
-    def spec(self) -> EncoderSpec:
-        """The encoder's."""
-        return self._encoder.spec
-
-    @property
-    def probe_vectors(self) -> Vectors:
-        """The encoder's, encoded and not looked up."""
-        return measured(self._encoder)
-
-    def encode_query(self, texts: Sequence[str]) -> Vectors:
-        """Vectors of queries; encoded at once, since a query's latency is the look-up's as well."""
-        return self._encoder.encode_query(texts)
-
-    def encode_document(self, texts: Sequence[str]) -> Vectors:
-        """Vectors of texts, float32 of shape ``(len(texts), dimensions)``.
+    def put(self, batch: Batch) -> None:
+        """Hand a batch over; waits while enough are under way.
 
         Raises:
-            EncodingError: a text cannot be encoded; ``index`` is its position.
+            Exception: what a stage raised; nothing is taken after that.
         """
-        with self._engine.begin() as connection:
-            known = self._get(connection, texts)
-        missing = list(dict.fromkeys(text for text in texts if text not in known))
-        if missing:
+        self._raise()
+        with self._lock:
+            self._open += 1
+        entry = (batch, self._pool.submit(self._encode, batch))
+        while True:
             try:
-                encoded = np.asarray(self._encoder.encode_document(missing), dtype=np.float32)
-            except EncodingError as error:
-                if error.index is not None:
-                    error.index = texts.index(missing[error.index])
-                raise
-            self._keep(missing, encoded)
-            known |= dict(zip(missing, encoded, strict=True))
+                self._queue.put(entry, timeout=_LOOK)
+                return
+            except queue.Full:
+                self._raise()
+
+    @property
+    def under_way(self) -> int:
+        """Batches that were put and are not written yet."""
         with self._lock:
-            self.misses += len(missing)
-            self.hits += len(texts) - len(missing)
-        if not texts:
-            return np.empty((0, self.spec.dimensions), dtype=np.float32)
-        return np.stack([known[text] for text in texts])
+            return self._open
 
-    def _get(self, connection: Connection, texts: Sequence[str]) -> dict[str, Vectors]:
-        text_of = {_digest_of(text): text for text in texts}
-        c = _cache.c
-        rows = connection.execute(
-            sa.select(
-                c.digest, c.vector, (c.used_at < sa.func.now() - _TOUCH_AFTER).label("untouched")
-            ).where(self._mine(), _is_one_of(list(text_of)))
-        ).all()
-        untouched = sorted(bytes(row.digest) for row in rows if row.untouched)
-        if untouched:
-            self._touch(connection, untouched)
-        known = {}
-        for row in rows:
-            vector = np.frombuffer(row.vector, dtype=STORED)
-            if vector.shape == (self.spec.dimensions,):
-                known[text_of[bytes(row.digest)]] = vector.astype(np.float32)
-        return known
+    def drain(self) -> None:
+        """Wait until everything that was put is written.
 
-    def _keep(self, texts: list[str], vectors: Vectors) -> None:
-        stored = np.ascontiguousarray(vectors, dtype=STORED)
-        # In the order of digests, so that two processes cannot wait for each other in a circle.
-        payloads = dict(
-            sorted(
-                (_digest_of(text), stored[i].tobytes())
-                for i, text in enumerate(texts)
-                if np.isfinite(stored[i]).all()
-            )
-        )
+        Raises:
+            Exception: what a stage raised.
+        """
         with self._lock:
-            self._untrimmed += len(payloads)
-            # Counting the table at every batch would cost more than a somewhat larger table.
-            due = self._untrimmed >= max(self._max_rows // 20, 1_000)
-            if due:
-                self._untrimmed = 0
-        payload = (
-            sa.func.unnest(_bytes(list(payloads)), _bytes(list(payloads.values())))
-            .table_valued(sa.column("digest"), sa.column("vector"), name="given")
-            .render_derived()
-        )
-        rows = sa.select(sa.literal(self._fingerprint, sa.Text), payload.c.digest, payload.c.vector)
-        insert = pg.insert(_cache).from_select(["fingerprint", "digest", "vector"], rows)
-        with self._engine.begin() as connection:
-            connection.execute(insert.on_conflict_do_nothing())
-            if due:
-                self._trim(connection)
+            self._lock.wait_for(lambda: self._open == 0 or self._error is not None)
+        self._raise()
 
-    def _trim(self, connection: Connection) -> None:
-        """Remove what exceeds ``max_rows``; two processes that do so do not wait for each other."""
-        c = _cache.c
-        mine = sa.select(sa.func.count()).where(c.role == sa.func.current_user())
-        count = connection.execute(mine).scalar_one()
-        oldest = (
-            sa.select(c.role, c.fingerprint, c.digest)
-            .where(c.role == sa.func.current_user())
-            .order_by(c.used_at)
-            .limit(max(count - self._max_rows, 0))
-            .with_for_update(skip_locked=True)
-            .cte("oldest")
-        )
-        connection.execute(
-            sa.delete(_cache).where(
-                c.role == oldest.c.role,
-                c.fingerprint == oldest.c.fingerprint,
-                c.digest == oldest.c.digest,
-            )
-        )
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
 
-    def _mine(self) -> sa.ColumnElement[bool]:
-        """Entries of this role and encoder: who writes a vector decides what others take for it."""
-        c = _cache.c
-        return sa.and_(c.role == sa.func.current_user(), c.fingerprint == self._fingerprint)
+    def _write_all(self) -> None:
+        while (entry := self._queue.get()) is not None:
+            batch, future = entry
+            try:
+                if self._error is None:
+                    self._write(batch, future.result())
+            except BaseException as error:  # Handed to the thread that puts.
+                self._error = error
+            finally:
+                with self._lock:
+                    self._open -= 1
+                    self._lock.notify_all()
 
-    def _touch(self, connection: Connection, digests: list[bytes]) -> None:
-        c = _cache.c
-        free = (
-            sa.select(c.digest)
-            .where(self._mine(), _is_one_of(digests))
-            .with_for_update(skip_locked=True)
-            .cte("free")
-        )
-        connection.execute(
-            sa.update(_cache)
-            .values(used_at=sa.func.now())
-            .where(self._mine(), c.digest == free.c.digest)
-        )
-
-
-def cached(encoder: TextEncoder, engine: sa.Engine, max_rows: int) -> TextEncoder:
-    """The encoder with a cache of so many rows, or as it is where that is 0."""
-    return CachedEncoder(encoder, engine, max_rows=max_rows) if max_rows else encoder
-
-
-def _digest_of(text: str) -> bytes:
-    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES, person=b"document")
-    digest.update(text.encode("utf-8", "surrogatepass"))
-    return digest.digest()
-
-
-def _bytes(values: list[bytes]) -> sa.ColumnElement[object]:
-    kind = pg.ARRAY(sa.LargeBinary)
-    return sa.cast(sa.bindparam(None, values, type_=kind), kind)
-
-
-def _is_one_of(digests: list[bytes]) -> sa.ColumnElement[bool]:
-    return _cache.c.digest == sa.any_(_bytes(digests))
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is not None and self._error is None:
+            # The reader failed: what is under way is encoded no further.
+            self._pool.shutdown(wait=False, cancel_futures=True)
+        self._queue.put(None)
+        self._writer.join()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        if error is None:
+            self._raise()

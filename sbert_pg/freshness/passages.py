@@ -17,20 +17,14 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.engine import Connection
 
-from sbert_pg import digest, system
+from sbert_pg import system
 from sbert_pg.catalog import Binding, all_bindings
 from sbert_pg.errors import NotBoundError
-from sbert_pg.freshness.keys import (
-    UUID_OID,
-    ArrayOf,
-    Key,
-    TextArray,
-    WireArray,
-    register,
-    vector_of,
-)
+from sbert_pg.freshness.queue import Key, register, vector_of
 from sbert_pg.passages.cutting import Passage
 from sbert_pg.passages.declaring import CONTENT, PASSAGE_COLUMNS
+from sbert_pg.source import NIL, digest
+from sbert_pg.types.wire import UUID_OID, ArrayOf, TextArray, WireArray
 
 #: Passages written by one statement.
 _AT_ONCE = 2_000
@@ -215,8 +209,8 @@ class StoredPassages:
 
     def _proof(self, passage: Passage, vector: bytes | None) -> bytes:
         if vector is None:
-            return digest.NIL.bytes
-        proof = digest.digest(self.binding.id, passage.digest, vector, self.binding.storage)
+            return NIL.bytes
+        proof = digest(self.binding.id, passage.digest, vector, self.binding.storage)
         assert proof is not None  # since there is a text
         return proof.bytes
 

@@ -19,28 +19,24 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.engine import Connection
 
-from sbert_pg import digest
 from sbert_pg.catalog import tables
-from sbert_pg.catalog.binding import require_all_rows
 from sbert_pg.catalog.record import Binding, Named
-from sbert_pg.freshness.keys import (
+from sbert_pg.freshness.passages import Cut, StoredPassages, stored_passages
+from sbert_pg.freshness.queue import (
     BACKFILL,
     CHANGED,
-    UUID_OID,
-    ArrayOf,
     Candidate,
     Class,
     Key,
     Row,
-    TextArray,
-    WireArray,
     Written,
-    element_of,
     label_of,
     register,
+    require_all_rows,
     vector_of,
 )
-from sbert_pg.freshness.passages import Cut, StoredPassages, stored_passages
+from sbert_pg.source import proof
+from sbert_pg.types.wire import UUID_OID, ArrayOf, TextArray, WireArray, element_of
 
 #: How long a row that failed for good is left alone, whatever its text is now.
 _FAILED_FOR = timedelta(seconds=10)
@@ -279,24 +275,24 @@ class Rows:
         return None if row is None else Candidate(tuple(map(element_of, row)), label, True)
 
     def read(
-        self, connection: Connection, wanted: Sequence[Candidate], *, to_skip: bool = False
+        self, connection: Connection, claimed: Sequence[Candidate], *, to_skip: bool = False
     ) -> list[Row]:
         """Those of the rows that are still pending, with their texts.
 
         Args:
             to_skip: rows that failed as well, and all locked; waits for whoever holds one.
         """
-        if not wanted:
+        if not claimed:
             return []
         statement = self._read
         if to_skip:
             statement = statement.order_by(*self.keys).with_for_update(
                 of=self.table, key_share=True
             )
-        texts = connection.execute(statement, self._key_arrays([one.key for one in wanted])).all()
+        texts = connection.execute(statement, self._key_arrays([one.key for one in claimed])).all()
         rows = []
         for number, text, of, stale, failed in sorted(texts, key=lambda row: row[0]):
-            one = wanted[number - 1]
+            one = claimed[number - 1]
             if stale or (to_skip and failed):
                 rows.append(Row(one.key, one.label, one.failed_before, text, of))
         return rows
@@ -464,7 +460,7 @@ class Rows:
         if row.of is None:
             return None
         binding = self.binding
-        return uuid.UUID(digest.proof(binding.id, vector, binding.storage) + row.of).bytes
+        return uuid.UUID(proof(binding.id, vector, binding.storage) + row.of).bytes
 
 
 def rows_of(connection: Connection, binding: Binding) -> Rows:

@@ -1,4 +1,4 @@
-"""A worker inside another program: in a thread, once for cron, or for a column to be filled."""
+"""A worker inside another program: in a thread, or for a column to be filled."""
 
 from __future__ import annotations
 
@@ -15,19 +15,15 @@ import sqlalchemy as sa
 
 from sbert_pg import catalog
 from sbert_pg.catalog import Binding
-from sbert_pg.catalog.holding import hold_encoder
-from sbert_pg.errors import BackfillError, BindingError
+from sbert_pg.errors import BackfillError
 from sbert_pg.freshness.claims import retrying
-from sbert_pg.freshness.database import Database
-from sbert_pg.freshness.keys import require_psycopg
+from sbert_pg.freshness.encoding import encoder_of
+from sbert_pg.freshness.queue import Counts, counts, queue_fault, require_psycopg
 from sbert_pg.freshness.rows import rows_of
-from sbert_pg.freshness.settings import LOGGER, Companion, Progress, WorkerSettings, say
-from sbert_pg.freshness.status import Counts, counts, queue_fault
+from sbert_pg.freshness.shared import LOGGER, Companion, Database, WorkerSettings, say
 from sbert_pg.freshness.worker import Worker
-from sbert_pg.probes import measured
-from sbert_pg.registry import get_encoder
 from sbert_pg.sqlstates import words_of
-from sbert_pg.types.identity import ColumnIdentity
+from sbert_pg.system import ColumnIdentity
 
 #: Rows that wait, from which on the order of filling and building an index matters.
 MANY = 10_000
@@ -83,59 +79,24 @@ def worker_thread(
 
 
 @dataclass(frozen=True, slots=True)
-class Refreshed:
-    """What ``refresh`` did.
+class Progress:
+    """How far a backfill has come.
 
     Attributes:
-        embedded: rows whose vector was written.
-        errors: attempts that ended with an error.
-        failed: rows that ended as failed.
-        left: rows that are still pending: put off, or being worked on by someone else.
-        blocked: columns that cannot be served, with the reason.
+        rows: rows that are done since it was begun, by all processes.
+        total: rows that were to be done when it was begun; ``None`` where unknown.
+        rows_per_second: rate over the last minute.
+        seconds_left: at that rate; ``None`` where unknown.
+        paused: why it is paused, or ``None``.
+        complete: whether nothing is left.
     """
 
-    embedded: int
-    errors: int
-    failed: int
-    left: int
-    blocked: dict[str, str]
-
-
-def refresh(
-    engine: sa.Engine,
-    settings: WorkerSettings | None = None,
-    *,
-    timeout: float | None = None,
-    companions: Sequence[Companion] = (),
-) -> Refreshed:
-    """Embed what is pending now, and return.
-
-    Args:
-        engine: an engine with the driver psycopg 3.
-        settings: see ``WorkerSettings``.
-        timeout: seconds after which no more rows are claimed.
-        companions: what is brought up to date at the end, such as clusters.
-
-    Raises:
-        DeclarationError: the engine uses another driver.
-        NotBoundError: the settings name a column that is not bound.
-        CatalogError: the catalog is missing or of another version.
-    """
-    worker = Worker(engine, settings, companions)
-    tally = worker.run(until_empty=True, timeout=timeout)
-    blocked = worker.blocked()
-    left = 0
-    with Database(engine).begin() as connection:
-        for binding in worker.bindings():
-            try:
-                with connection.begin_nested():
-                    waiting = counts(connection, binding)
-            except (BindingError, sa.exc.ProgrammingError):
-                continue  # Rows are hidden from this role, or columns gone: it is blocked.
-            left += waiting.pending + waiting.backfill
-    return Refreshed(
-        tally.total("embedded"), tally.total("errors"), tally.total("failed"), left, blocked
-    )
+    rows: int
+    total: int | None
+    rows_per_second: float
+    seconds_left: float | None
+    paused: str | None
+    complete: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,11 +167,8 @@ def backfill(
     identity = column.identity if isinstance(column, Binding) else column
     with database.begin() as connection:
         binding = catalog.require_binding(connection, identity)
-    encoder = get_encoder(binding.declared)
-    # What it takes to encode the probes is not spent in a transaction.
-    measured(encoder)
+    encoder_of(database, binding)
     with database.begin() as connection:
-        hold_encoder(connection, binding, encoder)
         rows_of(connection, binding)
         fault = queue_fault(connection, binding)
         if fault is not None:

@@ -12,116 +12,25 @@ from sqlalchemy.engine import Connection
 
 from sbert_pg import catalog
 from sbert_pg.catalog import Binding, tables
-from sbert_pg.catalog.binding import installed, require_all_rows
 from sbert_pg.freshness import claims
-from sbert_pg.freshness.keys import BACKFILL, CHANGED, label_from, label_of, shown
+from sbert_pg.freshness.queue import (
+    COUNTED,
+    Counts,
+    counts,
+    label_from,
+    label_of,
+    queue_fault,
+    require_all_rows,
+    shown,
+)
 from sbert_pg.freshness.rows import SET_FORMATS, rows_of
 from sbert_pg.registry import token_counter
 from sbert_pg.row_vectors import count_cut
 
 IndexState = Literal["ready", "not ready", "none"]
-#: How far ``status`` counts what is pending and what failed.
-COUNTED = 100_000
 #: About half as many texts as ``status`` counts the tokens of, to say how many are cut.
 LENGTHS = 200
-_ALL = 2**62
 _failure = tables.failure.c
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """Rows of a column that are not fresh.
-
-    Attributes:
-        pending: new and changed rows.
-        backfill: rows that were there before the column was bound, and are not done yet.
-        failed: rows that could not be embedded.
-        skipped: failed rows that an operator has decided to leave without a vector.
-        capped: whether counting stopped somewhere.
-        age: seconds since a worker last found nothing new pending: every text that was committed
-            before that is fresh or failed; ``None`` where no worker ever did.
-    """
-
-    pending: int
-    backfill: int
-    failed: int
-    skipped: int
-    capped: bool
-    age: float | None
-
-
-def counts(connection: Connection, binding: Binding, cap: int | None = None) -> Counts:
-    """Count by the queue's own index, at a cost that depends on what is counted alone.
-
-    Args:
-        binding: the column.
-        cap: where to stop counting each; by default everything is counted, about 90 to 300 ms for a
-            million pending rows.
-
-    Raises:
-        BindingError: row-level security hides rows from this role.
-    """
-    require_all_rows(connection, binding)
-    table = binding.clause()
-    most = _ALL if cap is None else cap + 1
-    stale, class_ = binding.is_stale(table), binding.class_of(table)
-    states = (
-        sa.and_(stale, class_ == CHANGED),
-        sa.and_(stale, class_ == BACKFILL),
-        binding.expressions.on(table, "failed"),
-    )
-    counted = [_count(binding, table, state, most) for state in states]
-    mine = _failure.binding_id == binding.id
-    recorded = sa.select(sa.func.count()).where(mine, _failure.failed)
-    b = tables.binding.c
-    age = sa.extract("epoch", sa.func.clock_timestamp() - b.caught_up_at)
-    statement: sa.Select[Any] = sa.select(
-        *counted,
-        recorded.where(_failure.skipped).scalar_subquery(),
-        recorded.scalar_subquery(),
-        sa.select(age).where(b.id == binding.id).scalar_subquery(),
-    )
-    pending, backfill, failed, skipped, of_record, seconds = connection.execute(statement).one()
-    if failed == 0 and of_record:
-        # A column that is NOT NULL cannot say of a row that it failed.
-        failed = min(of_record, pending + backfill)
-        pending, backfill = max(pending - failed, 0), max(backfill - max(failed - pending, 0), 0)
-    numbers = [pending, backfill, failed]
-    capped = cap is not None and max(numbers) > cap
-    if cap is not None:
-        numbers = [min(count, cap) for count in numbers]
-    return Counts(
-        numbers[0], numbers[1], max(numbers[2] - skipped, 0), skipped, capped,
-        None if seconds is None else max(float(seconds), 0.0),
-    )  # fmt: skip
-
-
-def _count(
-    binding: Binding, table: sa.TableClause, state: sa.ColumnElement[bool], most: int
-) -> sa.ScalarSelect[Any]:
-    """How many rows are in a state, up to a number."""
-    keys = [table.c[name] for name in binding.key_columns]
-    # Ordered and limited, since PostgreSQL would else read the table of a count or an EXISTS.
-    rows = sa.select(*keys).where(state).order_by(*keys).limit(most).subquery()
-    return sa.select(sa.func.count()).select_from(rows).scalar_subquery()
-
-
-def note_caught_up(connection: Connection, binding: Binding) -> bool:
-    """Note that nothing new is pending, if that is so; the caller commits.
-
-    Every text that was committed before the statement began is fresh or failed.
-    """
-    table = binding.clause()
-    changed = sa.and_(binding.is_stale(table), binding.class_of(table) == CHANGED)
-    nothing = _count(binding, table, changed, 1) == 0
-    note = sa.func.sbert.note_v1(binding.id, sa.func.statement_timestamp())
-    return connection.execute(sa.select(note).where(nothing, binding.is_here())).first() is not None
-
-
-def queue_fault(connection: Connection, binding: Binding) -> str | None:
-    """Why a column's queue cannot be trusted or would be read in full, or ``None``."""
-    fault = sa.func.sbert.faults_v1(binding.id).column_valued("fault")
-    return connection.execute(sa.select(fault)).scalars().first()
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +91,7 @@ def status(connection: Connection, *, exact: bool = False) -> list[ColumnStatus]
         CatalogError: this role may not use the catalog.
         BindingError: row-level security hides rows from this role.
     """
-    if not installed(connection):
+    if not catalog.installed(connection):
         return []
     # Its only moment says what ``counts`` does, and a driver may not read it in every DateStyle.
     columns = [column for column in tables.status.c if column.name != "caught_up_at"]

@@ -3,6 +3,8 @@
 Three things go on at the same time: this thread claims and reads, a few threads encode, one writes.
 Two more renew leases and listen. No transaction is open while anything is encoded, and whatever
 happens to the process, the server or the connection, a row is either written or still pending.
+
+Long, since what a worker is asked stands beside the loop that answers.
 """
 
 from __future__ import annotations
@@ -19,16 +21,23 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from sbert_pg import catalog
-from sbert_pg.catalog import Binding
 from sbert_pg.errors import SbertPgError
 from sbert_pg.freshness import claims
-from sbert_pg.freshness.batches import Claimer, Flow
-from sbert_pg.freshness.columns import Column, Columns, Shared
-from sbert_pg.freshness.database import Database, Listener, Pause, Throttle
-from sbert_pg.freshness.encoding import Embedded, embed
-from sbert_pg.freshness.keys import BACKFILL, CHANGED, Class, require_psycopg
-from sbert_pg.freshness.settings import LOGGER, Companion, Tally, WorkerSettings, say
-from sbert_pg.freshness.storing import Keeper, Store, Work
+from sbert_pg.freshness.batches import Keeper, Store
+from sbert_pg.freshness.columns import Claimer, Column, Columns, Shared, Work
+from sbert_pg.freshness.encoding import Embedded, Flow, embed
+from sbert_pg.freshness.listening import Listener
+from sbert_pg.freshness.queue import BACKFILL, CHANGED, Class, require_psycopg
+from sbert_pg.freshness.shared import (
+    LOGGER,
+    Companion,
+    Database,
+    Pause,
+    Tally,
+    Throttle,
+    WorkerSettings,
+    say,
+)
 from sbert_pg.sqlstates import Fault, fault_of, words_of
 
 logger = logging.getLogger(LOGGER)
@@ -101,7 +110,7 @@ class Worker:
         shared = Shared(self._database, self.settings, self.tally, self._columns)
         self._keeper = Keeper(shared)
         self._store = Store(shared, self._keeper, self._stop)
-        self._claimer = Claimer(shared, self._keeper)
+        self._claimer = Claimer(shared, self._keeper.hold, self._keeper.drop)
         self.throttle = Throttle(
             self._database, self.settings.rows_per_second, self.settings.max_replica_lag
         )
@@ -131,10 +140,6 @@ class Worker:
     def watch_backlog(self) -> None:
         """Look at what is pending from time to time, for the tally."""
         self._keeper.watch_backlog = True
-
-    def bindings(self) -> list[Binding]:
-        """The columns that it is to serve, whether it can or not."""
-        return self._columns.bindings()
 
     def blocked(self) -> dict[str, str]:
         """Columns that it cannot serve, with the reason."""
@@ -404,3 +409,49 @@ class Worker:
                 wait = min(wait, due)
         if not self._wake.wait(max(wait, 0.01)):
             self.wake()
+
+
+@dataclass(frozen=True, slots=True)
+class Refreshed:
+    """What ``refresh`` did.
+
+    Attributes:
+        embedded: rows whose vector was written.
+        errors: attempts that ended with an error.
+        failed: rows that ended as failed.
+        left: rows that are still pending: put off, or being worked on by someone else.
+        blocked: columns that cannot be served, with the reason.
+    """
+
+    embedded: int
+    errors: int
+    failed: int
+    left: int
+    blocked: dict[str, str]
+
+
+def refresh(
+    engine: sa.Engine,
+    settings: WorkerSettings | None = None,
+    *,
+    timeout: float | None = None,
+    companions: Sequence[Companion] = (),
+) -> Refreshed:
+    """Embed what is pending now, and return.
+
+    Args:
+        engine: an engine with the driver psycopg 3.
+        settings: see ``WorkerSettings``.
+        timeout: seconds after which no more rows are claimed.
+        companions: what is brought up to date at the end, such as clusters.
+
+    Raises:
+        DeclarationError: the engine uses another driver.
+        NotBoundError: the settings name a column that is not bound.
+        CatalogError: the catalog is missing or of another version.
+    """
+    worker = Worker(engine, settings, companions)
+    tally = worker.run(until_empty=True, timeout=timeout)
+    left = worker._columns.left(Database(engine))
+    embedded, errors, failed = map(tally.total, ("embedded", "errors", "failed"))
+    return Refreshed(embedded, errors, failed, left, worker.blocked())

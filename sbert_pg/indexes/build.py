@@ -259,7 +259,7 @@ class IndexBuilder:
                 ) from error
             raise
 
-    def replace(self, wanted: VectorIndex, *, keep_valid: bool = False) -> bool:
+    def replace(self, declared: VectorIndex, *, keep_valid: bool = False) -> bool:
         """Build an index, beside the one of its name that is there, which is then dropped.
 
         Goes on from wherever an earlier call was ended.
@@ -273,34 +273,34 @@ class IndexBuilder:
         Raises:
             TableBusyError: a lock was not to be had, or another session is building the index.
         """
-        beside = name_beside(wanted.name)
+        beside = name_beside(declared.name)
         stored = vector_indexes(self.connection, self.table, schema=self.schema)
         by_name = {index.name: index for index in stored}
-        old, new = (self._valid(by_name, name, wanted) for name in (wanted.name, beside))
-        if old is not None and (keep_valid or same_index(self.connection, wanted, old)):
+        old, new = (self._valid(by_name, name, declared) for name in (declared.name, beside))
+        if old is not None and (keep_valid or same_index(self.connection, declared, old)):
             self.drop(beside)
             return False
-        if new is not None and not same_index(self.connection, wanted, new):
+        if new is not None and not same_index(self.connection, declared, new):
             self.drop(beside)
             new = None
         if new is None:
             if old is None:
-                return self.create(wanted.to_index())
-            self.create(wanted.to_index(name=beside))
+                return self.create(declared.to_index())
+            self.create(declared.to_index(name=beside))
         if old is not None:
-            self.drop(wanted.name)
-        rename = RenameIndex(beside, self.schema, wanted.name)
+            self.drop(declared.name)
+        rename = RenameIndex(beside, self.schema, declared.name)
         self._retried(lambda: self.connection.execute(rename))
         return True
 
     def _valid(
-        self, stored: Mapping[str, StoredIndex], name: str, wanted: VectorIndex
+        self, stored: Mapping[str, StoredIndex], name: str, declared: VectorIndex
     ) -> StoredIndex | None:
         """The index of a name; one that is not valid is dropped, if it will not be completed."""
         index = stored.get(name)
         if index is None or index.valid:
             return index
-        if not (self.partitioned and same_index(self.connection, wanted, index)):
+        if not (self.partitioned and same_index(self.connection, declared, index)):
             self.drop(name)
         return None
 

@@ -19,7 +19,7 @@ from sqlalchemy.ext.compiler import compiles
 from sbert_pg import system
 from sbert_pg.catalog.record import qualified
 from sbert_pg.errors import DeclarationError, LoadError
-from sbert_pg.types.identity import ColumnIdentity
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.types.wire import WireVector
 
 #: What becomes of a row whose key is in the table: an error, the table's stays, or it is rewritten.

@@ -21,10 +21,9 @@ from sqlalchemy.orm.exc import UnmappedColumnError
 
 from sbert_pg.catalog.embedding import Embedding, InsertedDigest
 from sbert_pg.catalog.record import Binding
-from sbert_pg.digest import NIL, companion_name
 from sbert_pg.passages import declared_passages
 from sbert_pg.row_vectors import EmbeddingColumn, embedding_columns
-from sbert_pg.source import Source
+from sbert_pg.source import NIL, Source, companion_name
 from sbert_pg.spec import EncoderSpec
 from sbert_pg.types.vector import VectorArray, VectorType
 

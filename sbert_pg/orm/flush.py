@@ -23,13 +23,12 @@ from sqlalchemy.orm.attributes import set_attribute
 from sqlalchemy.orm.base import PassiveFlag
 
 from sbert_pg.catalog.embedding import digest_for
-from sbert_pg.digest import HALF
 from sbert_pg.errors import DeclarationError
 from sbert_pg.orm.declaring import EmbeddingAttribute, Key, attributes_of
 from sbert_pg.orm.passages import cut_before_flush
 from sbert_pg.orm.statements import embed_statement
 from sbert_pg.row_vectors import TextJob, encode_jobs
-from sbert_pg.source import NOT_KNOWN, Text
+from sbert_pg.source import HALF, NOT_KNOWN, Text
 from sbert_pg.spec import Vectors
 from sbert_pg.types.wire import as_value
 

@@ -12,14 +12,14 @@ from sqlalchemy.orm.attributes import set_attribute
 from sqlalchemy.orm.base import PassiveFlag
 
 from sbert_pg.catalog import Binding, guard
-from sbert_pg.digest import companion_name, digest
 from sbert_pg.passages import declared_passages
 from sbert_pg.passages.cutting import cut, digest_of, embedded_text
 from sbert_pg.passages.declaring import Declared
 from sbert_pg.registry import get_encoder
 from sbert_pg.row_vectors import encode_documents
+from sbert_pg.source import companion_name, digest
+from sbert_pg.system import identity_of
 from sbert_pg.types import wire
-from sbert_pg.types.identity import identity_of
 
 
 def cut_before_flush(session: Session) -> None:

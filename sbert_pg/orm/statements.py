@@ -8,10 +8,9 @@ from typing import Any
 from sqlalchemy.orm import Mapper, ORMExecuteState, Session
 
 from sbert_pg.catalog.embedding import digest_for
-from sbert_pg.digest import NIL
 from sbert_pg.orm.declaring import EmbeddingAttribute, attributes_of
 from sbert_pg.row_vectors import TextJob, encode_jobs
-from sbert_pg.source import NOT_KNOWN, Text
+from sbert_pg.source import NIL, NOT_KNOWN, Text
 from sbert_pg.spec import Vectors
 
 Row = dict[str, Any]

@@ -10,10 +10,11 @@ from itertools import islice
 from typing import NamedTuple
 
 from sbert_pg.passages.chunker import Chunker, pieces
+from sbert_pg.source import GAP
 from sbert_pg.spec import TextEncoder
 
-#: What stands between two headings of a path, and between the path and the part.
-_STEP, GAP = " > ", "\n\n"
+#: What stands between two headings of a path.
+_STEP = " > "
 #: Passages whose tokens are counted by one call, and the share of the limit that a path may take.
 _AT_ONCE, _PATH_SHARE = 256, 4
 #: Characters that are hashed at once.

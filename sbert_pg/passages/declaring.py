@@ -19,13 +19,12 @@ from sqlalchemy.dialects.postgresql import TSVECTOR
 from sqlalchemy.orm import InstrumentedAttribute, Mapper, deferred, registry, relationship
 
 from sbert_pg.catalog.embedding import Embedding
-from sbert_pg.digest import companion_name
 from sbert_pg.errors import DeclarationError
 from sbert_pg.passages.chunker import Chunker, SentenceChunker
 from sbert_pg.passages.cutting import digest_of, embedded_text
 from sbert_pg.passages.structure import sentences
 from sbert_pg.registry import get_encoder
-from sbert_pg.source import Source
+from sbert_pg.source import Source, companion_name
 from sbert_pg.spec import EncoderSpec, canonical_name
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ import sqlalchemy as sa
 from sqlalchemy.ext.compiler import compiles
 
 from sbert_pg.errors import DeclarationError
-from sbert_pg.passages.cutting import DIGITS, GAP
+from sbert_pg.passages.cutting import DIGITS
 from sbert_pg.passages.declaring import PASSAGE_COLUMNS, Declared, declared_passages
+from sbert_pg.source import GAP
 
 
 def text_of(declared: Declared) -> sa.ColumnElement[str]:

@@ -34,7 +34,7 @@ from sbert_pg.reembed.digests import adopt_rows, current_snapshot
 from sbert_pg.registry import find_encoder
 from sbert_pg.source import Source
 from sbert_pg.spec import PRECISIONS, EncoderSpec, TextEncoder, Vectors, known_encoder
-from sbert_pg.types.identity import ColumnIdentity
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.types.vector import VectorType
 
 #: Rows that the proof looks at.
@@ -362,7 +362,7 @@ def adopt(
         # The queue's index comes after the digests, so that it is small and built once.
         spec = _declared(best.encoder)
         binding = catalog.bind(connection, column, spec, source, build=False)
-        catalog.seal(connection, binding, best.encoder)
+        catalog.hold_encoder(connection, binding, best.encoder)
         return catalog.require_binding(connection, column), current_snapshot(connection)
 
     binding, snapshot = in_short_transactions(

@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-import numpy as np
 import sqlalchemy as sa
 
 from sbert_pg import catalog
 from sbert_pg.catalog import Binding
 from sbert_pg.catalog.holding import compatibility, recorded_encoder
+from sbert_pg.distance import unit
 from sbert_pg.errors import EncoderError, EncoderMismatchError, ReembeddingError, StepStoppedError
 from sbert_pg.freshness import Filled, Filler, Progress, WorkerSettings
 from sbert_pg.freshness import backfill as encode_rows
@@ -36,8 +36,8 @@ from sbert_pg.reembed.digests import BLOCK, write_digests
 from sbert_pg.reembed.status import change_of
 from sbert_pg.registry import get_encoder
 from sbert_pg.source import Source
-from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors
-from sbert_pg.types.identity import ColumnIdentity
+from sbert_pg.spec import EncoderSpec, TextEncoder
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.types.vector import plain_type
 
 #: Rows whose text a further encoder encodes again.
@@ -326,7 +326,7 @@ def copy_vectors(
         are left to be encoded.
     """
     with engine.begin() as connection:
-        catalog.seal(connection, new, encoder)
+        catalog.hold_encoder(connection, new, encoder)
     table = new.clause()
     for name in (old.column, old.companion):
         table.append_column(sa.column(name))
@@ -373,17 +373,12 @@ def scaling_of(connection: sa.Connection, old: Binding, encoder: TextEncoder) ->
         )
     if agreement.max_length_ratio <= MAX_LENGTH_RATIO:
         return "as it is"
-    if agreement_of(_unit(cut), expected).max_length_ratio <= MAX_LENGTH_RATIO:
+    if agreement_of(unit(cut), expected).max_length_ratio <= MAX_LENGTH_RATIO:
         return "length one"
     raise EncoderMismatchError(
         f"The vectors of {encoder.spec.name!r} have another length than those of {old}, cut to "
         f"{width} ({agreement}), scaled to one or not. It has to be encoded."
     )
-
-
-def _unit(vectors: Vectors) -> Vectors:
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.asarray(vectors / np.maximum(lengths, 1e-12), dtype=np.float32)
 
 
 def _computed(

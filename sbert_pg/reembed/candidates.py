@@ -13,7 +13,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sbert_pg import system
 from sbert_pg.errors import SourceError
 from sbert_pg.freshness.audit import Comparison
-from sbert_pg.source import Source
+from sbert_pg.source import Source, is_text
 from sbert_pg.spec import TextEncoder
 
 #: What home-made code joins columns with.
@@ -65,7 +65,7 @@ class Candidate:
 
 def single_texts(table: sa.Table, keys: Sequence[str]) -> list[Text]:
     """Each text column alone; positions are those of ``readable_columns``."""
-    names = [column.name for column in readable_columns(table, keys) if _is_text(column)]
+    names = [column.name for column in readable_columns(table, keys) if is_text(column.type)]
     return [
         Text(Source.of(name), name, (i,), Source.of(name).joiner()) for i, name in enumerate(names)
     ]
@@ -73,7 +73,7 @@ def single_texts(table: sa.Table, keys: Sequence[str]) -> list[Text]:
 
 def joined_texts(table: sa.Table, keys: Sequence[str]) -> list[Text]:
     """Two text columns joined, in both orders and by each of the separators."""
-    names = [column.name for column in readable_columns(table, keys) if _is_text(column)]
+    names = [column.name for column in readable_columns(table, keys) if is_text(column.type)]
     if len(names) > MOST_JOINED:
         return []
     texts = []
@@ -89,7 +89,7 @@ def hidden_texts(table: sa.Table, keys: Sequence[str], rows: Sequence[Sequence[A
     """Texts inside JSON documents, which cannot be a source; ``rows`` as the columns are read."""
     texts = []
     for i, column in enumerate(readable_columns(table, keys)):
-        if _is_text(column):
+        if is_text(column.type):
             continue
         documents = [row[i] for row in rows if isinstance(row[i], dict)]
         for key in sorted({key for document in documents for key in document}):
@@ -144,11 +144,7 @@ def readable_columns(table: sa.Table, keys: Sequence[str]) -> list[sa.Column[Any
 
     A key is its own text only where it is all that there is.
     """
-    texts = [column for column in table.columns if _is_text(column)]
+    texts = [column for column in table.columns if is_text(column.type)]
     others = [column for column in texts if column.name not in keys]
     documents = [column for column in table.columns if isinstance(column.type, (sa.JSON, JSONB))]
     return [*others, *(column for column in texts if column.name in keys), *documents]
-
-
-def _is_text(column: sa.Column[Any]) -> bool:
-    return isinstance(column.type, sa.String) and not isinstance(column.type, sa.Enum)

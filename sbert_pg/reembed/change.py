@@ -15,7 +15,7 @@ from sqlalchemy.sql import visitors
 from sbert_pg import catalog, system
 from sbert_pg.catalog import Binding
 from sbert_pg.catalog.embedding import Embedding
-from sbert_pg.catalog.record import qualified
+from sbert_pg.catalog.record import relation_of
 from sbert_pg.distance import STORAGES, Storage
 from sbert_pg.errors import AlreadyBoundError, DimensionError, ReembeddingError
 from sbert_pg.indexes import (
@@ -30,8 +30,8 @@ from sbert_pg.progress import Advance
 from sbert_pg.reembed.status import operations_on, replacement_of, sides_of
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.types.comparator import clause_of
-from sbert_pg.types.identity import ColumnIdentity
 from sbert_pg.types.vector import VectorType, plain_type
 
 #: Bytes of a table below which indexes are built while it is locked: some tens of milliseconds.
@@ -296,7 +296,7 @@ def _build_at_once(connection: sa.Connection, column: ColumnIdentity) -> bool:
 
     So are those of a partitioned table, whose indexes cannot be built concurrently.
     """
-    relation = sa.func.to_regclass(qualified(connection, column))
+    relation = relation_of(connection, column)
     partitioned = system.CLASS.c.relkind == "p"
     size = sa.select(sa.or_(partitioned, sa.func.pg_relation_size(relation) < SMALL)).where(
         system.CLASS.c.oid == sa.cast(relation, OID)
@@ -328,13 +328,19 @@ def _add_column(connection: sa.Connection, column: ColumnIdentity, type_: Vector
             f"{column} exists with type {there.type!r}, and the change needs "
             f"{type_.get_col_spec()}. Choose another name for the new column."
         )
-    bound = catalog.binding_of(connection, column) is not None
-    filled = sa.select(sa.literal(1)).select_from(table).where(there.is_not(None)).limit(1)
-    if not bound and connection.execute(filled).first() is not None:
+    if catalog.binding_of(connection, column) is None and holds_vectors(connection, column):
         raise ReembeddingError(
             f"{column} exists, holds vectors and is bound to no encoder. Adopt it first "
             "(sbert-pg adopt), or choose another name for the new column."
         )
+
+
+def holds_vectors(connection: sa.Connection, identity: ColumnIdentity) -> bool:
+    """Whether a column has a value in any row."""
+    column: sa.ColumnClause[Any] = sa.column(identity.column)
+    table = sa.table(identity.table, column, schema=identity.schema)
+    filled = sa.select(sa.literal(1)).select_from(table).where(column.is_not(None)).limit(1)
+    return connection.execute(filled).first() is not None
 
 
 def build_indexes(

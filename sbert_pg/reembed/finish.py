@@ -22,7 +22,7 @@ from sbert_pg.reembed.status import (
     use_of,
 )
 from sbert_pg.sqlstates import translated
-from sbert_pg.types.identity import ColumnIdentity
+from sbert_pg.system import ColumnIdentity
 
 
 def finish(

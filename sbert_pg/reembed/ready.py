@@ -1,118 +1,19 @@
-"""Is a column ready? Its rows counted by what they say, and the check at the start of a process."""
+"""Is a column ready? The check at the start of a process."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 
 from sbert_pg import catalog
-from sbert_pg.catalog import Binding
 from sbert_pg.errors import BackfillIncompleteError, NotBoundError
-from sbert_pg.freshness import counts
+from sbert_pg.freshness.queue import coverage_of
 from sbert_pg.indexes import vector_indexes
 from sbert_pg.row_vectors import EmbeddingColumn, embedding_columns
 from sbert_pg.types.indexed import method_of
-
-#: Rows up to which a check counts what is missing; beyond, "more than" is enough.
-COUNTED = 10_000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Coverage:
-    """How many rows of a column are as they should be, by what the rows themselves say.
-
-    Attributes:
-        rows: rows of the table; ``None`` where they were not counted.
-        backfill: rows that were there before the column and wait for their first vector.
-        pending: new and changed rows that wait for their vector.
-        failed: rows whose text could not be encoded, skipped ones included.
-        capped: whether the last three stopped at ``COUNTED``.
-        faults: what is wrong with the column's queue and binding, in words.
-    """
-
-    rows: int | None
-    backfill: int
-    pending: int
-    failed: int
-    capped: bool = False
-    faults: tuple[str, ...] = ()
-
-    @property
-    def missing(self) -> int:
-        """Rows that wait for a vector."""
-        return self.backfill + self.pending
-
-    @property
-    def share(self) -> float:
-        """Share of the rows that are fresh; 1 for a table without any."""
-        if not self.rows:
-            return 1.0 if self.rows == 0 else float("nan")
-        return max(0.0, 1 - (self.missing + self.failed) / self.rows)
-
-    @property
-    def fresh(self) -> int:
-        """Rows that have the vector of their text, or no text."""
-        return max(0, (self.rows or 0) - self.missing - self.failed)
-
-    def __str__(self) -> str:
-        parts = [f"{self.share:.2%}: {self.fresh:,} of {self.rows:,} rows fresh"]
-        parts += [
-            f"{number:,} {what}"
-            for number, what in (
-                (self.backfill, "not filled yet"),
-                (self.pending, "pending"),
-                (self.failed, "failed"),
-            )
-            if number
-        ]
-        return "; ".join([", ".join(parts), *self.faults])
-
-    def count(self, number: int) -> str:
-        """A number of rows in words, of how many where that is known."""
-        words = f"more than {number:,}" if self.capped and number == COUNTED else f"{number:,}"
-        return words if self.rows is None else f"{words} of {self.rows:,}"
-
-    def reasons(self, max_pending: int | None = 0, max_failed: int | None = 0) -> Iterator[str]:
-        """Why the column is not complete, in words; nothing where it is.
-
-        Args:
-            max_pending: new and changed rows that may wait; any number for ``None``.
-            max_failed: rows that may have failed; any number for ``None``.
-        """
-        yield from self.faults
-        if self.backfill:
-            yield f"{self.count(self.backfill)} rows have no vector yet"
-        if max_pending is not None and self.pending > max_pending:
-            yield f"{self.count(self.pending)} rows are pending"
-        if max_failed is not None and self.failed > max_failed:
-            yield (
-                f"the text of {self.count(self.failed)} rows could not be encoded (see 'sbert-pg "
-                "failed', with --retry or --skip)"
-            )
-
-
-def coverage_of(connection: sa.Connection, binding: Binding, *, whole: bool = True) -> Coverage:
-    """Count a column's rows by their state.
-
-    Args:
-        whole: count everything, the table's rows too; otherwise only what is missing, up to
-            ``COUNTED`` rows, which reads nothing but two small indexes.
-    """
-    faults = tuple(catalog.health(connection, binding))
-    counted = counts(connection, binding, None if whole else COUNTED)
-    total = sa.select(sa.func.count()).select_from(binding.clause())
-    return Coverage(
-        rows=connection.execute(total).scalar_one() if whole else None,
-        backfill=counted.backfill,
-        pending=counted.pending,
-        failed=counted.failed + counted.skipped,
-        capped=counted.capped,
-        faults=faults,
-    )
 
 
 def require_ready(

@@ -8,7 +8,7 @@ from typing import Any
 
 from sbert_pg.errors import VerificationError
 from sbert_pg.freshness.audit import Comparison
-from sbert_pg.reembed.ready import Coverage
+from sbert_pg.freshness.queue import Coverage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

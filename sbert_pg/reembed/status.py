@@ -27,9 +27,9 @@ import sqlalchemy as sa
 from sbert_pg import catalog, system
 from sbert_pg.catalog import Binding, tables
 from sbert_pg.errors import ReembeddingError
+from sbert_pg.freshness.queue import Coverage, coverage_of
 from sbert_pg.indexes import StoredIndex, vector_indexes
-from sbert_pg.reembed.ready import Coverage, coverage_of
-from sbert_pg.types.identity import ColumnIdentity
+from sbert_pg.system import ColumnIdentity
 
 if TYPE_CHECKING:
     from alembic.operations import Operations

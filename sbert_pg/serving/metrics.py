@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sbert_pg.errors import MissingExtraError
-from sbert_pg.freshness.settings import BUCKETS, ColumnTally, Durations, Tally
+from sbert_pg.freshness.shared import BUCKETS, ColumnTally, Durations, Tally
 
 try:
     from prometheus_client import CollectorRegistry, Counter, Histogram

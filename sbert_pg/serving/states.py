@@ -13,14 +13,14 @@ from starlette.datastructures import QueryParams
 
 from sbert_pg import catalog, reembed
 from sbert_pg.catalog import Binding
-from sbert_pg.freshness.seen import seen_workers
+from sbert_pg.freshness.listening import seen_workers
 from sbert_pg.freshness.status import ColumnStatus, failures, status
 from sbert_pg.reembed.status import change_of, status_of
 from sbert_pg.search.exact import LabelledQuery
 from sbert_pg.serving.comparing import compared
 from sbert_pg.serving.exposed import Exposed, Question, Shown
 from sbert_pg.serving.html import h, table
-from sbert_pg.types.identity import ColumnIdentity
+from sbert_pg.system import ColumnIdentity
 
 #: Failed rows of a column that are listed.
 FAILED = 20

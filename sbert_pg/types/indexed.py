@@ -21,7 +21,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from sbert_pg import system
 from sbert_pg.distance import INDEX_METHODS, METRICS, IndexMethod, Metric, Similarity
 from sbert_pg.errors import DeclarationError
-from sbert_pg.types.shapes import shape_of
+from sbert_pg.types.wire import shape_of
 
 Form = Literal["column", "halfvec", "subvector", "binary"]
 _PREFERENCE: tuple[Form, ...] = ("column", "halfvec", "subvector", "binary")

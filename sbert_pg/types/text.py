@@ -84,11 +84,12 @@ class TextSearch(postgresql.TSVECTOR):
         parts = _GENERATED.findall(expression)
         if not parts:
             return None
-        names = tuple(_unquoted(name) for _, _, name in parts)
+        unquoted = system.PLAIN.identifier_preparer.unformat_identifiers
+        names = tuple(unquoted(name)[0] for _, _, name in parts)
         literal, column, _ = parts[0]
         if literal:
             return cls(names, literal)
-        return cls(names, language_column=_unquoted(column))
+        return cls(names, language_column=unquoted(column)[0])
 
     def __repr__(self) -> str:
         return "TSVECTOR()"
@@ -159,7 +160,3 @@ def _quoted(name: str) -> str:
     """An identifier in the text of a generated column, where a colon would begin a parameter."""
     quoted: str = system.PLAIN.identifier_preparer.quote(name)
     return quoted.replace(":", r"\:")
-
-
-def _unquoted(name: str) -> str:
-    return name[1:-1].replace('""', '"') if name.startswith('"') else name

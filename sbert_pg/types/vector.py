@@ -23,8 +23,7 @@ from sbert_pg.distance import MAX_DIMENSIONS, Storage
 from sbert_pg.errors import DeclarationError, SbertPgError
 from sbert_pg.types import drivers, wire
 from sbert_pg.types.comparator import VectorComparator
-from sbert_pg.types.shapes import shape_of
-from sbert_pg.types.wire import Array, as_value, reader
+from sbert_pg.types.wire import Array, as_value, reader, shape_of
 
 
 class VectorType(SchemaEventTarget, UserDefinedType[Array]):

@@ -1,4 +1,4 @@
-"""pgvector's binary and text forms of a vector, what is refused before it leaves, what is read.
+"""Vectors and arrays on their way: their binary and text forms, what is refused, what is read.
 
 Binary form (pgvector's ``vector_send`` and ``halfvec_send``): two big-endian 16-bit integers,
 dimensions and an unused zero, then the elements as big-endian 4-byte or 2-byte IEEE floats.
@@ -7,14 +7,18 @@ dimensions and an unused zero, then the elements as big-endian 4-byte or 2-byte 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from psycopg.abc import AdaptContext
 from psycopg.adapt import Dumper
 from psycopg.pq import Format
+from sqlalchemy.engine import Dialect
+from sqlalchemy.types import UserDefinedType
 
 from sbert_pg.distance import Storage
 from sbert_pg.errors import DimensionError, NonFiniteError, VectorError
@@ -30,12 +34,29 @@ ELEMENT: dict[Storage, np.dtype[Any]] = {
 }
 #: Rows converted at once: the copies in between stay in the cache, which is four times faster.
 _TOGETHER = 64
+#: Types of pgvector-python, by their names there.
+_THEIRS: dict[str, Storage] = {"VECTOR": "vector", "HALFVEC": "halfvec"}
 #: Largest finite value of the IEEE half-precision format.
 HALF_MAX = 65_504.0
 
 
 #: Numbers in brackets that may be meant as words; more are a vector.
 WRITTEN = 16
+
+
+def shape_of(type_: Any) -> tuple[Storage, int | None] | None:
+    """How a type stores vectors, and of which width; ``None`` of one that stores none.
+
+    pgvector-python's types are asked as well, where they are imported.
+    """
+    if hasattr(type_, "storage") and hasattr(type_, "dimensions"):
+        return type_.storage, type_.dimensions
+    theirs = sys.modules.get("pgvector.sqlalchemy")
+    for name, storage in _THEIRS.items():
+        kind: Any = getattr(theirs, name, ())
+        if isinstance(type_, kind):
+            return storage, type_.dim
+    return None
 
 
 def as_float32(value: Any, *, what: str = "a vector") -> Array:
@@ -310,3 +331,87 @@ def reader(storage: Storage) -> Callable[[Any], VectorValue | None]:
         return as_value(from_text(value))
 
     return read
+
+
+#: Types of elements that every server numbers alike.
+TEXT_OID, UUID_OID = 25, 2950
+#: ``array_send``: dimensions, whether there are NULLs, type of the elements; length, lower bound.
+_ARRAY_HEADER = struct.Struct(">iiIii")
+_LENGTH = struct.Struct(">i")
+_NULL = _LENGTH.pack(-1)
+
+
+class WireArray:
+    """The bytes of one array on their way to the server."""
+
+    __slots__ = ("payload",)
+
+    def __init__(self, elements: Sequence[bytes | None], element_oid: int) -> None:
+        pack = _LENGTH.pack
+        parts = [_NULL if element is None else pack(len(element)) + element for element in elements]
+        has_null = None in elements
+        axes = 1 if elements else 0
+        header = _ARRAY_HEADER.pack(axes, has_null, element_oid, len(elements), 1)
+        self.payload = header if axes else header[:12]
+        if axes:
+            self.payload += b"".join(parts)
+
+
+class TextArray:
+    """Texts on their way to the server, in the connection's encoding."""
+
+    __slots__ = ("values",)
+
+    def __init__(self, values: Iterable[str | None]) -> None:
+        self.values = values if isinstance(values, (list, tuple)) else list(values)
+
+
+class TextArrayDumper(Dumper):
+    """Send ``TextArray`` in binary; the cast around it names the type."""
+
+    format = Format.BINARY
+    oid = 0
+
+    def __init__(self, cls: type, context: AdaptContext | None = None) -> None:
+        super().__init__(cls, context)
+        connection = None if context is None else context.connection
+        encoding = "utf-8" if connection is None else connection.info.encoding
+        # A database without its own encoding takes bytes as they are.
+        self._encoding = "utf-8" if encoding == "ascii" else encoding
+
+    def dump(self, obj: Any) -> bytes:
+        """Return the array of texts."""
+        encoding = self._encoding
+        elements = [None if value is None else value.encode(encoding) for value in obj.values]
+        return WireArray(elements, TEXT_OID).payload
+
+
+def element_of(sent: bytes) -> tuple[int, bytes]:
+    """Type and bytes of the element of an array of one, as ``array_send`` gives it.
+
+    So a value of any type comes and goes again exactly, whatever the session's formats are.
+    """
+    _, _, oid, _, _ = _ARRAY_HEADER.unpack_from(sent)
+    return oid, sent[_ARRAY_HEADER.size + _LENGTH.size :]
+
+
+class ArrayOf(UserDefinedType[Any]):
+    """The type of a parameter that is a ``WireArray`` or ``TextArray``.
+
+    Args:
+        element: SQL name of the element's type, as ``format_type`` spells it on this server.
+    """
+
+    cache_ok = True
+    render_bind_cast = True
+
+    def __init__(self, element: str) -> None:
+        self.element = element
+
+    def get_col_spec(self, **_: object) -> str:
+        """The type as a cast spells it."""
+        return f"{self.element}[]"
+
+    def bind_processor(self, dialect: Dialect) -> Callable[[Any], Any] | None:
+        """Leave the value alone."""
+        return None

@@ -40,7 +40,7 @@ def fill(fake_encoder: DeterministicEncoder) -> Callable[..., None]:
 
     def fill(app: Application, column: str = "embedding", table: str = "article") -> None:
         from sbert_pg.freshness import backfill
-        from sbert_pg.types.identity import ColumnIdentity
+        from sbert_pg.system import ColumnIdentity
 
         backfill(app.engine, ColumnIdentity(None, table, column))
 

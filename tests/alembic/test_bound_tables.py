@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from sbert_pg.freshness import backfill
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.testing import DeterministicEncoder
-from sbert_pg.types.identity import ColumnIdentity
 
 ARTICLE = """
 class Article(Base):

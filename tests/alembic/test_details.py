@@ -13,8 +13,8 @@ from alembic_application import Application
 from sbert_pg import registry
 from sbert_pg.errors import EncoderMismatchError
 from sbert_pg.freshness import backfill
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.testing import DeterministicEncoder
-from sbert_pg.types.identity import ColumnIdentity
 
 MODEL = """
 def spec(**given):

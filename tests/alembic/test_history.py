@@ -11,8 +11,8 @@ import sqlalchemy as sa
 from sbert_pg import registry
 from sbert_pg.errors import BackfillIncompleteError
 from sbert_pg.freshness import backfill
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.testing import DeterministicEncoder
-from sbert_pg.types.identity import ColumnIdentity
 
 OLD = 'embedding = embedding_column(ENCODER, source=["title", "body"], nullable=True)'
 NEW = (

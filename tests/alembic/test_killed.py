@@ -13,8 +13,8 @@ import sqlalchemy as sa
 
 from sbert_pg import registry
 from sbert_pg.freshness import backfill
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.testing import DeterministicEncoder
-from sbert_pg.types.identity import ColumnIdentity
 
 #: The process has an encoder, which never comes to the end of one text where it is asked to.
 ENCODERS = """

@@ -146,7 +146,7 @@ def test_large_table_is_filled_before_it_is_indexed(
     assert "20 rows" in said.stdout + said.stderr
     assert "Traceback" not in said.stdout + said.stderr
     from sbert_pg.freshness import backfill
-    from sbert_pg.types.identity import ColumnIdentity
+    from sbert_pg.system import ColumnIdentity
 
     backfill(app.engine, ColumnIdentity(None, "article", "embedding"))
     app.upgrade()
@@ -197,7 +197,7 @@ def test_interrupted_build_is_taken_up(app) -> None:
 def test_change_of_encoder(app, fake_encoder: DeterministicEncoder) -> None:
     registry.use_encoder(DeterministicEncoder("other", 64, salt="other"))
     from sbert_pg.freshness import backfill
-    from sbert_pg.types.identity import ColumnIdentity
+    from sbert_pg.system import ColumnIdentity
 
     adopt(app)
     app.step("embedding")

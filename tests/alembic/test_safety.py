@@ -19,8 +19,8 @@ from sbert_pg.alembic.changes import ChangedColumnError
 from sbert_pg.alembic.statements import is_enclosed
 from sbert_pg.errors import AlreadyBoundError, BackfillIncompleteError, ReembeddingError
 from sbert_pg.freshness import backfill
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.testing import DeterministicEncoder
-from sbert_pg.types.identity import ColumnIdentity
 
 ARTICLE = """
 class Article(Base):

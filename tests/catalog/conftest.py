@@ -12,10 +12,9 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from sbert_pg import catalog
-from sbert_pg.digest import digest
-from sbert_pg.source import Source
+from sbert_pg.source import Source, digest
 from sbert_pg.spec import EncoderSpec
-from sbert_pg.types.identity import ColumnIdentity
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.types.wire import to_wire
 
 SPEC = EncoderSpec(name="deterministic", dimensions=3)

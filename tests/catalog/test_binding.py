@@ -13,14 +13,13 @@ from sqlalchemy import Connection
 
 from sbert_pg import catalog
 from sbert_pg.catalog.holding import fingerprint_of, hold, recorded_encoder
-from sbert_pg.digest import NIL
 from sbert_pg.errors import AlreadyBoundError, BindingError, EncoderMismatchError, NotBoundError
 from sbert_pg.probes import PROBES
 from sbert_pg.registry import forget_encoders, use_encoder
-from sbert_pg.source import Source
+from sbert_pg.source import NIL, Source
 from sbert_pg.spec import EncoderSpec, Vectors
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.testing import DeterministicEncoder
-from sbert_pg.types.identity import ColumnIdentity
 
 IDENTITY = ColumnIdentity(None, "note", "e")
 SPEC = EncoderSpec(name="deterministic", dimensions=3)
@@ -243,7 +242,7 @@ def test_the_first_encoder_seals(note: Any, connection: Connection) -> None:
 def test_a_column_that_is_unbound_while_a_process_compares_itself(
     note: Any, connection: Connection
 ) -> None:
-    catalog.seal(connection, note.binding, encoder())
+    catalog.hold_encoder(connection, note.binding, encoder())
     known = note.binding
     catalog.unbind(connection, IDENTITY)
     with pytest.raises(EncoderMismatchError, match="unbound or bound again just before"):
@@ -251,7 +250,7 @@ def test_a_column_that_is_unbound_while_a_process_compares_itself(
 
 
 def test_another_space_is_refused_and_both_are_named(note: Any, connection: Connection) -> None:
-    catalog.seal(connection, note.binding, encoder())
+    catalog.hold_encoder(connection, note.binding, encoder())
     connection.commit()
     other = use_encoder(DeterministicEncoder(dimensions=3, salt="other"))
     with pytest.raises(EncoderMismatchError) as caught:
@@ -266,7 +265,7 @@ def test_another_space_is_refused_and_both_are_named(note: Any, connection: Conn
 def test_another_precision_is_found_compatible_and_recorded(
     note: Any, connection: Connection
 ) -> None:
-    catalog.seal(connection, note.binding, encoder())
+    catalog.hold_encoder(connection, note.binding, encoder())
     connection.commit()
     use_encoder(Rounded())
     assert answer(connection) == (note.id, False), "what is recorded may be rolled back"
@@ -278,7 +277,7 @@ def test_another_precision_is_found_compatible_and_recorded(
 
 
 def test_one_with_a_recorded_fingerprint_is_measured_too(note: Any, connection: Connection) -> None:
-    catalog.seal(connection, note.binding, encoder())
+    catalog.hold_encoder(connection, note.binding, encoder())
     catalog.rebind(connection, catalog.require_binding(connection, IDENTITY), Rounded())
     connection.commit()
     use_encoder(Rounded(decimals=0))
@@ -300,7 +299,7 @@ class PassedOn:
 
 
 def test_a_spec_that_is_passed_on_is_not_believed(note: Any, connection: Connection) -> None:
-    catalog.seal(connection, note.binding, encoder())
+    catalog.hold_encoder(connection, note.binding, encoder())
     connection.commit()
     use_encoder(PassedOn(encoder()))
     with pytest.raises(EncoderMismatchError, match="fingerprints are equal"):
@@ -310,7 +309,7 @@ def test_a_spec_that_is_passed_on_is_not_believed(note: Any, connection: Connect
 def test_what_a_spec_that_is_passed_on_seals_is_what_it_computes(
     note: Any, connection: Connection
 ) -> None:
-    catalog.seal(connection, note.binding, PassedOn(encoder()))
+    catalog.hold_encoder(connection, note.binding, PassedOn(encoder()))
     connection.commit()
     use_encoder(encoder())
     with pytest.raises(EncoderMismatchError):
@@ -318,7 +317,7 @@ def test_what_a_spec_that_is_passed_on_seals_is_what_it_computes(
 
 
 def test_too_coarse_a_precision_is_refused(note: Any, connection: Connection) -> None:
-    catalog.seal(connection, note.binding, encoder())
+    catalog.hold_encoder(connection, note.binding, encoder())
     with pytest.raises(EncoderMismatchError, match="do not agree"):
         catalog.rebind(
             connection, catalog.require_binding(connection, IDENTITY), Rounded("int2", 0)
@@ -335,12 +334,12 @@ def test_rebind_tells_the_figures(note: Any, connection: Connection) -> None:
 def test_an_encoder_without_digests_is_known_by_its_probes(
     note: Any, connection: Connection
 ) -> None:
-    catalog.seal(connection, note.binding, Anonymous())
+    catalog.hold_encoder(connection, note.binding, Anonymous())
     sealed = catalog.require_binding(connection, IDENTITY)
     assert sealed.fingerprint == fingerprint_of(Anonymous())
     assert sealed.fingerprint.startswith("probes-")
     with pytest.raises(EncoderMismatchError):
-        catalog.seal(connection, sealed, Anonymous(salt="other"))
+        catalog.hold_encoder(connection, sealed, Anonymous(salt="other"))
 
 
 @pytest.mark.parametrize("name", ["other", "./models/deterministic", "Deterministic"])
@@ -349,15 +348,15 @@ def test_before_the_seal_the_declared_name_decides(
 ) -> None:
     """The whole name, not the last part of a path."""
     with pytest.raises(EncoderMismatchError, match=f"'deterministic'.*declares '{name}'"):
-        catalog.seal(connection, note.binding, DeterministicEncoder(name, dimensions=3))
+        catalog.hold_encoder(connection, note.binding, DeterministicEncoder(name, dimensions=3))
     assert catalog.require_binding(connection, IDENTITY).fingerprint is None
-    catalog.seal(connection, note.binding, DeterministicEncoder("deterministic", 3))
+    catalog.hold_encoder(connection, note.binding, DeterministicEncoder("deterministic", 3))
 
 
 def test_after_the_seal_the_name_does_not_matter(note: Any, connection: Connection) -> None:
-    catalog.seal(connection, note.binding, encoder())
+    catalog.hold_encoder(connection, note.binding, encoder())
     sealed = catalog.require_binding(connection, IDENTITY)
-    catalog.seal(connection, sealed, DeterministicEncoder("renamed", 3))
+    catalog.hold_encoder(connection, sealed, DeterministicEncoder("renamed", 3))
 
 
 def test_vectors_from_elsewhere_go_by_the_declaration(
@@ -371,7 +370,7 @@ def test_vectors_from_elsewhere_go_by_the_declaration(
     assert answer(connection) == (note.id, False)
     with pytest.raises(EncoderMismatchError, match="dimensions"):
         hold(connection, IDENTITY, EncoderSpec(name="deterministic", dimensions=4))
-    catalog.seal(connection, note.binding, encoder())
+    catalog.hold_encoder(connection, note.binding, encoder())
     connection.commit()
     assert answer(connection) == (note.id, True)
 
@@ -383,7 +382,7 @@ def test_a_reading_transaction_seals_nothing(note: Any, engine: sa.Engine) -> No
         assert answer(connection) == (note.id, False)
         connection.rollback()
         assert catalog.require_binding(connection, IDENTITY).fingerprint is None
-        catalog.seal(connection, note.binding, encoder())
+        catalog.hold_encoder(connection, note.binding, encoder())
         connection.commit()
         forget_encoders()
         use_encoder(Rounded())
@@ -400,7 +399,7 @@ def test_many_processes_seal_at_once_and_one_wins(note: Any, engine: sa.Engine) 
         barrier.wait()
         try:
             with engine.begin() as connection:
-                catalog.seal(
+                catalog.hold_encoder(
                     connection, note.binding, DeterministicEncoder(dimensions=3, salt=salt)
                 )
         except EncoderMismatchError:

@@ -25,8 +25,8 @@ from sbert_pg.search import nearest
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
 from sbert_pg.sqlstates import sqlstate_of, translated
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.testing import DeterministicEncoder
-from sbert_pg.types.identity import ColumnIdentity
 
 SPEC = EncoderSpec(name="deterministic", dimensions=8)
 FOREIGN = "[1,2,3,4,5,6,7,8]"
@@ -158,7 +158,7 @@ def test_a_bound_table_becomes_a_partition(bound: Place, parent_is_bound: bool) 
         bound.bind("p")
         with bound.engine.begin() as connection:
             p = catalog.require_binding(connection, ColumnIdentity(None, "p", "v"))
-            catalog.seal(connection, p, bound.encoder)
+            catalog.hold_encoder(connection, p, bound.encoder)
     bound.run("ALTER TABLE p ATTACH PARTITION t DEFAULT")
     # A process that has not asked before, with an encoder of another space.
     registry.forget_encoders()

@@ -20,8 +20,8 @@ from sbert_pg.errors import EncoderMismatchError
 from sbert_pg.freshness import WorkerSettings, audit, counts, refresh
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.testing import DeterministicEncoder
-from sbert_pg.types.identity import ColumnIdentity
 
 NOTE = ColumnIdentity("public", "note", "embedding")
 PART = ColumnIdentity("public", "part", "embedding")

@@ -83,7 +83,7 @@ def rebind(engine: sa.Engine, encoder: DeterministicEncoder | None = None) -> No
         catalog.unbind(connection, COLUMN)
         binding = catalog.bind(connection, COLUMN)
         if encoder is not None:
-            catalog.seal(connection, binding, encoder)
+            catalog.hold_encoder(connection, binding, encoder)
     other.dispose()
 
 
@@ -218,7 +218,7 @@ def test_a_column_that_is_bound_after_a_reader_looked(bound: sa.Engine, at_hand:
     other = sa.create_engine(bound.url)
     with other.begin() as connection:
         binding = catalog.bind(connection, COLUMN)
-        catalog.seal(connection, binding, DeterministicEncoder(salt="another"))
+        catalog.hold_encoder(connection, binding, DeterministicEncoder(salt="another"))
     other.dispose()
     with pytest.raises(EncoderMismatchError):
         read(bound, statement)
@@ -273,7 +273,7 @@ def test_a_reader_that_compiled_before_there_was_a_catalog(
     with engine.begin() as connection:
         catalog.upgrade(connection)
         binding = catalog.bind(connection, COLUMN)
-        catalog.seal(connection, binding, DeterministicEncoder(salt="another"))
+        catalog.hold_encoder(connection, binding, DeterministicEncoder(salt="another"))
     guard.forget(engine.dialect)  # as half a minute later
     with pytest.raises(EncoderMismatchError):
         read(engine)
@@ -341,7 +341,7 @@ def test_schemas_that_are_translated(bound: sa.Engine) -> None:
         connection.execute(sa.schema.CreateSchema(odd))
         metadata.create_all(connection)
         binding = catalog.bind(connection, tenant.c.embedding)
-        catalog.seal(connection, binding, DeterministicEncoder(salt="another"))
+        catalog.hold_encoder(connection, binding, DeterministicEncoder(salt="another"))
     mapped = bound.execution_options(schema_translate_map={None: odd})
     for _ in range(3):
         assert len(read(bound)) == 1
@@ -567,7 +567,7 @@ def test_a_catalog_that_comes_while_a_process_runs(bare_database_url: sa.URL) ->
     with engine.begin() as connection:
         catalog.upgrade(connection)
         binding = catalog.bind(connection, COLUMN)
-        catalog.seal(connection, binding, DeterministicEncoder())
+        catalog.hold_encoder(connection, binding, DeterministicEncoder())
     guard.forget(engine.dialect)
     for _ in range(2):
         with engine.begin() as connection:

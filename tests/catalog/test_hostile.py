@@ -25,8 +25,8 @@ from sbert_pg.registry import use_encoder
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
 from sbert_pg.sqlstates import sqlstate_of, translated
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.testing import DeterministicEncoder
-from sbert_pg.types.identity import ColumnIdentity
 
 FUZZ = settings(
     deadline=None,
@@ -71,7 +71,7 @@ def world(make: Any) -> Any:
     """A bound table with two rows, and its declaration."""
     encoder = use_encoder(DeterministicEncoder(dimensions=3))
     note = make("note (id int PRIMARY KEY, title text, e vector(3))", ("title",))
-    catalog.seal(note.connection, note.binding, encoder)
+    catalog.hold_encoder(note.connection, note.binding, encoder)
     note.run("INSERT INTO note (id, title) VALUES (1, 'a'), (2, 'b')")
     note.connection.commit()
     note.table = sa.Table(

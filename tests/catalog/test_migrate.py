@@ -26,7 +26,7 @@ from sbert_pg.errors import CatalogMissingError, CatalogVersionError
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
 from sbert_pg.sql import load
-from sbert_pg.types.identity import ColumnIdentity
+from sbert_pg.system import ColumnIdentity
 
 ALEMBIC = tuple(int(part) for part in alembic.__version__.split(".")[:2])
 

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sbert_pg import catalog
 from sbert_pg.errors import BindingError
 from sbert_pg.sqlstates import sqlstate_of
-from sbert_pg.types.identity import ColumnIdentity
+from sbert_pg.system import ColumnIdentity
 
 DDL = (
     "note (id int, region text, title text, e vector(3), PRIMARY KEY (id, region)) "

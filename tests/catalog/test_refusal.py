@@ -126,7 +126,7 @@ def test_a_writer_of_plain_sql_proves_itself_by_fingerprint(note: Any) -> None:
         translated(),
     ):
         note.run(prove, f="anything")
-    catalog.seal(note.connection, note.binding, DeterministicEncoder(dimensions=3))
+    catalog.hold_encoder(note.connection, note.binding, DeterministicEncoder(dimensions=3))
     sealed = note.binding.fingerprint
     for wrong in ("wrong", None):
         with (
@@ -148,7 +148,7 @@ def test_a_writer_of_plain_sql_proves_itself_by_fingerprint(note: Any) -> None:
 
 
 def test_a_compatible_fingerprint_proves_as_well(note: Any) -> None:
-    catalog.seal(note.connection, note.binding, DeterministicEncoder(dimensions=3))
+    catalog.hold_encoder(note.connection, note.binding, DeterministicEncoder(dimensions=3))
     note.run(
         "SELECT sbert.add_compatible_v1(:id, 'int8-of-it', CAST('{}' AS jsonb), "
         "CAST('{}' AS jsonb))",
@@ -194,7 +194,7 @@ def test_proven_by_the_function_as_by_the_expression(make: Any, storage: str) ->
     ],
 )
 def test_a_binding_cannot_be_changed_by_hand(note: Any, change: str) -> None:
-    catalog.seal(note.connection, note.binding, DeterministicEncoder(dimensions=3))
+    catalog.hold_encoder(note.connection, note.binding, DeterministicEncoder(dimensions=3))
     with (
         pytest.raises(BindingError, match=r"for life"),
         note.connection.begin_nested(),
@@ -205,7 +205,7 @@ def test_a_binding_cannot_be_changed_by_hand(note: Any, change: str) -> None:
 
 
 def test_what_is_recorded_of_an_encoder_cannot_be_changed(note: Any) -> None:
-    catalog.seal(note.connection, note.binding, DeterministicEncoder(dimensions=3))
+    catalog.hold_encoder(note.connection, note.binding, DeterministicEncoder(dimensions=3))
     with pytest.raises(BindingError), note.connection.begin_nested(), translated():
         note.run("UPDATE sbert.encoder SET fingerprint = 'x'")
 

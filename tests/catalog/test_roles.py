@@ -15,8 +15,8 @@ from sbert_pg.registry import use_encoder
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
 from sbert_pg.sqlstates import translated
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.testing import DeterministicEncoder
-from sbert_pg.types.identity import ColumnIdentity
 
 
 def act_as(connection: Connection, role: str | None) -> None:
@@ -66,7 +66,7 @@ def test_a_writer_without_rights_is_told_whom_to_ask(note: Any, role: str) -> No
 def test_a_writer_seals_and_proves(note: Any, role: str) -> None:
     grant(note, role, "writer", "SELECT", "INSERT")
     encoder = DeterministicEncoder(dimensions=3)
-    catalog.seal(note.connection, note.binding, encoder)
+    catalog.hold_encoder(note.connection, note.binding, encoder)
     assert note.binding.fingerprint == encoder.spec.fingerprint
     note.fill("a")
     act_as(note.connection, role)
@@ -116,7 +116,7 @@ def test_a_reader_only_reads_what_is_its_own(note: Any, make: Any, role: str) ->
     assert note.run("SELECT binding_id FROM sbert.failure").scalars().all() == [note.id]
     denied(note, "SELECT * FROM sbert.vector_cache")
     with pytest.raises(CatalogError, match="may not do that"):
-        catalog.seal(note.connection, note.binding, DeterministicEncoder(dimensions=3))
+        catalog.hold_encoder(note.connection, note.binding, DeterministicEncoder(dimensions=3))
 
 
 def test_a_reader_without_any_table_sees_nothing(note: Any, role: str) -> None:
@@ -175,7 +175,7 @@ def test_a_binder_binds_its_own_tables(note: Any, binder: str) -> None:
     assert catalog.bind(note.connection, identity, declared, source).id == mine.id
     note.run("INSERT INTO mine (id, title) VALUES (1, 'a')")
     assert type(note)(note.connection, "mine", mine.id).pending() == ["1"]
-    catalog.seal(note.connection, mine, DeterministicEncoder(dimensions=3))
+    catalog.hold_encoder(note.connection, mine, DeterministicEncoder(dimensions=3))
     note.run("ALTER TABLE mine RENAME title TO heading")
     assert note.run("SELECT sbert.rename_v1('mine', 'title', 'heading')").scalar_one() == 1
     assert catalog.health(note.connection, mine) == []
@@ -340,7 +340,7 @@ def test_nothing_of_a_callers_runs_with_the_owners_rights(
 
 
 def test_rights_on_some_columns_are_rights_on_these(note: Any, role: str) -> None:
-    catalog.seal(note.connection, note.binding, DeterministicEncoder(dimensions=3))
+    catalog.hold_encoder(note.connection, note.binding, DeterministicEncoder(dimensions=3))
     note.run(
         "INSERT INTO sbert.failure (binding_id, key, error) VALUES (:id, '[1]', 'x')", id=note.id
     )
@@ -377,7 +377,7 @@ def test_rows_that_a_policy_hides_are_hidden_here_too(note: Any, role: str) -> N
 def test_no_message_says_what_a_table_of_others_belongs_to(note: Any, role: str) -> None:
     encoder = DeterministicEncoder("their encoder", dimensions=3)
     use_encoder(encoder, name="deterministic")
-    catalog.seal(note.connection, note.binding, encoder)
+    catalog.hold_encoder(note.connection, note.binding, encoder)
     grant(note, role, "worker")
     assert note.run("SELECT count(*) FROM sbert.encoder").scalar_one() == 0
     for statement in (
@@ -462,7 +462,7 @@ def test_an_owner_without_superuser_installs_and_uses_everything(
         identity = ColumnIdentity(None, "n", "e")
         spec = EncoderSpec(name="deterministic", dimensions=3)
         binding = catalog.bind(connection, identity, spec, Source.of("t"))
-        catalog.seal(connection, binding, DeterministicEncoder(dimensions=3))
+        catalog.hold_encoder(connection, binding, DeterministicEncoder(dimensions=3))
         connection.execute(sa.text("INSERT INTO n (id, t) VALUES (1, 'a')"))
         n = binding.clause()
         assert connection.scalars(sa.select(n.c.id).where(binding.is_stale(n))).all() == [1]

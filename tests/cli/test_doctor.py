@@ -21,7 +21,7 @@ from sbert_pg import (
     worker_thread,
 )
 from sbert_pg.cli.doctor import Finding, diagnose
-from sbert_pg.freshness.seen import seen_workers
+from sbert_pg.freshness.listening import seen_workers
 from sbert_pg.testing import DeterministicEncoder
 
 

@@ -18,11 +18,10 @@ from command_line import process, sbert_pg
 
 from sbert_pg import catalog
 from sbert_pg.cli.target import resolve
-from sbert_pg.digest import digest
-from sbert_pg.source import Source
+from sbert_pg.source import Source, digest
 from sbert_pg.spec import EncoderSpec
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.testing import DeterministicEncoder
-from sbert_pg.types.identity import ColumnIdentity
 from sbert_pg.types.wire import from_text, to_text, to_wire
 
 OLD = DeterministicEncoder("old", 32)
@@ -78,7 +77,7 @@ def note(engine: sa.Engine, plain: psycopg.Connection) -> str:
         binding = catalog.bind(
             connection, ColumnIdentity("public", "note", "embedding"), declared, Source.of("body")
         )
-        catalog.seal(connection, binding, OLD)
+        catalog.hold_encoder(connection, binding, OLD)
     with plain.cursor() as cursor:
         bodies = [f"stone {i % 17} river {i}" for i in range(ROWS)]
         vectors = OLD.encode_document(bodies)

@@ -19,8 +19,8 @@ from sbert_pg.errors import DeclarationError, EncoderMismatchError
 from sbert_pg.freshness import WorkerSettings
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.testing import DeterministicEncoder
-from sbert_pg.types.identity import ColumnIdentity
 from sbert_pg.types.wire import from_text
 
 ray = pytest.importorskip("ray", reason="Ray has no wheel for this Python")

@@ -20,8 +20,8 @@ from sbert_pg.freshness import Counts, counts
 from sbert_pg.freshness.rows import Rows, rows_of
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.testing import DeterministicEncoder
-from sbert_pg.types.identity import ColumnIdentity
 from sbert_pg.types.wire import from_text
 
 IDENTITY = ColumnIdentity("public", "note", "embedding")

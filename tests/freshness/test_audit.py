@@ -11,13 +11,13 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from sbert_pg import catalog, registry
-from sbert_pg.digest import digest
 from sbert_pg.errors import EncoderMismatchError
 from sbert_pg.freshness import audit, counts, status
-from sbert_pg.source import Source
+from sbert_pg.source import Source, digest
+from sbert_pg.spec import EncoderSpec, Vectors
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.testing import DeterministicEncoder
 from sbert_pg.types import wire
-from sbert_pg.types.identity import ColumnIdentity
 
 WIDTH = 16
 
@@ -149,7 +149,7 @@ def test_a_sample(note: Connection, engine: sa.Engine, encoder: DeterministicEnc
 def test_another_encoder_is_refused(
     note: Connection, engine: sa.Engine, encoder: DeterministicEncoder
 ) -> None:
-    catalog.seal(note, binding_of(note), encoder)
+    catalog.hold_encoder(note, binding_of(note), encoder)
     note.commit()
     with pytest.raises(EncoderMismatchError):
         audit(engine, binding_of(note), DeterministicEncoder(dimensions=WIDTH, salt="other"))
@@ -200,3 +200,34 @@ def test_status_estimates_cut_texts_without_an_audit(note: Connection) -> None:
     finally:
         registry.forget_encoders()
     assert status(note)[0].truncated is None, "no encoder is at hand"
+
+
+class Mute(DeterministicEncoder):
+    """Its vectors are compared by the dot product, and zero where a text says nothing."""
+
+    @property
+    def spec(self) -> EncoderSpec:
+        return replace(super().spec, similarity="dot")
+
+    def encode_document(self, texts: Sequence[str]) -> Vectors:
+        vectors = super().encode_document(texts)
+        vectors[[text == "..." for text in texts]] = 0
+        return vectors
+
+
+def test_a_zero_vector_is_the_one_of_its_text(engine: sa.Engine) -> None:
+    """An encoder may give one, unless the cosine is what compares."""
+    encoder = Mute(dimensions=WIDTH)
+    with engine.connect() as connection:
+        connection.exec_driver_sql(
+            f"CREATE TABLE note (id int, day date, title text, e vector({WIDTH}), "
+            "PRIMARY KEY (id, day))"
+        )
+        column = ColumnIdentity(None, "note", "e")
+        binding = catalog.bind(connection, column, encoder.spec, Source.of("title"))
+        for number, text in enumerate(["...", "some words"]):
+            put(connection, number, text, encoder.encode_document([text])[0])
+        put(connection, 2, "...", encoder.encode_document(["some words"])[0])
+        connection.commit()
+    result = audit(engine, binding, encoder, sample=None)
+    assert [(finding.key, finding.kind) for finding in result.findings] == [(key(2), "stale")]

@@ -15,11 +15,11 @@ import sqlalchemy as sa
 from sbert_pg import catalog, registry
 from sbert_pg.errors import BackfillError, CatalogError, DeclarationError, EncoderMismatchError
 from sbert_pg.freshness import WorkerSettings, backfill, claims, refresh, running
-from sbert_pg.freshness.database import Database, Throttle, replica_lag
+from sbert_pg.freshness.shared import Database, Throttle, replica_lag
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.testing import DeterministicEncoder
-from sbert_pg.types.identity import ColumnIdentity
 from sbert_pg.types.wire import from_text
 
 IDENTITY = ColumnIdentity(None, "note", "embedding")
@@ -335,7 +335,7 @@ def test_another_encoder_is_refused(engine, plain):
     make(engine, plain)
     with engine.begin() as connection:
         binding = catalog.require_binding(connection, IDENTITY)
-        catalog.seal(connection, binding, DeterministicEncoder(dimensions=32))
+        catalog.hold_encoder(connection, binding, DeterministicEncoder(dimensions=32))
     with pytest.raises(EncoderMismatchError):
         backfill(engine, IDENTITY)
 
@@ -391,7 +391,7 @@ def test_dropped_connections_are_survived(engine, plain, encoder):
 def test_the_rate_is_kept(engine, monkeypatch):
     """Claims wait until the rows before them have had their time; one second's worth is free."""
     now = 0.0
-    monkeypatch.setattr("sbert_pg.freshness.database.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("sbert_pg.freshness.shared.time", SimpleNamespace(monotonic=lambda: now))
     throttle = Throttle(Database(engine), 500, None)
     assert throttle.wait() == 0
     throttle.spend(1000)

@@ -15,12 +15,12 @@ from sbert_pg import catalog, refresh
 from sbert_pg.errors import EncoderError
 from sbert_pg.freshness import claims
 from sbert_pg.freshness.encoding import embed, encode_each
-from sbert_pg.freshness.keys import BACKFILL, CHANGED, Class, Key, Row, Written
+from sbert_pg.freshness.queue import BACKFILL, CHANGED, Class, Key, Row, Written
 from sbert_pg.freshness.rows import Rows, rows_of
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.testing import DeterministicEncoder
-from sbert_pg.types.identity import ColumnIdentity
 from sbert_pg.types.wire import from_text
 
 from .conftest import failure_rows, states

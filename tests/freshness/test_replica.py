@@ -13,8 +13,8 @@ from sbert_pg import catalog, registry
 from sbert_pg.freshness import WorkerSettings, backfill
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.testing import DeterministicEncoder
-from sbert_pg.types.identity import ColumnIdentity
 
 pytestmark = pytest.mark.slow
 

@@ -10,8 +10,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sbert_pg import catalog, create_all, embed_on_flush, embedding_column, nearest, refresh
 from sbert_pg.freshness import failures, status
 from sbert_pg.source import Source
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.testing import DeterministicEncoder
-from sbert_pg.types.identity import ColumnIdentity
 
 from .conftest import DECLARED, IDENTITY, failure_rows, states, violations
 

@@ -15,12 +15,12 @@ from sbert_pg import catalog
 from sbert_pg.errors import BindingError
 from sbert_pg.freshness import counts, failures, retry, skip, status
 from sbert_pg.freshness.claims import fail
+from sbert_pg.freshness.queue import note_caught_up, queue_fault
 from sbert_pg.freshness.rows import rows_of
-from sbert_pg.freshness.status import note_caught_up, queue_fault
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.types import wire
-from sbert_pg.types.identity import ColumnIdentity
 
 from .conftest import wait_for
 

@@ -21,8 +21,8 @@ from sbert_pg.freshness import Worker, WorkerSettings, refresh, worker_thread
 from sbert_pg.serving.worker import serving_http
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.testing import DeterministicEncoder
-from sbert_pg.types.identity import ColumnIdentity
 
 from .conftest import failure_rows, pending_count, states, violations, wait_for
 
@@ -147,7 +147,9 @@ def test_a_mismatched_encoder_writes_nothing_and_the_others_go_on(engine, note, 
     with engine.begin() as connection:
         spec = EncoderSpec(name="deterministic", dimensions=16)
         binding = catalog.bind(connection, identity, spec, Source.of("body"))
-        catalog.seal(connection, binding, DeterministicEncoder(dimensions=16, salt="another"))
+        catalog.hold_encoder(
+            connection, binding, DeterministicEncoder(dimensions=16, salt="another")
+        )
     registry.use_encoder(DeterministicEncoder(dimensions=16))
     plain.execute("INSERT INTO note (body) VALUES ('a')")
     plain.execute("INSERT INTO other VALUES (1, 'a')")

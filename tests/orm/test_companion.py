@@ -23,7 +23,7 @@ from write_models import Array, create, embedding, require_true_or_pending
 
 from sbert_pg import Embedding, embed_on_flush
 from sbert_pg.catalog.embedding import companion_of
-from sbert_pg.digest import NIL
+from sbert_pg.source import NIL
 
 
 def vector(source: str = "title") -> Embedding:

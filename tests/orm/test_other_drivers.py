@@ -177,7 +177,7 @@ def test_a_reader_and_a_writer_notice_that_the_column_changed_hands(
         with tables.begin() as connection:
             catalog.unbind(connection, column)
             binding = catalog.bind(connection, column)
-            catalog.seal(connection, binding, DeterministicEncoder(salt="another"))
+            catalog.hold_encoder(connection, binding, DeterministicEncoder(salt="another"))
         with pytest.raises(EncoderMismatchError, match="embedding"):
             session.execute(nearest(Article.embedding, "red", limit=1))
         session.rollback()

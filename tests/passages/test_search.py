@@ -219,7 +219,9 @@ def test_a_reader_notices_that_passages_changed_hands(
         column = Passage.__table__.c.embedding
         catalog.unbind(connection, column)
         binding = catalog.bind(connection, column)
-        catalog.seal(connection, binding, DeterministicEncoder(dimensions=32, salt="another"))
+        catalog.hold_encoder(
+            connection, binding, DeterministicEncoder(dimensions=32, salt="another")
+        )
     other.dispose()
     for _ in range(2):
         with pytest.raises(EncoderMismatchError):

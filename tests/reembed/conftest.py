@@ -12,11 +12,11 @@ import sqlalchemy as sa
 
 from sbert_pg import catalog, registry
 from sbert_pg.catalog.embedding import Embedding
-from sbert_pg.digest import digest
 from sbert_pg.indexes import hnsw_index
+from sbert_pg.source import digest
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.testing import DeterministicEncoder
 from sbert_pg.types import wire
-from sbert_pg.types.identity import ColumnIdentity
 
 # fmt: off
 WORDS = [
@@ -106,7 +106,7 @@ class World:
             binding = catalog.binding_of(connection, identity)
             if binding is None:
                 return 0
-            catalog.seal(connection, binding, encoder)
+            catalog.hold_encoder(connection, binding, encoder)
             table = binding.clause()
             text = binding.expressions.on(table, "text")
             rows = connection.execute(
@@ -161,8 +161,9 @@ class World:
             binding = catalog.require_binding(
                 connection, ColumnIdentity(None, self.table_name, name)
             )
+            text = binding.expressions.bare("text")
             text = connection.execute(
-                sa.text(f"select {binding.expressions.text} from {self.table_name} where id = :k"),
+                sa.text(f"select {text} from {self.table_name} where id = :k"),
                 {"k": key},
             ).scalar_one()
             connection.execute(

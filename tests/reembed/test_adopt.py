@@ -9,9 +9,9 @@ import sqlalchemy as sa
 from sbert_pg import catalog, errors
 from sbert_pg.reembed import adopt, digests, examine
 from sbert_pg.source import Source
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.testing import DeterministicEncoder
 from sbert_pg.types import wire
-from sbert_pg.types.identity import ColumnIdentity
 
 ROWS = 120
 #: Tables as the documentation of each makes them, and what their vectors are made of.

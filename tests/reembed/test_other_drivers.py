@@ -13,7 +13,7 @@ from sbert_pg import reembed as ree
 from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.freshness import backfill, worker_thread
 from sbert_pg.search import nearest
-from sbert_pg.types.identity import ColumnIdentity
+from sbert_pg.system import ColumnIdentity
 
 
 @pytest.fixture(params=["psycopg2", "pg8000"])

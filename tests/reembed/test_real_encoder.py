@@ -14,8 +14,8 @@ from sbert_pg import reembed as ree
 from sbert_pg.cli.demo_data import standard_library
 from sbert_pg.encoder import Encoder
 from sbert_pg.source import Source
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.types import Vector
-from sbert_pg.types.identity import ColumnIdentity
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 COLUMN = ColumnIdentity("public", "page", "embedding")

@@ -74,7 +74,7 @@ def filled(world):
     world.fill("embedding")
     with world.engine.begin() as connection:
         binding = catalog.require_binding(connection, world.old_column)
-        catalog.seal(connection, binding, world.old)
+        catalog.hold_encoder(connection, binding, world.old)
     world.old.encoded.clear()
     return world
 
@@ -254,7 +254,7 @@ class TestRebind:
         with filled.engine.begin() as connection:
             binding = catalog.require_binding(connection, filled.old_column)
             wrong = "(select embedding from articles where id = 1)"
-            digest = binding.expressions.digest.replace("embedding", wrong)
+            digest = binding.expressions.bare("digest").replace("embedding", wrong)
             connection.execute(sa.text("set local session_replication_role = replica"))
             connection.execute(
                 sa.text(f"update articles set embedding = {wrong}, embedding_of = {digest}")

@@ -13,18 +13,17 @@ from ways import modules_of
 from sbert_pg import catalog, create_all, errors
 from sbert_pg import reembed as ree
 from sbert_pg.alembic import register
-from sbert_pg.digest import NIL
 from sbert_pg.freshness import backfill, refresh
 from sbert_pg.indexes import vector_indexes
 from sbert_pg.reembed.finish import drop_bound_column, require_droppable
 from sbert_pg.search import nearest
-from sbert_pg.source import Source
+from sbert_pg.source import NIL, Source
 from sbert_pg.spec import EncoderSpec
-from sbert_pg.types.identity import ColumnIdentity
+from sbert_pg.system import ColumnIdentity
 
 QUIET = dt.timedelta(0)
 #: Modules on the ways; they only go down.
-FINISH, FINISH_BY_MIGRATION, REFRESH = 14, 19, 21
+FINISH, FINISH_BY_MIGRATION, REFRESH = 12, 16, 15
 
 
 def request(world):

@@ -141,7 +141,7 @@ def test_vectors_of_another_space_fail(ready):
     with ready.engine.begin() as connection:
         binding = catalog.require_binding(connection, ready.new_column)
         wrong = "(select embedding_new from articles where id = 400)"
-        digest = binding.expressions.digest.replace("embedding_new", wrong)
+        digest = binding.expressions.bare("digest").replace("embedding_new", wrong)
     overwrite(
         ready,
         f"update articles set embedding_new = {wrong}, embedding_new_of = {digest} "

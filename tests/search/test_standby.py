@@ -94,7 +94,7 @@ def test_a_standby_answers_as_its_primary_and_refuses_with_it(
     registry.use_encoder(other)
     with engine.begin() as connection:
         binding = catalog.bind(connection, Note.__table__.c.embedding)
-        catalog.seal(connection, binding, other)
+        catalog.hold_encoder(connection, binding, other)
     replica.follow(engine)
     registry.forget_encoders()
     registry.use_encoder(fake_encoder)

@@ -25,9 +25,9 @@ from sbert_pg.errors import (
 )
 from sbert_pg.probes import PROBES
 from sbert_pg.search.exact import LabelledQuery
+from sbert_pg.system import ColumnIdentity
 from sbert_pg.testing import DeterministicEncoder
 from sbert_pg.tuning import adapters, hard_negatives, own_pairs, read_pairs, split_pairs
-from sbert_pg.types.identity import ColumnIdentity
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 #: The house language of a company: what things are called there, and what they are.

@@ -1,4 +1,7 @@
-"""What operators give a worker and get from it: settings, counts, log lines.
+"""What the parts of a worker share: its settings, its counts, its log, and the database.
+
+The database is used with consideration: a backfill is held back by a rate, and while replicas fall
+behind.
 
 A log line is a sentence for people and fields for machines, one record a line. Names of columns,
 keys and errors are data: what is not printable in them is written as an escape, so that no row can
@@ -11,6 +14,7 @@ import bisect
 import json
 import logging
 import os
+import random
 import socket
 import sys
 import threading
@@ -22,7 +26,11 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from typing import Any, Protocol
 
-from sbert_pg.errors import DeclarationError
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from sbert_pg import system
+from sbert_pg.errors import CatalogError, DeclarationError
 
 
 def worker_name() -> str:
@@ -85,27 +93,6 @@ class WorkerSettings:
                 raise DeclarationError(f"{name} of a worker is more than 0.")
         if self.lease < timedelta(seconds=1):
             raise DeclarationError("The lease of a worker is at least one second.")
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a backfill has come.
-
-    Attributes:
-        rows: rows that are done since it was begun, by all processes.
-        total: rows that were to be done when it was begun; ``None`` where unknown.
-        rows_per_second: rate over the last minute.
-        seconds_left: at that rate; ``None`` where unknown.
-        paused: why it is paused, or ``None``.
-        complete: whether nothing is left.
-    """
-
-    rows: int
-    total: int | None
-    rows_per_second: float
-    seconds_left: float | None
-    paused: str | None
-    complete: bool
 
 
 class Companion(Protocol):
@@ -226,6 +213,125 @@ class Tally:
     def total(self, name: str) -> int:
         """One count, summed over the columns."""
         return sum(int(getattr(column, name)) for column in self.columns().values())
+
+
+class Database:
+    """An engine used at READ COMMITTED, whatever its own isolation level is.
+
+    Each statement has to see what was committed before it: the check that a text is unchanged comes
+    after the row is locked. The isolation level goes back with the connection to the pool.
+
+    Args:
+        engine: the application's engine.
+
+    Attributes:
+        engine: the same.
+    """
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self.engine = engine
+
+    @contextmanager
+    def connect(self) -> Iterator[Connection]:
+        """A connection, for several transactions one after the other."""
+        with self.engine.connect() as connection:
+            yield connection.execution_options(isolation_level="READ COMMITTED")
+
+    @contextmanager
+    def begin(self) -> Iterator[Connection]:
+        """A connection in a transaction that is committed at the end."""
+        with self.connect() as connection, connection.begin():
+            yield connection
+
+
+class Pause:
+    """Waits that double from try to try, and differ a little from process to process."""
+
+    #: The first wait, and the longest, in seconds.
+    FIRST, LONGEST = 0.1, 30.0
+
+    def __init__(self) -> None:
+        self._next = self.FIRST
+
+    def next(self) -> float:
+        """The wait to take now."""
+        wait = self._next
+        self._next = min(self._next * 2, self.LONGEST)
+        return wait * random.uniform(0.75, 1.25)
+
+    def reset(self) -> None:
+        """Begin with the first again."""
+        self._next = self.FIRST
+
+
+#: Seconds between looks at the replicas.
+_INTERVAL = 1.0
+
+
+class Throttle:
+    """Asked by the thread that claims, before it claims rows of a backfill.
+
+    Args:
+        rows_per_second: most rows a second, in bursts of at most one second's worth; ``None`` for
+            no limit.
+        max_replica_lag: seconds that the slowest replica may be behind; ``None`` for no limit.
+
+    Attributes:
+        reason: why the backfill is paused, while it is.
+    """
+
+    def __init__(
+        self, database: Database, rows_per_second: float | None, max_replica_lag: float | None
+    ) -> None:
+        self._database = database
+        self._rate = rows_per_second
+        self._lag = max_replica_lag
+        self._next = self._look_at = time.monotonic()
+        self.reason: str | None = None
+
+    def wait(self) -> float:
+        """Seconds until rows may be claimed; 0 where they may be now.
+
+        Raises:
+            CatalogError: this role cannot see how far the replicas are behind.
+        """
+        now = time.monotonic()
+        if self._lag is not None and now >= self._look_at:
+            with self._database.begin() as connection:
+                lag = replica_lag(connection)
+            behind = lag > self._lag
+            self.reason = f"a replica is {lag:.1f} s behind" if behind else None
+            self._look_at = time.monotonic() + _INTERVAL
+        if self.reason is not None:
+            return max(self._look_at - now, 0.01)
+        return max(self._next - now, 0.0) if self._rate is not None else 0.0
+
+    def spend(self, rows: int) -> None:
+        """Take rows that were claimed into account."""
+        if self._rate is not None:
+            self._next = max(self._next, time.monotonic() - 1.0) + rows / self._rate
+
+
+def replica_lag(connection: Connection) -> float:
+    """Seconds that the slowest replica is behind in replaying; 0 where there is none.
+
+    Raises:
+        CatalogError: this role may not see it.
+    """
+    c = system.REPLICATION.c
+    total, visible, lag = connection.execute(
+        sa.select(
+            sa.func.count(),
+            sa.func.count(c.state),
+            sa.func.coalesce(sa.func.max(sa.extract("epoch", c.replay_lag)), 0),
+        )
+    ).one()
+    if total and not visible:
+        raise CatalogError(
+            "This role cannot see how far the replicas are behind. Grant it pg_monitor (or "
+            "pg_read_all_stats), or run without a limit on the lag."
+        )
+    return float(lag)
 
 
 #: Logger of everything a worker says.
