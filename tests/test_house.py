@@ -74,7 +74,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "indexes": (6, 1407),
     "loading": (4, 1132),
     "orm": (5, 929),
-    "passages": (6, 1184),
+    "passages": (5, 1165),
     "reembed": (12, 3125),
     "search": (13, 4174),
     "serving": (19, 3632),

@@ -8,7 +8,13 @@ from sbert_pg.passages.chunker import (
     SentenceChunker,
     use_chunker,
 )
-from sbert_pg.passages.declaring import Passage, add_passages, declared_passages, passages_of
+from sbert_pg.passages.declaring import (
+    Passage,
+    PassageView,
+    add_passages,
+    declared_passages,
+    passages_of,
+)
 
 __all__ = [
     "Chunker",
@@ -16,6 +22,7 @@ __all__ = [
     "LangChainChunker",
     "Part",
     "Passage",
+    "PassageView",
     "SentenceChunker",
     "add_passages",
     "declared_passages",

@@ -16,15 +16,17 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.dialects.postgresql import TSVECTOR
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import InstrumentedAttribute, Mapper, deferred, registry, relationship
 
+from sbert_pg import system
 from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.errors import DeclarationError
 from sbert_pg.passages.chunker import Chunker, SentenceChunker
-from sbert_pg.passages.cutting import digest_of, embedded_text
+from sbert_pg.passages.cutting import DIGITS, digest_of, embedded_text
 from sbert_pg.passages.structure import sentences
 from sbert_pg.registry import get_encoder
-from sbert_pg.source import Source, companion_name
+from sbert_pg.source import GAP, Source, companion_name
 from sbert_pg.spec import EncoderSpec, canonical_name
 
 if TYPE_CHECKING:
@@ -42,8 +44,9 @@ if TYPE_CHECKING:
 
 #: Where a relationship keeps its ``Declared``.
 _INFO = "sbert_pg.passages"
-#: Columns of a passage table beside its key, the document's and the embedding.
-PASSAGE_COLUMNS = ("ordinal", "start", "stop", "heading", "digest")
+#: Columns of a passage table beside its key, the document's and the embedding, with their types.
+PASSAGE_COLUMNS: dict[str, Any] = dict.fromkeys(("ordinal", "start", "stop"), sa.Integer)
+PASSAGE_COLUMNS |= dict.fromkeys(("heading", "digest"), sa.Text)
 #: Attribute of passages of a table that has no class; no column is called so.
 _OF_TABLES = "sbert_pg_passages"
 #: Column of the text, where it is copied.
@@ -289,11 +292,7 @@ class _Passages:
             table.metadata,
             sa.Column("id", sa.BigInteger, sa.Identity(), primary_key=True),
             *(sa.Column(n, key.type, nullable=False) for n, key in zip(names, keys, strict=True)),
-            sa.Column("ordinal", sa.Integer, nullable=False),
-            sa.Column("start", sa.Integer, nullable=False),
-            sa.Column("stop", sa.Integer, nullable=False),
-            sa.Column("heading", sa.Text, nullable=False),
-            sa.Column("digest", sa.Text, nullable=False),
+            *(sa.Column(n, type_, nullable=False) for n, type_ in PASSAGE_COLUMNS.items()),
             *content,
             sa.Column("embedding", Embedding(self.encoder, source, storage=self.storage)),
             # Keys that change take their passages along, which are the same text still.
@@ -348,8 +347,7 @@ def passages_between(whole: sa.Column[Any], passages: sa.Table) -> Any:
     )
     passage = type("DocumentPassage", (Passage,), {})
     keys = tuple((passages.c[ours], documents.c[theirs]) for ours, theirs in settings["key"])
-    # Nobody cuts by it: that chunker need not be known here.
-    chunker: Any = None
+    chunker: Any = None  # nobody cuts by it, and it need not be known here
     declared = Declared(
         mapper.class_, _OF_TABLES, passage, whole.key, type_.source.columns, settings["copy"],
         type_.encoder, chunker, keys,
@@ -369,3 +367,54 @@ def declared_passages(attribute: Any) -> Declared | None:
         return None
     declared: Declared | None = attribute.property.info.get(_INFO)
     return declared
+
+
+def text_of(declared: Declared) -> sa.ColumnElement[str]:
+    """A passage's part of its document; ``NULL`` where the document has changed since it was cut.
+
+    For a statement that joins both tables.
+    """
+    passage: Any = sa.inspect(declared.passage).local_table.c
+    body: Any = sa.inspect(declared.document).columns[declared.source_keys[-1]]
+    part = sa.func.substr(body, passage.start + 1, passage.stop - passage.start)
+    whole = sa.func.concat_ws(GAP, sa.func.nullif(passage.heading, ""), part)
+    hashed = sa.func.encode(sa.func.sha256(sa.func.convert_to(whole, "UTF8")), "hex")
+    return sa.case((sa.func.substr(hashed, 1, DIGITS) == passage.digest, part))
+
+
+class PassageView(sa.schema.ExecutableDDLElement):
+    """``CREATE OR REPLACE VIEW`` of the passages of a class, each with its text.
+
+    Alembic's autogenerate does not see views. In a migration:
+    ``op.execute(PassageView(Document.passages))``. The view has the passages' key, the document's,
+    their places and ``text``, which is ``NULL`` while a changed document waits for being cut again.
+
+    Args:
+        passages: the attribute of a mapped class, ``Document.passages``.
+        name: name of the view; the passage table's and ``_text`` by default.
+
+    Raises:
+        DeclarationError: it is not such an attribute.
+    """
+
+    def __init__(self, passages: Any, name: str | None = None) -> None:
+        declared = declared_passages(passages)
+        if declared is None:
+            raise DeclarationError(
+                f"PassageView was given {passages!r}; it takes an attribute made with "
+                "passages_of(), such as Document.passages."
+            )
+        table: Any = sa.inspect(declared.passage).local_table
+        self.name, self.schema = name or f"{table.name}_text", table.schema
+        names = ["id", *(ours.name for ours, _ in declared.keys), *PASSAGE_COLUMNS]
+        same = sa.and_(*(ours == theirs for ours, theirs in declared.keys))
+        columns = [*(table.c[name] for name in names), text_of(declared).label("text")]
+        documents = sa.inspect(declared.document).local_table
+        self.query = sa.select(*columns).join_from(table, documents, same)
+
+
+@compiles(PassageView)
+def _create_view(element: PassageView, compiler: Any, **options: Any) -> str:
+    name = system.ddl_name(compiler, element.schema, element.name)
+    query = compiler.sql_compiler.process(element.query, literal_binds=True)
+    return f"CREATE OR REPLACE VIEW {name} AS {query}"

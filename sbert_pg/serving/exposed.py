@@ -20,7 +20,7 @@ from sqlalchemy.types import NullType
 
 from sbert_pg.errors import BindingError, DeclarationError
 from sbert_pg.passages import declared_passages
-from sbert_pg.passages.view import text_of
+from sbert_pg.passages.declaring import text_of
 from sbert_pg.search import hybrid, matching, nearest
 from sbert_pg.search.filters import compare
 from sbert_pg.search.target import readable_columns

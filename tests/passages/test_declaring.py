@@ -20,8 +20,7 @@ from sbert_pg import (
     passages_of,
 )
 from sbert_pg.errors import DeclarationError
-from sbert_pg.passages import SentenceChunker
-from sbert_pg.passages.view import PassageView
+from sbert_pg.passages import PassageView, SentenceChunker
 from sbert_pg.reembed.change import reflect
 from sbert_pg.testing import DeterministicEncoder
 

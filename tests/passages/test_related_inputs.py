@@ -12,10 +12,9 @@ from passage_documents import CHUNKER, Document, require_whole, text, work
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from sbert_pg import create_all, hnsw_index, hybrid, nearest, passages_of, text_column
-from sbert_pg.passages import FixedChunker
+from sbert_pg.passages import FixedChunker, PassageView
 from sbert_pg.passages.cutting import cut
 from sbert_pg.passages.structure import units
-from sbert_pg.passages.view import PassageView
 from sbert_pg.testing import DeterministicEncoder
 
 BODIES = {
