@@ -1,20 +1,23 @@
 """What a claim costs while a long queue is worked off, with and without an old snapshot elsewhere.
 
-    python benchmarks/claims.py [--rows 1000000] [--batch 256] [--claims 240]
+    python benchmarks/claims.py [--rows 1000000] [--batch 256] [--claims 240] [--workers 1 4 16]
 
 A table of rows that were there before its column was bound, and as many new ones in another round.
 Rows are claimed and read in the order of their keys, by a cursor, as a worker does; those up to the
 next claim are then made fresh by one statement, so that what is left behind is the same as after
 encoding them and the time goes into claims. Printed: milliseconds of the server's CPU time a claim
 (median) in each eighth of the queue, for the backfill and for new rows, without and with a
-transaction that holds a snapshot from before it began. CPU time, since other programs may share the
-machine. Runs on an embedded server of its own.
+transaction that holds a snapshot from before it began. Then milliseconds of the server's and this
+process's CPU time a claim where so many workers claim in turn, each with six batches in hand: one
+claims at a time, so these times are added up over a fleet. CPU time, since other programs may share
+the machine. Runs on an embedded server of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from datetime import timedelta
 
 import sqlalchemy as sa
@@ -107,11 +110,40 @@ def report(engine: sa.Engine, class_: Class, held: bool, options: argparse.Names
     print(f"   last to first {medians[-1] / medians[0]:.2f}", flush=True)
 
 
+def fleet(engine: sa.Engine, workers: int, options: argparse.Namespace) -> None:
+    """Claims in turn, while all have their hands full."""
+    engine.dispose()  # One connection from here on, whose process does it all.
+    rows = prepare(engine, BACKFILL, (6 * workers + 60) * options.batch)
+    after: list[Key | None] = [None] * workers
+    server, here = [], []
+    with engine.connect() as connection:
+        backend = connection.scalar(sa.select(sa.func.pg_backend_pid()))
+    for number in range(6 * workers + 50):
+        started, began = cpu_seconds(backend), time.process_time()
+        with engine.begin() as connection:
+            chosen = claims.claim(
+                connection, rows, BACKFILL, token=str(number), most=options.batch,
+                lease=timedelta(seconds=600), after=after[number % workers],
+            )  # fmt: skip
+        after[number % workers] = chosen[-1].key
+        if number >= 6 * workers:
+            server.append(1e3 * (cpu_seconds(backend) - started))
+            here.append(1e3 * (time.process_time() - began))
+            with engine.begin() as connection:
+                claims.release(connection, rows.binding, str(number - 6 * workers))
+    print(
+        f"{workers} workers: server {statistics.median(server):.1f}, "
+        f"here {statistics.median(here):.1f}",
+        flush=True,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--claims", type=int, default=240)
+    parser.add_argument("--workers", type=int, nargs="*", default=[1, 4, 16])
     options = parser.parse_args()
     with fresh_server(SETTINGS) as server:
         engine = sa.create_engine(server.ensure_database("bench"))
@@ -120,6 +152,8 @@ def main() -> None:
         for class_ in (BACKFILL, CHANGED):
             for held in (False, True):
                 report(engine, class_, held, options)
+        for workers in options.workers:
+            fleet(engine, workers, options)
         engine.dispose()
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import sqlalchemy as sa
 
 from sbert_pg import source
-from sbert_pg.freshness import claims
 from sbert_pg.freshness.rows import Rows
 from sbert_pg.freshness.worker import Worker
 from sbert_pg.registry import use_encoder
@@ -150,7 +149,7 @@ def _sabotage() -> None:
     elif SABOTAGE == "check":
         Rows._writing = _write_without_looking  # type: ignore[method-assign]
     elif SABOTAGE == "lease":
-        claims._taken = lambda connection, binding: set()
+        Rows._free = lambda self: sa.true()  # type: ignore[method-assign]
     elif SABOTAGE == "sweep":
         Worker._turn = _only_what_is_heard  # type: ignore[method-assign]
 

@@ -70,7 +70,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "cli": (17, 4532),
     "clustering": (16, 5221),
     "encoder": (28, 7743),
-    "freshness": (16, 5191),
+    "freshness": (16, 5243),
     "indexes": (6, 1407),
     "loading": (4, 1132),
     "orm": (5, 929),

@@ -11,10 +11,10 @@ then tried alone, so that a text that ends processes is found, and the others ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
@@ -37,6 +37,7 @@ SKIPPED = "skipped by an operator"
 ENDED = "no result: the process that encoded it came to an end, or its lease did"
 
 _claim, _failure = tables.claim, tables.failure
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +71,18 @@ def claim(
         class_: new and changed rows, or the backfill.
         token: names the lease; used once.
         most: most rows to claim.
-        after: begin after this key.
+        after: begin after this key, or after what others have claimed beyond it: a claim that
+            walks over what a fleet has in hand takes the longer the larger the fleet is, and the
+            others wait for it.
 
     Returns:
         The rows, in the order of their keys.
     """
     rows.prepare(connection)
     lock(connection, rows.binding)
-    taken = _taken(connection, rows.binding)
-    pending = rows.candidates(connection, class_, most + len(taken), after)
-    chosen = [one for one in pending if one.label not in taken][:most]
+    if after is not None:
+        after = _readable(connection, rows.furthest, class_, after) or after
+    chosen = rows.candidates(connection, class_, most, after)
     _lease(connection, rows.binding, token, chosen, lease)
     return chosen
 
@@ -100,18 +103,18 @@ def claim_alone(
         if not free:
             return None
         for label in free:
-            one = _readable(connection, rows, label)
+            one = _readable(connection, rows.find, label)
             if one is not None and rows.read(connection, [one]):
                 _lease(connection, rows.binding, token, [one], lease)
                 return one
             forget(connection, rows.binding, [label])
 
 
-def _readable(connection: Connection, rows: Rows, label: str) -> Candidate | None:
-    """The row of this name; ``None`` as well where the name is not a key any more."""
+def _readable(connection: Connection, find: Callable[..., T | None], *args: object) -> T | None:
+    """What is found by names of rows; ``None`` as well where one is not a key any more."""
     try:
         with connection.begin_nested():
-            return rows.find(connection, label)
+            return find(connection, *args)
     except sa.exc.DBAPIError as error:
         if fault_of(error) is not Fault.ROW:
             raise
@@ -197,7 +200,7 @@ def conclude(connection: Connection, rows: Rows, labels: Sequence[str]) -> list[
         The rows that are still pending.
     """
     rows.prepare(connection)
-    named = [_readable(connection, rows, label) for label in labels]
+    named = [_readable(connection, rows.find, label) for label in labels]
     read = rows.read(connection, [one for one in named if one is not None])
     for row in read:
         connection.execute(
@@ -305,8 +308,8 @@ def skip(connection: Connection, rows: Rows, labels: Sequence[str]) -> int:
         The number of rows that are pending or failed, and are skipped now.
     """
     binding = rows.binding
-    named = [one for label in labels if (one := _readable(connection, rows, label)) is not None]
-    read = rows.read(connection, named, to_skip=True)
+    named = [_readable(connection, rows.find, label) for label in labels]
+    read = rows.read(connection, [one for one in named if one is not None], to_skip=True)
     record = [
         {
             "binding_id": binding.id, "key": row.label, "attempts": 1, "failed": True,

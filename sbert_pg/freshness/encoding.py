@@ -2,7 +2,9 @@
 
 The encoder is the slowest part by far, so it must never wait: while it has one batch, the next is
 being read (by whoever calls ``Flow.put``) and the last is being written (by a thread). Encoding
-runs in two threads by default, so that one batch is tokenised while the other is computed.
+runs in two threads by default, so that one batch is tokenised while the other is computed. They
+take turns at the device as it comes, so a batch that another overtook keeps no later one from being
+written; in order, all would wait for it, and then the encoder for all.
 """
 
 from __future__ import annotations
@@ -181,16 +183,13 @@ def _unfit(binding: Binding, vectors: Vectors) -> dict[int, str]:
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
 
-#: How often a thread that waits for room looks whether it should stop, in seconds.
-_LOOK = 0.2
-
 
 class Flow(Generic[Batch, Result]):
     """A pipeline of three stages; use it as a context manager.
 
     Args:
         encode: makes the result of a batch; called in several threads.
-        write: takes batch and result, in the order of ``put``; called in one thread.
+        write: takes batch and result, as they are encoded; called in one thread.
         encoders: threads that encode.
     """
 
@@ -204,8 +203,9 @@ class Flow(Generic[Batch, Result]):
         self._encode = encode
         self._write = write
         self._pool = ThreadPoolExecutor(encoders, thread_name_prefix="sbert-pg-encode")
-        # One batch waits, encoded or not, beside those that are being encoded.
-        self._queue: queue.Queue[tuple[Batch, Future[Result]] | None] = queue.Queue(encoders + 1)
+        # One batch waits and one is being written, beside those that are being encoded.
+        self._most = encoders + 2
+        self._encoded: queue.SimpleQueue[tuple[Batch, Future[Result]] | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write_all, name="sbert-pg-write", daemon=True)
         self._lock = threading.Condition()
         self._open = 0
@@ -221,16 +221,12 @@ class Flow(Generic[Batch, Result]):
         Raises:
             Exception: what a stage raised; nothing is taken after that.
         """
-        self._raise()
         with self._lock:
+            self._lock.wait_for(lambda: self._open < self._most or self._error is not None)
+            self._raise()
             self._open += 1
-        entry = (batch, self._pool.submit(self._encode, batch))
-        while True:
-            try:
-                self._queue.put(entry, timeout=_LOOK)
-                return
-            except queue.Full:
-                self._raise()
+        future = self._pool.submit(self._encode, batch)
+        future.add_done_callback(lambda done: self._encoded.put((batch, done)))
 
     @property
     def under_way(self) -> int:
@@ -253,10 +249,10 @@ class Flow(Generic[Batch, Result]):
             raise self._error
 
     def _write_all(self) -> None:
-        while (entry := self._queue.get()) is not None:
+        while (entry := self._encoded.get()) is not None:
             batch, future = entry
             try:
-                if self._error is None:
+                if self._error is None and not future.cancelled():
                     self._write(batch, future.result())
             except BaseException as error:  # Handed to the thread that puts.
                 self._error = error
@@ -271,11 +267,10 @@ class Flow(Generic[Batch, Result]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if error is not None and self._error is None:
-            # The reader failed: what is under way is encoded no further.
-            self._pool.shutdown(wait=False, cancel_futures=True)
-        self._queue.put(None)
+        # Where the reader failed, or a stage did, what waits is not encoded any more.
+        failed = error is not None or self._error is not None
+        self._pool.shutdown(wait=True, cancel_futures=failed)
+        self._encoded.put(None)
         self._writer.join()
-        self._pool.shutdown(wait=True, cancel_futures=True)
         if error is None:
             self._raise()

@@ -99,6 +99,7 @@ class Rows:
             for class_ in (CHANGED, BACKFILL)
             for after in (False, True)
         }
+        self._furthest = {class_: self._leading(class_) for class_ in (CHANGED, BACKFILL)}
         self._read = self._reading()
         self._write = self._writing(vector_type)
         self._held = self._holding()
@@ -121,7 +122,7 @@ class Rows:
         return sa.and_(*(key == given.c[f"sbert__k{i}"] for i, key in enumerate(self.keys)))
 
     def _claiming(self, class_: int, after: bool) -> sa.Select[Any]:
-        """Pending rows of a class in the order of their keys, but for those that are put off."""
+        """Pending rows of a class in the order of their keys, neither put off nor in hand."""
         f = tables.failure.c
         failure = (
             sa.select(
@@ -151,14 +152,56 @@ class Rows:
                 self.binding.is_stale(self.table),
                 self.binding.class_of(self.table) == class_,
                 sa.or_(failure.c[_LABEL].is_(None), returns),
+                self._free(),
             )
             .order_by(*self.keys)
             .limit(sa.bindparam("sbert__most", type_=sa.Integer))
         )
         return statement.where(self._beyond()) if after else statement
 
-    def _beyond(self) -> sa.ColumnElement[bool]:
+    def _free(self) -> sa.ColumnElement[bool]:
+        """Whether nobody has a row in hand. The server asks: it stops at the rows that are wanted,
+        where all that a large fleet has in hand would be sent here for each claim.
+        """
+        c = tables.claim.c
+        leased = sa.select(sa.func.unnest(c["keys"])).where(c.binding_id == self.binding.id)
+        return self.label.not_in(leased.scalar_subquery())
+
+    def _leading(self, class_: int) -> sa.Select[Any]:
+        """The furthest row of a class that is the last of a lease, if it comes after a row."""
+        c = tables.claim.c
+        label = sa.cast(c["keys"][sa.func.cardinality(c["keys"])], pg.JSONB)
+        leases = sa.select(label.label(_LABEL)).where(c.binding_id == self.binding.id)
+        last = leases.cte("sbert__last")
+        same = [
+            key == sa.cast(last.c[_LABEL][i].astext, Named(type_))
+            for i, (key, type_) in enumerate(zip(self.keys, self.binding.key_types, strict=True))
+        ]
+        # Looked up one by one, whatever the planner takes the table for: it has never been analysed
+        # where its rows have just come.
+        row = (
+            sa.select(
+                *self.keys, *(sent.label(f"sbert__k{i}") for i, sent in enumerate(self._sent))
+            )
+            .where(*same, self.binding.is_stale(self.table))
+            .where(self.binding.class_of(self.table) == class_)
+            .limit(1)
+            .lateral("sbert__row")
+        )
+        keys = [row.c[key.name] for key in self.keys]
+        return (
+            sa.select(*(row.c[f"sbert__k{i}"] for i in range(len(keys))))
+            .select_from(last.join(row, sa.true()))
+            .where(self._beyond(keys))
+            .order_by(*(key.desc() for key in keys))
+            .limit(1)
+        )
+
+    def _beyond(
+        self, keys: Sequence[sa.ColumnElement[Any]] | None = None
+    ) -> sa.ColumnElement[bool]:
         """Whether a row comes after the one that parameters name."""
+        keys = keys or self.keys
         last = [
             sa.select(
                 sa.func.unnest(sa.bindparam(f"sbert__k{i}", type_=ArrayOf(t)))
@@ -166,8 +209,8 @@ class Rows:
             for i, t in enumerate(self.binding.key_types)
         ]
         if len(last) == 1:
-            return self.keys[0] > last[0]
-        return sa.tuple_(*self.keys) > sa.tuple_(*last)
+            return keys[0] > last[0]
+        return sa.tuple_(*keys) > sa.tuple_(*last)
 
     def _reading(self) -> sa.Select[Any]:
         asked = self._given()
@@ -235,7 +278,8 @@ class Rows:
     def candidates(
         self, connection: Connection, class_: Class, most: int, after: Key | None = None
     ) -> list[Candidate]:
-        """Pending rows in the order of their keys, without those that wait for another attempt.
+        """Pending rows in the order of their keys, without those that wait for another attempt or
+        are in hand.
 
         Args:
             connection: a connection after ``prepare``.
@@ -252,6 +296,15 @@ class Rows:
             Candidate(tuple(map(element_of, row[:parts])), row[parts], row[parts + 1])
             for row in pending
         ]
+
+    def furthest(self, connection: Connection, class_: Class, after: Key) -> Key:
+        """Where the rows of a class end that anybody has in hand, or ``after`` where that is later.
+
+        Raises:
+            sqlalchemy.exc.DBAPIError: the name of a row in hand cannot be read as a key any more.
+        """
+        row = connection.execute(self._furthest[class_], self._key_arrays([after])).first()
+        return after if row is None else tuple(map(element_of, row))
 
     def find(self, connection: Connection, label: str) -> Candidate | None:
         """The row of this name, or ``None`` where there is none, or it names nothing.

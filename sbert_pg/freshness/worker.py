@@ -303,7 +303,8 @@ class Worker:
             took |= self._take(flow, column, CHANGED)
         for column in self._columns.served():
             took |= self._take_backfill(flow, column, thorough=thorough)
-        if thorough or time.monotonic() >= self._next_retry:
+        # Nothing is left out: a thorough turn is the last one only where it took nothing.
+        if (thorough and not took) or time.monotonic() >= self._next_retry:
             took |= self._retry(flow, busy=took)
         if took:
             # There may be more where this came from, and something new while it is being done.

@@ -146,6 +146,55 @@ def test_a_cursor_goes_on_behind_the_last_row(engine, rows, plain):
     assert take(engine, rows, most=1)[0].label == '["1"]', "the beginning is still there"
 
 
+@pytest.mark.parametrize("class_", [CHANGED, BACKFILL])
+@pytest.mark.parametrize("key", ["id bigint", "id text", "id uuid", "tenant text, id int"])
+def test_a_cursor_goes_on_behind_what_others_have_in_hand(engine, plain, class_, key):
+    """The next claim of each walks over nothing that the others of a fleet have claimed since."""
+    names = ", ".join(part.split()[0] for part in key.split(", "))
+    value = {
+        "id bigint": "i",
+        "id text": "lpad(i::text, 3, '0')",
+        "id uuid": "lpad(i::text, 32, '0')::uuid",
+        "tenant text, id int": "lpad((i / 7)::text, 2, '0'), i",
+    }[key]
+    plain.execute(
+        f"CREATE TABLE note ({key}, body text, embedding vector(32), PRIMARY KEY ({names}))"
+    )
+    fill = f"INSERT INTO note SELECT {value}, 'n' || i FROM generate_series(10, 60) AS i"
+    if class_ == BACKFILL:
+        plain.execute(fill)
+    rows = bind(engine, "note")
+    if class_ == CHANGED:
+        plain.execute(fill)
+    # Of the other class, and further: not where this one's claims are.
+    plain.execute(f"INSERT INTO note SELECT {value}, 'far' FROM generate_series(70, 70) AS i")
+    if class_ == BACKFILL:
+        assert [row.text for row in take(engine, rows)] == ["far"]
+    first, second, third = (
+        take(engine, rows, most=10, class_=class_, token=token) for token in ("a", "b", "c")
+    )
+    assert [row.text for row in third] == [f"n{i}" for i in range(30, 40)]
+    with engine.begin() as connection:
+        claims.release(connection, rows.binding, "b")
+    after = first[-1].key
+    on = take(engine, rows, most=5, class_=class_, after=after)
+    assert [row.text for row in on] == [f"n{i}" for i in range(40, 45)]
+    back = take(engine, rows, most=10, class_=class_)
+    assert [row.text for row in back] == [row.text for row in second], "nothing is left out"
+
+
+def test_a_row_in_hand_whose_key_cannot_be_read_any_more_stops_no_claim(engine, plain):
+    plain.execute("CREATE TYPE mood AS ENUM ('a', 'b', 'c')")
+    plain.execute("CREATE TABLE note (id mood PRIMARY KEY, body text, embedding vector(32))")
+    rows = bind(engine, "note")
+    plain.execute("INSERT INTO note VALUES ('a', 'one'), ('b', 'two'), ('c', 'three')")
+    first, _ = take(engine, rows, most=1), take(engine, rows, most=1)
+    plain.execute("ALTER TYPE mood RENAME VALUE 'b' TO 'd'")
+    on = take(engine, rows, most=1, after=first[-1].key)
+    # Under its new name the row is in nobody's hands.
+    assert [row.text for row in on] == ["two"]
+
+
 @pytest.mark.parametrize("required", [False, True])
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("class_", [CHANGED, BACKFILL])

@@ -18,6 +18,7 @@ import sqlalchemy as sa
 from sbert_pg import catalog, registry
 from sbert_pg.errors import CatalogMissingError, DeclarationError, NotBoundError
 from sbert_pg.freshness import Worker, WorkerSettings, refresh, worker_thread
+from sbert_pg.freshness.encoding import Flow
 from sbert_pg.serving.worker import serving_http
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
@@ -34,6 +35,27 @@ def test_refresh_embeds_what_is_pending(engine, note, plain, encoder):
     assert pending_count(plain) == 0
     assert len(encoder.encoded) < 700, "equal texts of a batch are encoded once"
     assert violations(plain, encoder) == []
+
+
+def test_a_batch_that_takes_long_keeps_no_other_from_being_written():
+    """In order, the others would wait for it, and soon nothing would be encoded."""
+    others, written = threading.Event(), []
+
+    def encode(batch: int) -> int:
+        if batch == 0:
+            others.wait(30)
+        return batch
+
+    def write(batch: int, result: int) -> None:
+        written.append((batch, result))
+        if len(written) == 9:
+            others.set()
+
+    with Flow(encode, write, encoders=2) as flow:
+        for batch in range(10):
+            flow.put(batch)
+    assert written[-1] == (0, 0)
+    assert sorted(written) == [(batch, batch) for batch in range(10)]
 
 
 def test_an_idle_worker_embeds_a_new_row_at_once(engine, note, plain, encoder):
