@@ -195,9 +195,9 @@ def _row(
 
 def excerpt(exposed: Exposed, found: Found, marked: Mapping[str, Html] | None = None) -> list[Any]:
     """The text of a row as far as its columns are shown, words of the question marked."""
-    texts = [_cut(found.row[c]) for c in _text_columns(exposed) if found.row.get(c) is not None]
+    texts = [cut(found.row[c]) for c in _text_columns(exposed) if found.row.get(c) is not None]
     if not texts:
-        return [_cut(found.key)]
+        return [cut(found.key)]
     parts: list[Any] = []
     for number, text in enumerate(texts):
         shown = (marked or {}).get(text, text)
@@ -208,7 +208,7 @@ def excerpt(exposed: Exposed, found: Found, marked: Mapping[str, Html] | None = 
 def _others(exposed: Exposed, found: Found) -> str:
     texts = _text_columns(exposed)
     values = {c: v for c, v in found.row.items() if c not in texts and v is not None}
-    return " · ".join(f"{name} {_cut(value, 60)}" for name, value in values.items())
+    return " · ".join(f"{name} {cut(value, 60)}" for name, value in values.items())
 
 
 def _text_columns(exposed: Exposed) -> list[str]:
@@ -216,7 +216,8 @@ def _text_columns(exposed: Exposed) -> list[str]:
     return [c for c in (source.columns if source is not None else ()) if c in exposed.columns]
 
 
-def _cut(value: Any, width: int = SHOWN) -> str:
+def cut(value: Any, width: int = SHOWN) -> str:
+    """The beginning of a value as it is shown."""
     text = str(value)
     return text if len(text) <= width else text[: width - 1] + "…"
 
@@ -226,7 +227,7 @@ def _marks(
 ) -> dict[str, Html]:
     """The texts that are shown, with the words of the question marked by PostgreSQL itself."""
     rows = [found.row for answer in answers for found in answer.found]
-    texts = sorted({_cut(row[column]) for column in _text_columns(exposed) for row in rows
+    texts = sorted({cut(row[column]) for column in _text_columns(exposed) for row in rows
                     if row.get(column) is not None})  # fmt: skip
     if exposed.text is None or not lexemes or not texts:
         return {}

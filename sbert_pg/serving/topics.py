@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from sbert_pg.clustering import Clustering, drift, flows, run_before
 from sbert_pg.clustering.tables import EXEMPLAR_PREFIX
-from sbert_pg.serving.comparing import excerpt
+from sbert_pg.serving.comparing import cut, excerpt
 from sbert_pg.serving.exposed import Exposed, Found
 from sbert_pg.serving.html import Html, h, table
 from sbert_pg.serving.states import MEASURED_ROWS
@@ -64,7 +64,9 @@ def members(
             class_="faint")  # fmt: skip
     yield _renaming(exposed, number, name.strip())
     rows = exposed.rows(connection, keys)
-    yield table(exposed.columns, ([row.row[c] for c in exposed.columns] for row in rows))
+    shown = ([cut(row.row[c]) if row.row[c] is not None else None for c in exposed.columns]
+             for row in rows)  # fmt: skip
+    yield table(exposed.columns, shown)
 
 
 def _renaming(exposed: Exposed, number: int, name: str) -> Iterator[Html]:

@@ -227,6 +227,13 @@ def test_topics(tab: Any, notes: sa.Engine) -> None:
     assert moved.count() >= 1, "three clusters of two: some rows have another number"
     tab.get_by_role("link", name="money").first.click()
     tab.get_by_role("cell", name="Refund 1", exact=True).wait_for()
+    # Of a long text the beginning is shown.
+    address, longest = tab.url, 0
+    for number in (1, 2, 3):
+        tab.goto(f"/explore/topics?number={number}")
+        longest = max(longest, *map(len, tab.locator("td").all_inner_texts()))
+    assert longest == 400
+    tab.goto(address)
     # The pages never write, so they give the command that renames, whatever the name.
     for name in ("It's money", "--help"):
         tab.get_by_label("Name").fill(name)
