@@ -18,7 +18,7 @@ from sbert_pg.errors import BindingError, NotBoundError
 from sbert_pg.freshness import claims
 from sbert_pg.freshness.claims import Claimed
 from sbert_pg.freshness.cutting import Cutter
-from sbert_pg.freshness.encoding import encoder_of
+from sbert_pg.freshness.encoding import held_encoder
 from sbert_pg.freshness.queue import (
     CHANGED,
     Candidate,
@@ -231,7 +231,7 @@ class Columns:
         say(logger, logging.INFO, f"Keeping {binding} fresh", fields)
 
     def _encoder(self, database: Database, binding: Binding) -> TextEncoder:
-        encoder, most = encoder_of(database, binding), self._cache_rows
+        encoder, most = held_encoder(database, binding), self._cache_rows
         return CachedEncoder(encoder, database.engine, max_rows=most) if most else encoder
 
 

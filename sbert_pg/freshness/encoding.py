@@ -51,7 +51,7 @@ class Embedded:
     passages: dict[str, bytes] = field(default_factory=dict)
 
 
-def encoder_of(database: Database, binding: Binding) -> TextEncoder:
+def held_encoder(database: Database, binding: Binding) -> TextEncoder:
     """The encoder of a column, held against what the column was sealed with."""
     encoder = get_encoder(binding.declared)
     # What it takes to encode the probes is not spent in a transaction.

@@ -17,7 +17,7 @@ from sbert_pg import catalog
 from sbert_pg.catalog import Binding
 from sbert_pg.errors import BackfillError
 from sbert_pg.freshness.claims import retrying
-from sbert_pg.freshness.encoding import encoder_of
+from sbert_pg.freshness.encoding import held_encoder
 from sbert_pg.freshness.queue import Counts, counts, queue_fault, require_psycopg
 from sbert_pg.freshness.rows import rows_of
 from sbert_pg.freshness.shared import LOGGER, Companion, Database, WorkerSettings, say
@@ -167,7 +167,7 @@ def backfill(
     identity = column.identity if isinstance(column, Binding) else column
     with database.begin() as connection:
         binding = catalog.require_binding(connection, identity)
-    encoder_of(database, binding)
+    held_encoder(database, binding)
     with database.begin() as connection:
         rows_of(connection, binding)
         fault = queue_fault(connection, binding)

@@ -20,6 +20,7 @@ from sbert_pg.catalog.record import qualified
 from sbert_pg.errors import AlreadyBoundError, NotProvenError
 from sbert_pg.freshness.audit import compare
 from sbert_pg.locks import ATTEMPTS, LOCK_TIMEOUT, in_short_transactions
+from sbert_pg.probes import measured
 from sbert_pg.reembed.candidates import (
     Candidate,
     Text,
@@ -357,6 +358,9 @@ def adopt(
     best, source = proof.best, proof.source
     if not proof.proven or best is None or source is None:
         raise NotProvenError(f"The column is not adopted, and nothing was changed. {proof}")
+
+    # What it takes to encode the probes is not spent while writers wait.
+    measured(best.encoder)
 
     def bind(connection: sa.Connection) -> tuple[Binding, str]:
         # The queue's index comes after the digests, so that it is small and built once.

@@ -7,6 +7,7 @@ import pytest
 import sqlalchemy as sa
 
 from sbert_pg import catalog, errors
+from sbert_pg.probes import PROBES
 from sbert_pg.reembed import adopt, digests, examine
 from sbert_pg.source import Source
 from sbert_pg.system import ColumnIdentity
@@ -144,6 +145,35 @@ def test_what_is_adopted_is_fresh_and_kept_fresh(world, old):
     with world.engine.begin() as connection, pytest.raises(sa.exc.DBAPIError) as refused:
         connection.execute(sa.text("update docs set embedding = embedding * embedding"))
     assert refused.value.orig.sqlstate == "SB001"
+
+
+class Own:
+    """An application's encoder, which knows whether the table is locked while it encodes probes."""
+
+    def __init__(self, encoder, engine):
+        self.encoder, self.engine, self.locked = encoder, engine, []
+
+    spec = property(lambda self: self.encoder.spec)
+    probe_vectors = property(lambda self: self.encoder.probe_vectors)
+
+    def encode_query(self, texts):
+        return self.encoder.encode_query(texts)
+
+    def encode_document(self, texts):
+        if tuple(texts) == PROBES:
+            with self.engine.connect() as connection:
+                self.locked += connection.exec_driver_sql(
+                    "select mode from pg_locks where relation = 'docs'::regclass and granted "
+                    "and mode in ('ShareLock', 'ShareRowExclusiveLock', 'AccessExclusiveLock')"
+                ).scalars()
+        return self.encoder.encode_document(texts)
+
+
+def test_no_writer_waits_while_an_encoder_is_measured(world, old):
+    column = fill(world, "home-made", old)
+    own = Own(old, world.engine)
+    assert adopt(world.engine, column, [own]).adopted == ROWS
+    assert own.locked == []
 
 
 def test_vectors_are_not_touched(world, old):
