@@ -43,7 +43,7 @@ class ChangedColumnError(EncoderMismatchError, CommandError):
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class RefusedChange:
     """One change that is refused.
 
     Attributes:
@@ -68,7 +68,9 @@ def compatible_names(connection: sa.Connection) -> dict[uuid.UUID, set[str]]:
     return names
 
 
-def change_of(binding: Binding, column: sa.Column[Any], names: set[str]) -> Change | None:
+def refused_change(
+    binding: Binding, column: sa.Column[Any], names: set[str]
+) -> RefusedChange | None:
     """The first difference that makes another vector space or another column, if there is one.
 
     Args:
@@ -80,7 +82,7 @@ def change_of(binding: Binding, column: sa.Column[Any], names: set[str]) -> Chan
     spec, declared = type_.encoder, binding.declared
     same_width = spec.dimensions == declared.dimensions
     what = _difference(binding, type_, names)
-    return None if what is None else Change(binding, column, what, same_width)
+    return None if what is None else RefusedChange(binding, column, what, same_width)
 
 
 def _difference(binding: Binding, type_: Embedding, names: set[str]) -> str | None:
@@ -126,7 +128,7 @@ def same_source(a: Source, b: Source) -> bool:
     return a == b
 
 
-def refuse(changes: list[Change]) -> None:
+def refuse(changes: list[RefusedChange]) -> None:
     """Refuse changed columns, with the lines to write instead.
 
     Raises:
@@ -169,7 +171,7 @@ def refuse_width(place: tuple[str | None, str, str], old: Any, new: Any) -> NoRe
     )
 
 
-def _message(change: Change) -> str:
+def _message(change: RefusedChange) -> str:
     binding, type_ = change.binding, change.column.type
     assert isinstance(type_, Embedding)
     text = (

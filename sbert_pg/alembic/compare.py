@@ -87,7 +87,7 @@ class Comparison:
         self.kept: set[Place] = set()
         #: Indexes that bindings have: their queue, and the rows that failed.
         self.queues = {name for b in self.bindings.values() for name in self._queues_of(b)}
-        self.changes: list[changes.Change] = []
+        self.changes: list[changes.RefusedChange] = []
 
     def key(self, schema: str | None, table: str) -> Key:
         """A table as Alembic names it: without the search path's first schema."""
@@ -294,7 +294,7 @@ class Comparison:
                 self.after.append(self._bind_op(key, column.name, declared, concurrently=True))
             else:
                 names = self.compatible.get(binding.id, set())
-                change = changes.change_of(binding, column, names)
+                change = changes.refused_change(binding, column, names)
                 change = change or self._replacement_change(key, binding, column)
                 if change is not None:
                     self.changes.append(change)
@@ -322,7 +322,7 @@ class Comparison:
 
     def _replacement_change(
         self, key: Key, binding: Binding, column: sa.Column[Any]
-    ) -> changes.Change | None:
+    ) -> changes.RefusedChange | None:
         """Whether the models say differently which column this one replaces."""
         declared = self._declaration(key, column).replaces
         bound = binding.replaces
@@ -331,7 +331,9 @@ class Comparison:
             return None
         if declared == bound:
             return None
-        return changes.Change(binding, column, f"replaces={bound!r} became {declared!r}", False)
+        return changes.RefusedChange(
+            binding, column, f"replaces={bound!r} became {declared!r}", False
+        )
 
     def _compare_indexes(self, key: Key, table: sa.Table) -> None:
         superfluous = {
