@@ -6,7 +6,7 @@ known in this process, and how a batch of them is encoded with errors that name 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -106,6 +106,18 @@ def embedding_columns(declared: Any) -> tuple[EmbeddingColumn, ...]:
         )
         for column in dict.fromkeys(_columns(declared))
         if isinstance(column.type, Embedding)
+    )
+
+
+def columns_filled(table: sa.Table, known: Set[sa.Column[Any]]) -> tuple[EmbeddingColumn, ...]:
+    """The embedding columns that a writer fills who knows these columns of the table.
+
+    The others are left to workers, or belong to a sibling class in the same table.
+    """
+    return tuple(
+        each
+        for each in embedding_columns(table)
+        if not each.is_cut and known >= {each.column, *each.source_columns}
     )
 
 
@@ -265,9 +277,7 @@ def embed_rows(
     key_of = {column: key for key, column in names.items()}
     embedded = [dict(row) for row in rows]
     jobs = []
-    for column in embedding_columns(target):
-        if column.is_cut or not key_of.keys() >= {column.column, *column.source_columns}:
-            continue  # left to workers, or of a sibling class in the same table
+    for column in columns_filled(target, key_of.keys()):
         key = key_of[column.column]
         for number, row in enumerate(embedded):
             # Core takes the columns of all rows from the first.

@@ -65,17 +65,17 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 #: Most modules and lines of each room: a new capability raises its own, and nobody else's.
 ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (10, 2000),
-    "alembic": (8, 2723),
+    "alembic": (8, 2727),
     "catalog": (9, 2567),
     "cli": (17, 4532),
     "clustering": (16, 5221),
     "encoder": (28, 7743),
     "freshness": (16, 5243),
     "indexes": (6, 1407),
-    "loading": (4, 1132),
+    "loading": (4, 1124),
     "orm": (5, 929),
     "passages": (5, 1165),
-    "reembed": (12, 3125),
+    "reembed": (12, 3129),
     "search": (13, 4174),
     "serving": (19, 3635),
     "sql": (1, 24),
@@ -83,7 +83,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "types": (8, 1803),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3453
+MOST_LINES_OF_THE_REST = 3463
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60

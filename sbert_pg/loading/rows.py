@@ -16,7 +16,7 @@ from sqlalchemy.engine import Dialect
 
 from sbert_pg.catalog.embedding import default_of
 from sbert_pg.errors import LoadError, VectorError
-from sbert_pg.row_vectors import EmbeddingColumn, embedding_columns
+from sbert_pg.row_vectors import EmbeddingColumn, columns_filled
 from sbert_pg.source import NOT_KNOWN, Text
 from sbert_pg.spec import Vectors
 from sbert_pg.types import wire
@@ -40,14 +40,6 @@ _FROM_TEXT: dict[type, Callable[[str], Any]] = {
 }
 
 
-def _embedded(table: sa.Table, mapped: Set[sa.Column[Any]]) -> tuple[EmbeddingColumn, ...]:
-    return tuple(
-        each
-        for each in embedding_columns(table)
-        if not each.is_cut and mapped >= {each.column, *each.source_columns}
-    )
-
-
 class Plan:
     """Which columns are written, decided by the first row; all rows are to have the same.
 
@@ -67,7 +59,7 @@ class Plan:
         first: Mapping[str, Any],
     ) -> None:
         _require_mapping(first, 0)
-        self.embedded = _embedded(table, set(names.values()))
+        self.embedded = columns_filled(table, set(names.values()))
         vectors = [each.column for each in self.embedded]
         companions = {each.companion for each in self.embedded}
         _refuse_keys(table, names, companions, first)
