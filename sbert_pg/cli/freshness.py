@@ -90,7 +90,7 @@ def worker(
             return
         running = Worker(engine, chosen, [*companions, Answers(engine)])
         if address is not None:
-            from sbert_pg.serving.worker import serving_http
+            from sbert_pg.serving.server import serving_http
 
             port = stack.enter_context(serving_http(running, *address))
             common.note(f"Health and metrics on http://{address[0]}:{port}")

@@ -356,10 +356,13 @@ def _clusters(connection: sa.Connection, clustering: Clustering) -> list[tuple[i
 
 def colours(number: int) -> list[str]:
     """Colours for so many clusters, each far from the one before."""
-    chosen = []
-    for rank in range(number):
-        red, green, blue = colorsys.hls_to_rgb(
-            (0.58 + rank * _HUE_STEP) % 1.0, (0.45, 0.58, 0.36)[rank % 3], 0.62
-        )
-        chosen.append(f"#{int(255 * red):02x}{int(255 * green):02x}{int(255 * blue):02x}")
-    return chosen
+    return [
+        hex_colour((0.58 + rank * _HUE_STEP) % 1.0, (0.45, 0.58, 0.36)[rank % 3], 0.62)
+        for rank in range(number)
+    ]
+
+
+def hex_colour(hue: float, lightness: float, saturation: float) -> str:
+    """A colour as pages have it, from three shares."""
+    parts = colorsys.hls_to_rgb(hue, lightness, saturation)
+    return "#" + "".join(f"{int(255 * part):02x}" for part in parts)

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from sbert_pg.errors import EncoderError, EncodingError, SbertPgError
+from sbert_pg.errors import EncoderError, EncodingError
+from sbert_pg.serving.http import busy
 from sbert_pg.spec import Vectors
 
 #: Seconds that a batch waits for more, where there is company.
@@ -31,8 +32,14 @@ MOST_WAITING = 16_384
 Encode = Callable[[Sequence[Any]], Vectors]
 
 
-class QueueFullError(SbertPgError):
-    """More texts wait than are taken."""
+def require_room(waiting: int) -> None:
+    """Refuse texts with which too many would wait.
+
+    Raises:
+        RefusedError: so many are too many.
+    """
+    if waiting > MOST_WAITING:
+        raise busy("Too many texts wait to be encoded")
 
 
 @dataclass(slots=True, eq=False)
@@ -100,12 +107,11 @@ class Batcher:
             texts: at least one.
 
         Raises:
-            QueueFullError: too much waits.
+            RefusedError: too much waits.
             EncodingError: one of *these* texts cannot be encoded; ``index`` says which.
             EncoderError: the encoder gave no vectors.
         """
-        if self._waiting + len(texts) > MOST_WAITING:
-            raise QueueFullError
+        require_room(self._waiting + len(texts))
         request = _Request(texts, asyncio.get_running_loop().create_future())
         self._requests.append(request)
         self._waiting += len(texts)

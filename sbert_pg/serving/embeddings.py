@@ -1,25 +1,28 @@
-"""``/v1/embeddings`` and ``/v1/models``, as OpenAI's clients send and read them.
+"""``/v1/embeddings`` and ``/v1/models`` for OpenAI's clients, ``/rerank`` for Cohere's and Jina's.
 
 The request and its answer are those of OpenAI's API reference for embeddings: ``input`` is a text
 or up to 2,048 of them, none empty; ``encoding_format`` is ``float`` or ``base64`` (little-endian
 float32); ``dimensions`` cuts the vectors of models that were trained for it, and makes their length
 one again. Token numbers are refused: they are of OpenAI's tokenizer, and mean other words here.
+
+``/rerank`` takes a question and up to 2,048 documents, and has them by their scores, best first.
+Pairs wait in the queue of one thread together with the texts of ``/v1/embeddings``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from sbert_pg.errors import EncodingError
-from sbert_pg.serving.batching import MOST_WAITING, Batcher, QueueFullError
-from sbert_pg.serving.http import RefusedError, busy, json_bytes, only_known, wrong
+from sbert_pg.errors import DeclarationError, EncodingError
+from sbert_pg.serving.batching import Batcher, require_room
+from sbert_pg.serving.http import RefusedError, json_bytes, only_known, wrong
 from sbert_pg.serving.metrics import ServerMetrics
 from sbert_pg.spec import DOCUMENT, QUERY, TextEncoder, Vectors, known_encoder, same_encoder_name
 from sbert_pg.types.wire import Array, to_text
@@ -33,6 +36,8 @@ _CHARACTERS_A_TOKEN = 16
 #: another thread is woken.
 _COUNTED_AT_ONCE = 2_000
 _FIELDS = ("input", "model", "encoding_format", "dimensions", "user", "input_type")
+_RERANK_FIELDS = ("model", "query", "documents", "top_n", "return_documents")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,23 +129,25 @@ class Embeddings:
         name = by_name(self._encoders, asked.model)
         encoder = self._encoders[name]
         _require_width(encoder, asked.dimensions)
-        if sum(b.waiting for b in self._batchers.values()) + len(asked.texts) > MOST_WAITING:
-            raise busy("Too many texts wait to be encoded")
-        try:
-            encoding = self._batchers[name, asked.kind].encode(asked.texts)
-            if sum(map(len, asked.texts)) > _COUNTED_AT_ONCE:
-                counting = asyncio.to_thread(_count_tokens, encoder, asked.texts)
-                vectors, tokens = await asyncio.gather(encoding, counting)
-            else:
-                vectors, tokens = await encoding, _count_tokens(encoder, asked.texts)
-        except QueueFullError as error:
-            raise busy("Too many texts wait to be encoded") from error
-        except EncodingError as error:
-            place = "" if error.index is None else f"[{error.index}]"
-            raise wrong("input", f"{place} cannot be encoded: {error}") from error
+        require_room(sum(b.waiting for b in self._batchers.values()) + len(asked.texts))
+        encoding = _naming("input", self._batchers[name, asked.kind].encode(asked.texts))
+        if sum(map(len, asked.texts)) > _COUNTED_AT_ONCE:
+            counting = asyncio.to_thread(_count_tokens, encoder, asked.texts)
+            vectors, tokens = await asyncio.gather(encoding, _naming("input", counting))
+        else:
+            vectors, tokens = await encoding, _count_tokens(encoder, asked.texts)
         if len(vectors) == 1 or not asked.as_floats:
             return _rendered(name, vectors, tokens, asked)
         return await asyncio.to_thread(_rendered, name, vectors, tokens, asked)
+
+
+async def _naming(field: str, work: Awaitable[T], verb: str = "encoded") -> T:
+    """What some work gives; a text that cannot be encoded is said by its place in a field."""
+    try:
+        return await work
+    except EncodingError as error:
+        place = "" if error.index is None else f"[{error.index}]"
+        raise wrong(field, f"{place} cannot be {verb}: {error}") from error
 
 
 def by_name(served: Iterable[str], asked: Any) -> str:
@@ -212,3 +219,111 @@ def _rendered(name: str, vectors: Vectors, tokens: int, asked: _Asked) -> bytes:
 
 def _base64(vector: Array) -> str:
     return f'"{base64.b64encode(vector.tobytes()).decode()}"'
+
+
+class Reranks(Protocol):
+    """What scores pairs, a ``Reranker``."""
+
+    @property
+    def labels(self) -> int:
+        """Scores of a pair."""
+        ...
+
+    def score_pairs(self, pairs: Sequence[tuple[str, str]]) -> Any:
+        """A number for each pair, larger for better."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Ranking:
+    """A request that makes sense."""
+
+    query: str
+    documents: list[str]
+    top_n: int
+    with_documents: bool
+
+    @classmethod
+    def read(cls, body: dict[str, Any]) -> _Ranking:
+        only_known(body, _RERANK_FIELDS)
+        query = body.get("query")
+        if not isinstance(query, str) or not query:
+            raise wrong("query", "has to be a text that is not empty.")
+        documents = _documents(body.get("documents"))
+        top_n = body.get("top_n")
+        if top_n is not None and (type(top_n) is not int or top_n < 1):
+            raise wrong("top_n", "has to be a whole number from 1 on.")
+        with_documents = body.get("return_documents", False)
+        if not isinstance(with_documents, bool):
+            raise wrong("return_documents", "is true or false.")
+        return cls(query, documents, top_n or len(documents), with_documents)
+
+
+def _documents(given: Any) -> list[str]:
+    if not isinstance(given, list) or not given:
+        raise wrong("documents", "has to be a list of at least one document.")
+    if len(given) > MOST_TEXTS:
+        raise wrong("documents", f"has {len(given):,}; send at most {MOST_TEXTS:,} at once.")
+    texts: list[Any] = [one.get("text") if isinstance(one, dict) else one for one in given]
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise wrong(
+                "documents", f"has to hold texts, or objects with a 'text'; [{number}] is neither."
+            )
+    return texts
+
+
+class Reranking:
+    """Rerankers, by the names under which clients ask for them.
+
+    Args:
+        rerankers: by name, at least one, with one score of a pair each.
+
+    Raises:
+        DeclarationError: one gives several scores of a pair.
+    """
+
+    def __init__(
+        self, rerankers: Mapping[str, Reranks], executor: Executor, metrics: ServerMetrics
+    ) -> None:
+        for name, reranker in rerankers.items():
+            if reranker.labels != 1:
+                raise DeclarationError(
+                    f"{name!r} is a classifier with {reranker.labels} scores of a pair, and a "
+                    "reranker has one."
+                )
+        self._batchers = {
+            name: Batcher(_scoring(reranker), executor, metrics.count_batch)
+            for name, reranker in rerankers.items()
+        }
+
+    async def answer(self, body: dict[str, Any]) -> bytes:
+        """The answer of ``/rerank``.
+
+        Raises:
+            RefusedError: the request makes no sense, or too much waits.
+        """
+        asked = _Ranking.read(body)
+        # With one reranker there is no doubt which is meant.
+        name = (
+            next(iter(self._batchers))
+            if "model" not in body and len(self._batchers) == 1
+            else by_name(self._batchers, body.get("model"))
+        )
+        pairs = [(asked.query, document) for document in asked.documents]
+        scores = (await _naming("documents", self._batchers[name].encode(pairs), "scored"))[:, 0]
+        best = np.argsort(-scores, kind="stable")[: asked.top_n]
+        results = [
+            {"index": int(index), "relevance_score": float(scores[index])}
+            | ({"document": {"text": asked.documents[index]}} if asked.with_documents else {})
+            for index in best
+        ]
+        return json_bytes({"model": name, "results": results})
+
+
+def _scoring(reranker: Reranks) -> Any:
+    def score(pairs: Sequence[tuple[str, str]]) -> Vectors:
+        scores: Vectors = np.asarray(reranker.score_pairs(pairs), dtype=np.float32)[:, np.newaxis]
+        return scores
+
+    return score

@@ -28,9 +28,8 @@ from sbert_pg.serving.comparing import OPERATORS, compared, filters_of
 from sbert_pg.serving.exposed import Exposed, Question, Shown
 from sbert_pg.serving.html import Html, guarded, h, page
 from sbert_pg.serving.http import JSON, RefusedError, json_bytes, refusal_of
-from sbert_pg.serving.points import points
 from sbert_pg.serving.states import Pace, changes, health
-from sbert_pg.serving.topics import members, no_topics, overview
+from sbert_pg.serving.topics import members, no_topics, overview, points
 
 #: Rows of a list, and rows that a lasso shows.
 LISTED = 20

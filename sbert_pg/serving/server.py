@@ -1,4 +1,4 @@
-"""What ``sbert-pg serve`` serves: embeddings, reranking, searches, health and metrics."""
+"""What is served over HTTP: encoders, rerankers and searches, or a worker's health and metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import sqlalchemy as sa
 
-from sbert_pg.serving.embeddings import Embeddings
+from sbert_pg.freshness.worker import Worker
+from sbert_pg.serving.embeddings import Embeddings, Reranking, Reranks
 from sbert_pg.serving.exposed import Question, Shown
 from sbert_pg.serving.http import (
     JSON,
@@ -24,8 +25,7 @@ from sbert_pg.serving.http import (
     require_safe,
 )
 from sbert_pg.serving.listening import Limits, listening
-from sbert_pg.serving.metrics import ServerMetrics
-from sbert_pg.serving.rerank import Reranking, Reranks
+from sbert_pg.serving.metrics import ServerMetrics, WorkerMetrics
 from sbert_pg.spec import TextEncoder
 
 P = ParamSpec("P")
@@ -98,6 +98,49 @@ def serving(
     finally:
         encoding.shutdown(wait=False, cancel_futures=True)
         executor.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def serving_http(
+    worker: Worker, host: str = "127.0.0.1", port: int = 9187, *, limits: Limits | None = None
+) -> Iterator[int]:
+    """Serve a worker's health and metrics while the block runs.
+
+    ``/health`` is 200 while the process works and 503 when it is to be restarted; ``/ready`` is 200
+    while it reaches the database and serves every column that it should, else 503; ``/metrics`` is
+    for Prometheus. They need no token, since orchestrators have none, and show no text of a row.
+
+    Args:
+        host: address to listen on; the default is this machine alone.
+        port: port; 0 takes a free one.
+        limits: see ``Limits``.
+
+    Yields:
+        The port.
+
+    Raises:
+        DeclarationError: the address cannot be listened on.
+    """
+    metrics = ServerMetrics(WorkerMetrics(worker.tally))
+
+    def health(*, ready: bool) -> tuple[int, bytes, str]:
+        state = worker.health()
+        good = state.ready if ready else state.alive
+        return 200 if good else 503, json_bytes(state.details) + b"\n", JSON
+
+    service = Service(
+        pages={
+            "/health": lambda: health(ready=False),
+            "/ready": lambda: health(ready=True),
+            "/metrics": metrics.page,
+        },
+        open_pages=frozenset({"/health", "/ready", "/metrics"}),
+        observe=metrics.observe,
+        limits=limits or Limits(),
+    )
+    worker.watch_backlog()
+    with listening(application(service), service.limits, host, port) as bound:
+        yield bound
 
 
 def _ready(shown: Shown | None) -> tuple[int, bytes, str]:

@@ -20,7 +20,6 @@ from sbert_pg.search.exact import LabelledQuery
 from sbert_pg.serving.comparing import compared
 from sbert_pg.serving.exposed import Exposed, Question, Shown
 from sbert_pg.serving.html import h, table
-from sbert_pg.system import ColumnIdentity
 
 #: Failed rows of a column that are listed.
 FAILED = 20
@@ -58,8 +57,7 @@ def changes(
     with shown.connected() as connection:
         new = [b for b in catalog.all_bindings(connection) if b.replaces is not None]
         states = [
-            (b, status_of(connection, *change_of(connection, _identity(b)), whole=False))
-            for b in new
+            (b, status_of(connection, *change_of(connection, b.identity), whole=False)) for b in new
         ]
         known = {one.column: one for one in status(connection)}
         rows = {str(b): _rows(connection, b, known.get(str(b))) for b in new}
@@ -149,7 +147,7 @@ def _overlap(
         yield h("p", h("a", "Measure the overlap of neighbours", href=link))
         return
     report = reembed.verify(
-        shown.engine, _identity(binding), queries=queries, sample_size=50, texts=0
+        shown.engine, binding.identity, queries=queries, sample_size=50, texts=0
     )
     share = "could not be measured" if report.overlap is None else f"{report.overlap:.0%}"
     yield h("p", f"Overlap of the {report.k} nearest, old and new: ", h("b", share), ".",
@@ -243,10 +241,6 @@ def health(shown: Shown, diagnose: Callable[[sa.Connection], Iterable[Any]]) -> 
     for column, rows in failed.items():
         yield h("h2", f"Failed rows of {column}", dir="auto")
         yield table(("key", "attempts", "reason"), ([f.key, f.attempts, f.error] for f in rows))
-
-
-def _identity(binding: Binding) -> ColumnIdentity:
-    return ColumnIdentity(binding.schema, binding.table, binding.column)
 
 
 def _number(value: int | None) -> str:

@@ -19,7 +19,7 @@ from sbert_pg import catalog, registry
 from sbert_pg.errors import CatalogMissingError, DeclarationError, NotBoundError
 from sbert_pg.freshness import Worker, WorkerSettings, refresh, worker_thread
 from sbert_pg.freshness.encoding import Flow
-from sbert_pg.serving.worker import serving_http
+from sbert_pg.serving.server import serving_http
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
 from sbert_pg.system import ColumnIdentity

@@ -11,7 +11,8 @@ import pytest
 
 from sbert_pg.errors import EncoderError, EncodingError
 from sbert_pg.serving import batching
-from sbert_pg.serving.batching import BATCH, Batcher, QueueFullError
+from sbert_pg.serving.batching import BATCH, Batcher
+from sbert_pg.serving.http import RefusedError
 from sbert_pg.testing import DeterministicEncoder
 
 
@@ -145,7 +146,7 @@ def test_the_queue_is_bounded(monkeypatch):
         await begun(held)
         waits = asyncio.create_task(batcher.encode(["waits"] * 8))
         await asyncio.sleep(0)
-        with pytest.raises(QueueFullError):
+        with pytest.raises(RefusedError, match="Too many texts wait"):
             await batcher.encode(["more"] * 3)
         held.go.set()
         await asyncio.gather(first, waits)

@@ -32,7 +32,6 @@ from sbert_pg.clustering import Flow, KMeans, cluster, clusters_of, store_map
 from sbert_pg.serving import topics as topics_page
 from sbert_pg.serving.explore import Explorer
 from sbert_pg.serving.exposed import Shown
-from sbert_pg.serving.points import TEXT
 from sbert_pg.serving.server import serving
 from sbert_pg.serving.states import Pace
 from sbert_pg.testing import DeterministicEncoder
@@ -320,7 +319,9 @@ def test_colours_of_values(notes: sa.Engine, minilm: Any, client: Any) -> None:
         assert [len(keys) for _, keys in ids] == [3] * 8
         with notes.begin() as connection:
             connection.exec_driver_sql("UPDATE note SET body = repeat('x', 300) WHERE id < 3")
-        assert {len(label) for label, keys in groups("body") if keys & {"1", "2"}} == {TEXT}
+        assert {len(label) for label, keys in groups("body") if keys & {"1", "2"}} == {
+            topics_page.TEXT
+        }
         for column in ("secret", "nothing"):
             answer = http.get("/explore/points", params={"table": "note", "by": column})
             assert answer.status_code == 400
