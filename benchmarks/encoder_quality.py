@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 
-from sbert_pg.encoder.quality import score_pairs, score_retrieval
 from sbert_pg.probes import agreement_of
 from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors
+from sbert_pg.tuning.quality import score_pairs, score_retrieval
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 #: Published for all-MiniLM-L6-v2 (MTEB results, CC0), with the tolerance of a reproduction.

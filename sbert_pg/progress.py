@@ -10,6 +10,20 @@ from contextlib import contextmanager
 Advance = Callable[[str, int, "int | None"], None]
 
 
+def duration(seconds: float) -> str:
+    """A span of time in its two largest units, as in ``2 h 5 min``."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    parts = (
+        ((hours, "h"), (minutes, "min")) if hours < 48 else ((hours // 24, "d"), (hours % 24, "h"))
+    )
+    return " ".join(f"{number} {unit}" for number, unit in parts if number)
+
+
 @contextmanager
 def bar(step: str = "") -> Iterator[Callable[..., None]]:
     """A bar on standard error while the block runs; nothing where that is not a terminal.

@@ -396,17 +396,6 @@ def stoppable(
             signal.signal(number, earlier)
 
 
-def duration(seconds: float) -> str:
-    """A span of time in its two largest units, as in ``2 h 5 min``."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
-
-
 def note(message: str) -> None:
     """Say something that is not a result."""
     err.print(message, highlight=False)

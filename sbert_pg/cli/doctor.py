@@ -23,6 +23,7 @@ from sbert_pg.freshness.listening import seen_workers
 from sbert_pg.freshness.shared import replica_lag
 from sbert_pg.freshness.status import ColumnStatus, status
 from sbert_pg.indexes.read import StoredIndex, vector_indexes
+from sbert_pg.progress import duration
 
 #: Rows from which comparing all of them takes some 25 ms and more; below, an index gains little.
 LARGE = 50_000
@@ -195,7 +196,7 @@ def _of_column(column: ColumnStatus, large: int, *, building: bool) -> Iterator[
         )
     waiting = column.pending + column.backfill
     if waiting and (column.age is None or column.age > LATE):
-        since = "ever" if column.age is None else f"for {common.duration(column.age)}"
+        since = "ever" if column.age is None else f"for {duration(column.age)}"
         yield Finding(
             "fault", name, f"{waiting:,} rows wait for a vector, and no worker was done {since}",
             "Run 'sbert-pg worker', or 'sbert-pg worker --once' from cron.",
@@ -255,7 +256,7 @@ def _of_replicas(connection: sa.Connection) -> Iterator[Finding]:
         yield Finding(
             "fault",
             "replicas",
-            f"the slowest is {common.duration(lag)} behind, and answers from then",
+            f"the slowest is {duration(lag)} behind, and answers from then",
             "Backfill with '--set max_replica_lag=5', and look for long statements on the replica.",
         )
 

@@ -12,6 +12,7 @@ import typer
 
 from sbert_pg.cli import common
 from sbert_pg.errors import DeclarationError
+from sbert_pg.progress import duration
 
 if TYPE_CHECKING:
     from sbert_pg.freshness.status import ColumnStatus
@@ -121,7 +122,7 @@ def _remarks(column: ColumnStatus) -> Iterator[str]:
         yield f"is {column.state}"
     yield from column.problems
     if column.age is not None and column.pending:
-        yield f"something has been pending for at most {common.duration(column.age)}"
+        yield f"something has been pending for at most {duration(column.age)}"
     if column.backfill:
         yield f"{column.backfill:,} of its pending rows are a backfill's"
     if column.skipped:

@@ -96,17 +96,25 @@ class Candidates:
         kept = [i for i, key in enumerate(self.keys) if drawn[i] or key in answers]
         return Candidates([self.keys[i] for i in kept], self.vectors[kept], self.similarity)
 
-    def ndcg(
-        self, queries: Vectors, labelled: Sequence[LabelledQuery], k: int
-    ) -> npt.NDArray[np.float64]:
-        """nDCG@k of each question by exact search."""
+    def nearest(self, queries: Vectors, k: int) -> exact.Nearest:
+        """The k rows nearest to each question, compared with all."""
         best = exact.Nearest(len(queries), k)
         for first in range(0, len(self.keys), exact.BLOCK):
             block = self.vectors[first : first + exact.BLOCK]
             best.add(similarity_matrix(queries, block, self.similarity), first)
-        answers = zip(best.positions.tolist(), labelled, strict=True)
-        ranked = [([self.keys[i] for i in places if i >= 0], q.gains) for places, q in answers]
-        return np.array([exact.ndcg(keys, gains, k) for keys, gains in ranked])
+        return best
+
+    def ranked(self, queries: Vectors, k: int) -> list[list[str]]:
+        """Their keys, nearest first."""
+        places = self.nearest(queries, k).positions.tolist()
+        return [[self.keys[i] for i in of_one if i >= 0] for of_one in places]
+
+    def ndcg(
+        self, queries: Vectors, labelled: Sequence[LabelledQuery], k: int
+    ) -> npt.NDArray[np.float64]:
+        """nDCG@k of each question by exact search."""
+        answers = zip(self.ranked(queries, k), labelled, strict=True)
+        return np.array([exact.ndcg(keys, query.gains, k) for keys, query in answers])
 
 
 def examples_of(

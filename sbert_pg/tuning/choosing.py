@@ -18,6 +18,7 @@ import sqlalchemy as sa
 
 from sbert_pg.catalog import rows as catalog_rows
 from sbert_pg.errors import DeclarationError, SbertPgError, TooFewPairsError
+from sbert_pg.progress import duration
 from sbert_pg.registry import get_encoder
 from sbert_pg.search.exact import LabelledQuery
 from sbert_pg.source import Source
@@ -26,7 +27,8 @@ from sbert_pg.tuning.adapters import Candidates
 from sbert_pg.tuning.evaluation import CONFIDENCE, Figure, grouped_figures
 from sbert_pg.tuning.files import in_columns, pairs_of
 from sbert_pg.tuning.limits import limits_of, share
-from sbert_pg.tuning.task import drawn, is_one_of
+from sbert_pg.tuning.pairs import is_one_of
+from sbert_pg.tuning.task import drawn
 from sbert_pg.types.comparator import base_of, clause_of
 
 if TYPE_CHECKING:
@@ -124,7 +126,7 @@ class Choice:
                 e.languages,
                 str(e.limits),
                 f"{e.cut:.0%}",
-                _time(e.seconds),
+                duration(e.seconds) if e.seconds else "none",
             ]
             for e in self.encoders
         ]
@@ -370,7 +372,7 @@ def _first_choice(within: Sequence[Choosable]) -> tuple[str, str]:
     # The differences are to the best of all, which may take longer than the budget allows.
     alike = [each for each in within if each.difference.high >= best.difference.value]
     chosen = min(alike, key=lambda each: each.milliseconds)
-    cost = f"Encoding every row takes {_time(chosen.seconds)}."
+    cost = f"Encoding every row takes {duration(chosen.seconds)}."
     if chosen is best:
         return chosen.encoder, f"Use {chosen.encoder}: none within the budget finds more. {cost}"
     return chosen.encoder, (
@@ -388,24 +390,14 @@ def _change_or_stay(
     if not own.within:
         return best.encoder, (
             f"Use {best.encoder}: the best within {budget:g} ms, which {own.encoder} does not keep "
-            f"to; nDCG {best.difference:+} against it. The change takes {_time(best.seconds)}."
+            f"to; nDCG {best.difference:+} against it. The change takes {duration(best.seconds)}."
         )
     if best.difference.low > 0:
         return best.encoder, (
             f"Use {best.encoder}: nDCG {best.difference:+} against {own.encoder}. The change takes "
-            f"{_time(best.seconds)}."
+            f"{duration(best.seconds)}."
         )
     return own.encoder, (
         f"Stay with {own.encoder}: {best.encoder} looks better by {best.difference:+}, an interval "
         f"of {CONFIDENCE:.0%} that includes zero. More questions would tell."
     )
-
-
-def _time(seconds: float) -> str:
-    """A duration, as people say it."""
-    if seconds == 0:
-        return "none"
-    for size, unit in ((86_400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"

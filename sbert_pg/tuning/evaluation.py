@@ -8,7 +8,7 @@ difference is that of paired questions.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,10 +21,16 @@ from sbert_pg.errors import DeclarationError, LoadError
 from sbert_pg.search import exact
 from sbert_pg.search.exact import LabelledQuery
 from sbert_pg.tuning.files import Run, in_columns, names_of, pairs_of
-from sbert_pg.tuning.searches import Answer, Search, encode_together, require_rows, with_answers
+from sbert_pg.tuning.searches import (
+    Answer,
+    Search,
+    by_question,
+    encode_together,
+    in_batches,
+    require_rows,
+    with_answers,
+)
 
-#: Questions of one statement.
-BATCH = 200
 #: Draws of the bootstrap; its share that an interval holds.
 DRAWS, CONFIDENCE = 1000, 0.95
 _MEASURES = ("ndcg", "recall", "mrr", "precision_at_1")
@@ -204,31 +210,25 @@ def _answers(
     answers: list[list[Answer]] = []
     seconds = 0.0
     questions = [query.text for query in queries]
-    for first in range(0, len(questions), BATCH):
-        batch = questions[first : first + BATCH]
+    for batch in in_batches(questions):
         statement = search(batch)
         if not isinstance(statement, sa.Select):
             answers += [[Answer(*row) for row in rows] for rows in statement]
             continue
         encode_together(statement, batch)
         started = time.perf_counter()
-        rows = connection.execute(with_answers(statement)).all()
+        of_batch = by_question(connection, with_answers(statement), len(batch))
         seconds += time.perf_counter() - started
-        answers += _by_question(rows, len(batch))
+        answers += [
+            [Answer(str(r.key), float(r.score), getattr(r, "text", "") or "") for r in rows]
+            for rows in of_batch
+        ]
     if len(answers) != len(questions):
         raise DeclarationError(
             f"Search {name!r} answers {len(answers)} of {len(questions)} questions."
         )
     require_rows(connection, statement, queries, answers)
     return answers, seconds
-
-
-def _by_question(rows: Iterable[sa.Row[Any]], questions: int) -> list[list[Answer]]:
-    answers: list[list[Answer]] = [[] for _ in range(questions)]
-    for row in rows:
-        text = getattr(row, "text", "") or ""
-        answers[row.query].append(Answer(str(row.key), float(row.score), text))
-    return answers
 
 
 def _measured(answers: Sequence[Answer], query: LabelledQuery, k: int) -> list[float]:
@@ -271,12 +271,13 @@ def _scores(
     scores = []
     for group, members in groups.items():
         count = int(members.sum())
-        draws = random.multinomial(count, np.full(count, 1 / count), size=DRAWS) / count
+        draws = _draws(count, random) / count
         first: Any = next(iter(values.values()))[members]
         for name, all_ in values.items():
             own = all_[members]
-            figures = dict(zip(_MEASURES, _figures(own, draws), strict=True))
-            (difference,) = _figures(own[:, :1] - first[:, :1], draws)
+            figures = dict(zip(_MEASURES, _figures(own, draws @ own), strict=True))
+            apart = own[:, :1] - first[:, :1]
+            (difference,) = _figures(apart, draws @ apart)
             scores.append(
                 Score(
                     search=name,
@@ -290,14 +291,16 @@ def _scores(
     return scores
 
 
-def _figures(values: Any, draws: Any) -> list[Figure]:
-    """Mean and interval of each column of an array of shape ``(questions, measures)``."""
+def _draws(count: int, random: np.random.Generator) -> Any:
+    """How often each of so many is in each draw of the bootstrap, ``(draws, count)``."""
+    return random.multinomial(count, np.full(count, 1 / count), size=DRAWS)
+
+
+def _figures(values: Any, means: Any) -> list[Figure]:
+    """Mean of each column of ``(questions, measures)``, and its interval by the means of draws."""
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(draws @ values, [tail, 1 - tail], axis=0)
-    return [
-        Figure(float(value), float(lowest), float(highest))
-        for value, lowest, highest in zip(values.mean(axis=0), low, high, strict=True)
-    ]
+    low, high = np.quantile(means, [tail, 1 - tail], axis=0)
+    return [Figure(*map(float, each)) for each in zip(values.mean(axis=0), low, high, strict=True)]
 
 
 def grouped_figures(
@@ -314,9 +317,5 @@ def grouped_figures(
     names, group = np.unique(groups, return_inverse=True)
     sums = np.zeros((len(names), values.shape[1]))
     np.add.at(sums, group, values)
-    random = np.random.default_rng(seed)
-    draws = random.multinomial(len(names), np.full(len(names), 1 / len(names)), size=DRAWS)
-    means = (draws @ sums) / (draws @ np.bincount(group))[:, None]
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(means, [tail, 1 - tail], axis=0)
-    return [Figure(*map(float, each)) for each in zip(values.mean(axis=0), low, high, strict=True)]
+    draws = _draws(len(names), np.random.default_rng(seed))
+    return _figures(values, (draws @ sums) / (draws @ np.bincount(group))[:, None])

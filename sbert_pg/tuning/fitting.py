@@ -24,8 +24,7 @@ from sbert_pg.tuning import adapters, whole
 from sbert_pg.tuning.evaluation import Figure
 from sbert_pg.tuning.files import pairs_of, write_queries
 from sbert_pg.tuning.pairs import HELD_OUT
-from sbert_pg.tuning.proof import Proof, judged_by
-from sbert_pg.tuning.task import Rows, Task
+from sbert_pg.tuning.task import Proof, Rows, Task, judged_by
 from sbert_pg.types.comparator import base_of, clause_of
 
 Method = Literal["linear", "contrastive", "full", "unlabelled", "distill"]

@@ -2,16 +2,18 @@
 
 Each kind of limit is a set of triples: a text, one that means the same, and one that looks alike
 and means something else. The score is the share of triples in which the encoder finds the same
-nearer; a perfect encoder reaches 1, a tossed coin .5. Intervals are Wilson's (1927).
+nearer; a perfect encoder reaches 1, a tossed coin .5. Intervals are Wilson's (1927). The triples,
+written for this project, and what to do about each kind are in ``limits.txt``.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from importlib import resources
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import sqlalchemy as sa
@@ -21,7 +23,6 @@ from sbert_pg.errors import DeclarationError
 from sbert_pg.probes import SAMPLE_TEXTS
 from sbert_pg.tuning.evaluation import Figure
 from sbert_pg.tuning.files import in_columns
-from sbert_pg.tuning.limit_texts import ADVICE, AT_THE_END, TRIPLES, Triple
 
 if TYPE_CHECKING:
     from sbert_pg.encoder import Encoder
@@ -38,6 +39,30 @@ _ARTICLE = re.compile(r"\b(?:the|a|an) ", re.IGNORECASE)
 _VERB = re.compile(r"\b(is|are|was|were|can|will|has|have|should|must|may)\b(?! not)")
 _WORD = re.compile(r"\b[^\W\d_]{4,}\b")
 _DIGIT = re.compile(r"[1-9]")
+
+
+class Triple(NamedTuple):
+    """A text, one that means the same, and one that means something else."""
+
+    text: str
+    same: str
+    other: str
+
+
+def _kinds() -> Iterator[tuple[str, str, tuple[Triple, ...]]]:
+    """Each kind of limit: its name, what to do about it, from the cheapest on, and its triples."""
+    content = resources.files("sbert_pg.tuning").joinpath("limits.txt").read_text("utf-8")
+    for block in content.removeprefix("# ").split("\n# "):
+        head, *lines = block.strip().splitlines()
+        name, _, advice = head.partition(": ")
+        yield name, advice, tuple(Triple(*line.split(" | ")) for line in lines)
+
+
+_KINDS = tuple(_kinds())
+ADVICE = {name: advice for name, advice, _ in _KINDS}
+TRIPLES = {name: triples for name, _, triples in _KINDS}
+#: What follows a long beginning, where the cut is: a question, its answer, another one.
+AT_THE_END = TRIPLES.pop(LONG)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ the same document or of the same vector, or their own wording, stay on one side.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from sbert_pg.catalog import rows as catalog_rows
 from sbert_pg.errors import DeclarationError, TooFewPairsError
 from sbert_pg.search import nearest
 from sbert_pg.search.exact import LabelledQuery
-from sbert_pg.tuning.searches import encode_together, with_answers
+from sbert_pg.tuning.searches import by_question, encode_together, in_batches, with_answers
 from sbert_pg.types.comparator import base_of, clause_of
 
 #: Fewest questions on each side, and fewest documents that they ask for. Below, an interval is too
@@ -29,8 +29,6 @@ from sbert_pg.types.comparator import base_of, clause_of
 LEAST_QUESTIONS, LEAST_DOCUMENTS = 40, 20
 #: Share of the questions that is kept back.
 HELD_OUT = 0.3
-#: Questions of one statement.
-_BATCH = 200
 
 Positions = npt.NDArray[np.int64]
 
@@ -131,16 +129,12 @@ def hard_negatives(
     most = max((len(query.gains) for query in queries), default=0)
     negatives: list[list[str]] = []
     with engine.connect() as connection:
-        for first in range(0, len(queries), _BATCH):
-            batch = queries[first : first + _BATCH]
+        for batch in in_batches(queries):
             texts = [query.text for query in batch]
             statement = nearest(column, texts, limit=count + min(most, count) + 5, where=where)
             encode_together(statement, texts)
-            answers: list[list[Any]] = [[] for _ in batch]
-            for row in connection.execute(with_answers(statement)):
-                answers[row.query].append(row)
-            for query, rows in zip(batch, answers, strict=True):
-                negatives.append(_unlabelled(query, rows)[:count])
+            answers = by_question(connection, with_answers(statement), len(batch))
+            negatives += [_unlabelled(q, r)[:count] for q, r in zip(batch, answers, strict=True)]
     return negatives
 
 
@@ -258,6 +252,12 @@ def _utc(moment: dt.datetime) -> dt.datetime:
     return moment.replace(tzinfo=dt.timezone.utc) if moment.tzinfo is None else moment
 
 
+def is_one_of(label: sa.ColumnElement[str], keys: Iterable[str]) -> sa.ColumnElement[bool]:
+    """Whether a row is called one of these."""
+    array = sa.cast(sa.literal(sorted(keys), ARRAY(sa.Text)), ARRAY(sa.Text))
+    return label == sa.any_(array)
+
+
 def of_keys(
     engine: sa.Engine, table: sa.Table, name: str, queries: Sequence[LabelledQuery]
 ) -> dict[str, str]:
@@ -271,12 +271,11 @@ def of_keys(
             f"Neither the pairs nor {table.fullname} has a column {name!r} to split by."
         )
     label = catalog_rows.label(list(table.primary_key))
-    keys = sorted({key for query in queries for key in query.gains})
+    keys = {key for query in queries for key in query.gains}
     column = table.c[name]
     # Times as seconds, which no setting of the session spells in its own way.
     timed = isinstance(column.type, (sa.DateTime, sa.Date))
     value = sa.cast(sa.extract("epoch", column) if timed else column, sa.Text)
-    array = sa.cast(sa.literal(keys, ARRAY(sa.Text)), ARRAY(sa.Text))
-    chosen = sa.select(label, value).where(label == sa.any_(array), value.is_not(None))
+    chosen = sa.select(label, value).where(is_one_of(label, keys), value.is_not(None))
     with engine.connect() as connection:
         return {key: str(said) for key, said in connection.execute(chosen)}

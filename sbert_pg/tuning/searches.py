@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import sqlalchemy as sa
 
 from sbert_pg.catalog import rows as catalog_rows
 from sbert_pg.catalog.embedding import Embedding
-from sbert_pg.distance import similarity_matrix
 from sbert_pg.errors import DeclarationError, LoadError
 from sbert_pg.indexes import index_like, vector_indexes
-from sbert_pg.search import exact, hybrid, matching, nearest
+from sbert_pg.search import hybrid, matching, nearest
+from sbert_pg.search.exact import LabelledQuery
 from sbert_pg.search.fusion import HybridSearch
 from sbert_pg.search.statement import Nearest
 from sbert_pg.spec import TextEncoder
+from sbert_pg.tuning.adapters import Candidates
 from sbert_pg.types.comparator import base_of, clause_of
 from sbert_pg.types.encoding import query_vectors
 from sbert_pg.types.indexed import index_on, method_of
@@ -31,9 +32,26 @@ class Answer(NamedTuple):
     text: str = ""
 
 
+#: Questions of one statement.
+BATCH = 200
+T = TypeVar("T")
 #: A search: from questions to the statement that answers them (with a column ``query``, the number
 #: of the question from 0), or to the answers themselves.
 Search = Callable[[list[str]], Any]
+
+
+def in_batches(questions: Sequence[T]) -> Iterator[list[T]]:
+    """Questions, as many at a time as one statement asks."""
+    for first in range(0, len(questions), BATCH):
+        yield list(questions[first : first + BATCH])
+
+
+def by_question(connection: sa.Connection, statement: Any, count: int) -> list[list[Any]]:
+    """Rows of a statement for so many questions, which has a column ``query``, for each of them."""
+    answers: list[list[Any]] = [[] for _ in range(count)]
+    for row in connection.execute(statement):
+        answers[row.query].append(row)
+    return answers
 
 
 def encode_together(statement: Any, questions: Sequence[str]) -> None:
@@ -74,7 +92,7 @@ def _target(statement: Nearest) -> Any:
 def require_rows(
     connection: sa.Connection,
     statement: Any,
-    queries: Sequence[exact.LabelledQuery],
+    queries: Sequence[LabelledQuery],
     answers: Sequence[Sequence[Answer]],
 ) -> None:
     """Refuse labelled keys of which not one is a row of the table that a search reads.
@@ -206,11 +224,9 @@ class _Encoded:
                     for i in range(0, len(texts), 512)
                 ]
             )
-        best = exact.Nearest(len(questions), self.limit)
-        asked = self.encoder.encode_query(questions)
-        for i in range(0, len(self.rows), exact.BLOCK):
-            block = self.vectors[i : i + exact.BLOCK]
-            best.add(similarity_matrix(asked, block, self.encoder.spec.similarity), i)
+        similarity = self.encoder.spec.similarity
+        rows = Candidates([key for key, _ in self.rows], self.vectors, similarity)
+        best = rows.nearest(self.encoder.encode_query(questions), self.limit)
         return [
             [
                 Answer(self.rows[place][0], float(score), self.rows[place][1][:200])

@@ -20,12 +20,10 @@ from sbert_pg.search import exact, hybrid
 from sbert_pg.search.exact import LabelledQuery
 from sbert_pg.search.fusion import DEPTH
 from sbert_pg.tuning.files import pairs_of
-from sbert_pg.tuning.searches import encode_together
+from sbert_pg.tuning.searches import by_question, encode_together, in_batches
 
 #: Parts that the questions are split into; each is judged by the weight of the others.
 FOLDS = 5
-#: Questions of one statement.
-BATCH = 100
 WEIGHTS = tuple(round(i / 20, 2) for i in range(21))
 
 
@@ -96,8 +94,7 @@ def fit_weight(
     queries = pairs_of(engine, pairs)
     rows: list[_Rows] = []
     with engine.connect() as connection:
-        for first in range(0, len(queries), BATCH):
-            batch = [query.text for query in queries[first : first + BATCH]]
+        for batch in in_batches([query.text for query in queries]):
             options: dict[str, Any] = {"where": where, "language": language, "depth": DEPTH}
             statement = hybrid(column, words, batch, limit=2 * DEPTH, **options)
             rows += _asked(connection, statement, batch)
@@ -148,9 +145,7 @@ def _asked(connection: sa.Connection, statement: Any, questions: Sequence[str]) 
     place = sa.func.row_number().over(order_by=search.key).label("place")
     # Of this very statement: the method of a search would make another, with other columns.
     select = sa.Select.with_only_columns(statement, label, place, *chosen)
-    answers: list[list[Any]] = [[] for _ in questions]
-    for row in connection.execute(select):
-        answers[row.query].append(row)
+    answers = by_question(connection, select, len(questions))
     for of_one in answers:
         of_one.sort(key=lambda row: row.place)
     return [

@@ -20,8 +20,7 @@ from sbert_pg.errors import DeclarationError, EncoderNotFoundError
 from sbert_pg.spec import EncoderSpec, Vectors
 from sbert_pg.tuning import training
 from sbert_pg.tuning.adapters import Candidates
-from sbert_pg.tuning.proof import Proof
-from sbert_pg.tuning.task import Task
+from sbert_pg.tuning.task import Proof, Task
 
 if TYPE_CHECKING:
     from sbert_pg.encoder import Encoder

@@ -10,7 +10,8 @@ import pytest
 from scipy import stats
 
 from sbert_pg.encoder import Encoder
-from sbert_pg.encoder.quality import (
+from sbert_pg.testing import DeterministicEncoder
+from sbert_pg.tuning.quality import (
     compare_on_pairs,
     compare_on_questions,
     ranks,
@@ -18,7 +19,6 @@ from sbert_pg.encoder.quality import (
     score_retrieval,
     spearman,
 )
-from sbert_pg.testing import DeterministicEncoder
 
 #: How far int8 may be from fp32 on a task.
 INT8_WITHIN = {

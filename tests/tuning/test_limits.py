@@ -15,8 +15,7 @@ from command_line import sbert_pg
 from sbert_pg.distance import similarity_matrix
 from sbert_pg.errors import DeclarationError
 from sbert_pg.tuning import limits_of
-from sbert_pg.tuning.limit_texts import ADVICE, AT_THE_END, TRIPLES
-from sbert_pg.tuning.limits import beside, share
+from sbert_pg.tuning.limits import ADVICE, AT_THE_END, TRIPLES, beside, share
 
 
 class Oracle:

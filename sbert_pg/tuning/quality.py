@@ -3,8 +3,7 @@
 The measures are those of MTEB.
 
 Spearman's correlation for pairs with scores; nDCG@10, recall and reciprocal rank for questions with
-answers (Järvelin and Kekäläinen 2002, in the binary form that MTEB's retrieval tasks use). numpy
-alone.
+answers, as ``evaluate`` has them of a table.
 """
 
 from __future__ import annotations
@@ -12,14 +11,18 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from sbert_pg.distance import similarity_matrix
-from sbert_pg.encoder.encoder import Encoder
+from sbert_pg.search import exact
 from sbert_pg.spec import TextEncoder, Vectors
+from sbert_pg.tuning.adapters import Candidates
+
+if TYPE_CHECKING:
+    from sbert_pg.encoder import Encoder
 
 Floats = npt.NDArray[np.float64]
 
@@ -31,8 +34,8 @@ class Retrieval:
     Attributes:
         ndcg_at_10: normalised discounted cumulative gain of the ten nearest.
         recall_at_1: share of questions whose nearest text is an answer.
-        recall_at_10: share of answers among the ten nearest.
-        reciprocal_rank: mean reciprocal rank of the first answer.
+        recall_at_10: share of answers, of at most ten, among the ten nearest.
+        reciprocal_rank: mean reciprocal rank of the first answer among these.
     """
 
     ndcg_at_10: float
@@ -84,22 +87,13 @@ def score_retrieval(
         relevant: for each question the positions of its answers, at least one.
         similarity: one of ``sbert_pg.distance.SIMILARITIES``.
     """
-    k = min(10, len(texts))
-    discounts = 1 / np.log2(np.arange(2, k + 2))
+    rows = Candidates([str(number) for number in range(len(texts))], texts, similarity)
     sums = np.zeros(4)
-    for begin in range(0, len(questions), 512):
-        block = questions[begin : begin + 512]
-        near = similarity_matrix(block, texts, similarity)  # type: ignore[arg-type]
-        order = np.argsort(-near, axis=1, kind="stable")
-        for row, answers in zip(order, relevant[begin : begin + 512], strict=True):
-            hits = np.isin(row, list(answers))
-            best = discounts[: min(len(answers), k)].sum()
-            sums += (
-                (discounts * hits[:k]).sum() / best,
-                hits[0],
-                hits[:k].sum() / len(answers),
-                1 / (int(np.argmax(hits)) + 1),
-            )
+    for keys, answers in zip(rows.ranked(questions, 10), relevant, strict=True):
+        gains = dict.fromkeys(map(str, answers), 1.0)
+        measures = exact.ndcg, exact.recall_of, exact.reciprocal_rank
+        of_ten = [measure(keys, gains, 10) for measure in measures]
+        sums += (of_ten[0], float(keys[0] in gains), *of_ten[1:])
     return Retrieval(*(float(value) for value in sums / max(1, len(questions))))
 
 
