@@ -8,7 +8,7 @@ Operators and operator classes: pgvector's README, "Querying" and "Indexing".
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt

@@ -107,10 +107,14 @@ def milliseconds(seconds: float) -> str:
     return f"{round(seconds * 1000)}ms"
 
 
+def configure(connection: sa.Connection, values: Mapping[str, str]) -> None:
+    """Server settings until the transaction ends."""
+    _set(connection, values, local=True)
+
+
 def set_lock_timeout(connection: sa.Connection, seconds: float) -> None:
     """Set ``lock_timeout`` until the transaction ends."""
-    value = milliseconds(seconds)
-    connection.execute(sa.select(sa.func.set_config("lock_timeout", value, True)))
+    configure(connection, {"lock_timeout": milliseconds(seconds)})
 
 
 def set_timeouts_aside(connection: sa.Connection) -> None:
@@ -136,9 +140,9 @@ def settings(connection: sa.Connection, values: Mapping[str, str]) -> Iterator[N
             _set(connection, before)
 
 
-def _set(connection: sa.Connection, values: Mapping[str, str]) -> None:
+def _set(connection: sa.Connection, values: Mapping[str, str], *, local: bool = False) -> None:
     for name, value in values.items():
-        connection.execute(sa.select(sa.func.set_config(name, value, False)))
+        connection.execute(sa.select(sa.func.set_config(name, value, local)))
 
 
 def _failed(connection: sa.Connection) -> bool:

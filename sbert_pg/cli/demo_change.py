@@ -20,10 +20,10 @@ from sqlalchemy.orm import Session
 
 from sbert_pg import reembed
 from sbert_pg.cli import common
+from sbert_pg.distance import unit
 from sbert_pg.progress import bar
 from sbert_pg.registry import get_encoder
 from sbert_pg.search import nearest
-from sbert_pg.spec import Vectors
 
 #: Rows that a question asks for.
 K = 5
@@ -133,17 +133,12 @@ def _similarities(
     with Session(engine) as session:
         rows: Any = session.execute(sa.select(key, column)).all()
     keys = [row[0] for row in rows]
-    vectors = _unit(np.stack([row[1] for row in rows]))
+    vectors = unit(np.stack([row[1] for row in rows]))
     truth = {}
     for question in questions:
-        similarities = vectors @ _unit(encoder.encode_query([question]))[0]
+        similarities = vectors @ unit(encoder.encode_query([question]))[0]
         truth[question] = dict(zip(keys, map(float, similarities), strict=True))
     return truth
-
-
-def _unit(vectors: Vectors) -> Vectors:
-    unit: Vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    return unit
 
 
 def change_encoder(engine: sa.Engine, old: Any, new: Any, questions: Sequence[str]) -> None:

@@ -30,7 +30,6 @@ _METRIC_FOR: dict[d.Similarity, ClusterMetric] = {
     "euclidean": "euclidean",
     "manhattan": "euclidean",
 }
-#: A parameter style that leaves percent signs alone.
 #: Where a metadata keeps its clusterings, for the command line to find them.
 _DECLARED = "sbert_pg_clusterings"
 OPERATORS: dict[ClusterMetric, str] = {"cosine": d.COSINE, "euclidean": d.L2}

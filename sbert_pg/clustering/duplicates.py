@@ -30,6 +30,7 @@ from sbert_pg.clustering.rows import (
 )
 from sbert_pg.clustering.tables import identifier, map_beside, table_of
 from sbert_pg.errors import ClusteringError, DeclarationError
+from sbert_pg.locks import configure
 from sbert_pg.spec import Vectors
 from sbert_pg.types.comparator import apply_operator, served_distance
 from sbert_pg.types.indexed import index_on
@@ -527,5 +528,4 @@ def _set_up_index(connection: sa.Connection, rows: RowSet, neighbours: int) -> N
         "ivfflat.probes": str(max(1, int((index.lists or 1) ** 0.5))),
         "jit": "off",
     }
-    for name, value in values.items():
-        connection.execute(sa.select(sa.func.set_config(name, value, True)))
+    configure(connection, values)

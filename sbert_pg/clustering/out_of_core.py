@@ -31,6 +31,7 @@ from sbert_pg.clustering.kmeans import (
     sample_positions,
 )
 from sbert_pg.clustering.rows import Keys, RowSet, fetch_binary, read_blocks, read_rows
+from sbert_pg.locks import configure
 from sbert_pg.progress import Advance
 from sbert_pg.spec import Vectors
 from sbert_pg.types import Vector
@@ -86,7 +87,7 @@ def fit_in_database(
         and the number of iterations made.
     """
     # Compiling costs more than it saves where one statement is run with ever new tables.
-    connection.execute(sa.select(sa.func.set_config("jit", "off", True)))
+    configure(connection, {"jit": "off"})
     _TABLES.create_all(connection, checkfirst=False)
     tolerance = algorithm.tol * _variance(connection, rows)
     least, iterations_of_best = None, 0

@@ -26,6 +26,7 @@ from sbert_pg.clustering.rows import Criteria, RowSet, read_rows
 from sbert_pg.clustering.summary import number_clusters, previous_run, summarize
 from sbert_pg.clustering.tables import ClusterRun
 from sbert_pg.errors import ClusteringError
+from sbert_pg.locks import configure
 from sbert_pg.progress import Advance
 
 logger = logging.getLogger("sbert_pg.clustering")
@@ -282,9 +283,7 @@ def recorded_run(
     fail_lost_runs(engine, clustering)
     with engine.connect() as work, work.begin():
         # A run thinks for minutes between two statements.
-        work.execute(
-            sa.select(sa.func.set_config("idle_in_transaction_session_timeout", "0", True))
-        )
+        configure(work, {"idle_in_transaction_session_timeout": "0"})
         number = _next_number(work, table)
         work.execute(sa.select(sa.func.pg_advisory_xact_lock(_lock_key(work, table, number))))
         with engine.begin() as record:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sbert_pg.distance import unit
 from sbert_pg.encoder import directory as converted
 from sbert_pg.encoder.encoder import Encoder
 from sbert_pg.encoder.layers import Dense, Layer, Normalize, layer_text
@@ -143,7 +144,7 @@ def _require_same(before: Encoder, after: Encoder, weight: Vectors) -> None:
     documents = after.encode_document(texts) - before.encode_document(texts)
     expected = before.encode_query(texts) @ weight.T
     if before.spec.normalized:
-        expected /= np.maximum(np.linalg.norm(expected, axis=1, keepdims=True), 1e-12)
+        expected = unit(expected)
     queries = after.encode_query(texts) - expected
     apart = max(
         float(np.linalg.norm(documents, axis=1).max()),

@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 
-import numpy as np
-
-from sbert_pg.encoder.blocks import (
+from sbert_pg.encoder.description import Description, padding_id
+from sbert_pg.encoder.files import Array, Settings, Weights
+from sbert_pg.encoder.layers import (
     ACTIVATIONS,
     Block,
     Linear,
@@ -27,8 +27,6 @@ from sbert_pg.encoder.blocks import (
     relative_bias,
     require_known,
 )
-from sbert_pg.encoder.description import Description, padding_id
-from sbert_pg.encoder.files import Array, Settings, Weights
 from sbert_pg.errors import DamagedEncoderError, UnsupportedEncoderError
 
 
@@ -48,49 +46,22 @@ class _Names:
 
 
 _BERT = _Names(
-    "encoder.layer.{}.",
-    "attention.self.query",
-    "attention.self.key",
-    "attention.self.value",
-    "attention.output.dense",
-    "attention.output.LayerNorm",
-    "intermediate.dense",
-    "output.dense",
+    "encoder.layer.{}.", "attention.self.query", "attention.self.key", "attention.self.value",
+    "attention.output.dense", "attention.output.LayerNorm", "intermediate.dense", "output.dense",
     "output.LayerNorm",
-)
-_MPNET = _Names(
-    "encoder.layer.{}.",
-    "attention.attn.q",
-    "attention.attn.k",
-    "attention.attn.v",
-    "attention.attn.o",
-    "attention.LayerNorm",
-    "intermediate.dense",
-    "output.dense",
-    "output.LayerNorm",
-)
+)  # fmt: skip
+_MPNET = replace(
+    _BERT, query="attention.attn.q", key="attention.attn.k", value="attention.attn.v",
+    output="attention.attn.o", attention_norm="attention.LayerNorm",
+)  # fmt: skip
 _DISTILBERT = _Names(
-    "transformer.layer.{}.",
-    "attention.q_lin",
-    "attention.k_lin",
-    "attention.v_lin",
-    "attention.out_lin",
-    "sa_layer_norm",
-    "ffn.lin1",
-    "ffn.lin2",
-    "output_layer_norm",
-)
+    "transformer.layer.{}.", "attention.q_lin", "attention.k_lin", "attention.v_lin",
+    "attention.out_lin", "sa_layer_norm", "ffn.lin1", "ffn.lin2", "output_layer_norm",
+)  # fmt: skip
 _ALBERT = _Names(
-    "encoder.albert_layer_groups.{}.",
-    "attention.query",
-    "attention.key",
-    "attention.value",
-    "attention.dense",
-    "attention.LayerNorm",
-    "ffn",
-    "ffn_output",
-    "full_layer_layer_norm",
-)
+    "encoder.albert_layer_groups.{}.", "attention.query", "attention.key", "attention.value",
+    "attention.dense", "attention.LayerNorm", "ffn", "ffn_output", "full_layer_layer_norm",
+)  # fmt: skip
 
 #: Settings of ALBERT and ELECTRA that are read, or that transformers does not read either.
 _NARROW = ("embedding_size", "hidden_act", "layer_norm_eps", "position_embedding_type",
@@ -275,8 +246,7 @@ class _Reader:
         return Norm(self.get(f"{name}.{scale}", shape), self.get(f"{name}.{bias}", shape), epsilon)
 
     def linear(self, name: str, inputs: int, outputs: int) -> Linear:
-        weight = self.get(f"{name}.weight", (outputs, inputs))
-        return Linear(np.ascontiguousarray(weight.T), self.get(f"{name}.bias", (outputs,)))
+        return Linear.read(self._weights, name, inputs, outputs)
 
     def blocks(self, count: int, width: int, inner: int, epsilon: float) -> list[Block]:
         at = self._names.block.format

@@ -31,7 +31,7 @@ from sbert_pg.encoder.files import (
     read_json,
     require_model,
 )
-from sbert_pg.encoder.layers import Dense
+from sbert_pg.encoder.layers import Dense, torch_class
 from sbert_pg.errors import DamagedEncoderError, UnsupportedEncoderError
 from sbert_pg.probes import SAMPLE_TEXTS
 
@@ -157,10 +157,7 @@ def _activation(general: Settings, config: Settings) -> str | None:
     for settings, key in places:
         path = settings.text(key, None)
         if path is not None:
-            package, _, name = path.rpartition(".")
-            if not package.startswith("torch.") or name not in _ACTIVATIONS:
-                settings.only(key, [f"torch.nn.{known}" for known in _ACTIVATIONS])
-            return name
+            return torch_class(settings, key, path, _ACTIVATIONS)
     return None
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from sbert_pg.distance import similarity_matrix
+from sbert_pg.distance import similarity_matrix, unit
 from sbert_pg.encoder import directory as converted
 from sbert_pg.encoder.conversion import prepare
 from sbert_pg.encoder.directory import Manifest
@@ -216,7 +216,7 @@ class Encoder(Converted):
             matrix = matrix[inverse]
         duplicates = len(cleaned) - len(unique)
         pipeline.counter.add(duplicates=duplicates, texts=duplicates)
-        return _normalized(matrix) if normalize else matrix
+        return unit(matrix) if normalize else matrix
 
     def encode_query(self, texts: Sequence[str]) -> Vectors:
         """Vectors of search queries: with the prompt ``query``, where the model has one."""
@@ -405,8 +405,3 @@ def _unique(texts: Sequence[str]) -> tuple[list[str], list[int]]:
     positions: dict[str, int] = {}
     inverse = [positions.setdefault(text, len(positions)) for text in texts]
     return list(positions), inverse
-
-
-def _normalized(matrix: Vectors) -> Vectors:
-    lengths = np.linalg.norm(matrix, axis=1, keepdims=True)
-    return np.asarray(matrix / np.maximum(lengths, 1e-12), dtype=np.float32)

@@ -17,11 +17,10 @@ from onnx import helper
 
 from sbert_pg.encoder import architectures, rms, rotary, transformer
 from sbert_pg.encoder.architectures import ARCHITECTURES as ABSOLUTE
-from sbert_pg.encoder.blocks import Transformer
 from sbert_pg.encoder.classification import SAMPLE_PAIRS
 from sbert_pg.encoder.description import STATIC, Description
 from sbert_pg.encoder.files import Array, Weights
-from sbert_pg.encoder.layers import ACTIVATIONS, Layer, Normalize, PoolingMode
+from sbert_pg.encoder.layers import DENSE_ACTIVATIONS, Layer, Normalize, PoolingMode, Transformer
 from sbert_pg.encoder.products import (
     Floats,
     Int8,
@@ -244,7 +243,7 @@ def add_layers(writer: Writer, vector: str, layers: Sequence[Layer]) -> str:
             if layer.bias is not None:
                 inputs.append(writer.tensor(layer.bias, "dense.bias"))
             dense = writer.node("Gemm", inputs, "dense", transB=1)
-            vector = activate(writer, dense, ACTIVATIONS[layer.activation])
+            vector = activate(writer, dense, DENSE_ACTIVATIONS[layer.activation])
     return vector
 
 

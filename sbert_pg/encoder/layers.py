@@ -1,12 +1,14 @@
-"""Pooling, and the layers after it.
+"""What a graph is written from: the layers of a transformer, pooling, and the layers after it.
 
-Sources: sentence-transformers ``base/modules`` and ``sentence_transformer/modules/pooling.py``.
+Sources of the latter: sentence-transformers ``base/modules`` and
+``sentence_transformer/modules/pooling.py``; of the transformers where an architecture is read
+(``architectures``, ``rotary``, ``rms``).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sbert_pg.encoder.files import (
+    Array,
     Settings,
     Weights,
     find_weights,
@@ -43,7 +46,7 @@ MICROSOFT = "com.microsoft"
 #: An ONNX operator, its domain, and its attributes.
 Activation = tuple[str, str, Mapping[str, Any]]
 #: Activations of a Dense layer by the name of torch's class, with its default arguments.
-ACTIVATIONS: dict[str, Activation] = {
+DENSE_ACTIVATIONS: dict[str, Activation] = {
     "Identity": ("Identity", "", {}),
     "Tanh": ("Tanh", "", {}),
     "ReLU": ("Relu", "", {}),
@@ -55,6 +58,16 @@ ACTIVATIONS: dict[str, Activation] = {
     "ELU": ("Elu", "", {"alpha": 1.0}),
     "LeakyReLU": ("LeakyRelu", "", {"alpha": 0.01}),
 }
+#: Activations of the feed-forward part by transformers' name, as in ``layers.ACTIVATIONS``.
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": DENSE_ACTIVATIONS["GELU"],
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), ("FastGelu", MICROSOFT, {})),
+    "quick_gelu": ("QuickGelu", MICROSOFT, {"alpha": 1.702}),
+    "relu": DENSE_ACTIVATIONS["ReLU"],
+    **dict.fromkeys(("silu", "swish"), DENSE_ACTIVATIONS["SiLU"]),
+    "tanh": DENSE_ACTIVATIONS["Tanh"],
+    "sigmoid": DENSE_ACTIVATIONS["Sigmoid"],
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,7 +75,7 @@ class Dense:
     """A fully connected layer on the pooled vector.
 
     Attributes:
-        activation: name of torch's class, one of ``ACTIVATIONS``, with its default arguments.
+        activation: name of torch's class, one of ``DENSE_ACTIVATIONS``, with its default arguments.
         weight: float32 of shape ``(out_features, in_features)``.
         bias: float32 of shape ``(out_features,)``, or ``None``.
     """
@@ -166,15 +179,25 @@ def _sentence_level(settings: Settings) -> None:
         settings.only(key, ["sentence_embedding"], "sentence_embedding")
 
 
+def torch_class(settings: Settings, key: str, path: str, known: Collection[str]) -> str:
+    """The name of a class of torch's, from its path in an entry.
+
+    Raises:
+        UnsupportedEncoderError: it is none of those that are known.
+    """
+    package, _, name = path.rpartition(".")
+    if not package.startswith("torch.") or name not in known:
+        settings.only(key, [f"torch.nn.{one}" for one in known])
+    return name
+
+
 def _dense(where: Path, width: int) -> Dense:
     settings = read_json(where / "config.json")
     _sentence_level(settings)
     settings.only("use_residual", [False], False)
     # sentence-transformers falls back to Tanh where the configuration names no activation.
-    activation = settings.text("activation_function", "torch.nn.modules.activation.Tanh")
-    package, _, name = activation.rpartition(".")
-    if not package.startswith("torch.") or name not in ACTIVATIONS:
-        settings.only("activation_function", [f"torch.nn.{known}" for known in ACTIVATIONS])
+    path = settings.text("activation_function", "torch.nn.modules.activation.Tanh")
+    name = torch_class(settings, "activation_function", path, DENSE_ACTIVATIONS)
     inputs, outputs = settings.integer("in_features"), settings.integer("out_features")
     if inputs != width:
         settings.refuse("in_features", f"{width}, the width of what comes before")
@@ -185,3 +208,150 @@ def _dense(where: Path, width: int) -> Dense:
     weight = weights.get("linear.weight", (outputs, inputs))
     bias = weights.get("linear.bias", (outputs,)) if has_bias else None
     return Dense(inputs, outputs, name, weight, bias)
+
+
+@dataclass(slots=True)
+class Linear:
+    """``x @ weight + bias``.
+
+    Attributes:
+        weight: ``(in, out)``; safetensors have it the other way round.
+        bias: ``(out,)``.
+    """
+
+    weight: Array
+    bias: Array
+
+    @classmethod
+    def read(
+        cls, weights: Weights, name: str, inputs: int, outputs: int, *, bias: bool = True
+    ) -> Linear:
+        """The layer of a name in safetensors; without ``bias`` that is zeros."""
+        weight = weights.get(f"{name}.weight", (outputs, inputs))
+        offset = weights.get(f"{name}.bias", (outputs,)) if bias else np.zeros(outputs, np.float32)
+        return cls(np.ascontiguousarray(weight.T), offset)
+
+
+@dataclass(slots=True)
+class Norm:
+    """A layer normalisation.
+
+    Attributes:
+        centred: whether the mean is taken off first; without that it is called RMS normalisation.
+        smoothing: what ``scale`` and ``bias`` were divided by for quantisation, or ``None``.
+    """
+
+    scale: Array
+    bias: Array
+    epsilon: float
+    smoothing: Array | None = None
+    centred: bool = True
+
+
+@dataclass(slots=True)
+class Block:
+    """One layer of the transformer."""
+
+    query: Linear
+    key: Linear
+    value: Linear
+    output: Linear
+    attention_norm: Norm
+    up: Linear
+    down: Linear
+    norm: Norm
+
+
+@dataclass(slots=True)
+class Transformer:
+    """What the graph is written from.
+
+    Attributes:
+        words: word embeddings, ``(vocabulary, width)``.
+        positions: position embeddings, ``(positions, width)``. Row 0 belongs to the first position.
+        types: embeddings of the token types, ``(types, width)``, or ``None``; encoders know type 0
+            alone.
+        padding_id: token that is not counted as a position (RoBERTa and MPNet), or ``None`` where
+            every token has the position it stands at.
+        activation: one of ``ACTIVATIONS``.
+        relative_bias: MPNet's bias by head and relative position, ``(heads, 2 * length - 1)``, the
+            middle being distance 0; or ``None``.
+        projection: from the width of the embeddings to that of the layers, where they differ
+            (ALBERT and ELECTRA); or ``None``.
+    """
+
+    words: Array = field(repr=False)
+    positions: Array = field(repr=False)
+    padding_id: int | None
+    norm: Norm
+    blocks: list[Block]
+    heads: int
+    activation: str
+    relative_bias: Array | None
+    types: Array | None = field(default=None, repr=False)
+    projection: Linear | None = None
+
+    @property
+    def width(self) -> int:
+        """Width of a token's vector."""
+        return len(self.blocks[0].output.bias)
+
+
+#: Settings that say nothing about what is computed, or are about training and other tasks.
+_IGNORED = frozenset(
+    {"model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "id2label",
+     "_name_or_path", "initializer_range", "initializer_cutoff_factor", "label2id", "num_labels",
+     "pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "use_cache",
+     "tie_word_embeddings", "hidden_dropout_prob", "attention_probs_dropout_prob",
+     "attention_dropout", "embedding_dropout", "mlp_dropout", "classifier_dropout",
+     "classifier_pooling", "classifier_bias", "classifier_activation", "decoder_bias",
+     "sparse_prediction", "sparse_pred_ignore_index", "deterministic_flash_attn",
+     "reference_compile", "gradient_checkpointing", "problem_type", "repad_logits_with_grad",
+     "max_position_embeddings", "sentence_transformers", "sbert_ce_default_activation_function",
+     "finetuning_task", "output_past"}
+)  # fmt: skip
+#: Settings that are read.
+_READ = frozenset(
+    {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+     "type_vocab_size"}
+)  # fmt: skip
+
+
+def require_known(config: Settings, more: Sequence[str]) -> None:
+    """Refuse settings that neither the tables here nor ``more`` know.
+
+    Raises:
+        UnsupportedEncoderError: there are some.
+    """
+    unknown = set(config) - _IGNORED - _READ - set(more)
+    if unknown:
+        raise UnsupportedEncoderError(
+            f"{config.path}: {', '.join(sorted(unknown))[:300]} in a model of type "
+            f"{config['model_type']!r} is not known, and may change what it computes."
+        )
+
+
+def relative_bias(buckets: Array, length: int, count: int = 32, largest: int = 128) -> Array:
+    """Bias by head and distance, ``(heads, 2 * length - 1)``, the middle being distance 0.
+
+    ``relative_position_bucket`` of MPNet and of T5's encoder.
+
+    Args:
+        buckets: the bias of each bucket, ``(buckets, heads)``.
+        length: one more than the largest distance of the result.
+        count: buckets that are used, half of them for each direction.
+        largest: from this distance on, all fall into one bucket.
+    """
+    distance = np.arange(1 - length, length)
+    n = -distance
+    half = count // 2
+    exact = half // 2
+    bucket = np.where(n < 0, half, 0)
+    n = np.abs(n)
+    # In float32 and in this order, as transformers does it: a distance at a border between two
+    # buckets must fall on the same side.
+    ratio = np.log(np.maximum(n, 1).astype(np.float32) / np.float32(exact))
+    scaled = ratio / np.float32(np.log(largest / exact)) * np.float32(half - exact)
+    large = np.minimum(exact + scaled.astype(np.int64), half - 1)
+    bucket = bucket + np.where(n < exact, n, large)
+    return np.ascontiguousarray(buckets[bucket].T)

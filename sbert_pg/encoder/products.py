@@ -22,10 +22,9 @@ import numpy.typing as npt
 import onnx
 from onnx import helper
 
-from sbert_pg.encoder.blocks import ACTIVATIONS, Block, Linear, Norm, Transformer
 from sbert_pg.encoder.engines import load_onnxruntime
 from sbert_pg.encoder.files import Array
-from sbert_pg.encoder.layers import MICROSOFT
+from sbert_pg.encoder.layers import ACTIVATIONS, MICROSOFT, Block, Linear, Norm, Transformer
 from sbert_pg.encoder.runner import ATTENTION_MASK, feeds_of, plan
 from sbert_pg.encoder.writer import FLOAT, Writer, activate, open_session
 from sbert_pg.errors import ConversionError

@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from sbert_pg.encoder.blocks import ACTIVATIONS, Linear, Norm, relative_bias, require_known
 from sbert_pg.encoder.files import Array, Settings, Weights
+from sbert_pg.encoder.layers import ACTIVATIONS, Linear, Norm, relative_bias, require_known
 from sbert_pg.encoder.rotary import (
     SETTINGS,
     Layer,

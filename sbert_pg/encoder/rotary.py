@@ -14,8 +14,8 @@ from types import MappingProxyType
 
 import numpy as np
 
-from sbert_pg.encoder.blocks import ACTIVATIONS, Linear, Norm, require_known
 from sbert_pg.encoder.files import Array, Settings, Weights
+from sbert_pg.encoder.layers import ACTIVATIONS, Linear, Norm, require_known
 from sbert_pg.encoder.products import Products, Range, Seen, best_range, whole_range
 from sbert_pg.encoder.transformer import Attention, Batch, write_norm
 from sbert_pg.encoder.writer import BOOL, FLOAT, FLOAT16, INT64, Writer, activate, even_blocks
@@ -69,7 +69,7 @@ class Rotary:
         words: word embeddings, with the row of token type 0 added, ``(vocabulary, width)``.
         norm: normalisation of the embeddings, or ``None``.
         heads: attention heads of the queries; several may share a key and a value.
-        activation: one of ``architectures.ACTIVATIONS``.
+        activation: one of ``layers.ACTIVATIONS``.
         norm_first: whether normalisations stand before their parts or after the additions.
         final_norm: after the last layer, or ``None``.
         causal: whether a token sees those before it alone.
@@ -161,12 +161,7 @@ class Reader:
 
     def linear(self, name: str, inputs: int, outputs: int, *, bias: bool) -> Linear:
         """A linear layer."""
-        weight = self._weights.get(f"{name}.weight", (outputs, inputs))
-        offset = self._weights.get(f"{name}.bias", (outputs,)) if bias else None
-        return Linear(
-            np.ascontiguousarray(weight.T),
-            np.zeros(outputs, np.float32) if offset is None else offset,
-        )
+        return Linear.read(self._weights, name, inputs, outputs, bias=bias)
 
 
 def theta_of(config: Settings, rope: Settings, default: float) -> float:

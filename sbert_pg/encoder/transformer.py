@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from sbert_pg.encoder.blocks import Block, Norm, Transformer
 from sbert_pg.encoder.files import Array
-from sbert_pg.encoder.layers import MICROSOFT
+from sbert_pg.encoder.layers import MICROSOFT, Block, Norm, Transformer
 from sbert_pg.encoder.products import Products
 from sbert_pg.encoder.writer import FLOAT, FLOAT16, INT32, INT64, Writer
 

@@ -194,6 +194,6 @@ def even_blocks(writer: Writer, length: str, most: int) -> tuple[str, str, str]:
 
 
 def activate(writer: Writer, x: str, activation: Activation) -> str:
-    """An activation, one of ``layers.ACTIVATIONS`` or ``architectures.ACTIVATIONS``, of ``x``."""
+    """An activation, as the tables in ``layers`` have it, of ``x``."""
     op, domain, attributes = activation
     return x if op == "Identity" else writer.node(op, [x], domain=domain, **attributes)

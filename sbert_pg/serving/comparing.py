@@ -37,7 +37,6 @@ KINDS: dict[str, tuple[By, bool]] = {
     "exact": ("meaning", True),
 }
 Where = Mapping[str, Mapping[str, str]]
-#: A parameter style that leaves percent signs alone.
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from sbert_pg.distance import unit
 from sbert_pg.errors import DeclarationError, EncodingError
 from sbert_pg.serving.batching import Batcher, require_room
 from sbert_pg.serving.http import RefusedError, json_bytes, only_known, wrong
@@ -203,8 +204,7 @@ def _count_tokens(encoder: TextEncoder, texts: Sequence[str]) -> int:
 
 def _rendered(name: str, vectors: Vectors, tokens: int, asked: _Asked) -> bytes:
     if asked.dimensions is not None and asked.dimensions < vectors.shape[1]:
-        vectors = vectors[:, : asked.dimensions]
-        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        vectors = unit(vectors[:, : asked.dimensions])
     exact = vectors.astype("<f4")
     # Written by hand: the JSON of a list of floats takes longer than all else of a small request.
     data = ",".join(

@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from sqlalchemy.types import NullType
 
 from sbert_pg.errors import BindingError, DeclarationError
+from sbert_pg.locks import configure, milliseconds
 from sbert_pg.passages import declared_passages
 from sbert_pg.passages.declaring import text_of
 from sbert_pg.search import hybrid, matching, nearest
@@ -387,7 +388,5 @@ class Shown:
     def connected(self) -> Iterator[sa.Connection]:
         """A transaction whose statements are ended in time."""
         with self.engine.begin() as connection:
-            milliseconds = str(int(self._timeout * 1000))
-            limit = sa.func.set_config("statement_timeout", milliseconds, sa.true())
-            connection.execute(sa.select(limit))
+            configure(connection, {"statement_timeout": milliseconds(self._timeout)})
             yield connection

@@ -20,8 +20,9 @@ from sbert_pg.encoder import Encoder
 from sbert_pg.encoder.adapting import adapt_queries
 from sbert_pg.encoder.directory import BUILD, FORMAT
 from sbert_pg.errors import DeclarationError, TooFewPairsError
+from sbert_pg.progress import duration
 from sbert_pg.tuning import Choice, choose_encoder
-from sbert_pg.tuning.choosing import _decide, _time, local_encoders
+from sbert_pg.tuning.choosing import _decide, local_encoders
 from sbert_pg.tuning.evaluation import Figure
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -113,13 +114,7 @@ def test_what_is_chosen(engine: sa.Engine, items: Any, minilm: Encoder) -> None:
     assert chosen == "perhaps"
     assert "best within 2 ms" in reason
     assert _decide([slow], 2.0)[0] is None
-    assert [_time(s) for s in (0, 5, 150, 7200, 200_000)] == [
-        "none",
-        "5 s",
-        "2 min",
-        "2 h",
-        "2 days",
-    ]
+    assert [duration(s) for s in (5, 150, 7200, 200_000)] == ["5 s", "2 min", "2 h", "2 d 7 h"]
 
 
 @pytest.fixture
