@@ -17,7 +17,6 @@ from sbert_pg.cli import (
     doctor,
     encoder,
     freshness,
-    passages,
     reembed,
     schema,
     serve,
@@ -28,7 +27,7 @@ from sbert_pg.errors import SbertPgError, StepStoppedError
 #: Commands in the order of ``--help``, and those of the groups.
 COMMANDS: tuple[Callable[..., None], ...] = (
     demo.demo, schema.migrate, schema.status, doctor.doctor,
-    data.load, data.search, data.duplicates, tuning.evaluate, tuning.tune,
+    data.load, data.search, data.duplicates, data.passages, tuning.evaluate, tuning.tune,
     freshness.worker, freshness.backfill, freshness.failed, freshness.audit, reembed.adopt,
     serve.serve, serve.mcp, serve.explore, serve.serve_postgres,
 )  # fmt: skip
@@ -42,10 +41,9 @@ GROUPS: dict[str, tuple[str, tuple[Callable[..., None], ...]]] = {
         "A change of encoder: begin, backfill, verify, switch, finish.",
         (reembed.begin, reembed.status, reembed.verify, reembed.finish, reembed.abort),
     ),
-    "passages": ("Passages of long documents.", (passages.show,)),
     "cluster": (
         "Topics of a table: runs, clusters and assignments as rows of tables.",
-        (cluster.run, cluster.show, cluster.label, cluster.assign, cluster.map_),
+        (cluster.run, cluster.show, cluster.assign, cluster.map_),
     ),
 }
 

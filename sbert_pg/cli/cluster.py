@@ -91,16 +91,27 @@ def show(
     database: common.DatabaseOption = None,
     app: common.AppOption = None,
     runs: Annotated[bool, typer.Option("--runs", help="Show the runs instead.")] = False,
+    label: Annotated[
+        str | None,
+        typer.Option(
+            help="Call this cluster so; later runs keep the name where it matches. An empty one "
+            "takes it back: keywords.",
+            show_default=False,
+        ),
+    ] = None,
     limit: common.LimitOption = 20,
     json: common.JsonOption = False,
 ) -> None:
-    """Show the current clusters, the rows of one, or the runs.
+    """Show the current clusters, the rows of one, or the runs; or name a cluster.
 
     [b]sbert-pg cluster show article[/]
     [b]sbert-pg cluster show article 3[/]
+    [b]sbert-pg cluster show article 3 --label "Refunds"[/]
     """
     with common.database(database) as engine:
         topics = _clustering(engine, target, app)
+        if label is not None:
+            _name(engine, topics, number, label)
         if runs:
             lib.fail_lost_runs(engine, topics)
             shown = _runs(engine, topics, limit)
@@ -114,26 +125,6 @@ def show(
         common.print_table(list(shown[0]) if shown else [], [list(row.values()) for row in shown])
     else:
         _print_clusters(shown)
-
-
-def label(
-    target: common.TargetArgument,
-    number: Annotated[int, typer.Argument(help="Number of a current cluster.")],
-    name: Annotated[
-        str | None, typer.Argument(help="Its name; leave it out to go back to keywords.")
-    ] = None,
-    database: common.DatabaseOption = None,
-    app: common.AppOption = None,
-) -> None:
-    """Name a cluster; later runs keep the name where the cluster matches.
-
-    [b]sbert-pg cluster label article 3 "Refunds"[/]
-    """
-    with common.database(database) as engine:
-        topics = _clustering(engine, target, app)
-        with engine.begin() as connection:
-            lib.name_cluster(connection, topics, number, name)
-    common.note(f"Cluster {number} is called {name!r}." if name else f"Cluster {number}: keywords.")
 
 
 def assign(
@@ -280,6 +271,14 @@ def _algorithm(name: AlgorithmName, clusters: str) -> Any:
             f"--clusters is {clusters!r}; give a number, several as in 10,20,40, or auto."
         ) from None
     return lib.KMeans(numbers[0] if len(numbers) == 1 else numbers)
+
+
+def _name(engine: sa.Engine, topics: lib.Clustering, number: int | None, label: str) -> None:
+    if number is None:
+        raise DeclarationError("--label names one cluster: give its number after the table.")
+    with engine.begin() as connection:
+        lib.name_cluster(connection, topics, number, label or None)
+    common.note(f"Cluster {number} is called {label or 'by its keywords'}.")
 
 
 def _clusters(

@@ -1,4 +1,4 @@
-"""``load``, ``search``, ``duplicates`` and ``passages show``: rows in, answers out."""
+"""``load``, ``search``, ``duplicates`` and ``passages``: rows in, answers out."""
 
 from __future__ import annotations
 
@@ -15,13 +15,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import sqlalchemy as sa
 import typer
+from rich.markup import escape
 from sqlalchemy.orm import Session
 
 from sbert_pg import clustering as lib
 from sbert_pg.catalog.embedding import Embedding
-from sbert_pg.cli import common, passages
+from sbert_pg.cli import common
 from sbert_pg.cli.encoder import spec_named
-from sbert_pg.cli.target import resolve, source_of, table_named, text_column_of
+from sbert_pg.cli.target import (
+    create_documents,
+    cut_all,
+    document_rows,
+    passages_attribute,
+    resolve,
+    source_of,
+    table_named,
+    text_column_of,
+)
 from sbert_pg.clustering.duplicates import Grouping
 from sbert_pg.errors import DeclarationError, LoadError
 from sbert_pg.indexes import hnsw_index
@@ -84,7 +94,7 @@ def load(
             for index in target.indexes if create else ():
                 advance(f"building {index.name}")
                 connection.execute(sa.schema.CreateIndex(index))
-        passages.cut_all(engine, target)
+        cut_all(engine, target)
     _tell(table, rows, time.perf_counter() - started)
 
 
@@ -125,11 +135,11 @@ def search(
     with common.database(database) as engine, engine.connect() as connection:
         side = resolve(connection, target)
         cut = side.binding.source.passages is not None and by != "words"
-        embedding: Any = passages.attribute_of(connection, side) if cut else side.column
+        embedding: Any = passages_attribute(connection, side) if cut else side.column
         options: dict[str, Any] = {"limit": limit, "where": common.criteria(where)}
         statement = _search_of(side, embedding, by, query, options)
         if cut:
-            rows = passages.found(Session(connection), embedding, statement)
+            rows = document_rows(Session(connection), embedding, statement)
         else:
             rows = [dict(row) for row in connection.execute(statement).mappings()]
         explained: Any = explain_search if by == "meaning" else explain_words
@@ -241,6 +251,38 @@ def _beginnings(connection: sa.Connection, target: Side, keys: set[Any]) -> dict
     }
 
 
+def passages(
+    target: common.TargetArgument,
+    key: Annotated[str, typer.Argument(help='Its key: 17, or ["eu", "17"] where it has parts.')],
+    database: common.DatabaseOption = None,
+) -> None:
+    """Print a document with the borders of its passages.
+
+    [b]sbert-pg passages document 17[/]
+    """
+    from sbert_pg.freshness.queue import Row, label_from
+    from sbert_pg.freshness.rows import rows_of
+
+    with common.database(database) as engine, engine.begin() as connection:
+        binding = resolve(connection, target).binding
+        rows = rows_of(connection, binding)
+        if rows.passages is None:
+            raise DeclarationError(f"{binding} is not cut into passages; name a column that is.")
+        document = rows.find(connection, label_from(key))
+        if document is None:
+            raise DeclarationError(f"{binding.table} has no document with the key {key}.")
+        body = rows.table.c[binding.source.columns[-1]]
+        columns = [body, binding.is_stale(rows.table), rows.passages.as_json(rows.table)]
+        row = Row(document.key, document.label)
+        values: list[Any] = list(rows.columns_of(connection, [row], columns)[0])
+    _, text, stale, cut = values
+    if stale:
+        common.note("The document has changed since; a worker is to cut it again.")
+    for ordinal, (start, stop, heading, _) in enumerate(cut or []):
+        common.out.print(f"[bold]── {ordinal}  {start}:{stop}  {escape(heading)}[/]")
+        common.out.print(escape((text or "")[start:stop]))
+
+
 def _create(
     connection: sa.Connection,
     name: str,
@@ -279,7 +321,7 @@ def _create(
     )
     text.resolve(table)
     if in_passages:
-        passages.create(connection, table, text, spec)
+        create_documents(connection, table, text, spec)
         return table
     connection.execute(sa.schema.CreateTable(table))
     catalog.bind(connection, table.c[EMBEDDING])

@@ -16,9 +16,9 @@ import sqlalchemy as sa
 import typer
 
 from sbert_pg import catalog
-from sbert_pg.cli import common, passages
+from sbert_pg.cli import common
 from sbert_pg.cli.freshness import address_of
-from sbert_pg.cli.target import queries_of, resolve, text_column_of
+from sbert_pg.cli.target import passages_attribute, queries_of, resolve, text_column_of
 from sbert_pg.errors import DeclarationError
 from sbert_pg.registry import get_encoder
 from sbert_pg.row_vectors import embedding_columns
@@ -335,5 +335,5 @@ def _exposed(connection: sa.Connection, target: str) -> Exposed:
             f"{target!r}: {name} has no column {missing[0]!r} to show; there are "
             f"{', '.join(known)}."
         )
-    cut = None if side.binding.source.passages is None else passages.attribute_of(connection, side)
+    cut = None if side.binding.source.passages is None else passages_attribute(connection, side)
     return Exposed(name, str(side.binding), side.spec, embedding, text, columns, cut)

@@ -1,4 +1,7 @@
-"""What a command works on: ``article``, or ``article.embedding`` where a table has several."""
+"""What a command works on: ``article``, or ``article.embedding`` where a table has several.
+
+And of documents that are cut their passages: made, filled and read.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.orm import Session, registry
 
 from sbert_pg import catalog
 from sbert_pg.catalog import Binding
 from sbert_pg.catalog.record import installed
 from sbert_pg.errors import DeclarationError
+from sbert_pg.freshness import Progress
+from sbert_pg.indexes import hnsw_index
+from sbert_pg.passages import add_passages, declared_passages, passages_of
+from sbert_pg.passages.declaring import passages_between
+from sbert_pg.progress import bar
 from sbert_pg.reembed import Request, request_of
 from sbert_pg.reembed.change import Side, reflect, side_of
 from sbert_pg.reembed.ready import declared_indexes
 from sbert_pg.row_vectors import embedding_columns
 from sbert_pg.search.exact import LabelledQuery
 from sbert_pg.source import Source
+from sbert_pg.spec import EncoderSpec
 from sbert_pg.system import ColumnIdentity
 from sbert_pg.tuning.files import pairs_of, read_pairs
 from sbert_pg.types.text import TextSearch
@@ -195,3 +205,70 @@ def _spellings(binding: Binding) -> set[str]:
 def _is_visible(connection: sa.Connection, binding: Binding) -> bool:
     visible = sa.func.pg_table_is_visible(binding.relation)
     return bool(connection.execute(sa.select(visible)).scalar_one())
+
+
+def create_documents(
+    connection: sa.Connection,
+    table: sa.Table,
+    source: Source,
+    encoder: EncoderSpec,
+) -> None:
+    """A table of documents with its passages: those of the last source column, bound.
+
+    Raises:
+        DeclarationError: the source is a template, whose text nothing could cut.
+    """
+    if source.pattern is not None:
+        raise DeclarationError(
+            "--passages cuts a column: name it by --source, after those that are headings, and "
+            "without braces."
+        )
+    document = type("Document", (), {})
+    registry(metadata=table.metadata).map_imperatively(document, table)
+    index = hnsw_index(f"{table.name}_passage_embedding", "embedding")
+    *headings, text = source.columns
+    declared = passages_of(encoder, text, heading=headings, table_args=[index])
+    add_passages(document, "passages", declared)
+    catalog.create_all(connection, table.metadata)
+
+
+def cut_all(engine: sa.Engine, table: sa.Table) -> None:
+    """Cut and embed the documents of a table that wait for it, where it has passages."""
+    from sbert_pg.freshness import backfill
+
+    for embedded in embedding_columns(table):
+        if embedded.is_cut:
+            with bar() as advance:
+
+                def show(progress: Progress) -> None:
+                    advance("cutting and encoding", progress.rows, progress.total)
+
+                backfill(engine, embedded.column, on_progress=show)
+
+
+def passages_attribute(connection: sa.Connection, documents: Side) -> Any:
+    """The attribute of passages of a table of documents, for searching it."""
+    from sbert_pg.freshness.passages import stored_passages
+
+    binding = stored_passages(connection, documents.binding).binding
+    table = reflect(connection, binding.schema, binding.table)
+    return passages_between(documents.column, side_of(connection, table, binding).table)
+
+
+def document_rows(
+    session: Session, attribute: Any, statement: sa.Select[Any]
+) -> list[dict[str, Any]]:
+    """What a search for documents finds: scores, keys, headings, and best passages."""
+    declared = declared_passages(attribute)
+    assert declared is not None
+    names = [theirs.key for _, theirs in declared.keys]
+    names += [name for name in declared.source_keys[:-1] if name not in names]
+    rows = []
+    for document, *others in session.execute(statement):
+        passage = others.pop(0) if isinstance(others[0], declared.passage) else None
+        row = dict(zip(statement.selected_columns.keys()[-len(others) :], others, strict=True))
+        row |= {name: getattr(document, name) for name in names}
+        if passage is not None:
+            row |= {name: getattr(passage, name) for name in ("heading", "start", "stop", "text")}
+        rows.append(row)
+    return rows

@@ -97,10 +97,10 @@ def _renaming(exposed: Exposed, number: int, name: str) -> Iterator[Html]:
         class_="choice",
     )  # fmt: skip
     if name:
-        words = [exposed.name, str(number), *(["--"] if name.startswith("-") else []), name]
+        words = [exposed.name, str(number), f"--label={name}"]
         copy = h("button", "Copy", type="button", class_="copy")
         yield h("p", "These pages only read. This command renames it: ", copy, class_="faint")
-        yield h("pre", f"sbert-pg cluster label {shlex.join(words)}", dir="auto")
+        yield h("pre", f"sbert-pg cluster show {shlex.join(words)}", dir="auto")
 
 
 def no_topics(name: str) -> Html:

@@ -135,7 +135,9 @@ def test_the_commands(engine: sa.Engine, tmp_path: Path, fake_encoder: Any) -> N
     keywords = " ".join(made["clusters"][0]["keywords"]).split()
     assert set(keywords) in [set(w.split()) for w in words]
     number = str(made["clusters"][0]["number"])
-    assert command(engine, "cluster", "label", "note", number, "My topic").returncode == 0
+    named = command(engine, "cluster", "show", "note", number, "--label", "My topic")
+    assert (named.returncode, "is called My topic" in named.stderr) == (0, True)
+    assert command(engine, "cluster", "show", "note", "--label", "My topic").returncode == 1
     shown = command(engine, "cluster", "show", "note")
     assert "My topic" in shown.stdout
     members = json.loads(command(engine, "cluster", "show", "note", number, "--json").stdout)

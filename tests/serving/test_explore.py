@@ -243,7 +243,7 @@ def test_topics(tab: Any, notes: sa.Engine) -> None:
         assert sbert_pg(*command, url=notes.url).returncode == 0
         tab.reload()
         tab.get_by_role("heading", name=name, exact=True).wait_for()
-        assert sbert_pg(*command[:4], url=notes.url).returncode == 0, "by its keywords again"
+        assert sbert_pg(*command[:4], "--label", "", url=notes.url).returncode == 0, "by its keywords again"
 
 
 def test_map(tab: Any) -> None:
