@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json as json_module
 import sys
@@ -38,6 +37,7 @@ from sbert_pg.indexes import hnsw_index
 from sbert_pg.progress import bar
 from sbert_pg.reembed.change import Side
 from sbert_pg.search import explain_search, explain_words, hybrid, matching, nearest
+from sbert_pg.tuning.files import csv_rows, numbered_lines
 
 if TYPE_CHECKING:
     from sbert_pg.loading import Loaded
@@ -337,7 +337,7 @@ def _rows_of(file: str) -> Iterator[Row]:
         raise LoadError(f"There is no file {file!r}.")
     ending = path.suffix.lower()
     if ending in (".csv", ".tsv"):
-        return _csv_rows(path, "\t" if ending == ".tsv" else ",")
+        return _csv_rows(path)
     if ending in (".jsonl", ".ndjson", ".json"):
         return _json_rows(path)
     raise LoadError(
@@ -345,40 +345,27 @@ def _rows_of(file: str) -> Iterator[Row]:
     )
 
 
-def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
-        if not reader.fieldnames:
-            raise LoadError(f"{path} is empty; the first line has to name the columns.")
-        try:
-            for row in reader:
-                if None in row or None in row.values():
-                    raise LoadError(
-                        f"{path}, line {reader.line_num}: the row has another number of fields "
-                        f"than the header ({len(reader.fieldnames or ())})."
-                    )
-                yield {key: value if value != "" else None for key, value in row.items()}
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise LoadError(f"{path}, line {reader.line_num}: {error}") from error
+def _csv_rows(path: Path) -> Iterator[Row]:
+    for number, row in csv_rows(path):
+        if None in row or None in row.values():
+            raise LoadError(
+                f"{path}, line {number}: the row has another number of fields than the header."
+            )
+        yield {key: value if value != "" else None for key, value in row.items()}
 
 
 def _json_rows(path: Path | None) -> Iterator[Row]:
-    name = str(path) if path is not None else "standard input"
-    lines = sys.stdin if path is None else path.open(encoding="utf-8")
-    try:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json_module.loads(line)
-            except ValueError as error:
-                raise LoadError(f"{name}, line {number} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise LoadError(
-                    f"{name}, line {number} is not an object; each line is one row, "
-                    'such as {"title": "..."}.'
-                )
-            yield row
-    finally:
-        if path is not None:
-            lines.close()
+    name = "standard input" if path is None else path
+    for number, line in enumerate(sys.stdin, 1) if path is None else numbered_lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json_module.loads(line)
+        except ValueError as error:
+            raise LoadError(f"{name}, line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise LoadError(
+                f"{name}, line {number} is not an object; each line is one row, "
+                'such as {"title": "..."}.'
+            )
+        yield row

@@ -18,7 +18,7 @@ import typer
 from sbert_pg import catalog
 from sbert_pg.cli import common
 from sbert_pg.cli.freshness import address_of
-from sbert_pg.cli.target import passages_attribute, queries_of, resolve, text_column_of
+from sbert_pg.cli.target import passages_attribute, queries_of, resolve, text_column_if_any
 from sbert_pg.errors import DeclarationError
 from sbert_pg.registry import get_encoder
 from sbert_pg.row_vectors import embedding_columns
@@ -323,10 +323,7 @@ def _exposed(connection: sa.Connection, target: str) -> Exposed:
     name, _, listed = target.partition(":")
     side = resolve(connection, name)
     embedding = side.column
-    try:
-        text = text_column_of(embedding.table)
-    except DeclarationError:
-        text = None
+    text = text_column_if_any(embedding.table)
     known = [column.name for column in readable_columns(embedding.table)]
     columns = tuple(column.strip() for column in listed.split(",")) if listed else tuple(known)
     missing = [column for column in columns if column not in known]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import sqlalchemy as sa
@@ -178,6 +179,13 @@ def text_column_of(table: sa.Table) -> sa.Column[Any]:
             f"{names}. Of several, choose in Python: matching() and hybrid() take the column."
         )
     return columns[0]
+
+
+def text_column_if_any(table: sa.Table) -> sa.Column[Any] | None:
+    """As ``text_column_of``; ``None`` where there is none, or several."""
+    with suppress(DeclarationError):
+        return text_column_of(table)
+    return None
 
 
 def source_of(given: Sequence[str] | None) -> Source | None:

@@ -14,7 +14,7 @@ from sbert_pg.alembic.changes import declaration_line
 from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.cli import common
 from sbert_pg.cli.encoder import encoder_named
-from sbert_pg.cli.target import queries_of, resolve, text_column_of
+from sbert_pg.cli.target import queries_of, resolve, text_column_if_any, text_column_of
 from sbert_pg.errors import DeclarationError, LoadError
 from sbert_pg.progress import bar
 from sbert_pg.reembed.change import Side
@@ -77,7 +77,7 @@ def evaluate(
             queries = _sliced(engine, side, queries, slice_by)
         others = [encoder_named(name) for name in encoder or ()]
         searches = lib.searches_for(
-            engine, side.column, _words(side), where=criteria, encoders=others
+            engine, side.column, text_column_if_any(side.table), where=criteria, encoders=others
         )
         with bar("searching"):
             report = lib.evaluate(engine, searches, queries, slices=slice_by)
@@ -230,14 +230,6 @@ def advise(
         common.print_json(advice.to_json())
     else:
         print(advice)
-
-
-def _words(side: Side) -> sa.Column[Any] | None:
-    """The text column, where there is one."""
-    try:
-        return text_column_of(side.table)
-    except DeclarationError:
-        return None
 
 
 def _sliced(

@@ -125,9 +125,7 @@ def read_pairs(path: Path | str, topics: Path | str | None = None) -> list[Label
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix in (".csv", ".tsv"):
-        with _opened(path, newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",", strict=True)
-            return _together(_each_of(path, reader, lambda row: [row]))
+        return _together(_each_of(path, csv_rows(path), lambda row: [row]))
     if suffix in (".jsonl", ".ndjson"):
         return _together(read_lines(path))
     if topics is None:
@@ -140,7 +138,7 @@ def read_pairs(path: Path | str, topics: Path | str | None = None) -> list[Label
                 f"text, into {topics}."
             )
     # Where there are no qrels it is these that are missed.
-    lines = list(_lines(path))
+    lines = list(numbered_lines(path))
     texts = read_topics(topics)
 
     def judged(line: str) -> list[dict[str, Any]]:
@@ -159,7 +157,7 @@ def read_topics(path: Path | str) -> dict[str, str]:
         LoadError: there is no such file, a line is not of this form, or names two questions alike.
     """
     texts: dict[str, str] = {}
-    for line in _lines(Path(path)):
+    for _, line in numbered_lines(Path(path)):
         name, text = _fields(Path(path), line, 2, "\t")
         if texts.setdefault(name, text) != text:
             raise LoadError(f"{path} has two questions {name!r}: {texts[name]!r} and {text!r}.")
@@ -177,14 +175,14 @@ def read_lines(path: Path) -> list[LabelledQuery]:
     Raises:
         LoadError: there is no such file, or a line is not of this form; the message says which.
     """
-    return _each_of(path, _lines(path), _of_json)
+    return _each_of(path, numbered_lines(path), _of_json)
 
 
 def _each_of(
-    path: Path, lines: Iterable[Any], read: Callable[[Any], list[Any]]
+    path: Path, lines: Iterable[tuple[int, Any]], read: Callable[[Any], list[Any]]
 ) -> list[LabelledQuery]:
     pairs = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in lines:
         try:
             pairs += [query for one in read(line) for query in labelled([one])]
         except (LoadError, KeyError, ValueError, TypeError, AttributeError) as error:
@@ -216,7 +214,7 @@ def read_run(path: Path | str) -> Run:
         LoadError: there is no such file, or a line is not of this form.
     """
     run: Run = {}
-    for line in _lines(Path(path)):
+    for _, line in numbered_lines(Path(path)):
         name, _, key, _, score, _ = _fields(Path(path), line, 6)
         try:
             run.setdefault(name, []).append((key, float(score)))
@@ -284,14 +282,39 @@ def _opened(path: Path, **options: Any) -> Iterator[TextIO]:
     try:
         with path.open(encoding="utf-8-sig", **options) as file:
             yield file
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise LoadError(f"{path} cannot be read as text in UTF-8: {reason}.") from error
 
 
-def _lines(path: Path) -> Iterator[str]:
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines of a file that are not blank, each with its number from 1.
+
+    Raises:
+        LoadError: there is no such file, or it is no text in UTF-8.
+    """
     with _opened(path) as file:
-        yield from (line.rstrip("\n") for line in file if line.strip())
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, line.rstrip("\n")
+
+
+def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of a ``.csv`` file with a header, or a ``.tsv`` one, each with the line that it ends in.
+
+    Raises:
+        LoadError: there is no such file, it is empty, or a line cannot be read.
+    """
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    with _opened(path, newline="") as file:
+        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+        try:
+            if not reader.fieldnames:
+                raise LoadError(f"{path} is empty; the first line has to name the columns.")
+            for row in reader:
+                yield reader.line_num, row
+        except csv.Error as error:
+            raise LoadError(f"{path}, line {reader.line_num} cannot be read: {error}.") from error
 
 
 def _fields(path: Path, line: str, number: int, separator: str | None = None) -> list[str]:

@@ -326,6 +326,10 @@ def test_rows_of_any_table_are_readable(
 def test_a_bad_row_leaves_nothing(database_url: sa.URL, tmp_path: Path, minilm: Any) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text('{"title": "fine"}\nnot json\n')
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes(b'{"title": "caf\xe9"}\n')
+    refused = sbert_pg("load", "a", str(latin), "--create", "-s", "title", url=database_url)
+    assert (refused.returncode, "UTF-8" in refused.stderr) == (1, True), refused.stderr
     result = sbert_pg("load", "a", str(path), "--create", "-s", "title", url=database_url)
     assert result.returncode == 1
     assert "line 2" in result.stderr

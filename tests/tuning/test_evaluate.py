@@ -189,8 +189,9 @@ def test_pairs_by_a_query_and_from_files(library: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "question,id\nx\n", "line 1"),
-        ("a.csv", "question,number\nx,1\n", "line 1"),
+        ("a.csv", "question,id\n\nx\n", "line 3"),
+        ("a.csv", "question,number\nx,1\n", "line 2"),
+        ("a.csv", "", "empty"),
         ("a.csv", "question,id,gain\nx,1,-1\n", "from 0 on"),
         ("a.csv", "question,id,gain\nx,1,inf\n", "from 0 on"),
         ("a.csv", "question,id\nHello, where is it,1\n", "more fields"),
@@ -198,9 +199,9 @@ def test_pairs_by_a_query_and_from_files(library: Any, tmp_path: Path) -> None:
         ("a.csv", "question,id\n" + "x" * 200_000 + ",1\n", "cannot be read"),
         ("a.csv", b"question,id\ncaf\xe9,1\n", "UTF-8"),
         ("a.jsonl", '{"query": "x", "relevant": "12"}\n', "list of keys"),
-        ("a.jsonl", '{"query": "x", "relevant": ["1"]}\nnonsense\n', "line 2"),
+        ("a.jsonl", '{"query": "x", "relevant": ["1"]}\n\nnonsense\n', "line 3"),
         ("a.qrels", "1 0 2\n", "topics"),
-        ("a.csv", "question,id\nWhat, then?,5\n", "line 1.*more fields"),
+        ("a.csv", "question,id\nWhat, then?,5\n", "line 2.*more fields"),
         ("a.csv", 'question,id\nx,1\n"unclosed,1\n', "cannot be read"),
         ("a.csv", "question,id,gain\nx,1,1\ny,1,1\nx,1,0\n", "has the gain 1"),
         ("a.csv", "question,id,name\nx,1,Ann\ny,1,Ann\n", "that of another question"),
@@ -243,7 +244,7 @@ def test_files_that_are_not_what_they_should_be(tmp_path: Path) -> None:
     for qrels, message in (
         ("q1 0 1 1\nq3 0 1 1\n", "line 2.*no question 'q3'"),
         ("q1 0 1 1\nq2 0 1 1\nq1 0 1 0\n", "has the gain 1"),
-        ("q1 0 1 one\n", "line 1"),
+        ("\nq1 0 1 one\n", "line 2"),
     ):
         file.write_text(qrels)
         with pytest.raises(LoadError, match=message):
