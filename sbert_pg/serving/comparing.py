@@ -18,7 +18,7 @@ from sbert_pg.errors import SbertPgError
 from sbert_pg.reranking import Scorer, rerank
 from sbert_pg.search import explain_search, explain_words
 from sbert_pg.search.explain import WordsExplanation
-from sbert_pg.serving.exposed import By, Exposed, Found, Question, Shown
+from sbert_pg.serving.exposed import By, Exposed, Hit, Question, Shown
 from sbert_pg.serving.html import Html, h
 from sbert_pg.serving.http import refusal_of
 from sbert_pg.types.comparator import metric_for
@@ -44,14 +44,14 @@ class _Answer:
     """What one kind of search has given.
 
     Attributes:
-        found: its rows, best first.
+        hits: its rows, best first.
         milliseconds: what they took, without the explanation.
         lexemes: words of the question as PostgreSQL knows them.
         error: what went wrong instead.
     """
 
     kind: str
-    found: Sequence[Found] = ()
+    hits: Sequence[Hit] = ()
     milliseconds: float = 0.0
     why: str = ""
     sql: str = ""
@@ -104,8 +104,8 @@ def _body(
 ) -> Iterator[Html]:
     if answer.error:
         yield h("p", answer.error, class_="fault", role="alert")
-    yield h("ol", [_row(exposed, found, answer, answers, marked) for found in answer.found])
-    if not answer.found and not answer.error:
+    yield h("ol", [_row(exposed, hit, answer, answers, marked) for hit in answer.hits])
+    if not answer.hits and not answer.error:
         yield h("p", "Nothing is found.", class_="faint")
 
 
@@ -126,15 +126,15 @@ def _asked(
             connection, Question(question, by, limit, dict(where), exact=exact)
         )
         started = time.perf_counter()
-        found = table.read(connection, statement)
+        hits = table.read(connection, statement)
         if kind == "reranked" and reranker is not None:
-            found = _reranked(table, found, question, reranker)
+            hits = _reranked(table, hits, question, reranker)
         milliseconds = (time.perf_counter() - started) * 1000
         explain: Any = explain_search if by == "meaning" else explain_words
         why = explain(connection, statement)
         words = why.words if isinstance(why, WordsExplanation) else ()
         lexemes = tuple(word.lexeme for word in words)
-        return _Answer(kind, found, milliseconds, str(why), why.sql, lexemes)
+        return _Answer(kind, hits, milliseconds, str(why), why.sql, lexemes)
 
     try:
         return shown.within(name, work)
@@ -142,16 +142,14 @@ def _asked(
         return _Answer(kind, error=str(refusal_of(error)))
 
 
-def _reranked(
-    table: Exposed, found: Sequence[Found], question: str, reranker: Scorer
-) -> list[Found]:
+def _reranked(table: Exposed, hits: Sequence[Hit], question: str, reranker: Scorer) -> list[Hit]:
     """The best of some rows by what a reranker says of the text that is shown."""
 
-    def text(row: Found) -> str | None:
+    def text(row: Hit) -> str | None:
         texts = [str(row.row[c]) for c in _text_columns(table) if row.row.get(c) is not None]
         return "\n".join(texts) or None
 
-    best = rerank(found, question, reranker, text=text, limit=ROWS)
+    best = rerank(hits, question, reranker, text=text, limit=ROWS)
     return [replace(one.row, scores={"reranker": one.score}) for one in best]
 
 
@@ -160,43 +158,43 @@ def _agreement(answer: _Answer, answers: Sequence[_Answer]) -> Html | None:
     meaning = next((a for a in answers if a.kind == "meaning"), None)
     if answer.kind != "exact" or meaning is None or answer.error or meaning.error:
         return None
-    keys = {found.key for found in answer.found}
-    same = len(keys & {found.key for found in meaning.found})
+    keys = {hit.key for hit in answer.hits}
+    same = len(keys & {hit.key for hit in meaning.hits})
     return h("p", f"{same} of these {len(keys)} are in the answer by meaning.", class_="faint")
 
 
 def _row(
     exposed: Exposed,
-    found: Found,
+    hit: Hit,
     answer: _Answer,
     answers: Sequence[_Answer],
     marked: Mapping[str, Html],
 ) -> Html:
     scores = [
         f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in found.scores.items()
+        for name, value in hit.scores.items()
         if value is not None and not name.endswith("_rank")
     ]
     places = [
         h("span", f"{other.kind} {rank}", class_="rank")
         for other in answers
         if other is not answer
-        for rank, one in enumerate(other.found, 1)
-        if one.key == found.key
+        for rank, one in enumerate(other.hits, 1)
+        if one.key == hit.key
     ]
     return h(
         "li",
-        h("p", excerpt(exposed, found, marked), dir="auto", class_="text"),
-        h("p", _others(exposed, found), dir="auto", class_="faint"),
+        h("p", excerpt(exposed, hit, marked), dir="auto", class_="text"),
+        h("p", _others(exposed, hit), dir="auto", class_="faint"),
         h("p", h("span", " · ".join(scores), class_="score"), places),
     )
 
 
-def excerpt(exposed: Exposed, found: Found, marked: Mapping[str, Html] | None = None) -> list[Any]:
+def excerpt(exposed: Exposed, hit: Hit, marked: Mapping[str, Html] | None = None) -> list[Any]:
     """The text of a row as far as its columns are shown, words of the question marked."""
-    texts = [cut(found.row[c]) for c in _text_columns(exposed) if found.row.get(c) is not None]
+    texts = [cut(hit.row[c]) for c in _text_columns(exposed) if hit.row.get(c) is not None]
     if not texts:
-        return [cut(found.key)]
+        return [cut(hit.key)]
     parts: list[Any] = []
     for number, text in enumerate(texts):
         shown = (marked or {}).get(text, text)
@@ -204,9 +202,9 @@ def excerpt(exposed: Exposed, found: Found, marked: Mapping[str, Html] | None = 
     return parts
 
 
-def _others(exposed: Exposed, found: Found) -> str:
+def _others(exposed: Exposed, hit: Hit) -> str:
     texts = _text_columns(exposed)
-    values = {c: v for c, v in found.row.items() if c not in texts and v is not None}
+    values = {c: v for c, v in hit.row.items() if c not in texts and v is not None}
     return " · ".join(f"{name} {cut(value, 60)}" for name, value in values.items())
 
 
@@ -225,7 +223,7 @@ def _marks(
     connection: sa.Connection, exposed: Exposed, answers: Sequence[_Answer], lexemes: set[str]
 ) -> dict[str, Html]:
     """The texts that are shown, with the words of the question marked by PostgreSQL itself."""
-    rows = [found.row for answer in answers for found in answer.found]
+    rows = [hit.row for answer in answers for hit in answer.hits]
     texts = sorted({cut(row[column]) for column in _text_columns(exposed) for row in rows
                     if row.get(column) is not None})  # fmt: skip
     if exposed.text is None or not lexemes or not texts:
@@ -234,16 +232,16 @@ def _marks(
     begin, end = secrets.token_hex(8), secrets.token_hex(8)
     quoted = ("'" + one.replace("\\", "\\\\").replace("'", "''") + "'" for one in sorted(lexemes))
     texts_ = sa.func.unnest(sa.cast(texts, postgresql.ARRAY(sa.Text)))
-    given = texts_.table_valued(sa.column("text", sa.Text)).render_derived(name="given")
+    cells = texts_.table_valued(sa.column("text", sa.Text)).render_derived(name="shown")
     marked = sa.func.ts_headline(
         sa.cast(language, postgresql.REGCONFIG),
-        given.c.text,
+        cells.c.text,
         sa.cast(" | ".join(quoted), postgresql.TSQUERY),
         f"HighlightAll=true, StartSel={begin}, StopSel={end}",
     )
     pattern = re.compile(f"{begin}(.*?){end}", re.DOTALL)
     shown = {}
-    for text, with_marks in connection.execute(sa.select(given.c.text, marked).select_from(given)):
+    for text, with_marks in connection.execute(sa.select(cells.c.text, marked).select_from(cells)):
         parts = pattern.split(with_marks)
         shown[text] = Html(
             "".join(h("mark", part) if i % 2 else h("span", part) for i, part in enumerate(parts))

@@ -78,7 +78,7 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Hit:
     """A row of an answer.
 
     Attributes:
@@ -119,7 +119,7 @@ class Exposed:
     columns: tuple[str, ...]
     passages: Any = None
 
-    def found(self, connection: sa.Connection, question: Question) -> list[Found]:
+    def hits(self, connection: sa.Connection, question: Question) -> list[Hit]:
         """The rows that answer a question, best first.
 
         Raises:
@@ -128,7 +128,7 @@ class Exposed:
         """
         return self.read(connection, self.statement(connection, question))
 
-    def rows(self, connection: sa.Connection, keys: Sequence[str]) -> list[Found]:
+    def rows(self, connection: sa.Connection, keys: Sequence[str]) -> list[Hit]:
         """Rows by their keys, in their order; those that are gone are left out.
 
         Raises:
@@ -143,7 +143,7 @@ class Exposed:
         ]
         readable = readable_columns(self.embedding.table)
         statement = sa.select(*readable).where(sa.or_(sa.false(), *criteria))
-        by_key = {found.key: found for found in self.read(connection, statement)}
+        by_key = {hit.key: hit for hit in self.read(connection, statement)}
         return [by_key[key] for key in keys if key in by_key]
 
     def key_of(self, values: Sequence[Any]) -> str:
@@ -151,7 +151,7 @@ class Exposed:
         texts = [str(_plain(value)) for value in values]
         return texts[0] if len(texts) == 1 else json.dumps(texts, ensure_ascii=False)
 
-    def read(self, connection: sa.Connection, statement: Any) -> list[Found]:
+    def read(self, connection: sa.Connection, statement: Any) -> list[Hit]:
         """The rows of a statement that selects the table's readable columns, and then scores."""
         result = connection.execute(statement)
         # Not as the result calls them, which counts up where a column has a score's name.
@@ -167,7 +167,7 @@ class Exposed:
             shown = {name: value for name, value in values[:first] if name in self.columns}
             key = self.key_of([row[place] for place in places])
             scores, passage = _scores_and_passage(values[first:])
-            rows.append(Found(scores, shown, key, passage))
+            rows.append(Hit(scores, shown, key, passage))
         return rows
 
     def statement(self, connection: sa.Connection, question: Question) -> Any:
@@ -353,14 +353,14 @@ class Shown:
                 self._looked = time.monotonic()
             return self._tables
 
-    def ask(self, name: Any, question: Question) -> list[Found]:
+    def ask(self, name: Any, question: Question) -> list[Hit]:
         """The rows of a table that answer a question.
 
         Raises:
             DeclarationError: there is no such table, or it cannot be asked so.
             BindingError: the column has no encoder that this process has.
         """
-        return self.within(name, lambda connection, table: table.found(connection, question))
+        return self.within(name, lambda connection, table: table.hits(connection, question))
 
     def within(self, name: Any, work: Callable[[sa.Connection, Exposed], T]) -> T:
         """What some work on a table gives, in a transaction whose statements are ended in time.

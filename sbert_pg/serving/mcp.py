@@ -19,7 +19,7 @@ import sqlalchemy as sa
 
 from sbert_pg.errors import SbertPgError, needing
 from sbert_pg.freshness import status
-from sbert_pg.serving.exposed import By, Found, Question, Shown
+from sbert_pg.serving.exposed import By, Hit, Question, Shown
 from sbert_pg.sqlstates import words_of
 
 with needing("mcp", "mcp", "serve the Model Context Protocol"):
@@ -152,16 +152,16 @@ def _states(shown: Shown) -> list[dict[str, Any]]:
         ]
 
 
-def _marked_rows(found: list[Found]) -> str:
+def _marked_rows(hits: list[Hit]) -> str:
     rows: list[dict[str, Any]] = []
     size = cut = 0
-    for one in found:
+    for one in hits:
         row = dict[str, Any](one.scores)
         for part, values in one.parts.items():
             row[part] = {name: _short(value) for name, value in values.items()}
         size += len(json.dumps(row, ensure_ascii=False, default=str))
         if size > MOST_OF_AN_ANSWER and rows:
-            cut = len(found) - len(rows)
+            cut = len(hits) - len(rows)
             break
         rows.append(row)
     left_out = f"\n{cut} further rows were left out: the answer would be too long." if cut else ""

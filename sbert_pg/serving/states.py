@@ -171,8 +171,7 @@ def _changed(
         return shown.within(
             exposed.name,
             lambda connection, table: [
-                {found.key for found in table.found(connection, Question(one.text))}
-                for one in queries
+                {hit.key for hit in table.hits(connection, Question(one.text))} for one in queries
             ],
         )
 

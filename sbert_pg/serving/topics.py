@@ -22,7 +22,7 @@ from sbert_pg.clustering.mapping import colours, hex_colour
 from sbert_pg.clustering.tables import EXEMPLAR_PREFIX
 from sbert_pg.errors import DeclarationError
 from sbert_pg.serving.comparing import cut, excerpt
-from sbert_pg.serving.exposed import Exposed, Found
+from sbert_pg.serving.exposed import Exposed, Hit
 from sbert_pg.serving.html import Html, h, table
 from sbert_pg.serving.states import MEASURED_ROWS
 
@@ -43,7 +43,7 @@ def overview(connection: sa.Connection, exposed: Exposed, topics: Clustering) ->
     run = topics.require_current(connection)
     clusters = Session(connection).scalars(topics.clusters()).all()
     typical = exposed.rows(connection, [exposed.key_of(_exemplar(topics, c)) for c in clusters])
-    rows_by_key = {found.key: found for found in typical}
+    rows_by_key = {hit.key: hit for hit in typical}
     largest = max((c.size for c in clusters), default=1)
     yield h(
         "p", f"{len(clusters)} clusters of {run.rows:,} rows by {run.algorithm}, "
@@ -130,7 +130,7 @@ def _fit(connection: sa.Connection, exposed: Exposed, topics: Clustering) -> Ite
         yield h("p", command, " gives them one.", class_="faint")
 
 
-def _topic(cluster: Any, exposed: Exposed, typical: Found | None, largest: int) -> Html:
+def _topic(cluster: Any, exposed: Exposed, typical: Hit | None, largest: int) -> Html:
     link = f"/explore/topics?{urlencode({'table': exposed.name, 'number': cluster.number})}"
     return h(
         "li",
