@@ -261,7 +261,6 @@ def spec_named(name: str) -> EncoderSpec:
 
 def _facts(encoder: Encoder) -> dict[str, Any]:
     spec, manifest = encoder.spec, encoder.manifest
-    files = [encoder.directory / name for name in manifest.files]
     return {
         "name": spec.name,
         "directory": str(encoder.directory),
@@ -279,7 +278,7 @@ def _facts(encoder: Encoder) -> dict[str, Any]:
         "exporter": manifest.exporter,
         "revision": spec.revision,
         "fingerprint": spec.fingerprint,
-        "megabytes": round(sum(file.stat().st_size for file in files) / 1e6, 1),
+        "megabytes": round(encoder.megabytes, 1),
         "agreement": {name: asdict(value) for name, value in manifest.agreement.items()},
     }
 

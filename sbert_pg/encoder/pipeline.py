@@ -266,6 +266,12 @@ class Converted:
         return self._directory
 
     @property
+    def megabytes(self) -> float:
+        """Size of its files, in millions of bytes."""
+        files = (self._directory / name for name in self._manifest.files)
+        return sum(file.stat().st_size for file in files) / 1e6
+
+    @property
     def engine(self) -> str:
         """What runs it, ``"onnxruntime"`` or ``"openvino"``."""
         return self._engine

@@ -55,7 +55,7 @@ class Choosable:
         milliseconds: to encode a question alone, the median.
         texts_per_second: of the table's texts.
         dimensions: of its vectors.
-        megabytes: of its graph.
+        megabytes: of its files.
         languages: as published; ``"not known"`` of an encoder that the library does not list.
         limits: share of the library's hard triples that it gets right.
         cut: share of the texts that are longer than it reads.
@@ -319,8 +319,6 @@ def _name(encoder: Encoder) -> str:
 
 def _measure(encoder: Encoder, rows: _Texts, k: int) -> tuple[Any, dict[str, Any]]:
     """nDCG@k of each question, and what the encoder costs and cannot do."""
-    from sbert_pg.encoder.directory import MODEL
-
     own, queries = list(rows.texts.values()), rows.queries
     vectors, seconds = _timed(partial(encoder.encode_document, own))
     asked = encoder.encode_query([query.text for query in queries])
@@ -334,7 +332,7 @@ def _measure(encoder: Encoder, rows: _Texts, k: int) -> tuple[Any, dict[str, Any
         "milliseconds": 1000 * median(singles),
         "texts_per_second": len(own) / seconds,
         "dimensions": encoder.dimensions,
-        "megabytes": (encoder.directory / MODEL).stat().st_size / 1e6,
+        "megabytes": encoder.megabytes,
         "languages": known.languages if known else "not known",
         "limits": share(right, sum(limit.triples for limit in tried)),
         "cut": report.own.cut if report.own else 0.0,

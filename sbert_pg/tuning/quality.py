@@ -146,7 +146,6 @@ def compare_on_questions(
 
 
 def _row(name: str, encoder: Encoder, quality: dict[str, float], speed: float) -> dict[str, Any]:
-    files = [encoder.directory / file for file in encoder.manifest.files]
     return {
         "encoder": name,
         "precision": encoder.manifest.precision,
@@ -154,5 +153,5 @@ def _row(name: str, encoder: Encoder, quality: dict[str, float], speed: float) -
         **quality,
         "texts/s": speed,
         "truncated": encoder.statistics.truncated,
-        "MB": round(sum(file.stat().st_size for file in files) / 1e6, 1),
+        "MB": round(encoder.megabytes, 1),
     }

@@ -305,8 +305,6 @@ def _cut(task: Task, encoder: Encoder, widths: Sequence[int]) -> dict[str, str]:
 
 def _speeds(task: Task, encoder: Encoder) -> dict[str, str]:
     """Texts a second and size, beside the column's own encoder."""
-    from sbert_pg.encoder.directory import MODEL
-
     texts = list(task.rows.texts(list(task.candidates.keys)[:_TIMED]).values())
     both = (task.encoder, encoder)
     best = [float("inf")] * 2
@@ -315,9 +313,7 @@ def _speeds(task: Task, encoder: Encoder) -> dict[str, str]:
             started = time.perf_counter()
             each.encode_document(texts)
             best[i] = min(best[i], time.perf_counter() - started)
-    own, new = (each.directory / MODEL for each in both)
-    sizes = [path.stat().st_size / 1e6 for path in (own, new)]
     return {
         "speed": f"{best[0] / best[1]:.2f} times the texts a second of {task.encoder.spec.name}",
-        "megabytes": f"{sizes[1]:.1f}, before {sizes[0]:.1f}",
+        "megabytes": f"{encoder.megabytes:.1f}, before {task.encoder.megabytes:.1f}",
     }

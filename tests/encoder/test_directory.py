@@ -236,6 +236,7 @@ def test_weights_too_large_for_one_message_lie_beside_the_model(
     encoder = Encoder.load(minilm_path, precision="fp32", cache_dir=tmp_path)
     assert set(encoder.manifest.files) == {*FILES, writer.WEIGHTS} - {"manifest.json"}
     assert (encoder.directory / "model.onnx").stat().st_size < 1_000_000
+    assert encoder.megabytes > 80
     np.testing.assert_allclose(encoder.probe_vectors, fp32.probe_vectors, atol=1e-6)
     assert encoder.spec.fingerprint == fp32.spec.fingerprint
     with (encoder.directory / writer.WEIGHTS).open("r+b") as file:
