@@ -226,10 +226,7 @@ def advise(
         usual = {text: common.criterion(text) for text in filters or ()}
         with bar("building indexes of a sample, and searching them"):
             advice = lib.advise_index(engine, side.column, filters=usual or None)
-    if json:
-        common.print_json(advice.to_json())
-    else:
-        print(advice)
+    common.show(advice, advice.to_json(), json)
 
 
 def _sliced(

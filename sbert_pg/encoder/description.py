@@ -108,14 +108,14 @@ class Description:
     configuration: Mapping[str, Any] = field(repr=False)
     weights: tuple[Path, ...]
     pooling: tuple[PoolingMode, ...]
-    include_prompt: bool
+    include_prompt: bool = True
     layers: tuple[Layer, ...]
     max_seq_length: int | None
-    do_lower_case: bool
-    prompts: Mapping[str, str]
-    default_prompt_name: str | None
-    similarity: Similarity
-    truncate_dim: int | None
+    do_lower_case: bool = False
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    default_prompt_name: str | None = None
+    similarity: Similarity = "cosine"
+    truncate_dim: int | None = None
     pairs: bool = False
     token_types: bool = False
 

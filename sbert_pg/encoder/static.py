@@ -68,10 +68,8 @@ def describe_encoder(path: str | Path) -> Description:
         },
         weights=weights,
         pooling=("mean",),
-        include_prompt=True,
         layers=read_layers(root, modules[1:], rows.shape[1]),
         max_seq_length=_limit(root, where, config),
-        do_lower_case=False,
         **conventions(general),
     )
 

@@ -31,21 +31,19 @@ from sbert_pg.errors import (
     BindingError,
     DeclarationError,
     EncodingError,
-    MissingExtraError,
     SbertPgError,
     VectorError,
+    needing,
 )
 from sbert_pg.serving.listening import Limits
 from sbert_pg.sqlstates import Fault, fault_of, words_of
 
-try:
+with needing("starlette", "serve", "serve over HTTP"):
     from starlette.applications import Starlette
     from starlette.datastructures import QueryParams
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import Response
     from starlette.routing import Route
-except ImportError as missing:
-    raise MissingExtraError("starlette", "serve", "serve over HTTP") from missing
 
 logger = logging.getLogger("sbert_pg.serve")
 

@@ -15,13 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sbert_pg.errors import DeclarationError, MissingExtraError
+from sbert_pg.errors import DeclarationError, needing
 
-try:
+with needing("uvicorn", "serve", "serve over HTTP"):
     import uvicorn
     from uvicorn.protocols.http.h11_impl import H11Protocol
-except ImportError as missing:
-    raise MissingExtraError("uvicorn", "serve", "serve over HTTP") from missing
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from sbert_pg.errors import MissingExtraError
+from sbert_pg.errors import needing
 from sbert_pg.freshness.shared import BUCKETS, ColumnTally, Durations, Tally
 
-try:
+with needing("prometheus-client", "serve", "serve metrics"):
     from prometheus_client import CollectorRegistry, Counter, Histogram
     from prometheus_client.core import (
         CounterMetricFamily,
@@ -17,8 +17,6 @@ try:
     )
     from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
     from prometheus_client.registry import Collector
-except ImportError as missing:
-    raise MissingExtraError("prometheus-client", "serve", "serve metrics") from missing
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
