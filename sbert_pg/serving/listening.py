@@ -68,8 +68,9 @@ def listening(app: Any, limits: Limits, host: str, port: int) -> Iterator[int]:
         DeclarationError: the address cannot be listened on.
     """
     bound = _bound(host, port)
+    protocol = type("Guarded", (_Guarded,), {"limits": limits, "waiting": {}})
     config = uvicorn.Config(
-        app, http=_guarded(limits), ws="none", lifespan="off", loop="asyncio",
+        app, http=protocol, ws="none", lifespan="off", loop="asyncio",
         log_config=None, access_log=False, proxy_headers=False, server_header=False,
         timeout_keep_alive=int(limits.idle), timeout_graceful_shutdown=int(limits.stopping),
         h11_max_incomplete_event_size=limits.head_bytes, backlog=limits.connections,
@@ -177,8 +178,3 @@ class _Guarded(H11Protocol):
         self.timer = None
         if seconds is not None and not self.transport.is_closing():
             self.timer = self.loop.call_later(seconds, self.transport.abort)
-
-
-def _guarded(limits: Limits) -> type[H11Protocol]:
-    """The protocol of one server."""
-    return type("Guarded", (_Guarded,), {"limits": limits, "waiting": {}})

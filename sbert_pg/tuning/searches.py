@@ -170,7 +170,7 @@ def searches_for(
 def _by_index(base: sa.Column[Any], index: Any, options: Mapping[str, Any]) -> Search:
     """``nearest`` on a copy of the table that declares one index alone."""
     copy: Any = base.table.to_metadata(sa.MetaData())
-    copy.indexes.difference_update({i for i in copy.indexes if _is_vector_index(i)})
+    copy.indexes.difference_update({i for i in copy.indexes if method_of(i) is not None})
     index_like(index, copy.c[base.key], index.name)
     where = [on_copy(criterion, base.table, copy) for criterion in options["where"]]
     own = {**options, "where": where}
@@ -187,10 +187,6 @@ def on_copy(criterion: Any, table: Any, copy: sa.Table) -> Any:
         return copy.c[element.key] if own else None
 
     return sa.sql.visitors.replacement_traverse(criterion, {}, replaced)
-
-
-def _is_vector_index(index: sa.Index) -> bool:
-    return method_of(index) is not None
 
 
 class _Encoded:
