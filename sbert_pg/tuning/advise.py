@@ -108,8 +108,7 @@ class Advice:
         """Plain data."""
         return asdict(self) | {"migration": self.migration}
 
-    def table(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of the table."""
+    def __str__(self) -> str:
         filters = [each.filter for each in self.forms[0].measured]
         header = ["form", "size", "of column", "build"]
         for name in filters:
@@ -120,11 +119,6 @@ class Advice:
             for each in form.measured:
                 line += [f"{each.recall:.3f}", f"{each.milliseconds:.1f}"]
             lines.append(line)
-        return header, lines
-
-    def __str__(self) -> str:
-        header, lines = self.table()
-        cells = in_columns([header, *lines])
         head = f"{self.column}: {self.rows:,} of about {self.total:,} rows"
         best = next(form for form in self.forms if form.name == self.recommended)
         size = _megabytes(best.bytes * self.total / max(self.rows, 1))
@@ -133,7 +127,7 @@ class Advice:
             tail += [f"  about {size} on all rows", f"  {best.declaration}", self.migration]
         if self.existing:
             tail.append(f"  there are already: {', '.join(self.existing)}")
-        return "\n".join([head, *cells, *tail])
+        return "\n".join([head, *in_columns([header, *lines]), *tail])
 
 
 def _megabytes(size: float) -> str:

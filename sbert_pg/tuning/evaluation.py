@@ -126,8 +126,7 @@ class Evaluation:
         """Plain data, without the answers."""
         return {"k": self.k, "scores": [asdict(score) for score in self.scores]}
 
-    def rows(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of the table."""
+    def __str__(self) -> str:
         header = ["search", f"nDCG@{self.k}", "vs first", f"recall@{self.k}", "MRR", "P@1", "ms"]
         table = []
         for s in self.scores:
@@ -136,10 +135,6 @@ class Evaluation:
             time_ = "" if s.milliseconds is None else f"{s.milliseconds:.1f}"
             figures = [str(s.recall), str(s.mrr), str(s.precision_at_1), time_]
             table.append([name, str(s.ndcg), versus, *figures])
-        return header, table
-
-    def __str__(self) -> str:
-        header, table = self.rows()
         head = f"{len(self.queries)} questions, intervals of {CONFIDENCE:.0%}"
         return "\n".join([head, *in_columns([header, *table])])
 
