@@ -215,12 +215,7 @@ def _forget_changed(connection: sa.Connection, clustering: Clustering, run_id: i
     mine = assignment.c.run_id == run_id
     rows = clustering.row_set()
     vectors, centroids = rows.vectors, centroids_of(clustering, run_id)
-    same_row = sa.and_(
-        *(
-            left == vectors.c[key.name]
-            for left, key in zip(clustering.row_keys, clustering.keys, strict=True)
-        )
-    )
+    same_row = clustering.row_is_assigned(vectors)
 
     def has_moved(rank: sa.ColumnElement[float]) -> sa.ColumnElement[bool]:
         shift = sa.func.abs(rows.distance(rank) - assignment.c.distance)

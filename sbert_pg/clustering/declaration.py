@@ -126,11 +126,11 @@ class Clustering:
         """What the embedded texts are made of; ``None`` for a plain vector column."""
         return getattr(self.column.type, "source", None)
 
-    def row_is_assigned(self) -> sa.ColumnElement[bool]:
-        """The join of an assignment with its row."""
-        return sa.and_(
-            *(left == right for left, right in zip(self.row_keys, self.keys, strict=True))
-        )
+    def row_is_assigned(self, rows: sa.FromClause | None = None) -> sa.ColumnElement[bool]:
+        """The join of an assignment with its row; or with that of a select with the rows' keys."""
+        columns = (self.rows if rows is None else rows).c
+        pairs = zip(self.row_keys, self.keys, strict=True)
+        return sa.and_(*(left == columns[key.name] for left, key in pairs))
 
     def row_set(self, where: Criteria | None = None) -> RowSet:
         """The rows that take part: those of the declared filter and of ``where``."""

@@ -197,10 +197,9 @@ def points(
         if by not in exposed.columns:
             raise DeclarationError(f"{exposed.name} has no column {by[:100]!r} to colour by.")
         table = exposed.embedding.table
-        same = zip(topics.row_keys, topics.keys, strict=True)
-        statement = statement.join(
-            table, sa.and_(*(left == table.c[key.name] for left, key in same))
-        ).with_only_columns(_read(table.c[by]), *list(statement.selected_columns)[1:])
+        statement = statement.join(table, topics.row_is_assigned(table)).with_only_columns(
+            _read(table.c[by]), *list(statement.selected_columns)[1:]
+        )
     rows = connection.execute(statement).all()
     group_of = _values(row[0] for row in rows) if by else _clusters(connection, topics)
     groups: dict[int, tuple[Group, list[str], array[float], array[float]]] = {}
