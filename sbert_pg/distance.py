@@ -84,10 +84,14 @@ def metric_of(similarity: str) -> Metric:
     )
 
 
-def unit(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The rows of an array of shape ``(n, dimensions)`` at length one; zeros stay zeros."""
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.asarray(vectors / np.maximum(lengths, 1e-12), dtype=np.float32)
+def unit(vectors: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Rows at length one, float32; rows of zeros stay."""
+    return np.asarray(vectors / lengths(vectors), dtype=np.float32)
+
+
+def lengths(vectors: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Lengths of rows, of shape ``(n, 1)`` and at least 1e-12, so that one may divide by them."""
+    return np.asarray(np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12))
 
 
 def similarity_matrix(

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from sbert_pg.distance import similarity_matrix
+from sbert_pg.distance import lengths, similarity_matrix, unit
 from sbert_pg.search import exact
 from sbert_pg.search.exact import LabelledQuery
 from sbert_pg.spec import Vectors
@@ -136,10 +136,10 @@ def examples_of(
         parts: the part of each.
     """
     place = {key: i for i, key in enumerate(candidates.keys)}
-    lengths = _lengths(candidates.vectors)
+    long = lengths(candidates.vectors)
     if candidates.similarity != "cosine":
-        lengths = np.full_like(lengths, np.sqrt((lengths**2).mean()))
-    vectors = candidates.vectors / lengths
+        long = np.full_like(long, np.sqrt((long**2).mean()))
+    vectors = candidates.vectors / long
     positives = np.stack(
         [
             np.average(
@@ -153,12 +153,7 @@ def examples_of(
         # A row that has come or gone meanwhile is passed over.
         there = [place[key] for key in keys if key in place]
         row[: len(there)] = vectors[there]
-    return Examples(asked / _lengths(asked), positives, negatives, parts, learning)
-
-
-def _lengths(vectors: Vectors) -> Vectors:
-    lengths: Vectors = np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    return lengths
+    return Examples(unit(asked), positives, negatives, parts, learning)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -211,9 +206,7 @@ def learn(
 def apply(matrix: Matrix, queries: Vectors) -> Vectors:
     """Vectors of queries after the matrix, of the length that they had."""
     moved = queries @ matrix.T.astype(np.float32)
-    lengths = np.linalg.norm(queries, axis=1, keepdims=True)
-    moved *= lengths / _lengths(moved)
-    return np.asarray(moved, np.float32)
+    return unit(moved) * lengths(queries)
 
 
 #: What comes of settings, for each that is tried.
@@ -262,8 +255,8 @@ def _slope(matrix: Vectors, examples: Examples, batch: npt.NDArray[np.int64]) ->
     """Gradient of InfoNCE by the matrix, for some questions."""
     queries = examples.queries[batch]
     moved = queries @ matrix.T
-    lengths = _lengths(moved)
-    units = moved / lengths
+    long = lengths(moved)
+    units = moved / long
     positives, negatives = examples.positives[batch], examples.negatives[batch]
     among = units @ positives.T
     # Questions of one answer do not push each other away.
@@ -276,6 +269,6 @@ def _slope(matrix: Vectors, examples: Examples, batch: npt.NDArray[np.int64]) ->
     count = len(batch)
     pull = chosen[:, :count] @ positives + (chosen[:, None, count:] @ negatives)[:, 0]
     pull /= _TEMPERATURE * count
-    across = (pull - units * (pull * units).sum(axis=1, keepdims=True)) / lengths
+    across = (pull - units * (pull * units).sum(axis=1, keepdims=True)) / long
     slope: Vectors = across.T @ queries
     return slope

@@ -243,7 +243,8 @@ def test_topics(tab: Any, notes: sa.Engine) -> None:
         assert sbert_pg(*command, url=notes.url).returncode == 0
         tab.reload()
         tab.get_by_role("heading", name=name, exact=True).wait_for()
-        assert sbert_pg(*command[:4], "--label", "", url=notes.url).returncode == 0, "by its keywords again"
+        again = sbert_pg(*command[:4], "--label", "", url=notes.url)
+        assert again.returncode == 0, "by its keywords again"
 
 
 def test_map(tab: Any) -> None:
