@@ -59,8 +59,6 @@ def convert(
     from sbert_pg.encoder import Encoder, prepare
 
     model, precision = split_name(name)
-    if out is not None and out.exists():
-        raise DeclarationError(f"{out} is there already; remove it, or name another directory.")
     with bar(f"converting {model}"):
         place = prepare(model, precision=precision, revision=revision, output=out)
     _print_facts(_facts(Encoder.open(place)), False)

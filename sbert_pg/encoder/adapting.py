@@ -56,7 +56,7 @@ def adapt_queries(
         MissingExtraError: the package ``onnx`` is missing.
         ConversionError: the new directory does not compute what it should.
     """
-    refuse_taken(place)
+    converted.refuse_taken(place)
     manifest, width = encoder.manifest, encoder.dimensions
     if width != manifest.full_dimensions:
         raise DeclarationError(
@@ -89,19 +89,6 @@ def adapt_queries(
     with converted.locked(place):
         converted.publish(place, write)
     return Encoder.open(place)
-
-
-def refuse_taken(place: Path) -> None:
-    """Refuse a file or directory that exists: nothing of a user's is ever replaced.
-
-    Raises:
-        DeclarationError: it does.
-    """
-    if place.exists():
-        raise DeclarationError(
-            f"{place} exists, and is never overwritten. Give a directory that does not exist, nor "
-            "anything that is written beside it."
-        )
 
 
 def _add_output(model: Path, layers: list[Layer], path: Path) -> None:

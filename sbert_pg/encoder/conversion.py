@@ -88,11 +88,12 @@ def prepare(
 
     Args:
         providers: they decide which precision is the default.
-        output: put it here and not into the cache.
+        output: put it here, where nothing may be yet, and not into the cache.
         again: convert again even where it is there.
         kind: ``"encoder"``, or ``"reranker"`` for a cross-encoder.
 
     Raises:
+        DeclarationError: ``output`` exists.
         EncoderError: it cannot be found, is damaged, cannot be converted (see ``Encoder.load``), or
             the cache cannot be written to.
     """
@@ -103,6 +104,7 @@ def prepare(
         return path
     precision = precision or Providers.of(providers).precision
     if output is not None:
+        converted.refuse_taken(output)
         _convert_to(output, name, revision, precision, kind)
         return output
     place = _slot(name, path, revision, precision, kind, cache_dir)

@@ -324,6 +324,19 @@ def locked(place: Path) -> Iterator[None]:
         lock.release()
 
 
+def refuse_taken(place: Path) -> None:
+    """Refuse a file or directory that exists: nothing of a user's is ever replaced.
+
+    Raises:
+        DeclarationError: it does.
+    """
+    if place.exists():
+        raise DeclarationError(
+            f"{place} exists, and is never overwritten. Give a directory that does not exist, nor "
+            "anything that is written beside it."
+        )
+
+
 def publish(place: Path, write: Callable[[Path], object]) -> None:
     """Fill a fresh directory and put it in its place at once; the caller holds the lock.
 

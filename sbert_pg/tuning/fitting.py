@@ -160,7 +160,7 @@ def tune(
         MissingExtraError: the method needs torch, or ``onnx``, and it is not installed.
         LoadError: the pairs are not readable, or there are none.
     """
-    from sbert_pg.encoder.adapting import refuse_taken
+    from sbert_pg.encoder.directory import refuse_taken
 
     started = clock.perf_counter()
     place = Path(out)

@@ -48,13 +48,12 @@ def fit(
 ) -> Proof:
     """Train a model, convert it, and write it where it is proven; arguments as for ``tune``."""
     from sbert_pg.encoder import directory as converted
-    from sbert_pg.encoder.adapting import refuse_taken
 
     passes = epochs or EPOCHS[method]
     # Who comes second waits, and is refused what is there by then.
     with converted.locked(place), converted.scratch(place, ".training-") as folder:
         for taken in (place, kept_model(place)):
-            refuse_taken(taken)
+            converted.refuse_taken(taken)
         trained = folder / "model"
         if method == "distill":
             return _distill(task, place, trained, base, passes)

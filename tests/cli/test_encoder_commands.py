@@ -60,7 +60,7 @@ def test_convert_then_show(cache: Path, minilm_path: Path, tmp_path: Path) -> No
     assert facts["fingerprint"] in shown.stdout
     again = run(cache, "convert", str(minilm_path), "-o", str(target))
     assert again.returncode == 1
-    assert "is there already" in " ".join(again.stderr.split())
+    assert "never overwritten" in " ".join(again.stderr.split())
     (target / "model.onnx").write_bytes(b"damaged")
     damaged = run(cache, "show", str(target))
     assert damaged.returncode == 1
