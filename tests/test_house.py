@@ -67,9 +67,9 @@ ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (10, 2000),
     "alembic": (8, 2727),
     "catalog": (9, 2567),
-    "cli": (17, 4532),
-    "clustering": (16, 5221),
-    "encoder": (28, 7743),
+    "cli": (16, 4491),
+    "clustering": (16, 5218),
+    "encoder": (26, 7540),
     "freshness": (16, 5243),
     "indexes": (6, 1407),
     "loading": (4, 1124),
@@ -77,13 +77,13 @@ ROOMS: dict[str, tuple[int, int]] = {
     "passages": (5, 1165),
     "reembed": (12, 3129),
     "search": (13, 4174),
-    "serving": (19, 3635),
+    "serving": (16, 3568),
     "sql": (1, 24),
-    "tuning": (18, 4381),
+    "tuning": (17, 4365),
     "types": (8, 1803),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3463
+MOST_LINES_OF_THE_REST = 3485
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60

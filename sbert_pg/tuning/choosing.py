@@ -182,8 +182,7 @@ def choose_encoder(
         )
     rows = _texts(engine, columns, pairs_of(engine, pairs), where, sample, seed)
     results = [_measure(encoder, rows, k) for encoder in compared]
-    # The others are compared with the column's, which is the first, or else with the best.
-    best = 0 if own is not None else int(np.argmax([values.mean() for values, _ in results]))
+    best = _baseline(own, [values for values, _ in results])
     measured = []
     for encoder, (values, cost) in zip(compared, results, strict=True):
         both = np.stack([values, values - results[best][0]], axis=1)
@@ -227,6 +226,11 @@ def _own_encoder(columns: Sequence[Any]) -> Encoder | None:
             f"The encoder of {columns[0]} is no converted one; nothing compares it."
         )
     return own
+
+
+def _baseline(own: Encoder | None, values: Sequence[Any]) -> int:
+    """Which encoder the others are compared with: the column's, the first, or else the best."""
+    return 0 if own is not None else int(np.argmax([each.mean() for each in values]))
 
 
 def _keeps(encoder: Encoder, own: Encoder | None) -> bool:
