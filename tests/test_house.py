@@ -65,7 +65,7 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 #: Most modules and lines of each room: a new capability raises its own, and nobody else's.
 ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (10, 2000),
-    "alembic": (8, 2727),
+    "alembic": (9, 2815),
     "catalog": (9, 2567),
     "cli": (16, 4491),
     "clustering": (16, 5218),
@@ -80,7 +80,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "serving": (16, 3568),
     "sql": (1, 24),
     "tuning": (17, 4365),
-    "types": (8, 1803),
+    "types": (8, 1833),
 }
 #: All rooms that are one module.
 MOST_LINES_OF_THE_REST = 3485

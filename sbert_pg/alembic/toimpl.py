@@ -20,6 +20,7 @@ from alembic.util import CommandError
 
 from sbert_pg import catalog, reembed, system
 from sbert_pg.alembic import ops, statements
+from sbert_pg.alembic.elsewhere import carry_out_elsewhere
 from sbert_pg.alembic.statements import (
     AlterColumn,
     Online,
@@ -58,7 +59,10 @@ log = logging.getLogger("sbert_pg.alembic")
 def implement(operations: Operations, operation: ops.SbertOperation) -> None:
     """Carry an operation out for Alembic, which hands it on like this."""
     with refusing():
-        carry_out(operation, operations)
+        if operations.migration_context.dialect.name == "postgresql":
+            carry_out(operation, operations)
+        else:
+            carry_out_elsewhere(operation, operations)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from sbert_pg.search.bm25 import PAGES, PAGES_OF_SOME, looked_up, ranking
 from sbert_pg.search.statement import Call, Changeable, Nearest, replayed, replayed_of
 from sbert_pg.search.target import readable_columns
 from sbert_pg.types.comparator import base_of, clause_of
-from sbert_pg.types.text import TextSearch
+from sbert_pg.types.text import Configuration, TextSearch
 
 _QUOTED = re.compile(r'(-*)"([^"]*)"?')
 #: Each dash negates what follows: ``-word`` is excluded, and ``--word`` is a word.
@@ -367,7 +367,7 @@ def _within_part(search: WordSearch) -> sa.CTE:
 
 def _regconfig(language: str) -> sa.ColumnElement[Any]:
     # Written out: of a parameter no planner knows that it is what a partial index is for.
-    return sa.cast(sa.literal(language, sa.Text(), literal_execute=True), postgresql.REGCONFIG())
+    return sa.cast(sa.literal(language, sa.Text(), literal_execute=True), Configuration())
 
 
 def _statement(search: WordSearch) -> Nearest:

@@ -8,6 +8,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import MappedColumn, mapped_column
 
 from sbert_pg import system
@@ -111,6 +112,35 @@ class TextSearch(postgresql.TSVECTOR):
         return parts[0] if len(parts) == 1 else f"({' || '.join(parts)})"
 
 
+class _Words(sa.TextClause):
+    """The expression of a text column; of an other database's it is ``NULL``."""
+
+    inherit_cache = True
+
+
+class Configuration(postgresql.REGCONFIG):
+    """A text search configuration in a statement that searches by words."""
+
+    cache_ok = True
+
+
+@compiles(Configuration, "sqlite")
+def _no_search(type_: Configuration, compiler: Any, **_: Any) -> str:
+    raise DeclarationError(
+        "Words are searched in PostgreSQL; this engine is of 'sqlite', where their column is empty."
+    )
+
+
+@compiles(_Words, "sqlite")
+def _no_words(element: _Words, compiler: Any, **_: Any) -> str:
+    return "NULL"
+
+
+@compiles(TextSearch, "sqlite")
+def _stored_in_sqlite(type_: TextSearch, compiler: Any, **_: Any) -> str:
+    return "TEXT"
+
+
 def text_column(
     *columns: str,
     language: str = "english",
@@ -136,7 +166,7 @@ def text_column(
         DeclarationError: the declaration contradicts itself.
     """
     type_ = TextSearch(columns, language, language_column, tuple((weights or {}).items()))
-    computed = sa.Computed(sa.text(type_.vector_sql()), persisted=True)
+    computed = sa.Computed(_Words(type_.vector_sql()), persisted=True)
     positional: tuple[Any, ...] = (type_, computed) if name is None else (name, type_, computed)
     return mapped_column(*positional, deferred=True, **options)
 

@@ -24,8 +24,12 @@ from sbert_pg import (
     embed_on_flush,
     embed_rows,
     hnsw_index,
+    hybrid,
     load,
+    matching,
     nearest,
+    text_column,
+    text_index,
 )
 from sbert_pg.alembic import autogenerate_plugins
 from sbert_pg.errors import (
@@ -358,9 +362,12 @@ class TestSQLite:
 
     class Recipe(Base):
         __tablename__ = "recipe"
-        __table_args__ = (hnsw_index("recipe_embedding", "embedding"),)
+        __table_args__ = (
+            hnsw_index("recipe_embedding", "embedding"), text_index("recipe_words", "words"),
+        )  # fmt: skip
         id: Mapped[int] = mapped_column(primary_key=True)
         title: Mapped[str]
+        words = text_column("title", weights={"title": 2})
         half: Mapped[Array | None] = embedding(storage="halfvec")
         embedding: Mapped[Array | None] = embedding()
 
@@ -384,6 +391,7 @@ class TestSQLite:
             load(session, self.Recipe, [{"title": "by load"}])
             session.commit()
             assert (recipe.embedding is not None) == encodes
+            assert recipe.words is None
             if encodes:
                 expected = encoder._vector("soup with bread")
                 assert np.allclose(recipe.embedding, expected)  # type: ignore[arg-type]
@@ -397,6 +405,8 @@ class TestSQLite:
                 sa.select(self.Recipe).order_by(column.distance("soup")),  # type: ignore[union-attr]
                 sa.select(column.cosine_distance([1.0] * 384)),  # type: ignore[union-attr]
                 nearest(column, "soup"),  # type: ignore[arg-type]
+                matching(self.Recipe.words, "soup"),
+                hybrid(column, self.Recipe.words, "soup"),  # type: ignore[arg-type]
             ):
                 with pytest.raises(DeclarationError, match="PostgreSQL"):
                     session.execute(statement)
