@@ -16,12 +16,12 @@ from typing import Any
 import sqlalchemy as sa
 
 from sbert_pg import source
+from sbert_pg.freshness.queue import ArrayOf
 from sbert_pg.freshness.rows import Rows
 from sbert_pg.freshness.worker import Worker
 from sbert_pg.registry import use_encoder
 from sbert_pg.spec import Vectors
 from sbert_pg.testing import DeterministicEncoder
-from sbert_pg.types.wire import ArrayOf
 
 DIMENSIONS = 32
 

@@ -80,7 +80,8 @@ def embed(binding: Binding, encoder: TextEncoder, batch: Sequence[Row]) -> Embed
     texts = list(labels_of)
     vectors, faults = encode_for(binding, encoder, texts)
     payloads = wire.to_wire_rows(vectors, binding.storage)
-    faults = _unfit(binding, vectors) | faults
+    unfit = wire.unfit(vectors, binding.storage, binding.declared.similarity)
+    faults = {i: f"the encoder gave a vector that {why}" for i, why in unfit.items()} | faults
     for position, labels in enumerate(labels_of.values()):
         fault = faults.get(position)
         for label in labels:
@@ -161,23 +162,6 @@ def _without(span: list[int], error: Exception, faults: dict[int, str]) -> list[
         return [rest] if rest else []
     middle = len(span) // 2
     return [span[middle:], span[:middle]]
-
-
-def _unfit(binding: Binding, vectors: Vectors) -> dict[int, str]:
-    """Why vectors of shape ``(n, dimensions)`` cannot be stored, by their positions."""
-    finite = np.isfinite(vectors).all(axis=1)
-    faults = dict.fromkeys(
-        np.flatnonzero(~finite).tolist(), "the encoder gave a vector that holds NaN or an infinity"
-    )
-    if binding.declared.similarity == "cosine":
-        reason = "the encoder gave a zero vector, whose cosine with anything is undefined"
-        zero = np.flatnonzero(~vectors.any(axis=1))
-        faults |= dict.fromkeys(zero.tolist(), reason)
-    if binding.storage == "halfvec":
-        reason = f"the vector holds a value beyond {wire.HALF_MAX:g}, the largest of halfvec"
-        large = np.flatnonzero(finite & (np.abs(vectors) > wire.HALF_MAX).any(axis=1))
-        faults |= dict.fromkeys(large.tolist(), reason)
-    return faults
 
 
 Batch = TypeVar("Batch")

@@ -20,11 +20,11 @@ from sqlalchemy.engine import Connection
 from sbert_pg import system
 from sbert_pg.catalog import Binding, all_bindings
 from sbert_pg.errors import NotBoundError
-from sbert_pg.freshness.queue import Key, register, vector_of
+from sbert_pg.freshness.queue import ArrayOf, Key, register, vector_of
 from sbert_pg.passages.cutting import Passage
 from sbert_pg.passages.declaring import CONTENT, PASSAGE_COLUMNS
 from sbert_pg.source import NIL, digest
-from sbert_pg.types.wire import UUID_OID, ArrayOf, TextArray, WireArray
+from sbert_pg.types.wire import UUID_OID, TextArray, WireArray
 
 #: Passages written by one statement.
 _AT_ONCE = 2_000

@@ -8,7 +8,7 @@ in one go, since the driver's own arrays of text cost more time than the stateme
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ import psycopg
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.engine import Connection, Dialect
+from sqlalchemy.types import UserDefinedType
 
 from sbert_pg import system
 from sbert_pg.catalog import Binding, health, tables
@@ -115,6 +116,28 @@ def label_from(text: str) -> str:
         parts = [text]
     # As PostgreSQL writes jsonb.
     return "[" + ", ".join(json.dumps(str(part), ensure_ascii=False) for part in parts) + "]"
+
+
+class ArrayOf(UserDefinedType[Any]):
+    """The type of a parameter that is a ``WireArray`` or ``TextArray``.
+
+    Args:
+        element: SQL name of the element's type, as ``format_type`` spells it on this server.
+    """
+
+    cache_ok = True
+    render_bind_cast = True
+
+    def __init__(self, element: str) -> None:
+        self.element = element
+
+    def get_col_spec(self, **_: object) -> str:
+        """The type as a cast spells it."""
+        return f"{self.element}[]"
+
+    def bind_processor(self, dialect: Dialect) -> Callable[[Any], Any] | None:
+        """Leave the value alone."""
+        return None
 
 
 def driver_connection(connection: Connection) -> psycopg.Connection[Any]:

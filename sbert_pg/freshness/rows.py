@@ -25,6 +25,7 @@ from sbert_pg.freshness.passages import Cut, StoredPassages, stored_passages
 from sbert_pg.freshness.queue import (
     BACKFILL,
     CHANGED,
+    ArrayOf,
     Candidate,
     Class,
     Key,
@@ -36,7 +37,7 @@ from sbert_pg.freshness.queue import (
     vector_of,
 )
 from sbert_pg.source import proof
-from sbert_pg.types.wire import UUID_OID, ArrayOf, TextArray, WireArray, element_of
+from sbert_pg.types.wire import UUID_OID, TextArray, WireArray, element_of
 
 #: How long a row that failed for good is left alone, whatever its text is now.
 _FAILED_FOR = timedelta(seconds=10)

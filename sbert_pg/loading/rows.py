@@ -371,12 +371,8 @@ def checked(embedded: EmbeddingColumn, vectors: Any, first: int, numbers: list[i
         matrix = np.asarray(vectors, dtype=np.float32)
     except (ValueError, TypeError):
         matrix = np.empty((0, 0), dtype=np.float32)
-    good = matrix.shape == (len(numbers), type_.dimensions) and bool(np.isfinite(matrix).all())
-    if good and type_.storage == "halfvec":
-        good = float(np.abs(matrix).max()) <= wire.HALF_MAX
-    if good and type_.similarity == "cosine":
-        good = bool(matrix.any(axis=1).all())
-    if good:
+    right = matrix.shape == (len(numbers), type_.dimensions)
+    if right and not wire.unfit(matrix, type_.storage, type_.similarity):
         return matrix
     single = []
     for number, vector in zip(numbers, vectors, strict=True):

@@ -17,10 +17,8 @@ import numpy.typing as npt
 from psycopg.abc import AdaptContext
 from psycopg.adapt import Dumper
 from psycopg.pq import Format
-from sqlalchemy.engine import Dialect
-from sqlalchemy.types import UserDefinedType
 
-from sbert_pg.distance import Storage
+from sbert_pg.distance import Similarity, Storage
 from sbert_pg.errors import DimensionError, NonFiniteError, VectorError
 
 #: float32, of shape ``(dimensions,)``.
@@ -108,6 +106,23 @@ def check_vector(array: Array, dimensions: int | None, storage: Storage, what: s
         raise NonFiniteError(
             f"{what} holds a value beyond {HALF_MAX:g}, the largest of halfvec; store it as vector."
         )
+
+
+def unfit(
+    vectors: npt.NDArray[np.float32], storage: Storage, similarity: Similarity
+) -> dict[int, str]:
+    """Why rows of an array of shape ``(n, dimensions)`` cannot be stored or ranked, by position."""
+    finite = np.isfinite(vectors).all(axis=1)
+    reasons = dict.fromkeys(np.flatnonzero(~finite).tolist(), "holds NaN or an infinity")
+    if similarity == "cosine":
+        zero = np.flatnonzero(~vectors.any(axis=1)).tolist()
+        reasons |= dict.fromkeys(zero, "is all zeros, and its cosine with anything is undefined")
+    if storage == "halfvec":
+        large = np.flatnonzero(finite & (np.abs(vectors) > HALF_MAX).any(axis=1)).tolist()
+        reasons |= dict.fromkeys(
+            large, f"holds a value beyond {HALF_MAX:g}, the largest of halfvec"
+        )
+    return reasons
 
 
 def to_wire(array: Array, storage: Storage) -> bytes:
@@ -393,25 +408,3 @@ def element_of(sent: bytes) -> tuple[int, bytes]:
     """
     _, _, oid, _, _ = _ARRAY_HEADER.unpack_from(sent)
     return oid, sent[_ARRAY_HEADER.size + _LENGTH.size :]
-
-
-class ArrayOf(UserDefinedType[Any]):
-    """The type of a parameter that is a ``WireArray`` or ``TextArray``.
-
-    Args:
-        element: SQL name of the element's type, as ``format_type`` spells it on this server.
-    """
-
-    cache_ok = True
-    render_bind_cast = True
-
-    def __init__(self, element: str) -> None:
-        self.element = element
-
-    def get_col_spec(self, **_: object) -> str:
-        """The type as a cast spells it."""
-        return f"{self.element}[]"
-
-    def bind_processor(self, dialect: Dialect) -> Callable[[Any], Any] | None:
-        """Leave the value alone."""
-        return None
