@@ -455,3 +455,19 @@ def test_declarations_that_make_no_sense() -> None:
         Embedding("all-MiniLM-L6-v2", ["text", "text"])
     with pytest.raises(DeclarationError):
         Vector(0)
+
+
+@pytest.mark.parametrize("storage", ["vector", "halfvec"])
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
+def test_many_vectors_are_refused_as_each_alone_is(storage: Any, similarity: Any) -> None:
+    """Workers and the loader ask for many at once, a statement for one."""
+    type_ = Embedding("m", "text", dimensions=2, storage=storage, similarity=similarity)
+    rows = [[1, 2], [0, 0], [np.nan, 1], [0, -np.inf], [70_000, 0], [0, -65_504], [1e-30, 0]]
+    refused = set()
+    for number, row in enumerate(rows):
+        try:
+            type_.checked(row)
+        except VectorError:
+            refused.add(number)
+    assert set(wire.unfit(np.array(rows, np.float32), storage, similarity)) == refused
+    assert {2, 3} <= refused
