@@ -163,8 +163,9 @@ def run(engine: sa.Engine, options: argparse.Namespace, folder: Path) -> dict[st
         host, "--head", f"--port={options.port}", "--include-dashboard=false", "--num-cpus=0"
     )
     join = f"--address={address}", "--num-cpus=1"
-    nodes = [head, *(Node(next(hosts), *join) for _ in range(options.nodes))]
     ray.init(address=address, _node_ip_address=host, log_to_driver=False)
+    # Only now: a node that finds no head for some seconds gives up.
+    nodes = [head, *(Node(next(hosts), *join) for _ in range(options.nodes))]
     vanished = []
 
     def vanish(progress) -> None:

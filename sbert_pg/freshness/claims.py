@@ -5,8 +5,10 @@ from doing the same work; correctness does not depend on it, since a write prove
 are *names* of rows (``Row.label``): one that cannot be read as a key any more, such as that of a
 renamed enum label, is dropped, and its row is still pending by what it says itself.
 
-A lease that ends by itself is the trace of a process that came to an end. Each row that it had is
-then tried alone, so that a text that ends processes is found, and the others are not its victims.
+A lease that ends by itself is the trace of a process that came to an end. Its rows are then tried a
+few at a time, and those of a few that end a process as well, each alone: so a text that ends
+processes is found, the others are not its victims, and a fleet of machines that come and go does
+not do row by row what each of them had in hand.
 """
 
 from __future__ import annotations
@@ -87,27 +89,37 @@ def claim(
     return chosen
 
 
-def claim_alone(
-    connection: Connection, rows: Rows, *, token: str, lease: timedelta
-) -> Candidate | None:
-    """Take a lease on one row that failed before, or was in hand when a process came to an end.
+def claim_again(
+    connection: Connection, rows: Rows, *, token: str, lease: timedelta, most: int = 1
+) -> list[Candidate]:
+    """Take a lease on rows that failed before, or were in hand when a process came to an end.
 
     Records of rows that are gone, or not pending any more, are removed on the way.
+
+    Args:
+        most: one row alone, or the most of those that were in hand once, of which there have to be
+            two: they were another's victims, all or all but one, and alone each costs as much.
     """
     rows.prepare(connection)
     lock(connection, rows.binding)
     taken = _taken(connection, rows.binding)
     while True:
-        due = _due(connection, rows.binding, 100 + len(taken))
+        due = _due(connection, rows.binding, 100 + len(taken), together=most > 1)
         free = [label for label in due if label not in taken]
-        if not free:
-            return None
+        if len(free) < min(most, 2):
+            return []
+        chosen: list[Candidate] = []
         for label in free:
             one = _readable(connection, rows.find, label)
-            if one is not None and rows.read(connection, [one]):
-                _lease(connection, rows.binding, token, [one], lease)
-                return one
-            forget(connection, rows.binding, [label])
+            if one is None or not rows.read(connection, [one]):
+                forget(connection, rows.binding, [label])
+                continue
+            chosen.append(one)
+            if len(chosen) == most:
+                break
+        if len(chosen) >= min(most, 2):
+            _lease(connection, rows.binding, token, chosen, lease)
+            return chosen
 
 
 def _readable(connection: Connection, find: Callable[..., T | None], *args: object) -> T | None:
@@ -165,7 +177,7 @@ def renew(connection: Connection, tokens: Sequence[str], lease: timedelta) -> No
 def expire(
     connection: Connection, binding: Binding, *, max_attempts: int, backoff: timedelta
 ) -> list[str]:
-    """Have the rows of leases that have ended tried alone; the caller commits.
+    """Have the rows of leases that have ended tried again; the caller commits.
 
     Returns:
         Labels of rows that ended a process each time they were tried; ``conclude`` is to follow.
@@ -349,18 +361,15 @@ def end_waits(connection: Connection, bindings: Sequence[Binding]) -> tuple[bool
     return ended, alone
 
 
-def _due(connection: Connection, binding: Binding, most: int) -> list[str]:
+def _due(connection: Connection, binding: Binding, most: int, *, together: bool) -> list[str]:
     f = _failure.c
-    keys = connection.execute(
-        sa.select(f.key)
-        .where(
-            f.binding_id == binding.id, ~f.failed, f.attempts > 0,
-            f.next_attempt_at <= sa.func.now(),
-        )
-        .order_by(f.next_attempt_at, f.key)
-        .limit(most)
-    )  # fmt: skip
-    return list(keys.scalars())
+    due = sa.and_(
+        f.binding_id == binding.id, ~f.failed, f.attempts > 0, f.next_attempt_at <= sa.func.now()
+    )
+    if together:
+        due = sa.and_(due, f.attempts == 1, f.error == ENDED)
+    keys = sa.select(f.key).where(due).order_by(f.next_attempt_at, f.key).limit(most)
+    return list(connection.execute(keys).scalars())
 
 
 def in_hand(connection: Connection, binding: Binding) -> int:

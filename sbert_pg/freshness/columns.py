@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -300,12 +301,18 @@ class Claimer:
 
     def claim_alone(self, column: Column) -> Work | None:
         """One row that failed before, or was in hand when a process came to an end."""
+        return self._claim_again(column, 1)
 
+    def claim_few(self, column: Column) -> Work | None:
+        """Rows that were in hand when a process came to an end, for the first time."""
+        few = math.isqrt(self._settings.batch_size)
+        return self._claim_again(column, few) if few > 1 else None
+
+    def _claim_again(self, column: Column, most: int) -> Work | None:
         def claim(connection: sa.Connection, token: str) -> list[Candidate]:
-            one = claims.claim_alone(
-                connection, column.rows, token=token, lease=self._settings.lease
+            return claims.claim_again(
+                connection, column.rows, token=token, lease=self._settings.lease, most=most
             )
-            return [] if one is None else [one]
 
         return self._take(column, claim)[1]
 
@@ -316,7 +323,7 @@ class Claimer:
 
         Returns:
             Rows that ended a process at each attempt, whether rows that were put off are in the
-            queue again, and whether rows are due to be tried alone.
+            queue again, and whether rows are due to be tried again.
         """
         settings = self._settings
         ended = []

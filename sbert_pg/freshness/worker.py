@@ -10,11 +10,13 @@ Long, since what a worker is asked stands beside the loop that answers.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -346,23 +348,38 @@ class Worker:
         return took
 
     def _retry(self, flow: _Flow, *, busy: bool) -> bool:
-        """What failed before, or was in hand when a process came to an end, one row at a time."""
+        """What failed before, or was in hand when a process came to an end: a few, or one."""
         self._next_retry = time.monotonic() + _RETRY_INTERVAL
-        columns = self._columns.served()
-        ended, back, due = self._claimer.look_for_ended(columns)
+        ended, back, due = self._claimer.look_for_ended(self._columns.served())
         for column, labels in ended:
             self._store.conclude(column, labels)
-        now = time.monotonic()
-        if not due or (busy and now < self._next_alone):
+        if not due:
             return back
-        self._next_alone = now + _ALONE_INTERVAL
-        took = back
-        for column in columns:
-            while self._take_alone(flow, column):
+        now = time.monotonic()
+        until = now + 1.0 if busy else math.inf
+        took, more = self._repeat(partial(self._take_few, flow), until)
+        if not more and not (busy and now < self._next_alone):
+            self._next_alone = now + _ALONE_INTERVAL
+            took |= self._repeat(partial(self._take_alone, flow), until)[0]
+        return took or back
+
+    def _repeat(self, take: Callable[[Column], bool], until: float) -> tuple[bool, bool]:
+        """Take of each column until then; returns whether anything was, and whether more may be."""
+        took = False
+        for column in self._columns.served():
+            while take(column):
                 took = True
-                if self._stop.is_set() or (busy and time.monotonic() > now + 1.0):
-                    return True
-        return took
+                if self._stop.is_set() or time.monotonic() > until:
+                    return True, True
+        return took, False
+
+    def _take_few(self, flow: _Flow, column: Column) -> bool:
+        """Some rows of a process that came to an end, beside all that is in hand."""
+        work = self._claimer.claim_few(column)
+        if work is None:
+            return False
+        flow.put(work)
+        return True
 
     def _take_alone(self, flow: _Flow, column: Column) -> bool:
         """One row that may be what ended a process: nothing else is in hand meanwhile."""

@@ -37,7 +37,7 @@ from .conftest import (
 )
 
 QUICK = ("--set", "poll_interval=0.1", "--set", "backoff=0.05", "--set", "lease=2")
-#: What a killed process had in hand is tried one row at a time afterwards.
+#: What a killed process had in hand is tried a few rows at a time afterwards.
 SMALL = ("--set", "batch_size=5")
 
 
@@ -96,10 +96,11 @@ def test_a_text_that_kills_the_process_fails_alone(note, plain, encoder, start_w
         if worker.popen.poll() is not None:
             worker = start_worker(*options)
         time.sleep(0.05)
+    # Those that were in hand with it have a record until they are done.
+    wait_for(lambda: pending_count(plain) == 0)
     [(key, attempts, failed, error)] = failure_rows(plain)
     assert (key, attempts, failed) == ('["13"]', 3, True)
     assert "the process that encoded it came to an end" in error
-    wait_for(lambda: pending_count(plain) == 0)
     assert embedded(plain) == 29
     assert violations(plain, encoder) == []
 
