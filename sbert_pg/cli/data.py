@@ -132,7 +132,11 @@ def search(
     [b]sbert-pg search article "XJ-4711 manual" --by both --explain[/]
     [b]sbert-pg search article "refunds" --where "lang = 'en'" --json[/]
     """
-    with common.database(database) as engine, engine.connect() as connection:
+    with (
+        common.database(database) as engine,
+        engine.connect() as connection,
+        bar("loading the encoder"),
+    ):
         side = resolve(connection, target)
         cut = side.binding.source.passages is not None and by != "words"
         embedding: Any = passages_attribute(connection, side) if cut else side.column

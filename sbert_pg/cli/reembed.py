@@ -71,17 +71,20 @@ def begin(
                         f"Say what is to replace {old}: --to NEW_COLUMN with --encoder, --source "
                         "or --storage, or --app MODULE:BASE that declares it."
                     )
-                accepted = lib.rebind(engine, old.identity, get_encoder(spec))
+                with bar("comparing encoders"):
+                    accepted = lib.rebind(engine, old.identity, get_encoder(spec))
                 common.show(accepted, accepted.to_json(), json)
                 return
             request = lib.Request(
                 old=old.identity, new=to, encoder=spec, source=text, storage=storage
             )
         if dry_run:
-            plan = lib.plan(engine, request)
+            with bar("comparing encoders"):
+                plan = lib.plan(engine, request)
             common.show(plan, plan.to_json(), json)
             return
-        _require_needed(engine, request)
+        with bar("comparing encoders"):
+            _require_needed(engine, request)
         binding = lib.begin(engine, request)
     common.show(
         f"{binding} is there beside {binding.replaces}, and both are kept fresh. Fill it: sbert-pg "

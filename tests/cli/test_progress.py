@@ -22,8 +22,8 @@ print("result")
 """
 #: Commands that answer at once, or that speak for themselves as long as they run.
 QUICK = {
-    "migrate", "status", "doctor", "search", "worker", "failed", "serve", "mcp", "explore",
-    "show", "begin", "finish", "abort", "passages", "demo", "serve_postgres",
+    "migrate", "status", "doctor", "worker", "failed", "serve", "mcp", "explore",
+    "show", "finish", "abort", "passages", "demo", "serve_postgres",
 }  # fmt: skip
 
 
