@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import getpass
 import json
 import os
@@ -13,13 +14,16 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from pathlib import Path
 
 import psycopg
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from sbert_pg import catalog
+from sbert_pg import catalog, embed_on_flush, embedding_column, nearest
 from sbert_pg.cli.app import run
 from sbert_pg.source import Source
 from sbert_pg.testing import DeterministicEncoder
@@ -208,6 +212,44 @@ def test_behind_pgbouncer_it_says_so_and_polls(pgbouncer, note, plain, encoder, 
         plain.execute("INSERT INTO note (body) VALUES (%s)", [f"n{i}"])
         wait_for(lambda: pending_count(plain) == 0)
     assert embedded(plain) == 12
+    assert violations(plain, encoder) == []
+
+
+async def test_an_application_on_asyncpg_behind_pgbouncer(pgbouncer, note, plain, encoder):
+    """As docs/howto/pgbouncer.md has it: each statement has its own name, and none is kept."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Note(Base):
+        __tablename__ = note
+        id: Mapped[int] = mapped_column(primary_key=True)
+        body: Mapped[str]
+        embedding = embedding_column("deterministic", "body", dimensions=32, nullable=True)
+
+    engine = create_async_engine(
+        pgbouncer.set(drivername="postgresql+asyncpg"),
+        poolclass=sa.NullPool,
+        connect_args={
+            "statement_cache_size": 0,
+            "prepared_statement_cache_size": 0,
+            "prepared_statement_name_func": lambda: f"__asyncpg_{uuid.uuid4()}__",
+        },
+    )
+    sessions = async_sessionmaker(engine)
+    embed_on_flush(sessions)
+
+    async def write_and_search(text: str) -> str:
+        async with sessions() as session:
+            session.add(Note(body=text))
+            await session.commit()
+            found = await session.execute(nearest(Note.embedding, text, limit=1))
+            return found.one()[0].body
+
+    texts = [f"n{i}" for i in range(24)]
+    assert await asyncio.gather(*map(write_and_search, texts)) == texts
+    await engine.dispose()
+    assert embedded(plain) == len(texts)
     assert violations(plain, encoder) == []
 
 
