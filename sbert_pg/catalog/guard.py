@@ -14,6 +14,7 @@ engine that compares or stores no vector is touched.
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 import uuid
@@ -37,7 +38,7 @@ from sbert_pg.process import ProcessLock
 from sbert_pg.registry import find_encoder
 from sbert_pg.source import NIL, PROVEN_DIMENSIONS
 from sbert_pg.spec import EncoderSpec
-from sbert_pg.sqlstates import INSUFFICIENT_PRIVILEGE, as_error, sqlstate_of
+from sbert_pg.sqlstates import INSUFFICIENT_PRIVILEGE, as_error, sqlstate_of, words_of
 from sbert_pg.system import ColumnIdentity, identity_behind
 from sbert_pg.types.drivers import unwrapped
 
@@ -47,6 +48,8 @@ UNBOUND_RECHECK = 30.0
 TRACE_EVERY = 10.0
 _MISMATCH = "SB001"
 _FENCE = "sbert.fence_v1("
+#: The schema in a message of the server, in whatever language, and no longer name.
+_OURS = re.compile(r"(?<![\w.-])sbert(?![\w.-])", re.ASCII)
 #: Dollar quote around a table's name; a name cannot hold it, since it cannot be guessed.
 _QUOTE = f"$q{secrets.token_hex(8)}$"
 
@@ -636,8 +639,10 @@ def _leave_trace(
 def _on_error(context: Any) -> None:
     """Forget what has changed, and raise the library's own error: mismatch, or want of rights."""
     state = sqlstate_of(context.original_exception)
-    asks = _FENCE in (context.statement or "") and "sbert" in str(context.original_exception)
-    if state != _MISMATCH and not (state == INSUFFICIENT_PRIVILEGE and asks):
+    lacks = state == INSUFFICIENT_PRIVILEGE and _FENCE in (context.statement or "")
+    # Not of an application's table whose name has the word in it: no grant of ours helps there.
+    ours = lacks and _OURS.search(words_of(context.original_exception)) is not None
+    if state != _MISMATCH and not ours:
         return
     forget(context.dialect)
     error = as_error(context.sqlalchemy_exception)

@@ -5,11 +5,11 @@ Keys travel as they are, in columns of their own types; as text they only name r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import OID
+from sqlalchemy.dialects.postgresql import ARRAY, OID
 
 from sbert_pg import system
 
@@ -40,6 +40,12 @@ def label(columns: Sequence[sa.ColumnElement[Any]]) -> sa.ColumnElement[str]:
     if len(parts) == 1:
         return parts[0]
     return sa.cast(sa.func.jsonb_build_array(*parts), sa.Text)
+
+
+def is_one_of(label: sa.ColumnElement[str], keys: Iterable[str]) -> sa.ColumnElement[bool]:
+    """Whether a row is called one of these: one parameter, as a statement has 65,535 at most."""
+    array = sa.cast(sa.literal(sorted(keys), ARRAY(sa.Text)), ARRAY(sa.Text))
+    return label == sa.any_(array)
 
 
 def estimated_rows(connection: sa.Connection, table: sa.TableClause) -> float:

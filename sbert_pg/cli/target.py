@@ -47,7 +47,9 @@ def resolve(connection: sa.Connection, name: str) -> Side:
     """
     bindings = catalog.all_bindings(connection)
     matching = _called(connection, bindings, name)
-    if len(before := [binding for binding in matching if binding.replaces is None]) == 1:
+    before = [binding for binding in matching if binding.replaces is None]
+    # Of one table: which of two is meant nobody says by beginning a change.
+    if len(before) == 1 and len({binding.relation for binding in matching}) == 1:
         matching = before
     if len(matching) != 1:
         names = ", ".join(sorted(map(str, matching or bindings))) or "none"

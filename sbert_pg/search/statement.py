@@ -775,6 +775,10 @@ class Nearest(sa.Select[Any]):
     from_statement = _delegated("from_statement", "refused")
     union = _delegated("union", "refused")
     union_all = _delegated("union_all", "refused")
+    intersect = _delegated("intersect", "refused")
+    intersect_all = _delegated("intersect_all", "refused")
+    except_ = _delegated("except_", "refused")
+    except_all = _delegated("except_all", "refused")
 
     def filter(self, *criteria: Any) -> Any:
         """The same as ``where``."""

@@ -358,7 +358,9 @@ def with_attribute(
     """Questions with an attribute that a column of the table says of their first relevant row."""
     first = {q.text: next(iter(q.answers), "") for q in queries}
     key = catalog_rows.label(list(table.primary_key))
-    chosen = sa.select(key, sa.cast(table.c[name], sa.Text)).where(key.in_(set(first.values())))
+    chosen = sa.select(key, sa.cast(table.c[name], sa.Text)).where(
+        catalog_rows.is_one_of(key, set(first.values()))
+    )
     with engine.connect() as connection:
         values = dict(connection.execute(chosen).tuples().all())
     return [

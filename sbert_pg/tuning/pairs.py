@@ -8,14 +8,13 @@ the same document or of the same vector, or their own wording, stay on one side.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import ARRAY
 
 from sbert_pg.catalog import rows as catalog_rows
 from sbert_pg.errors import DeclarationError, TooFewPairsError
@@ -252,12 +251,6 @@ def _utc(moment: dt.datetime) -> dt.datetime:
     return moment.replace(tzinfo=dt.timezone.utc) if moment.tzinfo is None else moment
 
 
-def is_one_of(label: sa.ColumnElement[str], keys: Iterable[str]) -> sa.ColumnElement[bool]:
-    """Whether a row is called one of these."""
-    array = sa.cast(sa.literal(sorted(keys), ARRAY(sa.Text)), ARRAY(sa.Text))
-    return label == sa.any_(array)
-
-
 def of_keys(
     engine: sa.Engine, table: sa.Table, name: str, queries: Sequence[LabelledQuery]
 ) -> dict[str, str]:
@@ -276,6 +269,6 @@ def of_keys(
     # Times as seconds, which no setting of the session spells in its own way.
     timed = isinstance(column.type, (sa.DateTime, sa.Date))
     value = sa.cast(sa.extract("epoch", column) if timed else column, sa.Text)
-    chosen = sa.select(label, value).where(is_one_of(label, keys), value.is_not(None))
+    chosen = sa.select(label, value).where(catalog_rows.is_one_of(label, keys), value.is_not(None))
     with engine.connect() as connection:
         return {key: str(said) for key, said in connection.execute(chosen)}

@@ -107,10 +107,11 @@ def require_rows(
     # Nothing right among the answers: a poor search, or keys of another table.
     key = catalog_rows.label(_target(statement).key)
     rows = sa.select(key)
-    if connection.scalar(rows.where(key.in_(keys)).limit(1)) is None:
+    if connection.scalar(rows.where(catalog_rows.is_one_of(key, keys)).limit(1)) is None:
+        one = connection.scalar(rows.limit(1))
         raise LoadError(
             f"The pairs name {len(keys)} rows, such as {min(keys)!r}, and the table has none of "
-            f"them. Its keys look like {connection.scalar(rows.limit(1))!r}."
+            f"them. {'It is empty' if one is None else f'Its keys look like {one!r}'}."
         )
 
 

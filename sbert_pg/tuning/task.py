@@ -21,7 +21,7 @@ from sbert_pg.search.exact import LabelledQuery
 from sbert_pg.spec import Vectors, json_digest
 from sbert_pg.tuning.adapters import NEGATIVES, Candidates
 from sbert_pg.tuning.evaluation import CONFIDENCE, Figure, grouped_figures
-from sbert_pg.tuning.pairs import Split, hard_negatives, is_one_of, of_keys, split_pairs
+from sbert_pg.tuning.pairs import Split, hard_negatives, of_keys, split_pairs
 
 
 def drawn(label: sa.ColumnElement[str], most: int, total: int, seed: int) -> sa.ColumnElement[bool]:
@@ -68,7 +68,7 @@ class Rows:
 
     def among(self, keys: Iterable[str]) -> sa.ColumnElement[bool]:
         """Whether a row is one of these."""
-        return is_one_of(self.label, keys)
+        return catalog_rows.is_one_of(self.label, keys)
 
     def known(self, queries: Sequence[LabelledQuery]) -> list[LabelledQuery]:
         """The questions, each with those of its answers that are there and have a vector.

@@ -280,6 +280,15 @@ def test_a_column_is_named_the_same_way_everywhere(database_url: sa.URL, minilm:
             assert isinstance(target.column.type, Embedding)
         with pytest.raises(DeclarationError, match=r"several.*other.note.a, other.note.b.c"):
             resolve(connection, "other.note")
+        # A change of one tenant's column does not make its name the other's.
+        connection.exec_driver_sql("CREATE SCHEMA far")
+        far = table.to_metadata(sa.MetaData(), schema="far")
+        far.create(connection)
+        bind(connection, far.c.a)
+        bind(connection, far.c["b.c"], replaces="a")
+        assert str(resolve(connection, "far.note").binding) == "far.note.a"
+        with pytest.raises(DeclarationError, match=r"several.*far.note.b.c, other.note.b.c"):
+            resolve(connection, "note.b.c")
         with pytest.raises(DeclarationError, match=r"not an embedding column.*public.note.a"):
             resolve(connection, "NOTE")
     engine.dispose()

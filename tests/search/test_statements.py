@@ -366,8 +366,10 @@ def test_a_table_without_a_key_is_compared() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["order_by", "group_by", "having", "distinct", "fetch", "union", "union_all"]
-)
+    "name",
+    ["order_by", "group_by", "having", "distinct", "fetch", "union", "union_all", "except_",
+     "except_all", "intersect", "intersect_all"],
+)  # fmt: skip
 def test_what_would_work_on_a_page_alone_is_refused(name: str) -> None:
     thing = table(hnsw_index("i", "vec"))
     argument: Any = {"fetch": 3, "union": sa.select(thing)}.get(name, thing.c.lang)

@@ -306,6 +306,13 @@ def test_what_measures_nothing(library: Any) -> None:
     some = [LabelledQuery(p["question"], {str(p["id"]): 1.0}) for p in pairs]
     without = evaluate(engine, SEARCHES, [*some, LabelledQuery("not this", {"1": 0.0})])
     assert without.scores[0].ndcg == evaluate(engine, SEARCHES, some).scores[0].ndcg
+    # More than a statement has parameters.
+    many = LabelledQuery(rows[0]["name"], {f"x{n}": 1.0 for n in range(70_000)})
+    for table in ("Its keys look like", "It is empty"):
+        with pytest.raises(LoadError, match=f"name 70000 rows.*none of them. {table}"):
+            evaluate(engine, SEARCHES, [many])
+        with engine.begin() as connection:
+            connection.execute(sa.delete(Entry))
 
 
 def test_a_slice_of_what_has_no_value(library: Any) -> None:
