@@ -70,7 +70,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "cli": (16, 4500),
     "clustering": (16, 5218),
     "encoder": (26, 7540),
-    "freshness": (16, 5284),
+    "freshness": (16, 5316),
     "indexes": (6, 1407),
     "loading": (4, 1120),
     "orm": (5, 929),

@@ -103,23 +103,33 @@ def claim_again(
     rows.prepare(connection)
     lock(connection, rows.binding)
     taken = _taken(connection, rows.binding)
+    least = min(most, 2)
     while True:
         due = _due(connection, rows.binding, 100 + len(taken), together=most > 1)
         free = [label for label in due if label not in taken]
-        if len(free) < min(most, 2):
+        if len(free) < least:
             return []
-        chosen: list[Candidate] = []
-        for label in free:
-            one = _readable(connection, rows.find, label)
-            if one is None or not rows.read(connection, [one]):
-                forget(connection, rows.binding, [label])
-                continue
-            chosen.append(one)
-            if len(chosen) == most:
-                break
-        if len(chosen) >= min(most, 2):
+        chosen = _pending(connection, rows, free[:most])
+        if len(chosen) >= least:
             _lease(connection, rows.binding, token, chosen, lease)
             return chosen
+
+
+def _pending(connection: Connection, rows: Rows, labels: Sequence[str]) -> list[Candidate]:
+    """The rows of these names that are pending; the records of others are removed."""
+    named = _named(connection, rows, labels)
+    pending = {row.label for row in rows.read(connection, named)}
+    forget(connection, rows.binding, [label for label in labels if label not in pending])
+    return [one for one in named if one.label in pending]
+
+
+def _named(connection: Connection, rows: Rows, labels: Sequence[str]) -> list[Candidate]:
+    """The rows of these names, without names that are not keys any more."""
+    named = _readable(connection, rows.find_all, labels)
+    if named is None:
+        each = [_readable(connection, rows.find, label) for label in labels]
+        named = [one for one in each if one is not None]
+    return named
 
 
 def _readable(connection: Connection, find: Callable[..., T | None], *args: object) -> T | None:
@@ -212,8 +222,7 @@ def conclude(connection: Connection, rows: Rows, labels: Sequence[str]) -> list[
         The rows that are still pending.
     """
     rows.prepare(connection)
-    named = [_readable(connection, rows.find, label) for label in labels]
-    read = rows.read(connection, [one for one in named if one is not None])
+    read = rows.read(connection, _named(connection, rows, labels))
     for row in read:
         connection.execute(
             sa.update(_failure)
@@ -320,6 +329,7 @@ def skip(connection: Connection, rows: Rows, labels: Sequence[str]) -> int:
         The number of rows that are pending or failed, and are skipped now.
     """
     binding = rows.binding
+    # One by one: an operator may call a row other than it is called here, as 07 for 7.
     named = [_readable(connection, rows.find, label) for label in labels]
     read = rows.read(connection, [one for one in named if one is not None], to_skip=True)
     record = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -305,7 +304,7 @@ class Claimer:
 
     def claim_few(self, column: Column) -> Work | None:
         """Rows that were in hand when a process came to an end, for the first time."""
-        few = math.isqrt(self._settings.batch_size)
+        few = self._settings.batch_size // 4
         return self._claim_again(column, few) if few > 1 else None
 
     def _claim_again(self, column: Column, most: int) -> Work | None:

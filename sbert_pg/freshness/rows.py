@@ -174,20 +174,10 @@ class Rows:
         label = sa.cast(c["keys"][sa.func.cardinality(c["keys"])], pg.JSONB)
         leases = sa.select(label.label(_LABEL)).where(c.binding_id == self.binding.id)
         last = leases.cte("sbert__last")
-        same = [
-            key == sa.cast(last.c[_LABEL][i].astext, Named(type_))
-            for i, (key, type_) in enumerate(zip(self.keys, self.binding.key_types, strict=True))
-        ]
-        # Looked up one by one, whatever the planner takes the table for: it has never been analysed
-        # where its rows have just come.
-        row = (
-            sa.select(
-                *self.keys, *(sent.label(f"sbert__k{i}") for i, sent in enumerate(self._sent))
-            )
-            .where(*same, self.binding.is_stale(self.table))
-            .where(self.binding.class_of(self.table) == class_)
-            .limit(1)
-            .lateral("sbert__row")
+        row = self._named(
+            last,
+            self.binding.is_stale(self.table),
+            self.binding.class_of(self.table) == class_,
         )
         keys = [row.c[key.name] for key in self.keys]
         return (
@@ -197,6 +187,19 @@ class Rows:
             .order_by(*(key.desc() for key in keys))
             .limit(1)
         )
+
+    def _named(self, names: sa.FromClause, *where: sa.ColumnElement[bool]) -> sa.FromClause:
+        """The row that each of some names in JSON stands for.
+
+        Looked up one by one, whatever the planner takes the table for: it has never been analysed
+        where its rows have just come.
+        """
+        same = [
+            key == sa.cast(names.c[_LABEL][i].astext, Named(type_))
+            for i, (key, type_) in enumerate(zip(self.keys, self.binding.key_types, strict=True))
+        ]
+        sent = [sent.label(f"sbert__k{i}") for i, sent in enumerate(self._sent)]
+        return sa.select(*self.keys, *sent).where(*same, *where).limit(1).lateral("sbert__row")
 
     def _beyond(
         self, keys: Sequence[sa.ColumnElement[Any]] | None = None
@@ -306,6 +309,26 @@ class Rows:
         """
         row = connection.execute(self._furthest[class_], self._key_arrays([after])).first()
         return after if row is None else tuple(map(element_of, row))
+
+    def find_all(self, connection: Connection, labels: Sequence[str]) -> list[Candidate]:
+        """The rows of these names, as far as there are any, in one statement.
+
+        Raises:
+            sqlalchemy.exc.DBAPIError: one of the names cannot be read as a key any more.
+        """
+        given = sa.func.unnest(
+            sa.cast(sa.literal(list(labels), pg.ARRAY(sa.Text)), pg.ARRAY(sa.Text))
+        )
+        text = given.column_valued("sbert__text")
+        names = sa.select(text.label("sbert__name"), sa.cast(text, pg.JSONB).label(_LABEL)).cte()
+        # What is no name of a row of this table may be read as another's.
+        row = self._named(names, self.label == names.c.sbert__name)
+        sent = [row.c[f"sbert__k{i}"] for i in range(len(self.keys))]
+        named = sa.select(names.c.sbert__name, *sent).select_from(names.join(row, sa.true()))
+        return [
+            Candidate(tuple(map(element_of, key)), label, True)
+            for label, *key in connection.execute(named)
+        ]
 
     def find(self, connection: Connection, label: str) -> Candidate | None:
         """The row of this name, or ``None`` where there is none, or it names nothing.

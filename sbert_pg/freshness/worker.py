@@ -308,6 +308,7 @@ class Worker:
         # Nothing is left out: a thorough turn is the last one only where it took nothing.
         if (thorough and not took) or time.monotonic() >= self._next_retry:
             took |= self._retry(flow, busy=took)
+            self._next_retry = time.monotonic() + _RETRY_INTERVAL
         if took:
             # There may be more where this came from, and something new while it is being done.
             self._everything = True
@@ -349,7 +350,6 @@ class Worker:
 
     def _retry(self, flow: _Flow, *, busy: bool) -> bool:
         """What failed before, or was in hand when a process came to an end: a few, or one."""
-        self._next_retry = time.monotonic() + _RETRY_INTERVAL
         ended, back, due = self._claimer.look_for_ended(self._columns.served())
         for column, labels in ended:
             self._store.conclude(column, labels)
