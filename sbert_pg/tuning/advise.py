@@ -134,7 +134,7 @@ def _megabytes(size: float) -> str:
     return f"{size / 2**20:,.1f} MB"
 
 
-class _Made(NamedTuple):
+class _Form(NamedTuple):
     """A form: its name, what makes it, and what declares it after the column's name."""
 
     name: str
@@ -251,45 +251,47 @@ class _Measuring:
                 operation="",
             )
         ]
-        for made in makers:
-            figures.append(self._figures(made, figures))
+        for form in makers:
+            figures.append(self._figures(form, figures))
         return figures
 
-    def _makers(self, m: int, ef_construction: int) -> list[_Made]:
+    def _makers(self, m: int, ef_construction: int) -> list[_Form]:
         column = self.bench.base.name
         common: dict[str, Any] = {"m": m, "ef_construction": ef_construction}
         if self.similarity is not None:
             common["similarity"] = self.similarity
 
-        def made(name: str, said: str, **options: Any) -> _Made:
-            return _Made(name, lambda index: hnsw_index(index, column, **options, **common), said)
+        def form(name: str, arguments: str, **options: Any) -> _Form:
+            return _Form(
+                name, lambda index: hnsw_index(index, column, **options, **common), arguments
+            )
 
-        makers = [made("column", "")] if self.dimensions <= 2000 or self.storage != "vector" else []
+        makers = [form("column", "")] if self.dimensions <= 2000 or self.storage != "vector" else []
         if self.storage == "vector":
-            makers.append(made("halfvec", ', form="halfvec"', form="halfvec"))
+            makers.append(form("halfvec", ', form="halfvec"', form="halfvec"))
         width = self.dimensions // 2
         if width >= 64:
-            said = f', form="subvector", dimensions={width}'
-            makers.append(made(f"subvector {width}", said, form="subvector", dimensions=width))
+            arguments = f', form="subvector", dimensions={width}'
+            makers.append(form(f"subvector {width}", arguments, form="subvector", dimensions=width))
         # Signs say nothing of lengths, which other distances count.
         if self.similarity in (None, "cosine"):
-            makers.append(made("binary", ', form="binary"', form="binary"))
+            makers.append(form("binary", ', form="binary"', form="binary"))
             vectors = self.bench.table().c[column]
             average = sa.select(sa.func.avg(vectors, type_=vectors.type))
             mean = np.asarray(self.bench.connection.execute(average).scalar_one()).tolist()
-            said = ', form="binary", mean=MEAN'
-            makers.append(made("binary, centred", said, form="binary", mean=mean))
+            arguments = ', form="binary", mean=MEAN'
+            makers.append(form("binary, centred", arguments, form="binary", mean=mean))
         return makers
 
-    def _figures(self, made: _Made, before: Sequence[FormFigures]) -> FormFigures:
+    def _figures(self, form: _Form, before: Sequence[FormFigures]) -> FormFigures:
         connection = self.bench.connection
-        table = self.bench.table(made.make)
+        table = self.bench.table(form.make)
         (index,) = table.indexes
         started = time.perf_counter()
         connection.execute(sa.schema.CreateIndex(index))
         seconds = time.perf_counter() - started
         (stored,) = vector_indexes(connection, self.bench.name, schema="pg_temp")
-        measured = tuple(self._measured(table, name, made) for name in self.filters)
+        measured = tuple(self._measured(table, name, form) for name in self.filters)
         connection.execute(sa.schema.DropIndex(index))
         full = next((f.bytes for f in before if f.name in ("column", "halfvec")), stored.bytes)
         base: Any = self.bench.base
@@ -303,12 +305,12 @@ class _Measuring:
             f"op.create_vector_index({name!r}, {base.table.name!r}, {element}, "
             f"using='hnsw', opclass={stored.opclass!r}, options={dict(stored.options)!r}{schema})"
         )
-        arguments = made.arguments
+        arguments = form.arguments
         if stored.mean is not None:
             arguments = arguments.replace("MEAN", f"{stored.mean}")
         declaration = f"hnsw_index({name!r}, {base.name!r}{arguments})"
         return FormFigures(
-            name=made.name,
+            name=form.name,
             bytes=stored.bytes,
             share=stored.bytes / max(full, 1),
             seconds=seconds,
@@ -317,19 +319,19 @@ class _Measuring:
             operation=operation,
         )
 
-    def _measured(self, table: sa.Table, filter_: str | None, made: _Made | None) -> Measured:
+    def _measured(self, table: sa.Table, filter_: str | None, form: _Form | None) -> Measured:
         criterion = self.filters[filter_]
         where = [] if criterion is None else [on_copy(criterion, self.bench.base.table, table)]
         column = table.c[self.bench.base.name]
         answers, times = [], []
         for vector in self.bench.vectors:
-            statement: Any = nearest(column, vector, limit=self.k, where=where, exact=made is None)
+            statement: Any = nearest(column, vector, limit=self.k, where=where, exact=form is None)
             similarity = list(statement.selected_columns)[-1]
             statement = sa.Select.with_only_columns(statement, similarity)
             started = time.perf_counter()
             answers.append(list(self.bench.connection.execute(statement).scalars()))
             times.append(time.perf_counter() - started)
-        if made is None:
+        if form is None:
             self.exact[filter_] = answers
         pairs = zip(answers, self.exact[filter_], strict=True)
         recalls = [exact.recall(a, np.asarray(e, dtype=np.float32), self.k) for a, e in pairs]
