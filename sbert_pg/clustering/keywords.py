@@ -274,8 +274,7 @@ def _stems(
 ) -> dict[str, str]:
     """What PostgreSQL's dictionary of the texts' language makes of each word.
 
-    Terms with stop words of that language are taken out of the counts; those of English are not
-    there by now.
+    Terms with stop words of that language leave the counts; those of English are gone by now.
     """
     if stop_words != "english":
         return {}
@@ -310,15 +309,16 @@ def _lexized(
     connection: sa.Connection, words: Sequence[str], language: str | None = None
 ) -> Sequence[Any]:
     """Each word with its stems, none of stop words, in one of PostgreSQL's dictionaries or all."""
-    d, n = system.DICTIONARY.c, system.NAMESPACE.c
+    d = system.DICTIONARY.c
     terms = sa.func.unnest(sa.cast(words, ARRAY(sa.Text))).table_valued(sa.column("word", sa.Text))
     terms = terms.render_derived(name="given")
-    own = sa.select(n.oid).where(n.nspname == "pg_catalog").scalar_subquery()
-    named = d.dictname.like(r"%\_stem") if language is None else d.dictname == language
-    lexemes = sa.func.ts_lexize(d.oid, terms.c.word, type_=ARRAY(sa.Text))
-    both = system.DICTIONARY.join(terms, sa.true())
-    statement = sa.select(d.dictname, terms.c.word, lexemes).select_from(both)
-    return connection.execute(statement.where(d.dictnamespace == own, named)).all()
+    # Another encoding lacks letters of some dictionary's stop words, which then cannot be read.
+    whole = sa.func.current_setting("server_encoding").in_(["UTF8", "SQL_ASCII"])
+    own = d.dictnamespace == sa.func.to_regnamespace("pg_catalog")
+    row = d.dictname, terms.c.word, sa.func.ts_lexize(d.oid, terms.c.word, type_=ARRAY(sa.Text))
+    both = sa.select(*row).join_from(system.DICTIONARY, terms, sa.true())
+    named = d.dictname.like(language or sa.case((whole, r"%\_stem"), else_=_ENGLISH))
+    return connection.execute(both.where(own, named)).all()
 
 
 def find_keywords(

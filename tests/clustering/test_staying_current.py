@@ -432,3 +432,18 @@ def test_stop_words_and_forms_are_those_of_the_language(engine: sa.Engine) -> No
         before = {cluster: dict(own) for cluster, own in english.items()}
         assert _stems(connection, english, "english")["topping"] == "top"
         assert english == before, "a verb keeps its particle, which is a stop word"
+
+
+def test_stems_in_an_encoding_that_lacks_letters(engine: sa.Engine) -> None:
+    """PostgreSQL cannot read its own stop words of Hungarian there."""
+    name = f"{engine.url.database}_latin"
+    server = engine.execution_options(isolation_level="AUTOCOMMIT")
+    made = f"CREATE DATABASE {name} ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0"
+    with server.connect() as connection:
+        connection.exec_driver_sql(made)
+    latin = sa.create_engine(engine.url.set(database=name), poolclass=sa.NullPool)
+    with latin.connect() as connection:
+        stems = _stems(connection, count_words([(1, "für die databases")]), "english")
+        assert stems["databases"] == "databas"
+    with server.connect() as connection:
+        connection.exec_driver_sql(f"DROP DATABASE {name}")
