@@ -135,7 +135,7 @@ def search(
     with (
         common.database(database) as engine,
         engine.connect() as connection,
-        bar("loading the encoder"),
+        bar({"words": "searching"}.get(by, "loading the encoder")),
     ):
         side = resolve(connection, target)
         cut = side.binding.source.passages is not None and by != "words"

@@ -7,7 +7,12 @@ import pty
 import re
 import subprocess
 import sys
+from contextlib import AbstractContextManager, nullcontext
 
+import pytest
+import sqlalchemy as sa
+
+from sbert_pg.cli import app, data
 from sbert_pg.cli.app import COMMANDS, GROUPS
 
 WORK = """
@@ -50,3 +55,19 @@ def test_every_long_command_shows_that_it_works() -> None:
     commands = [*COMMANDS, *(command for _, group in GROUPS.values() for command in group)]
     silent = {command.__name__ for command in commands if "bar" not in command.__code__.co_names}
     assert silent == QUICK
+
+
+def test_a_search_by_words_loads_no_encoder(
+    database_url: sa.URL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = []
+
+    def bar(step: str) -> AbstractContextManager[None]:
+        steps.append(step)
+        return nullcontext()
+
+    monkeypatch.setattr(data, "bar", bar)
+    url = database_url.render_as_string(hide_password=False)
+    for by in ("words", "meaning"):
+        assert app.run(["search", "no_such_table", "toast", "--by", by, "-d", url]) != 0
+    assert steps == ["searching", "loading the encoder"]
