@@ -8,7 +8,7 @@ from sqlalchemy.dialects import postgresql as pg
 
 from sbert_pg.sql import load
 
-revision = "0001_a7cdb7c1"
+revision = "0001_25078109"
 down_revision = None
 branch_labels = None
 depends_on = None

@@ -1,4 +1,4 @@
--- Name of the column that stands beside an embedding column; sbert_pg.digest has the same rule.
+-- Name of the column that stands beside an embedding column; sbert_pg.source has the same rule.
 CREATE FUNCTION sbert.companion_v1(column_name text)
 RETURNS text
 LANGUAGE sql STABLE
