@@ -45,8 +45,7 @@ if TYPE_CHECKING:
         | async_scoped_session[Any]
     )
 
-#: Says of a session or session class that it has the listeners, and which of them are at work.
-_LISTENS = "_sbert_pg_listens"
+#: Says of a session or session class which of its listeners are at work.
 _EMBEDS = "_sbert_pg_embeds_on_flush"
 _CUTS = "_sbert_pg_cuts_on_flush"
 #: Where an object's state remembers which of its vectors the flush made, and from which text.
@@ -77,23 +76,16 @@ def embed_on_flush(target: SessionTarget, *, passages: bool = False) -> None:
         DeclarationError: for anything else.
     """
     listened = _listened(target)
-    if not _listens(listened):
-        setattr(listened, _LISTENS, True)
+    # Of a class, what its sessions have. Not event.contains(), which goes by id(): a class that is
+    # gone may have had the same.
+    session = listened if isinstance(listened, Session) else listened.__new__(listened)
+    if _before_flush not in session.dispatch.before_flush:
         event.listen(listened, "before_flush", _before_flush)
+    if _before_statement not in session.dispatch.do_orm_execute:
         event.listen(listened, "do_orm_execute", _before_statement)
     setattr(listened, _EMBEDS, True)
     if passages:
         setattr(listened, _CUTS, True)
-
-
-def _listens(listened: Any) -> bool:
-    """Whether the listeners are on a session or session class, and have not been removed since."""
-    # Not event.contains() alone: it goes by id(), which another factory may have had before.
-    class_ = listened if isinstance(listened, type) else type(listened)
-    targets = (listened, *(base for base in class_.__mro__ if issubclass(base, Session)))
-    return getattr(listened, _LISTENS, False) and any(
-        event.contains(target, "before_flush", _before_flush) for target in targets
-    )
 
 
 def leave_to_workers(target: SessionTarget) -> None:
@@ -143,7 +135,7 @@ def _listened_async(target: Any, asynchronous: Any) -> Any:
     if not isinstance(target, asynchronous.async_sessionmaker):
         return None
     base: Any = target.kw.get("sync_session_class") or target.class_.sync_session_class
-    if not isinstance(base, type) or getattr(base, _LISTENS, False):
+    if not isinstance(base, type) or hasattr(base, _EMBEDS):
         return _listened(base)
     # A separate class, so that other factories' sessions stay as they are.
     own = type("EmbeddingSession", (base,), {})

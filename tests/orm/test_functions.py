@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import numpy as np
@@ -132,6 +133,20 @@ def test_sessions_leave_rows_to_workers_again(tables: sa.Engine, encoder: Any) -
     assert encoder.encoded == ["a", "d", "f", "g"]
     with pytest.raises(DeclarationError, match="takes a session"):
         leave_to_workers(tables)  # type: ignore[arg-type]
+
+
+def test_a_class_in_the_place_of_one_that_is_gone(tables: sa.Engine, encoder: Any) -> None:
+    """SQLAlchemy knows the targets of events by id(), also those that are no more."""
+    for number in range(1, 200):
+        own = type("Own", (Session,), {})
+        embed_on_flush(own)
+        embed_on_flush(own)
+        with own(tables) as session:
+            session.add(Article(id=number, title="a"))
+            session.commit()
+        assert len(encoder.encoded) == number
+        del own
+        gc.collect(0)
 
 
 @pytest.mark.parametrize("kind", ["factory", "class", "session"])
