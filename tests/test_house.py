@@ -73,7 +73,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "freshness": (16, 5316),
     "indexes": (6, 1407),
     "loading": (4, 1120),
-    "orm": (5, 921),
+    "orm": (5, 923),
     "passages": (5, 1165),
     "reembed": (12, 3129),
     "search": (13, 4178),

@@ -58,7 +58,7 @@ DENSE_ACTIVATIONS: dict[str, Activation] = {
     "ELU": ("Elu", "", {"alpha": 1.0}),
     "LeakyReLU": ("LeakyRelu", "", {"alpha": 0.01}),
 }
-#: Activations of the feed-forward part by transformers' name, as in ``layers.ACTIVATIONS``.
+#: Activations of the feed-forward part by transformers' name.
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": DENSE_ACTIVATIONS["GELU"],
     **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), ("FastGelu", MICROSOFT, {})),

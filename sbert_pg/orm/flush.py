@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 #: Says of a session or session class which of its listeners are at work.
 _EMBEDS = "_sbert_pg_embeds_on_flush"
 _CUTS = "_sbert_pg_cuts_on_flush"
+#: Says of a session class that an asynchronous factory has it to itself.
+_OWN = "_sbert_pg_own"
 #: Where an object's state remembers which of its vectors the flush made, and from which text.
 _MADE = "sbert_pg.made"
 
@@ -76,9 +78,9 @@ def embed_on_flush(target: SessionTarget, *, passages: bool = False) -> None:
         DeclarationError: for anything else.
     """
     listened = _listened(target)
-    # Of a class, what its sessions have. Not event.contains(), which goes by id(): a class that is
-    # gone may have had the same.
-    session = listened if isinstance(listened, Session) else listened.__new__(listened)
+    # Of a class, what its sessions have; its own __new__ may ask for arguments. Not
+    # event.contains(), which goes by id(): a class that is gone may have had the same.
+    session = listened if isinstance(listened, Session) else object.__new__(listened)
     if _before_flush not in session.dispatch.before_flush:
         event.listen(listened, "before_flush", _before_flush)
     if _before_statement not in session.dispatch.do_orm_execute:
@@ -135,10 +137,10 @@ def _listened_async(target: Any, asynchronous: Any) -> Any:
     if not isinstance(target, asynchronous.async_sessionmaker):
         return None
     base: Any = target.kw.get("sync_session_class") or target.class_.sync_session_class
-    if not isinstance(base, type) or hasattr(base, _EMBEDS):
+    if not isinstance(base, type) or _OWN in vars(base):
         return _listened(base)
     # A separate class, so that other factories' sessions stay as they are.
-    own = type("EmbeddingSession", (base,), {})
+    own = type("EmbeddingSession", (base,), {_OWN: True})
     target.configure(sync_session_class=own)
     return own
 

@@ -18,10 +18,12 @@ from sqlalchemy.ext.asyncio import (
     async_sessionmaker,
     create_async_engine,
 )
+from sqlalchemy.orm import Session
 from write_models import Article, Page, RecordingEncoder, pending, require_true_or_pending
 
 from sbert_pg import embed_on_flush, load, nearest
 from sbert_pg.errors import EncodingError
+from sbert_pg.orm import leave_to_workers
 
 
 class Waiting(RecordingEncoder):
@@ -132,6 +134,27 @@ async def test_factories_stay_apart(async_engine: AsyncEngine, tables: sa.Engine
             await session.commit()
     await scoped.remove()
     assert pending(tables) == {("article.embedding", "1")}
+
+
+@pytest.mark.parametrize("first", [embed_on_flush, leave_to_workers])
+async def test_a_factory_changes_nothing_for_its_class(
+    async_engine: AsyncEngine, tables: sa.Engine, encoder: RecordingEncoder, first: Any
+) -> None:
+    """Whatever was said of the class before, other sessions of it stay so."""
+
+    class Own(Session):
+        pass
+
+    factory = async_sessionmaker(async_engine, sync_session_class=Own)
+    first(Own)
+    (embed_on_flush if first is leave_to_workers else leave_to_workers)(factory)
+    async with factory() as session:
+        session.add(Article(id=1, title="factory"))
+        await session.commit()
+    async with AsyncSession(async_engine, sync_session_class=Own) as session:
+        session.add(Article(id=2, title="class"))
+        await session.commit()
+    assert encoder.encoded == ["class" if first is embed_on_flush else "factory"]
 
 
 async def test_cancelled_while_encoding(async_engine: AsyncEngine, tables: sa.Engine) -> None:

@@ -149,6 +149,18 @@ def test_a_class_in_the_place_of_one_that_is_gone(tables: sa.Engine, encoder: An
         gc.collect(0)
 
 
+def test_a_class_whose_sessions_are_made_with_arguments(tables: sa.Engine, encoder: Any) -> None:
+    class Own(Session):
+        def __new__(cls, bind: sa.Engine) -> Own:
+            return super().__new__(cls)
+
+    embed_on_flush(Own)
+    with Own(tables) as session:
+        session.add(Article(id=1, title="a"))
+        session.commit()
+    assert encoder.encoded == ["a"]
+
+
 @pytest.mark.parametrize("kind", ["factory", "class", "session"])
 def test_listeners_that_were_removed_are_noticed(
     tables: sa.Engine, encoder: Any, kind: str
