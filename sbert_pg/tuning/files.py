@@ -314,7 +314,9 @@ def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             for row in reader:
                 yield reader.line_num, row
         except csv.Error as error:
-            raise LoadError(f"{path}, line {reader.line_num} cannot be read: {error}.") from error
+            # That of the reader within counts the line that cannot be read as well.
+            line = reader.reader.line_num
+            raise LoadError(f"{path}, line {line} cannot be read: {error}.") from error
 
 
 def _fields(path: Path, line: str, number: int, separator: str | None = None) -> list[str]:
