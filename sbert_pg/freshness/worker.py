@@ -10,7 +10,6 @@ Long, since what a worker is asked stands beside the loop that answers.
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -46,7 +45,8 @@ logger = logging.getLogger(LOGGER)
 
 #: Longest time between looks at the database where nothing can be heard of it, in seconds.
 _POLL_UNHEARD = 1.0
-#: Seconds between looks at leases that have ended and rows whose next attempt is due.
+#: Seconds between looks at leases that have ended and rows whose next attempt is due, and longest
+#: time for such rows before a look at what is new.
 _RETRY_INTERVAL = 1.0
 #: How often a starting worker hears that the catalog is wrong, beside an application's DDL, to end.
 _CHANCES = 3
@@ -118,6 +118,7 @@ class Worker:
         )
         self._throttled = 0.0
         self._next_rescan = self._next_look = self._next_retry = self._next_alone = 0.0
+        self._retried = False
         self._beat = time.monotonic()
         self._running = False
         self._trouble: str | None = None
@@ -305,10 +306,7 @@ class Worker:
             took |= self._take(flow, column, CHANGED)
         for column in self._columns.served():
             took |= self._take_backfill(flow, column, thorough=thorough)
-        # Nothing is left out: a thorough turn is the last one only where it took nothing.
-        if (thorough and not took) or time.monotonic() >= self._next_retry:
-            took |= self._retry(flow, busy=took)
-            self._next_retry = time.monotonic() + _RETRY_INTERVAL
+        took |= self._retry(flow, busy=took, thorough=thorough)
         if took:
             # There may be more where this came from, and something new while it is being done.
             self._everything = True
@@ -348,7 +346,18 @@ class Worker:
         column.backfill_at = time.monotonic() + pause
         return took
 
-    def _retry(self, flow: _Flow, *, busy: bool) -> bool:
+    def _retry(self, flow: _Flow, *, busy: bool, thorough: bool) -> bool:
+        """Try rows again if it is time, or nothing else is to do; returns whether any were."""
+        # Nothing is left out: a thorough turn is the last one only where it took nothing. What was
+        # begun goes on between looks at what is new.
+        idle = not busy and (thorough or self._retried)
+        if not idle and time.monotonic() < self._next_retry:
+            return False
+        self._retried = self._try_again(flow, busy=busy)
+        self._next_retry = time.monotonic() + _RETRY_INTERVAL
+        return self._retried
+
+    def _try_again(self, flow: _Flow, *, busy: bool) -> bool:
         """What failed before, or was in hand when a process came to an end: a few, or one."""
         ended, back, due = self._claimer.look_for_ended(self._columns.served())
         for column, labels in ended:
@@ -356,7 +365,7 @@ class Worker:
         if not due:
             return back
         now = time.monotonic()
-        until = now + 1.0 if busy else math.inf
+        until = now + _RETRY_INTERVAL
         took, more = self._repeat(partial(self._take_few, flow), until)
         if not more and not (busy and now < self._next_alone):
             self._next_alone = now + _ALONE_INTERVAL

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 import urllib.error
 import urllib.request
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ import sqlalchemy as sa
 
 from sbert_pg import catalog, registry
 from sbert_pg.errors import CatalogMissingError, DeclarationError, NotBoundError
-from sbert_pg.freshness import Worker, WorkerSettings, refresh, worker_thread
+from sbert_pg.freshness import Worker, WorkerSettings, claims, refresh, worker_thread
 from sbert_pg.freshness.encoding import Flow
 from sbert_pg.serving.server import serving_http
 from sbert_pg.source import Source
@@ -56,6 +57,30 @@ def test_a_batch_that_takes_long_keeps_no_other_from_being_written():
             flow.put(batch)
     assert written[-1] == (0, 0)
     assert sorted(written) == [(batch, batch) for batch in range(10)]
+
+
+def test_a_new_row_does_not_wait_until_all_of_a_lost_process_is_tried(engine, note, plain):
+    class Slow(DeterministicEncoder):
+        def encode_document(self, texts):
+            if texts[0].startswith("lost"):
+                if not any(text.startswith("lost") for text in self.encoded):
+                    plain.execute("INSERT INTO note (body) VALUES ('new')")
+                time.sleep(0.1)
+            return super().encode_document(texts)
+
+    encoder = Slow(dimensions=32)
+    registry.use_encoder(encoder)
+    plain.execute("INSERT INTO note (body) SELECT 'lost ' || i FROM generate_series(1, 80) AS i")
+    plain.execute(
+        "INSERT INTO sbert.failure (binding_id, key, attempts, next_attempt_at, error) "
+        "SELECT id, format('[\"%%s\"]', i), 1, now(), %s "
+        "FROM sbert.binding, generate_series(1, 80) AS i",
+        [claims.ENDED],
+    )
+    with worker_thread(engine, WorkerSettings(batch_size=8, encoders=1, poll_interval=3600)):
+        wait_for(lambda: pending_count(plain) == 0)
+    assert "new" in encoder.encoded
+    assert encoder.encoded[-1].startswith("lost")
 
 
 def test_an_idle_worker_embeds_a_new_row_at_once(engine, note, plain, encoder):
