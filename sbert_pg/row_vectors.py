@@ -134,7 +134,8 @@ def _columns(declared: Any) -> Iterator[sa.Column[Any]]:
         parts = declared.columns
     elif isinstance(declared, sa.MetaData):
         parts = declared.tables.values()
-    for part in parts if isinstance(parts, Iterable) else ():
+    # The parts of a text are texts, without an end.
+    for part in parts if isinstance(parts, Iterable) and not isinstance(parts, str) else ():
         yield from _columns(part)
 
 

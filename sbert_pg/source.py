@@ -102,10 +102,15 @@ class Source:
         """Take one column name, several, or a source as it is.
 
         Raises:
-            SourceError: no column is named, or one is named twice.
+            SourceError: no column is named, one is named twice, or a function was given.
         """
         if isinstance(value, Source):
             return value
+        if callable(value):
+            raise SourceError(
+                f"A source was declared as {value!r}, which neither a trigger nor another process "
+                "could evaluate. Name text columns of the table, of which one may be generated."
+            )
         return cls((value,) if isinstance(value, str) else tuple(value), separator)
 
     @classmethod

@@ -122,6 +122,22 @@ def schema_in(connection: sa.Connection, schema: str | None) -> str | None:
     return translated
 
 
+def require_connection(function: str, connection: Any, *, or_engine: bool = False) -> None:
+    """Refuse an engine, or what is asynchronous, where a connection or a session is expected.
+
+    Raises:
+        DeclarationError: it is one of these.
+    """
+    # sync_engine and sync_session are what an asynchronous engine, connection or session has.
+    asynchronous = hasattr(connection, "sync_engine") or hasattr(connection, "sync_session")
+    if asynchronous or (isinstance(connection, sa.Engine) and not or_engine):
+        name = type(connection).__name__
+        raise DeclarationError(
+            f"{function}() takes a connection, and got {name}. Open one by 'with engine.begin() as "
+            f"connection'; asynchronous code calls 'await connection.run_sync({function}, ...)'."
+        )
+
+
 def written_name(schema: str | None, name: str) -> str:
     """A table or index as psql reads it, quoted where it has to be."""
     return PLAIN.identifier_preparer.format_table(sa.table(name, schema=schema))

@@ -66,24 +66,24 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (10, 2000),
     "alembic": (9, 2815),
-    "catalog": (9, 2578),
-    "cli": (16, 4500),
-    "clustering": (16, 5218),
+    "catalog": (9, 2581),
+    "cli": (16, 4501),
+    "clustering": (16, 5227),
     "encoder": (26, 7540),
     "freshness": (16, 5325),
     "indexes": (6, 1407),
-    "loading": (4, 1120),
+    "loading": (4, 1122),
     "orm": (5, 923),
     "passages": (5, 1165),
-    "reembed": (12, 3129),
-    "search": (13, 4178),
+    "reembed": (12, 3132),
+    "search": (13, 4197),
     "serving": (16, 3568),
     "sql": (1, 24),
-    "tuning": (17, 4364),
-    "types": (8, 1826),
+    "tuning": (17, 4366),
+    "types": (8, 1831),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3485
+MOST_LINES_OF_THE_REST = 3507
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60

@@ -19,7 +19,7 @@ from sbert_pg.indexes import index_builder
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
 from sbert_pg.sqlstates import translated
-from sbert_pg.system import ColumnIdentity, identity_of
+from sbert_pg.system import ColumnIdentity, identity_of, require_connection
 
 #: Seconds to wait while another session builds an index of a queue.
 QUEUE_WAIT = 600.0
@@ -119,9 +119,11 @@ def create_all(connection: Connection, metadata: sa.MetaData) -> list[Binding]:
         The bindings, in the order of dependent tables.
 
     Raises:
+        DeclarationError: an engine was given, or an asynchronous connection.
         CatalogVersionError: the catalog is newer than this code.
         BindingError: see ``bind``.
     """
+    require_connection("create_all", connection)
     upgrade(connection)
     metadata.create_all(connection)
     # A column that is replaced has to be bound before the one that replaces it.

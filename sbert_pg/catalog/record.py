@@ -268,7 +268,8 @@ def require_binding(connection: Connection, column: ColumnIdentity | sa.Column[A
     if binding is None:
         raise NotBoundError(
             f"Column {identity_of(column)} is not bound to an encoder in this database. A "
-            "migration binds it (alembic revision --autogenerate), or sbert_pg.catalog.bind()."
+            "migration binds it (alembic revision --autogenerate), or sbert_pg.catalog.bind(). A "
+            "table in a tenant's schema needs the schema_translate_map or search path of that."
         )
     return binding
 

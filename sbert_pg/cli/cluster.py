@@ -250,7 +250,8 @@ def _declared(app: str, target: str) -> lib.Clustering:
     if len(of_table) != 1:
         raise DeclarationError(
             f"--app {app!r} declares {len(of_table)} clusterings of {target!r}; declare one with "
-            "clusters_of(), or name its column as table.column."
+            "clusters_of(), or name its column as table.column, by the schema that is declared. "
+            "Where tenants have schemas, name none and set PGOPTIONS='-csearch_path=TENANT,public'."
         )
     return of_table[0]
 

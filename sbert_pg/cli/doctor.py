@@ -196,9 +196,9 @@ def _of_column(column: ColumnStatus, large: int, *, building: bool) -> Iterator[
         )
     waiting = column.pending + column.backfill
     if waiting and (column.age is None or column.age > LATE):
-        since = "ever" if column.age is None else f"for {duration(column.age)}"
+        since = "ever caught up" if column.age is None else f"caught up for {duration(column.age)}"
         yield Finding(
-            "fault", name, f"{waiting:,} rows wait for a vector, and no worker was done {since}",
+            "fault", name, f"{waiting:,} rows wait for a vector, and no worker has {since}",
             "Run 'sbert-pg worker', or 'sbert-pg worker --once' from cron.",
         )  # fmt: skip
     if column.failed:

@@ -75,12 +75,13 @@ class KMeans:
             numbers = (self.n_clusters,)
         else:
             numbers = tuple(sorted(set(self.n_clusters)))
-            object.__setattr__(self, "n_clusters", numbers)
         if not numbers or any(not isinstance(number, int) or number < 1 for number in numbers):
             raise DeclarationError(
                 f"KMeans: n_clusters is {self.n_clusters!r}; give a number from 1, several, or "
                 "'auto'."
             )
+        if not isinstance(self.n_clusters, (int, str)):
+            object.__setattr__(self, "n_clusters", numbers)
         if self.method == "database" and not isinstance(self.n_clusters, int):
             raise DeclarationError(
                 f"KMeans: the method {self.method!r} needs one number of clusters, and n_clusters "

@@ -103,6 +103,7 @@ def assign(
         ClusteringError: there is no current run, or it was made with another filter.
         EncoderMismatchError: the column belongs to another encoder than when the run was made.
     """
+    system.require_connection("assign", connection)
     run = clustering.require_current(connection)
     _check_encoder(connection, clustering, run)
     if clustering.filter_text(where) != run.filter:
@@ -137,6 +138,7 @@ def drift(
     Raises:
         ClusteringError: there is no current run.
     """
+    system.require_connection("drift", connection)
     run = clustering.require_current(connection)
     assignment = clustering.assignment_table
     distance = sa.cast(assignment.c.distance, sa.Double)

@@ -31,6 +31,7 @@ from sbert_pg.row_vectors import (
 )
 from sbert_pg.source import Text
 from sbert_pg.spec import Vectors
+from sbert_pg.system import require_connection
 from sbert_pg.types import wire
 from sbert_pg.types.encoding import wait_for
 
@@ -118,8 +119,9 @@ def load(
         LoadError: a row cannot be loaded; the message and ``LoadError.row`` say which.
         EncodingError: a text cannot be encoded; the message says which.
         EncoderMismatchError: the column belongs to another encoder.
-        DeclarationError: ``table`` is none, or ``commit_every`` or ``existing`` cannot be had here.
+        DeclarationError: no table or connection, or no ``commit_every`` or ``existing`` here.
     """
+    require_connection("load", connection)
     target, names = target_of(table)
     if commit_every is not None:
         _require_committable(connection, commit_every)

@@ -13,6 +13,7 @@ from sbert_pg.errors import BackfillIncompleteError, NotBoundError
 from sbert_pg.freshness.queue import coverage_of
 from sbert_pg.indexes import vector_indexes
 from sbert_pg.row_vectors import EmbeddingColumn, embedding_columns
+from sbert_pg.system import require_connection
 from sbert_pg.types.indexed import method_of
 
 
@@ -43,10 +44,12 @@ def require_ready(
             odd text should not stop a deployment.
 
     Raises:
+        DeclarationError: ``bind`` is asynchronous.
         EncoderMismatchError: a column belongs to another encoder than the code declares.
         NotBoundError: a column is not bound, or does not exist.
         BackfillIncompleteError: rows or indexes are missing; all columns' reasons together.
     """
+    require_connection("require_ready", bind, or_engine=True)
     columns = embedding_columns(declared)
     if not columns:
         raise NotBoundError(

@@ -13,7 +13,7 @@ from sbert_pg.errors import DeclarationError
 from sbert_pg.passages import declared_passages
 from sbert_pg.search.looks import MAX_EF_SEARCH
 from sbert_pg.search.passages import Asked, Score, nearest_documents, nearest_passages
-from sbert_pg.search.statement import Nearest, Search, statement_of
+from sbert_pg.search.statement import Nearest, Search, criteria_of, statement_of
 from sbert_pg.search.target import target_of
 
 Criteria = sa.ColumnElement[bool] | Sequence[sa.ColumnElement[bool]]
@@ -97,7 +97,7 @@ def nearest(
     else:
         target = target_of(declared.passage.embedding)
     _check(limit, offset, ef_search, probes, overfetch)
-    criteria = (where,) if isinstance(where, sa.ClauseElement) else tuple(where)
+    criteria = criteria_of(where)
     furthest = _furthest(target.metric, max_distance, min_similarity)
     overrides = (ef_search, overfetch, probes)
     if declared is not None:

@@ -273,6 +273,17 @@ def replayed_of(statement: Any, origin: Any, calls: tuple[Call, ...]) -> Any:
     return replayed(statement, calls)
 
 
+def criteria_of(where: Any) -> tuple[Any, ...]:
+    """The criteria that an argument ``where=`` stands for.
+
+    Raises:
+        DeclarationError: it is a text.
+    """
+    if isinstance(where, str):
+        raise DeclarationError(f"where={where!r} is a text; for SQL write where=text({where!r}).")
+    return (where,) if isinstance(where, sa.ClauseElement) else tuple(where)
+
+
 def statement_of(search: Search) -> Nearest:
     """The statement of a search."""
     shape = _shape(search)

@@ -18,7 +18,7 @@ from sbert_pg.errors import DeclarationError, ZeroVectorError
 from sbert_pg.types.comparator import apply_operator, base_of, clause_of, metric_for, operand
 from sbert_pg.types.indexed import VectorIndex, description_of, index_on
 from sbert_pg.types.text import TextSearch
-from sbert_pg.types.vector import vector_type
+from sbert_pg.types.vector import shown, vector_type
 from sbert_pg.types.wire import WireVector
 
 #: Pages of the table that are tried to estimate how many rows pass.
@@ -75,8 +75,8 @@ class Target:
         type_ = vector_type(clause.type) if isinstance(clause, sa.ColumnElement) else None
         if type_ is None:
             raise DeclarationError(
-                f"nearest() was given {column!r}, which is no vector column. Give an attribute "
-                "made with embedding_column(), or a column of type Vector, HalfVector or "
+                f"nearest() was given {shown(column)}, which is no vector column. Give an "
+                "attribute made with embedding_column(), or a column of type Vector, HalfVector or "
                 "Embedding, or pgvector's VECTOR or HALFVEC."
             )
         self.column: sa.ColumnElement[Any] = clause

@@ -29,10 +29,18 @@ from sqlalchemy.sql import visitors
 from sbert_pg.catalog import guard
 from sbert_pg.errors import DeclarationError
 from sbert_pg.search.bm25 import PAGES, PAGES_OF_SOME, looked_up, ranking
-from sbert_pg.search.statement import Call, Changeable, Nearest, replayed, replayed_of
+from sbert_pg.search.statement import (
+    Call,
+    Changeable,
+    Nearest,
+    criteria_of,
+    replayed,
+    replayed_of,
+)
 from sbert_pg.search.target import readable_columns
 from sbert_pg.types.comparator import base_of, clause_of
 from sbert_pg.types.text import Configuration, TextSearch
+from sbert_pg.types.vector import shown
 
 _QUOTED = re.compile(r'(-*)"([^"]*)"?')
 #: Each dash negates what follows: ``-word`` is excluded, and ``--word`` is a word.
@@ -177,8 +185,8 @@ def word_search(
     clause = clause_of(column)
     if not isinstance(clause, sa.ColumnElement) or not isinstance(clause.type, TextSearch):
         raise DeclarationError(
-            f"matching() was given {column!r}, which is no text column. Give an attribute made "
-            "with text_column()."
+            f"matching() was given {shown(column)}, which is no text column. Give an attribute "
+            "made with text_column()."
         )
     many = not isinstance(question, str)
     if not isinstance(question, (str, list, tuple)):
@@ -204,7 +212,7 @@ def word_search(
     if clause.type.language_column is not None:
         own = clause.table.c[clause.type.language_column]
         search = replace(search, narrowing=(("where", (own == _regconfig(search.language),), {}),))
-    criteria = (where,) if isinstance(where, sa.ClauseElement) else tuple(where)
+    criteria = criteria_of(where)
     if criteria:
         search = replace(search, narrowing=(*search.narrowing, ("where", criteria, {})))
     return search

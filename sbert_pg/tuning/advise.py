@@ -24,7 +24,7 @@ from sbert_pg.tuning.files import in_columns
 from sbert_pg.tuning.searches import on_copy
 from sbert_pg.types.comparator import base_of, clause_of
 from sbert_pg.types.indexed import description_of
-from sbert_pg.types.vector import VectorType
+from sbert_pg.types.vector import VectorType, shown
 
 #: Recall that a form has to reach, under every filter, to be recommended.
 LEAST = 0.98
@@ -186,7 +186,9 @@ def advise_index(
         or not isinstance(base.type, VectorType)
         or not isinstance(base.table, sa.Table)
     ):
-        raise DeclarationError(f"advise_index() was given {column!r}, which is no vector column.")
+        raise DeclarationError(
+            f"advise_index() was given {shown(column)}, which is no vector column."
+        )
     with engine.connect() as connection:
         try:
             bench = Bench(connection, base, sample, queries if not questions else 0, seed)

@@ -149,6 +149,11 @@ def plain_type(storage: Storage, dimensions: int | None) -> VectorType:
     return Vector(dimensions) if storage == "vector" else HalfVector(dimensions)
 
 
+def shown(column: Any) -> str:
+    """A column, or what was given in its place, as a message shows it: ``Article.title``."""
+    return str(column) if hasattr(column, "__clause_element__") else repr(column)
+
+
 def vector_type(type_: Any) -> VectorType | None:
     """A column's type as one of this library's; ``None`` where it is not a vector's.
 

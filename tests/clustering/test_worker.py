@@ -149,6 +149,25 @@ def test_the_command_places_rows(
     assert "clusters_of()" in nothing.stderr
 
 
+def test_the_declarations_mean_a_tenant_by_the_search_path(
+    engine: sa.Engine, notes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tenant_models.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with engine.begin() as connection:
+        connection.execute(sa.schema.CreateSchema("acme"))
+        for table in ("note", *(table.name for table in notes.rows.metadata.sorted_tables)):
+            connection.exec_driver_sql(f"ALTER TABLE IF EXISTS {table} SET SCHEMA acme")
+    show = ("cluster", "show", "--runs", "--json", "--app", "tenant_models:Base")
+    path = {"PGOPTIONS": "-csearch_path=acme,public"}
+    shown = sbert_pg(*show, "note.embedding", url=engine.url, **path)
+    assert shown.returncode == 0, shown.stderr
+    assert len(json.loads(shown.stdout)) == 1
+    refused = sbert_pg(*show, "acme.note.embedding", url=engine.url)
+    assert refused.returncode == 1
+    assert "PGOPTIONS" in refused.stderr
+
+
 def test_nothing_is_done_where_nothing_was_written(engine: sa.Engine, app: Any) -> None:
     keeper = ClusterKeeper(engine, [app.topics])
     vectors, _ = blobs(60)
