@@ -235,7 +235,7 @@ def _finish_reembedding(operation: ops.FinishReembeddingOp, operations: Operatio
         new, old = change_of(connection, identity)
         require_finishable(connection, new, old, force=operation.force, quiet=quiet)
     with online(operations, _relation(operation)) as runner:
-        reembed.finish(runner.connection.engine, identity, force=operation.force, quiet=quiet)
+        reembed.finish(runner.connection.engine, new.identity, force=operation.force, quiet=quiet)
     _forget(operations)
 
 
@@ -329,7 +329,7 @@ def _rebind_embedding_column(
         )
     encoder = get_encoder(EncoderSpec.of(operation.encoder))
     with online(operations, _relation(operation)) as runner:
-        log.info("%s", reembed.rebind(runner.connection.engine, identity, encoder))
+        log.info("%s", reembed.rebind(runner.connection.engine, binding.identity, encoder))
     _forget(operations)
 
 

@@ -534,3 +534,19 @@ def _while_it_waits(engine: sa.Engine, body: Body) -> set[str]:
             found.update(others.scalars())
     migration.join()
     return found
+
+
+def test_finishing_looks_where_the_search_path_of_the_migration_does(table: sa.Engine) -> None:
+    replaced(table)
+    execute(table, "CREATE SCHEMA acme", "ALTER TABLE article SET SCHEMA acme")
+
+    def body(op: Any) -> None:
+        op.execute("SET search_path TO acme, public")
+        op.finish_reembedding("article", "old", force=True)
+        op.execute("RESET search_path")
+
+    migrate(table, body)
+    with table.connect() as connection:
+        names = connection.exec_driver_sql("SELECT * FROM acme.article").keys()
+    assert "new" in names
+    assert "old" not in names
