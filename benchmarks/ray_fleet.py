@@ -53,9 +53,13 @@ class Node:
         command = [Path(sys.executable).with_name("ray"), "start", "--block", *options]
         command += [f"--node-ip-address={host}", "--object-store-memory=80000000"]
         command += ["--disable-usage-stats"]
+        # On loopback, for some minutes. Else a node asks for the token of the home directory, where
+        # there is one, and who gives an address does not send it.
+        environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
         self._process = subprocess.Popen(
-            command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+            command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env=environment,
+        )  # fmt: skip
 
     def kill(self) -> None:
         """End it, as a machine that is switched off."""
