@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, OID
 
 from sbert_pg import system
+from sbert_pg.errors import LoadError
 
 #: A sample is drawn from the rows of some pages where it is below this share of the table.
 _DRAWN_BELOW = 0.5
@@ -46,6 +47,24 @@ def is_one_of(label: sa.ColumnElement[str], keys: Iterable[str]) -> sa.ColumnEle
     """Whether a row is called one of these: one parameter, as a statement has 65,535 at most."""
     array = sa.cast(sa.literal(sorted(keys), ARRAY(sa.Text)), ARRAY(sa.Text))
     return label == sa.any_(array)
+
+
+def require_one_of(
+    connection: sa.Connection, label: sa.ColumnElement[str], keys: Iterable[str]
+) -> None:
+    """Refuse keys of labelled questions of which not one is a row of the table: all would score 0.
+
+    Raises:
+        LoadError: there is no such row.
+    """
+    names = sorted(keys)
+    rows = sa.select(label)
+    if connection.scalar(rows.where(is_one_of(label, names)).limit(1)) is None:
+        one = connection.scalar(rows.limit(1))
+        raise LoadError(
+            f"The pairs name {len(names)} rows, such as {names[0]!r}, and the table has none of "
+            f"them. {'It is empty' if one is None else f'Its keys look like {one!r}'}."
+        )
 
 
 def estimated_rows(connection: sa.Connection, table: sa.TableClause) -> float:

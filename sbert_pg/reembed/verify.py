@@ -72,6 +72,7 @@ def verify(
 
     Raises:
         NotBoundError: the column is not bound.
+        LoadError: no row that the labelled queries name is in the table.
     """
     started = time.perf_counter()
     with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
@@ -164,6 +165,7 @@ class _Measuring:
         """The labelled queries' vectors in each column's space."""
         if not queries:
             return [None for _ in self.sides]
+        rows.require_one_of(self.connection, self.label, {k for q in queries for k in q.gains})
         encoded: list[Vectors | None] = []
         for side in self.sides:
             try:

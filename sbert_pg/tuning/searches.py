@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from sbert_pg.catalog import rows as catalog_rows
 from sbert_pg.catalog.embedding import Embedding
-from sbert_pg.errors import DeclarationError, LoadError
+from sbert_pg.errors import DeclarationError
 from sbert_pg.indexes import index_like, vector_indexes
 from sbert_pg.search import hybrid, matching, nearest
 from sbert_pg.search.exact import LabelledQuery
@@ -105,14 +105,7 @@ def require_rows(
     if not isinstance(statement, Nearest) or keys & answered:
         return
     # Nothing right among the answers: a poor search, or keys of another table.
-    key = catalog_rows.label(_target(statement).key)
-    rows = sa.select(key)
-    if connection.scalar(rows.where(catalog_rows.is_one_of(key, keys)).limit(1)) is None:
-        one = connection.scalar(rows.limit(1))
-        raise LoadError(
-            f"The pairs name {len(keys)} rows, such as {min(keys)!r}, and the table has none of "
-            f"them. {'It is empty' if one is None else f'Its keys look like {one!r}'}."
-        )
+    catalog_rows.require_one_of(connection, catalog_rows.label(_target(statement).key), keys)
 
 
 def _text_of(column: Any) -> sa.ColumnElement[str]:

@@ -205,6 +205,13 @@ def test_worse_ranking_of_labelled_queries_fails(ready):
     )
 
 
+def test_labelled_rows_of_another_table_are_refused(ready):
+    """Both columns would score 0, and a change that ruins the ranking would pass."""
+    queries = [ree.LabelledQuery("t1", {"article-1": 1.0}), ree.LabelledQuery("t2", {"x": 1.0})]
+    with pytest.raises(errors.LoadError, match=r"none of them\. Its keys look like '\d+'"):
+        ree.verify(ready.engine, ready.new_column, queries=queries, sample_size=10)
+
+
 def test_another_encoder_than_the_column_s_is_refused(ready):
     registry.use_encoder(DeterministicEncoder("new", 48, salt="not what the column holds"))
     with pytest.raises(errors.EncoderMismatchError):
