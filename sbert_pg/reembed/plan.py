@@ -9,6 +9,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from sbert_pg import system
 from sbert_pg.catalog import Binding, rows
 from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.indexes import index_like, index_name
@@ -126,7 +127,7 @@ def plan(engine: sa.Engine, request: Request, *, texts: int = SAMPLE) -> Plan:
             rows_per_second=rate,
             growth=growth,
             wal=int(growth * WAL_RATIO),
-            statements=tuple(_statements(connection, pair, request)),
+            statements=tuple(_statements(pair, request)),
             notes=tuple(_notes(connection, pair, why)),
         )
         connection.rollback()
@@ -159,7 +160,7 @@ def _measured(
     """Texts encoded in a second, and the average size of a row, from a sample."""
     source, table = request.source or old.source, pair.table
     columns = [table.c[name] for name in source.columns]
-    name = connection.dialect.identifier_preparer.quote(table.name)
+    name = system.PLAIN.identifier_preparer.quote(table.name)
     drawn = rows.sample(
         connection,
         table,
@@ -182,13 +183,11 @@ def _measured(
     return len(sampled) / max(time.perf_counter() - started, 1e-6), width
 
 
-def _statements(
-    connection: sa.Connection, pair: Pair, request: Request
-) -> Iterator[tuple[str, str, str]]:
+def _statements(pair: Pair, request: Request) -> Iterator[tuple[str, str, str]]:
     old = _old_side(pair).binding
     type_ = plain_type(request.storage or old.storage, request.encoder.dimensions).get_col_spec()
-    quote = connection.dialect.identifier_preparer.quote
-    table = connection.dialect.identifier_preparer.format_table(pair.table)
+    quote = system.PLAIN.identifier_preparer.quote
+    table = system.written_name(pair.table.schema, pair.table.name)
     alter, new, column = f"ALTER TABLE {table}", quote(request.new), quote(old.column)
     companion = quote(companion_name(request.new))
     instant = "ACCESS EXCLUSIVE for an instant, with a lock time-out and retries; no rewriting"
@@ -198,7 +197,7 @@ def _statements(
     yield "begin", f"CREATE INDEX CONCURRENTLY of the queue ON {table}", concurrently
     yield "backfill", f"{new} is written in batches", "ROW EXCLUSIVE, and each batch's free rows"
     for index in _indexes(pair, request):
-        text = str(sa.schema.CreateIndex(index).compile(dialect=connection.dialect))
+        text = str(sa.schema.CreateIndex(index).compile(dialect=system.PLAIN))
         if " CONCURRENTLY " not in text:
             text = text.replace(" INDEX ", " INDEX CONCURRENTLY ", 1)
         yield "index", text, concurrently

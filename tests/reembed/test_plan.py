@@ -42,6 +42,17 @@ def test_a_change_of_encoder(filled):
     assert filled.columns()[-1] == "embedding"
 
 
+def test_names_are_written_for_people_and_not_for_a_driver(filled):
+    with filled.engine.begin() as connection:
+        connection.exec_driver_sql('ALTER TABLE articles RENAME TO "Odd 100%% %%s"')
+    old = filled.old_column._replace(table="Odd 100% %s")
+    made = plan(filled.engine, ree.Request(old=old, new="new %", encoder=filled.new.spec))
+    assert made.growth > 100 * 48 * 4
+    added = 'ALTER TABLE public."Odd 100% %s" ADD COLUMN "new %" VECTOR(48)'
+    assert made.statements[0][1] == added
+    assert not [text for _, text, _ in made.statements if "%%" in text]
+
+
 def test_the_plan_is_what_happens(filled):
     request = ree.request_of(filled.new_table.c.embedding_new)
     before = plan(filled.engine, request)
