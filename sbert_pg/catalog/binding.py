@@ -14,7 +14,7 @@ from sqlalchemy.engine import Connection
 
 from sbert_pg.catalog.migrate import upgrade
 from sbert_pg.catalog.record import Binding, binding_by_id, qualified
-from sbert_pg.errors import BindingError, NotBoundError
+from sbert_pg.errors import BindingError, DeclarationError, NotBoundError
 from sbert_pg.indexes import index_builder
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
@@ -119,11 +119,17 @@ def create_all(connection: Connection, metadata: sa.MetaData) -> list[Binding]:
         The bindings, in the order of dependent tables.
 
     Raises:
-        DeclarationError: an engine was given, or an asynchronous connection.
+        DeclarationError: an engine was given, or an asynchronous connection, or a class for its
+            metadata.
         CatalogVersionError: the catalog is newer than this code.
         BindingError: see ``bind``.
     """
     require_connection("create_all", connection)
+    if not hasattr(metadata, "sorted_tables"):
+        name = getattr(metadata, "__name__", "Base")
+        raise DeclarationError(
+            f"create_all() takes the tables' metadata and got {metadata!r}. Give {name}.metadata."
+        )
     upgrade(connection)
     metadata.create_all(connection)
     # A column that is replaced has to be bound before the one that replaces it.

@@ -68,6 +68,11 @@ def test_a_connection_is_no_engine(connection: sa.Connection) -> None:
             cluster(given, topics, KMeans(2))  # type: ignore[arg-type]
 
 
+def test_a_class_is_not_its_metadata(connection: sa.Connection) -> None:
+    with pytest.raises(DeclarationError, match=r"Give Base\.metadata\."):
+        create_all(connection, Base)  # type: ignore[arg-type]
+
+
 def test_the_check_at_the_start_says_what_it_takes() -> None:
     with pytest.raises(DeclarationError, match=r"run_sync\(require_ready"):
         require_ready(asynchronous, Base)  # type: ignore[arg-type]
