@@ -122,6 +122,11 @@ def schema_in(connection: sa.Connection, schema: str | None) -> str | None:
     return translated
 
 
+def name_in(connection: sa.Connection, schema: str | None, table: str) -> str:
+    """As ``name_of``, in the schema that a connection's ``schema_translate_map`` makes of one."""
+    return name_of(schema_in(connection, schema), table)
+
+
 def require_connection(function: str, connection: Any, *, or_engine: bool = False) -> None:
     """Refuse an engine, or what is asynchronous, where a connection or a session is expected.
 

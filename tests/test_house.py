@@ -66,12 +66,12 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (10, 2000),
     "alembic": (9, 2815),
-    "catalog": (9, 2606),
+    "catalog": (9, 2607),
     "cli": (16, 4501),
-    "clustering": (16, 5227),
+    "clustering": (16, 5225),
     "encoder": (26, 7540),
     "freshness": (16, 5325),
-    "indexes": (6, 1407),
+    "indexes": (6, 1406),
     "loading": (4, 1122),
     "orm": (5, 923),
     "passages": (5, 1165),
@@ -83,7 +83,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "types": (8, 1831),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3507
+MOST_LINES_OF_THE_REST = 3512
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60

@@ -156,7 +156,7 @@ def binding_for_write(
             known = binding_id_of(connection, identity)
             held = None if known is None else memory.bindings.get((known, spec))
         if held is None:
-            held = _compare(memory, connection, key)
+            held = _compare(memory, connection, identity, key)
         if held is None:
             return None
         _leave_trace(memory, connection, held.binding.id, wrote=True)
@@ -574,7 +574,7 @@ def _check(memory: _Memory, connection: Connection, use: _Use, fence: bool) -> H
     def look() -> Held | None:
         if held is None and time.monotonic() - memory.unbound.get(key, -1e9) < UNBOUND_RECHECK:
             return None
-        return _compare(memory, connection, key)
+        return _compare(memory, connection, use.identity, key)
 
     held = _once(memory, connection, ("read", key), look)
     if held is not None:
@@ -592,8 +592,11 @@ def _accepted(held: Held) -> _Accepted:
     return _Accepted(held.fingerprint or held.binding.fingerprint, held.binding.id)
 
 
-def _compare(memory: _Memory, connection: Connection, key: _Key) -> Held | None:
-    held = hold(connection, *key)
+def _compare(
+    memory: _Memory, connection: Connection, identity: ColumnIdentity, key: _Key
+) -> Held | None:
+    # By the statement's own name: a map may translate that of the key once more.
+    held = hold(connection, identity, key[1])
     if not memory.installed and (held is not None or installed(connection)):
         if memory.installed is False:
             # What was compiled since then has no fence.

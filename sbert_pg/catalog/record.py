@@ -230,8 +230,7 @@ def _known_id(connection: Connection, identity: ColumnIdentity) -> sa.Select[Any
 
 def qualified(connection: Connection, identity: ColumnIdentity) -> str:
     """The table's name as ``regclass`` reads it, every part quoted."""
-    schema, table, _ = mapped(connection, identity)
-    return system.name_of(schema, table)
+    return system.name_in(connection, identity.schema, identity.table)
 
 
 def mapped(connection: Connection, identity: ColumnIdentity) -> ColumnIdentity:

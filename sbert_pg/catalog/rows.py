@@ -73,8 +73,7 @@ def estimated_rows(connection: sa.Connection, table: sa.TableClause) -> float:
     Returns:
         0 for a table that was never analysed.
     """
-    schema = system.schema_in(connection, table.schema)
-    relation = system.name_of(schema, table.name)
+    relation = system.name_in(connection, table.schema, table.name)
     # A table that is not partitioned is not a tree to this function, so it is named beside it.
     tree = sa.func.pg_partition_tree(sa.func.to_regclass(relation)).table_valued("relid")
     here = system.CLASS.c.oid

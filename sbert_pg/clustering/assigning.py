@@ -400,7 +400,7 @@ def written(connection: sa.Connection, table: sa.Table) -> int | None:
     """
     if connection.scalar(sa.select(sa.func.current_setting("track_counts"))) == "off":
         return None
-    relation = system.oid_of(system.name_of(system.schema_in(connection, table.schema), table.name))
+    relation = system.oid_of(system.name_in(connection, table.schema, table.name))
     tree = sa.func.pg_partition_tree(relation).table_valued(sa.column("relid", OID))
     # Of a table that has nothing to do with partitions there is no tree.
     part = sa.union(

@@ -403,18 +403,16 @@ def _fail(connection: sa.Connection, table: sa.Table, number: int, error: str) -
     return int(failed.rowcount)
 
 
-def _name(connection: sa.Connection, table: sa.Table) -> str:
-    return system.name_of(system.schema_in(connection, table.schema), table.name)
-
-
 def _next_number(connection: sa.Connection, table: sa.Table) -> int:
-    sequence = sa.func.pg_get_serial_sequence(_name(connection, table), "id")
+    name = system.name_in(connection, table.schema, table.name)
+    sequence = sa.func.pg_get_serial_sequence(name, "id")
     return int(connection.scalar(sa.select(sa.func.nextval(sequence))) or 0)
 
 
 def _lock_key(connection: sa.Connection, table: sa.Table, number: int) -> sa.ColumnElement[int]:
     """A 64-bit number for one run of one table; run 0 stands for the switch of the table."""
-    oid = connection.scalar(sa.select(system.oid_of(_name(connection, table))))
+    name = system.name_in(connection, table.schema, table.name)
+    oid = connection.scalar(sa.select(system.oid_of(name)))
     if oid is None:
         raise ClusteringError(
             f"The table {table.fullname!r} is not in this database. A migration creates it: "

@@ -91,12 +91,11 @@ def build_index(
     # Its own connection, which goes when the build has been cancelled.
     with engine.connect() as plain:
         connection = plain.execution_options(isolation_level="AUTOCOMMIT")
-        schema = system.schema_in(connection, table.schema)
         try:
             with index_builder(
                 connection,
                 table.name,
-                schema,
+                system.schema_in(connection, table.schema),
                 attempts=attempts,
                 maintenance_work_mem=maintenance_work_mem,
                 parallel_workers=parallel_workers,
@@ -109,7 +108,7 @@ def build_index(
                 in_short_transactions(
                     engine,
                     lambda locked: locked.execute(lock),
-                    relation=system.name_of(schema, table.name),
+                    relation=builder.relation,
                     lock_timeout=lock_timeout,
                     attempts=attempts,
                 )

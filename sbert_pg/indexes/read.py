@@ -53,7 +53,7 @@ def vector_indexes(
         column: only those on this column, or on an expression of it.
         schema: schema of the table, ``None`` for the search path's.
     """
-    name = system.name_of(system.schema_in(connection, schema), table)
+    name = system.name_in(connection, schema, table)
     indexes = (
         _read(row, table, schema) for row in connection.execute(_statement(connection, name))
     )

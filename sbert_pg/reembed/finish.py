@@ -234,10 +234,10 @@ def resume(connection: sa.Connection, column: ColumnIdentity, replaces: str) -> 
         NotBoundError: one of them is not bound.
     """
     new = catalog.require_binding(connection, column)
-    relation = sa.cast(qualified(connection, new.identity), REGCLASS)
+    relation = sa.cast(qualified(connection, column), REGCLASS)
     with translated():
         connection.execute(sa.select(sa.func.sbert.resume_v1(relation, new.column, replaces)))
-    return catalog.require_binding(connection, new.identity)
+    return catalog.require_binding(connection, column)
 
 
 def _dropping(

@@ -386,8 +386,11 @@ def test_a_reader_without_rights(bound: sa.Engine) -> None:
             connection.commit()
 
 
-def test_tenants_of_one_schema_map(engine: sa.Engine, fake_encoder: DeterministicEncoder) -> None:
-    """A name that only the map knows, and two schemas that it stands for in turn."""
+@pytest.mark.parametrize("swapped", [False, True])
+def test_tenants_of_one_schema_map(
+    engine: sa.Engine, fake_encoder: DeterministicEncoder, swapped: bool
+) -> None:
+    """A name that only the map knows, and two schemas that it stands for in turn, or swaps."""
 
     class TenantBase(DeclarativeBase):
         metadata = sa.MetaData(schema="per_tenant")
@@ -400,7 +403,8 @@ def test_tenants_of_one_schema_map(engine: sa.Engine, fake_encoder: Deterministi
         words = text_column("body")
 
     names = ("a", 'b"%s$1')
-    tenants = [engine.execution_options(schema_translate_map={"per_tenant": n}) for n in names]
+    maps = [{"per_tenant": name} | ({name: "per_tenant"} if swapped else {}) for name in names]
+    tenants = [engine.execution_options(schema_translate_map=each) for each in maps]
     for name, tenant in zip(names, tenants, strict=True):
         with tenant.begin() as connection:
             connection.execute(sa.schema.CreateSchema(name))
