@@ -69,7 +69,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "catalog": (9, 2607),
     "cli": (16, 4501),
     "clustering": (16, 5225),
-    "encoder": (26, 7540),
+    "encoder": (27, 7657),
     "freshness": (16, 5325),
     "indexes": (6, 1406),
     "loading": (4, 1122),

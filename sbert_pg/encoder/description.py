@@ -20,6 +20,7 @@ from typing import Any
 
 from sbert_pg.distance import SIMILARITIES, Similarity
 from sbert_pg.encoder import layers as after_pooling
+from sbert_pg.encoder.custom_code import without_code
 from sbert_pg.encoder.files import (
     Settings,
     find_weights,
@@ -85,7 +86,7 @@ class Description:
     Attributes:
         transformer_path: where the transformer's configuration, weights and tokenizer are.
         architecture: ``model_type`` of the transformer (``"bert"``, ``"mpnet"``...).
-        config: the transformer's ``config.json``.
+        config: the transformer's ``config.json``, in transformers' words.
         configuration: everything that the directory's configuration files say and the other
             attributes do not, what is ignored on purpose included; part of the encoder's identity.
         pooling: pooling modes in the order of concatenation.
@@ -160,10 +161,10 @@ def describe(path: str | Path) -> Description:
     modules = modules_of(root)
     transformer_path = inside(root, modules[0][1])
     settings = _transformer_settings(transformer_path)
-    config = read_json(transformer_path / "config.json")
+    written = read_json(transformer_path / "config.json")
+    config = without_code(written)
     tokenizer = read_if_there(transformer_path / "tokenizer_config.json")
-    for file in (config, tokenizer):
-        file.refuse_code()
+    tokenizer.refuse_code()
     architecture = architecture_of(config)
     pooling_settings = _pooling_settings(root, modules, config)
     pooling = read_pooling(pooling_settings, hidden_size(config) if modules[1:] else None)
@@ -174,7 +175,7 @@ def describe(path: str | Path) -> Description:
         architecture=architecture,
         config=config,
         configuration={
-            "config": plain(config),
+            "config": plain(written),
             "tokenizer": plain(tokenizer),
             "settings": plain(settings, frozenset()),
             "pooling": plain(pooling_settings, frozenset()),

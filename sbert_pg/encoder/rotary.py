@@ -77,6 +77,7 @@ class Rotary:
             through onnxruntime's operator, which has no form of these that holds no square.
         bias: added to the scores by head and distance, ``(heads, 2 * most + 1)``; what is farther
             away than ``most`` counts as that. Only where attention is ``blocked``.
+        slower: divisor of all rotary frequencies.
     """
 
     words: Array = field(repr=False)
@@ -89,6 +90,7 @@ class Rotary:
     causal: bool = False
     blocked: bool = False
     bias: Array | None = field(default=None, repr=False)
+    slower: float = 1.0
 
     @property
     def head(self) -> int:
@@ -278,7 +280,7 @@ def _norm_last(
     reader = Reader(weights, config)
     width, inner, bias = reader.width, reader.inner, names.bias
     epsilon = config.number("layer_norm_eps", 1e-12, above=0, below=1)
-    theta = theta_of(config, config.object("rope_parameters"), theta)
+    theta, slower = _scaled(config, config.object("rope_parameters"), theta, reader.head)
     layers = []
     for number in range(reader.count):
         at = names.layer.format(number)
@@ -314,7 +316,16 @@ def _norm_last(
         activation=config.only("hidden_act", ACTIVATIONS, activation),
         norm_first=False,
         final_norm=None,
+        slower=slower,
     )
+
+
+def _scaled(config: Settings, rope: Settings, default: float, head: int) -> tuple[float, float]:
+    """Base and divisor of the rotary frequencies, of which GTE's own code knows one scaling."""
+    if rope.get("rope_type") != "ntk":
+        return theta_of(config, rope, default), 1.0
+    factor = rope.number("factor", 1.0, above=1, below=1e4)
+    return rope.number("rope_theta", default, above=1, below=1e9) * factor, factor ** (2 / head)
 
 
 READERS: Mapping[str, Callable[[Weights, Settings], Rotary]] = {
@@ -530,7 +541,8 @@ class _Layers:
         if theta not in self._turns:
             writer = self._writer
             exponents = np.arange(0, self._head, 2, dtype=np.float32) / np.float32(self._head)
-            frequencies = (np.float32(1) / np.float32(theta) ** exponents).astype(np.float32)
+            frequencies = np.float32(1) / np.float32(theta) ** exponents
+            frequencies = (frequencies / np.float32(self._model.slower)).astype(np.float32)
             both = writer.tensor(np.concatenate([frequencies, frequencies]), "frequencies")
             positions = self._range(self._length)
             positions = writer.node("Cast", [positions], "positions", to=FLOAT)
