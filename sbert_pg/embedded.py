@@ -196,10 +196,13 @@ def start_server(
             postgres_version=postgres_version,
         )
     except (RuntimeError, ValueError, OSError) as error:
-        raise ServerError(
-            f"The embedded server cannot use {path}: {error}. Give another directory, or the "
-            "version that made this one."
-        ) from error
+        advice = "Give another directory, or the version that made this one."
+        if getattr(error, "filename", None) == "useradd":
+            advice = (
+                "PostgreSQL does not run as root, so a user is made for it: install useradd "
+                "(Debian's package passwd; it lies in /usr/sbin), or be another user than root."
+            )
+        raise ServerError(f"The embedded server cannot use {path}: {error}. {advice}") from error
     _start(server, path, settings or {})
     running = EmbeddedServer(server, path)
     try:

@@ -1,12 +1,19 @@
-"""What a run of the tests leaves behind where it is killed."""
+"""What a run of the tests leaves behind where it is killed, and a server that root cannot start."""
 
 from __future__ import annotations
 
+import os
+import pwd
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 from server_directory import server_directory
+
+from sbert_pg.embedded import start_server
+from sbert_pg.errors import ServerError
 
 RUN = f"""
 import sys
@@ -34,3 +41,16 @@ def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path) -> None:
     with server_directory(tmp_path) as own:
         assert list(tmp_path.iterdir()) == [own]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root needs another user")
+def test_root_without_useradd_hears_of_it(tmp_path: Path, monkeypatch: Any) -> None:
+    """As in a container that has few packages, or whose PATH lacks /usr/sbin."""
+
+    def nobody(name: str) -> Any:
+        raise KeyError(name)
+
+    monkeypatch.setattr(pwd, "getpwnam", nobody)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ServerError, match="install useradd"):
+        start_server(tmp_path / "data")

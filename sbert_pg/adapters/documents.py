@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import sqlalchemy as sa
@@ -141,10 +141,10 @@ class Documents:
 
         return work
 
-    def matching(self, conditions: Any = None) -> Work[list[Row]]:
-        """The rows that meet conditions, by their keys."""
+    def matching(self, conditions: Any = None, ids: Iterable[str] | None = None) -> Work[list[Row]]:
+        """The rows that meet conditions and have one of some ids, by their keys."""
         order = getattr(self.class_, self.key)
-        statement = sa.select(self.class_).where(self.where(conditions)).order_by(order)
+        statement = sa.select(self.class_).where(self.where(conditions, ids)).order_by(order)
         return lambda session: [self._row(entity) for entity in session.scalars(statement)]
 
     def count(self, conditions: Any = None) -> Work[int]:
@@ -168,13 +168,13 @@ class Documents:
         return self._changed(sa.update(self.class_).where(self.where(conditions)).values(values))
 
     def _changed(self, statement: Any) -> Work[int]:
-        key = getattr(self.class_, self.key)
-        statement = statement.returning(key).execution_options(synchronize_session=False)
-        return lambda session: len(session.execute(statement).all())
+        statement = statement.execution_options(synchronize_session=False)
+        return lambda session: cast("sa.CursorResult[Any]", session.execute(statement)).rowcount
 
-    def where(self, conditions: Any) -> sa.ColumnElement[bool]:
-        """Conditions as ``filters.condition`` takes them, as SQL; none for ``None``."""
-        return sa.true() if conditions is None else condition(conditions, self.field)
+    def where(self, conditions: Any, ids: Iterable[str] | None = None) -> sa.ColumnElement[bool]:
+        """Conditions as ``filters.condition`` takes them, and ids, as SQL; ``None`` for any."""
+        of_conditions = sa.true() if conditions is None else condition(conditions, self.field)
+        return of_conditions if ids is None else sa.and_(of_conditions, self.has_id(ids))
 
     def get(self, ids: Iterable[str]) -> Work[list[Row]]:
         """The rows of some ids, in their order; ids that no row has are left out."""
@@ -187,14 +187,18 @@ class Documents:
 
         return work
 
-    def delete(self, ids: Iterable[str]) -> Work[None]:
-        """Delete the rows of some ids; those that no row has are passed over."""
-        statement = sa.delete(self.class_).where(self.has_id(ids))
+    def delete(self, ids: Iterable[str] | None, conditions: Any = None) -> Work[int]:
+        """Delete the rows of some ids that meet conditions; ids that no row has are passed over.
 
-        def work(session: Session) -> None:
-            session.execute(statement)
-
-        return work
+        Raises:
+            DeclarationError: neither is given, which would be every row of the application's table.
+        """
+        if ids is None and conditions is None:
+            raise DeclarationError(
+                "A store was given no ids and no filters to delete by, which is every row of the "
+                "table; clear() of LlamaIndex's store deletes those, and SQL."
+            )
+        return self._changed(sa.delete(self.class_).where(self.where(conditions, ids)))
 
     def search(
         self,

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sbert_pg.adapters.documents import Row, Store
 from sbert_pg.adapters.running import Work, both, then
 from sbert_pg.errors import DeclarationError, needing
-from sbert_pg.search.filters import Condition, condition
+from sbert_pg.search.filters import SIGNS, Condition, combined, condition
 
 with needing("haystack-ai", "haystack", "offer a table as Haystack's document store"):
     from haystack import Document, component
@@ -19,10 +19,7 @@ with needing("haystack-ai", "haystack", "offer a table as Haystack's document st
     from haystack.document_stores.types import DuplicatePolicy
     from haystack.errors import FilterError
 
-_OPERATORS = {
-    "==": "$eq", "!=": "$ne", ">": "$gt", ">=": "$gte", "<": "$lt", "<=": "$lte",
-    "in": "$in", "not in": "$nin",
-}  # fmt: skip
+_OPERATORS = {**SIGNS, "not in": "$nin"}
 
 
 class SbertDocumentStore(Store):
@@ -32,15 +29,7 @@ class SbertDocumentStore(Store):
     made by the column's own encoder, so an ``embedding`` that a document brings is not stored. Each
     call is its own transaction. Functions ending in ``_async`` are for pipelines that run so.
 
-    Args:
-        column: the embedding column, as in ``Article.embedding``.
-        sessions: a ``sessionmaker``, or an ``async_sessionmaker`` for asynchronous calls alone.
-        content: name of the attribute that is the text; the embedding's source by default.
-        metadata: name of a JSON attribute for fields of ``meta`` without an attribute.
-        words: name of a text column's attribute, for retrievers by words or both.
-
-    Raises:
-        DeclarationError: what the class declares cannot be used so.
+    Arguments and errors are those of ``documents.Store``.
     """
 
     def _find(
@@ -53,11 +42,7 @@ class SbertDocumentStore(Store):
     find, find_async = both(_find)
 
     def to_dict(self) -> dict[str, Any]:
-        """Refuse to be saved.
-
-        Raises:
-            DeclarationError: always.
-        """
+        """Refused with a ``DeclarationError``, as ``from_dict`` is."""
         raise DeclarationError(
             "A store holds the application's class and sessions, which cannot be saved with a "
             "pipeline. Build the part of the pipeline that uses it in Python."
@@ -65,11 +50,7 @@ class SbertDocumentStore(Store):
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> SbertDocumentStore:
-        """Refuse to be read, as ``to_dict`` does.
-
-        Raises:
-            DeclarationError: always.
-        """
+        """Refused, as ``to_dict`` is."""
         raise DeclarationError("A store is not read with a pipeline: build it in Python.")
 
     def _count(self) -> Work[int]:
@@ -113,7 +94,7 @@ class SbertDocumentStore(Store):
 
     def _delete(self, document_ids: list[str]) -> Work[None]:
         """Delete documents by their ids; those that no row has are passed over."""
-        return self.documents.delete(document_ids)
+        return then(self.documents.delete(document_ids), lambda _: None)
 
     delete_documents, delete_documents_async = both(_delete)
 
@@ -205,14 +186,12 @@ def _translated(filters: Any) -> dict[str, Any]:
     operator = filters["operator"]
     if "field" in filters:
         return {filters["field"]: _comparison(operator, filters)}
-    if operator not in ("AND", "OR", "NOT") or "conditions" not in filters:
+    if operator not in ("AND", "OR", "NOT") or not filters.get("conditions"):
         raise FilterError(
             f"{filters!r} has neither 'field' and 'value', nor 'conditions' with AND, OR or NOT."
         )
     parts = [_translated(part) for part in filters["conditions"]]
-    if operator == "NOT":
-        return {"$not": {"$and": parts}}
-    return {"$or" if operator == "OR" else "$and": parts}
+    return combined(operator.lower(), parts)
 
 
 def _comparison(operator: Any, filters: dict[str, Any]) -> dict[str, Any]:

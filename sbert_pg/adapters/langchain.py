@@ -34,16 +34,7 @@ class SbertVectorStore(Store, VectorStore):
     the row's other attributes hold; filters are as ``search.filters.condition`` takes them. Each
     call is a transaction of its own.
 
-    Args:
-        column: the embedding column, as in ``Article.embedding``.
-        sessions: a ``sessionmaker``, for both synchronous calls and asynchronous ones, which run in
-            a thread; or an ``async_sessionmaker``, for asynchronous calls alone.
-        content: name of the attribute that is the text; the embedding's source by default.
-        metadata: name of a JSON attribute for metadata that has no attribute of its own.
-        words: name of a text column's attribute, for searches with ``by="words"`` or ``"both"``.
-
-    Raises:
-        DeclarationError: what the class declares cannot be used so.
+    Arguments and errors are those of ``documents.Store``.
     """
 
     @property
@@ -71,7 +62,7 @@ class SbertVectorStore(Store, VectorStore):
         Raises:
             DeclarationError: no ids, which would be every row of the application's table.
         """
-        return then(self.documents.delete(_some(ids)), lambda _: True)
+        return then(self.documents.delete(ids), lambda _: True)
 
     delete, adelete = both(_delete)
 
@@ -118,14 +109,7 @@ class SbertVectorStore(Store, VectorStore):
     ) -> Work[list[Document]]:
         """Documents near to a question that differ from each other, of the ``fetch_k`` nearest.
 
-        Args:
-            query: the question.
-            k: documents to return.
-            fetch_k: documents to choose from.
-            lambda_mult: 1 for the nearest ones, 0 for those that differ most.
-            filter: as in ``similarity_search``.
-            by: what those to choose from are found by, as in ``similarity_search``.
-            **kwargs: ignored.
+        ``lambda_mult`` is 1 for the nearest ones, and 0 for those that differ most.
         """
         work = self.documents.diverse(query, k, filter, out_of=fetch_k, trade=lambda_mult, by=by)
         return then(work, _documents)
@@ -197,37 +181,25 @@ def _rows(
     texts: Iterable[str], metadatas: list[dict[Any, Any]] | None, ids: Sequence[str | None] | None
 ) -> list[Row]:
     texts = list(texts)
-    try:
-        return [
-            Row(id_, text, metadata)
-            for text, metadata, id_ in zip(
-                texts, metadatas or [{} for _ in texts], ids or [None] * len(texts), strict=True
-            )
-        ]
-    except ValueError as error:
+    metadatas, ids = metadatas or [{} for _ in texts], ids or [None for _ in texts]
+    if not len(texts) == len(metadatas) == len(ids):
         raise DeclarationError(
-            f"{len(texts)} texts were given with {len(metadatas or texts)} metadatas and "
-            f"{len(ids or texts)} ids; give one of each for each text."
-        ) from error
-
-
-def _some(ids: list[str] | None) -> list[str]:
-    if ids is None:
-        raise DeclarationError(
-            "delete() was given no ids, which is every row of the table; delete those in SQL."
+            f"{len(texts)} texts were given with {len(metadatas)} metadatas and {len(ids)} ids; "
+            "give one of each for each text."
         )
-    return ids
+    return [Row(*row) for row in zip(ids, texts, metadatas, strict=True)]
+
+
+def _document(row: Row) -> Document:
+    return Document(page_content=row.text, metadata=row.metadata, id=row.id)
 
 
 def _documents(rows: Iterable[Row]) -> list[Document]:
-    return [Document(page_content=row.text, metadata=row.metadata, id=row.id) for row in rows]
+    return [_document(row) for row in rows]
 
 
 def _scored(rows: Iterable[Row]) -> list[tuple[Document, float]]:
-    return [
-        (document, row.similarity or 0.0)
-        for document, row in zip(_documents(rows), rows, strict=True)
-    ]
+    return [(_document(row), row.similarity or 0.0) for row in rows]
 
 
 __all__ = ["SbertEmbeddings", "SbertVectorStore"]

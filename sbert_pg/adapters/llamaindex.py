@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import JSONB
-
 from sbert_pg.adapters.documents import Documents, Row
 from sbert_pg.adapters.running import Lists, Runner, Work, both, then
 from sbert_pg.errors import DeclarationError, needing
-from sbert_pg.search.filters import Condition, condition
+from sbert_pg.search.filters import SIGNS, combined
 from sbert_pg.spec import EncoderSpec, TextEncoder
 
 with needing("llama-index-core", "llamaindex", "offer a table as LlamaIndex's vector store"):
@@ -20,7 +17,6 @@ with needing("llama-index-core", "llamaindex", "offer a table as LlamaIndex's ve
     from llama_index.core.schema import BaseNode, MetadataMode, TextNode
     from llama_index.core.vector_stores.types import (
         BasePydanticVectorStore,
-        FilterOperator,
         MetadataFilter,
         MetadataFilters,
         VectorStoreQuery,
@@ -31,13 +27,9 @@ with needing("llama-index-core", "llamaindex", "offer a table as LlamaIndex's ve
 
 #: What LlamaIndex keeps of a node beside its text and metadata.
 _OF_NODE = ("_node_content", "_node_type", "document_id", "doc_id", "ref_doc_id")
-_OPERATORS = {
-    FilterOperator.EQ: "$eq", FilterOperator.NE: "$ne", FilterOperator.GT: "$gt",
-    FilterOperator.GTE: "$gte", FilterOperator.LT: "$lt", FilterOperator.LTE: "$lte",
-    FilterOperator.IN: "$in", FilterOperator.NIN: "$nin",
-}  # fmt: skip
-_IN_ARRAYS = (FilterOperator.CONTAINS, FilterOperator.ANY, FilterOperator.ALL)
-_MATCHES = {FilterOperator.TEXT_MATCH: "$like", FilterOperator.TEXT_MATCH_INSENSITIVE: "$ilike"}
+_OPERATORS = {**SIGNS, "nin": "$nin"}
+_IN_ARRAYS = {"contains": "$all", "any": "$any", "all": "$all"}
+_MATCHES = {"text_match": "$like", "text_match_insensitive": "$ilike"}
 
 
 class SbertEmbedding(BaseEmbedding):
@@ -92,17 +84,8 @@ class SbertVectorStore(BasePydanticVectorStore):
     as well as of questions; those that an index brings are not stored. Each call is a transaction
     of its own.
 
-    Args:
-        column: the embedding column, as in ``Article.embedding``.
-        sessions: a ``sessionmaker``, or an ``async_sessionmaker`` for asynchronous calls alone.
-        metadata: name of a JSON attribute, for what LlamaIndex keeps of a node and for metadata
-            that has no attribute of its own.
-        content: name of the attribute that is the text; the embedding's source by default.
-        words: name of a text column's attribute, for the modes ``hybrid``, ``text_search`` and
-            ``sparse``.
-
-    Raises:
-        DeclarationError: what the class declares cannot be used so.
+    Arguments and errors are those of ``documents.Store``; ``metadata`` is needed, for what
+    LlamaIndex keeps of a node. The modes ``hybrid``, ``text_search`` and ``sparse`` need ``words``.
     """
 
     stores_text: bool = True
@@ -144,13 +127,13 @@ class SbertVectorStore(BasePydanticVectorStore):
         self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None
     ) -> Work[list[BaseNode]]:
         """The nodes of some ids that pass filters, by their ids."""
-        return then(self._documents.matching(self._where(node_ids, filters)), _nodes)
+        return then(self._documents.matching(_filters(filters), node_ids), _nodes)
 
     get_nodes, aget_nodes = both(_get)
 
     def _delete(self, /, ref_doc_id: str, **delete_kwargs: Any) -> Work[None]:
         """Delete the nodes of a document."""
-        return then(self._documents.remove({"ref_doc_id": ref_doc_id}), lambda _: None)
+        return then(self._documents.remove({"ref_doc_id": ref_doc_id}), _nothing)
 
     delete, adelete = both(_delete)
 
@@ -166,18 +149,14 @@ class SbertVectorStore(BasePydanticVectorStore):
         Raises:
             DeclarationError: neither is given, which would be every row; ``clear`` deletes those.
         """
-        if node_ids is None and filters is None:
-            raise DeclarationError(
-                "delete_nodes() was given neither ids nor filters, which is every row of the "
-                "table; clear() deletes those."
-            )
-        return then(self._documents.remove(self._where(node_ids, filters)), lambda _: None)
+        where = None if filters is None else _filters(filters)
+        return then(self._documents.delete(node_ids, where), _nothing)
 
     delete_nodes, adelete_nodes = both(_delete_nodes)
 
     def _clear(self) -> Work[None]:
         """Delete every row of the table."""
-        return then(self._documents.remove(), lambda _: None)
+        return then(self._documents.remove(), _nothing)
 
     clear, aclear = both(_clear)
 
@@ -190,10 +169,12 @@ class SbertVectorStore(BasePydanticVectorStore):
         question = query.query_str or query.query_embedding
         if question is None:
             raise DeclarationError("A query has query_str or query_embedding.")
-        where = self._where(query.node_ids or None, query.filters)  # an index gives []
+        filters = [_filters(query.filters)]
         if query.doc_ids:
-            of_documents = condition({"ref_doc_id": {"$in": query.doc_ids}}, self._documents.field)
-            where = sa.and_(where, of_documents)
+            filters.append({"ref_doc_id": {"$in": query.doc_ids}})
+        where = self._documents.where(
+            {"$and": filters}, query.node_ids or None
+        )  # an index gives []
         if query.mode == VectorStoreQueryMode.MMR:
             limit, trade = query.similarity_top_k, kwargs.get("mmr_threshold", query.mmr_threshold)
             rows = self._documents.diverse(
@@ -213,50 +194,34 @@ class SbertVectorStore(BasePydanticVectorStore):
 
     query, aquery = both(_query)
 
-    def _where(self, node_ids: list[str] | None, filters: MetadataFilters | None) -> Condition:
-        where = sa.true() if filters is None else self._translated(filters)
-        if node_ids is None:
-            return sa.and_(where)
-        return sa.and_(where, self._documents.has_id(node_ids))
 
-    def _translated(self, filters: MetadataFilters) -> Condition:
-        parts = [
-            self._translated(part) if isinstance(part, MetadataFilters) else self._one(part)
-            for part in filters.filters
-        ]
-        how = "and" if filters.condition is None else filters.condition.value
-        whole = {"$not": {"$and": parts}} if how == "not" else {f"${how}": parts}
-        return condition(whole if parts else {}, self._documents.field)
+def _filters(filters: MetadataFilters | None) -> dict[str, Any]:
+    """LlamaIndex's filters in the form that ``filters.condition`` takes."""
+    if filters is None:
+        return {}
+    parts = [
+        _filters(part) if isinstance(part, MetadataFilters) else {part.key: _comparison(part)}
+        for part in filters.filters
+    ]
+    return combined("and" if filters.condition is None else filters.condition.value, parts)
 
-    def _one(self, part: MetadataFilter) -> Condition:
-        field, value = self._documents.field(part.key), part.value
-        if part.operator in _OPERATORS:
-            comparison: dict[str, Any] = {_OPERATORS[part.operator]: value}
-        elif part.operator in _MATCHES:
-            escaped = str(value).replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_")
-            comparison = {_MATCHES[part.operator]: f"%{escaped}%"}
-        elif part.operator == FilterOperator.IS_EMPTY:
-            comparison = {"$in": [None, []] if isinstance(field.type, JSONB) else [None]}
-        elif part.operator in _IN_ARRAYS:
-            return self._in_array(field, part)
-        else:
-            raise DeclarationError(f"This store has no filter {part.operator.value!r}.")
-        return condition({part.key: comparison}, self._documents.field)
 
-    def _in_array(self, field: sa.ColumnElement[Any], part: MetadataFilter) -> Condition:
-        """``contains``, ``any`` and ``all``: values of an array within JSON."""
-        if not isinstance(field.type, JSONB):
-            raise DeclarationError(
-                f"{part.operator.value!r} looks into arrays of the JSON attribute, and "
-                f"{part.key!r} is an attribute of its own."
-            )
-        values = part.value if isinstance(part.value, list) else [part.value]
-        contained = [field.contains(sa.cast([value], JSONB)) for value in values]
-        return (
-            sa.or_(sa.false(), *contained)
-            if part.operator == FilterOperator.ANY
-            else (sa.and_(sa.true(), *contained))
-        )
+def _comparison(part: MetadataFilter) -> dict[str, Any]:
+    operator, value = part.operator.value, part.value
+    if operator in _OPERATORS:
+        return {_OPERATORS[operator]: value}
+    if operator in _IN_ARRAYS:
+        return {_IN_ARRAYS[operator]: value if isinstance(value, list) else [value]}
+    if operator in _MATCHES:
+        escaped = str(value).replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_")
+        return {_MATCHES[operator]: f"%{escaped}%"}
+    if operator == "is_empty":
+        return {"$empty": True}
+    raise DeclarationError(f"This store has no filter {operator!r}.")
+
+
+def _nothing(_: object) -> None:
+    """What a function that deletes returns."""
 
 
 def _rows(nodes: Sequence[BaseNode]) -> list[Row]:

@@ -15,6 +15,10 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 from sbert_pg.errors import DeclarationError
 
+#: How other libraries write what is written ``$eq`` and so on here.
+SIGNS = {
+    "==": "$eq", "!=": "$ne", ">": "$gt", ">=": "$gte", "<": "$lt", "<=": "$lte", "in": "$in",
+}  # fmt: skip
 #: From the name of a field to its column, or to its value within a JSON column.
 Fields = Callable[[str], sa.ColumnElement[Any]]
 Condition = sa.ColumnElement[bool]
@@ -34,8 +38,9 @@ def condition(conditions: Any, fields: Fields) -> Condition:
         conditions: a mapping in the form that LangChain's stores have from MongoDB:
             ``{"topic": "food", "year": {"$gte": 2020}, "$or": [{...}, {...}]}``. Operators are
             ``$eq``, ``$ne``, ``$lt``, ``$lte``, ``$gt``, ``$gte``, ``$in``, ``$nin``, ``$between``,
-            ``$exists``, ``$like`` and ``$ilike``; ``$and``, ``$or`` and ``$not`` combine. Or a
-            condition of SQLAlchemy's, which is taken as it is.
+            ``$exists``, ``$like`` and ``$ilike``, and of arrays ``$any`` and ``$all``, which take a
+            list of values, and ``$empty``; ``$and``, ``$or`` and ``$not`` combine. Or a condition
+            of SQLAlchemy's, which is taken as it is.
         fields: finds the column of a field.
 
     A row that has no value of the field differs from every value: ``$ne`` and ``$nin`` find it.
@@ -52,6 +57,13 @@ def condition(conditions: Any, fields: Fields) -> Condition:
             f"and this is {conditions!r}."
         )
     return sa.and_(sa.true(), *(_part(key, value, fields) for key, value in conditions.items()))
+
+
+def combined(how: str, parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Filters as one: ``"and"``, ``"or"``, or ``"not"``, which is that not all of them hold."""
+    if not parts:
+        return {}
+    return {"$not": {"$and": parts}} if how == "not" else {f"${how}": parts}
 
 
 def _part(key: str, value: Any, fields: Fields) -> Condition:
@@ -83,17 +95,18 @@ def compare(field: sa.ColumnElement[Any], operator: str, value: Any) -> Conditio
     Raises:
         DeclarationError: an operator that does not exist, or a value that it does not take.
     """
-    if operator in ("$in", "$nin", "$between"):
+    if operator in ("$in", "$nin", "$between", "$any", "$all"):
         if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, set, frozenset)):
             raise DeclarationError(f"{operator} takes a list, and was given {value!r}.")
         return _among(field, operator, list(value))
-    simple = {"$eq": _equal, "$ne": _unequal, "$exists": _there, "$like": _like, "$ilike": _ilike}
+    simple = {"$eq": _equal, "$ne": _unequal, "$exists": _there, "$empty": _empty,
+              "$like": _like, "$ilike": _ilike}  # fmt: skip
     if operator in simple:
         return simple[operator](field, value)
     if operator not in _ORDER:
         raise DeclarationError(
             f"A filter has no operator {operator!r}; it has $eq, $ne, $lt, $lte, $gt, $gte, $in, "
-            "$nin, $between, $exists, $like and $ilike."
+            "$nin, $between, $exists, $like, $ilike, $any, $all and $empty."
         )
     if value is None:
         raise DeclarationError(f"{operator} compares with a value, and was given None.")
@@ -116,6 +129,12 @@ def _there(field: sa.ColumnElement[Any], value: Any) -> Condition:
     return field.is_not(None) if value else field.is_(None)
 
 
+def _empty(field: sa.ColumnElement[Any], value: Any) -> Condition:
+    array = isinstance(field.type, (JSONB, sa.ARRAY))
+    empty = _one_of(field, [None, []] if array else [None])
+    return empty if value else sa.not_(sa.func.coalesce(empty, sa.false()))
+
+
 def _like(field: sa.ColumnElement[Any], value: Any) -> Condition:
     return _text(field).like(value)
 
@@ -136,7 +155,20 @@ def _among(field: sa.ColumnElement[Any], operator: str, values: list[Any]) -> Co
         return sa.and_(compare(field, "$gte", values[0]), compare(field, "$lte", values[1]))
     if operator == "$in":
         return _one_of(field, values)
+    if operator in ("$any", "$all"):
+        return _in_array(field, operator, values)
     return sa.and_(sa.true(), *(compare(field, "$ne", value) for value in values))
+
+
+def _in_array(field: sa.ColumnElement[Any], operator: str, values: list[Any]) -> Condition:
+    if not isinstance(field.type, (JSONB, sa.ARRAY)):
+        raise DeclarationError(f"{operator} looks into arrays, and {field} is of {field.type!r}.")
+    contains = field.bool_op("@>")
+    if isinstance(field.type, JSONB):
+        parts = [contains(_operand(field, [value])) for value in values]
+    else:
+        parts = [contains(sa.literal([value], field.type)) for value in values]
+    return sa.or_(sa.false(), *parts) if operator == "$any" else sa.and_(sa.true(), *parts)
 
 
 def _one_of(field: sa.ColumnElement[Any], values: list[Any]) -> Condition:
@@ -176,4 +208,4 @@ def _json_type(value: Any) -> str:
     raise DeclarationError(f"{value!r} has no order within JSON; numbers and texts have.")
 
 
-__all__ = ["Condition", "Fields", "compare", "condition"]
+__all__ = ["SIGNS", "Condition", "Fields", "combined", "compare", "condition"]

@@ -14,7 +14,7 @@ from langchain_tests.integration_tests import (
     EmbeddingsIntegrationTests,
     VectorStoreIntegrationTests,
 )
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
@@ -39,6 +39,7 @@ class Note(Base):
     body: Mapped[str]
     topic: Mapped[str | None]
     year: Mapped[int | None]
+    tags: Mapped[list[str] | None] = mapped_column(ARRAY(sa.Text))
     extra: Mapped[dict[str, Any]] = mapped_column("extra data", default=dict)
     embedding = column()
 
@@ -129,8 +130,12 @@ class TestEmbeddings(EmbeddingsIntegrationTests):
 DOCUMENTS = [
     Document(page_content="apples", id="a", metadata={"topic": "fruit", "year": 1, "stars": 5}),
     Document(page_content="pears", id="b", metadata={"topic": "fruit", "year": 2, "stars": "5"}),
-    Document(page_content="nails", id="c", metadata={"topic": "tools", "new": True}),
-    Document(page_content="odd", id="d", metadata={"k'\"]": None, "list": [1], "stars": 4.5}),
+    Document(page_content="nails", id="c", metadata={"topic": "tools", "new": True, "tags": []}),
+    Document(
+        page_content="odd",
+        id="d",
+        metadata={"k'\"]": None, "list": [1, "x"], "stars": 4.5, "tags": ["a", "b"]},
+    ),
 ]
 
 
@@ -161,7 +166,18 @@ DOCUMENTS = [
         ({"stars": {"$exists": True}}, "abd"),
         ({"new": True}, "c"),
         ({"new": {"$ne": True}}, "abd"),
-        ({"list": [1]}, "d"),
+        ({"list": [1, "x"]}, "d"),
+        # Arrays, in columns of their own as within JSON.
+        ({"tags": {"$any": ["b", "c"]}}, "d"),
+        ({"tags": {"$all": ["b", "c"]}}, ""),
+        ({"tags": {"$all": ["b", "a"]}}, "d"),
+        ({"tags": {"$any": []}}, ""),
+        ({"tags": {"$empty": True}}, "abc"),
+        ({"tags": {"$empty": False}}, "d"),
+        ({"list": {"$any": ["x", 2]}}, "d"),
+        ({"list": {"$all": ["1"]}}, ""),
+        ({"list": {"$empty": True}}, "abc"),
+        ({"topic": {"$empty": False}}, "abc"),
         ({"k'\"]": {"$exists": True}}, ""),  # JSON's null is no value
         ({"stars": {"$ilike": "5%"}}, "ab"),
         ({"$or": [{"topic": "tools"}, {"stars": {"$lt": 5}}]}, "cd"),
@@ -183,6 +199,8 @@ def test_filters(store: SbertVectorStore, conditions: Any, found: str) -> None:
         ({"$xor": []}, "no operator '\\$xor'"),
         ({"$or": []}, "list of filters"),
         ({"topic": {"$in": "fruit"}}, "takes a list"),
+        ({"tags": {"$any": "a"}}, "takes a list"),
+        ({"topic": {"$any": ["fruit"]}}, "looks into arrays"),
         ({"year": {"$between": [1]}}, "two values"),
         ({"year": {"$gt": None}}, "None"),
         ({"stars": {"$gt": [1]}}, "no order"),
