@@ -64,7 +64,7 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 
 #: Most modules and lines of each room: a new capability raises its own, and nobody else's.
 ROOMS: dict[str, tuple[int, int]] = {
-    "adapters": (10, 2000),
+    "adapters": (10, 1920),
     "alembic": (9, 2815),
     "catalog": (9, 2607),
     "cli": (16, 4501),
@@ -76,14 +76,14 @@ ROOMS: dict[str, tuple[int, int]] = {
     "orm": (5, 923),
     "passages": (5, 1165),
     "reembed": (12, 3133),
-    "search": (13, 4197),
+    "search": (13, 4229),
     "serving": (16, 3568),
     "sql": (1, 24),
     "tuning": (17, 4359),
     "types": (8, 1831),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3512
+MOST_LINES_OF_THE_REST = 3515
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60
