@@ -68,6 +68,15 @@ class Node:
         self._process.wait()
 
 
+def await_nodes(number: int) -> None:
+    """Wait until so many have joined: two that start at once may take the same socket."""
+    ends = time.monotonic() + 60
+    while sum(node["Alive"] for node in ray.nodes()) < number:
+        if time.monotonic() > ends:
+            raise TimeoutError(f"A cluster of {number} nodes did not come up within a minute.")
+        time.sleep(0.2)
+
+
 def setting_up(folder: Path, rate: float, deaths: int) -> Callable[[], None]:
     """Registers an encoder in an actor that writes down what it does, and dies now and then."""
 
@@ -169,7 +178,10 @@ def run(engine: sa.Engine, options: argparse.Namespace, folder: Path) -> dict[st
     join = f"--address={address}", "--num-cpus=1"
     ray.init(address=address, _node_ip_address=host, log_to_driver=False)
     # Only now: a node that finds no head for some seconds gives up.
-    nodes = [head, *(Node(next(hosts), *join) for _ in range(options.nodes))]
+    nodes = [head]
+    while len(nodes) <= options.nodes:
+        nodes.append(Node(next(hosts), *join))
+        await_nodes(len(nodes))
     vanished = []
 
     def vanish(progress) -> None:

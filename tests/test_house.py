@@ -64,15 +64,15 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 
 #: Most modules and lines of each room: a new capability raises its own, and nobody else's.
 ROOMS: dict[str, tuple[int, int]] = {
-    "adapters": (10, 1920),
+    "adapters": (10, 1919),
     "alembic": (9, 2815),
     "catalog": (9, 2607),
-    "cli": (16, 4501),
-    "clustering": (16, 5225),
+    "cli": (16, 4509),
+    "clustering": (16, 5267),
     "encoder": (27, 7657),
-    "freshness": (16, 5325),
+    "freshness": (16, 5377),
     "indexes": (6, 1406),
-    "loading": (4, 1122),
+    "loading": (5, 1307),
     "orm": (5, 923),
     "passages": (5, 1165),
     "reembed": (12, 3133),

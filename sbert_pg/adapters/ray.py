@@ -20,8 +20,7 @@ import sqlalchemy as sa
 from sbert_pg import catalog, freshness
 from sbert_pg.catalog import Binding
 from sbert_pg.errors import DeclarationError, SbertPgError, needing
-from sbert_pg.freshness.queue import require_psycopg
-from sbert_pg.freshness.running import Watch
+from sbert_pg.freshness.running import Index, Watch, beside_indexes, fill
 from sbert_pg.freshness.shared import Database, worker_name
 from sbert_pg.system import ColumnIdentity
 
@@ -38,6 +37,7 @@ def backfill(
     address: str = "local",
     cpus: float = 1,
     gpus: float = 0,
+    index: Index = "keep",
     setup: Callable[[], object] | None = None,
     on_progress: Callable[[freshness.Progress], None] | None = None,
     stop: threading.Event | None = None,
@@ -62,6 +62,7 @@ def backfill(
             uses its cluster.
         cpus: cores for each actor, which are the threads it encodes with.
         gpus: GPUs for each actor.
+        index: see ``freshness.backfill``.
         setup: called first in each actor, to register encoders with ``use_encoder``.
         on_progress: called every second or so, in a thread.
         stop: once it is set, what is in hand is finished and the rest left.
@@ -75,13 +76,9 @@ def backfill(
     """
     if actors < 1:
         raise DeclarationError(f"A fleet has at least one actor; actors is {actors}.")
-    require_psycopg(engine)
-    identity = column.identity if isinstance(column, Binding) else column
-    database = Database(engine)
-    with database.begin() as connection:
-        binding = catalog.require_binding(connection, identity)
     started = time.monotonic()
-    with _Cluster(address) as ray:
+    database = Database(engine)
+    with beside_indexes(engine, column, index, stop) as binding, _Cluster(address) as ray:
         actor = ray.remote(_Actor).options(
             num_cpus=cpus,
             num_gpus=gpus,
@@ -143,7 +140,9 @@ class _Actor:
 
     def fill(self) -> None:
         """Take part until nothing is left."""
-        freshness.backfill(self._engine, self._identity, self._settings, stop=self._stop)
+        with self._engine.connect() as connection:
+            binding = catalog.require_binding(connection, self._identity)
+        fill(self._engine, binding, self._settings, stop=self._stop)
 
     def stop(self) -> None:
         """Finish what is in hand."""

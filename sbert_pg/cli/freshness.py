@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, fields
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import sqlalchemy as sa
 import typer
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sbert_pg.freshness import Companion, Filler, WorkerSettings
     from sbert_pg.reembed import Filling
 
+Index = Literal["keep", "aside"]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -207,6 +208,13 @@ def backfill(
         ),
     ] = None,
     actors: Annotated[int, typer.Option(help="With --ray, how many.", min=1)] = 2,
+    index: Annotated[
+        Index,
+        typer.Option(
+            help="Whether the column's vector indexes stay (keep), or are dropped where 10,000 "
+            "rows or more wait, and built at the end (aside). Searches compare every row meanwhile."
+        ),
+    ] = "keep",
     settings: SetOption = None,
     json: common.JsonOption = False,
 ) -> None:
@@ -223,13 +231,13 @@ def backfill(
 
     [b]sbert-pg backfill article.embedding --set rows_per_second=500 --set max_replica_lag=5[/]
     [b]PGOPTIONS='-c maintenance_work_mem=2GB' sbert-pg backfill article[/]
-    [b]sbert-pg backfill article --ray auto --actors 16[/]
+    [b]sbert-pg backfill article --ray auto --actors 16 --index aside[/]
     """
     from sbert_pg import reembed
 
     metadata = common.prepare(app)
     chosen = _settings(settings)
-    fill = _filler(ray, actors, partial(common.prepare, app))
+    fill = _filler(ray, actors, partial(common.prepare, app), index)
     with (
         common.database(database, lasting=True) as engine,
         common.stoppable() as stop,
@@ -256,15 +264,15 @@ def backfill(
     _end(filling, str(binding), json, stopped=stop.is_set())
 
 
-def _filler(ray: str | None, actors: int, setup: Callable[[], object]) -> Filler:
+def _filler(ray: str | None, actors: int, setup: Callable[[], object], index: Index) -> Filler:
     """What encodes: this process, or a fleet."""
     if ray is None:
         from sbert_pg.freshness import backfill
 
-        return backfill
+        return partial(backfill, index=index)
     from sbert_pg.adapters.ray import backfill as by_fleet
 
-    return partial(by_fleet, actors=actors, address=ray, setup=setup)
+    return partial(by_fleet, actors=actors, address=ray, setup=setup, index=index)
 
 
 def _end(filling: Filling, column: str, json: bool, *, stopped: bool) -> None:

@@ -12,6 +12,7 @@ iterations over all rows follow.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, cast
 
@@ -42,6 +43,8 @@ BLOCK_SAMPLE = 65_536
 MAX_PASSES = 5
 #: The passes end when one improves the inertia by less than this share.
 _IMPROVEMENT = 1e-3
+#: Chance that ``excess_bound`` is too small, and the largest squared distance of unit vectors.
+_RISK, _RANGE = 0.01, 4.0
 
 _NOTHING = sa.literal_column("''::bytea", sa.LargeBinary)
 _TABLES = sa.MetaData(schema="pg_temp")
@@ -255,8 +258,8 @@ def fit_in_blocks(
     Memory is that of the sample, of a block, and of a key, a label and a distance for each row.
 
     Returns:
-        Keys of the rows, and their clusters; ``passes`` and the ``sample``'s rows among the
-        details.
+        Keys of the rows, and their clusters; ``passes``, the ``sample``'s rows and
+        ``excess_bound`` (see the function) among the details.
     """
     numbers = algorithm.n_clusters
     # The number is chosen on fewer rows than the least sample has.
@@ -271,16 +274,45 @@ def fit_in_blocks(
         max_memory=0,
         progress=progress,
     )
-    centroids = first.centroids
-    before = np.inf
-    for passes in range(1, min(algorithm.max_iter, MAX_PASSES) + 1):
+    centroids, size, before = first.centroids, len(sample), np.inf
+    del sample
+    last = min(algorithm.max_iter, MAX_PASSES)
+    for passes in range(1, last + 1):
         progress(f"pass {passes}", 0, total)
         keys, fit, means = _assigned(connection, rows, centroids)
-        if fit.inertia > (1 - _IMPROVEMENT) * before:
+        if passes == last or fit.inertia > (1 - _IMPROVEMENT) * before:
             break
         before, centroids = fit.inertia, means
-    details = {"method": "blocks", "passes": passes, "sample": len(sample)}
+    details: dict[str, Any] = {"method": "blocks", "passes": passes, "sample": size}
+    if rows.spherical:
+        details["excess_bound"] = excess_bound(
+            fit.inertia / len(keys), first.inertia / size, size, len(keys)
+        )
     return keys, replace(fit, details=details, score=first.score, curve=first.curve)
+
+
+def excess_bound(inertia: float, of_sample: float, sample: int, total: int) -> float | None:
+    """By what share the inertia of unit vectors can lie above that of a fit to all of them.
+
+    The centroids of a fit to all rows do not depend on the sample, so their mean squared distance
+    over it is that over all rows within ``4 * sqrt(ln(100) / (2 * sample))``, but for one sample in
+    a hundred: Hoeffding's inequality (1963, section 6 for draws without replacement). The sample's
+    own fit is at least as near to it as they are, so far as k-means, which finds local optima,
+    found one that is. Chance alone is bounded, then, and not what better starts would do.
+
+    Args:
+        inertia: mean squared distance of all rows to the centroids that the bound is for.
+        of_sample: that of the sample to the centroids that were fitted to it.
+        sample, total: how many rows.
+
+    Returns:
+        A share, such as .03; 0 where the sample is everything, and ``None`` where it is too small
+        to say anything.
+    """
+    if sample >= total:
+        return 0.0
+    least = of_sample - _RANGE * math.sqrt(math.log(1 / _RISK) / (2 * sample))
+    return max(inertia / least - 1, 0.0) if least > 0 else None
 
 
 def _assigned(

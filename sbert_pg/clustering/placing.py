@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ _COPIED = {
 }
 #: Rows can be deleted again and again while others come to refer to them.
 _ATTEMPTS = 5
+#: Rows that are turned into Python's values at once.
+_TOGETHER = 8192
 _COPY_IN = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT binary)")
 _VALUES = ("run_id", "cluster_id", "distance", "is_fitted")
 
@@ -38,8 +40,9 @@ def store_fit(
 ) -> None:
     """Store clusters that were computed in this process; rows deleted meanwhile are left out."""
     numbers = _store_clusters(connection, clustering, run_id, fit.centroids)
-    clusters = [number or None for number in np.append(numbers, 0)[fit.labels].tolist()]
-    count = len(clusters)
+    # Outliers, which have the label -1, are in none.
+    clusters = np.ma.masked_equal(np.append(numbers, 0)[fit.labels], 0)
+    runs, fitted = (np.broadcast_to(value, len(clusters)) for value in (np.int64(run_id), True))
     table = clustering.assignment_table
     insert_referring(
         connection,
@@ -47,7 +50,7 @@ def store_fit(
         [clustering.row_keys],
         keys.columns,
         [table.c[name] for name in _VALUES],
-        [[run_id] * count, clusters, fit.distances, [True] * count],
+        [runs, clusters, fit.distances, fitted],
     )
 
 
@@ -247,11 +250,18 @@ def write_block(
     schema = system.schema_in(connection, table.schema)
     path = [name for name in (schema, table.name) if name is not None]
     names = sql.SQL(", ").join(sql.Identifier(column.name) for column in columns)
-    lists = [part.tolist() if isinstance(part, np.ndarray) else part for part in values]
+    # Millions of rows as Python's numbers take ten times what they do as arrays.
+    lists = [_few_at_a_time(part) if isinstance(part, np.ndarray) else part for part in values]
     with binary_cursor(connection).copy(_COPY_IN.format(sql.Identifier(*path), names)) as copy:
         copy.set_types([_copy_type(connection, column) or "text" for column in columns])
         for row in zip(*lists, strict=True):
             copy.write_row(row)
+
+
+def _few_at_a_time(array: npt.NDArray[Any]) -> Iterator[Any]:
+    """The elements of an array as Python's, ``None`` where they are masked."""
+    for start in range(0, len(array), _TOGETHER):
+        yield from array[start : start + _TOGETHER].tolist()
 
 
 def _copy_type(connection: sa.Connection, column: sa.ColumnElement[Any]) -> str | None:

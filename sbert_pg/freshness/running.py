@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import sqlalchemy as sa
 
@@ -22,9 +22,12 @@ from sbert_pg.freshness.queue import Counts, counts, queue_fault, require_psycop
 from sbert_pg.freshness.rows import rows_of
 from sbert_pg.freshness.shared import LOGGER, Companion, Database, WorkerSettings, say
 from sbert_pg.freshness.worker import Worker
+from sbert_pg.loading.aside import building_aside, set_aside
 from sbert_pg.sqlstates import words_of
 from sbert_pg.system import ColumnIdentity
 
+#: Whether a column's vector indexes stay while it is filled, or are dropped and built at the end.
+Index = Literal["keep", "aside"]
 #: Rows that wait, from which on the order of filling and building an index matters.
 MANY = 10_000
 
@@ -140,6 +143,7 @@ def backfill(
     column: ColumnIdentity | sa.Column[object] | Binding,
     settings: WorkerSettings | None = None,
     *,
+    index: Index = "keep",
     on_progress: Callable[[Progress], None] | None = None,
     stop: threading.Event | None = None,
 ) -> Filled:
@@ -152,6 +156,9 @@ def backfill(
     Args:
         engine: an engine with the driver psycopg 3; up to four connections are used at a time.
         settings: see ``WorkerSettings``; its ``columns`` are not used.
+        index: ``"aside"`` drops the column's vector indexes where 10,000 rows or more wait, and
+            builds them when the column is filled; searches compare every row meanwhile. See
+            ``sbert_pg.loading.indexes_aside``.
         on_progress: called every second or so, in a thread.
         stop: once it is set, what is in hand is finished and the rest left to others.
 
@@ -159,24 +166,75 @@ def backfill(
         DeclarationError: the engine uses another driver.
         NotBoundError: the column is not bound.
         EncoderMismatchError: the column belongs to another encoder than the one at hand.
-        BackfillError: the database refuses to let the column be written.
+        BackfillError: the database refuses to let the column be written, or its indexes dropped.
     """
-    started = time.monotonic()
+    binding = _bound(engine, column)
+    if index == "aside":
+        _require_fillable(engine, binding)
+    with beside_indexes(engine, binding, index, stop):
+        return fill(engine, binding, settings, on_progress=on_progress, stop=stop)
+
+
+def _bound(engine: sa.Engine, column: ColumnIdentity | sa.Column[object] | Binding) -> Binding:
+    """The binding of a column as it is now, for an engine that a worker can use."""
     require_psycopg(engine)
-    database = Database(engine)
     identity = column.identity if isinstance(column, Binding) else column
-    with database.begin() as connection:
-        binding = catalog.require_binding(connection, identity)
+    with Database(engine).begin() as connection:
+        return catalog.require_binding(connection, identity)
+
+
+@contextmanager
+def beside_indexes(
+    engine: sa.Engine,
+    column: ColumnIdentity | sa.Column[object] | Binding,
+    index: Index,
+    stop: threading.Event | None,
+) -> Iterator[Binding]:
+    """Set the column's vector indexes aside, where that is asked for and pays, or say how to.
+
+    At the end those are built that were set aside by anybody, unless ``stop`` is set.
+    """
+    binding = _bound(engine, column)
+    with Database(engine).begin() as connection:
+        indexes = _indexes_of_many(connection, binding)
+    with building_aside(engine, binding, stop=stop):
+        if indexes and index == "aside":
+            set_aside(engine, binding)
+        elif indexes:
+            fields = {"column": str(binding), "indexes": ", ".join(indexes)}
+            words = (
+                "Each row has to be put into a vector index while the column is filled. With "
+                "index='aside' (--index aside) it is dropped first and built at the end, which is "
+                "many times faster; searches compare every row meanwhile"
+            )
+            say(logger, logging.WARNING, words, fields)
+        yield binding
+
+
+def _require_fillable(engine: sa.Engine, binding: Binding) -> None:
+    database = Database(engine)
     held_encoder(database, binding)
     with database.begin() as connection:
         rows_of(connection, binding)
         fault = queue_fault(connection, binding)
         if fault is not None:
             raise BackfillError(f"Column {binding} cannot be filled: {fault}.")
-        _warn_of_index(connection, binding)
+
+
+def fill(
+    engine: sa.Engine,
+    binding: Binding,
+    settings: WorkerSettings | None = None,
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    stop: threading.Event | None = None,
+) -> Filled:
+    """As ``backfill``, which leaves indexes as they are."""
+    started = time.monotonic()
+    _require_fillable(engine, binding)
     settings = replace(settings or WorkerSettings(), listen=False, columns=())
     worker = Worker(engine, settings, only=(binding.id,))
-    watch = Watch(database, binding, on_progress, lambda: worker.throttle.reason)
+    watch = Watch(Database(engine), binding, on_progress, lambda: worker.throttle.reason)
     with _stopping(worker, stop), watch:
         tally = worker.run(until_empty=True, await_others=True)
     blocked = worker.blocked().get(str(binding))
@@ -311,17 +369,11 @@ class Watch:
         )
 
 
-def _warn_of_index(connection: sa.Connection, binding: Binding) -> None:
-    """Say so where a vector index makes every row of many many times as dear to write."""
+def _indexes_of_many(connection: sa.Connection, binding: Binding) -> Sequence[str]:
+    """The vector indexes that many rows are about to be put into, one by one."""
     waiting = counts(connection, binding, cap=MANY)
     if waiting.pending + waiting.backfill < MANY:
-        return
+        return ()
     c = catalog.tables.status.c
     names = connection.execute(sa.select(c.index_names).where(c.id == binding.id)).scalar()
-    if names:
-        fields = {"column": str(binding), "indexes": ", ".join(names)}
-        words = (
-            "Each row has to be put into a vector index while the column is filled; filling first "
-            "and building the index after is many times faster"
-        )
-        say(logger, logging.WARNING, words, fields)
+    return names or ()

@@ -49,8 +49,8 @@ MANY = 20_000
 
 log = logging.getLogger("sbert_pg.loading")
 _SLOW = (
-    "More than %d rows are put into %s of %s one by one. Drop it before such a load, and build it "
-    "after it by sbert_pg.indexes.build_index(engine, index), which is several times faster."
+    "More than %d rows are put into %s of %s one by one. To have it dropped before such a load and "
+    "built after it, which is several times faster, load within sbert_pg.loading.indexes_aside()."
 )
 
 Row = Mapping[str, Any]

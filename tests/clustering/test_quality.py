@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import csv
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 
+from sbert_pg.clustering import cluster as run
 from sbert_pg.clustering.algorithms import HDBSCAN, Communities, KMeans, fit_in_memory
 from sbert_pg.clustering.kmeans import fit_kmeans, normalize
 
 cluster = pytest.importorskip("sklearn.cluster")
 metrics = pytest.importorskip("sklearn.metrics")
+make_app = sys.modules["clustering_app"].make_app
 
 
 def read(path: Path, text: str, label: str, delimiter: str) -> tuple[list[str], list[str]]:
@@ -81,6 +85,25 @@ def test_banking77(minilm: Any, data_dir: Path) -> None:
     print("banking77", {name: round(value, 4) for name, value in found.items()})
     assert ours >= theirs - 0.01
     assert ours > 0.77
+
+
+@pytest.mark.slow
+def test_blocks_stay_within_their_bound(
+    engine: sa.Engine, minilm: Any, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sbert_pg.clustering.out_of_core.BLOCK_SAMPLE", 1_000)
+    texts, _ = read(data_dir / "banking77" / "test.csv", "text", "category", ",")
+    vectors = normalize(minilm.encode_document(texts))
+    app = make_app(dimensions=vectors.shape[1])
+    app.fill(engine, vectors)
+    for number in (5, 20, 77):
+        full = min(fit_kmeans(vectors, number, seed=seed).inertia for seed in range(3))
+        for seed in range(3):
+            found = run(engine, app.topics, KMeans(number, method="blocks"), seed=seed)
+            bound, sample = (found.parameters[name] for name in ("excess_bound", "sample"))
+            assert 800 < sample < 1_200
+            print(number, found.inertia / full - 1, bound)
+            assert found.inertia / full - 1 <= bound < 1.5
 
 
 @pytest.mark.slow

@@ -528,6 +528,7 @@ def test_more_than_fits_into_memory(engine: sa.Engine, app: Any) -> None:
         run = cl.cluster(engine, app.topics, cl.KMeans(numbers), max_memory=100_000)
         assert run.parameters["method"] == "blocks"
         assert run.parameters["sample"] == 3000
+        assert run.parameters["excess_bound"] == 0
         assert [each["n_clusters"] for each in run.curve if each["score"] == run.score] == [5]
         found = numbers_of(engine, app.topics)
         assert same_partition([found[n] for n in range(1, 3001)], list(truth))

@@ -184,14 +184,14 @@ def test_a_table_that_takes_only_a_few_rows_at_a_time(engine, plain, encoder, in
 
 
 @pytest.mark.parametrize("many", [1000, 1001])
-def test_filling_first_is_advised_where_many_rows_wait(
+def test_how_to_fill_first_is_said_where_many_rows_wait(
     engine, plain, encoder, caplog, monkeypatch, many
 ):
     monkeypatch.setattr(running, "MANY", many)
     make(engine, plain)
     plain.execute("CREATE INDEX note_embedding ON note USING hnsw (embedding vector_cosine_ops)")
     backfill(engine, IDENTITY)
-    assert ("filling first" in caplog.text) == (many == 1000)
+    assert ("--index aside" in caplog.text) == (many == 1000)
 
 
 def test_a_row_that_somebody_holds_is_left_pending(engine, plain, encoder):
