@@ -32,6 +32,7 @@ from sbert_pg.encoder.files import (
     require_model,
 )
 from sbert_pg.encoder.layers import Dense, torch_class
+from sbert_pg.encoder.tokenizer_files import tokenizer_class
 from sbert_pg.errors import DamagedEncoderError, UnsupportedEncoderError
 from sbert_pg.probes import SAMPLE_TEXTS
 
@@ -187,7 +188,5 @@ def _token_types(config: Settings, tokenizer: Settings) -> bool:
         return False
     names = tokenizer.get("model_input_names")
     if names is None:
-        default = "BertTokenizer" if config["model_type"] in ("bert", "electra") else ""
-        kind = tokenizer.text("tokenizer_class", default).removesuffix("Fast")
-        return kind in ("BertTokenizer", "ElectraTokenizer")
+        return tokenizer_class(tokenizer, config) in ("BertTokenizer", "ElectraTokenizer")
     return isinstance(names, list) and "token_type_ids" in names

@@ -12,17 +12,20 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sbert_pg.encoder.description import STATIC, Description
-from sbert_pg.encoder.files import JSON_LIMIT, is_there, read_if_there, read_json
+from sbert_pg.encoder.files import JSON_LIMIT, Settings, is_there, read_if_there, read_json
 from sbert_pg.encoder.static import static_tokenizer
 from sbert_pg.encoder.tokenizing import MODEL2VEC, own_errors, require_bounded
 from sbert_pg.errors import DamagedEncoderError, UnsupportedEncoderError, needing
 
 #: Classes of transformers that rebuild BERT's normaliser from ``tokenizer_config.json`` with these
 #: defaults (transformers ``models/bert/tokenization_bert.py``, and the same in DistilBERT, MPNet).
-_BERT_LIKE = ("BertTokenizer", "DistilBertTokenizer", "MPNetTokenizer", "ElectraTokenizer")
+_BERT_LIKE = ("BertTokenizer", "DistilBertTokenizer", "MPNetTokenizer", "ElectraTokenizer",
+              "FunnelTokenizer", "LayoutLMTokenizer", "LxmertTokenizer", "MobileBertTokenizer",
+              "SqueezeBertTokenizer")  # fmt: skip
 _BERT_DEFAULTS = {"do_lower_case": True, "tokenize_chinese_chars": True, "strip_accents": None}
 _BERT_KEYS = {
     "do_lower_case": "lowercase",
@@ -32,7 +35,8 @@ _BERT_KEYS = {
 #: Classes that rebuild the pre-tokenizer from ``add_prefix_space`` there: with ``ByteLevel``, and
 #: with ``Metaspace`` (``models/roberta/tokenization_roberta.py``, ``models/xlm_roberta``...).
 _BYTE_LEVEL = ("RobertaTokenizer", "GPT2Tokenizer", "DebertaTokenizer", "LukeTokenizer",
-               "Qwen2Tokenizer")  # fmt: skip
+               "Qwen2Tokenizer", "BartTokenizer", "LEDTokenizer", "LongformerTokenizer",
+               "MvpTokenizer")  # fmt: skip
 _METASPACE = ("XLMRobertaTokenizer", "CamembertTokenizer", "AlbertTokenizer", "BarthezTokenizer",
               "RemBertTokenizer", "DebertaV2Tokenizer", "BigBirdTokenizer")  # fmt: skip
 #: Classes that, from transformers 5 on, build normaliser and pre-tokenizer again and take nothing
@@ -41,6 +45,25 @@ _METASPACE = ("XLMRobertaTokenizer", "CamembertTokenizer", "AlbertTokenizer", "B
 _SENTENCEPIECE = ("XLMRobertaTokenizer", "CamembertTokenizer", "T5Tokenizer")
 #: Classes that take ``tokenizer.json`` as it is.
 _GENERIC = ("", "PreTrainedTokenizer", "TokenizersBackend")
+#: Classes by ``model_type``, where no file names one.
+_BY_ARCHITECTURE = MappingProxyType(
+    {**dict.fromkeys(("bert", "distilbert", "electra", "nomic_bert"), "BertTokenizer"),
+     **dict.fromkeys(("xlm-roberta", "gte"), "XLMRobertaTokenizer"),
+     "albert": "AlbertTokenizer", "camembert": "CamembertTokenizer", "mpnet": "MPNetTokenizer",
+     "qwen3": "Qwen2Tokenizer", "roberta": "RobertaTokenizer", "t5": "T5Tokenizer"}
+)  # fmt: skip
+
+
+def tokenizer_class(tokenizer: Settings, config: Settings) -> str:
+    """The class that transformers takes, without ``Fast``; empty where that is a general one.
+
+    Args:
+        tokenizer: ``tokenizer_config.json``.
+        config: the transformer's ``config.json``.
+    """
+    named = tokenizer.text("tokenizer_class", None) or config.text("tokenizer_class", None)
+    default = _BY_ARCHITECTURE.get(str(config.get("model_type")), "")
+    return (named or default).removesuffix("Fast")
 
 
 def tokenizer_content(description: Description) -> dict[str, Any]:
@@ -62,7 +85,9 @@ def tokenizer_content(description: Description) -> dict[str, Any]:
     elif is_there(path):
         content = dict(read_json(path, JSON_LIMIT))
         with own_errors(DamagedEncoderError, f"{path} cannot be read"):
-            content = _as_configured(content, config, path)
+            content = _as_configured(
+                content, tokenizer_class(config, description.config), config, path
+            )
             require_bounded(content)
     else:
         content = _converted_by_transformers(directory)
@@ -111,9 +136,8 @@ def truncation_side(description: Description) -> str:
 
 
 def _as_configured(
-    content: dict[str, Any], config: Mapping[str, Any], path: Path
+    content: dict[str, Any], name: str, config: Mapping[str, Any], path: Path
 ) -> dict[str, Any]:
-    name = str(config.get("tokenizer_class", "")).removesuffix("Fast")
     normalizer = content.get("normalizer") or {}
     if normalizer.get("type") == "BertNormalizer" and name in _BERT_LIKE:
         changes = {

@@ -139,7 +139,7 @@ class TextTokenizer:
         ids, truncated, begins = [], [], []
         for position, encoding in enumerate(encodings):
             whole = heads[position] == tuple(pairs[position])
-            if not whole and not encoding.overflowing:
+            if not whole and (not encoding.overflowing or _is_halved(encoding)):
                 first, second = pairs[position]
                 (encoding,) = self._batch([(self._longest(first), self._longest(second))])
             if not encoding.ids:
@@ -196,6 +196,12 @@ class TextTokenizer:
         most = max(min(self._limit * _MOST_PER_TOKEN, _MOST_CHARACTERS),
                    2 * self._limit * _CHARACTERS_PER_TOKEN)  # fmt: skip
         return text[-most:] if self._from_right else text[:most]
+
+
+def _is_halved(encoding: Any) -> bool:
+    """Whether both texts of a pair are cut, and the longer one keeps a token more."""
+    kept: list[int] = [encoding.sequence_ids.count(number) for number in (0, 1)]
+    return abs(kept[0] - kept[1]) == 1
 
 
 def _require_room(limit: int | None, added: int) -> None:

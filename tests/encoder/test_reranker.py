@@ -106,6 +106,8 @@ def test_of_a_long_pair_the_longer_text_is_cut(made: Made, encoder_cache: Path) 
     ours = Reranker.load(made("bert"), precision="fp32", cache_dir=encoder_cache)
     words = "the lake and the path " * 400
     pairs = [("short", words), (words, "short"), (words, words + "z"), (words[:3000], words)]
+    # Where both are cut, the one with more tokens keeps one more, whatever their characters say.
+    pairs += [(words[:1600], "a " * 300), ("a " * 300, words[:1600])]
     np.testing.assert_allclose(ours.score_pairs(pairs), predicted(made("bert"), pairs), atol=1e-5)
     assert ours.statistics.truncated == len(pairs)
     assert ours.statistics.texts == len(pairs)

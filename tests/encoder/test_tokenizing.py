@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from sbert_pg.encoder.tokenizer_files import _as_configured
+from sbert_pg.encoder.files import read_json
+from sbert_pg.encoder.tokenizer_files import _as_configured, tokenizer_class
 from sbert_pg.encoder.tokenizing import TextTokenizer, clean
 from sbert_pg.errors import DamagedEncoderError, EncodingError, UnsupportedEncoderError
 from sbert_pg.probes import PROBES, SAMPLE_TEXTS
@@ -235,12 +236,67 @@ def test_a_leading_blank_is_put_where_transformers_puts_it(
         config["add_prefix_space"] = asked
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     followed = getattr(transformers, name).from_pretrained(str(tmp_path))
-    ours = _as_configured(content, config, tmp_path / "tokenizer.json")
+    ours = _as_configured(content, name.removesuffix("Fast"), config, tmp_path / "tokenizer.json")
     tokenizer = TextTokenizer(json.dumps(ours), None)
     for text in ("Apple pie", "hello world", " fox"):
         theirs = followed.backend_tokenizer.encode(text, add_special_tokens=False).ids
         mine = tokenizer._tokenizer.encode(text, add_special_tokens=False).ids
         assert mine == theirs
+
+
+def contradicted(kind: str) -> dict[str, Any]:
+    """A ``tokenizer.json`` of which the class that belongs to it takes another part."""
+    content: dict[str, Any] = json.loads(CONTENT[kind])
+    if kind == "wordpiece":
+        content["normalizer"]["lowercase"] = not content["normalizer"]["lowercase"]
+    elif kind == "byte level":
+        content["pre_tokenizer"]["add_prefix_space"] = True
+    else:
+        content["normalizer"] = {"type": "Lowercase"}
+    return content
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "named"),
+    [
+        ("bert", "wordpiece", {}), ("electra", "wordpiece", {}), ("nomic_bert", "wordpiece", {}),
+        ("distilbert", "wordpiece", {}), ("mpnet", "wordpiece", {}), ("roberta", "byte level", {}),
+        ("xlm-roberta", "unigram", {}), ("gte", "unigram", {}), ("camembert", "unigram", {}),
+        ("modernbert", "byte level", {}), ("bert", "byte level", {"config": "RobertaTokenizer"}),
+        ("squeezebert", "wordpiece", {"tokenizer": "SqueezeBertTokenizer"}),
+        ("longformer", "byte level", {"tokenizer": "LongformerTokenizer"}),
+        ("bert", "wordpiece", {"tokenizer": "PreTrainedTokenizerFast", "config": "BertTokenizer"}),
+    ],
+)  # fmt: skip
+def test_the_class_is_the_one_that_transformers_takes(
+    tmp_path: Path, architecture: str, kind: str, named: dict[str, str]
+) -> None:
+    """Where no file names one, that of the architecture; it decides what of a file is followed."""
+    transformers = pytest.importorskip("transformers", reason="it is what is followed")
+    if not hasattr(transformers, "TokenizersBackend"):
+        pytest.skip("transformers 4 takes more from tokenizer.json")
+    content = contradicted(kind)
+    unknown = "<unk>" if kind == "wordpiece" else "<s>"
+    special = dict.fromkeys(("bos_token", "cls_token", "unk_token", "pad_token"), unknown)
+    files: dict[str, dict[str, Any]] = {
+        "tokenizer.json": content, "config.json": {"model_type": architecture},
+        "tokenizer_config.json": {**special, "eos_token": unknown, "sep_token": unknown},
+    }  # fmt: skip
+    for file, name in named.items():
+        key = "config.json" if file == "config" else "tokenizer_config.json"
+        files[key]["tokenizer_class"] = name
+    for name, value in files.items():
+        (tmp_path / name).write_text(json.dumps(value))
+    followed = transformers.AutoTokenizer.from_pretrained(str(tmp_path)).backend_tokenizer
+    config, tokenizer = (
+        read_json(tmp_path / name) for name in ("config.json", "tokenizer_config.json")
+    )
+    kind_of = tokenizer_class(tokenizer, config)
+    ours = _as_configured(dict(content), kind_of, tokenizer, tmp_path / "tokenizer.json")
+    mine = TextTokenizer(json.dumps(ours), None)._tokenizer
+    for text in ("Apple  pie ", " The Fox", "hello world"):
+        theirs = followed.encode(text, add_special_tokens=False).ids
+        assert mine.encode(text, add_special_tokens=False).ids == theirs
 
 
 @pytest.mark.parametrize("name", ["XLMRobertaTokenizer", "CamembertTokenizer", "T5Tokenizer"])
@@ -260,7 +316,7 @@ def test_sentencepiece_is_what_transformers_5_makes_of_it(tmp_path: Path, name: 
     config = {"tokenizer_class": name, **special, "eos_token": "</s>", "sep_token": "</s>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     followed = getattr(transformers, name).from_pretrained(str(tmp_path))
-    ours = _as_configured(dict(content), config, tmp_path / "tokenizer.json")
+    ours = _as_configured(dict(content), name, config, tmp_path / "tokenizer.json")
     as_stored, as_built = (TextTokenizer(json.dumps(c), None)._tokenizer for c in (content, ours))
     differ = 0
     for text in ("Apple  pie ", " the fox", "a\tb\nc", "The fox", "plain words"):
@@ -272,6 +328,6 @@ def test_sentencepiece_is_what_transformers_5_makes_of_it(tmp_path: Path, name: 
 
 def test_a_contradiction_that_nobody_is_known_to_settle_is_refused(tmp_path: Path) -> None:
     content = json.loads(CONTENT["byte level"])
-    config = {"tokenizer_class": "CohereTokenizer", "add_prefix_space": True}
+    config = {"add_prefix_space": True}
     with pytest.raises(UnsupportedEncoderError, match=r"'add_prefix_space'.*CohereTokenizer"):
-        _as_configured(content, config, tmp_path / "tokenizer.json")
+        _as_configured(content, "CohereTokenizer", config, tmp_path / "tokenizer.json")
