@@ -69,7 +69,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "catalog": (9, 2607),
     "cli": (16, 4509),
     "clustering": (16, 5267),
-    "encoder": (27, 7657),
+    "encoder": (27, 7708),
     "freshness": (16, 5377),
     "indexes": (6, 1406),
     "loading": (5, 1307),

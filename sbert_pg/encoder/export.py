@@ -72,7 +72,9 @@ def export(description: Description, precision: str) -> onnx.ModelProto:
                 f"sentence-transformers cannot load {description.path}: {type(error).__name__}: "
                 f"{str(error)[:500]}"
             ) from error
-        body = _exported(torch, next(iter(model)).auto_model.float().eval(), description)
+        transformer = next(iter(model)).auto_model
+        _require_loaded(transformer, description)
+        body = _exported(torch, transformer.float().eval(), description)
     return _finished(body, description)
 
 
@@ -129,6 +131,26 @@ def _parameters(torch: Any, description: Description) -> int:
             f"{description.architecture!r}: {type(error).__name__}: {str(error)[:500]}"
         ) from error
     return sum(parameter.numel() for name, parameter in needed.items() if "pooler" not in name)
+
+
+def _require_loaded(transformer: Any, description: Description) -> None:
+    """Refuse weights under other names than the architecture's, for which random ones stand in.
+
+    Raises:
+        DamagedEncoderError: some are missing.
+    """
+    _, found = type(transformer).from_pretrained(
+        str(description.transformer_path), local_files_only=True, use_safetensors=True,
+        output_loading_info=True,
+    )  # fmt: skip
+    missing = sorted(name for name in found["missing_keys"] if "pooler" not in name)
+    if missing:
+        files = ", ".join(map(str, description.weights))
+        raise DamagedEncoderError(
+            f"{files} lacks {len(missing)} tensors that a model of type "
+            f"{description.architecture!r} needs, such as {missing[0]!r}: the weights are of "
+            "another architecture, or not all of them are there."
+        )
 
 
 def _exported(torch: Any, transformer: Any, description: Description) -> onnx.ModelProto:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from encoder_models import SMALL, TEXTS, Make, Wish, worst
 from tiny_model import edit, write_tiny
 
 from sbert_pg.encoder import Encoder
-from sbert_pg.errors import EncoderError, UnsupportedEncoderError
+from sbert_pg.errors import DamagedEncoderError, EncoderError, UnsupportedEncoderError
 
 #: Not all the same road through transformers: attention by distance, norms first.
 WISHES = {
@@ -31,6 +32,17 @@ def test_exported_by_torch(
     cosine, difference = worst(ours.encode(TEXTS), reference(path).encode(TEXTS))
     assert cosine >= 0.99999
     assert difference <= 1e-5
+
+
+def test_weights_of_another_architecture_are_refused(make_model: Make, tmp_path: Path) -> None:
+    """transformers takes random numbers for what has another name, and as many there are."""
+    pytest.importorskip("onnxscript", reason="torch.onnx.export needs it")
+    path = Path(shutil.copytree(make_model(Wish("bert")), tmp_path / "model"))
+    edit(path / "config.json", model_type="deberta-v2")
+    with pytest.raises(
+        DamagedEncoderError, match="tensors that a model of type 'deberta-v2' needs"
+    ):
+        Encoder.load(path, precision="fp32", cache_dir=tmp_path / "cache")
 
 
 def test_torch_has_fp32_only(make_model: Make, encoder_cache: Path) -> None:
