@@ -195,10 +195,10 @@ def encoder_of(
     Raises:
         DeclarationError: the function is a coroutine function, or a declaration makes no sense.
     """
-    for given in (function, query):
-        if given is not None and (not callable(given) or inspect.iscoroutinefunction(given)):
+    for each in (function, query):
+        if each is not None and (not callable(each) or inspect.iscoroutinefunction(each)):
             raise DeclarationError(
-                f"encoder_of() takes a function that returns vectors, and {given!r} is none. Give "
+                f"encoder_of() takes a function that returns vectors, and {each!r} is none. Give "
                 "one that is not asynchronous: it is called in a thread where the application is."
             )
 

@@ -1,4 +1,11 @@
-"""Measured on one's own questions: evaluate searches, fit weights and encoders, choose an index."""
+"""Measured on one's own questions: evaluate searches, fit weights and encoders, choose an index.
+
+``pairs`` and ``files`` give labelled questions, ``searches`` what is asked of them. ``evaluation``
+compares searches, ``choosing`` encoders, ``quality`` those on lists of texts, ``advise`` indexes;
+``weight`` fits that of ``hybrid``, ``limits`` shows where an encoder breaks. ``fitting`` fits an
+encoder: a ``task`` says to what and proves it, ``adapters`` learn a matrix for queries, ``whole``
+and ``training`` a model.
+"""
 
 from sbert_pg.tuning.advise import Advice, FormFigures, advise_index
 from sbert_pg.tuning.choosing import Choice, Choosable, choose_encoder, local_encoders
@@ -12,10 +19,11 @@ from sbert_pg.tuning.files import (
     write_run,
     write_topics,
 )
-from sbert_pg.tuning.fitting import Method, Tuning, tune
+from sbert_pg.tuning.fitting import Method, tune
 from sbert_pg.tuning.limits import Limits, limits_of, own_texts
 from sbert_pg.tuning.pairs import Split, hard_negatives, of_keys, own_pairs, split_pairs
 from sbert_pg.tuning.searches import searches_for
+from sbert_pg.tuning.task import Tuning
 from sbert_pg.tuning.weight import FittedWeight, fit_weight
 
 __all__ = [

@@ -7,27 +7,35 @@ advantage over comparing every row grows, with the number of rows.
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import numpy as np
 import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import TSVECTOR
 
+from sbert_pg import system
 from sbert_pg.catalog import rows as catalog_rows
 from sbert_pg.errors import DeclarationError
 from sbert_pg.indexes import hnsw_index, vector_indexes
-from sbert_pg.search import exact, nearest
-from sbert_pg.tuning.bench import Bench
+from sbert_pg.indexes.read import CopyTable
+from sbert_pg.search import nearest
+from sbert_pg.search.exact import mean, recall
 from sbert_pg.tuning.files import in_columns
 from sbert_pg.tuning.searches import on_copy
 from sbert_pg.types.comparator import base_of, clause_of
+from sbert_pg.types.encoding import query_vectors
 from sbert_pg.types.indexed import description_of
-from sbert_pg.types.vector import VectorType, shown
+from sbert_pg.types.vector import VectorType, plain_type, shown
 
 #: Recall that a form has to reach, under every filter, to be recommended.
 LEAST = 0.98
+#: Rows of a statement that copies the sample.
+_CHUNK = 5000
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +64,12 @@ class FormFigures:
     """
 
     name: str
-    bytes: int
-    share: float
-    seconds: float
+    bytes: int = 0
+    share: float = 0.0
+    seconds: float = 0.0
     measured: tuple[Measured, ...]
-    declaration: str
-    operation: str
+    declaration: str = ""
+    operation: str = ""
 
     @property
     def recall(self) -> float:
@@ -134,14 +142,6 @@ def _megabytes(size: float) -> str:
     return f"{size / 2**20:,.1f} MB"
 
 
-class _Form(NamedTuple):
-    """A form: its name, what makes it, and what declares it after the column's name."""
-
-    name: str
-    make: Callable[[str], sa.Index]
-    arguments: str
-
-
 def advise_index(
     engine: sa.Engine,
     column: Any,
@@ -181,20 +181,16 @@ def advise_index(
     """
     clause = clause_of(column)
     base = base_of(clause) if isinstance(clause, sa.ColumnElement) else None
-    if (
-        base is None
-        or not isinstance(base.type, VectorType)
-        or not isinstance(base.table, sa.Table)
-    ):
+    vectors = base is not None and isinstance(base.type, VectorType)
+    if base is None or not vectors or not isinstance(base.table, sa.Table):
         raise DeclarationError(
             f"advise_index() was given {shown(column)}, which is no vector column."
         )
     with engine.connect() as connection:
         try:
-            bench = Bench(connection, base, sample, queries if not questions else 0, seed)
-            bench.take_queries(questions)
-            measuring = _Measuring(bench, filters or bench.usual_filters(), k)
-            forms = measuring.forms(m, ef_construction)
+            bench = _Bench(connection, base, sample, questions, queries, k, seed)
+            bench.filters.update(filters or bench.usual_filters())
+            forms = bench.forms(m, ef_construction)
             existing = vector_indexes(
                 connection, base.table.name, base.name, schema=base.table.schema
             )
@@ -214,9 +210,8 @@ def advise_index(
 
 
 def _recommended(forms: Sequence[FormFigures], least: float) -> tuple[str, str]:
-    by_name = {form.name: form for form in forms}
-    plain = by_name["exact"]
-    fit = [form for form in forms if form.name != "exact" and form.recall >= least]
+    plain, *indexed = forms
+    fit = [form for form in indexed if form.recall >= least]
     if not fit:
         return "exact", f"no form reaches recall {least:g} under every filter"
     best = min(fit, key=lambda form: (form.bytes, form.milliseconds))
@@ -225,117 +220,201 @@ def _recommended(forms: Sequence[FormFigures], least: float) -> tuple[str, str]:
     return best.name, f"the smallest whose recall is {least:g} or more under every filter"
 
 
-class _Measuring:
-    """Measures forms on a bench, against exact search under each filter."""
+class _Bench:
+    """The temporary table of a sample, and what is searched for in it.
 
-    def __init__(self, bench: Bench, filters: Mapping[str, sa.ColumnElement[bool]], k: int) -> None:
-        self.bench, self.k = bench, k
+    Args:
+        queries: rows to search for, where there are no questions.
+    """
+
+    def __init__(
+        self,
+        connection: sa.Connection,
+        base: sa.Column[Any],
+        sample: int,
+        questions: Sequence[str],
+        queries: int,
+        k: int,
+        seed: int,
+    ) -> None:
+        self.connection, self.base, self.k = connection, base, k
+        #: Criteria by name, and the answers of exact search under each.
         self.filters: dict[str | None, sa.ColumnElement[bool] | None] = {None: None}
-        self.filters.update(filters)
-        type_: Any = bench.base.type
-        self.similarity = type_.encoder.similarity if hasattr(type_, "encoder") else None
-        self.dimensions: int = type_.dimensions
-        self.storage: str = type_.storage
         self.exact: dict[str | None, list[Any]] = {}
+        table, type_ = base.table, cast(Any, base.type)
+        encoder = getattr(type_, "encoder", None)
+        self.own = plain_type(type_.storage, type_.dimensions)
+        self.similarity = getattr(encoder, "similarity", None)
+        queries = 0 if questions else queries
+        self.name = f"sbert_advice_{uuid.uuid4().hex[:12]}"
+        keys = [c.name for c in table.primary_key]
+        if not keys:
+            raise DeclarationError(
+                f"{table.fullname} has no primary key, which a sample is drawn by."
+            )
+        key_columns = [table.c[name] for name in keys]
+        drawn = catalog_rows.sample(
+            connection, table, keys, [*key_columns, base], where=[base.is_not(None)],
+            size=sample + queries, seed=seed,
+        )  # fmt: skip
+        self.vectors = [np.asarray(row[-1], dtype=np.float32) for row in drawn[:queries]]
+        chosen = [tuple(row[:-1]) for row in drawn[queries:]]
+        if not chosen:
+            raise DeclarationError(f"{table.fullname}.{base.name} has too few vectors to measure.")
+        self.rows = len(chosen)
+        self._fill(key_columns, chosen)
+        if questions:
+            if encoder is None:
+                raise DeclarationError(f"{base} has no encoder, so no question can be encoded.")
+            self.vectors = query_vectors(encoder, list(questions))
+
+    def _fill(self, keys: Sequence[sa.Column[Any]], chosen: Sequence[tuple[Any, ...]]) -> None:
+        """Make the temporary table of the rows with these keys."""
+        connection, table = self.connection, self.base.table
+        connection.execute(CopyTable(self.name, table.schema, table.name))
+        copy = self.table()
+        for i in range(0, len(chosen), _CHUNK):
+            part = sa.select(*self.columns()).where(sa.tuple_(*keys).in_(chosen[i : i + _CHUNK]))
+            connection.execute(sa.insert(copy).from_select([c.name for c in copy.c], part))
+        connection.execute(system.ddl("ANALYZE %(fullname)s", copy))
+
+    def table(self, **options: Any) -> sa.Table:
+        """The temporary table, with an index declared where there are options of one."""
+        columns = [
+            sa.Column(c.name, self.own if c is self.base else c.type, primary_key=c.primary_key)
+            for c in self.columns()
+        ]
+        index = (hnsw_index(f"{self.name}_index", self.base.name, **options),) if options else ()
+        return sa.Table(self.name, sa.MetaData(), *columns, *index, schema="pg_temp")
+
+    def columns(self) -> list[sa.Column[Any]]:
+        """The table's columns without its other vectors."""
+        table: Any = self.base.table
+        return [c for c in table.c if c is self.base or not isinstance(c.type, VectorType)]
+
+    def usual_filters(self) -> dict[str, sa.ColumnElement[bool]]:
+        """Equality with common values of the column that an index of the table begins with."""
+        table: Any = self.base.table
+        for name in self._leading():
+            column = table.c[name]
+            if column.primary_key or isinstance(column.type, (sa.LargeBinary, sa.JSON)):
+                continue
+            values = self._common_values(name)
+            if len(values) > 1:
+                return {
+                    f"{name} = {value}"[:40]: column == sa.literal(value, column.type)
+                    for value in (values[0], values[-1])
+                }
+        return {}
+
+    def _leading(self) -> list[str]:
+        """Columns that an index begins with, but vectors and texts."""
+        table: Any = self.base.table
+        schema = system.schema_in(self.connection, table.schema)
+        indexes = sa.inspect(self.connection).get_indexes(table.name, schema=schema)
+        first = (index["column_names"][0] for index in indexes if index["column_names"])
+        names = {c.name for c in table.c if not isinstance(c.type, (VectorType, TSVECTOR))}
+        return [name for name in dict.fromkeys(first) if name is not None and name in names]
+
+    def _common_values(self, name: str) -> list[Any]:
+        """Values of a column that a thousandth of the rows have at least, the commonest first."""
+        own = self.table().c[name]
+        rows = self.connection.execute(
+            sa.select(own)
+            .where(own.is_not(None))
+            .group_by(own)
+            .having(sa.func.count() >= max(2, self.rows // 1000))
+            .order_by(sa.func.count().desc(), own)
+            .limit(50)
+        )
+        return list(rows.scalars())
 
     def forms(self, m: int, ef_construction: int) -> list[FormFigures]:
         """Every form, exact search first."""
-        makers = self._makers(m, ef_construction)
-        plain = self.bench.table(makers[0].make)
-        figures = [
-            FormFigures(
-                name="exact",
-                bytes=0,
-                share=0.0,
-                seconds=0.0,
-                measured=tuple(self._measured(plain, name, None) for name in self.filters),
-                declaration="",
-                operation="",
-            )
-        ]
-        for form in makers:
-            figures.append(self._figures(form, figures))
-        return figures
-
-    def _makers(self, m: int, ef_construction: int) -> list[_Form]:
-        column = self.bench.base.name
+        options = self._options()
         common: dict[str, Any] = {"m": m, "ef_construction": ef_construction}
         if self.similarity is not None:
             common["similarity"] = self.similarity
+        plain = self.table(**next(iter(options.values())), **common)
+        measured = tuple(self._measured(plain, name, exact=True) for name in self.filters)
+        figures = [FormFigures(name="exact", measured=measured)]
+        for name, own in options.items():
+            figures.append(self._figures(name, own, common, figures))
+        return figures
 
-        def form(name: str, arguments: str, **options: Any) -> _Form:
-            return _Form(
-                name, lambda index: hnsw_index(index, column, **options, **common), arguments
-            )
-
-        makers = [form("column", "")] if self.dimensions <= 2000 or self.storage != "vector" else []
-        if self.storage == "vector":
-            makers.append(form("halfvec", ', form="halfvec"', form="halfvec"))
-        width = self.dimensions // 2
+    def _options(self) -> dict[str, dict[str, Any]]:
+        """The options of each form by its name."""
+        type_: Any = self.base.type
+        options: dict[str, dict[str, Any]] = {}
+        if type_.dimensions <= 2000 or type_.storage != "vector":
+            options["column"] = {}
+        if type_.storage == "vector":
+            options["halfvec"] = {"form": "halfvec"}
+        width = type_.dimensions // 2
         if width >= 64:
-            arguments = f', form="subvector", dimensions={width}'
-            makers.append(form(f"subvector {width}", arguments, form="subvector", dimensions=width))
+            options[f"subvector {width}"] = {"form": "subvector", "dimensions": width}
         # Signs say nothing of lengths, which other distances count.
         if self.similarity in (None, "cosine"):
-            makers.append(form("binary", ', form="binary"', form="binary"))
-            vectors = self.bench.table().c[column]
+            vectors = self.table().c[self.base.name]
             average = sa.select(sa.func.avg(vectors, type_=vectors.type))
-            mean = np.asarray(self.bench.connection.execute(average).scalar_one()).tolist()
-            arguments = ', form="binary", mean=MEAN'
-            makers.append(form("binary, centred", arguments, form="binary", mean=mean))
-        return makers
+            mean = np.asarray(self.connection.execute(average).scalar_one()).tolist()
+            options["binary"] = {"form": "binary"}
+            options["binary, centred"] = {"form": "binary", "mean": mean}
+        return options
 
-    def _figures(self, form: _Form, before: Sequence[FormFigures]) -> FormFigures:
-        connection = self.bench.connection
-        table = self.bench.table(form.make)
+    def _figures(
+        self,
+        form: str,
+        options: Mapping[str, Any],
+        common: Mapping[str, Any],
+        before: Sequence[FormFigures],
+    ) -> FormFigures:
+        connection, base = self.connection, self.base
+        table = self.table(**options, **common)
         (index,) = table.indexes
         started = time.perf_counter()
         connection.execute(sa.schema.CreateIndex(index))
         seconds = time.perf_counter() - started
-        (stored,) = vector_indexes(connection, self.bench.name, schema="pg_temp")
-        measured = tuple(self._measured(table, name, form) for name in self.filters)
+        (stored,) = vector_indexes(connection, self.name, schema="pg_temp")
+        measured = tuple(self._measured(table, name) for name in self.filters)
         connection.execute(sa.schema.DropIndex(index))
         full = next((f.bytes for f in before if f.name in ("column", "halfvec")), stored.bytes)
-        base: Any = self.bench.base
         name = f"ix_{base.table.name}_{base.name}_{stored.form}"[-63:]
         description: Any = description_of(index)
         element = repr(base.name)
         if description.expression is not None:
             element = f"sa.text({'(' + description.expression + ')'!r})"
         schema = f", schema={base.table.schema!r}" if base.table.schema else ""
-        operation = (
-            f"op.create_vector_index({name!r}, {base.table.name!r}, {element}, "
-            f"using='hnsw', opclass={stored.opclass!r}, options={dict(stored.options)!r}{schema})"
+        shown_options = "".join(
+            f", {key}={stored.mean if key == 'mean' else json.dumps(value)}"
+            for key, value in options.items()
         )
-        arguments = form.arguments
-        if stored.mean is not None:
-            arguments = arguments.replace("MEAN", f"{stored.mean}")
-        declaration = f"hnsw_index({name!r}, {base.name!r}{arguments})"
         return FormFigures(
-            name=form.name,
+            name=form,
             bytes=stored.bytes,
             share=stored.bytes / max(full, 1),
             seconds=seconds,
             measured=measured,
-            declaration=declaration,
-            operation=operation,
+            declaration=f"hnsw_index({name!r}, {base.name!r}{shown_options})",
+            operation=f"op.create_vector_index({name!r}, {base.table.name!r}, {element}, "
+            f"using='hnsw', opclass={stored.opclass!r}, options={dict(stored.options)!r}{schema})",
         )
 
-    def _measured(self, table: sa.Table, filter_: str | None, form: _Form | None) -> Measured:
+    def _measured(self, table: sa.Table, filter_: str | None, *, exact: bool = False) -> Measured:
         criterion = self.filters[filter_]
-        where = [] if criterion is None else [on_copy(criterion, self.bench.base.table, table)]
-        column = table.c[self.bench.base.name]
+        where = [] if criterion is None else [on_copy(criterion, self.base.table, table)]
+        column = table.c[self.base.name]
         answers, times = [], []
-        for vector in self.bench.vectors:
-            statement: Any = nearest(column, vector, limit=self.k, where=where, exact=form is None)
+        for vector in self.vectors:
+            statement: Any = nearest(column, vector, limit=self.k, where=where, exact=exact)
             similarity = list(statement.selected_columns)[-1]
             statement = sa.Select.with_only_columns(statement, similarity)
             started = time.perf_counter()
-            answers.append(list(self.bench.connection.execute(statement).scalars()))
+            answers.append(list(self.connection.execute(statement).scalars()))
             times.append(time.perf_counter() - started)
-        if form is None:
+        if exact:
             self.exact[filter_] = answers
         pairs = zip(answers, self.exact[filter_], strict=True)
-        recalls = [exact.recall(a, np.asarray(e, dtype=np.float32), self.k) for a, e in pairs]
-        value = exact.mean(recalls)
+        recalls = [recall(a, np.asarray(e, dtype=np.float32), self.k) for a, e in pairs]
+        value = mean(recalls)
         return Measured(filter_, 1.0 if value is None else value, 1000 * float(np.median(times)))

@@ -188,7 +188,7 @@ def choose_encoder(
         quality, difference = grouped_figures(both, np.arange(len(rows.queries)), seed)
         measured.append(
             Choosable(
-                encoder=_name(encoder),
+                encoder=f"{encoder.spec.name}:{encoder.manifest.precision}",
                 current=encoder is own,
                 ndcg=quality,
                 difference=difference,
@@ -247,13 +247,6 @@ class _Texts(NamedTuple):
     queries: list[LabelledQuery]
 
 
-def _called(table: Any, columns: Sequence[Any]) -> str:
-    """Names of columns, of a table whose rows pairs can name."""
-    if not table.primary_key:
-        raise DeclarationError(f"{table.fullname} has no primary key, by which pairs name rows.")
-    return ", ".join(f"{table.fullname}.{column.name}" for column in columns)
-
-
 def _texts(
     engine: sa.Engine,
     columns: Sequence[Any],
@@ -264,7 +257,9 @@ def _texts(
 ) -> _Texts:
     """A sample of the rows, with all that are labelled."""
     table, embedding = columns[0].table, columns[0]
-    name = _called(table, columns)
+    if not table.primary_key:
+        raise DeclarationError(f"{table.fullname} has no primary key, by which pairs name rows.")
+    name = ", ".join(f"{table.fullname}.{column.name}" for column in columns)
     if getattr(embedding.type, "encoder", None) is None:
         text = Source.of([column.name for column in columns]).expression(table)
         present = [text != "", *where]
@@ -312,10 +307,6 @@ def _different(encoders: Sequence[Encoder]) -> list[Encoder]:
     return list(different.values())
 
 
-def _name(encoder: Encoder) -> str:
-    return f"{encoder.spec.name}:{encoder.manifest.precision}"
-
-
 def _measure(encoder: Encoder, rows: _Texts, k: int) -> tuple[Any, dict[str, Any]]:
     """nDCG@k of each question, and what the encoder costs and cannot do."""
     own, queries = list(rows.texts.values()), rows.queries
@@ -342,11 +333,6 @@ def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
     started = time.perf_counter()
     result = call()
     return result, time.perf_counter() - started
-
-
-def _best(ranked: Sequence[Choosable]) -> Choosable:
-    """The first that is better for certain; where none is, the first, which may be so by chance."""
-    return next((each for each in ranked if each.difference.low > 0), ranked[0])
 
 
 def _decide(ranked: Sequence[Choosable], budget: float | None) -> tuple[str | None, str]:
@@ -381,7 +367,10 @@ def _first_choice(within: Sequence[Choosable]) -> tuple[str, str]:
 def _change_or_stay(
     within: Sequence[Choosable], own: Choosable, budget: float | None
 ) -> tuple[str, str]:
-    best = _best(within) if own.within else within[0]
+    best = within[0]
+    if own.within:
+        # The first that is better for certain; where none is, the first may be so by chance.
+        best = next((each for each in within if each.difference.low > 0), best)
     if best.current:
         return best.encoder, f"Stay with {best.encoder}: none within the budget finds more."
     if not own.within:

@@ -112,8 +112,8 @@ class Evaluation:
     def worst(self, search: str, count: int = 10) -> list[Miss]:
         """The questions of the lowest nDCG, with what came instead of the relevant rows."""
         misses = [
-            Miss(query.text, tuple(query.answers), _measured(found, query, self.k)[0], tuple(found))
-            for query, found in zip(self.queries, self.answers[search], strict=True)
+            Miss(query.text, tuple(query.answers), _measured(rows, query, self.k)[0], tuple(rows))
+            for query, rows in zip(self.queries, self.answers[search], strict=True)
         ]
         return sorted((m for m in misses if m.ndcg < 1), key=lambda miss: miss.ndcg)[:count]
 

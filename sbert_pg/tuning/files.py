@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from sbert_pg.catalog import rows as catalog_rows
 from sbert_pg.errors import LoadError
 from sbert_pg.search.exact import LabelledQuery
-from sbert_pg.tuning import clicks
+from sbert_pg.tuning.pairs import CLICK_COLUMNS, is_click_log, of_click_log
 
 #: Keys of the rows that a search found, best first, with their scores; by name of the question.
 Run = dict[str, list[tuple[str, float]]]
@@ -115,7 +115,7 @@ def read_pairs(path: Path | str, topics: Path | str | None = None) -> list[Label
         path: ``.csv`` or ``.tsv`` with a header (``question,id`` and perhaps ``gain``; other
             columns are attributes); ``.jsonl`` with those, or with ``query`` and ``relevant`` (a
             list of keys) or ``gains`` (key and gain); any other name is a TREC qrels file. With
-            the columns ``position`` and ``clicked`` it is a click log (see ``clicks.of_log``).
+            the columns ``position`` and ``clicked`` it is a click log (see ``of_click_log``).
         topics: for qrels, the questions: lines of a name, a tab, and the text. By default a file of
             the same name that ends in ``.topics``.
 
@@ -166,7 +166,7 @@ def read_topics(path: Path | str) -> dict[str, str]:
 
 def _together(pairs: list[LabelledQuery]) -> list[LabelledQuery]:
     """Pairs of one question as one question; those of a click log as what it says of them."""
-    return clicks.of_log(pairs) if clicks.is_log(pairs) else labelled(pairs)
+    return of_click_log(pairs) if is_click_log(pairs) else labelled(pairs)
 
 
 def read_lines(path: Path) -> list[LabelledQuery]:
@@ -229,38 +229,42 @@ def write_qrels(path: Path | str, queries: Sequence[LabelledQuery]) -> None:
 
     Gains become whole numbers, and those below 1 that are not 0 become 1.
     """
-    lines = [
-        f"{_unbroken(name)} 0 {_unbroken(key)} {round(gain) or math.ceil(gain)}\n"
-        for name, query in names_of(queries).items()
-        for key, gain in query.gains.items()
-    ]
-    Path(path).write_text("".join(lines), encoding="utf-8")
+    _write(
+        path,
+        (
+            f"{_unbroken(name)} 0 {_unbroken(key)} {round(gain) or math.ceil(gain)}"
+            for name, query in names_of(queries).items()
+            for key, gain in query.gains.items()
+        ),
+    )
 
 
 def write_topics(path: Path | str, queries: Sequence[LabelledQuery]) -> None:
     """Write the questions that qrels and runs name, as ``read_topics`` reads them."""
     named = names_of(queries).items()
-    lines = [f"{_unbroken(name)}\t{' '.join(query.text.split())}\n" for name, query in named]
-    Path(path).write_text("".join(lines), encoding="utf-8")
+    _write(path, (f"{_unbroken(name)}\t{' '.join(query.text.split())}" for name, query in named))
 
 
 def write_run(path: Path | str, run: Run, tag: str) -> None:
     """Write rankings as a TREC run."""
-    lines = [
-        f"{_unbroken(name)} Q0 {_unbroken(key)} {rank} {score:.9g} {_unbroken(tag)}\n"
-        for name, rows in run.items()
-        for rank, (key, score) in enumerate(rows, start=1)
-    ]
-    Path(path).write_text("".join(lines), encoding="utf-8")
+    _write(
+        path,
+        (
+            f"{_unbroken(name)} Q0 {_unbroken(key)} {rank} {score:.9g} {_unbroken(tag)}"
+            for name, rows in run.items()
+            for rank, (key, score) in enumerate(rows, start=1)
+        ),
+    )
 
 
 def write_queries(path: Path | str, queries: Sequence[LabelledQuery]) -> None:
     """Write labelled questions as JSON lines, which ``read_pairs`` reads."""
-    lines = [
-        json.dumps({"query": query.text, "gains": dict(query.gains)}, ensure_ascii=False) + "\n"
-        for query in queries
-    ]
-    Path(path).write_text("".join(lines), encoding="utf-8")
+    data = ({"query": query.text, "gains": dict(query.gains)} for query in queries)
+    _write(path, (json.dumps(each, ensure_ascii=False) for each in data))
+
+
+def _write(path: Path | str, lines: Iterable[str]) -> None:
+    Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def names_of(queries: Sequence[LabelledQuery]) -> dict[str, LabelledQuery]:
@@ -344,8 +348,8 @@ def pairs_of(engine: sa.Engine, pairs: Any) -> list[LabelledQuery]:
         with engine.connect() as connection:
             pairs = connection.execute(pairs).mappings().all()
     pairs = list(pairs)
-    if pairs and isinstance(pairs[0], Mapping) and set(pairs[0]) >= clicks.COLUMNS:
-        queries = clicks.of_log([query for pair in pairs for query in labelled([pair])])
+    if pairs and isinstance(pairs[0], Mapping) and set(pairs[0]) >= CLICK_COLUMNS:
+        queries = of_click_log([query for pair in pairs for query in labelled([pair])])
     else:
         queries = labelled(pairs)
     answered = [query for query in queries if any(query.gains.values())]

@@ -8,8 +8,8 @@ section 3.8), since these are right or wrong together.
 from __future__ import annotations
 
 import time as clock
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,12 +19,10 @@ import sqlalchemy as sa
 from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.errors import DeclarationError
 from sbert_pg.registry import get_encoder
-from sbert_pg.spec import EncoderSpec
 from sbert_pg.tuning import adapters, whole
-from sbert_pg.tuning.evaluation import Figure
 from sbert_pg.tuning.files import pairs_of, write_queries
 from sbert_pg.tuning.pairs import HELD_OUT
-from sbert_pg.tuning.task import Proof, Rows, Task, judged_by
+from sbert_pg.tuning.task import Rows, Task, Tuning
 from sbert_pg.types.comparator import base_of, clause_of
 
 Method = Literal["linear", "contrastive", "full", "unlabelled", "distill"]
@@ -35,70 +33,6 @@ MOST_ROWS, MOST_ENCODED = 50_000, 10_000
 MOST_QUESTIONS = 20_000
 #: What a matrix for queries can learn to please: the length of a query plays no part in these.
 _SIMILARITIES = ("cosine", "dot")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tuning:
-    """A fitted encoder, and what was proven of it; printed, a report.
-
-    Attributes:
-        column: the column, ``table.column``.
-        spec: the new encoder as a class would declare it, named by its directory.
-        method: how it was fitted.
-        side: ``"query"`` where documents keep their vectors, so that the column accepts the
-            encoder; ``"both"`` where it takes its own column.
-        split: what the questions were split by, ``"document"`` or ``"document and time"``.
-        learning: questions that were learned from.
-        held_out: questions that it was judged on.
-        rows: rows that these were ranked against, of ``total``.
-        total: rows of the table with a vector.
-        k: rows of an answer that count.
-        compared: the encoder that it is compared with: the column's, for ``distill`` the student.
-        before: nDCG@k of that one on the questions kept back.
-        after: nDCG@k of the new one.
-        gain: the difference.
-        settings: of the method; for a matrix those that cross-validation chose.
-        notes: what else was measured, such as speed.
-        pairs: the file of the questions kept back, for ``evaluate`` and ``verify``.
-        seconds: time that it took.
-    """
-
-    column: str
-    spec: EncoderSpec
-    method: str
-    side: str
-    split: str
-    learning: int
-    held_out: int
-    rows: int
-    total: int
-    k: int
-    compared: str
-    before: Figure
-    after: Figure
-    gain: Figure
-    settings: Mapping[str, Any]
-    notes: Mapping[str, Any]
-    pairs: str
-    seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self) | {"spec": self.spec.to_json()}
-
-    def __str__(self) -> str:
-        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
-        return "\n".join(
-            [
-                f"{self.column}: {self.method} ({settings}), {self.seconds:.1f} s",
-                f"  learned from {self.learning} questions",
-                f"  {judged_by(self.held_out, self.split, self.rows, self.total)}",
-                f"  nDCG@{self.k} {self.before} before ({self.compared}), {self.after} after",
-                f"  gain {self.gain:+}",
-                *(f"  {name}: {value}" for name, value in self.notes.items()),
-                f"  written to {self.spec.name}; the questions kept back to {self.pairs}",
-            ]
-        )
 
 
 def tune(
@@ -169,34 +103,15 @@ def tune(
         refuse_taken(taken)
     _require_fitting(method, base, epochs, matryoshka)
     task = _task(
-        engine, base_of(clause_of(column)), pairs, method, where, document, time, held_out, k, seed
-    )
+        engine, base_of(clause_of(column)), pairs, method, place, where, document, time, held_out,
+        k, seed,
+    )  # fmt: skip
     if method in adapters.METHODS:
-        proof = _matrix(task, method, place)
+        tuning = _matrix(task, method)
     else:
-        proof = whole.fit(task, method, place, base, epochs, matryoshka)
+        tuning = whole.fit(task, method, base, epochs, matryoshka)
     write_queries(beside, task.judged)
-    spec = whole.declared_spec(place)
-    return Tuning(
-        column=task.rows.name,
-        spec=spec,
-        method=method,
-        side=proof.side,
-        split=task.split.by,
-        learning=len(task.split.learning),
-        held_out=len(task.split.held_out),
-        rows=len(task.candidates.keys),
-        total=task.rows.total,
-        k=k,
-        compared=proof.compared,
-        before=proof.before,
-        after=proof.after,
-        gain=proof.gain,
-        settings=proof.settings,
-        notes=proof.notes,
-        pairs=str(beside),
-        seconds=clock.perf_counter() - started,
-    )
+    return replace(tuning, pairs=str(beside), seconds=clock.perf_counter() - started)
 
 
 def _require_fitting(
@@ -233,6 +148,7 @@ def _task(
     base: Any,
     pairs: Any,
     method: str,
+    place: Path,
     where: Sequence[sa.ColumnElement[bool]],
     document: str | None,
     time: str | None,
@@ -257,6 +173,7 @@ def _task(
     return Task(
         rows=rows,
         encoder=encoder,
+        place=place,
         queries=queries,
         split=split,
         candidates=rows.candidates({key for keys in wrong for key in keys}, seed),
@@ -291,7 +208,7 @@ def _fitting_encoder(base: Any) -> Any:
     return encoder
 
 
-def _matrix(task: Task, method: Any, place: Path) -> Proof:
+def _matrix(task: Task, method: Any) -> Tuning:
     """Learn a matrix for queries, and fold it into the encoder where it is proven."""
     from sbert_pg.encoder.adapting import adapt_queries
 
@@ -301,20 +218,17 @@ def _matrix(task: Task, method: Any, place: Path) -> Proof:
     learned = adapters.learn(method, examples, task.candidates, k=task.k, seed=task.seed)
     moved = adapters.apply(learned.matrix, task.asked[task.split.held_out])
     after = task.candidates.ndcg(moved, task.judged, task.k)
-    before_, after_, gain = task.figures(task.before, after)
-    promised, plain = learned.validation
-    proof = Proof(
-        task=task,
+    tuning = task.proof(
+        task.encoder.spec,
+        task.before,
+        after,
         method=method,
         side="query",
         settings=learned.settings,
         compared=task.encoder.spec.name,
-        before=before_,
-        after=after_,
-        gain=gain,
-        learned_from=len(task.learning),
-        hint=f"By cross-validation {plain:.3f} became {promised:.3f}. ",
     )
-    proof.require_gain()
-    adapt_queries(task.encoder, learned.matrix, place, training=proof.record())
-    return proof
+    promised, plain = learned.validation
+    tuning.require_gain(f"By cross-validation {plain:.3f} became {promised:.3f}. ")
+    record = task.record(tuning, len(task.learning))
+    adapt_queries(task.encoder, learned.matrix, task.place, training=record)
+    return tuning

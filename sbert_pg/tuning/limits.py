@@ -233,10 +233,6 @@ def _long(encoder: Encoder) -> list[Triple]:
     return [Triple(t.text, f"{before} {t.same}", f"{before} {t.other}") for t in AT_THE_END]
 
 
-def _negated(text: str) -> str:
-    return _VERB.sub(r"\1 not", text, count=1)
-
-
 def _swapped(text: str) -> str:
     """The first and the last longer word exchanged."""
     words = list(_WORD.finditer(text))
@@ -246,15 +242,12 @@ def _swapped(text: str) -> str:
     return text[: a.start()] + b[0] + text[a.end() : b.start()] + a[0] + text[b.end() :]
 
 
-def _renumbered(text: str) -> str:
-    """The first digit that is not 0, exchanged for another."""
-    return _DIGIT.sub(lambda digit: str((int(digit[0]) + 3) % 9 + 1), text, count=1)
-
-
 _CHANGES: dict[str, Callable[[str], str]] = {
-    "negation": _negated,
+    "negation": lambda text: _VERB.sub(r"\1 not", text, count=1),
     "word order": _swapped,
-    "numbers and units": _renumbered,
+    "numbers and units": lambda text: _DIGIT.sub(
+        lambda digit: str((int(digit[0]) + 3) % 9 + 1), text, count=1
+    ),
 }
 
 

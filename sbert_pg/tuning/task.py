@@ -8,6 +8,7 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from sbert_pg.catalog import rows as catalog_rows
 from sbert_pg.errors import NoGainError, TooFewPairsError
 from sbert_pg.search import exact
 from sbert_pg.search.exact import LabelledQuery
-from sbert_pg.spec import Vectors, json_digest
+from sbert_pg.spec import EncoderSpec, Vectors, json_digest
 from sbert_pg.tuning.adapters import NEGATIVES, Candidates
 from sbert_pg.tuning.evaluation import CONFIDENCE, Figure, grouped_figures
 from sbert_pg.tuning.pairs import Split, hard_negatives, of_keys, split_pairs
@@ -98,14 +99,14 @@ class Rows:
         both = ([*self.wrong.get(q.text, ()), *keys] for q, keys in zip(queries, near, strict=True))
         return [list(dict.fromkeys(keys))[:NEGATIVES] for keys in both]
 
-    def candidates(self, wanted: set[str], seed: int) -> Candidates:
+    def candidates(self, negatives: set[str], seed: int) -> Candidates:
         """All rows; of many a sample, with the labelled ones and some others."""
         count = sa.select(sa.func.count()).where(self.base.is_not(None), *self.where)
         with self.engine.connect() as connection:
             self.total = connection.execute(count).scalar_one()
         chosen = []
         if self.total > self.most:
-            labelled = self.among(wanted | set(self.digests))
+            labelled = self.among(negatives | set(self.digests))
             chosen = [sa.or_(drawn(self.label, self.most, self.total, seed), labelled)]
         keys, vectors = self.read(*chosen)
         # In an order that does not depend on how the table lies on the disk.
@@ -142,12 +143,102 @@ def _wrong(query: LabelledQuery) -> list[str]:
     return [key for key, gain in query.gains.items() if gain == 0]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """A fitted encoder, and what was proven of it; printed, a report.
+
+    Attributes:
+        column: the column, ``table.column``.
+        spec: the new encoder as a class would declare it, named by its directory.
+        method: how it was fitted.
+        side: ``"query"`` where documents keep their vectors, so that the column accepts the
+            encoder; ``"both"`` where it takes its own column.
+        split: what the questions were split by, ``"document"`` or ``"document and time"``.
+        learning: questions that were learned from.
+        held_out: questions that it was judged on.
+        rows: rows that these were ranked against, of ``total``.
+        total: rows of the table with a vector.
+        k: rows of an answer that count.
+        compared: the encoder that it is compared with: the column's, for ``distill`` the student.
+        before: nDCG@k of that one on the questions kept back.
+        after: nDCG@k of the new one.
+        gain: the difference.
+        settings: of the method; for a matrix those that cross-validation chose.
+        notes: what else was measured, such as speed.
+        pairs: the file of the questions kept back, for ``evaluate`` and ``verify``.
+        seconds: time that it took.
+    """
+
+    column: str
+    spec: EncoderSpec
+    method: str
+    side: str
+    split: str
+    learning: int
+    held_out: int
+    rows: int
+    total: int
+    k: int
+    compared: str
+    before: Figure
+    after: Figure
+    gain: Figure
+    settings: Mapping[str, Any]
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    pairs: str = ""
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self) | {"spec": self.spec.to_json()}
+
+    def __str__(self) -> str:
+        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        return "\n".join(
+            [
+                f"{self.column}: {self.method} ({settings}), {self.seconds:.1f} s",
+                f"  learned from {self.learning} questions",
+                f"  {self.judged_by}",
+                f"  nDCG@{self.k} {self.before} before ({self.compared}), {self.after} after",
+                f"  gain {self.gain:+}",
+                *(f"  {name}: {value}" for name, value in self.notes.items()),
+                f"  written to {self.spec.name}; the questions kept back to {self.pairs}",
+            ]
+        )
+
+    @property
+    def judged_by(self) -> str:
+        """By how many questions it was judged, and among how many rows."""
+        of = "" if self.rows == self.total else f" of {self.total:,}"
+        return (
+            f"judged by {self.held_out} questions kept back by {self.split}, among "
+            f"{self.rows:,}{of} rows"
+        )
+
+    def require_gain(self, hint: str = "") -> None:
+        """Refuse an encoder of which nothing is proven; ``hint`` is what else is known.
+
+        Raises:
+            NoGainError: the interval of the gain includes zero, or lies below.
+        """
+        if self.gain.low > 0:
+            return
+        raise NoGainError(
+            f"{self.method} does not make {self.compared!r} better for {self.column}: "
+            f"nDCG@{self.k} {self.before} before, {self.after} after, gain {self.gain:+}, an "
+            f"interval of {CONFIDENCE:.0%} that includes zero or lies below; {self.judged_by}. "
+            f"{hint}Nothing was written. Label more questions, try another method, or compare "
+            "other encoders and the words arm by 'sbert-pg evaluate'."
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Task:
     """Questions to learn from and to be judged by.
 
     Attributes:
         encoder: the column's.
+        place: the directory of the new one.
         candidates: the rows, with the vectors that they have.
         wrong: keys of the hard negatives of each question that is learned from.
         before: nDCG@k of each question kept back with the column's own encoder.
@@ -155,6 +246,7 @@ class Task:
 
     rows: Rows
     encoder: Any
+    place: Path
     queries: Sequence[LabelledQuery]
     split: Split
     candidates: Candidates
@@ -185,103 +277,74 @@ class Task:
         values = np.stack([before, after, after - before], axis=1)
         return grouped_figures(values, self.split.groups[self.split.held_out], self.seed)
 
-    def digest_of_rows(self) -> str:
-        """SHA-256 of the rows' keys and vectors, 32 hexadecimal digits."""
-        content = hashlib.sha256(self.candidates.vectors.tobytes())
-        content.update(json.dumps(list(self.candidates.keys)).encode())
-        return content.hexdigest()[:32]
+    def proof(
+        self,
+        encoder: EncoderSpec,
+        before: npt.NDArray[np.float64],
+        after: npt.NDArray[np.float64],
+        **facts: Any,
+    ) -> Tuning:
+        """What the questions kept back say of a fitted encoder.
 
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Proof:
-    """How a fitted encoder does on the questions kept back.
-
-    Attributes:
-        task: what it was fitted to and judged by.
-        method: how it was fitted.
-        side: ``"query"`` where documents keep their vectors, else ``"both"``.
-        settings: of the method.
-        compared: the name of the encoder that it is compared with.
-        before: nDCG@k of that one.
-        after: nDCG@k of the fitted one.
-        gain: the difference.
-        learned_from: questions, or made ones, that it was learned from.
-        notes: what else was measured.
-        hint: of a refusal, what else is known.
-    """
-
-    task: Task
-    method: str
-    side: str
-    settings: Mapping[str, Any]
-    compared: str
-    before: Figure
-    after: Figure
-    gain: Figure
-    learned_from: int
-    notes: Mapping[str, Any] = field(default_factory=dict)
-    hint: str = ""
-
-    def require_gain(self) -> None:
-        """Refuse an encoder of which nothing is proven.
-
-        Raises:
-            NoGainError: the interval of the gain includes zero, or lies below.
+        Args:
+            encoder: its dimensions and similarity.
+            before: nDCG@k of each question with the encoder that it is compared with.
+            after: the same with the fitted one.
+            facts: further fields of ``Tuning``.
         """
-        if self.gain.low > 0:
-            return
-        raise NoGainError(
-            f"{self.method} does not make {self.compared!r} better for {self.task.rows.name}: "
-            f"nDCG@{self.task.k} {self.before} before, {self.after} after, gain {self.gain:+}, an "
-            f"interval of {CONFIDENCE:.0%} that includes zero or lies below; {self.judged()}. "
-            f"{self.hint}Nothing was written. Label more questions, try another method, or compare "
-            "other encoders and the words arm by 'sbert-pg evaluate'."
+        was, is_, gain = self.figures(before, after)
+        return Tuning(
+            column=self.rows.name,
+            spec=EncoderSpec(
+                name=str(self.place), dimensions=encoder.dimensions, similarity=encoder.similarity
+            ),
+            split=self.split.by,
+            learning=len(self.split.learning),
+            held_out=len(self.split.held_out),
+            rows=len(self.candidates.keys),
+            total=self.rows.total,
+            k=self.k,
+            before=was,
+            after=is_,
+            gain=gain,
+            **facts,
         )
 
-    def judged(self) -> str:
-        """By what and among what it was judged."""
-        split, rows = self.task.split, len(self.task.candidates.keys)
-        return judged_by(len(split.held_out), split.by, rows, self.task.rows.total)
+    def record(self, tuning: Tuning, examples: int) -> dict[str, Any]:
+        """How an encoder came about, for its manifest: digests of texts and no text.
 
-    def record(self) -> dict[str, Any]:
-        """How the encoder came about, for its manifest: digests of texts and no text."""
-        task, spec = self.task, self.task.encoder.spec
-        figures = {"before": self.before, "after": self.after, "gain": self.gain}
+        Args:
+            examples: questions, or made ones, that it was learned from.
+        """
+        spec, rows = self.encoder.spec, hashlib.sha256(self.candidates.vectors.tobytes())
+        rows.update(json.dumps(list(self.candidates.keys)).encode())
         return {
-            "method": self.method,
-            "side": self.side,
+            "method": tuning.method,
+            "side": tuning.side,
             "base": {"name": spec.name, "fingerprint": spec.fingerprint},
-            "compared_with": self.compared,
-            "column": task.rows.name,
-            "source": task.rows.base.type.source.to_json(),
-            "settings": dict(self.settings),
-            "seed": task.seed,
-            "split": {"by": task.split.by, "groups": int(task.split.groups.max()) + 1},
+            "compared_with": tuning.compared,
+            "column": tuning.column,
+            "source": self.rows.base.type.source.to_json(),
+            "settings": dict(tuning.settings),
+            "seed": self.seed,
+            "split": {"by": self.split.by, "groups": int(self.split.groups.max()) + 1},
             "learned_from": {
-                "questions": len(task.learning),
-                "digest": _digest(task.learning),
-                "examples": self.learned_from,
+                "questions": len(self.learning),
+                "digest": _digest(self.learning),
+                "examples": examples,
             },
-            "kept_back": {"questions": len(task.judged), "digest": _digest(task.judged)},
-            "rows": {
-                "ranked": len(task.candidates.keys),
-                "all": task.rows.total,
-                "digest": task.digest_of_rows(),
+            "kept_back": {"questions": len(self.judged), "digest": _digest(self.judged)},
+            "rows": {"ranked": tuning.rows, "all": tuning.total, "digest": rows.hexdigest()[:32]},
+            f"ndcg@{self.k}": {
+                name: asdict(getattr(tuning, name)) for name in ("before", "after", "gain")
             },
-            f"ndcg@{task.k}": {name: asdict(figure) for name, figure in figures.items()},
-            "notes": dict(self.notes),
+            "notes": dict(tuning.notes),
             "versions": {
                 "sbert-pg": version("sbert-pg"),
                 "numpy": np.__version__,
                 "python": platform.python_version(),
             },
         }
-
-
-def judged_by(held_out: int, split: str, rows: int, total: int) -> str:
-    """By how many questions an encoder was judged, and among how many rows."""
-    among = f"{rows:,} rows" if rows == total else f"{rows:,} of {total:,} rows"
-    return f"judged by {held_out} questions kept back by {split}, among {among}"
 
 
 def _digest(queries: Sequence[LabelledQuery]) -> str:

@@ -8,7 +8,7 @@ it is that of the leading dimensions too, so that vectors may be cut (Kusupati e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,7 +73,10 @@ def train(
     with _Model(source, seed) as model:
         loss = losses.MultipleNegativesRankingLoss(model.model)
         if matryoshka:
-            dims = _dimensions(model.model, matryoshka)
+            full = int(model.model.get_embedding_dimension())
+            if bad := [d for d in matryoshka if not 1 <= d < full]:
+                raise DeclarationError(f"matryoshka={bad}: give dimensions from 1 to {full - 1}.")
+            dims = [full, *sorted(set(matryoshka), reverse=True)]
             loss = losses.MatryoshkaLoss(model.model, loss, dims)
 
         def lost(batch: list[int]) -> Any:
@@ -214,13 +217,6 @@ def _static(tokenizer: Path, rows: Vectors) -> list[Any]:
     whole.no_truncation()
     whole.no_padding()
     return [StaticEmbedding(whole, embedding_weights=rows), Normalize()]
-
-
-def _dimensions(model: Any, matryoshka: Iterable[int]) -> list[int]:
-    full = int(model.get_embedding_dimension())
-    if bad := [d for d in matryoshka if not 1 <= d < full]:
-        raise DeclarationError(f"matryoshka={bad}: give dimensions from 1 to {full - 1}.")
-    return [full, *sorted(set(matryoshka), reverse=True)]
 
 
 def _batches(groups: npt.NDArray[np.int64], random: np.random.Generator) -> Iterator[list[int]]:

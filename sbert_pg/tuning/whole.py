@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from sbert_pg.errors import DeclarationError, EncoderNotFoundError
-from sbert_pg.spec import EncoderSpec, Vectors
+from sbert_pg.spec import Vectors
 from sbert_pg.tuning import training
 from sbert_pg.tuning.adapters import Candidates
-from sbert_pg.tuning.task import Proof, Task
+from sbert_pg.tuning.task import Task, Tuning
 
 if TYPE_CHECKING:
     from sbert_pg.encoder import Encoder
@@ -39,47 +39,28 @@ _LEAST_WORDS = 4
 
 
 def fit(
-    task: Task,
-    method: str,
-    place: Path,
-    base: Path | str | None,
-    epochs: int | None,
-    matryoshka: Sequence[int],
-) -> Proof:
+    task: Task, method: str, base: Path | str | None, epochs: int | None, matryoshka: Sequence[int]
+) -> Tuning:
     """Train a model, convert it, and write it where it is proven; arguments as for ``tune``."""
     from sbert_pg.encoder import directory as converted
 
-    passes = epochs or EPOCHS[method]
+    passes, place = epochs or EPOCHS[method], task.place
     # Who comes second waits, and is refused what is there by then.
     with converted.locked(place), converted.scratch(place, ".training-") as folder:
         for taken in (place, kept_model(place)):
             converted.refuse_taken(taken)
         trained = folder / "model"
         if method == "distill":
-            return _distill(task, place, trained, base, passes)
+            return _distill(task, trained, base, passes)
         source = _source(task.encoder, base)
-        examples = _labelled(task) if method == "full" else _made(task)
+        examples = _labelled(task) if method == "full" else _unlabelled(task)
         settings = training.train(
             source, trained, examples, epochs=passes, matryoshka=matryoshka, seed=task.seed
         )
-        return _publish(
-            task,
-            place,
-            trained,
-            task.before,
-            method=method,
-            settings={"base": str(base or task.encoder.spec.name), **settings},
-            compared=task.encoder.spec.name,
-            learned_from=len(examples),
-        )
-
-
-def declared_spec(place: Path) -> EncoderSpec:
-    """The spec of an encoder as a class declares it: by its directory."""
-    from sbert_pg.encoder import Encoder
-
-    spec = Encoder.open(place).spec
-    return EncoderSpec(name=str(place), dimensions=spec.dimensions, similarity=spec.similarity)
+        name = task.encoder.spec.name
+        settings = {"base": str(base or name), **settings}
+        facts = {"method": method, "settings": settings, "compared": name}
+        return _publish(task, trained, task.before, len(examples), facts)
 
 
 def kept_model(place: Path) -> Path:
@@ -132,7 +113,7 @@ def _texts(task: Task) -> list[str]:
     return sorted(set(task.rows.texts(keys).values()))
 
 
-def _made(task: Task) -> list[training.Example]:
+def _unlabelled(task: Task) -> list[training.Example]:
     """Questions without labels: a sentence of a text asks for the rest (Lee et al., 2019)."""
     random = np.random.default_rng(task.seed)
     examples = []
@@ -152,7 +133,7 @@ def _made(task: Task) -> list[training.Example]:
     return examples
 
 
-def _distill(task: Task, place: Path, trained: Path, base: Path | str | None, passes: int) -> Proof:
+def _distill(task: Task, trained: Path, base: Path | str | None, passes: int) -> Tuning:
     """Have a smaller model learn the vectors of the column's encoder, on the table's own texts."""
     from sbert_pg.encoder import Encoder, prepare
 
@@ -165,7 +146,9 @@ def _distill(task: Task, place: Path, trained: Path, base: Path | str | None, pa
         training.distil(source, plain, [], vectors, epochs=0)
     else:
         source = plain = _source(task.encoder, base)
-    student = Encoder.open(prepare(str(plain), precision=_precision(task), output=first))
+    student = Encoder.open(
+        prepare(str(plain), precision=task.encoder.manifest.precision, output=first)
+    )
     width = student.manifest.full_dimensions
     if width > vectors.shape[1]:
         raise DeclarationError(
@@ -175,17 +158,13 @@ def _distill(task: Task, place: Path, trained: Path, base: Path | str | None, pa
     targets = np.ascontiguousarray(vectors @ _leading(vectors, width), np.float32)
     settings = training.distil(source, trained, texts, targets, epochs=passes, seed=task.seed)
     own = task.figures(task.before, task.before)[0]
-    return _publish(
-        task,
-        place,
-        trained,
-        _ndcg(task, student),
-        method="distill",
-        settings={"base": str(base or "static"), **settings},
-        compared=str(base or "the vectors of its tokens"),
-        learned_from=len(texts),
-        notes={f"nDCG@{task.k} of the column's own encoder": str(own)},
-    )
+    facts = {
+        "method": "distill",
+        "settings": {"base": str(base or "static"), **settings},
+        "compared": str(base or "the vectors of its tokens"),
+        "notes": {f"nDCG@{task.k} of the column's own encoder": str(own)},
+    }
+    return _publish(task, trained, _ndcg(task, student), len(texts), facts)
 
 
 def _parts(task: Task) -> list[str]:
@@ -227,25 +206,19 @@ def _static_source(encoder: Encoder, axes: Vectors) -> tuple[Path, Vectors]:
     return path, np.ascontiguousarray(encoder.encode_document(said) @ axes)
 
 
-def _precision(task: Task) -> str:
-    return str(task.encoder.manifest.precision)
-
-
 def _publish(
     task: Task,
-    place: Path,
     trained: Path,
     before: npt.NDArray[np.float64],
-    *,
-    notes: Mapping[str, Any] | None = None,
-    **facts: Any,
-) -> Proof:
+    examples: int,
+    facts: Mapping[str, Any],
+) -> Tuning:
     """Convert a trained model, judge it, and put both where they belong if it is proven.
 
     Args:
-        place: the new encoder's directory, whose lock is held.
         before: nDCG@k of each question kept back with the encoder that it is compared with.
-        notes: what else was measured.
+        examples: how many it was learned from.
+        facts: further ones of the tuning.
 
     Raises:
         NoGainError: it is not proven.
@@ -255,31 +228,25 @@ def _publish(
     from sbert_pg.encoder.conversion import convert
     from sbert_pg.encoder.hub import ModelFiles
 
-    judged: list[Proof] = []
+    place, results = task.place, []
 
     def write(folder: Path) -> None:
-        manifest = convert(folder, ModelFiles(trained), str(place), _precision(task))
+        manifest = convert(folder, ModelFiles(trained), str(place), task.encoder.manifest.precision)
         encoder = Encoder.open(folder)
-        was, after, gain = task.figures(before, _ndcg(task, encoder))
-        also = {**(notes or {}), **_cut(task, encoder, facts["settings"].get("matryoshka", ()))}
-        judged.append(
-            Proof(
-                task=task,
-                side="both",
-                before=was,
-                after=after,
-                gain=gain,
-                notes=also,
-                **facts,
-            )
-        )
-        judged[0].require_gain()
-        converted.write_manifest(folder, replace(manifest, training=judged[0].record()))
+        cut = _cut(task, encoder, facts["settings"].get("matryoshka", ()))
+        notes = {**facts.get("notes", {}), **cut}
+        after = _ndcg(task, encoder)
+        own = {**facts, "side": "both", "notes": notes}
+        results.append(task.proof(encoder.spec, before, after, **own))
+        results[0].require_gain()
+        record = task.record(results[0], examples)
+        converted.write_manifest(folder, replace(manifest, training=record))
 
     converted.publish(place, write)
     trained.rename(kept_model(place))
+    (tuning,) = results
     # Speed is this machine's and no fact of the encoder, so the record has none of it.
-    return replace(judged[0], notes={**judged[0].notes, **_speeds(task, Encoder.open(place))})
+    return replace(tuning, notes={**tuning.notes, **_speeds(task, Encoder.open(place))})
 
 
 def _ndcg(task: Task, encoder: Encoder) -> npt.NDArray[np.float64]:
