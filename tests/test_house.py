@@ -69,7 +69,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "catalog": (9, 2607),
     "cli": (16, 4509),
     "clustering": (16, 5267),
-    "encoder": (27, 7708),
+    "encoder": (23, 7056),
     "freshness": (16, 5377),
     "indexes": (6, 1406),
     "loading": (5, 1307),
@@ -79,7 +79,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "search": (13, 4229),
     "serving": (16, 3568),
     "sql": (1, 24),
-    "tuning": (17, 4359),
+    "tuning": (15, 4333),
     "types": (8, 1831),
 }
 #: All rooms that are one module.

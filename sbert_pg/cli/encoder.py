@@ -123,8 +123,8 @@ def measure(name: NameArgument, json: common.JsonOption = False) -> None:
 
     [b]sbert-pg encoder measure all-MiniLM-L6-v2[/]
     """
-    from sbert_pg.encoder.measuring import fastest_of
-    from sbert_pg.encoder.measuring import measure as measure_engines
+    from sbert_pg.encoder.pipeline import fastest_of
+    from sbert_pg.encoder.pipeline import measure as measure_engines
 
     with bar(f"measuring {name}"):
         encoder = encoder_named(name)

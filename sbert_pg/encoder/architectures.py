@@ -1,83 +1,27 @@
-"""BERT, DistilBERT, RoBERTa, XLM-RoBERTa, CamemBERT, MPNet, ALBERT and ELECTRA in one form.
+"""Architectures: which tensor is what in the description that a graph is written from.
 
-All are the same transformer: embeddings with a layer normalisation, then layers of attention and
-of a feed-forward part, each followed by an addition and a layer normalisation. They differ in the
-names of their tensors, in how positions are counted, in MPNet's relative position bias, and in
-ALBERT and ELECTRA, whose embeddings may be narrower than their layers; ALBERT's layers share their
-weights. Of these two a setting that is not known is refused, since it may change what is computed.
-Sources: ``modeling_bert.py``, ``modeling_distilbert.py``, ``modeling_roberta.py``,
-``modeling_xlm_roberta.py``, ``modeling_mpnet.py``, ``modeling_albert.py`` and
-``modeling_electra.py`` of transformers.
+A table names the tensors of a layer; what else a family has stands in its function. Where a family
+is not as old as BERT, a setting that is not known is refused, since it may change what is computed.
+Sources: ``modeling_*.py`` of transformers 5.24, by ``model_type``; of T5 its encoder alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
-from types import MappingProxyType
+from collections.abc import Callable, Collection
+from dataclasses import fields, replace
+from typing import Any
 
+import numpy as np
+
+from sbert_pg.encoder import tensors
 from sbert_pg.encoder.description import Description, padding_id
 from sbert_pg.encoder.files import Array, Settings, Weights
-from sbert_pg.encoder.layers import (
-    ACTIVATIONS,
-    Block,
-    Linear,
-    Norm,
-    Transformer,
-    relative_bias,
-    require_known,
-)
+from sbert_pg.encoder.layers import ACTIVATIONS, Block, Linear, Norm, Transformer
+from sbert_pg.encoder.tensors import FULL, SLIDING, Reader, Table, kinds_of, theta_of
 from sbert_pg.errors import DamagedEncoderError, UnsupportedEncoderError
 
-
-@dataclass(frozen=True, slots=True)
-class _Names:
-    """Names of tensors; ``{}`` is the layer's number."""
-
-    block: str
-    query: str
-    key: str
-    value: str
-    output: str
-    attention_norm: str
-    up: str
-    down: str
-    norm: str
-
-
-_BERT = _Names(
-    "encoder.layer.{}.", "attention.self.query", "attention.self.key", "attention.self.value",
-    "attention.output.dense", "attention.output.LayerNorm", "intermediate.dense", "output.dense",
-    "output.LayerNorm",
-)  # fmt: skip
-_MPNET = replace(
-    _BERT, query="attention.attn.q", key="attention.attn.k", value="attention.attn.v",
-    output="attention.attn.o", attention_norm="attention.LayerNorm",
-)  # fmt: skip
-_DISTILBERT = _Names(
-    "transformer.layer.{}.", "attention.q_lin", "attention.k_lin", "attention.v_lin",
-    "attention.out_lin", "sa_layer_norm", "ffn.lin1", "ffn.lin2", "output_layer_norm",
-)  # fmt: skip
-_ALBERT = _Names(
-    "encoder.albert_layer_groups.{}.", "attention.query", "attention.key", "attention.value",
-    "attention.dense", "attention.LayerNorm", "ffn", "ffn_output", "full_layer_layer_norm",
-)  # fmt: skip
-
-#: Settings of ALBERT and ELECTRA that are read, or that transformers does not read either.
-_NARROW = ("embedding_size", "hidden_act", "layer_norm_eps", "position_embedding_type",
-           "is_decoder", "add_cross_attention", "classifier_dropout_prob")  # fmt: skip
-_OF_ALBERT = ("num_hidden_groups", "inner_group_num", "net_structure_type", "gap_size",
-              "down_scale_factor", "num_memory_blocks", "layers_to_keep")  # fmt: skip
-_OF_ELECTRA = ("summary_type", "summary_use_proj", "summary_activation", "summary_last_dropout")
-
-#: DistilBERT's names of settings.
-_DISTILBERT_KEYS = MappingProxyType(
-    {"hidden_size": "dim", "intermediate_size": "hidden_dim", "num_hidden_layers": "n_layers",
-     "num_attention_heads": "n_heads", "hidden_act": "activation"}
-)  # fmt: skip
-
-#: Number of buckets and largest distance of MPNet's relative positions. transformers passes neither
-#: from the configuration, so these hold whatever it says.
+#: Buckets of MPNet's relative positions. transformers does not pass the configuration's, so it is
+#: this whatever that says; the same holds for the largest distance.
 _BUCKETS = 32
 
 
@@ -88,8 +32,9 @@ def read(description: Description) -> Transformer:
         UnsupportedEncoderError: its configuration asks for something that is not implemented.
         DamagedEncoderError: its weights are missing or do not fit the configuration.
     """
-    weights = Weights(description.weights)
-    model = _READERS[description.architecture](weights, description.config)
+    model = _READERS[description.architecture](Weights(description.weights), description.config)
+    if model.positions is None:
+        return model
     # A padding token in a text has its own row.
     rows = len(model.positions) - (model.padding_id is not None)
     if description.max_seq_length is None or description.max_seq_length > rows:
@@ -101,208 +46,127 @@ def read(description: Description) -> Transformer:
 
 
 def _bert(weights: Weights, config: Settings) -> Transformer:
-    return _bert_like(_Reader(weights, _BERT), config, None)
+    return _absolute(_reader(weights, config, tensors.BERT))
 
 
 def _roberta(weights: Weights, config: Settings) -> Transformer:
-    return _bert_like(_Reader(weights, _BERT), config, padding_id(config))
+    return _absolute(_reader(weights, config, tensors.BERT), padding_id(config))
 
 
 def _electra(weights: Weights, config: Settings) -> Transformer:
-    require_known(config, [*_NARROW, *_OF_ELECTRA])
+    reader = _reader(weights, config, tensors.ELECTRA)
     config.only("add_cross_attention", [False], False)
-    narrow, reader = config.integer("embedding_size", 128), _Reader(weights, _BERT)
-    model = _bert_like(reader, config, None, narrow)
-    if narrow != model.width:
-        model.projection = reader.linear("embeddings_project", narrow, model.width)
+    narrow = config.integer("embedding_size", 128)
+    model = _absolute(reader, width=narrow)
+    if narrow != reader.width:
+        model.projection = reader.linear("embeddings_project", narrow, reader.width)
     return model
 
 
 def _albert(weights: Weights, config: Settings) -> Transformer:
-    require_known(config, [*_NARROW, *_OF_ALBERT])
+    reader = _reader(weights, config, tensors.ALBERT)
     narrow = config.integer("embedding_size", 128)
-    reader = _Shared(weights, config)
-    model = _bert_like(reader, config, None, narrow, "gelu_new")
-    model.projection = reader.linear("encoder.embedding_hidden_mapping_in", narrow, model.width)
-    return model
-
-
-def _bert_like(
-    reader: _Reader,
-    config: Settings,
-    padding: int | None,
-    width: int | None = None,
-    activation: str = "gelu",
-) -> Transformer:
-    """BERT and its kin; ``width`` is that of the embeddings where they have one of their own."""
-    config.only("position_embedding_type", ["absolute"], "absolute")
-    config.only("is_decoder", [False], False)
-    width = config.integer("hidden_size") if width is None else width
-    types = reader.get("embeddings.token_type_embeddings.weight")
-    if types.ndim != 2 or types.shape[1] != width or not len(types):
-        raise DamagedEncoderError(
-            f"{config.path}: the token type embeddings have the shape {types.shape} in a model of "
-            f"width {width}."
-        )
-    positions = _positions(reader, config, width, padding)
-    model = _transformer(reader, config, padding, positions, activation=activation)
-    model.types = types
+    model = _absolute(reader, None, _shared_blocks(reader), width=narrow, activation="gelu_new")
+    name = "encoder.embedding_hidden_mapping_in"
+    model.projection = reader.linear(name, narrow, reader.width)
     return model
 
 
 def _mpnet(weights: Weights, config: Settings) -> Transformer:
-    reader = _Reader(weights, _MPNET)
+    reader = _reader(weights, config, tensors.MPNET)
     # The padding index is a constant in transformers, not the configuration's.
-    model = _transformer(
-        reader, config, 1, _positions(reader, config, config.integer("hidden_size"), 1)
-    )
-    buckets = reader.get("encoder.relative_attention_bias.weight")
+    model = _absolute(reader, 1, typed=False)
+    buckets = weights.get("encoder.relative_attention_bias.weight")
     if buckets.ndim != 2 or buckets.shape[0] < _BUCKETS or buckets.shape[1] != model.heads:
         raise UnsupportedEncoderError(
             f"The model's relative position bias has the shape {buckets.shape}; MPNet has "
             f"({_BUCKETS}, {model.heads})."
         )
-    model.relative_bias = relative_bias(buckets, len(model.positions))
+    assert model.positions is not None
+    model.bias = tensors.relative_bias(buckets, len(model.positions))
     return model
 
 
 def _distilbert(weights: Weights, config: Settings) -> Transformer:
-    reader = _Reader(weights, _DISTILBERT)
-    positions = _positions(reader, config, config.integer("dim"), None)
-    return _transformer(reader, config, None, positions, _DISTILBERT_KEYS, 1e-12)
+    reader = Reader(weights, config, tensors.DISTILBERT, 1e-12, turned=False)
+    return _absolute(reader, None, reader.blocks("transformer.layer.{}."), typed=False)
 
 
-def _transformer(
-    reader: _Reader,
-    config: Settings,
-    padding: int | None,
-    positions: Array,
-    keys: Mapping[str, str] = MappingProxyType({}),
-    epsilon: float | None = None,
+def _reader(weights: Weights, config: Settings, table: Table) -> Reader:
+    epsilon = config.number("layer_norm_eps", 1e-12, above=0, below=1)
+    return Reader(weights, config, table, epsilon, turned=False)
+
+
+def _absolute(
+    reader: Reader,
+    padding: int | None = None,
+    blocks: list[Block] | None = None,
+    *,
+    width: int | None = None,
     activation: str = "gelu",
+    typed: bool = True,
 ) -> Transformer:
-    """The parts that all families have.
+    """BERT and its kin.
 
     Args:
         padding: see ``Transformer.padding_id``.
-        positions: see ``Transformer.positions``.
-        keys: names of settings where they are not BERT's.
-        epsilon: of the normalisations, where it is a constant in transformers.
-        activation: where the configuration names none.
+        width: of the embeddings, where they have one of their own.
+        typed: whether there are token types.
     """
-    width, inner, layers, vocabulary, heads = (
-        config.integer(keys.get(key, key))
-        for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size",
-                    "num_attention_heads")
-    )  # fmt: skip
-    if width % heads:
-        raise UnsupportedEncoderError(
-            f"{config.path}: {heads} attention heads do not divide the width {width}."
-        )
-    if epsilon is None:
-        epsilon = config.number("layer_norm_eps", 1e-12, above=0, below=1)
-    embedded = positions.shape[1]
+    config, width, types = reader.config, width or reader.width, None
+    if typed:
+        config.only("position_embedding_type", ["absolute"], "absolute")
+        config.only("is_decoder", [False], False)
+        types = reader.weights.get(tensors.TYPES)
+        if types.ndim != 2 or types.shape[1] != width or not len(types):
+            raise DamagedEncoderError(
+                f"{config.path}: the token type embeddings have the shape {types.shape} in a model "
+                f"of width {width}."
+            )
     return Transformer(
-        words=reader.get("embeddings.word_embeddings.weight", (vocabulary, embedded)),
-        positions=positions,
+        words=reader.words(tensors.WORDS, width),
+        positions=_positions(reader, width, padding),
         padding_id=padding,
-        norm=reader.norm("embeddings.LayerNorm", embedded, epsilon),
-        blocks=reader.blocks(layers, width, inner, epsilon),
-        heads=heads,
-        activation=config.only(keys.get("hidden_act", "hidden_act"), ACTIVATIONS, activation),
-        relative_bias=None,
+        types=types,
+        norm=reader.norm("embeddings.LayerNorm", width),
+        blocks=reader.blocks("encoder.layer.{}.") if blocks is None else blocks,
+        heads=reader.heads,
+        activation=reader.activation("hidden_act", activation),
     )
 
 
-_READERS: dict[str, Callable[[Weights, Settings], Transformer]] = {
-    "bert": _bert,
-    "distilbert": _distilbert,
-    "roberta": _roberta,
-    "xlm-roberta": _roberta,
-    "camembert": _roberta,
-    "mpnet": _mpnet,
-    "albert": _albert,
-    "electra": _electra,
-}
-#: ``model_type`` of the architectures whose graph is built here.
-ARCHITECTURES = frozenset(_READERS)
-
-
-class _Reader:
-    """Reads tensors by the names of one family."""
-
-    def __init__(self, weights: Weights, names: _Names) -> None:
-        self._weights = weights
-        self._names = names
-
-    def get(self, name: str, shape: tuple[int, ...] | None = None) -> Array:
-        return self._weights.get(name, shape)
-
-    def norm(self, name: str, width: int, epsilon: float) -> Norm:
-        # The names of checkpoints older than the rename in transformers.
-        old = f"{name}.gamma" in self._weights
-        scale, bias = ("gamma", "beta") if old else ("weight", "bias")
-        shape = (width,)
-        return Norm(self.get(f"{name}.{scale}", shape), self.get(f"{name}.{bias}", shape), epsilon)
-
-    def linear(self, name: str, inputs: int, outputs: int) -> Linear:
-        return Linear.read(self._weights, name, inputs, outputs)
-
-    def blocks(self, count: int, width: int, inner: int, epsilon: float) -> list[Block]:
-        at = self._names.block.format
-        return [self.block(at(number), width, inner, epsilon) for number in range(count)]
-
-    def block(self, at: str, width: int, inner: int, epsilon: float) -> Block:
-        names = self._names
-        return Block(
-            query=self.linear(at + names.query, width, width),
-            key=self.linear(at + names.key, width, width),
-            value=self.linear(at + names.value, width, width),
-            output=self.linear(at + names.output, width, width),
-            attention_norm=self.norm(at + names.attention_norm, width, epsilon),
-            up=self.linear(at + names.up, width, inner),
-            down=self.linear(at + names.down, inner, width),
-            norm=self.norm(at + names.norm, width, epsilon),
-        )
-
-
-class _Shared(_Reader):
+def _shared_blocks(reader: Reader) -> list[Block]:
     """ALBERT: groups of layers, each of which is gone through several times.
 
     Each time is its own block, since for int8 the channels are evened out by what comes before
     it; the arrays are shared until then, and stored once where they stay equal.
     """
-
-    def __init__(self, weights: Weights, config: Settings) -> None:
-        super().__init__(weights, _ALBERT)
-        self._groups = config.integer("num_hidden_groups", 1)
-        self._inner = config.integer("inner_group_num", 1, most=100)
-        if self._groups > config.integer("num_hidden_layers"):
-            config.refuse("num_hidden_groups", "no more than 'num_hidden_layers'")
-
-    def blocks(self, count: int, width: int, inner: int, epsilon: float) -> list[Block]:
-        groups = [
-            [
-                self.block(f"{self._names.block.format(group)}albert_layers.{number}.",
-                           width, inner, epsilon)
-                for number in range(self._inner)
-            ]
-            for group in range(self._groups)
-        ]  # fmt: skip
-        # As in transformers, so that a number that does not divide the other is rounded alike.
-        order = [int(number / (count / self._groups)) for number in range(count)]
-        return [_copy(block) for group in order for block in groups[group]]
+    config, count = reader.config, reader.count
+    number_of_groups = config.integer("num_hidden_groups", 1)
+    inner = config.integer("inner_group_num", 1, most=100)
+    if number_of_groups > count:
+        config.refuse("num_hidden_groups", "no more than 'num_hidden_layers'")
+    at = "encoder.albert_layer_groups.{}.albert_layers.{}."
+    groups = [
+        [reader.block(at.format(group, number)) for number in range(inner)]
+        for group in range(number_of_groups)
+    ]
+    # As in transformers, so that a number that does not divide the other is rounded alike.
+    order = [int(number / (count / number_of_groups)) for number in range(count)]
+    return [_copy(block) for group in order for block in groups[group]]
 
 
 def _copy(block: Block) -> Block:
     """A block with layers of its own; the arrays stay shared."""
-    return Block(**{part.name: replace(getattr(block, part.name)) for part in fields(block)})
+    parts: dict[str, Any] = {part.name: getattr(block, part.name) for part in fields(block)}
+    own = {k: replace(v) for k, v in parts.items() if isinstance(v, (Linear, Norm))}
+    return Block(**parts | own)
 
 
-def _positions(reader: _Reader, config: Settings, width: int, padding: int | None) -> Array:
-    name = "embeddings.position_embeddings.weight"
+def _positions(reader: Reader, width: int, padding: int | None) -> Array:
+    name, config = "embeddings.position_embeddings.weight", reader.config
     rows = config.integer("max_position_embeddings", None)
-    table = reader.get(name) if rows is None else reader.get(name, (rows, width))
+    table = reader.weights.get(name, None if rows is None else (rows, width))
     if table.ndim != 2 or table.shape[1] != width:
         raise UnsupportedEncoderError(
             f"Position embeddings of shape {table.shape} in a model of width {width} are not "
@@ -316,3 +180,237 @@ def _positions(reader: _Reader, config: Settings, width: int, padding: int | Non
     # RoBERTa counts from the padding index plus one; a padding token in a text has the padding
     # index itself. Row 0 is then that one's, and row 1 the first position's.
     return table if padding is None else table[padding:]
+
+
+def _thetas(config: Settings, *places: tuple[str, str, float]) -> dict[str, float]:
+    """The base of each kind of attention, by its older setting and its default."""
+    ropes = config.object("rope_parameters")
+    return {
+        kind: theta_of(config, ropes.object(kind), config.number(key, base, above=1, below=1e9))
+        for kind, key, base in places
+    }
+
+
+def _modernbert(weights: Weights, config: Settings) -> Transformer:
+    flags = (
+        ("attention_bias", tensors.ATTENTION), ("mlp_bias", tensors.FEED_FORWARD),
+        ("norm_bias", ("norm",)),
+    )  # fmt: skip
+    biases = [part for flag, parts in flags if config.flag(flag, False) for part in parts]
+    epsilon = config.number("norm_eps", 1e-5, above=0, below=1)
+    reader = Reader(weights, config, tensors.MODERNBERT, epsilon, biases=biases)
+    thetas = _thetas(
+        config, (FULL, "global_rope_theta", 160_000.0), (SLIDING, "local_rope_theta", 10_000.0)
+    )
+    windows = {FULL: None, SLIDING: config.integer("local_attention", 128, least=2) // 2}
+    every = config.integer("global_attn_every_n_layers", 3)
+    kinds = kinds_of(config, [FULL, SLIDING], lambda n: SLIDING if n % every else FULL)
+    return Transformer(
+        words=reader.words("embeddings.tok_embeddings.weight"),
+        norm=reader.norm("embeddings.norm"),
+        blocks=[
+            reader.block(
+                f"layers.{number}.",
+                without=() if number else ("attention_norm",),
+                theta=thetas[kind],
+                window=windows[kind],
+            )
+            for number, kind in enumerate(kinds)
+        ],
+        heads=reader.heads,
+        activation=reader.activation("hidden_activation", "gelu"),
+        norm_first=True,
+        final_norm=reader.norm("final_norm"),
+    )
+
+
+def _nomic(weights: Weights, config: Settings) -> Transformer:
+    names = "emb_ln", "encoder.layers.{}."
+    return _norm_last(weights, config, tensors.NOMIC, ("norm",), names, 1_000.0, "silu")
+
+
+def _gte(weights: Weights, config: Settings) -> Transformer:
+    names, biases = ("embeddings.LayerNorm", "encoder.layer.{}."), (*tensors.ATTENTION, "down")
+    return _norm_last(weights, config, tensors.GTE, (*biases, "norm"), names, 160_000.0, "gelu")
+
+
+def _norm_last(
+    weights: Weights,
+    config: Settings,
+    table: Table,
+    biases: Collection[str],
+    names: tuple[str, str],
+    theta: float,
+    activation: str,
+) -> Transformer:
+    """NomicBERT and GTE, with transformers' settings and the tensors' names on the hub."""
+    epsilon = config.number("layer_norm_eps", 1e-12, above=0, below=1)
+    reader = Reader(weights, config, table, epsilon, biases=biases)
+    theta, slower = _scaled(config, config.object("rope_parameters"), theta, reader.head)
+    return Transformer(
+        words=reader.words(tensors.WORDS, typed=True),
+        norm=reader.norm(names[0]),
+        blocks=reader.blocks(names[1], theta=theta),
+        heads=reader.heads,
+        activation=reader.activation("hidden_act", activation),
+        slower=slower,
+    )
+
+
+def _scaled(config: Settings, rope: Settings, default: float, head: int) -> tuple[float, float]:
+    """Base and divisor of the rotary frequencies, of which GTE's own code knows one scaling."""
+    if rope.get("rope_type") != "ntk":
+        return theta_of(config, rope, default), 1.0
+    factor = rope.number("factor", 1.0, above=1, below=1e4)
+    return rope.number("rope_theta", default, above=1, below=1e9) * factor, factor ** (2 / head)
+
+
+def _decoder(
+    weights: Weights, config: Settings, table: Table, *, biased: bool, offset: float = 0.0
+) -> Reader:
+    """What reads a language model: norms without a mean, keys that several heads share."""
+    config.only("rope_scaling", [{}], {})
+    epsilon = config.number("rms_norm_eps", 1e-6, above=0, below=1)
+    biases = tensors.ATTENTION if biased else ()
+    reader = Reader(
+        weights, config, table, epsilon, biases=biases, centred=False, free=True, offset=offset
+    )
+    reader.shared = config.integer("num_key_value_heads")
+    if reader.heads % reader.shared:
+        config.refuse("num_key_value_heads", f"a divisor of the {reader.heads} heads")
+    return reader
+
+
+def _causal(reader: Reader, blocks: list[Block], activation: str) -> Transformer:
+    """A language model, whose token vectors are pooled: a token sees those before it alone."""
+    return Transformer(
+        words=reader.words("embed_tokens.weight"),
+        blocks=blocks,
+        heads=reader.heads,
+        activation=activation,
+        norm_first=True,
+        final_norm=reader.norm("norm"),
+        causal=True,
+        blocked=True,
+    )
+
+
+def _uniform(reader: Reader, window: int | None) -> Transformer:
+    config = reader.config
+    theta = config.number("rope_theta", 10_000.0, above=1, below=1e9)
+    theta = theta_of(config, config.object("rope_parameters"), theta)
+    blocks = reader.blocks("layers.{}.", theta=theta, window=window)
+    return _causal(reader, blocks, reader.activation("hidden_act", "silu"))
+
+
+def _qwen3(weights: Weights, config: Settings) -> Transformer:
+    config.only("use_sliding_window", [False], False)
+    kinds_of(config, [FULL], lambda number: FULL)
+    config.integer("head_dim")  # transformers' default is not the width divided by the heads
+    biased = config.flag("attention_bias", False)
+    return _uniform(_decoder(weights, config, tensors.QWEN3, biased=biased), None)
+
+
+def _mistral(weights: Weights, config: Settings) -> Transformer:
+    config.only("layer_types", [], None)
+    # A token sees as many tokens, itself included; null is all.
+    limited = config.get("sliding_window", 0) is not None
+    window = config.integer("sliding_window", 4096) - 1 if limited else None
+    return _uniform(_decoder(weights, config, tensors.MISTRAL, biased=False), window)
+
+
+def _gemma3(weights: Weights, config: Settings) -> Transformer:
+    config.only("attn_logit_softcapping", [], None)
+    config.integer("head_dim")
+    biased = config.flag("attention_bias", False)
+    reader = _decoder(weights, config, tensors.GEMMA3, biased=biased, offset=1.0)
+    every = config.integer("sliding_window_pattern", 0, least=0)
+    every = every or config.integer("_sliding_window_pattern", 6)
+    kinds = kinds_of(config, [FULL, SLIDING], lambda n: SLIDING if (n + 1) % every else FULL)
+    thetas = _thetas(
+        config, (FULL, "rope_theta", 1_000_000.0), (SLIDING, "rope_local_base_freq", 10_000.0)
+    )
+    both = config.flag("use_bidirectional_attention", False)
+    window = config.integer("sliding_window", 4096)
+    windows = {FULL: None, SLIDING: window // 2 if both else window - 1}
+    # Scores are divided by the root of this, and not of the width of a head.
+    scalar = config.number("query_pre_attn_scalar", 256, above=0, below=1e6)
+    factor = np.float32((reader.head / scalar) ** 0.5)
+    blocks = []
+    for number, kind in enumerate(kinds):
+        block = reader.block(f"layers.{number}.", theta=thetas[kind], window=windows[kind])
+        assert block.query_norm is not None
+        block.query_norm.scale = block.query_norm.scale * factor
+        blocks.append(block)
+    model = _causal(reader, blocks, reader.activation("hidden_activation", "gelu_pytorch_tanh"))
+    model.words = model.words * np.float32(reader.width**0.5)
+    model.causal = not both
+    return model
+
+
+def _t5(weights: Weights, config: Settings) -> Transformer:
+    """T5 (sentence-t5, gtr-t5): no biases, and one of distances, which all layers add to scores."""
+    config.only("is_decoder", [False], False)
+    gated, activation = _feed_forward(config)
+    epsilon = config.number("layer_norm_epsilon", 1e-6, above=0, below=1)
+    table = tensors.T5_GATED if gated else tensors.T5
+    reader = Reader(weights, config, table, epsilon, biases=(), centred=False, free=True)
+    blocks = reader.blocks("encoder.block.{}.layer.")
+    for block in blocks:
+        # Scores are not scaled here, and divided by the root of this in every graph.
+        block.query.weight = block.query.weight * np.float32(reader.head**0.5)
+    count = config.integer("relative_attention_num_buckets", 32, least=4, most=10_000)
+    most = config.integer("relative_attention_max_distance", 128, most=100_000)
+    if count % 4 or most <= count // 4:
+        config.refuse(
+            "relative_attention_num_buckets",
+            "a multiple of four, less than four times 'relative_attention_max_distance'",
+        )
+    name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    # sentence-transformers saves the one, and T5 with its decoder has both.
+    names = ("shared.weight", "encoder.embed_tokens.weight")
+    return Transformer(
+        words=reader.words(next((name for name in names if name in weights), names[0])),
+        blocks=blocks,
+        heads=reader.heads,
+        activation=activation,
+        norm_first=True,
+        final_norm=reader.norm("encoder.final_layer_norm"),
+        blocked=True,
+        bias=tensors.relative_bias(weights.get(name, (count, reader.heads)), most + 1, count, most),
+    )
+
+
+def _feed_forward(config: Settings) -> tuple[bool, str]:
+    """Whether T5's feed-forward part has a gate, and its activation."""
+    kinds = {
+        **{name: (False, name) for name in ACTIVATIONS},
+        **{f"gated-{name}": (True, name) for name in ACTIVATIONS},
+        "gated-gelu": (True, "gelu_new"),
+    }
+    gated, activation = kinds[config.only("feed_forward_proj", kinds, "relu")]
+    # transformers writes both beside it.
+    config.only("is_gated_act", [gated], gated)
+    config.only("dense_act_fn", [activation], activation)
+    return gated, activation
+
+
+_READERS: dict[str, Callable[[Weights, Settings], Transformer]] = {
+    "bert": _bert,
+    "distilbert": _distilbert,
+    "roberta": _roberta,
+    "xlm-roberta": _roberta,
+    "camembert": _roberta,
+    "mpnet": _mpnet,
+    "albert": _albert,
+    "electra": _electra,
+    "modernbert": _modernbert,
+    "nomic_bert": _nomic,
+    "gte": _gte,
+    "qwen3": _qwen3,
+    "mistral": _mistral,
+    "gemma3_text": _gemma3,
+    "t5": _t5,
+}
+#: ``model_type`` of the architectures that are read here.
+ARCHITECTURES = frozenset(_READERS)

@@ -13,14 +13,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sbert_pg.encoder import directory as converted
-from sbert_pg.encoder.classification import SAMPLE_PAIRS, describe_reranker
 from sbert_pg.encoder.description import STATIC, Description
 from sbert_pg.encoder.directory import Manifest
 from sbert_pg.encoder.engines import (
@@ -35,10 +34,10 @@ from sbert_pg.encoder.engines import (
 )
 from sbert_pg.encoder.files import Weights, require_model
 from sbert_pg.encoder.hub import ModelFiles, find, home_of, is_path, repository_of
+from sbert_pg.encoder.kinds import SAMPLE_PAIRS, describe_encoder, describe_reranker
 from sbert_pg.encoder.layers import layer_text
-from sbert_pg.encoder.measuring import measure as measure_engines
 from sbert_pg.encoder.pipeline import Pipeline
-from sbert_pg.encoder.static import describe_encoder
+from sbert_pg.encoder.pipeline import measure as measure_engines
 from sbert_pg.encoder.tokenizer_files import tokenizer_content, truncation_side
 from sbert_pg.errors import ConversionError, DeclarationError, EncoderError, needing
 from sbert_pg.probes import PROBES, SAMPLE_TEXTS, Agreement, agreement_of
@@ -47,25 +46,21 @@ from sbert_pg.spec import DOCUMENT, PRECISIONS, QUERY, EncoderSpec, Vectors, jso
 FP32 = "fp32"
 
 
-@dataclass(frozen=True, slots=True)
-class Floor:
-    """Least agreement with fp32 that a precision may have, on ordinary texts and on the probes.
-
-    Attributes:
-        worst: cosine of the worst text, probes included.
-    """
+class Floor(NamedTuple):
+    """Least agreement with fp32: mean of ordinary texts, and of the worst text or probe."""
 
     mean: float
     worst: float
 
 
-#: The probes hold texts of one or two tokens, where quantisation shows most.
-FLOORS: dict[str, Floor] = {
+#: By form; the probes hold texts of one or two tokens, where quantisation shows most. Of a
+#: cross-encoder the correlation of its scores counts, which nothing stores: rounding may move them
+#: more than it may vectors.
+FLOORS = {
     "int8": Floor(mean=0.996, worst=0.98),
+    "reranker-int8": Floor(mean=0.99, worst=0.98),
+    "reranker-bf16": Floor(mean=0.99, worst=0.98),
 }
-#: The same for a cross-encoder in int8 and bf16, by the correlation of its scores, which nothing
-#: stores: rounding may move them more than it may vectors.
-SCORES_FLOOR = Floor(mean=0.99, worst=0.98)
 #: What any other form has to reach: nothing but rounding.
 STRICT = Floor(mean=0.9999, worst=0.999)
 
@@ -100,7 +95,12 @@ def prepare(
     name = str(name_or_path)
     path = home_of(name)
     if converted.is_converted(path):
-        _require_precision(path, precision)
+        own = Manifest.read(path).precision
+        if precision not in (None, own):
+            raise DeclarationError(
+                f"{path} holds an encoder in {own} and cannot be loaded in {precision}. Leave the "
+                "precision out, or convert the model again from its own directory or name."
+            )
         return path
     precision = precision or Providers.of(providers).precision
     if output is not None:
@@ -116,23 +116,10 @@ def prepare(
     return place
 
 
-def _require_precision(path: Path, precision: str | None) -> None:
-    held = Manifest.read(path).precision
-    if precision not in (None, held):
-        raise DeclarationError(
-            f"{path} holds an encoder in {held} and cannot be loaded in {precision}. Leave the "
-            "precision out, or convert the model again from its own directory or name."
-        )
-
-
 def _slot(
-    name: str,
-    path: Path,
-    revision: str | None,
-    precision: str,
-    kind: str,
-    cache_dir: str | Path | None,
-) -> Path:
+    name: str, path: Path, revision: str | None, precision: str, kind: str = "encoder",
+    cache_dir: str | Path | None = None,
+) -> Path:  # fmt: skip
     """The place of a conversion in the cache."""
     root = converted.cache_root(cache_dir)
     if not is_path(name):
@@ -150,7 +137,7 @@ def converted_here(name: str) -> Path | None:
     if converted.is_converted(path):
         return path
     try:
-        places = [_slot(name, path, None, form, "encoder", None) for form in PRECISIONS]
+        places = [_slot(name, path, None, form) for form in PRECISIONS]
     except EncoderError:
         return None
     return next(filter(converted.is_converted, places), None)
@@ -211,10 +198,8 @@ def convert(
             expected = _vectors(reference, replace(manifest, inputs=reference_inputs), ONNXRUNTIME)
         agreement = measure if kind == "encoder" else measure_scores
         manifest = replace(manifest, agreement=agreement(vectors, expected))
-        floor = FLOORS.get(precision, STRICT)
-        if kind == "reranker" and precision in ("int8", "bf16"):
-            floor = SCORES_FLOOR
-        require(manifest.agreement, floor, f"{name} in {precision}")
+        form = precision if kind == "encoder" else f"{kind}-{precision}"
+        require(manifest.agreement, FLOORS.get(form, STRICT), f"{name} in {precision}")
     np.save(folder / converted.PROBE_VECTORS, vectors[: len(PROBES)])
     manifest = converted.write_manifest(folder, manifest)
     if not os.environ.get(ENGINE_VARIABLE):  # else the choice is made
@@ -249,11 +234,6 @@ _UNUSED = ("pooler.", "position_ids", "lm_head", "cls.", "vocab_projector", "voc
            "vocab_layer_norm", "qa_outputs", "classifier", "predictions.")  # fmt: skip
 
 
-def is_used(name: str) -> bool:
-    """Whether the token embeddings depend on the tensor of this name."""
-    return not any(part in name for part in _UNUSED)
-
-
 def weights_digest(description: Description) -> str:
     """SHA-256 of the transformer's weights, 32 hexadecimal digits.
 
@@ -262,7 +242,9 @@ def weights_digest(description: Description) -> str:
     """
     digest = hashlib.sha256()
     weights = Weights(description.weights, integers=description.architecture == STATIC)
-    for name in sorted(filter(is_used, weights.names())):
+    for name in sorted(weights.names()):
+        if any(part in name for part in _UNUSED):
+            continue
         tensor = weights.get(name)
         digest.update(f"{name}{list(tensor.shape)}".encode())
         digest.update(np.ascontiguousarray(tensor, dtype="<f4").tobytes())

@@ -2,7 +2,7 @@
 
 NomicBERT (nomic-embed-text) and GTE (gte-*-v1.5, gte-multilingual, snowflake-arctic-embed-m-v2.0)
 were published with Python files and settings of their own. The weights have the names that
-``rotary`` reads; the settings are put here into transformers' words. No line of such code is
+``tensors`` has; the settings are put here into transformers' words. No line of such code is
 fetched or run: a model is recognised by its configuration, in which every entry must be known and
 have a value for which the computation is the known one. Sources: ``modeling_hf_nomic_bert.py`` of
 nomic-ai/contrastors and ``modeling.py`` of Alibaba-NLP/new-impl.
@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sbert_pg.encoder.files import Settings
-from sbert_pg.encoder.layers import require_known
+from sbert_pg.encoder.tensors import require_known
 
 #: What a value has to be; ``None`` beside others where the entry may be left out.
 _Only = Mapping[str, tuple[Any, ...]]

@@ -26,10 +26,9 @@ from sbert_pg.encoder.files import (
     find_weights,
     inside,
     is_there,
-    parse_json,
-    read_bytes,
     read_if_there,
     read_json,
+    read_list,
     require_model,
 )
 from sbert_pg.encoder.layers import Dense, Layer, Normalize, PoolingMode, read_layers, read_pooling
@@ -76,7 +75,8 @@ _SIMILARITIES: dict[str, Similarity] = {
 _ARCHITECTURE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 #: From here on a limit of tokens means none; transformers writes 1e30.
 _NO_LIMIT = 10**9
-_MODULES_LIMIT = 50
+#: Entries of ``modules.json``.
+MODULES_LIMIT = 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -243,26 +243,21 @@ def _module(listing: Path, number: int, entry: Any) -> tuple[str, str]:
     return name, path
 
 
-def _require_supported(listing: Path, names: Sequence[str]) -> None:
+def modules_of(root: Path) -> list[tuple[str, str]]:
+    """Class name and path of each module, in order; dropout does nothing and is left out."""
+    listing = root / "modules.json"
+    if not is_there(listing):
+        return _lone_transformer(root)
+    entries = read_list(listing, MODULES_LIMIT)
+    modules = [_module(listing, number, entry) for number, entry in enumerate(entries)]
+    modules = [(name, path) for name, path in modules if name != "Dropout"]
+    names = [name for name, _ in modules]
     if names[:1] != [STATIC] and names[:2] != ["Transformer", "Pooling"]:
         raise UnsupportedEncoderError(
             f"{listing} lists the modules {', '.join(names) or 'none'}. Supported is a Transformer "
             f"followed by Pooling, or {STATIC}, and then any of Dense and Normalize. A Transformer "
             "alone may be a cross-encoder, which Reranker.load loads."
         )
-
-
-def modules_of(root: Path) -> list[tuple[str, str]]:
-    """Class name and path of each module, in order; dropout does nothing and is left out."""
-    listing = root / "modules.json"
-    if not is_there(listing):
-        return _lone_transformer(root)
-    data = parse_json(read_bytes(listing), str(listing))
-    if not isinstance(data, list) or len(data) > _MODULES_LIMIT:
-        raise DamagedEncoderError(f"{listing} holds no list of at most {_MODULES_LIMIT} modules.")
-    modules = [_module(listing, number, entry) for number, entry in enumerate(data)]
-    modules = [(name, path) for name, path in modules if name != "Dropout"]
-    _require_supported(listing, [name for name, _ in modules])
     return modules
 
 
@@ -272,7 +267,7 @@ def _lone_transformer(root: Path) -> list[tuple[str, str]]:
     if config.get("model_type") == "model2vec":
         normalize = [("Normalize", "1_Normalize")] if config.flag("normalize", False) else []
         return [(STATIC, ""), *normalize]
-    kind = _first_architecture(config)
+    kind = first_architecture(config)
     if kind.endswith(
         ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
     ):
@@ -297,7 +292,8 @@ def _lone_transformer(root: Path) -> list[tuple[str, str]]:
     return [("Transformer", "")]
 
 
-def _first_architecture(config: Settings) -> str:
+def first_architecture(config: Settings) -> str:
+    """The class of the model that was saved, or an empty text."""
     names = config.get("architectures") or [""]
     return str(names[0]) if isinstance(names, list) and names else ""
 
@@ -340,7 +336,7 @@ def _pooling_settings(root: Path, modules: Sequence[tuple[str, str]], config: Se
     """The pooling module's configuration, or what sentence-transformers does without one."""
     if len(modules) > 1:
         return read_json(inside(root, modules[1][1]) / "config.json")
-    causal = _first_architecture(config).endswith("ForCausalLM") and config.flag("is_causal", True)
+    causal = first_architecture(config).endswith("ForCausalLM") and config.flag("is_causal", True)
     return Settings({"pooling_mode": "lasttoken" if causal else "mean"}, config.path)
 
 
@@ -384,13 +380,11 @@ def max_seq_length(settings: Settings, tokenizer: Settings, config: Settings) ->
     nested = [settings.object(key) for key in ("processor_kwargs", "tokenizer_args")]
     places = [(place, "model_max_length") for place in nested]
     places += [(settings, "max_seq_length"), (tokenizer, "model_max_length")]
-    limits = [_limit(place, key) for place, key in places if place.get(key) is not None][:1]
-    limits.append(_positions(config))
-    return min((limit for limit in limits if limit is not None), default=None)
-
-
-def _limit(settings: Settings, key: str) -> int | None:
-    limit = settings.integer(key, most=10**40)
+    limits = (
+        place.integer(key, most=10**40) for place, key in places if place.get(key) is not None
+    )
+    own, positions = next(limits, _NO_LIMIT), _positions(config)
+    limit = own if positions is None else min(own, positions)
     return None if limit >= _NO_LIMIT else limit
 
 

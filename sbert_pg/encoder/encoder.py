@@ -17,10 +17,11 @@ from sbert_pg.encoder import directory as converted
 from sbert_pg.encoder.conversion import prepare
 from sbert_pg.encoder.directory import Manifest
 from sbert_pg.encoder.engines import ONNXRUNTIME, Provider
-from sbert_pg.encoder.pipeline import Converted, opened, resolve_prompt
+from sbert_pg.encoder.loaded import Converted
+from sbert_pg.encoder.pipeline import Statistics
 from sbert_pg.encoder.runner import OUTPUT, QUERY_OUTPUT
-from sbert_pg.encoder.tokenizing import TextTokenizer, clean, clean_chunks
-from sbert_pg.errors import DeclarationError, EncoderMismatchError, ProviderError
+from sbert_pg.encoder.tokenizing import clean, clean_chunks
+from sbert_pg.errors import DeclarationError, EncoderMismatchError, EncodingError, ProviderError
 from sbert_pg.probes import PRECISION_MIN_COSINE, PROBES, agreement_of
 from sbert_pg.spec import DOCUMENT, QUERY, EncoderSpec, Vectors, known_encoder
 
@@ -134,10 +135,8 @@ class Encoder(Converted):
             ProviderError: an execution provider is missing, or not made for this form.
             DeclarationError: the model does not have so many dimensions.
         """
-        make = partial(
-            cls, dimensions=dimensions, threads=threads, providers=providers, engine=engine
-        )
-        return opened(directory, "encoder", providers, make)
+        options: dict[str, Any] = {"threads": threads, "providers": providers, "engine": engine}
+        return cls._opened(directory, "encoder", dimensions=dimensions, **options)
 
     @property
     def spec(self) -> EncoderSpec:
@@ -215,7 +214,7 @@ class Encoder(Converted):
         if len(unique) != len(cleaned):
             matrix = matrix[inverse]
         duplicates = len(cleaned) - len(unique)
-        pipeline.counter.add(duplicates=duplicates, texts=duplicates)
+        pipeline.counter.add(Statistics(texts=duplicates, duplicates=duplicates))
         return unit(matrix) if normalize else matrix
 
     def encode_query(self, texts: Sequence[str]) -> Vectors:
@@ -341,27 +340,25 @@ class Encoder(Converted):
         return QUERY_OUTPUT if prompt_name == QUERY and self._spec.query_layers else OUTPUT
 
     def _prompt(self, prompt_name: str | None, prompt: str | None) -> str:
-        spec = self._spec
-        chosen = resolve_prompt(dict(spec.prompts), spec.default_prompt_name, prompt_name, prompt)
-        return clean([chosen])[0]
+        """The text to put before every text of a call, empty for none.
 
+        Decided as sentence-transformers decides it (``_resolve_prompt``, ``encode_query`` and
+        ``encode_document`` of 6.2): every model has the prompts ``query`` and ``document``, empty
+        unless it says otherwise.
 
-class TokenCounter:
-    """Counts tokens as a converted encoder does, without a session: some ten milliseconds to make.
-
-    Args:
-        directory: the converted directory.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        manifest = Manifest.read(directory)
-        content = (directory / converted.TOKENIZER).read_text(encoding="utf-8")
-        self.spec = manifest.spec
-        self._tokenizer = TextTokenizer(content, self.spec.max_seq_length)
-
-    def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """As ``Encoder.count_tokens``."""
-        return self._tokenizer.count(clean(texts))
+        Raises:
+            EncodingError: there is no prompt of that name.
+        """
+        prompts = self.prompts
+        if prompt is None and prompt_name is not None and prompt_name not in prompts:
+            raise EncodingError(
+                f"There is no prompt named {prompt_name!r}; this encoder has "
+                f"{', '.join(sorted(prompts))}. Pass the text itself as prompt=."
+            )
+        if prompt is None:
+            name = self._spec.default_prompt_name if prompt_name is None else prompt_name
+            prompt = prompts.get(name or "", "")
+        return clean([prompt])[0]
 
 
 def load_declared(encoder: EncoderSpec | str) -> Encoder:

@@ -157,14 +157,18 @@ def load_onnxruntime() -> Any:
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 
 
-def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The kind of processor: its name and what it multiplies with, as far as the system says."""
+def _facts(cpuinfo: Path) -> dict[str, str]:
+    """What the system says of the first core; nothing where it is not Linux."""
     try:
         lines = [line.partition(":") for line in cpuinfo.read_text().splitlines()]
     except OSError:
-        lines = []
-    # The first of a key is that of the first core.
-    facts = {key.strip(): value.strip() for key, _, value in reversed(lines)}
+        return {}
+    return {key.strip(): value.strip() for key, _, value in reversed(lines)}
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The kind of processor: its name and what it multiplies with, as far as the system says."""
+    facts = _facts(cpuinfo)
     flags = facts.get("flags", "").split()
     name = facts.get("model name") or f"{platform.machine()} {facts.get('CPU part', '')}".strip()
     return " ".join([name, *(flag for flag in _FLAGS if flag in flags)])
@@ -177,11 +181,7 @@ def lacks_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
-    try:
-        flags = cpuinfo.read_text()
-    except OSError:
-        return True
-    return not ("avx512_vnni" in flags or "avx_vnni" in flags)
+    return not {"avx512_vnni", "avx_vnni"} & set(_facts(cpuinfo).get("flags", "").split())
 
 
 def _options() -> onnxruntime.SessionOptions:

@@ -22,6 +22,7 @@ from sbert_pg.errors import DamagedEncoderError, EncoderNotFoundError, Unsupport
 
 Array = npt.NDArray[np.float32]
 T = TypeVar("T")
+K = TypeVar("K")
 
 #: Largest JSON file that is read, in bytes; tokenizers with 250,000 pieces have some 35 million.
 JSON_LIMIT = 64_000_000
@@ -151,28 +152,23 @@ class Settings(Mapping[str, Any]):
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
-        value = self._data.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            self.refuse(key, "true or false")
-        return value
+        return self._one(key, default, bool, "true or false")
 
     def text(self, key: str, default: T = _REQUIRED) -> str | T:
         """A text."""
+        return self._one(key, default, str, "a text")
+
+    def _one(self, key: str, default: T, kind: type[K], expected: str) -> K | T:
         value = self._data.get(key)
         if value is None and default is not _REQUIRED:
             return default
-        if not isinstance(value, str):
-            self.refuse(key, "a text")
+        if not isinstance(value, kind):
+            self.refuse(key, expected)
         return value
 
     def object(self, key: str) -> Settings:
         """An object; an empty one where it is missing."""
-        value = self._data.get(key)
-        if value is not None and not isinstance(value, dict):
-            self.refuse(key, "an object")
-        return Settings(value or {}, self.path)
+        return Settings(self._one(key, {}, dict, "an object"), self.path)
 
     def refuse(self, key: str, expected: str) -> NoReturn:
         """Say that an entry is not what it should be."""
@@ -224,6 +220,18 @@ def read_json(path: Path, limit: int = SETTINGS_LIMIT) -> Settings:
     if not isinstance(data, dict):
         raise DamagedEncoderError(f"{path} holds no JSON object.")
     return Settings(data, path)
+
+
+def read_list(path: Path, most: int) -> list[Any]:
+    """A JSON list from a file, with at most so many entries.
+
+    Raises:
+        DamagedEncoderError: the file is missing, too large, or holds something else.
+    """
+    data = parse_json(read_bytes(path), str(path))
+    if not isinstance(data, list) or len(data) > most:
+        raise DamagedEncoderError(f"{path} holds no list of at most {most} modules.")
+    return data
 
 
 def is_there(path: Path) -> bool:

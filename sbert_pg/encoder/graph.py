@@ -15,46 +15,37 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from sbert_pg.encoder import architectures, rms, rotary, transformer
-from sbert_pg.encoder.architectures import ARCHITECTURES as ABSOLUTE
-from sbert_pg.encoder.classification import SAMPLE_PAIRS
+from sbert_pg.encoder import architectures, transformer
 from sbert_pg.encoder.description import STATIC, Description
-from sbert_pg.encoder.files import Array, Weights
+from sbert_pg.encoder.files import Array
+from sbert_pg.encoder.kinds import SAMPLE_PAIRS, table
 from sbert_pg.encoder.layers import DENSE_ACTIVATIONS, Layer, Normalize, PoolingMode, Transformer
-from sbert_pg.encoder.products import (
-    Floats,
-    Int8,
-    Products,
-    Watched,
-    observe,
-    ranges,
-    smooth,
-)
+from sbert_pg.encoder.products import Floats, Int8, Products, Watched, observe, ranges, smooth
 from sbert_pg.encoder.runner import (
     ATTENTION_MASK,
     INPUT_IDS,
     OUTPUT,
     POOLING_MASK,
+    QUERY_OUTPUT,
     TOKEN_TYPE_IDS,
 )
-from sbert_pg.encoder.static import table
 from sbert_pg.encoder.tokenizer_files import tokenizer_content, truncation_side
 from sbert_pg.encoder.tokenizing import TextTokenizer
-from sbert_pg.encoder.transformer import Attention, Fused, FusedByLength, Plain
+from sbert_pg.encoder.transformer import Attention, fused, fused_by_length, plain
 from sbert_pg.encoder.writer import FLOAT, INT32, INT64, Writer, activate, even_blocks
 from sbert_pg.probes import PROBES, SAMPLE_TEXTS
 
-_ROTARY = {**rotary.READERS, **rms.READERS}
 #: ``model_type`` of the architectures whose graph is built here.
-ARCHITECTURES = ABSOLUTE | _ROTARY.keys() | {STATIC}
+ARCHITECTURES = architectures.ARCHITECTURES | {STATIC}
 
-#: A transformer that was read.
-Model = Transformer | rotary.Rotary
-
-#: Tokens that are read of a text; more say nothing new about ranges.
+#: Tokens that are read of a text to choose ranges by; more say nothing new.
 _LONGEST = 256
+#: Tokens of a text of a static model whose vectors are held at a time.
+_BLOCK = 4096
+#: Least divisor of a mean and of a normalisation, as in sentence-transformers and torch.
+_LEAST_COUNT, _LEAST_LENGTH = 1e-9, 1e-12
 
-_ATTENTION: dict[str, type[Attention]] = {"fp16": FusedByLength, "fp32-plain": Plain, "bf16": Plain}
+_ATTENTION: dict[str, Attention] = {"fp16": fused_by_length, "fp32-plain": plain, "bf16": plain}
 
 
 def build(description: Description, precision: str) -> onnx.ModelProto:
@@ -73,34 +64,28 @@ def build(description: Description, precision: str) -> onnx.ModelProto:
         UnsupportedEncoderError: the description asks for something that is not implemented.
         DamagedEncoderError: weights are missing or do not fit.
     """
-    model: Model
     if description.architecture == STATIC:
         return _static(description, precision)
-    if description.architecture in _ROTARY:
-        read = _ROTARY[description.architecture]
-        model = read(Weights(description.weights), description.config)
-    else:
-        model = architectures.read(description)
-    attention = _ATTENTION.get(precision, Fused)
-    return assemble(description, model, _products(description, model, precision), attention)
+    model = architectures.read(description)
+    attention = _ATTENTION.get(precision, fused)
+    return _assembled(description, model, _products(description, model, precision), attention)
 
 
-def _products(description: Description, model: Model, precision: str) -> Products:
-    """How ``model`` is multiplied; for int8 it is smoothed."""
+def _products(description: Description, model: Transformer, precision: str) -> Products:
+    """How ``model`` is multiplied; for int8 it is smoothed, unless its positions are rotary."""
     if precision in ("fp32", "fp32-plain", "bf16"):
         return Floats()
     if precision == "fp16":
         return Floats(np.float16)
     watched = Watched()
-    reference = assemble(description, model, watched)
-    seen = observe(reference, watched, *calibration(description))
-    if isinstance(model, rotary.Rotary):
-        return Int8(rotary.ranges(model, seen))
-    smooth(model, seen)
+    reference = _assembled(description, model, watched, fused)
+    seen = observe(reference, watched, *_calibration(description))
+    if model.positions is not None:
+        smooth(model, seen)
     return Int8(ranges(model, seen))
 
 
-def calibration(description: Description) -> tuple[list[list[int]], list[int] | None]:
+def _calibration(description: Description) -> tuple[list[list[int]], list[int] | None]:
     """The calibration texts, ordinary ones and the probes, or pairs and where the second begins."""
     limit = min(description.max_seq_length or _LONGEST, _LONGEST)
     content = json.dumps(tokenizer_content(description), ensure_ascii=False)
@@ -111,27 +96,13 @@ def calibration(description: Description) -> tuple[list[list[int]], list[int] | 
     return [ids for ids in tokenizer.encode([*SAMPLE_TEXTS, *PROBES]).ids if ids], None
 
 
-def assemble(
-    description: Description,
-    model: Model,
-    products: Products,
-    attention: type[Attention] = Fused,
+def _assembled(
+    description: Description, model: Transformer, products: Products, attention: Attention
 ) -> onnx.ModelProto:
     """The graph of a transformer that was read, with one way of multiplying."""
     writer = Writer()
-    types = TOKEN_TYPE_IDS if description.token_types else None
-    if isinstance(model, rotary.Rotary):
-        tokens = rotary.write(writer, model, products, INPUT_IDS, ATTENTION_MASK, attention)
-    else:
-        tokens = transformer.write(
-            writer, model, products, INPUT_IDS, ATTENTION_MASK, attention, types
-        )
-    inputs, output = finish(writer, description, tokens)
-    return writer.model(inputs, [output], f"sbert-pg-{description.architecture}")
-
-
-#: Tokens of a text of a static model whose vectors are held at a time.
-_BLOCK = 4096
+    tokens = transformer.write(writer, model, products, attention, typed=description.token_types)
+    return writer.model(*finish(writer, description, tokens), description.architecture)
 
 
 def _static(description: Description, precision: str) -> onnx.ModelProto:
@@ -141,34 +112,31 @@ def _static(description: Description, precision: str) -> onnx.ModelProto:
     vector = _summed(writer, table(description.weights), forms.get(precision, Floats()))
     layers = description.layers
     if not (layers and isinstance(layers[0], Normalize)):
-        weights = writer.node("Cast", [ATTENTION_MASK], "mask_f", to=FLOAT)
-        vector = writer.node("Div", [vector, _count(writer, weights)], "mean")
-    inputs, output = _close(writer, description, vector)
-    return writer.model(inputs, [output], "sbert-pg-static")
+        weights = writer.node("Cast", ATTENTION_MASK, to=FLOAT)
+        vector = writer.node("Div", vector, _count(writer, weights))
+    return writer.model(*_close(writer, description, vector), "static")
 
 
 def _summed(writer: Writer, rows: Array, products: Products) -> str:
     """The sum of the rows of each text, float32 ``(batch, width)``."""
-    zero, one = writer.ints(0), writer.ints(1)
-    shape = writer.node("Shape", [INPUT_IDS])
-    length = writer.node("Slice", [shape, one, writer.ints(2)], "length")
+    shape = writer.node("Shape", INPUT_IDS)
+    length = writer.node("Slice", shape, [1], [2])
     count, size, rest = even_blocks(writer, length, _BLOCK)
-    pads = writer.node("Concat", [zero, zero, zero, rest], "pads", axis=0)
-    blocks = writer.node("Concat", [zero, count, size], "block_shape", axis=0)
+    pads = writer.node("Concat", [0, 0, 0], rest, axis=0)
+    blocks = writer.node("Concat", [0], count, size, axis=0)
     parts = [
-        writer.node("Reshape", [writer.node("Pad", [value, pads]), blocks], "parts")
+        writer.node("Reshape", writer.node("Pad", value, pads), blocks)
         for value in (INPUT_IDS, ATTENTION_MASK)
     ]
-    batch = writer.node("Slice", [shape, zero, one], "batch")
-    sums = writer.node("Concat", [batch, writer.ints(rows.shape[1])], "sums", axis=0)
+    batch = writer.node("Slice", shape, [0], [1])
+    sums = writer.node("Concat", batch, [rows.shape[1]], axis=0)
     body = writer.inner()
     state, ids, mask = (body.name(hint) for hint in ("state", "ids", "mask"))
-    weights = body.node("Cast", [mask], "weights", to=FLOAT)
+    weights = body.node("Cast", mask, to=FLOAT)
     tokens = Pooled(products.embed(body, rows, ids), mask, prompt_excluded=False)
-    total = body.node("Add", [state, _sum(body, tokens, weights)], "total")
-    start = writer.node("ConstantOfShape", [sums], "start")
-    inputs = [(start, FLOAT), *((part, INT64) for part in parts)]
-    return writer.scan(inputs, body, [state, ids, mask], total, "sum", state=True)
+    total = body.node("Add", state, _sum(body, tokens, weights))
+    inputs = [(writer.node("ConstantOfShape", sums), FLOAT), *((part, INT64) for part in parts)]
+    return writer.scan(inputs, body, [state, ids, mask], total, state=True)
 
 
 def finish(writer: Writer, description: Description, tokens: str) -> tuple[list[Any], Any]:
@@ -199,11 +167,6 @@ def _close(writer: Writer, description: Description, vector: str) -> tuple[list[
     )
 
 
-#: Least divisor of a mean and of a normalisation, as in sentence-transformers and torch.
-_LEAST_COUNT = 1e-9
-_LEAST_LENGTH = 1e-12
-
-
 @dataclass(frozen=True, slots=True)
 class Pooled:
     """Values that pooling works on.
@@ -226,95 +189,101 @@ def pool(writer: Writer, values: Pooled, modes: Sequence[PoolingMode], normalize
         normalized: whether the next layer is ``Normalize``; a lone mean is then a sum.
     """
     if tuple(modes) == ("mean",) and normalized:
-        return _sum(writer, values, writer.node("Cast", [values.mask], "mask_f", to=FLOAT))
+        return _sum(writer, values, writer.node("Cast", values.mask, to=FLOAT))
     vectors = [_MODES[mode](writer, values) for mode in modes]
-    return vectors[0] if len(vectors) == 1 else writer.node("Concat", vectors, "pooled", axis=1)
+    return vectors[0] if len(vectors) == 1 else writer.node("Concat", *vectors, axis=1)
 
 
 def add_layers(writer: Writer, vector: str, layers: Sequence[Layer]) -> str:
     """The output of some layers, one after the other, for an input ``(batch, width)``."""
     for layer in layers:
         if isinstance(layer, Normalize):
-            length = writer.node("ReduceL2", [vector, writer.ints(1)], "length", keepdims=1)
-            bounded = writer.node("Max", [length, writer.scalar(_LEAST_LENGTH)], "length")
-            vector = writer.node("Div", [vector, bounded], "normalized")
+            length = writer.node("ReduceL2", vector, [1], keepdims=1)
+            vector = writer.node("Div", vector, writer.node("Max", length, _LEAST_LENGTH))
         else:
-            inputs = [vector, writer.tensor(layer.weight, "dense.weight")]
-            if layer.bias is not None:
-                inputs.append(writer.tensor(layer.bias, "dense.bias"))
-            dense = writer.node("Gemm", inputs, "dense", transB=1)
+            bias = () if layer.bias is None else (layer.bias,)
+            dense = writer.node("Gemm", vector, layer.weight, *bias, transB=1)
             vector = activate(writer, dense, DENSE_ACTIVATIONS[layer.activation])
     return vector
 
 
+def add_query_output(model: onnx.ModelProto, layers: Sequence[Layer]) -> None:
+    """Give a model one output more: some layers after its vectors of queries."""
+    graph = model.graph
+    outputs = {value.name: value for value in graph.output}
+    count = sum(node.name.startswith("query") for node in graph.node)
+    writer = Writer(f"query{count}.")
+    source = OUTPUT
+    if QUERY_OUTPUT in outputs:
+        # What ends in this output now continues instead.
+        graph.output.remove(outputs[QUERY_OUTPUT])
+        (last,) = (node for node in graph.node if QUERY_OUTPUT in node.output)
+        source = last.output[0] = writer.name("vector")
+    vector = add_layers(writer, source, layers)
+    name = writer.name("output")
+    writer.nodes.append(helper.make_node("Identity", [vector], [QUERY_OUTPUT], name=name))
+    graph.node.extend(writer.nodes)
+    graph.initializer.extend(writer.initializers)
+    shape = [d.dim_param or d.dim_value for d in outputs[OUTPUT].type.tensor_type.shape.dim]
+    graph.output.append(helper.make_tensor_value_info(QUERY_OUTPUT, FLOAT, shape))
+
+
 def _sum(writer: Writer, values: Pooled, weights: str) -> str:
     """Sum of the token vectors by weights, float32 ``(batch, tokens)``."""
-    row = writer.node("Unsqueeze", [weights, writer.ints(1)], "weights")
-    total = writer.node("MatMul", [row, values.tokens], "sum")
-    return writer.node("Squeeze", [total, writer.ints(1)], "sum")
+    total = writer.node("MatMul", writer.node("Unsqueeze", weights, [1]), values.tokens)
+    return writer.node("Squeeze", total, [1])
 
 
 def _count(writer: Writer, weights: str) -> str:
-    total = writer.node("ReduceSum", [weights, writer.ints(1)], "count", keepdims=1)
-    return writer.node("Max", [total, writer.scalar(_LEAST_COUNT)], "count")
+    return writer.node("Max", writer.node("ReduceSum", weights, [1], keepdims=1), _LEAST_COUNT)
 
 
 def _mean(writer: Writer, values: Pooled) -> str:
-    weights = writer.node("Cast", [values.mask], "mask_f", to=FLOAT)
-    return writer.node("Div", [_sum(writer, values, weights), _count(writer, weights)], "mean")
+    weights = writer.node("Cast", values.mask, to=FLOAT)
+    return writer.node("Div", _sum(writer, values, weights), _count(writer, weights))
 
 
 def _mean_sqrt(writer: Writer, values: Pooled) -> str:
-    weights = writer.node("Cast", [values.mask], "mask_f", to=FLOAT)
-    root = writer.node("Sqrt", [_count(writer, weights)])
-    return writer.node("Div", [_sum(writer, values, weights), root], "mean_sqrt")
+    weights = writer.node("Cast", values.mask, to=FLOAT)
+    root = writer.node("Sqrt", _count(writer, weights))
+    return writer.node("Div", _sum(writer, values, weights), root)
 
 
 def _weighted_mean(writer: Writer, values: Pooled) -> str:
     # Positions are counted from the first token of the text, prompt or not.
-    mask = writer.node("Cast", [values.mask], "mask_f", to=FLOAT)
-    positions = writer.node("Cast", [_positions(writer, values)], "positions_f", to=FLOAT)
-    weights = writer.node("Mul", [mask, positions], "weights")
-    return writer.node("Div", [_sum(writer, values, weights), _count(writer, weights)], "weighted")
+    mask = writer.node("Cast", values.mask, to=FLOAT)
+    weights = writer.node("Mul", mask, writer.node("Cast", _positions(writer, values), to=FLOAT))
+    return writer.node("Div", _sum(writer, values, weights), _count(writer, weights))
 
 
 def _positions(writer: Writer, values: Pooled) -> str:
     """1, 2, 3... for each token, int64 ``(tokens,)``."""
-    shape = writer.node("Shape", [values.mask])
-    length = writer.node("Gather", [shape, writer.tensor(np.array(1, np.int64), "one")], axis=0)
-    one = writer.tensor(np.array(1, np.int64), "one")
-    return writer.node("Range", [one, writer.node("Add", [length, one]), one], "positions")
+    length = writer.node("Gather", writer.node("Shape", values.mask), 1, axis=0)
+    return writer.node("Range", 1, writer.node("Add", length, 1), 1)
 
 
-def _at(writer: Writer, values: Pooled, index: str) -> str:
-    """The token at an index for each text, int64 ``(batch, 1)``."""
-    return writer.node("GatherND", [values.tokens, index], "token", batch_dims=1)
+def _at(writer: Writer, values: Pooled, ranked: str) -> str:
+    """The token of each text whose value, int64 ``(batch, tokens)``, is the first largest."""
+    index = writer.node("ArgMax", writer.node("Cast", ranked, to=INT32), axis=1, keepdims=1)
+    return writer.node("GatherND", values.tokens, index, batch_dims=1)
 
 
 def _first(writer: Writer, values: Pooled) -> str:
     if not values.prompt_excluded:
-        zero = writer.tensor(np.array(0, np.int64), "zero")
-        return writer.node("Gather", [values.tokens, zero], "cls", axis=1)
-    mask = writer.node("Cast", [values.mask], "mask_i", to=INT32)
-    index = writer.node("ArgMax", [mask], "first", axis=1, keepdims=1)
-    return _at(writer, values, index)
+        return writer.node("Gather", values.tokens, 0, axis=1)
+    return _at(writer, values, values.mask)
 
 
 def _last(writer: Writer, values: Pooled) -> str:
-    marked = writer.node("Mul", [values.mask, _positions(writer, values)], "marked")
-    marked = writer.node("Cast", [marked], "marked", to=INT32)
-    index = writer.node("ArgMax", [marked], "last", axis=1, keepdims=1)
-    any_left = writer.node("ReduceMax", [values.mask, writer.ints(1)], "any", keepdims=1)
-    weight = writer.node("Cast", [any_left], "any_f", to=FLOAT)
-    return writer.node("Mul", [_at(writer, values, index), weight], "lasttoken")
+    token = _at(writer, values, writer.node("Mul", values.mask, _positions(writer, values)))
+    any_left = writer.node("ReduceMax", values.mask, [1], keepdims=1)
+    return writer.node("Mul", token, writer.node("Cast", any_left, to=FLOAT))
 
 
 def _max(writer: Writer, values: Pooled) -> str:
-    column = writer.node("Unsqueeze", [values.mask, writer.ints(2)], "mask_column")
-    kept = writer.node("Equal", [column, writer.tensor(np.array(1, np.int64), "one")])
-    nothing = writer.scalar(-np.inf)
-    tokens = writer.node("Where", [kept, values.tokens, nothing], "kept")
-    return writer.node("ReduceMax", [tokens, writer.ints(1)], "max", keepdims=0)
+    kept = writer.node("Equal", writer.node("Unsqueeze", values.mask, [2]), 1)
+    tokens = writer.node("Where", kept, values.tokens, -np.inf)
+    return writer.node("ReduceMax", tokens, [1], keepdims=0)
 
 
 _MODES = {

@@ -218,23 +218,19 @@ def _snapshot(repository: str, revision: str | None, *, local_only: bool) -> Mod
 
 
 def _refuse_pickles(files: ModelFiles, revision: str | None) -> None:
-    names = _listed(files.repository or "", revision)
+    import huggingface_hub as hub
+
+    try:
+        names = list(hub.list_repo_files(files.repository or "", revision=revision))
+    # As in ``_snapshot``.
+    except Exception:
+        names = []
     # Without a connection the cache may know it: another program has fetched the pickle.
     names = names or [file.name for file in files.path.rglob("*")]
     if any(name.endswith(_PICKLES) for name in names):
         raise UnsupportedEncoderError(
             f"The repository {files.repository!r} has its weights {NO_PICKLE}"
         )
-
-
-def _listed(repository: str, revision: str | None) -> list[str]:
-    import huggingface_hub as hub
-
-    try:
-        return list(hub.list_repo_files(repository, revision=revision))
-    # As in ``_snapshot``.
-    except Exception:
-        return []
 
 
 def _unknown(files: ModelFiles) -> list[str]:

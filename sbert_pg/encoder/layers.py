@@ -1,8 +1,7 @@
 """What a graph is written from: the layers of a transformer, pooling, and the layers after it.
 
 Sources of the latter: sentence-transformers ``base/modules`` and
-``sentence_transformer/modules/pooling.py``; of the transformers where an architecture is read
-(``architectures``, ``rotary``, ``rms``).
+``sentence_transformer/modules/pooling.py``; of the transformers see ``tensors``.
 """
 
 from __future__ import annotations
@@ -222,15 +221,6 @@ class Linear:
     weight: Array
     bias: Array
 
-    @classmethod
-    def read(
-        cls, weights: Weights, name: str, inputs: int, outputs: int, *, bias: bool = True
-    ) -> Linear:
-        """The layer of a name in safetensors; without ``bias`` that is zeros."""
-        weight = weights.get(f"{name}.weight", (outputs, inputs))
-        offset = weights.get(f"{name}.bias", (outputs,)) if bias else np.zeros(outputs, np.float32)
-        return cls(np.ascontiguousarray(weight.T), offset)
-
 
 @dataclass(slots=True)
 class Norm:
@@ -250,16 +240,36 @@ class Norm:
 
 @dataclass(slots=True)
 class Block:
-    """One layer of the transformer."""
+    """One layer of the transformer.
+
+    Attributes:
+        attention_norm: before attention, or after it and its addition; ``None`` for none.
+        up: the wide layer of the feed-forward part, activated where there is no ``gate``.
+        norm: before the feed-forward part, or after it and its addition.
+        gate: activated, and multiplied with ``up``.
+        theta: base of the rotary frequencies, or ``None`` where nothing is turned.
+        window: tokens to each side that a token sees, or ``None`` for all.
+        query_norm: of each head of the queries, before they are turned; or ``None``.
+        key_norm: the same for keys.
+        attention_end: of what attention gives, before it is added; or ``None``.
+        end: the same for the feed-forward part.
+    """
 
     query: Linear
     key: Linear
     value: Linear
     output: Linear
-    attention_norm: Norm
     up: Linear
     down: Linear
     norm: Norm
+    attention_norm: Norm | None = None
+    gate: Linear | None = None
+    theta: float | None = None
+    window: int | None = None
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
+    attention_end: Norm | None = None
+    end: Norm | None = None
 
 
 @dataclass(slots=True)
@@ -268,90 +278,54 @@ class Transformer:
 
     Attributes:
         words: word embeddings, ``(vocabulary, width)``.
-        positions: position embeddings, ``(positions, width)``. Row 0 belongs to the first position.
-        types: embeddings of the token types, ``(types, width)``, or ``None``; encoders know type 0
-            alone.
+        norm: normalisation of the embeddings, or ``None``.
+        heads: attention heads of the queries; several may share a key and a value.
+        activation: one of ``ACTIVATIONS``.
+        positions: position embeddings, ``(positions, width)``, or ``None``. Row 0 belongs to the
+            first position.
         padding_id: token that is not counted as a position (RoBERTa and MPNet), or ``None`` where
             every token has the position it stands at.
-        activation: one of ``ACTIVATIONS``.
-        relative_bias: MPNet's bias by head and relative position, ``(heads, 2 * length - 1)``, the
-            middle being distance 0; or ``None``.
+        types: embeddings of the token types, ``(types, width)``, or ``None``; encoders know type 0
+            alone.
         projection: from the width of the embeddings to that of the layers, where they differ
             (ALBERT and ELECTRA); or ``None``.
+        bias: added to the scores by head and distance, ``(heads, 2 * most + 1)``, the middle being
+            distance 0; what is farther away than ``most`` counts as that. Or ``None``.
+        norm_first: whether normalisations stand before their parts or after the additions.
+        final_norm: after the last layer, or ``None``.
+        causal: whether a token sees those before it alone.
+        blocked: whether attention without a window goes through the queries in blocks, and not
+            through onnxruntime's operator, which has no form of these that holds no square.
+        slower: divisor of all rotary frequencies.
     """
 
     words: Array = field(repr=False)
-    positions: Array = field(repr=False)
-    padding_id: int | None
-    norm: Norm
     blocks: list[Block]
     heads: int
     activation: str
-    relative_bias: Array | None
+    norm: Norm | None = None
+    positions: Array | None = field(default=None, repr=False)
+    padding_id: int | None = None
     types: Array | None = field(default=None, repr=False)
     projection: Linear | None = None
+    bias: Array | None = field(default=None, repr=False)
+    norm_first: bool = False
+    final_norm: Norm | None = None
+    causal: bool = False
+    blocked: bool = False
+    slower: float = 1.0
 
     @property
     def width(self) -> int:
         """Width of a token's vector."""
         return len(self.blocks[0].output.bias)
 
+    @property
+    def head(self) -> int:
+        """Width of a head."""
+        return len(self.blocks[0].query.bias) // self.heads
 
-#: Settings that say nothing about what is computed, or are about training and other tasks.
-_IGNORED = frozenset(
-    {"model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "id2label",
-     "_name_or_path", "initializer_range", "initializer_cutoff_factor", "label2id", "num_labels",
-     "pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "use_cache",
-     "tie_word_embeddings", "hidden_dropout_prob", "attention_probs_dropout_prob",
-     "attention_dropout", "embedding_dropout", "mlp_dropout", "classifier_dropout",
-     "classifier_pooling", "classifier_bias", "classifier_activation", "decoder_bias",
-     "sparse_prediction", "sparse_pred_ignore_index", "deterministic_flash_attn",
-     "reference_compile", "gradient_checkpointing", "problem_type", "repad_logits_with_grad",
-     "max_position_embeddings", "sentence_transformers", "sbert_ce_default_activation_function",
-     "finetuning_task", "output_past"}
-)  # fmt: skip
-#: Settings that are read.
-_READ = frozenset(
-    {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-     "type_vocab_size"}
-)  # fmt: skip
-
-
-def require_known(config: Settings, more: Sequence[str]) -> None:
-    """Refuse settings that neither the tables here nor ``more`` know.
-
-    Raises:
-        UnsupportedEncoderError: there are some.
-    """
-    unknown = set(config) - _IGNORED - _READ - set(more)
-    if unknown:
-        raise UnsupportedEncoderError(
-            f"{config.path}: {', '.join(sorted(unknown))[:300]} in a model of type "
-            f"{config['model_type']!r} is not known, and may change what it computes."
-        )
-
-
-def relative_bias(buckets: Array, length: int, count: int = 32, largest: int = 128) -> Array:
-    """Bias by head and distance, ``(heads, 2 * length - 1)``, the middle being distance 0.
-
-    ``relative_position_bucket`` of MPNet and of T5's encoder.
-
-    Args:
-        buckets: the bias of each bucket, ``(buckets, heads)``.
-        length: one more than the largest distance of the result.
-        count: buckets that are used, half of them for each direction.
-        largest: from this distance on, all fall into one bucket.
-    """
-    distance = np.arange(1 - length, length)
-    n = -distance
-    half = count // 2
-    exact = half // 2
-    bucket = np.where(n < 0, half, 0)
-    n = np.abs(n)
-    # In float32 and in this order, as transformers does it: a distance at a border between two
-    # buckets must fall on the same side.
-    ratio = np.log(np.maximum(n, 1).astype(np.float32) / np.float32(exact))
-    scaled = ratio / np.float32(np.log(largest / exact)) * np.float32(half - exact)
-    large = np.minimum(exact + scaled.astype(np.int64), half - 1)
-    bucket = bucket + np.where(n < exact, n, large)
-    return np.ascontiguousarray(buckets[bucket].T)
+    @property
+    def shared(self) -> int:
+        """Heads that share a key and a value."""
+        return len(self.blocks[0].query.bias) // len(self.blocks[0].key.bias)

@@ -1,35 +1,61 @@
-"""A converted directory in use: tokenizer, session and counts of a process; which prompt counts."""
+"""Tokenizer, session and counts of a converted directory; and which engine runs it fastest.
+
+An engine is measured where a conversion is made and by ``sbert-pg encoder measure``, never while an
+application loads an encoder. What was measured is in ``engines.json`` beside the model, by kind of
+processor, so that a directory may be copied to other machines; nothing of the encoder itself
+depends on it. A processor that is not in it uses the usual engine of the form.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from itertools import chain, islice, product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from sbert_pg.encoder import directory as converted
 from sbert_pg.encoder.directory import Manifest
-from sbert_pg.encoder.engines import Provider, Providers
-from sbert_pg.encoder.measuring import engine_for
+from sbert_pg.encoder.engines import CPU, Provider, Providers, able, asked_for, installed, processor
 from sbert_pg.encoder.runner import OUTPUT, Runner
 from sbert_pg.encoder.tokenizing import TextTokenizer, Tokens
-from sbert_pg.errors import EncodingError
-from sbert_pg.process import PerProcess
-from sbert_pg.spec import DOCUMENT, QUERY, Vectors
+from sbert_pg.errors import EncoderError, EncodingError
+from sbert_pg.probes import EXPORT_MIN_COSINE, PRECISION_MIN_COSINE, SAMPLE_TEXTS, agreement_of
+from sbert_pg.spec import Vectors
 
 logger = logging.getLogger("sbert_pg.encoder")
 
 #: Seconds between two warnings about texts that were cut.
 WARN_EVERY = 60.0
 
-T = TypeVar("T")
+
+#: What is run: tokens of the texts of each call. Queries come one by one, each of another length.
+CASES: Mapping[str, Sequence[Sequence[int]]] = {
+    "query": [[11], [13], [12], [14]],
+    "short": [[12] * 40],
+    "medium": [[78] * 6],
+    "long": [[256] * 2],
+}
+#: Rounds after the one that warms up; fewer where one takes long.
+_ROUNDS = 4
+_SECONDS = 10.0
+#: By how much another engine has to be faster than the usual one: less is noise.
+_ENOUGH = 1.05
+
+#: Tokens per second of CPU time, by case.
+Speeds = Mapping[str, float]
+#: Token ids of the texts of one call.
+Texts = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,20 +97,13 @@ class Counter:
         with self._lock:
             return self._statistics
 
-    def add(
-        self, *, texts: int = 0, duplicates: int = 0, tokens: int = 0, truncated: int = 0
-    ) -> None:
+    def add(self, more: Statistics) -> None:
         """Add to the counts, and warn of truncated texts, at most once in ``WARN_EVERY``."""
         report = 0
         with self._lock:
-            seen = self._statistics
-            self._statistics = Statistics(
-                seen.texts + texts,
-                seen.duplicates + duplicates,
-                seen.tokens + tokens,
-                seen.truncated + truncated,
-            )
-            self._unreported += truncated
+            pairs = zip(astuple(self._statistics), astuple(more), strict=True)
+            self._statistics = Statistics(*map(sum, pairs))
+            self._unreported += more.truncated
             now = time.monotonic()
             due = self._warned_at is None or now - self._warned_at >= WARN_EVERY
             if self._unreported and due:
@@ -99,11 +118,8 @@ class Counter:
 
     def add_tokens(self, tokens: Tokens) -> None:
         """Add the texts, or pairs, of one call."""
-        self.add(
-            texts=len(tokens.ids),
-            tokens=sum(map(len, tokens.ids)),
-            truncated=len(tokens.truncated),
-        )
+        lengths = list(map(len, tokens.ids))
+        self.add(Statistics(len(lengths), 0, sum(lengths), len(tokens.truncated)))
 
 
 class Pipeline:
@@ -231,111 +247,145 @@ def _require_process(process: int) -> None:
         )
 
 
-class Converted:
-    """A converted directory in use: what an encoder and a reranker have in common."""
-
-    def __init__(
-        self,
-        directory: Path,
-        manifest: Manifest,
-        *,
-        threads: int | None = None,
-        providers: Sequence[Provider] | None = None,
-        engine: str | None = None,
-    ) -> None:
-        self._directory = directory
-        self._manifest = manifest
-        self._arguments: dict[str, Any] = {
-            "threads": threads, "providers": providers, "engine": engine
-        }  # fmt: skip
-        self._engine = engine_for(directory, manifest, engine, providers)
-        self._pipeline = PerProcess(
-            lambda: Pipeline(directory, manifest, threads, providers, self._engine)
-        )
-        # Whatever is wrong with the directory is said now and not at the first text.
-        self._pipeline.get()
-
-    @property
-    def manifest(self) -> Manifest:
-        """What the converted directory says about itself."""
-        return self._manifest
-
-    @property
-    def directory(self) -> Path:
-        """The converted directory."""
-        return self._directory
-
-    @property
-    def megabytes(self) -> float:
-        """Size of its files, in millions of bytes."""
-        files = (self._directory / name for name in self._manifest.files)
-        return sum(file.stat().st_size for file in files) / 1e6
-
-    @property
-    def engine(self) -> str:
-        """What runs it, ``"onnxruntime"`` or ``"openvino"``."""
-        return self._engine
-
-    @property
-    def max_seq_length(self) -> int | None:
-        """Tokens that are read of a text or pair, special tokens included."""
-        return self._manifest.spec.max_seq_length
-
-    @property
-    def statistics(self) -> Statistics:
-        """Counts since it was loaded or the process forked, truncated texts among them."""
-        return self._pipeline.get().counter.statistics
-
-
-def opened(
-    directory: str | Path,
-    kind: str,
-    providers: Sequence[Provider] | None,
-    make: Callable[[Path, Manifest], T],
-) -> T:
-    """What ``make`` makes of a converted directory, verified against its digests.
-
-    Raises:
-        UnsupportedEncoderError: it is of another kind.
-        DamagedEncoderError: files are missing or do not match their digests.
-        ProviderError: an execution provider is missing, or not made for this form.
-    """
-    path = Path(directory)
-    manifest = Manifest.read(path)
-    converted.require_kind(path, manifest, kind)
-    Providers.of(providers).require_suited(path, manifest.precision)
-    return converted.verified(path, manifest, lambda: make(path, manifest))
-
-
-def resolve_prompt(
-    prompts: Mapping[str, str],
-    default_prompt_name: str | None,
-    prompt_name: str | None,
-    prompt: str | None,
+def engine_for(
+    directory: Path, manifest: Manifest, engine: str | None, providers: Sequence[Provider] | None
 ) -> str:
-    """The text to put before every text of a call, empty for none.
-
-    Decided as sentence-transformers decides it (``_resolve_prompt``, ``encode_query`` and
-    ``encode_document`` of 6.2): every model has the prompts ``query`` and ``document``, empty
-    unless it says otherwise.
-
-    Args:
-        prompts: the encoder's prompts.
-        default_prompt_name: name of the prompt used where neither argument is given.
-        prompt: text asked for; it wins.
+    """The engine that runs an encoder: the one asked for, else the fastest here, else the usual.
 
     Raises:
-        EncodingError: there is no prompt of that name.
+        DeclarationError: there is no engine of the name asked for.
+        ProviderError: it does not run this form.
     """
-    if prompt is not None:
-        return prompt
-    if prompt_name is None:
-        return prompts.get(default_prompt_name, "") if default_prompt_name else ""
-    if prompt_name in prompts:
-        return prompts[prompt_name]
-    if prompt_name in (QUERY, DOCUMENT):
-        return ""
-    raise EncodingError(
-        f"There is no prompt named {prompt_name!r}; this encoder has "
-        f"{', '.join(sorted({*prompts, QUERY, DOCUMENT}))}. Pass the text itself as prompt=."
-    )
+    chosen = Providers.of(providers)
+    asked = asked_for(engine, manifest.precision, chosen)
+    if asked is not None:
+        return asked
+    engines = able(manifest.precision, chosen)
+    remembered = _read(directory).get(processor(), {}) if len(engines) > 1 else {}
+    fastest = remembered.get("fastest") if isinstance(remembered, dict) else None
+    return fastest if fastest in engines and installed(fastest) else engines[0]
+
+
+def measure(directory: Path, manifest: Manifest) -> dict[str, Speeds]:
+    """Speeds of the engines that are installed, on one thread, remembered where it is possible.
+
+    An engine that cannot run the encoder, or whose vectors are others, is left out and logged.
+
+    Returns:
+        By engine; empty where fewer than two are installed that run this form.
+    """
+    engines = list(filter(installed, able(manifest.precision, Providers.of([CPU]))))
+    if len(engines) < 2:
+        return {}
+    speeds = _speeds(directory, manifest, engines)
+    _remember(directory, {"fastest": fastest_of(speeds), "tokens_per_cpu_second": speeds})
+    return speeds
+
+
+def fastest_of(speeds: Mapping[str, Speeds]) -> str:
+    """The engine with the largest mean (geometric) over all cases; the first one unless clearly."""
+    usual = next(iter(speeds))
+    means = {name: math.prod(each.values()) ** (1 / len(each)) for name, each in speeds.items()}
+    best = max(means, key=means.__getitem__)
+    return best if means[best] > _ENOUGH * means[usual] else usual
+
+
+def _speeds(directory: Path, manifest: Manifest, engines: Sequence[str]) -> dict[str, Speeds]:
+    calls = _calls(directory, manifest)
+    runners = _runners(directory, manifest, engines, list(chain(*calls.values())))
+    taken: dict[tuple[str, str], float] = {}
+    begin = time.monotonic()
+    for done in range(_ROUNDS):
+        if done and time.monotonic() - begin > _SECONDS:
+            break
+        for case, engine in product(calls, runners):
+            seconds = _seconds(runners[engine], calls[case])
+            taken[engine, case] = min(seconds, taken.get((engine, case), seconds))
+    tokens = {case: sum(map(len, chain(*texts))) for case, texts in calls.items()}
+    return {
+        engine: {case: tokens[case] / taken[engine, case] for case in calls} for engine in runners
+    }
+
+
+def _runners(
+    directory: Path, manifest: Manifest, engines: Sequence[str], calls: Sequence[Texts]
+) -> dict[str, Runner]:
+    """The engines that run the encoder and compute what the first one does, warmed up."""
+    runners: dict[str, Runner] = {}
+    usual: list[Vectors] = []
+    for engine in engines:
+        try:
+            runner = Runner(
+                directory / converted.MODEL, manifest.inputs, threads=1, providers=[CPU],
+                engine=engine, precision=manifest.precision,
+            )  # fmt: skip
+            vectors = [runner.run(ids) for ids in calls]
+        except EncoderError as error:
+            logger.info("%s cannot run %s: %s", engine, directory, error)
+            continue
+        usual = usual or vectors
+        if _agree(vectors, usual, manifest):
+            runners[engine] = runner
+        else:
+            logger.warning("%s computes other vectors of %s and is not used", engine, directory)
+    return runners
+
+
+def _seconds(runner: Runner, calls: Sequence[Texts]) -> float:
+    """CPU time of some calls: what else runs on the machine changes it least."""
+    begin = time.process_time()
+    for ids in calls:
+        runner.run(ids)
+    return max(time.process_time() - begin, 1e-9)
+
+
+def _calls(directory: Path, manifest: Manifest) -> dict[str, list[list[list[int]]]]:
+    """Token ids of the texts of each call of each case, cut out of the sample texts."""
+    spec = manifest.spec
+    content = (directory / converted.TOKENIZER).read_text(encoding="utf-8")
+    tokens = list(chain(*TextTokenizer(content, None).encode(list(SAMPLE_TEXTS)).ids))
+    most = spec.max_seq_length or 256
+
+    def cut(begin: int, length: int) -> list[int]:
+        repeated = chain(tokens[begin % len(tokens) :], tokens * (1 + length // len(tokens)))
+        return list(islice(repeated, min(length, most)))
+
+    return {
+        case: [[cut(7 * at, length) for at, length in enumerate(call)] for call in calls]
+        for case, calls in CASES.items()
+    }
+
+
+def _agree(vectors: Sequence[Vectors], usual: Sequence[Vectors], manifest: Manifest) -> bool:
+    """Whether two engines compute the same but for rounding."""
+    least = PRECISION_MIN_COSINE if manifest.precision == "int8" else EXPORT_MIN_COSINE
+    # A cross-encoder's scores are compared over all texts.
+    pairs = list(zip(vectors, usual, strict=True))
+    if manifest.kind != "encoder":
+        pairs = [(a.T, b.T) for a, b in pairs]
+    return all(agreement_of(a, b).min_cosine >= least for a, b in pairs)
+
+
+def _read(directory: Path) -> dict[str, Any]:
+    """What was remembered, by processor; nothing where it cannot be read."""
+    try:
+        data = json.loads((directory / converted.ENGINES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _remember(directory: Path, measured: Mapping[str, Any]) -> None:
+    data = {**_read(directory), processor(): measured}
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=directory, prefix=".engines-", encoding="utf-8", delete=False
+        ) as file:
+            json.dump(data, file, indent=2)
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, directory / converted.ENGINES)
+    except OSError as error:
+        raise EncoderError(
+            f"What was measured cannot be kept in {directory}: {error}. Measure as a user that "
+            "can write there, or name the engine with engine= or $SBERT_PG_ENGINE."
+        ) from error

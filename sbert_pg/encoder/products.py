@@ -24,7 +24,7 @@ from onnx import helper
 
 from sbert_pg.encoder.engines import load_onnxruntime
 from sbert_pg.encoder.files import Array
-from sbert_pg.encoder.layers import ACTIVATIONS, MICROSOFT, Block, Linear, Norm, Transformer
+from sbert_pg.encoder.layers import ACTIVATIONS, MICROSOFT, Linear, Transformer
 from sbert_pg.encoder.runner import ATTENTION_MASK, feeds_of, plan
 from sbert_pg.encoder.writer import FLOAT, Writer, activate, open_session
 from sbert_pg.errors import ConversionError
@@ -60,11 +60,6 @@ class Seen:
     lowest: Array
     highest: Array
     rows: Array
-
-    def divide(self, by: Array) -> None:
-        """Divide every channel."""
-        self.lowest, self.highest = self.lowest / by, self.highest / by
-        self.rows = self.rows / by
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +132,6 @@ class Products:
         """``x``, real ``(tokens, width)``, through two layers with an activation between them.
 
         Args:
-            up: the first layer.
-            down: the second layer.
-            activation: applied to what comes out of the first.
             name: the block's; the layers are its ``up`` and ``down``.
         """
         (wide,) = self.linear(writer, x, [up], [f"{name}.up"])
@@ -155,23 +147,18 @@ class Floats(Products):
 
     def embed(self, writer: Writer, table: Array, ids: str) -> str:
         """See ``Products``."""
-        stored = writer.tensor(table.astype(self.dtype), "words")
-        word = writer.node("Gather", [stored, ids], "word")
-        return word if self.dtype == np.float32 else writer.node("Cast", [word], "word", to=FLOAT)
+        word = writer.node("Gather", table.astype(self.dtype), ids)
+        return word if self.dtype == np.float32 else writer.node("Cast", word, to=FLOAT)
 
     def linear(
         self, writer: Writer, x: str, layers: Sequence[Linear], names: Sequence[str]
     ) -> list[str]:
         """See ``Products``."""
+        pairs = ((each.weight.astype(self.dtype), each.bias.astype(self.dtype)) for each in layers)
         return [
-            writer.node(
-                "Gemm",
-                [x, writer.tensor(layer.weight.astype(self.dtype), f"{name}.weight"),
-                 writer.tensor(layer.bias.astype(self.dtype), f"{name}.bias")],
-                name,
-            )
-            for layer, name in zip(layers, names, strict=True)
-        ]  # fmt: skip
+            writer.node("Gemm", x, *pair, hint=name)
+            for pair, name in zip(pairs, names, strict=True)
+        ]
 
 
 class Int8(Products):
@@ -187,18 +174,16 @@ class Int8(Products):
     def embed(self, writer: Writer, table: Array, ids: str) -> str:
         """See ``Products``. One scale a row, so a rare word costs no other one its precision."""
         stored, scales = integers(table, axis=1)
-        row = writer.node("Gather", [writer.tensor(stored, "words"), ids], "word_q")
-        scale = writer.node("Gather", [writer.tensor(scales[:, None], "words.scale"), ids])
-        return writer.node("Mul", [writer.node("Cast", [row], to=FLOAT), scale], "word")
+        row = writer.node("Cast", writer.node("Gather", stored, ids), to=FLOAT)
+        return writer.node("Mul", row, writer.node("Gather", scales[:, None], ids))
 
     def linear(
         self, writer: Writer, x: str, layers: Sequence[Linear], names: Sequence[str]
     ) -> list[str]:
         """See ``Products``."""
-        scale, zero = self._steps(writer, names[0])
-        rounded = writer.node("QuantizeLinear", [x, scale, zero], f"{names[0]}.input")
+        rounded = self._rounded(writer, x, names[0])
         return [
-            self._product(writer, [rounded, scale, zero], layer, name)
+            self._product(writer, rounded, layer, names[0], name)
             for layer, name in zip(layers, names, strict=True)
         ]
 
@@ -206,46 +191,31 @@ class Int8(Products):
         self, writer: Writer, x: str, up: Linear, down: Linear, activation: str, name: str
     ) -> str:
         """See ``Products``. The wide layer comes in parts, which are joined when they are small."""
-        names = f"{name}.up", f"{name}.down"
-        scale, zero = self._steps(writer, names[0])
-        rounded = writer.node("QuantizeLinear", [x, scale, zero], f"{names[0]}.input")
-        active_scale, active_zero = self._steps(writer, names[1])
+        first, second = f"{name}.up", f"{name}.down"
+        rounded = self._rounded(writer, x, first)
         parts = []
         for begin in range(0, len(up.bias), PART):
             part = slice(begin, begin + PART)
             layer = Linear(up.weight[:, part], up.bias[part])
-            wide = self._product(writer, [rounded, scale, zero], layer, names[0])
+            wide = self._product(writer, rounded, layer, first, first)
             active = activate(writer, wide, ACTIVATIONS[activation])
-            parts.append(
-                writer.node("QuantizeLinear", [active, active_scale, active_zero],
-                            f"{names[1]}.input")
-            )  # fmt: skip
-        joined = parts[0] if len(parts) == 1 else writer.node("Concat", parts, "active", axis=1)
-        return self._product(writer, [joined, active_scale, active_zero], down, names[1])
+            parts.append(self._rounded(writer, active, second))
+        joined = parts[0] if len(parts) == 1 else writer.node("Concat", *parts, axis=1)
+        return self._product(writer, joined, down, second, second)
 
-    def _steps(self, writer: Writer, name: str) -> tuple[str, str]:
-        """Scale and zero of a product's input."""
+    def _rounded(self, writer: Writer, x: str, name: str) -> str:
+        """The input of a product in uint8."""
         steps = self._ranges[name]
-        return (
-            writer.tensor(np.array(steps.scale, np.float32), f"{name}.input_scale"),
-            writer.tensor(np.array(steps.zero, np.uint8), f"{name}.input_zero"),
-        )
+        return writer.node("QuantizeLinear", x, np.array(steps.scale), np.array(steps.zero))
 
-    @staticmethod
-    def _product(writer: Writer, x: Sequence[str], layer: Linear, name: str) -> str:
-        """A product; ``x`` is what is multiplied, its scale and its zero."""
-        rounded, scale, zero = x
+    def _product(self, writer: Writer, rounded: str, layer: Linear, input_: str, name: str) -> str:
+        """A product with an input in uint8, whose range has a name."""
         stored, scales = integers(layer.weight, axis=0)
-        inputs = [
-            rounded,
-            writer.tensor(stored, f"{name}.weight"),
-            scale,
-            writer.tensor(scales, f"{name}.scale"),
-            zero,
-            "",
-            writer.tensor(layer.bias, f"{name}.bias"),
-        ]
-        return writer.node("MatMulIntegerToFloat", inputs, name, domain=MICROSOFT)
+        steps = self._ranges[input_]
+        return writer.node(
+            "MatMulIntegerToFloat", rounded, stored, np.array(steps.scale), scales,
+            np.array(steps.zero), "", layer.bias, hint=name, domain=MICROSOFT,
+        )  # fmt: skip
 
 
 class Watched(Floats):
@@ -322,29 +292,33 @@ def smooth(model: Transformer, seen: dict[str, Seen]) -> None:
     # A projection stands between the normalisation and the layers.
     before = None if model.projection else model.norm
     for number, block in enumerate(model.blocks):
-        at = f"layer{number}"
-        if before is not None:
-            _smooth_norm(before, [block.query, block.key, block.value], seen[f"{at}.query"])
-        _smooth_norm(block.attention_norm, [block.up], seen[f"{at}.up"])
-        _smooth_value(block, seen[f"{at}.output"])
+        parts = [block.query, block.key, block.value]
+        for norm, layers, name in (
+            (before, parts, "query"),
+            (block.attention_norm, [block.up], "up"),
+        ):
+            if norm is not None:
+                norm.smoothing = _factors(seen[f"layer{number}.{name}"], layers)
+                norm.scale, norm.bias = norm.scale / norm.smoothing, norm.bias / norm.smoothing
+        # Attention mixes tokens and never channels, so what it does to values it does to factors.
+        factors = _factors(seen[f"layer{number}.output"], [block.output])
+        block.value = Linear(block.value.weight / factors, block.value.bias / factors)
         before = block.norm
 
 
-def ranges(model: Transformer, seen: dict[str, Seen]) -> dict[str, Range]:
-    """The range of each product."""
-    chosen = {key: whole_range(seen[key]) for key in ("projection",) if key in seen}
+def ranges(model: Transformer, seen: Mapping[str, Seen]) -> dict[str, Range]:
+    """The range of each product: of what comes out of an activation the best one.
+
+    Of the others all that was seen and a margin: nothing of these inputs is clipped lightly.
+    """
+    chosen = {
+        name: Range.of(float(each.lowest.min()) * MARGIN, float(each.highest.max()) * MARGIN)
+        for name, each in seen.items()
+    }
     for number, block in enumerate(model.blocks):
-        for name in ("query", "output", "up"):
-            key = f"layer{number}.{name}"
-            chosen[key] = whole_range(seen[key])
-        key = f"layer{number}.down"
-        chosen[key] = best_range(seen[key], (block.down.weight**2).sum(axis=1))
+        name = f"layer{number}.down"
+        chosen[name] = best_range(seen[name], (block.down.weight**2).sum(axis=1))
     return chosen
-
-
-def whole_range(seen: Seen) -> Range:
-    """All that was seen and a margin: nothing of these inputs is clipped lightly."""
-    return Range.of(float(seen.lowest.min()) * MARGIN, float(seen.highest.max()) * MARGIN)
 
 
 def best_range(seen: Seen, importance: Array) -> Range:
@@ -379,24 +353,13 @@ def _error(tried: Range, rows: Array, importance: Array, weights: Array) -> floa
 
 
 def _factors(seen: Seen, layers: Sequence[Linear]) -> Array:
+    """What each channel is divided by before some layers, and in ``seen``."""
     channels = np.maximum(np.maximum(-seen.lowest, seen.highest), 1e-5)
     weights = np.maximum(np.max([np.abs(layer.weight).max(axis=1) for layer in layers], 0), 1e-5)
     logarithm = ALPHA * np.log(channels) - (1 - ALPHA) * np.log(weights)
-    return np.asarray(np.exp(logarithm - logarithm.mean()), np.float32)
-
-
-def _smooth_norm(norm: Norm, layers: Sequence[Linear], seen: Seen) -> None:
-    factors = _factors(seen, layers)
-    norm.scale, norm.bias = norm.scale / factors, norm.bias / factors
-    norm.smoothing = factors
+    factors = np.asarray(np.exp(logarithm - logarithm.mean()), np.float32)
     for layer in layers:
         layer.weight = layer.weight * factors[:, None]
-    seen.divide(factors)
-
-
-def _smooth_value(block: Block, seen: Seen) -> None:
-    """Attention mixes tokens and never channels, so what it does to values it does to factors."""
-    factors = _factors(seen, [block.output])
-    block.value = Linear(block.value.weight / factors, block.value.bias / factors)
-    block.output = Linear(block.output.weight * factors[:, None], block.output.bias)
-    seen.divide(factors)
+    seen.lowest, seen.highest = seen.lowest / factors, seen.highest / factors
+    seen.rows = seen.rows / factors
+    return factors

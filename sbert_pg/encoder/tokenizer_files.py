@@ -15,9 +15,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from sbert_pg.encoder.description import STATIC, Description
 from sbert_pg.encoder.files import JSON_LIMIT, Settings, is_there, read_if_there, read_json
-from sbert_pg.encoder.static import static_tokenizer
 from sbert_pg.encoder.tokenizing import MODEL2VEC, own_errors, require_bounded
 from sbert_pg.errors import DamagedEncoderError, UnsupportedEncoderError, needing
 
@@ -79,7 +80,7 @@ def tokenizer_content(description: Description) -> dict[str, Any]:
     config = read_if_there(directory / "tokenizer_config.json")
     path = directory / "tokenizer.json"
     if description.architecture == STATIC:
-        content = static_tokenizer(description)
+        content = _static(description)
         with own_errors(DamagedEncoderError, f"{path} cannot be read"):
             require_bounded(content)
     elif is_there(path):
@@ -97,6 +98,41 @@ def tokenizer_content(description: Description) -> dict[str, Any]:
     if description.do_lower_case:
         content["normalizer"] = _with_lower_case(content.get("normalizer"))
     _try_expressions(content, path)
+    return content
+
+
+def is_model2vec(root: Path) -> bool:
+    """Whether the directory of a static model means what model2vec makes of it."""
+    return not (root / "modules.json").is_file()
+
+
+def _static(description: Description) -> dict[str, Any]:
+    """The content of the ``tokenizer.json`` of a static model, without special tokens.
+
+    Raises:
+        DamagedEncoderError: it cannot be read.
+    """
+    from tokenizers import Tokenizer
+
+    path = description.transformer_path / "tokenizer.json"
+    content = dict(read_json(path, JSON_LIMIT))
+    content["post_processor"] = None
+    with own_errors(DamagedEncoderError, f"{path} cannot be read"):
+        vocabulary = Tokenizer.from_str(json.dumps(content)).get_vocab()
+    count = description.config.integer("vocab_size")
+    if max(vocabulary.values(), default=0) >= count:
+        raise DamagedEncoderError(
+            f"{description.weights[0]} has vectors for {count} tokens; {path} has more."
+        )
+    if not is_model2vec(description.path):
+        return content
+    limit, model = description.max_seq_length, content["model"]
+    unknown = model.get("unk_id") if model["type"] == "Unigram" else model.get("unk_token")
+    characters = int(np.median([len(token) for token in vocabulary]))
+    content[MODEL2VEC] = {
+        "characters": None if limit is None else limit * characters,
+        "dropped": vocabulary.get(unknown) if isinstance(unknown, str) else unknown,
+    }
     return content
 
 

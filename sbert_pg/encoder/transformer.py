@@ -1,23 +1,38 @@
 """The transformer as ONNX nodes, in the form that onnxruntime runs fastest.
 
-Attention is onnxruntime's own for its CPU and for CUDA, plain for all others.
+Attention is onnxruntime's own for its CPU and for CUDA, plain for all others; windows, and what
+onnxruntime's operator has no form of that holds no square, go through the queries in blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from onnx import helper
 
 from sbert_pg.encoder.files import Array
-from sbert_pg.encoder.layers import MICROSOFT, Block, Norm, Transformer
+from sbert_pg.encoder.layers import ACTIVATIONS, MICROSOFT, Block, Norm, Transformer
 from sbert_pg.encoder.products import Products
-from sbert_pg.encoder.writer import FLOAT, FLOAT16, INT32, INT64, Writer
+from sbert_pg.encoder.runner import ATTENTION_MASK, INPUT_IDS, TOKEN_TYPE_IDS
+from sbert_pg.encoder.writer import (
+    BOOL,
+    FLOAT,
+    FLOAT16,
+    INT32,
+    INT64,
+    Value,
+    Writer,
+    activate,
+    even_blocks,
+)
 
 #: Added to the scores of padding; its exponential is 0 in float32 and half precision alike.
 _NOTHING = -60_000.0
+#: Queries whose scores are held at a time where attention goes through them in blocks.
+_BLOCK = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,229 +41,345 @@ class Batch:
 
     Attributes:
         shape: int64 ``(batch, tokens, width)`` as a vector.
-        mask: 1 for tokens and 0 for padding, int64 ``(batch, tokens)``.
         bias: attention bias of MPNet, ``(1, heads, tokens, tokens)``, or ``""``.
+        heads: attention heads.
+        head: width of one.
     """
 
     shape: str
-    mask: str
     bias: str
+    heads: int
+    head: int
 
 
-class Fused:
-    """onnxruntime's own operator, as its CPU has it.
+#: Attention of all heads, from queries, keys and values of ``(batch * tokens, width)`` or in heads.
+Attention = Callable[[Writer, Batch, Sequence[str]], str]
+
+
+def fused(writer: Writer, batch: Batch, qkv: Sequence[str]) -> str:
+    """The operator of onnxruntime, as its CPU has it, in float32.
 
     Without padding no mask is applied; onnxruntime then has a form that never writes the scores of
     a whole text to memory.
     """
-
-    def __init__(self, writer: Writer, batch: Batch, heads: int, width: int) -> None:
-        self._writer, self._batch, self._heads = writer, batch, heads
-        least = writer.node("ReduceMin", [batch.mask], "least", keepdims=0)
-        zero = writer.tensor(np.array(0, np.int64), "zero")
-        self._padded = writer.node("Equal", [least, zero], "padded")
-        self._mask = writer.node("Cast", [batch.mask], "mask_i", to=INT32)
-
-    def apply(self, qkv: Sequence[str]) -> str:
-        """Attention of all heads; all values are float32 ``(batch * tokens, width)``."""
-        writer, batch = self._writer, self._batch
-        split = [writer.node("Reshape", [value, batch.shape], "heads") for value in qkv]
-        then, other = writer.inner(), writer.inner()
-        padded = then.node(
-            "MultiHeadAttention", [*split, "", self._mask, batch.bias], "masked",
-            domain=MICROSOFT, num_heads=self._heads,
-        )  # fmt: skip
-        whole = other.node(
-            "MultiHeadAttention", [*split, "", "", batch.bias], "whole", domain=MICROSOFT,
-            num_heads=self._heads,
-        )  # fmt: skip
-        return writer.branch(self._padded, then, padded, other, whole, "attention")
+    padded = writer.node("Equal", writer.node("ReduceMin", ATTENTION_MASK, keepdims=0), 0)
+    mask = writer.node("Cast", ATTENTION_MASK, to=INT32)
+    split = [writer.node("Reshape", value, batch.shape) for value in qkv]
+    branches = []
+    for masked in (mask, ""):
+        branch = writer.inner()
+        out = branch.node("MultiHeadAttention", *split, "", masked, batch.bias, domain=MICROSOFT,
+                          num_heads=batch.heads)  # fmt: skip
+        branches.append(branch.graph([helper.make_tensor_value_info(out, FLOAT, None)]))
+    return writer.node("If", padded, then_branch=branches[0], else_branch=branches[1])
 
 
-class FusedByLength:
-    """onnxruntime's own operator, as CUDA has it.
+def fused_by_length(writer: Writer, batch: Batch, qkv: Sequence[str]) -> str:
+    """The operator of onnxruntime, as CUDA has it.
 
     Padding is said by the length of each text, which its fastest kernels take, and nothing is
     decided by what a value is, which would have to be fetched from the GPU first.
     """
-
-    def __init__(self, writer: Writer, batch: Batch, heads: int, width: int) -> None:
-        self._writer, self._batch, self._heads = writer, batch, heads
-        lengths = writer.node("ReduceSum", [batch.mask, writer.ints(1)], "lengths", keepdims=0)
-        self._lengths = writer.node("Cast", [lengths], "lengths_i", to=INT32)
-
-    def apply(self, qkv: Sequence[str]) -> str:
-        """Attention of all heads; all values are of one type, ``(batch * tokens, width)``."""
-        writer, batch = self._writer, self._batch
-        split = [writer.node("Reshape", [value, batch.shape], "heads") for value in qkv]
-        return writer.node(
-            "MultiHeadAttention", [*split, "", self._lengths, batch.bias], "attention",
-            domain=MICROSOFT, num_heads=self._heads,
-        )  # fmt: skip
+    lengths = writer.node("ReduceSum", ATTENTION_MASK, [1], keepdims=0)
+    lengths = writer.node("Cast", lengths, to=INT32)
+    split = [writer.node("Reshape", value, batch.shape) for value in qkv]
+    return writer.node(
+        "MultiHeadAttention", *split, "", lengths, batch.bias, domain=MICROSOFT,
+        num_heads=batch.heads,
+    )  # fmt: skip
 
 
-class Plain:
-    """Products and a softmax, which every execution provider has."""
-
-    def __init__(self, writer: Writer, batch: Batch, heads: int, width: int) -> None:
-        self._writer = writer
-        per_head = writer.ints(heads, width // heads)
-        two = writer.node("Slice", [batch.shape, writer.ints(0), writer.ints(2)], "two")
-        self._shape = writer.node("Concat", [two, per_head], "head_shape", axis=0)
-        self._scale = writer.scalar((width // heads) ** -0.5)
-        mask = writer.node("Cast", [batch.mask], "mask_f", to=FLOAT)
-        absent = writer.node("Sub", [writer.scalar(1.0), mask], "absent")
-        added = writer.node("Mul", [absent, writer.scalar(_NOTHING)], "mask_added")
-        self._added = writer.node("Unsqueeze", [added, writer.ints(1, 2)], "mask_added")
-        if batch.bias:
-            self._added = writer.node("Add", [self._added, batch.bias], "mask_added")
-
-    def apply(self, qkv: Sequence[str]) -> str:
-        """Attention of all heads; all values are float32 ``(batch * tokens, width)``."""
-        writer = self._writer
-        query, key, value = (writer.node("Reshape", [part, self._shape], "heads") for part in qkv)
-        query = writer.node("Transpose", [query], "query", perm=[0, 2, 1, 3])
-        key = writer.node("Transpose", [key], "key", perm=[0, 2, 3, 1])
-        value = writer.node("Transpose", [value], "value", perm=[0, 2, 1, 3])
-        scores = writer.node("MatMul", [query, key], "scores")
-        scores = writer.node("Mul", [scores, self._scale], "scores")
-        scores = writer.node("Add", [scores, self._added], "scores")
-        weights = writer.node("Softmax", [scores], "weights", axis=-1)
-        context = writer.node("MatMul", [weights, value], "context")
-        return writer.node("Transpose", [context], "context", perm=[0, 2, 1, 3])
+def plain(writer: Writer, batch: Batch, qkv: Sequence[str]) -> str:
+    """Products and a softmax, which every execution provider has, in float32."""
+    mask = writer.node("Cast", ATTENTION_MASK, to=FLOAT)
+    added = writer.node("Mul", writer.node("Sub", 1.0, mask), _NOTHING)
+    added = writer.node("Unsqueeze", added, [1, 2])
+    if batch.bias:
+        added = writer.node("Add", added, batch.bias)
+    query, key, value = (in_heads(writer, batch, part) for part in qkv)
+    query = writer.node("Transpose", query, perm=[0, 2, 1, 3])
+    key = writer.node("Transpose", key, perm=[0, 2, 3, 1])
+    value = writer.node("Transpose", value, perm=[0, 2, 1, 3])
+    scores = writer.node("Mul", writer.node("MatMul", query, key), batch.head**-0.5)
+    weights = writer.node("Softmax", writer.node("Add", scores, added), axis=-1)
+    context = writer.node("MatMul", weights, value)
+    return writer.node("Transpose", context, perm=[0, 2, 1, 3])
 
 
-Attention = Fused | FusedByLength | Plain
+def in_heads(writer: Writer, batch: Batch, x: str) -> str:
+    """A value as ``(batch, tokens, heads, width of a head)``; keys may have fewer heads."""
+    sizes = writer.node("Slice", batch.shape, [0], [2])
+    return writer.node("Reshape", x, writer.node("Concat", sizes, [-1, batch.head], axis=0))
 
 
 def write(
-    writer: Writer,
-    model: Transformer,
-    products: Products,
-    ids: str,
-    mask: str,
-    attention: type[Attention] = Fused,
-    types: str | None = None,
+    writer: Writer, model: Transformer, products: Products, attention: Attention, *, typed: bool
 ) -> str:
-    """Token vectors, float32 ``(batch, tokens, width)``.
+    """Token vectors, float32 ``(batch, tokens, width)``, from the inputs of the graph.
 
     Args:
-        ids: token ids, int64 ``(batch, tokens)``.
-        mask: 1 for tokens and 0 for padding, int64 ``(batch, tokens)``.
-        types: token types, int64 ``(batch, tokens)``; ``None`` for type 0 everywhere.
+        typed: whether token types are among them; type 0 everywhere otherwise.
     """
-    sizes = writer.node("Shape", [ids], "sizes")
-    width = writer.ints(model.width)
-    length = writer.node(
-        "Gather", [sizes, writer.tensor(np.array(1, np.int64), "one")], "length", axis=0
-    )
-    shape = writer.node("Concat", [sizes, width], "shape", axis=0)
-    batch = Batch(shape, mask, _relative(writer, model, length, products.dtype))
-    attend = attention(writer, batch, model.heads, model.width)
-    words = products.embed(writer, model.words, ids)
-    table = model.positions
-    if model.types is not None and types is None:
-        table = table + model.types[0]
-    summed = writer.node("Add", [words, _positions(writer, model, table, ids, length)], "embedded")
-    if model.types is not None and types is not None:
-        type_ = writer.node("Gather", [writer.tensor(model.types, "types"), types], "type")
-        summed = writer.node("Add", [summed, type_], "embedded")
+    sizes = writer.node("Shape", INPUT_IDS)
+    shape = writer.node("Concat", sizes, [model.width], axis=0)
+    length = writer.node("Slice", sizes, [1], [2])
+    bias = ""
+    if model.bias is not None and not model.blocked:
+        bias = _bias(writer, writer, model.bias, _range(writer, length), length, products)
+        bias = writer.node("Unsqueeze", bias, [0])
+    batch = Batch(shape, bias, model.heads, model.head)
+    x = products.embed(writer, model.words, INPUT_IDS)
+    if model.positions is not None:
+        x = _placed(writer, model, model.positions, x, length, typed)
     # From here on a batch is one matrix of tokens: a product with a bias is then one node.
-    x = writer.node(
-        "Reshape", [write_norm(writer, summed, model.norm), writer.ints(-1, model.words.shape[1])]
-    )
+    x = writer.node("Reshape", write_norm(writer, x, model.norm), [-1, model.words.shape[1]])
     half = products.dtype == np.float16
     if half:
-        x = writer.node("Cast", [x], "half", to=FLOAT16)
-    before: Norm | None = model.norm
+        x = writer.node("Cast", x, to=FLOAT16)
+    before = model.norm
     if model.projection is not None:
         (x,), before = products.linear(writer, x, [model.projection], ["projection"]), None
+    layers = _Layers(writer, model, products, attention, batch, length)
     for number, block in enumerate(model.blocks):
-        x = _block(writer, model, block, products, attend, x, before, f"layer{number}")
+        x = layers.layer(x, block, before, f"layer{number}")
         before = block.norm
     if half:
         # Sums over the tokens of a text are too long for half precision.
-        x = writer.node("Cast", [x], "single", to=FLOAT)
-    return writer.node("Reshape", [x, shape], "tokens")
+        x = writer.node("Cast", x, to=FLOAT)
+    return writer.node("Reshape", write_norm(writer, x, model.final_norm), shape)
 
 
-def _block(
-    writer: Writer,
-    model: Transformer,
-    block: Block,
-    products: Products,
-    attend: Attention,
-    x: str,
-    before: Norm | None,
-    name: str,
+def _placed(
+    writer: Writer, model: Transformer, table: Array, x: str, length: str, typed: bool
 ) -> str:
-    names = [f"{name}.query", f"{name}.key", f"{name}.value"]
-    qkv = products.linear(writer, x, [block.query, block.key, block.value], names)
-    flat = writer.node("Reshape", [attend.apply(qkv), writer.ints(-1, model.width)], "context")
-    (output,) = products.linear(writer, flat, [block.output], [f"{name}.output"])
-    dtype = products.dtype
-    x = write_norm(writer, _residual(writer, output, x, before), block.attention_norm, dtype)
-    down = products.feed_forward(writer, x, block.up, block.down, model.activation, name)
-    return write_norm(writer, _residual(writer, down, x, block.attention_norm), block.norm, dtype)
+    """Word embeddings with those of their positions and of the token types."""
+    if model.types is not None and not typed:
+        table = table + model.types[0]
+    if model.padding_id is None:
+        position = writer.node("Slice", table, [0], length, [0])
+    else:
+        is_padding = writer.node("Equal", INPUT_IDS, model.padding_id)
+        counted = writer.node("Cast", writer.node("Not", is_padding), to=INT64)
+        running = writer.node("CumSum", counted, 1)
+        position = writer.node("Gather", table, writer.node("Mul", running, counted))
+    x = writer.node("Add", x, position)
+    if model.types is not None and typed:
+        x = writer.node("Add", x, writer.node("Gather", model.types, TOKEN_TYPE_IDS))
+    return x
 
 
 def write_norm(
-    writer: Writer, x: str, norm: Norm, dtype: type[np.floating[Any]] = np.float32
+    writer: Writer, x: str, norm: Norm | None, dtype: type[np.floating[Any]] = np.float32
 ) -> str:
-    """A layer normalisation of ``x``, with its parameters in ``dtype``."""
-    if not norm.centred:
-        return _write_rms(writer, x, norm, dtype)
-    scale = writer.tensor(norm.scale.astype(dtype), "norm.scale")
-    bias = writer.tensor(norm.bias.astype(dtype), "norm.bias")
-    return writer.node(
-        "LayerNormalization", [x, scale, bias], "norm", axis=-1, epsilon=norm.epsilon
-    )
-
-
-def _write_rms(writer: Writer, x: str, norm: Norm, dtype: type[np.floating[Any]]) -> str:
-    """In float32, since the squares are too large for half precision."""
+    """A layer normalisation of ``x``, with its parameters in ``dtype``; ``None`` for none."""
+    if norm is None:
+        return x
+    if norm.centred:
+        scale, bias = norm.scale.astype(dtype), norm.bias.astype(dtype)
+        return writer.node("LayerNormalization", x, scale, bias, axis=-1, epsilon=norm.epsilon)
+    # In float32, since the squares are too large for half precision.
     half = dtype == np.float16
-    x = writer.node("Cast", [x], "single", to=FLOAT) if half else x
-    square = writer.node("Mul", [x, x], "square")
-    mean = writer.node("ReduceMean", [square, writer.ints(-1)], "mean", keepdims=1)
-    bounded = writer.node("Add", [mean, writer.scalar(norm.epsilon)], "mean")
-    x = writer.node("Div", [x, writer.node("Sqrt", [bounded], "rms")], "norm")
-    x = writer.node("Mul", [x, writer.tensor(norm.scale, "norm.scale")], "norm")
-    return writer.node("Cast", [x], "norm", to=FLOAT16) if half else x
+    x = writer.node("Cast", x, to=FLOAT) if half else x
+    mean = writer.node("ReduceMean", writer.node("Mul", x, x), [-1], keepdims=1)
+    root = writer.node("Sqrt", writer.node("Add", mean, norm.epsilon))
+    x = writer.node("Mul", writer.node("Div", x, root), norm.scale)
+    return writer.node("Cast", x, to=FLOAT16) if half else x
 
 
-def _residual(writer: Writer, x: str, skip: str, norm: Norm | None) -> str:
-    """``x`` plus what came out of ``norm``, unsmoothed."""
-    if norm is not None and norm.smoothing is not None:
-        skip = writer.node("Mul", [skip, writer.tensor(norm.smoothing, "smoothing")], "skip")
-    return writer.node("Add", [x, skip], "residual")
+def _range(writer: Writer, end: str) -> str:
+    """0, 1, 2... before ``end``, a vector of one."""
+    return writer.node("Range", 0, writer.node("Squeeze", end, [0]), 1)
 
 
-def _positions(writer: Writer, model: Transformer, rows: Array, ids: str, length: str) -> str:
-    table = writer.tensor(rows, "positions")
-    if model.padding_id is None:
-        end = writer.node("Unsqueeze", [length, writer.ints(0)], "end")
-        return writer.node("Slice", [table, writer.ints(0), end, writer.ints(0)], "position")
-    padding = writer.tensor(np.array(model.padding_id, np.int64), "padding_id")
-    is_padding = writer.node("Equal", [ids, padding], "is_padding")
-    counted = writer.node("Cast", [writer.node("Not", [is_padding])], "counted", to=INT64)
-    running = writer.node("CumSum", [counted, writer.tensor(np.array(1, np.int64), "one")])
-    return writer.node("Gather", [table, writer.node("Mul", [running, counted])], "position")
-
-
-def _relative(
-    writer: Writer, model: Transformer, length: str, dtype: type[np.floating[Any]]
+def _bias(
+    writer: Writer, body: Writer, table: Array, at: str, length: str, products: Products
 ) -> str:
-    """MPNet's bias for a batch: a table by distance, looked up at all pairs of positions."""
-    if model.relative_bias is None:
-        return ""
-    zero = writer.tensor(np.array(0, np.int64), "zero")
-    one = writer.tensor(np.array(1, np.int64), "one")
-    middle = writer.tensor(np.array(model.relative_bias.shape[1] // 2, np.int64), "middle")
-    positions = writer.node("Range", [zero, length, one], "range")
-    column = writer.node("Unsqueeze", [positions, writer.ints(1)], "column")
-    distance = writer.node("Sub", [positions, column], "distance")
-    index = writer.node("Add", [distance, middle], "distance_index")
-    table = writer.tensor(model.relative_bias.astype(dtype), "relative_bias")
-    bias = writer.node("Gather", [table, index], "bias", axis=1)
-    return writer.node("Unsqueeze", [bias, writer.ints(0)], "attention_bias")
+    """The bias of the queries at ``at`` by head and distance, ``(heads, queries, tokens)``."""
+    most = table.shape[1] // 2
+    column = body.node("Reshape", at, [-1, 1])
+    distance = body.node("Sub", _range(writer, length), column)
+    place = body.node("Add", body.node("Clip", distance, -most, most), most)
+    rows = writer.tensor(table.astype(products.dtype), "bias")
+    return body.node("Gather", rows, place, axis=1)
+
+
+class _Layers:
+    """Writes the layers of a transformer."""
+
+    def __init__(
+        self,
+        writer: Writer,
+        model: Transformer,
+        products: Products,
+        attention: Attention,
+        batch: Batch,
+        length: str,
+    ) -> None:
+        self._writer, self._model, self._products = writer, model, products
+        self._attention, self._batch, self._length = attention, batch, length
+        self._real, self._head = products.dtype, model.head
+
+    def layer(self, x: str, block: Block, before: Norm | None, name: str) -> str:
+        """``x``, real ``(batch * tokens, width)`` and out of ``before``, through a layer."""
+        writer, products, first = self._writer, self._products, self._model.norm_first
+        inner = self._normed(x, block.attention_norm) if first else x
+        names = [f"{name}.query", f"{name}.key", f"{name}.value"]
+        qkv = products.linear(writer, inner, [block.query, block.key, block.value], names)
+        context = writer.node("Reshape", self._context(qkv, block), [-1, len(block.query.bias)])
+        (output,) = products.linear(writer, context, [block.output], [f"{name}.output"])
+        x = self._added(x, before, self._normed(output, block.attention_end))
+        x = x if first else self._normed(x, block.attention_norm)
+        down = self._feed_forward(self._normed(x, block.norm) if first else x, block, name)
+        x = self._added(x, block.attention_norm, self._normed(down, block.end))
+        return x if first else self._normed(x, block.norm)
+
+    def _added(self, x: str, norm: Norm | None, more: str) -> str:
+        """``more`` plus ``x``, which came out of ``norm``, unsmoothed."""
+        if norm is not None and norm.smoothing is not None:
+            x = self._writer.node("Mul", x, norm.smoothing)
+        return self._writer.node("Add", more, x)
+
+    def _feed_forward(self, x: str, block: Block, name: str) -> str:
+        writer, products, activation = self._writer, self._products, self._model.activation
+        if block.gate is None:
+            return products.feed_forward(writer, x, block.up, block.down, activation, name)
+        names = [f"{name}.gate", f"{name}.up"]
+        gate, up = products.linear(writer, x, [block.gate, block.up], names)
+        wide = writer.node("Mul", activate(writer, gate, ACTIVATIONS[activation]), up)
+        return products.linear(writer, wide, [block.down], [f"{name}.down"])[0]
+
+    def _normed(self, x: str, norm: Norm | None) -> str:
+        return write_norm(self._writer, x, norm, self._real)
+
+    def _context(self, qkv: Sequence[str], block: Block) -> str:
+        model = self._model
+        windowed = block.window is not None and not model.causal
+        if not (block.theta or windowed or model.blocked):
+            return self._attention(self._writer, self._batch, qkv)
+        query, key, value = (in_heads(self._writer, self._batch, part) for part in qkv)
+        query, key = self._normed(query, block.query_norm), self._normed(key, block.key_norm)
+        if block.theta is not None:
+            query, key = self._turned(query, block.theta), self._turned(key, block.theta)
+        qkv = [query, self._for_all(key), self._for_all(value)]
+        if block.window is not None and not model.causal:
+            return self._windowed(qkv, block.window)
+        if model.blocked:
+            return self._blocked(qkv, block.window)
+        return self._attention(self._writer, self._batch, qkv)
+
+    def _for_all(self, x: str) -> str:
+        """Keys or values, once for each head that shares them."""
+        writer, shared = self._writer, self._model.shared
+        if shared == 1:
+            return x
+        wide = writer.node("Expand", writer.node("Unsqueeze", x, [3]), [1, 1, 1, shared, 1])
+        return in_heads(writer, self._batch, wide)
+
+    def _blocked(self, qkv: Sequence[str], window: int | None) -> str:
+        """Attention that goes through the queries in blocks; each sees all keys that it may.
+
+        All values are ``(batch, tokens, heads, width of a head)``. Blocks are of one size and no
+        longer than they must be; what is held grows with the length of a text.
+        """
+        writer, real, model = self._writer, self._real, self._model
+        kind = FLOAT16 if real == np.float16 else FLOAT
+        key = writer.node("Transpose", qkv[1], perm=[0, 2, 3, 1])
+        value = writer.node("Transpose", qkv[2], perm=[0, 2, 1, 3])
+        count, size, rest = even_blocks(writer, self._length, _BLOCK)
+        query = writer.node("Pad", qkv[0], self._joined([0, 0, 0, 0, 0], rest, [0, 0]))
+        query = writer.node("Reshape", query, self._joined([0], count, size, [-1, self._head]))
+        query = writer.node("Mul", query, np.array(self._head**-0.5, real))
+        numbers = _range(writer, writer.node("Add", self._length, rest))
+        numbers = writer.node("Reshape", numbers, self._joined([1], count, size))
+        body = writer.inner()
+        some, at = body.name("queries"), body.name("at")
+        scores = body.node("MatMul", body.node("Transpose", some, perm=[0, 2, 1, 3]), key)
+        if model.bias is not None:
+            bias = _bias(writer, body, model.bias, at, self._length, self._products)
+            scores = body.node("Add", scores, bias)
+        seen = self._seen(body, at, window)
+        scores = body.node("Where", seen, scores, np.array(_NOTHING, real))
+        context = body.node("MatMul", body.node("Softmax", scores, axis=-1), value)
+        out = body.node("Transpose", context, perm=[0, 2, 1, 3])
+        parts = writer.scan([(query, kind), (numbers, INT64)], body, [some, at], out, state=False)
+        joined = writer.node("Reshape", parts, [0, -1, model.heads, self._head])
+        return writer.node("Slice", joined, [0], self._length, [1])
+
+    def _seen(self, body: Writer, at: str, window: int | None) -> str:
+        """Which keys the queries at ``at``, ``(1, queries)``, see; true or false."""
+        if not self._model.causal:
+            return body.node("Unsqueeze", body.node("Cast", ATTENTION_MASK, to=BOOL), [1, 2])
+        # What stands before a token is not padding.
+        column = body.node("Unsqueeze", at, [2])
+        distance = body.node("Sub", column, _range(self._writer, self._length))
+        seen = body.node("GreaterOrEqual", distance, [0])
+        if window is None:
+            return seen
+        return body.node("And", seen, body.node("LessOrEqual", distance, [window]))
+
+    def _turned(self, x: str, theta: float) -> str:
+        """Rotary positions on ``(batch, tokens, heads, width of a head)``."""
+        writer, head = self._writer, self._head
+        exponents = np.arange(0, head, 2, dtype=np.float32) / np.float32(head)
+        frequencies = np.float32(1) / np.float32(theta) ** exponents
+        frequencies = (frequencies / np.float32(self._model.slower)).astype(np.float32)
+        positions = writer.node("Cast", _range(writer, self._length), to=FLOAT)
+        column = writer.node("Unsqueeze", positions, [0, 2, 3])
+        angles = writer.node("Mul", column, np.concatenate([frequencies, frequencies]))
+        cosine, sine = (writer.node(op, angles) for op in ("Cos", "Sin"))
+        if self._real == np.float16:
+            cosine, sine = (writer.node("Cast", turn, to=FLOAT16) for turn in (cosine, sine))
+        left = writer.node("Slice", x, [0], [head // 2], [3])
+        right = writer.node("Slice", x, [head // 2], [head], [3])
+        other = writer.node("Concat", writer.node("Neg", right), left, axis=3)
+        return writer.node("Add", writer.node("Mul", x, cosine), writer.node("Mul", other, sine))
+
+    def _windowed(self, qkv: Sequence[str], window: int) -> str:
+        """Attention within a window, in blocks of its size: each sees itself and its neighbours.
+
+        So no square of the whole length is ever held. All values are ``(batch, tokens, heads,
+        width of a head)``.
+        """
+        writer, heads, head, real = self._writer, self._model.heads, self._head, self._real
+        # Tokens that fill the last block, and a block at each end for the keys.
+        rest = writer.node("Mod", writer.node("Neg", self._length), [window])
+        padded = writer.node("Add", self._length, rest)
+        end = writer.node("Add", rest, [window])
+        blocks = [0, -1, window, heads, head]
+        query = writer.node("Pad", qkv[0], self._joined([0, 0, 0, 0, 0], rest, [0, 0]))
+        query = writer.node("Reshape", query, blocks)
+        query = writer.node("Transpose", query, perm=[0, 3, 1, 2, 4])
+        key_pads = self._joined([0, window, 0, 0, 0], end, [0, 0])
+        key, value = (
+            self._neighbours(writer.node("Pad", part, key_pads), padded, window, blocks)
+            for part in qkv[1:]
+        )
+        key = writer.node("Transpose", key, perm=[0, 3, 1, 4, 2])
+        value = writer.node("Transpose", value, perm=[0, 3, 1, 2, 4])
+        scores = writer.node("MatMul", query, key)
+        scores = writer.node("Mul", scores, np.array(head**-0.5, real))
+        distance = np.arange(3 * window)[None, :] - window - np.arange(window)[:, None]
+        band = np.where(np.abs(distance) <= window, 0, _NOTHING).astype(real)
+        scores = writer.node("Add", scores, band)
+        # The mask of the keys, in the same blocks.
+        mask = writer.node("Pad", ATTENTION_MASK, self._joined([0, window, 0], end))
+        seen = self._neighbours(mask, padded, window, [0, -1, window])
+        absent = writer.node("Not", writer.node("Cast", seen, to=BOOL))
+        absent = writer.node("Unsqueeze", absent, [1, 3])
+        scores = writer.node("Where", absent, np.array(_NOTHING, real), scores)
+        context = writer.node("MatMul", writer.node("Softmax", scores, axis=-1), value)
+        context = writer.node("Transpose", context, perm=[0, 2, 3, 1, 4])
+        context = writer.node("Reshape", context, [0, -1, heads, head])
+        return writer.node("Slice", context, [0], self._length, [1])
+
+    def _joined(self, *parts: Value) -> str:
+        return self._writer.node("Concat", *parts, axis=0)
+
+    def _neighbours(self, x: str, length: str, window: int, blocks: list[int]) -> str:
+        """Blocks of ``x``, each with the one before it and the one after it, on axis 2."""
+        writer, parts = self._writer, []
+        for begin in (0, window, 2 * window):
+            end = writer.node("Add", length, [begin])
+            part = writer.node("Slice", x, [begin], end, [1])
+            parts.append(writer.node("Reshape", part, blocks))
+        return writer.node("Concat", *parts, axis=2)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
@@ -29,9 +30,13 @@ EXTERNAL_FROM = 1_500_000_000
 #: Name of that file, beside the model.
 WEIGHTS = "model.onnx.data"
 
+#: An input of a node: the name of a value, or a constant: an int64 alone or a vector of them, a
+#: float32, or an array as it is.
+Value = str | int | float | list[int] | npt.NDArray[Any]
+
 
 class Writer:
-    """Collects nodes and initializers; values are named after what they are.
+    """Collects nodes and initializers; equal ones are written once.
 
     Args:
         prefix: begins every name, so that a graph that is there already can be added to.
@@ -42,6 +47,7 @@ class Writer:
         self.nodes: list[Any] = []
         self._initializers: dict[str, Any] = {}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self._outputs: dict[str, str] = {}
         self._counts: dict[str, int] = {}
 
     @property
@@ -56,7 +62,7 @@ class Writer:
         self._counts[hint] = count + 1
         return f"{hint}_{count}" if count else hint
 
-    def tensor(self, array: Any, hint: str) -> str:
+    def tensor(self, array: Any, hint: str = "constant") -> str:
         """An initializer; equal ones are stored once.
 
         But for weights in int8: where two products share one, onnxruntime turns it into uint8 twice
@@ -71,47 +77,37 @@ class Writer:
         self._constants[key] = name
         return name
 
-    def ints(self, *values: int) -> str:
-        """A vector of int64."""
-        return self.tensor(np.array(values, np.int64), "ints")
-
-    def scalar(self, value: float) -> str:
-        """A float32 without dimensions."""
-        return self.tensor(np.array(value, np.float32), "scalar")
+    def _named(self, value: Value) -> str:
+        if isinstance(value, str):
+            return value
+        if isinstance(value, np.ndarray):
+            return self.tensor(value)
+        return self.tensor(np.array(value, np.float32 if isinstance(value, float) else np.int64))
 
     def node(
-        self,
-        op: str,
-        inputs: Sequence[str],
-        hint: str = "",
-        *,
-        domain: str = "",
-        **attributes: Any,
+        self, op: str, *inputs: Value, hint: str = "", domain: str = "", **attributes: Any
     ) -> str:
-        """A node with one output; returns the output's name."""
+        """A node with one output; returns the output's name, ``hint`` or the operator's."""
+        names = [self._named(value) for value in inputs]
+        while names and not names[-1]:
+            names.pop()
+        key = repr((op, names, domain, sorted(attributes.items())))
+        if key in self._outputs:
+            return self._outputs[key]
         output = self.name(hint or op.lower())
-        trimmed = list(inputs)
-        while trimmed and not trimmed[-1]:
-            trimmed.pop()
-        name = self.name(f"{op}_{hint or op.lower()}")
+        if not any(isinstance(value, onnx.GraphProto) for value in attributes.values()):
+            self._outputs[key] = output
+        name = self.name(f"{op}_{output}")
         self.nodes.append(
-            helper.make_node(op, trimmed, [output], name=name, domain=domain, **attributes)
+            helper.make_node(op, names, [output], name=name, domain=domain, **attributes)
         )
         return output
 
-    def branch(self, condition: str, then: Writer, then_out: str, other: Writer, other_out: str,
-               hint: str) -> str:  # fmt: skip
-        """``If``: the output of one of two writers, which may use any value of this one."""
-        graphs: list[Any] = []
-        for writer, output in ((then, then_out), (other, other_out)):
-            value = helper.make_tensor_value_info(output, FLOAT, None)
-            graphs.append(
-                helper.make_graph(
-                    writer.nodes, f"{hint}_{len(graphs)}", [], [value],
-                    writer.initializers,
-                )
-            )  # fmt: skip
-        return self.node("If", [condition], hint, then_branch=graphs[0], else_branch=graphs[1])
+    def graph(
+        self, outputs: Sequence[Any], inputs: Sequence[Any] = (), name: str = "inner"
+    ) -> onnx.GraphProto:
+        """The nodes as a graph; of a writer from ``inner``, it may use any value of the outer."""
+        return helper.make_graph(self.nodes, name, list(inputs), list(outputs), self.initializers)
 
     def scan(
         self,
@@ -119,7 +115,6 @@ class Writer:
         body: Writer,
         names: Sequence[str],
         out: str,
-        hint: str,
         *,
         state: bool,
     ) -> str:
@@ -138,12 +133,11 @@ class Writer:
             for name, (_, kind) in zip(names, inputs, strict=True)
         ]
         result = helper.make_tensor_value_info(out, inputs[0][1], None)
-        graph = helper.make_graph(body.nodes, hint, values, [result], body.initializers)
         axes: dict[str, Any] = {} if state else {"scan_output_axes": [1]}
         through = len(inputs) - state
         return self.node(
-            "Scan", [name for name, _ in inputs], hint, body=graph, num_scan_inputs=through,
-            scan_input_axes=[1] * through, **axes,
+            "Scan", *(name for name, _ in inputs), body=body.graph([result], values),
+            num_scan_inputs=through, scan_input_axes=[1] * through, **axes,
         )  # fmt: skip
 
     def inner(self) -> Writer:
@@ -152,13 +146,13 @@ class Writer:
         writer._counts = self._counts
         return writer
 
-    def model(self, inputs: Sequence[Any], outputs: Sequence[Any], name: str) -> onnx.ModelProto:
+    def model(self, inputs: Sequence[Any], output: Any, name: str) -> onnx.ModelProto:
         """The finished model."""
-        graph = helper.make_graph(self.nodes, name, list(inputs), list(outputs), self.initializers)
         imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
         return helper.make_model(
-            graph, opset_imports=imports, ir_version=IR_VERSION, producer_name="sbert-pg"
-        )
+            self.graph([output], inputs, f"sbert-pg-{name}"),
+            opset_imports=imports, ir_version=IR_VERSION, producer_name="sbert-pg",
+        )  # fmt: skip
 
 
 def save(model: onnx.ModelProto, path: Path) -> None:
@@ -185,15 +179,13 @@ def even_blocks(writer: Writer, length: str, most: int) -> tuple[str, str, str]:
 
     No block is larger than ``most`` or than it must be.
     """
-    one = writer.ints(1)
-    count = writer.node("Add", [length, writer.ints(most - 1)])
-    count = writer.node("Div", [count, writer.ints(most)], "blocks")
-    size = writer.node("Sub", [writer.node("Add", [length, count]), one])
-    size = writer.node("Div", [size, count], "size")
-    return count, size, writer.node("Sub", [writer.node("Mul", [count, size]), length], "rest")
+    count = writer.node("Div", writer.node("Add", length, [most - 1]), [most])
+    size = writer.node("Sub", writer.node("Add", length, count), [1])
+    size = writer.node("Div", size, count)
+    return count, size, writer.node("Sub", writer.node("Mul", count, size), length)
 
 
 def activate(writer: Writer, x: str, activation: Activation) -> str:
     """An activation, as the tables in ``layers`` have it, of ``x``."""
     op, domain, attributes = activation
-    return x if op == "Identity" else writer.node(op, [x], domain=domain, **attributes)
+    return x if op == "Identity" else writer.node(op, x, domain=domain, **attributes)

@@ -7,23 +7,31 @@ section 3.8), since these are right or wrong together.
 
 from __future__ import annotations
 
+import shutil
 import time as clock
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 import sqlalchemy as sa
 
 from sbert_pg.catalog.embedding import Embedding
-from sbert_pg.errors import DeclarationError
+from sbert_pg.distance import unit
+from sbert_pg.errors import ConversionError, DeclarationError, needing
+from sbert_pg.probes import SAMPLE_TEXTS
 from sbert_pg.registry import get_encoder
+from sbert_pg.spec import Vectors
 from sbert_pg.tuning import adapters, whole
 from sbert_pg.tuning.files import pairs_of, write_queries
 from sbert_pg.tuning.pairs import HELD_OUT
 from sbert_pg.tuning.task import Rows, Task, Tuning
 from sbert_pg.types.comparator import base_of, clause_of
+
+if TYPE_CHECKING:
+    from sbert_pg.encoder import Encoder
 
 Method = Literal["linear", "contrastive", "full", "unlabelled", "distill"]
 #: Rows that questions are ranked against, with the vectors that they have; and where they have to
@@ -31,6 +39,8 @@ Method = Literal["linear", "contrastive", "full", "unlabelled", "distill"]
 MOST_ROWS, MOST_ENCODED = 50_000, 10_000
 #: Questions that are used; more of them say nothing new about a matrix.
 MOST_QUESTIONS = 20_000
+#: How far a folded query may be from what the matrix says, as a share of its length.
+_ROUNDING = 1e-4
 #: What a matrix for queries can learn to please: the length of a query plays no part in these.
 _SIMILARITIES = ("cosine", "dot")
 
@@ -210,8 +220,6 @@ def _fitting_encoder(base: Any) -> Any:
 
 def _matrix(task: Task, method: Any) -> Tuning:
     """Learn a matrix for queries, and fold it into the encoder where it is proven."""
-    from sbert_pg.encoder.adapting import adapt_queries
-
     asked = task.asked[task.split.learning]
     parts = task.split.parts(adapters.PARTS, task.seed)
     examples = adapters.examples_of(task.candidates, task.learning, asked, task.wrong, parts)
@@ -232,3 +240,99 @@ def _matrix(task: Task, method: Any) -> Tuning:
     record = task.record(tuning, len(task.learning))
     adapt_queries(task.encoder, learned.matrix, task.place, training=record)
     return tuning
+
+
+def adapt_queries(
+    encoder: Encoder,
+    matrix: npt.NDArray[np.floating[Any]],
+    place: Path,
+    *,
+    training: Mapping[str, Any] | None = None,
+) -> Encoder:
+    """Write an encoder whose queries are multiplied by a matrix; its documents stay as they are.
+
+    The graph gets a second output, the vector of a text as a query; the first one, weights,
+    tokenizer and probes stay as they are. So documents have the same vectors as before, and a
+    column of the encoder accepts the new one without an embedding more.
+
+    The product is divided by its length where the encoder's own vectors have length one. An encoder
+    that has layers for queries already gets these after them.
+
+    Args:
+        encoder: the encoder, in all its dimensions.
+        matrix: shape ``(dimensions, dimensions)``; the vector of a query is ``matrix @ vector``.
+        place: the new directory; it must not exist.
+        training: how the matrix was made, for the manifest.
+
+    Returns:
+        The new encoder, loaded.
+
+    Raises:
+        DeclarationError: the encoder is truncated, the matrix is of another shape or not finite, or
+            the directory exists.
+        MissingExtraError: the package ``onnx`` is missing.
+        ConversionError: the new directory does not compute what it should.
+    """
+    from sbert_pg.encoder import Encoder
+    from sbert_pg.encoder import directory as converted
+    from sbert_pg.encoder.layers import Dense, Layer, Normalize, layer_text
+
+    converted.refuse_taken(place)
+    manifest, width = encoder.manifest, encoder.dimensions
+    if width != manifest.full_dimensions:
+        raise DeclarationError(
+            f"{encoder!r} is truncated from {manifest.full_dimensions} dimensions. Load it in all "
+            "of them to fit layers for its queries."
+        )
+    weight = np.ascontiguousarray(matrix, dtype=np.float32)
+    if weight.shape != (width, width) or not np.isfinite(weight).all():
+        raise DeclarationError(
+            f"The matrix has shape {weight.shape} or holds values that are not finite; expected "
+            f"are finite values of shape {(width, width)}."
+        )
+    with needing("onnx", "convert", "fold a matrix into an encoder"):
+        import onnx
+
+        from sbert_pg.encoder.graph import add_query_output
+        from sbert_pg.encoder.writer import save
+    dense = Dense(width, width, "Identity", weight, None)
+    layers: list[Layer] = [dense, Normalize()] if manifest.spec.normalized else [dense]
+    texts = tuple(map(layer_text, layers))
+    spec = replace(
+        encoder.spec,
+        name=str(place),
+        query_layers=(*encoder.spec.query_layers, *texts),
+    )
+
+    def write(folder: Path) -> None:
+        for name in (converted.TOKENIZER, converted.PROBE_VECTORS):
+            shutil.copyfile(encoder.directory / name, folder / name)
+        model = onnx.load(encoder.directory / converted.MODEL)
+        add_query_output(model, layers)
+        save(model, folder / converted.MODEL)
+        changed = replace(manifest, spec=spec, training=dict(training or {}))
+        converted.write_manifest(folder, changed)
+        _require_same(encoder, Encoder.open(folder), weight)
+
+    with converted.locked(place):
+        converted.publish(place, write)
+    return Encoder.open(place)
+
+
+def _require_same(before: Encoder, after: Encoder, weight: Vectors) -> None:
+    """Refuse a folded encoder of which a vector is not what the first one and the matrix say."""
+    texts = SAMPLE_TEXTS[:20]
+    documents = after.encode_document(texts) - before.encode_document(texts)
+    expected = before.encode_query(texts) @ weight.T
+    if before.spec.normalized:
+        expected = unit(expected)
+    queries = after.encode_query(texts) - expected
+    apart = max(
+        float(np.linalg.norm(documents, axis=1).max()),
+        float(np.linalg.norm(queries, axis=1).max() / np.linalg.norm(expected, axis=1).max()),
+    )
+    if not apart <= _ROUNDING:
+        raise ConversionError(
+            f"Folded into the graph, the matrix gives vectors that differ by {apart:.2g} from what "
+            "it should give; nothing was written. Please report this with the encoder's name."
+        )

@@ -20,7 +20,7 @@ from tiny_model import write_tiny
 
 from sbert_pg import EncoderSpec
 from sbert_pg.cli.encoder import split_name
-from sbert_pg.encoder import Encoder, Reranker, measuring
+from sbert_pg.encoder import Encoder, Reranker, pipeline
 from sbert_pg.encoder.engines import (
     CPU,
     CUDA,
@@ -152,12 +152,12 @@ class TestChoice:
         self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fastest: str
     ) -> None:
         monkeypatch.setattr(
-            measuring, "_seconds", lambda runner, _: 1.0 if runner.engine == fastest else 2.0
+            pipeline, "_seconds", lambda runner, _: 1.0 if runner.engine == fastest else 2.0
         )
         encoder = Encoder.load(model, precision="fp32", cache_dir=tmp_path)
         assert encoder.engine == fastest
         speeds = json.loads((encoder.directory / "engines.json").read_text())[processor()]
-        assert speeds["tokens_per_cpu_second"][fastest].keys() == measuring.CASES.keys()
+        assert speeds["tokens_per_cpu_second"][fastest].keys() == pipeline.CASES.keys()
         assert "engines.json" not in encoder.manifest.files, "another machine may have another"
         assert Encoder.load(model, precision="fp32", cache_dir=tmp_path).engine == fastest
 
@@ -173,7 +173,7 @@ class TestChoice:
         usual = {"query": 100.0, "short": 100.0}
         for factor, fastest in ((1.04, ONNXRUNTIME), (1.06, OPENVINO)):
             faster = {case: factor * speed for case, speed in usual.items()}
-            assert measuring.fastest_of({ONNXRUNTIME: usual, OPENVINO: faster}) == fastest
+            assert pipeline.fastest_of({ONNXRUNTIME: usual, OPENVINO: faster}) == fastest
 
     def test_an_engine_that_computes_something_else(
         self, converted: Path, monkeypatch: pytest.MonkeyPatch
@@ -185,7 +185,7 @@ class TestChoice:
 
         monkeypatch.setattr(Compiled, "run", other)
         encoder = Encoder.open(converted)
-        assert list(measuring.measure(converted, encoder.manifest)) == [ONNXRUNTIME]
+        assert list(pipeline.measure(converted, encoder.manifest)) == [ONNXRUNTIME]
         assert Encoder.open(converted).engine == ONNXRUNTIME
         with pytest.raises(ProviderError, match="engine='onnxruntime'"):
             Encoder.open(converted, engine=OPENVINO)

@@ -176,7 +176,7 @@ def test_what_is_not_understood_is_refused(bert: Path, tmp_path: Path, case: str
 def test_missing_weights_and_unknown_modules_are_refused(bert: Path, tmp_path: Path) -> None:
     listing = json.loads((bert / "modules.json").read_text())
     more = [*listing, {"idx": 1, "name": "1", "path": "1", "type": "sentence_transformers.X"}]
-    contents: list[Any] = [more, [], {}, [1]]
+    contents: list[Any] = [more, [], {}, 3, [1]]
     for content in contents:
         (bert / "modules.json").write_text(json.dumps(content))
         with pytest.raises((UnsupportedEncoderError, DamagedEncoderError)):

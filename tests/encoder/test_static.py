@@ -12,7 +12,6 @@ import pytest
 from encoder_models import TEXTS, sentence_transformers_modules, worst
 
 from sbert_pg.encoder import Encoder
-from sbert_pg.encoder.adapting import adapt_queries
 from sbert_pg.encoder.runner import Runner
 from sbert_pg.errors import (
     DamagedEncoderError,
@@ -21,6 +20,7 @@ from sbert_pg.errors import (
     UnsupportedEncoderError,
 )
 from sbert_pg.probes import compatible
+from sbert_pg.tuning.fitting import adapt_queries
 
 WIDTH = 24
 SOME = [text for text in TEXTS if text.strip()]

@@ -16,8 +16,8 @@ import numpy as np
 from encoder_models import SMALL, TEXTS, Wish, worst, write_cross_encoder, write_model
 
 from sbert_pg.encoder import Encoder, Reranker
-from sbert_pg.encoder.classification import _HEADS
 from sbert_pg.encoder.engines import ONNXRUNTIME
+from sbert_pg.encoder.kinds import _HEADS
 from sbert_pg.errors import EncoderError
 
 HEADS = {**SMALL, "num_key_value_heads": 2, "head_dim": 16}

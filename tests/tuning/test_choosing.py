@@ -17,13 +17,13 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sbert_pg import create_all, embed_rows
 from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.encoder import Encoder
-from sbert_pg.encoder.adapting import adapt_queries
 from sbert_pg.encoder.directory import BUILD, FORMAT
 from sbert_pg.errors import DeclarationError, TooFewPairsError
 from sbert_pg.progress import duration
 from sbert_pg.tuning import Choice, choose_encoder
 from sbert_pg.tuning.choosing import _decide, local_encoders
 from sbert_pg.tuning.evaluation import Figure
+from sbert_pg.tuning.fitting import adapt_queries
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 THINGS = ("bicycle", "kettle", "umbrella", "violin", "lantern", "carpet", "hammer", "telescope")

@@ -16,7 +16,6 @@ from sbert_pg import catalog, create_all, embed_rows, evaluate, nearest, tune, u
 from sbert_pg import reembed as ree
 from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.encoder import Encoder
-from sbert_pg.encoder.adapting import adapt_queries
 from sbert_pg.errors import (
     DeclarationError,
     EncoderMismatchError,
@@ -28,6 +27,7 @@ from sbert_pg.search.exact import LabelledQuery
 from sbert_pg.system import ColumnIdentity
 from sbert_pg.testing import DeterministicEncoder
 from sbert_pg.tuning import adapters, hard_negatives, own_pairs, read_pairs, split_pairs
+from sbert_pg.tuning.fitting import adapt_queries
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 #: The house language of a company: what things are called there, and what they are.

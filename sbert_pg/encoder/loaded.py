@@ -1,4 +1,4 @@
-"""``Reranker``: pairs of a question and a text to scores, by a cross-encoder."""
+"""A converted directory in use: what encoder and reranker share, ``Reranker``, ``TokenCounter``."""
 
 from __future__ import annotations
 
@@ -6,17 +6,90 @@ import asyncio
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from sbert_pg.encoder import directory as converted
 from sbert_pg.encoder.conversion import prepare
-from sbert_pg.encoder.engines import Provider
-from sbert_pg.encoder.pipeline import Converted, opened
-from sbert_pg.encoder.tokenizing import clean
+from sbert_pg.encoder.directory import Manifest
+from sbert_pg.encoder.engines import Provider, Providers
+from sbert_pg.encoder.pipeline import Pipeline, Statistics, engine_for
+from sbert_pg.encoder.tokenizing import TextTokenizer, clean
+from sbert_pg.process import PerProcess
 
+T = TypeVar("T", bound="Converted")
 Scores = npt.NDArray[np.float32]
+
+
+class Converted:
+    """A converted directory in use: what an encoder and a reranker have in common."""
+
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        *,
+        threads: int | None = None,
+        providers: Sequence[Provider] | None = None,
+        engine: str | None = None,
+    ) -> None:
+        self._directory = directory
+        self._manifest = manifest
+        self._arguments: dict[str, Any] = {
+            "threads": threads, "providers": providers, "engine": engine
+        }  # fmt: skip
+        self._engine = engine_for(directory, manifest, engine, providers)
+        self._pipeline = PerProcess(
+            lambda: Pipeline(directory, manifest, threads, providers, self._engine)
+        )
+        # Whatever is wrong with the directory is said now and not at the first text.
+        self._pipeline.get()
+
+    @classmethod
+    def _opened(cls: type[T], directory: str | Path, kind: str, **options: Any) -> T:
+        """As ``open``, of a directory of this kind.
+
+        Raises:
+            UnsupportedEncoderError: it is of another one.
+        """
+        path = Path(directory)
+        manifest = Manifest.read(path)
+        converted.require_kind(path, manifest, kind)
+        Providers.of(options["providers"]).require_suited(path, manifest.precision)
+        return converted.verified(path, manifest, lambda: cls(path, manifest, **options))
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the converted directory says about itself."""
+        return self._manifest
+
+    @property
+    def directory(self) -> Path:
+        """The converted directory."""
+        return self._directory
+
+    @property
+    def megabytes(self) -> float:
+        """Size of its files, in millions of bytes."""
+        files = (self._directory / name for name in self._manifest.files)
+        return sum(file.stat().st_size for file in files) / 1e6
+
+    @property
+    def engine(self) -> str:
+        """What runs it, ``"onnxruntime"`` or ``"openvino"``."""
+        return self._engine
+
+    @property
+    def max_seq_length(self) -> int | None:
+        """Tokens that are read of a text or pair, special tokens included."""
+        return self._manifest.spec.max_seq_length
+
+    @property
+    def statistics(self) -> Statistics:
+        """Counts since it was loaded or the process forked, truncated texts among them."""
+        return self._pipeline.get().counter.statistics
 
 
 class Reranker(Converted):
@@ -73,8 +146,8 @@ class Reranker(Converted):
         engine: str | None = None,
     ) -> Reranker:
         """Open a converted directory, as ``Encoder.open`` does."""
-        make = partial(cls, threads=threads, providers=providers, engine=engine)
-        return opened(directory, "reranker", providers, make)
+        options = {"threads": threads, "providers": providers, "engine": engine}
+        return cls._opened(directory, "reranker", **options)
 
     @property
     def name(self) -> str:
@@ -116,3 +189,21 @@ class Reranker(Converted):
 
     def __repr__(self) -> str:
         return f"<Reranker {self.name!r}, {self._manifest.precision}>"
+
+
+class TokenCounter:
+    """Counts tokens as a converted encoder does, without a session: some ten milliseconds to make.
+
+    Args:
+        directory: the converted directory.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        manifest = Manifest.read(directory)
+        content = (directory / converted.TOKENIZER).read_text(encoding="utf-8")
+        self.spec = manifest.spec
+        self._tokenizer = TextTokenizer(content, self.spec.max_seq_length)
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """As ``Encoder.count_tokens``."""
+        return self._tokenizer.count(clean(texts))

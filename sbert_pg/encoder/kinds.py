@@ -1,41 +1,63 @@
-"""Cross-encoders: a transformer with a classifier, which scores a pair of texts.
+"""The two other kinds of model, as descriptions: static ones, and cross-encoders.
 
-A classifier is what follows pooling, as the layers of an encoder are: dense layers over the first
-token. So a cross-encoder is a ``Description`` too, whose "vector" are its scores. Sources:
-``*ForSequenceClassification`` in transformers' models; ``cross_encoder/model.py`` of
-sentence-transformers 6.2.
+A static model has a vector for each token, and of a text gives their mean: the files of
+sentence-transformers' ``StaticEmbedding`` and of model2vec. A directory with ``modules.json`` means
+what sentence-transformers makes of it, one without what model2vec does: it reads ``max_length``
+tokens, and of a text only so many characters as these have by the median of the vocabulary; and it
+leaves out tokens that are unknown.
+
+A cross-encoder is a transformer with a classifier, which scores a pair of texts. A classifier is
+what follows pooling, as the layers of an encoder are: dense layers over the first token. So it is a
+``Description`` too, whose "vector" are its scores.
+
+Sources: ``sentence_transformer/modules/static_embedding.py`` and ``cross_encoder/model.py`` of
+sentence-transformers 6.2, ``model.py`` of model2vec 0.10; ``*ForSequenceClassification`` in
+transformers' models.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from sbert_pg.encoder.description import (
+    IN_SPEC,
+    MODULES_LIMIT,
+    STATIC,
     TRANSFORMER_FILES,
     Description,
     architecture_of,
+    conventions,
+    describe,
+    first_architecture,
+    general_of,
     hidden_size,
     max_seq_length,
+    modules_of,
     plain,
     require_harmless,
 )
 from sbert_pg.encoder.files import (
+    JSON_LIMIT,
+    Array,
     Settings,
     Weights,
     find_weights,
-    parse_json,
-    read_bytes,
+    inside,
     read_if_there,
     read_json,
+    read_list,
     require_model,
 )
-from sbert_pg.encoder.layers import Dense, torch_class
-from sbert_pg.encoder.tokenizer_files import tokenizer_class
+from sbert_pg.encoder.layers import Dense, read_layers, torch_class
+from sbert_pg.encoder.tokenizer_files import is_model2vec, tokenizer_class
 from sbert_pg.errors import DamagedEncoderError, UnsupportedEncoderError
 from sbert_pg.probes import SAMPLE_TEXTS
 
+#: Tokens that model2vec reads where its configuration does not say.
+_MAX_LENGTH = 512
 #: Pairs on which forms of one cross-encoder are compared and ranges of int8 are chosen.
 SAMPLE_PAIRS: tuple[tuple[str, str], ...] = tuple(
     (SAMPLE_TEXTS[number], SAMPLE_TEXTS[(number + step) % len(SAMPLE_TEXTS)])
@@ -43,31 +65,82 @@ SAMPLE_PAIRS: tuple[tuple[str, str], ...] = tuple(
     for number in range(len(SAMPLE_TEXTS))
 )
 
-
-@dataclass(frozen=True, slots=True)
-class _Head:
-    """What stands over the first token: a dense layer with an activation, and the classifier."""
-
-    dense: str
-    activation: str
-    classifier: str
-
-
-_POOLER = _Head("pooler.dense", "Tanh", "classifier")
-_PROJECTED = _Head("classifier.dense", "Tanh", "classifier.out_proj")
-#: By ``model_type``.
-_HEADS: Mapping[str, _Head] = {
-    "bert": _POOLER,
-    "distilbert": _Head("pre_classifier", "ReLU", "classifier"),
+_PROJECTED = ("classifier.dense", "Tanh", "classifier.out_proj")
+#: Over the first token, by ``model_type``: a dense layer, its activation, and the classifier.
+_HEADS: Mapping[str, tuple[str, str, str]] = {
+    "bert": ("pooler.dense", "Tanh", "classifier"),
+    "distilbert": ("pre_classifier", "ReLU", "classifier"),
     "roberta": _PROJECTED,
     "xlm-roberta": _PROJECTED,
     "camembert": _PROJECTED,
     "mpnet": _PROJECTED,
-    "albert": _Head("pooler", "Tanh", "classifier"),
-    "electra": _Head("classifier.dense", "GELU", "classifier.out_proj"),
+    "albert": ("pooler", "Tanh", "classifier"),
+    "electra": ("classifier.dense", "GELU", "classifier.out_proj"),
 }
 #: Activations of a score, by the name of torch's class.
 _ACTIVATIONS = ("Identity", "Sigmoid")
+
+
+def describe_encoder(path: str | Path) -> Description:
+    """``describe`` for every encoder, static ones included; arguments and errors as there."""
+    root = Path(path)
+    require_model(root)
+    modules = modules_of(root)
+    if modules[0][0] != STATIC:
+        return describe(root)
+    where = inside(root, modules[0][1])
+    weights = find_weights(where)
+    config, general = read_if_there(root / "config.json"), general_of(root)
+    rows = table(weights)
+    return Description(
+        path=root,
+        transformer_path=where,
+        architecture=STATIC,
+        config=Settings({"hidden_size": rows.shape[1], "vocab_size": len(rows)}, config.path),
+        configuration={
+            "config": plain(config),
+            "general": plain(general, IN_SPEC),
+            "modules": [name for name, _ in modules],
+        },
+        weights=weights,
+        pooling=("mean",),
+        layers=read_layers(root, modules[1:], rows.shape[1]),
+        max_seq_length=_limit(root, where, config),
+        **conventions(general),
+    )
+
+
+def _limit(root: Path, where: Path, config: Settings) -> int | None:
+    """The limit of a text in tokens; sentence-transformers keeps that of the tokenizer's file."""
+    if not is_model2vec(root):
+        truncation = read_json(where / "tokenizer.json", JSON_LIMIT).object("truncation")
+        return truncation.integer("max_length", None)
+    unlimited = "max_length" in config and config["max_length"] is None
+    return None if unlimited else config.integer("max_length", _MAX_LENGTH)
+
+
+def table(paths: tuple[Path, ...]) -> Array:
+    """The vector of each token, ``(tokens, width)``, with model2vec's mapping and weights in it.
+
+    Raises:
+        DamagedEncoderError: tensors are missing or do not fit each other.
+    """
+    weights = Weights(paths, integers=True)
+    rows = weights.get("embedding.weight" if "embedding.weight" in weights else "embeddings")
+    if rows.ndim != 2 or not rows.size:
+        raise DamagedEncoderError(f"{paths[0]}: vectors of the shape {rows.shape} are not a table.")
+    if "embedding.weight" in weights:
+        return rows
+    if "mapping" in weights:
+        mapping = weights.get("mapping")
+        if mapping.ndim != 1 or mapping.min() < 0 or mapping.max() >= len(rows):
+            raise DamagedEncoderError(
+                f"{paths[0]}: 'mapping' names rows that the {len(rows)} vectors do not have."
+            )
+        rows = rows[mapping.astype(np.int64)]
+    if "weights" in weights:
+        rows = rows * weights.get("weights", (len(rows),))[:, None]
+    return rows
 
 
 def describe_reranker(path: str | Path) -> Description:
@@ -89,8 +162,7 @@ def describe_reranker(path: str | Path) -> Description:
     settings.only("transformer_task", ["sequence-classification"], "sequence-classification")
     require_harmless(settings)
     architecture = architecture_of(config)
-    names = config.get("architectures") or [""]
-    kind = str(names[0]) if isinstance(names, list) and names else ""
+    kind = first_architecture(config)
     if architecture not in _HEADS or not kind.endswith("ForSequenceClassification"):
         raise UnsupportedEncoderError(
             f"{config.path}: {kind or architecture!r} is not a cross-encoder that is implemented; "
@@ -98,7 +170,8 @@ def describe_reranker(path: str | Path) -> Description:
             "with Encoder.load."
         )
     weights = find_weights(root)
-    layers = _layers(Weights(weights), config, _HEADS[architecture], _activation(general, config))
+    activation = _activation(general, config)
+    layers = _classifier(Weights(weights), config, _HEADS[architecture], activation)
     return Description(
         path=root,
         transformer_path=root,
@@ -121,7 +194,7 @@ def describe_reranker(path: str | Path) -> Description:
 def _require_lone_transformer(listing: Path) -> None:
     if not listing.is_file():
         return
-    modules = parse_json(read_bytes(listing), str(listing))
+    modules = read_list(listing, MODULES_LIMIT)
     kinds = [str(m.get("type")) if isinstance(m, dict) else "" for m in modules]
     if [kind.rpartition(".")[2] for kind in kinds] != ["Transformer"] or modules[0].get("path"):
         raise UnsupportedEncoderError(
@@ -157,12 +230,12 @@ def _activation(general: Settings, config: Settings) -> str | None:
     return None
 
 
-def _layers(
-    weights: Weights, config: Settings, head: _Head, activation: str | None
+def _classifier(
+    weights: Weights, config: Settings, head: tuple[str, str, str], activation: str | None
 ) -> tuple[Dense, Dense]:
-    width = hidden_size(config)
-    dense = _dense(weights, head.dense, head.activation, width, width)
-    shape = weights.shape(f"{head.classifier}.weight")
+    width, (first, first_activation, last) = hidden_size(config), head
+    dense = _dense(weights, first, first_activation, width, width)
+    shape = weights.shape(f"{last}.weight")
     labels = shape[0] if len(shape) == 2 else 0
     listed = config.object("id2label")
     if labels < 1 or (listed and len(listed) != labels):
@@ -170,7 +243,7 @@ def _layers(
             f"{config.path} names {len(listed)} labels; the classifier has the shape {shape}."
         )
     activation = activation or ("Sigmoid" if labels == 1 else "Identity")
-    return dense, _dense(weights, head.classifier, activation, width, labels)
+    return dense, _dense(weights, last, activation, width, labels)
 
 
 def _dense(weights: Weights, name: str, activation: str, inputs: int, outputs: int) -> Dense:
