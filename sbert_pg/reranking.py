@@ -80,7 +80,7 @@ def rerank(
 
     Raises:
         DeclarationError: ``text`` is not known to the rows or gives something that is not a text,
-            or the reranker gives several numbers for a text.
+            or the reranker gives several numbers for a text, or NaN.
         EncodingError: a text cannot be encoded.
     """
     return _ranked(rows, _texts(rows, text), question, reranker, limit, at_most)
@@ -131,6 +131,10 @@ def _best(
             f"{reranker!r} gives numbers of shape {scores.shape} for {len(pairs)} texts; a "
             "reranker gives one for each."
         )
+    if np.isnan(scores).any():
+        raise DeclarationError(
+            f"{reranker!r} gives NaN for a text, which has no place in an order."
+        )
     best: dict[int, tuple[float, str]] = {}
     for (position, one), score in zip(pairs, scores.tolist(), strict=True):
         if position not in best or score > best[position][0]:
@@ -175,7 +179,7 @@ def diverse(
 
     Raises:
         DeclarationError: ``trade`` is outside of 0 to 1, ``vector`` is not known to the rows or not
-            loaded, or a text is given with a function.
+            loaded, a text is given with a function, or the question is not a vector of this width.
         EncoderError: the attribute's encoder cannot be loaded.
     """
     if not 0 <= trade <= 1:
@@ -185,7 +189,13 @@ def diverse(
     if not kept or limit < 1:
         return []
     matrix = np.asarray([values[number] for number in kept], np.float32)
-    chosen = by_marginal_relevance(matrix, _question(question, vector), limit, trade)
+    asked = _question(question, vector)
+    if asked.shape != matrix.shape[1:]:
+        raise DeclarationError(
+            f"diverse: the question is of shape {asked.shape} and the rows' vectors of "
+            f"{matrix.shape[1:]}. Of the matrix that encode_query gives take a row."
+        )
+    chosen = by_marginal_relevance(matrix, asked, limit, trade)
     return [rows[kept[number]] for number in chosen]
 
 

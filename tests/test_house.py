@@ -83,7 +83,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "types": (8, 1831),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3515
+MOST_LINES_OF_THE_REST = 3525
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60

@@ -79,6 +79,15 @@ def test_a_classifier_of_pairs_is_no_reranker() -> None:
         rerank(ROWS, "one", Labels(), text=by_text)
 
 
+def test_a_score_that_is_no_number_is_refused() -> None:
+    class Failing:
+        def score(self, question: str, texts: Sequence[str]) -> Any:
+            return [float("nan"), *range(1, len(texts))]
+
+    with pytest.raises(DeclarationError, match="NaN"):
+        rerank(ROWS, "one", Failing(), text=by_text)
+
+
 def test_time_is_spent_on_the_first_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second a text by a clock of the test's own: what is left keeps its order behind."""
     clock = [0.0]
@@ -159,3 +168,7 @@ def test_diverse_is_maximal_marginal_relevance() -> None:
         assert [row.number for row in ours] == chosen
     with pytest.raises(DeclarationError, match="encoder"):
         diverse(rows, 3, vector=by_text, question="a text")
+    # A matrix of one row, as encode_query gives it, is compared with nothing by numpy's rules.
+    for other in (question[None], question[:3]):
+        with pytest.raises(DeclarationError, match="question is of shape"):
+            diverse(rows, 3, vector=by_text, question=other)
