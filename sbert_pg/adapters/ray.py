@@ -21,7 +21,8 @@ from sbert_pg import catalog, freshness
 from sbert_pg.catalog import Binding
 from sbert_pg.errors import DeclarationError, SbertPgError, needing
 from sbert_pg.freshness.running import Index, Watch, beside_indexes, fill
-from sbert_pg.freshness.shared import Database, worker_name
+from sbert_pg.freshness.shared import Database, Pause, worker_name
+from sbert_pg.sqlstates import Fault, fault_of
 from sbert_pg.system import ColumnIdentity
 
 #: Seconds between looks at the actors.
@@ -139,10 +140,18 @@ class _Actor:
         self._stop = threading.Event()
 
     def fill(self) -> None:
-        """Take part until nothing is left."""
-        with self._engine.connect() as connection:
-            binding = catalog.require_binding(connection, self._identity)
-        fill(self._engine, binding, self._settings, stop=self._stop)
+        """Take part until nothing is left; a server that is away for a while is waited for."""
+        pause = Pause()
+        while True:
+            try:
+                with self._engine.connect() as connection:
+                    binding = catalog.require_binding(connection, self._identity)
+                fill(self._engine, binding, self._settings, stop=self._stop)
+                return
+            except sa.exc.SQLAlchemyError as error:
+                if fault_of(error) not in (Fault.LOST, Fault.BUSY) or self._stop.is_set():
+                    raise
+                self._stop.wait(pause.next())
 
     def stop(self) -> None:
         """Finish what is in hand."""

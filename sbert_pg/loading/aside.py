@@ -23,9 +23,9 @@ from sbert_pg import catalog
 from sbert_pg.catalog import Binding
 from sbert_pg.errors import BackfillError
 from sbert_pg.indexes import build_index, index_builder, vector_indexes
-from sbert_pg.locks import LOCK_TIMEOUT
+from sbert_pg.locks import ATTEMPTS, LOCK_TIMEOUT, pause
 from sbert_pg.progress import Advance
-from sbert_pg.sqlstates import words_of
+from sbert_pg.sqlstates import Fault, fault_of, words_of
 from sbert_pg.system import ColumnIdentity
 from sbert_pg.types.indexed import VectorIndex
 
@@ -100,8 +100,7 @@ def building_aside(
             log.warning("Vector indexes of %s are aside still: %s", binding, words_of(error))
         raise
     if stop is not None and stop.is_set():
-        with engine.connect() as connection:
-            _, aside = _noted(connection, binding)
+        aside = _noted_at_the_end(engine, binding)
         if aside:
             words = "Vector indexes of %s are aside until a backfill is complete: %s"
             log.warning(words, binding, ", ".join(aside))
@@ -142,8 +141,7 @@ def set_aside(engine: sa.Engine, binding: Binding) -> tuple[str, ...]:
 
 
 def _build_aside(engine: sa.Engine, binding: Binding, **options: Any) -> None:
-    with engine.connect() as connection:
-        _, aside = _noted(connection, binding)
+    aside = _noted_at_the_end(engine, binding)
     for parts in aside.values():
         index = VectorIndex(table=binding.table, schema=binding.schema, **parts)
         # Others who have filled the column do the same.
@@ -154,6 +152,19 @@ def _build_aside(engine: sa.Engine, binding: Binding, **options: Any) -> None:
             # What another call has set aside meanwhile is its own affair.
             if now == aside:
                 connection.execute(_Comment(queue, None))
+
+
+def _noted_at_the_end(engine: sa.Engine, binding: Binding) -> dict[str, Mapping[str, Any]]:
+    """What was set aside, where the server may have been away while the column was filled."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            with engine.connect() as connection:
+                return _noted(connection, binding)[1]
+        except sa.exc.DBAPIError as error:
+            if fault_of(error) not in (Fault.LOST, Fault.BUSY) or attempt == ATTEMPTS:
+                raise
+        pause(attempt)
+    raise AssertionError("unreachable")
 
 
 def _noted(connection: sa.Connection, binding: Binding) -> tuple[str, dict[str, Mapping[str, Any]]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import sqlalchemy as sa
 from command_line import sbert_pg
 
 from sbert_pg import catalog
-from sbert_pg.adapters.ray import backfill
+from sbert_pg.adapters.ray import _Actor, backfill
 from sbert_pg.errors import DeclarationError, EncoderMismatchError
 from sbert_pg.freshness import WorkerSettings
 from sbert_pg.source import Source
@@ -130,6 +132,25 @@ def test_the_command_fills_by_a_cluster(notes, cluster, monkeypatch):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rows"] == 2000
+
+
+def test_an_actor_that_starts_while_the_server_is_away_waits_for_it(notes, request, tmp_path):
+    server = request.getfixturevalue("embedded")
+    url = notes.url.render_as_string(hide_password=False)
+    actor = _Actor(url, IDENTITY, SETTINGS, setting_up(tmp_path, deaths=0))
+    notes.dispose()
+    server.control("stop", "fast")
+    with ThreadPoolExecutor(1) as pool:
+        filling = pool.submit(actor.fill)
+        try:
+            with pytest.raises(FutureTimeoutError):
+                filling.result(timeout=1)
+        finally:
+            server.control("start", "fast")
+        filling.result(timeout=60)
+    with notes.connect() as connection:
+        missing = "SELECT count(*) FROM note WHERE embedding IS NULL"
+        assert connection.exec_driver_sql(missing).scalar_one() == 0
 
 
 def test_a_fleet_has_actors(notes):

@@ -161,6 +161,18 @@ def test_errors_bring_them_back_and_interrupts_leave_them(
     assert indexes(notes) == before
 
 
+def test_connections_that_were_lost_meanwhile_do_not_matter(notes: sa.Engine) -> None:
+    before = indexes(notes)
+    with indexes_aside(notes, IDENTITY):
+        ended = (
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+        )
+        other = sa.create_engine(notes.url, poolclass=sa.NullPool)
+        with other.connect() as connection:
+            connection.exec_driver_sql(ended + " AND datname = current_database()")
+    assert indexes(notes) == before
+
+
 def test_who_may_not_drop_them_is_refused(notes: sa.Engine) -> None:
     before = indexes(notes)
     with notes.begin() as connection:
