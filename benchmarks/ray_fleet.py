@@ -55,7 +55,8 @@ class Node:
         command += ["--disable-usage-stats"]
         # On loopback, for some minutes. Else a node asks for the token of the home directory, where
         # there is one, and who gives an address does not send it.
-        environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
+        # Actors are nice by default, and would wait for everything else that the machine does.
+        environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
         self._process = subprocess.Popen(
             command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             env=environment,

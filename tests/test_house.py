@@ -64,7 +64,7 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 
 #: Most modules and lines of each room: a new capability raises its own, and nobody else's.
 ROOMS: dict[str, tuple[int, int]] = {
-    "adapters": (10, 1919),
+    "adapters": (10, 1928),
     "alembic": (9, 2815),
     "catalog": (9, 2607),
     "cli": (16, 4509),
@@ -72,7 +72,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "encoder": (23, 7056),
     "freshness": (16, 5377),
     "indexes": (6, 1406),
-    "loading": (5, 1307),
+    "loading": (5, 1318),
     "orm": (5, 923),
     "passages": (5, 1165),
     "reembed": (12, 3133),
