@@ -24,7 +24,6 @@ T = TypeVar("T")
 LOCK_TIMEOUT = 1.0
 #: Attempts before the step is given up; with the pauses between them about two minutes.
 ATTEMPTS = 40
-_PAUSE = (0.2, 3.0)
 #: What a role or database may have for web requests, and would end a step that takes its time; a
 #: shorter one than the lock's would also hide that it was the lock that was waited for.
 _TIMEOUTS = (
@@ -56,16 +55,17 @@ def retried(
     Raises:
         TableBusyError: the lock was not to be had.
     """
-    for number in range(1, attempts + 1):
+    pause = Pause(0.2, 3.0)
+    while True:
+        attempts -= 1
         try:
             return attempt()
         except sa.exc.DBAPIError as error:
             if not is_busy(error):
                 raise
-            if number == attempts:
+            if attempts < 1:
                 raise TableBusyError(busy()) from error
-        pause(number)
-    raise AssertionError("unreachable")
+        pause.sleep()
 
 
 def in_short_transactions(
@@ -153,10 +153,31 @@ def _failed(connection: sa.Connection) -> bool:
     return False
 
 
-def pause(attempt: int) -> None:
-    """Wait before the next attempt, longer each time and never in step with anybody else."""
-    least, most = _PAUSE
-    time.sleep(min(most, least * 1.5 ** (attempt - 1)) * random.uniform(0.7, 1.3))
+class Pause:
+    """Waits that double from attempt to attempt, and are never in step with anybody else's.
+
+    Args:
+        first: the first wait, in seconds.
+        longest: the longest.
+    """
+
+    def __init__(self, first: float = 0.1, longest: float = 30.0) -> None:
+        self._first = self._next = first
+        self._longest = longest
+
+    def next(self) -> float:
+        """The wait to take now."""
+        wait = self._next
+        self._next = min(self._next * 2, self._longest)
+        return wait * random.uniform(0.75, 1.25)
+
+    def sleep(self) -> None:
+        """Take it."""
+        time.sleep(self.next())
+
+    def reset(self) -> None:
+        """Begin with the first again."""
+        self._next = self._first
 
 
 def holders(connection: sa.Connection, relation: str) -> list[str]:

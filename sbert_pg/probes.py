@@ -15,8 +15,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 
-from sbert_pg.errors import EncoderMismatchError
-from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors
+from sbert_pg.errors import EncoderMismatchError, VectorError
+from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors, vectors_of
 
 #: The order in which the catalog keeps the bytes of vectors, whatever machine reads them.
 STORED = np.dtype("<f4")
@@ -221,14 +221,10 @@ def measured(encoder: TextEncoder) -> Vectors:
 
 
 def _encoded(encoder: TextEncoder) -> Vectors:
-    vectors = np.asarray(encoder.encode_document(PROBES), dtype=np.float32)
-    shape = (len(PROBES), encoder.spec.dimensions)
-    if vectors.shape != shape or not np.isfinite(vectors).all():
-        raise EncoderMismatchError(
-            f"Encoder {encoder.spec.name!r} gives vectors of shape {vectors.shape} for the probes, "
-            f"or values that are not finite; by its spec they are finite and of shape {shape}."
-        )
-    return vectors
+    try:
+        return vectors_of(encoder.spec, encoder.encode_document(PROBES), len(PROBES), finite=True)
+    except VectorError as error:
+        raise EncoderMismatchError(f"The probes cannot be compared: {error}") from error
 
 
 def agreement_of(a: Vectors, b: Vectors) -> Agreement:

@@ -17,13 +17,12 @@ import numpy as np
 from sbert_pg.distance import Similarity
 from sbert_pg.errors import (
     DeclarationError,
-    DimensionError,
     EncoderNotFoundError,
     SbertPgError,
 )
 from sbert_pg.probes import PROBES
 from sbert_pg.process import ProcessLock
-from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors, canonical_name
+from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors, canonical_name, vectors_of
 
 #: Loads the encoder of a declaration, or of a name alone.
 Loader = Callable[["EncoderSpec | str"], TextEncoder]
@@ -154,18 +153,10 @@ class _FunctionEncoder:
         return self._vectors(self._document, texts)
 
     def _vectors(self, function: Callable[..., Any], texts: Sequence[str]) -> Vectors:
-        shape = len(texts), self.spec.dimensions
         if not texts:
-            return np.empty(shape, dtype=np.float32)
+            return np.empty((0, self.spec.dimensions), dtype=np.float32)
         # Services refuse a text that is empty.
-        vectors = np.asarray(function([text or " " for text in texts]), dtype=np.float32)
-        if vectors.shape != shape:
-            raise DimensionError(
-                f"The function of encoder {self.spec.name!r} gave vectors of shape {vectors.shape} "
-                f"for {shape[0]} texts, where {shape} is expected. Correct its dimensions=, or "
-                "have it return one vector for each text."
-            )
-        return vectors
+        return vectors_of(self.spec, function([text or " " for text in texts]), len(texts))
 
 
 def encoder_of(

@@ -18,10 +18,10 @@ from sqlalchemy.engine import Connection
 from sbert_pg.catalog import guard
 from sbert_pg.catalog.embedding import Embedding, companion_of, default_of
 from sbert_pg.catalog.record import Binding
-from sbert_pg.errors import DeclarationError, DimensionError, EncodingError
+from sbert_pg.errors import DeclarationError, EncodingError
 from sbert_pg.registry import get_encoder
 from sbert_pg.source import NOT_KNOWN, Text
-from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors
+from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors, vectors_of
 from sbert_pg.system import ColumnIdentity, identity_of
 from sbert_pg.types.comparator import clause_of
 from sbert_pg.types.encoding import off_loop
@@ -216,19 +216,13 @@ def encode_documents(
     for number, text in enumerate(texts):
         first.setdefault(text, number)
     try:
-        vectors = off_loop(
-            lambda: np.asarray(get_encoder(spec).encode_document(list(first)), dtype=np.float32)
-        )
+        output = off_loop(lambda: get_encoder(spec).encode_document(list(first)))
     except EncodingError as error:
         if error.index is None:
             raise
         index = list(first.values())[error.index]
         raise EncodingError(f"Cannot embed {label(index)}: {error}", index=index) from error
-    if vectors.shape != (len(first), spec.dimensions):
-        raise DimensionError(
-            f"Encoder {spec.name!r} gave vectors of shape {vectors.shape} for {len(first)} texts "
-            f"where {spec.dimensions} dimensions are declared. Correct the declaration."
-        )
+    vectors = vectors_of(spec, output, len(first))
     if len(first) == len(texts):
         return vectors
     position = {text: i for i, text in enumerate(first)}

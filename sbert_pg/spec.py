@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sbert_pg.distance import MAX_DIMENSIONS, Similarity, metric_of
-from sbert_pg.errors import DeclarationError
+from sbert_pg.errors import DeclarationError, DimensionError, NonFiniteError, VectorError
 
 Vectors = npt.NDArray[np.float32]
 
@@ -393,3 +393,31 @@ class TextEncoder(Protocol):
     def encode_document(self, texts: Sequence[str]) -> Vectors:
         """Vectors of texts to be found, float32 of shape ``(len(texts), dimensions)``."""
         ...
+
+
+def vectors_of(spec: EncoderSpec, output: Any, texts: int, *, finite: bool = False) -> Vectors:
+    """What an encoder gave for some texts, as float32 of shape ``(texts, dimensions)``.
+
+    Args:
+        spec: the encoder's, or that by which a column declares it.
+        finite: whether to look at every number too.
+
+    Raises:
+        DimensionError: it has another shape.
+        NonFiniteError: it holds NaN or an infinity.
+        VectorError: it is no array of numbers.
+    """
+    try:
+        vectors = np.asarray(output, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise VectorError(f"Encoder {spec.name!r} gave no array of numbers: {error}") from error
+    shape = texts, spec.dimensions
+    if vectors.shape != shape:
+        raise DimensionError(
+            f"Encoder {spec.name!r} gave vectors of shape {vectors.shape} for {texts} texts, where "
+            f"{shape} is expected. Correct the dimensions that are declared, or have the encoder "
+            "give one vector for each text."
+        )
+    if finite and not np.isfinite(vectors).all():
+        raise NonFiniteError(f"Encoder {spec.name!r} gave numbers that are not finite.")
+    return vectors

@@ -21,7 +21,8 @@ from sbert_pg import catalog, freshness
 from sbert_pg.catalog import Binding
 from sbert_pg.errors import DeclarationError, SbertPgError, needing
 from sbert_pg.freshness.running import Index, Watch, beside_indexes, fill
-from sbert_pg.freshness.shared import Database, Pause, worker_name
+from sbert_pg.freshness.settings import Database, worker_name
+from sbert_pg.locks import Pause
 from sbert_pg.sqlstates import Fault, fault_of
 from sbert_pg.system import ColumnIdentity
 

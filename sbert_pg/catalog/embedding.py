@@ -22,7 +22,7 @@ from sqlalchemy.sql.visitors import iterate
 from sbert_pg.catalog import guard
 from sbert_pg.catalog.record import Binding
 from sbert_pg.distance import STORAGES, Similarity, Storage
-from sbert_pg.errors import DeclarationError, DimensionError, SbertPgError, ZeroVectorError
+from sbert_pg.errors import DeclarationError, SbertPgError, ZeroVectorError
 from sbert_pg.source import (
     HALF,
     NIL,
@@ -382,11 +382,6 @@ class QueryVector(VectorType):
         if isinstance(value, str):
             vector = wire.vector_in(value, self.encoder.dimensions)
             value = query_vector(self.encoder, value) if vector is None else vector
-            if value.shape != (self.encoder.dimensions,):
-                raise DimensionError(
-                    f"Encoder {self.encoder.name!r} gives {value.shape[-1]} dimensions and its "
-                    f"column is declared with {self.encoder.dimensions}. Correct the declaration."
-                )
         array = wire.as_float32(value, what=what)
         wire.check_vector(array, self.dimensions, self.storage, what)
         if self.encoder.similarity == "cosine" and not array.any():

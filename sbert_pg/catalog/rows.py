@@ -1,10 +1,11 @@
 """Rows of any table: a random sample, where the next page begins, and what messages call a row.
 
-Keys travel as they are, in columns of their own types; as text they only name rows for people.
+Keys travel as they are, in columns of their own types; as text they only name rows.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -37,10 +38,26 @@ def label(columns: Sequence[sa.ColumnElement[Any]]) -> sa.ColumnElement[str]:
 
     For people; nothing is decided by it.
     """
-    parts = [sa.cast(column, sa.Text) for column in columns]
-    if len(parts) == 1:
-        return parts[0]
-    return sa.cast(sa.func.jsonb_build_array(*parts), sa.Text)
+    return sa.cast(columns[0], sa.Text) if len(columns) == 1 else array_label(columns)
+
+
+def array_label(columns: Sequence[sa.ColumnElement[Any]]) -> sa.ColumnElement[str]:
+    """As ``label``, an array also of one part: what leases and failures call a row."""
+    return sa.cast(sa.func.jsonb_build_array(*(sa.cast(c, sa.Text) for c in columns)), sa.Text)
+
+
+def array_of(parts: Iterable[Any]) -> str:
+    """What ``array_label`` gives for a row whose key has these parts."""
+    return json.dumps([str(part) for part in parts], ensure_ascii=False)
+
+
+def parts_of(label: str) -> list[Any] | None:
+    """The parts of a key that an array names; ``None`` of any other text."""
+    try:
+        parts = json.loads(label)
+    except ValueError:
+        return None
+    return parts if isinstance(parts, list) else None
 
 
 def is_one_of(label: sa.ColumnElement[str], keys: Iterable[str]) -> sa.ColumnElement[bool]:
@@ -85,6 +102,17 @@ def estimated_rows(connection: sa.Connection, table: sa.TableClause) -> float:
     return float(connection.execute(statement).scalar() or 0.0)
 
 
+def _hashed(label: sa.ColumnElement[str], seed: int) -> sa.ColumnElement[int]:
+    return sa.func.hashtextextended(label, sa.literal(seed, sa.BigInteger))
+
+
+def drawn(
+    label: sa.ColumnElement[str], most: int, total: int, seed: int = 0
+) -> sa.ColumnElement[bool]:
+    """Whether a row is in a sample of about so many; the same rows on every machine."""
+    return sa.func.abs(_hashed(label, seed) % max(total, 1)) < most
+
+
 def sample(
     connection: sa.Connection,
     table: sa.TableClause,
@@ -106,18 +134,17 @@ def sample(
         seed: another seed gives other rows.
     """
     key_columns = [table.c[name] for name in keys]
-    salted = [sa.cast(sa.literal(seed), sa.Text), *(sa.cast(key, sa.Text) for key in key_columns)]
-    order = sa.func.hashtextextended(sa.func.concat_ws("/", *salted), seed)
+    order = _hashed(label(key_columns), seed)
     statement = sa.select(*columns).select_from(table).where(*where).order_by(order).limit(size)
     share = _DRAWN * size / max(estimated_rows(connection, table), 1.0)
     if share < _DRAWN_BELOW:
         # The keys of some rows, so that a large table is not sorted for a small sample.
-        drawn = table.tablesample(
+        some = table.tablesample(
             sa.func.bernoulli(sa.literal_column(f"{100 * share:.6f}", sa.Float())),
-            name="drawn",
+            name="some",
             seed=sa.literal_column(str(int(seed)), sa.Integer()),
         )
-        chosen = sa.select(*(drawn.c[name] for name in keys))
+        chosen = sa.select(*(some.c[name] for name in keys))
         narrowed = statement.where(sa.tuple_(*key_columns).in_(chosen))
         rows = list(connection.execute(narrowed).all())
         if len(rows) >= size:

@@ -243,7 +243,7 @@ def prepare(
     Raises:
         DeclarationError: there is no such level, module or attribute, or it holds no metadata.
     """
-    from sbert_pg.freshness.shared import configure_logs
+    from sbert_pg.freshness.monitoring import configure_logs
 
     log = log or os.environ.get("SBERT_PG_LOG") or usual
     name, _, form = log.partition(":")

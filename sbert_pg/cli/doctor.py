@@ -20,7 +20,7 @@ from sbert_pg.catalog import Binding, tables
 from sbert_pg.cli import common
 from sbert_pg.errors import SbertPgError
 from sbert_pg.freshness.listening import seen_workers
-from sbert_pg.freshness.shared import replica_lag
+from sbert_pg.freshness.settings import replica_lag
 from sbert_pg.freshness.status import ColumnStatus, status
 from sbert_pg.indexes.read import StoredIndex, vector_indexes
 from sbert_pg.progress import duration

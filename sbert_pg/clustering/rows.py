@@ -7,7 +7,6 @@ bytes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +20,7 @@ import sqlalchemy as sa
 from psycopg import sql
 
 from sbert_pg import distance as d
+from sbert_pg.catalog import rows as catalog_rows
 from sbert_pg.errors import ClusteringError, DeclarationError
 from sbert_pg.spec import Vectors
 from sbert_pg.types import Vector
@@ -36,8 +36,6 @@ BLOCK_BYTES = 8 << 20
 _SORT_COLUMNS = 32
 _HEADER = 19
 _COPY_OUT = sql.SQL("COPY ({}) TO STDOUT (FORMAT binary)")
-#: Buckets that keys are hashed into, for samples.
-_BUCKETS = 1_000_000
 
 
 def criteria_list(where: Criteria | None) -> list[sa.ColumnElement[bool]]:
@@ -139,9 +137,7 @@ class RowSet:
         """
         if total <= rows:
             return self
-        text = sa.func.concat_ws(" ", *self.keys)
-        bucket = sa.func.hashtextextended(text, sa.literal(seed, sa.BigInteger)) % _BUCKETS
-        return self.only(sa.func.abs(bucket) < math.ceil(_BUCKETS * rows / total))
+        return self.only(catalog_rows.drawn(catalog_rows.label(self.keys), rows, total, seed))
 
     def order(self, table: sa.FromClause) -> list[sa.ColumnElement[Any]]:
         """The order of the rows: as the client has it, whatever the database's collation."""

@@ -5,6 +5,7 @@ Whether a row is fresh is a state of the row, and a partial index is the queue o
 """
 
 from sbert_pg.freshness.audit import Audit, Finding, audit
+from sbert_pg.freshness.monitoring import Tally
 from sbert_pg.freshness.queue import Counts, counts
 from sbert_pg.freshness.running import (
     Filled,
@@ -13,7 +14,7 @@ from sbert_pg.freshness.running import (
     backfill,
     worker_thread,
 )
-from sbert_pg.freshness.shared import Companion, Tally, WorkerSettings
+from sbert_pg.freshness.settings import Companion, WorkerSettings
 from sbert_pg.freshness.status import (
     ColumnStatus,
     Failure,

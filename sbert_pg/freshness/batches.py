@@ -22,8 +22,10 @@ from sbert_pg.freshness import claims
 from sbert_pg.freshness.claims import Claimed
 from sbert_pg.freshness.columns import Column, Shared, Work
 from sbert_pg.freshness.encoding import Embedded
+from sbert_pg.freshness.monitoring import LOGGER, Backlog, say
 from sbert_pg.freshness.queue import COUNTED, Row, Written, counts, shown
-from sbert_pg.freshness.shared import LOGGER, Backlog, Database, Pause, say
+from sbert_pg.freshness.settings import Database
+from sbert_pg.locks import Pause
 from sbert_pg.sqlstates import Fault, fault_of, words_of
 
 logger = logging.getLogger(LOGGER)

@@ -19,6 +19,7 @@ from sbert_pg.freshness import claims
 from sbert_pg.freshness.claims import Claimed
 from sbert_pg.freshness.cutting import Cutter
 from sbert_pg.freshness.encoding import held_encoder
+from sbert_pg.freshness.monitoring import LOGGER, Tally, say
 from sbert_pg.freshness.queue import (
     CHANGED,
     Candidate,
@@ -29,7 +30,7 @@ from sbert_pg.freshness.queue import (
     queue_fault,
 )
 from sbert_pg.freshness.rows import Rows, rows_of
-from sbert_pg.freshness.shared import LOGGER, Database, Tally, WorkerSettings, say
+from sbert_pg.freshness.settings import Database, WorkerSettings
 from sbert_pg.freshness.vector_cache import CachedEncoder
 from sbert_pg.spec import TextEncoder
 from sbert_pg.sqlstates import Fault, fault_of, words_of

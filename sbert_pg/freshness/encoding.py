@@ -24,10 +24,10 @@ from sbert_pg.catalog.holding import hold_encoder
 from sbert_pg.errors import DimensionError, EncoderError, EncodingError
 from sbert_pg.freshness.passages import Cut
 from sbert_pg.freshness.queue import Row
-from sbert_pg.freshness.shared import Database
+from sbert_pg.freshness.settings import Database
 from sbert_pg.probes import measured
 from sbert_pg.registry import get_encoder
-from sbert_pg.spec import TextEncoder, Vectors
+from sbert_pg.spec import TextEncoder, Vectors, vectors_of
 from sbert_pg.sqlstates import words_of
 from sbert_pg.types import wire
 
@@ -92,14 +92,6 @@ def embed(binding: Binding, encoder: TextEncoder, batch: Sequence[Row]) -> Embed
     return Embedded(result.vectors, result.failures, len(texts))
 
 
-def _require_shape(encoder: TextEncoder, encoded: Vectors, texts: int, dimensions: int) -> None:
-    if encoded.shape != (texts, dimensions):
-        raise DimensionError(
-            f"Encoder {encoder.spec.name!r} gave an array of shape {encoded.shape} for {texts} "
-            f"texts of {dimensions} dimensions. The encoder is at fault."
-        )
-
-
 def encode_for(
     binding: Binding, encoder: TextEncoder, texts: Sequence[str]
 ) -> tuple[Vectors, dict[int, str]]:
@@ -135,15 +127,14 @@ def encode_each(encoder: TextEncoder, texts: Sequence[str]) -> tuple[Vectors, di
     while spans:
         span = spans.pop()
         try:
-            encoded = np.asarray(encoder.encode_document([texts[i] for i in span]), np.float32)
+            output = encoder.encode_document([texts[i] for i in span])
         except Exception as error:  # Whatever an encoder raises, one text may be the reason for it.
             if isinstance(error, EncoderError) and not isinstance(error, EncodingError):
                 raise
             last = error
             spans += _without(span, error, faults)
             continue
-        _require_shape(encoder, encoded, len(span), vectors.shape[1])
-        vectors[span] = encoded
+        vectors[span] = vectors_of(encoder.spec, output, len(span))
     if last is not None and not isinstance(last, EncodingError) and 1 < len(texts) == len(faults):
         raise EncoderError(
             f"Encoder {encoder.spec.name!r} fails for every text: {words_of(last)}"

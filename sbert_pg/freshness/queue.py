@@ -7,8 +7,7 @@ in one go, since the driver's own arrays of text cost more time than the stateme
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from sqlalchemy.types import UserDefinedType
 
 from sbert_pg import system
 from sbert_pg.catalog import Binding, health, tables
+from sbert_pg.catalog.rows import array_of, parts_of
 from sbert_pg.errors import BindingError, DeclarationError, NotBoundError
 from sbert_pg.types.wire import TextArray, TextArrayDumper, WireArray, WireDumper
 
@@ -95,27 +95,16 @@ class Written:
         )
 
 
-def label_of(keys: Sequence[sa.ColumnElement[Any]]) -> sa.ColumnElement[str]:
-    """What a row is called in leases and failures: a JSON array of its key's parts as text."""
-    return sa.cast(sa.func.jsonb_build_array(*(sa.cast(k, sa.Text) for k in keys)), sa.Text)
-
-
 def shown(label: str) -> str:
     """A label for people: the key itself where it has one part."""
-    parts = json.loads(label)
+    parts = parts_of(label) or ()
     return str(parts[0]) if len(parts) == 1 else label
 
 
 def label_from(text: str) -> str:
     """The label that a key stands for: ``17``, or ``["eu", "17"]`` where it has parts."""
-    try:
-        parts = json.loads(text)
-    except ValueError:
-        parts = text
-    if not isinstance(parts, list):
-        parts = [text]
-    # As PostgreSQL writes jsonb.
-    return "[" + ", ".join(json.dumps(str(part), ensure_ascii=False) for part in parts) + "]"
+    parts = parts_of(text)
+    return array_of([text] if parts is None else parts)
 
 
 class ArrayOf(UserDefinedType[Any]):

@@ -8,7 +8,6 @@ so no session's formats matter; as text they only *name* a row, in leases, failu
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
@@ -21,6 +20,7 @@ from sqlalchemy.engine import Connection
 
 from sbert_pg.catalog import tables
 from sbert_pg.catalog.record import Binding, Named
+from sbert_pg.catalog.rows import array_label, parts_of
 from sbert_pg.freshness.passages import Cut, StoredPassages, stored_passages
 from sbert_pg.freshness.queue import (
     BACKFILL,
@@ -31,7 +31,6 @@ from sbert_pg.freshness.queue import (
     Key,
     Row,
     Written,
-    label_of,
     register,
     require_all_rows,
     vector_of,
@@ -94,7 +93,7 @@ class Rows:
             sa.func.array_send(pg.array([sa.cast(key, Named(type_))]), type_=sa.LargeBinary)
             for key, type_ in zip(self.keys, binding.key_types, strict=True)
         ]
-        self.label = label_of(self.keys)
+        self.label = array_label(self.keys)
         self._claim = {
             (class_, after): self._claiming(class_, after)
             for class_ in (CHANGED, BACKFILL)
@@ -336,13 +335,8 @@ class Rows:
         Raises:
             sqlalchemy.exc.DBAPIError: the name cannot be read as a key any more.
         """
-        try:
-            values = json.loads(label)
-        except ValueError:
-            return None
-        if not isinstance(values, list) or len(values) != len(self.keys):
-            return None
-        if not all(isinstance(value, str) for value in values):
+        values = parts_of(label) or ()
+        if len(values) != len(self.keys) or not all(isinstance(value, str) for value in values):
             return None
         same = [
             key == sa.cast(sa.literal(value, sa.Text), Named(type_))

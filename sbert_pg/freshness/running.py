@@ -18,9 +18,10 @@ from sbert_pg.catalog import Binding
 from sbert_pg.errors import BackfillError
 from sbert_pg.freshness.claims import retrying
 from sbert_pg.freshness.encoding import held_encoder
+from sbert_pg.freshness.monitoring import LOGGER, say
 from sbert_pg.freshness.queue import Counts, counts, queue_fault, require_psycopg
 from sbert_pg.freshness.rows import rows_of
-from sbert_pg.freshness.shared import LOGGER, Companion, Database, WorkerSettings, say
+from sbert_pg.freshness.settings import Companion, Database, WorkerSettings
 from sbert_pg.freshness.worker import Worker
 from sbert_pg.loading.aside import building_aside, set_aside
 from sbert_pg.sqlstates import words_of

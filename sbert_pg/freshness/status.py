@@ -12,13 +12,13 @@ from sqlalchemy.engine import Connection
 
 from sbert_pg import catalog
 from sbert_pg.catalog import Binding, tables
+from sbert_pg.catalog.rows import array_label
 from sbert_pg.freshness import claims
 from sbert_pg.freshness.queue import (
     COUNTED,
     Counts,
     counts,
     label_from,
-    label_of,
     queue_fault,
     require_all_rows,
     shown,
@@ -211,7 +211,7 @@ def failures(
     table = binding.clause()
     keys = [table.c[name] for name in binding.key_columns]
     failed = (
-        sa.select(label_of(keys).label("label"))
+        sa.select(array_label(keys).label("label"))
         .where(binding.expressions.on(table, "failed"))
         .order_by(*keys)
         .limit(limit)

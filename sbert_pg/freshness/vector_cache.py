@@ -17,7 +17,7 @@ from sbert_pg.catalog import tables
 from sbert_pg.catalog.holding import fingerprint_of
 from sbert_pg.errors import DeclarationError, EncodingError
 from sbert_pg.probes import STORED, measured
-from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors
+from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors, vectors_of
 
 #: Bytes of a text's digest in the cache. 2**64 texts until a collision is likely.
 _DIGEST_BYTES = 16
@@ -81,11 +81,12 @@ class CachedEncoder:
         missing = list(dict.fromkeys(text for text in texts if text not in known))
         if missing:
             try:
-                encoded = np.asarray(self._encoder.encode_document(missing), dtype=np.float32)
+                output = self._encoder.encode_document(missing)
             except EncodingError as error:
                 if error.index is not None:
                     error.index = texts.index(missing[error.index])
                 raise
+            encoded = vectors_of(self.spec, output, len(missing))
             self._keep(missing, encoded)
             known |= dict(zip(missing, encoded, strict=True))
         with self._lock:

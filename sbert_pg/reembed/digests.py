@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from sbert_pg.catalog import Binding, rows
 from sbert_pg.catalog.record import Named
-from sbert_pg.locks import pause
+from sbert_pg.locks import Pause
 from sbert_pg.sqlstates import sqlstate_of
 
 #: Rows of one transaction.
@@ -110,7 +110,8 @@ def write_digests(
     """
     walk = _Walk(engine, binding, table, vector, criteria, block)
     written = 0
-    for number in range(1, PASSES + 1):
+    pause = Pause(0.2, 3.0)
+    for _ in range(PASSES):
         last: Sequence[Any] | None = None
         while True:
             count, last = walk.step(last)
@@ -121,7 +122,7 @@ def write_digests(
                 break
         if not walk.remain():
             break
-        pause(number)
+        pause.sleep()
     return written
 
 
@@ -155,6 +156,7 @@ class _Walk:
     def step(self, last: Sequence[Any] | None) -> tuple[int, list[Any] | None]:
         """Write one block; how many rows, and its last key, ``None`` where it was the last one."""
         statement = self._statement(last)
+        pause = Pause(0.2, 3.0)
         for number in range(1, PASSES + 1):
             try:
                 with self.engine.begin() as connection:
@@ -163,7 +165,7 @@ class _Walk:
             except sa.exc.DBAPIError as error:
                 if sqlstate_of(error) not in _REPEATED or number == PASSES:
                     raise
-            pause(number)
+            pause.sleep()
         if row is None:
             return 0, None
         count, locked, *key = row

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import sqlalchemy as sa
+from sqlalchemy.orm import RelationshipProperty
 
 from sbert_pg.distance import Metric
 from sbert_pg.errors import DeclarationError
@@ -90,7 +91,9 @@ def nearest(
         EncoderMismatchError: the query is a column of another encoder.
         VectorError: a query vector that cannot be compared with the column.
     """
-    declared = declared_passages(column)
+    # Passages are a relationship; a column's attribute is none, and is not asked further.
+    related = isinstance(getattr(column, "property", None), RelationshipProperty)
+    declared = declared_passages(column) if related else None
     if declared is None:
         _only_of_passages(of, per_document, score)
         target = target_of(column)

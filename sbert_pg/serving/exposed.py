@@ -5,7 +5,6 @@ The HTTP server and the MCP server ask here, so what is shown and how a filter r
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 import time
@@ -18,6 +17,7 @@ from typing import Any, Literal, TypeVar
 import sqlalchemy as sa
 from sqlalchemy.types import NullType
 
+from sbert_pg.catalog.rows import array_of, parts_of
 from sbert_pg.errors import BindingError, DeclarationError
 from sbert_pg.locks import configure, milliseconds
 from sbert_pg.passages import declared_passages
@@ -149,7 +149,7 @@ class Exposed:
     def key_of(self, values: Sequence[Any]) -> str:
         """A primary key as one text, from its values in their order."""
         texts = [str(_plain(value)) for value in values]
-        return texts[0] if len(texts) == 1 else json.dumps(texts, ensure_ascii=False)
+        return texts[0] if len(texts) == 1 else array_of(texts)
 
     def read(self, connection: sa.Connection, statement: Any) -> list[Hit]:
         """The rows of a statement that selects the table's readable columns, and then scores."""
@@ -294,11 +294,8 @@ def _parts(key: str, count: int) -> list[Any]:
     """The values of a key that ``key_of`` made."""
     if count == 1:
         return [key]
-    try:
-        parts = json.loads(key)
-    except ValueError:
-        parts = None
-    if not isinstance(parts, list) or len(parts) != count:
+    parts = parts_of(key)
+    if parts is None or len(parts) != count:
         raise DeclarationError(f"{key[:100]!r} is no key of {count} values.")
     return parts
 

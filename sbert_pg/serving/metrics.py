@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sbert_pg.errors import needing
-from sbert_pg.freshness.shared import BUCKETS, ColumnTally, Durations, Tally
+from sbert_pg.freshness.monitoring import BUCKETS, ColumnTally, Durations, Tally
 
 with needing("prometheus-client", "serve", "serve metrics"):
     from prometheus_client import CollectorRegistry, Counter, Histogram

@@ -24,8 +24,10 @@ from sbert_pg import catalog
 from sbert_pg.catalog.holding import hold_encoder
 from sbert_pg.catalog.tables import QUESTION_CHANNEL
 from sbert_pg.errors import EncodingError
+from sbert_pg.freshness.monitoring import LOGGER, say
 from sbert_pg.freshness.queue import driver_connection
-from sbert_pg.freshness.shared import LOGGER, Database, Pause, say
+from sbert_pg.freshness.settings import Database
+from sbert_pg.locks import Pause
 from sbert_pg.probes import measured
 from sbert_pg.registry import get_encoder
 from sbert_pg.serving.inside import text_of

@@ -27,7 +27,6 @@ from sbert_pg.tuning.adapters import Candidates
 from sbert_pg.tuning.evaluation import CONFIDENCE, Figure, grouped_figures
 from sbert_pg.tuning.files import in_columns, pairs_of
 from sbert_pg.tuning.limits import limits_of, share
-from sbert_pg.tuning.task import drawn
 from sbert_pg.types.comparator import base_of, clause_of
 
 if TYPE_CHECKING:
@@ -270,7 +269,7 @@ def _texts(
     with engine.connect() as connection:
         total = connection.execute(sa.select(sa.func.count()).where(*present)).scalar_one()
         labelled = catalog_rows.is_one_of(label, {key for query in queries for key in query.gains})
-        chosen = sa.or_(drawn(label, most, total, seed), labelled)
+        chosen = sa.or_(catalog_rows.drawn(label, most, total, seed), labelled)
         rows = connection.execute(sa.select(label, text).where(*present, chosen).order_by(label))
         texts = dict(rows.all())
     kept = [replace(q, gains=gains) for q in queries if (gains := q.answers_in(texts))]

@@ -104,7 +104,7 @@ def _text(value: Any) -> str:
     if value is None:
         raise ValueError("a question or key is missing")
     if isinstance(value, (list, tuple)):
-        return json.dumps([str(part) for part in value], ensure_ascii=False)
+        return catalog_rows.array_of(value)
     return str(value)
 
 

@@ -25,11 +25,6 @@ from sbert_pg.tuning.evaluation import CONFIDENCE, Figure, grouped_figures
 from sbert_pg.tuning.pairs import Split, hard_negatives, of_keys, split_pairs
 
 
-def drawn(label: sa.ColumnElement[str], most: int, total: int, seed: int) -> sa.ColumnElement[bool]:
-    """Whether a row is in a sample of about so many; the same rows each time."""
-    return sa.func.abs(sa.func.hashtextextended(label, seed) % max(total, 1)) < most
-
-
 class Rows:
     """The rows that questions are ranked against: their keys, vectors and texts.
 
@@ -107,7 +102,8 @@ class Rows:
         chosen = []
         if self.total > self.most:
             labelled = self.among(negatives | set(self.digests))
-            chosen = [sa.or_(drawn(self.label, self.most, self.total, seed), labelled)]
+            drawn = catalog_rows.drawn(self.label, self.most, self.total, seed)
+            chosen = [sa.or_(drawn, labelled)]
         keys, vectors = self.read(*chosen)
         # In an order that does not depend on how the table lies on the disk.
         order = sorted(range(len(keys)), key=keys.__getitem__)

@@ -10,11 +10,9 @@ from concurrent.futures import Future
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
-import numpy as np
-
 from sbert_pg.process import ProcessLock
 from sbert_pg.registry import find_encoder, get_encoder
-from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors
+from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors, vectors_of
 
 T = TypeVar("T")
 
@@ -30,10 +28,10 @@ def query_vector(spec: EncoderSpec, text: str) -> Vectors:
     return query_vectors(spec, [text])[0]
 
 
-def _encoded(encoder: TextEncoder, texts: list[str]) -> dict[str, Vectors]:
+def _encoded(spec: EncoderSpec, encoder: TextEncoder, texts: list[str]) -> dict[str, Vectors]:
     vectors: dict[str, Vectors] = {}
-    encoded = np.array(off_loop(lambda: encoder.encode_query(texts)), dtype=np.float32)
-    for text, vector in zip(texts, encoded, strict=True):
+    output = off_loop(lambda: encoder.encode_query(texts))
+    for text, vector in zip(texts, vectors_of(spec, output, len(texts)), strict=True):
         # A copy each, so that one that is kept does not keep its whole batch.
         vectors[text] = vector.copy()
         vectors[text].setflags(write=False)
@@ -51,6 +49,7 @@ def query_vectors(spec: EncoderSpec, texts: Sequence[str]) -> list[Vectors]:
 
     Raises:
         EncoderError: the encoder cannot be loaded or refuses a text.
+        DimensionError: its vectors are of another width than the column declares.
     """
     encoder = find_encoder(spec) or off_loop(lambda: get_encoder(spec))
     vectors: dict[str, Vectors] = {}
@@ -64,7 +63,7 @@ def query_vectors(spec: EncoderSpec, texts: Sequence[str]) -> list[Vectors]:
     missing = [text for text in dict.fromkeys(texts) if text not in vectors]
     if missing:
         # Outside the lock: two threads may encode the same text, and neither waits for the other.
-        vectors |= _encoded(encoder, missing)
+        vectors |= _encoded(spec, encoder, missing)
         with _lock:
             recent.update((text, vectors[text]) for text in missing)
             while len(recent) > SIZE:

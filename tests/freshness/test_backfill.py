@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from sbert_pg import catalog, registry
 from sbert_pg.errors import BackfillError, CatalogError, DeclarationError, EncoderMismatchError
 from sbert_pg.freshness import WorkerSettings, backfill, claims, refresh, running
-from sbert_pg.freshness.shared import Database, Throttle, replica_lag
+from sbert_pg.freshness.settings import Database, Throttle, replica_lag
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
 from sbert_pg.system import ColumnIdentity
@@ -391,7 +391,7 @@ def test_dropped_connections_are_survived(engine, plain, encoder):
 def test_the_rate_is_kept(engine, monkeypatch):
     """Claims wait until the rows before them have had their time; one second's worth is free."""
     now = 0.0
-    monkeypatch.setattr("sbert_pg.freshness.shared.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("sbert_pg.freshness.settings.time", SimpleNamespace(monotonic=lambda: now))
     throttle = Throttle(Database(engine), 500, None)
     assert throttle.wait() == 0
     throttle.spend(1000)

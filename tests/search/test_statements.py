@@ -384,8 +384,7 @@ def test_a_search_passes_few_modules() -> None:
     for _ in range(2):
         plain = modules_of(lambda: nearest(thing.c.vec, QUERY), leave_out=())
         filtered = modules_of(lambda: nearest(thing.c.vec, QUERY).where(lang), leave_out=())
-    # Eight for the search, and one that is asked whether passages are searched.
-    assert max(len(plain), len(filtered)) <= 9, sorted(plain | filtered)
+    assert max(len(plain), len(filtered)) <= 8, sorted(plain | filtered)
 
 
 @pytest.mark.parametrize(
