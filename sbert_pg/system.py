@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -104,6 +105,11 @@ def _required(identity: ColumnIdentity) -> ColumnIdentity:
 PLAIN = postgresql.dialect(paramstyle="named")  # type: ignore[no-untyped-call]
 
 
+def array(values: Iterable[Any], type_: Any = sa.Text) -> sa.ColumnElement[Any]:
+    """Values as one parameter: a statement has 65,535 at most."""
+    return sa.cast(sa.literal([*values], ARRAY(type_)), ARRAY(type_))
+
+
 def oid_of(relation: str) -> sa.ColumnElement[int]:
     """The oid of a table given as text, quoted where it has to be; ``NULL`` where there is none."""
     return sa.cast(sa.func.to_regclass(relation), OID)
@@ -155,18 +161,23 @@ def ddl_name(compiler: Any, schema: str | None, name: str) -> str:
     return formatted
 
 
-def ddl(statement: str, table: sa.Table) -> sa.schema.ExecutableDDLElement:
-    """A statement that SQLAlchemy has no construct for; ``%(fullname)s`` in it is the table."""
-    return _OfTable(statement, table)
+class Statement(sa.schema.ExecutableDDLElement):
+    """DDL that SQLAlchemy has no construct for.
 
+    Args:
+        write: writes it, given the compiler; see ``ddl_name``.
+    """
 
-class _OfTable(sa.schema.ExecutableDDLElement):
     # Not ``sa.DDL``, which doubles the percent signs of a name that the compiler has doubled.
-    def __init__(self, statement: str, table: sa.Table) -> None:
-        self.statement = statement
-        self.table = table
+    def __init__(self, write: Callable[[Any], str]) -> None:
+        self.write = write
 
 
-@compiles(_OfTable)
-def _of_table(element: _OfTable, compiler: Any, **_: Any) -> str:
-    return element.statement % {"fullname": compiler.preparer.format_table(element.table)}
+@compiles(Statement)
+def _write(element: Statement, compiler: Any, **_: Any) -> str:
+    return element.write(compiler)
+
+
+def ddl(statement: str, table: sa.Table) -> Statement:
+    """A statement about a table, which is ``%(fullname)s`` in it."""
+    return Statement(lambda c: statement % {"fullname": c.preparer.format_table(table)})

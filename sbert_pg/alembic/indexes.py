@@ -18,7 +18,7 @@ from sbert_pg.alembic.toimpl import carry_out
 from sbert_pg.distance import INDEX_METHODS, IndexMethod
 from sbert_pg.errors import DeclarationError
 from sbert_pg.indexes import index_builder
-from sbert_pg.indexes.build import CreateIndexConcurrently, DropIndex, name_beside
+from sbert_pg.indexes.build import CreateIndexConcurrently, drop_index, name_beside
 from sbert_pg.types.indexed import VectorIndex, as_number, form_of, sql_of
 
 #: Seconds that building or dropping an index concurrently waits for transactions in its way. The
@@ -233,7 +233,7 @@ def _create_vector_index(operation: CreateVectorIndexOp, operations: Operations)
     if not operation.concurrently or _is_small_and_enclosed(operations, operation.relation):
         with within(operations, operation.relation) as runner:
             if operation.replace:
-                runner.execute(DropIndex(definition.name, operation.schema, concurrently=False))
+                runner.execute(drop_index(definition.name, operation.schema, concurrently=False))
             runner.execute(sa.schema.CreateIndex(definition.to_index(), if_not_exists=True))
         return
     require_left(operations, f"Building index {definition.name!r} concurrently")
@@ -260,7 +260,7 @@ def _write_index(operation: CreateVectorIndexOp, operations: Operations) -> None
         value = sa.func.set_config("maintenance_work_mem", memory, sa.false())
         write(operations, sa.select(value))
     if operation.replace:
-        write(operations, DropIndex(definition.name, operation.schema, concurrently=True))
+        write(operations, drop_index(definition.name, operation.schema, concurrently=True))
     write(operations, CreateIndexConcurrently(definition.to_index(), if_not_exists=True))
     write(operations, statements.require_valid(definition.name, definition.schema))
     if memory is not None:
@@ -281,11 +281,11 @@ def _drop_vector_index(operation: DropVectorIndexOp, operations: Operations) -> 
     name = str(operation.index_name)
     if not operation.concurrently or is_enclosed(operations):
         with within(operations, operation.relation) as runner:
-            runner.execute(DropIndex(name, operation.schema, concurrently=False))
+            runner.execute(drop_index(name, operation.schema, concurrently=False))
         return
     with online(operations, operation.relation, lock_timeout=operation.lock_timeout) as runner:
         if runner.as_sql:
-            runner.execute(DropIndex(name, operation.schema, concurrently=True))
+            runner.execute(drop_index(name, operation.schema, concurrently=True))
             return
         with index_builder(
             runner.connection,

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import ARRAY, OID
+from sqlalchemy.dialects.postgresql import OID
 
 from sbert_pg import system
 from sbert_pg.errors import LoadError
@@ -61,9 +61,8 @@ def parts_of(label: str) -> list[Any] | None:
 
 
 def is_one_of(label: sa.ColumnElement[str], keys: Iterable[str]) -> sa.ColumnElement[bool]:
-    """Whether a row is called one of these: one parameter, as a statement has 65,535 at most."""
-    array = sa.cast(sa.literal(sorted(keys), ARRAY(sa.Text)), ARRAY(sa.Text))
-    return label == sa.any_(array)
+    """Whether a row is called one of these."""
+    return label == sa.any_(system.array(sorted(keys)))
 
 
 def require_one_of(

@@ -22,7 +22,7 @@ from sbert_pg.freshness import claims
 from sbert_pg.freshness.claims import Claimed
 from sbert_pg.freshness.columns import Column, Shared, Work
 from sbert_pg.freshness.encoding import Embedded
-from sbert_pg.freshness.monitoring import LOGGER, Backlog, say
+from sbert_pg.freshness.monitoring import LOGGER, say
 from sbert_pg.freshness.queue import COUNTED, Row, Written, counts, shown
 from sbert_pg.freshness.settings import Database
 from sbert_pg.locks import Pause
@@ -218,10 +218,7 @@ class Keeper:
         backlog = {}
         for column in self._columns.served():
             with self._database.begin() as connection:
-                waiting = counts(connection, column.binding, cap=COUNTED)
-            backlog[column.name] = Backlog(
-                waiting.pending, waiting.backfill, waiting.failed, waiting.age
-            )
+                backlog[column.name] = counts(connection, column.binding, cap=COUNTED)
         self._tally.set_backlog(backlog)
 
 

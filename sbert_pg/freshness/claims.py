@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
@@ -26,6 +26,7 @@ from sbert_pg.catalog import Binding, tables
 from sbert_pg.freshness.queue import Candidate, Class, Key, Row
 from sbert_pg.freshness.rows import Rows
 from sbert_pg.sqlstates import Fault, fault_of
+from sbert_pg.system import array
 
 #: Longest reason that is kept of a failure, in characters.
 ERROR_LENGTH = 2_000
@@ -162,7 +163,7 @@ def _lease(
             sa.insert(_claim).values(
                 binding_id=binding.id,
                 worker=token,
-                keys=_texts([one.label for one in chosen]),
+                keys=array([one.label for one in chosen]),
                 until=sa.func.now() + lease,
             )
         )
@@ -180,7 +181,7 @@ def renew(connection: Connection, tokens: Sequence[str], lease: timedelta) -> No
     connection.execute(
         sa.update(_claim)
         .values(until=sa.func.now() + lease)
-        .where(_claim.c.worker == sa.any_(_texts(tokens)))
+        .where(_claim.c.worker == sa.any_(array(tokens)))
     )
 
 
@@ -260,9 +261,9 @@ def fail(
     labels = sorted(reasons)
     failures = (
         sa.func.unnest(
-            _texts(labels),
-            _texts([reasons[label][:ERROR_LENGTH].replace("\0", "\ufffd") for label in labels]),
-            _texts([texts.get(label) for label in labels]),
+            array(labels),
+            array([reasons[label][:ERROR_LENGTH].replace("\0", "\ufffd") for label in labels]),
+            array([texts.get(label) for label in labels]),
         )
         .table_valued(*(sa.column(n, sa.Text) for n in ("key", "error", "of_text")), name="given")
         .render_derived()
@@ -299,7 +300,7 @@ def put_off(
     """Leave rows alone for a while, through no fault of theirs; the caller commits."""
     if not labels:
         return
-    keys = sa.func.unnest(_texts(sorted(labels)))
+    keys = sa.func.unnest(array(sorted(labels)))
     until = sa.func.now() + wait
     insert = pg.insert(_failure).from_select(
         ["binding_id", "key", "attempts", "next_attempt_at"],
@@ -317,7 +318,7 @@ def forget(connection: Connection, binding: Binding, labels: Sequence[str]) -> N
     if labels:
         connection.execute(
             sa.delete(_failure).where(
-                _failure.c.binding_id == binding.id, _failure.c.key == sa.any_(_texts(labels))
+                _failure.c.binding_id == binding.id, _failure.c.key == sa.any_(array(labels))
             )
         )
 
@@ -396,8 +397,3 @@ def retrying(connection: Connection, binding: Binding) -> int:
         sa.select(sa.func.count()).where(f.binding_id == binding.id, ~f.failed)
     )
     return int(count.scalar_one())
-
-
-def _texts(values: Sequence[str | None]) -> sa.ColumnElement[Any]:
-    kind = pg.ARRAY(sa.Text)
-    return sa.cast(sa.bindparam(None, list(values), type_=kind), kind)

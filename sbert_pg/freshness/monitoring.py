@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
+from sbert_pg.freshness.queue import Counts
+
 #: Upper bounds of the buckets of all durations, in seconds.
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -68,29 +70,13 @@ class ColumnTally:
     write: Durations = field(default_factory=Durations)
 
 
-@dataclass(frozen=True, slots=True)
-class Backlog:
-    """What is pending of one column, as last looked at.
-
-    Attributes:
-        pending: new and changed rows that are pending; counted up to 100,000.
-        backfill: rows of the backfill; counted as far.
-        age: seconds since a round that left nothing new pending; ``None`` before the first.
-    """
-
-    pending: int
-    backfill: int
-    failed: int
-    age: float | None
-
-
 class Tally:
     """All counts of a worker; safe to use from several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._columns: dict[str, ColumnTally] = {}
-        self._backlog: dict[str, Backlog] = {}
+        self._backlog: dict[str, Counts] = {}
         self.started = time.time()
         self.database_errors = 0
         self.listening = False
@@ -101,8 +87,8 @@ class Tally:
         with self._lock:
             yield self._columns.setdefault(column, ColumnTally())
 
-    def set_backlog(self, backlog: dict[str, Backlog]) -> None:
-        """Take note of what is pending."""
+    def set_backlog(self, backlog: dict[str, Counts]) -> None:
+        """Take note of what is pending, counted up to 100,000 a column."""
         with self._lock:
             self._backlog = backlog
 
@@ -116,7 +102,7 @@ class Tally:
         with self._lock:
             return dict(self._columns)
 
-    def backlog(self) -> dict[str, Backlog]:
+    def backlog(self) -> dict[str, Counts]:
         """What is pending by column, as last looked at."""
         with self._lock:
             return dict(self._backlog)

@@ -36,6 +36,7 @@ from sbert_pg.freshness.queue import (
     vector_of,
 )
 from sbert_pg.source import proof
+from sbert_pg.system import array
 from sbert_pg.types.wire import UUID_OID, TextArray, WireArray, element_of
 
 #: How long a row that failed for good is left alone, whatever its text is now.
@@ -315,10 +316,7 @@ class Rows:
         Raises:
             sqlalchemy.exc.DBAPIError: one of the names cannot be read as a key any more.
         """
-        given = sa.func.unnest(
-            sa.cast(sa.literal(list(labels), pg.ARRAY(sa.Text)), pg.ARRAY(sa.Text))
-        )
-        text = given.column_valued("sbert__text")
+        text = sa.func.unnest(array(labels)).column_valued("sbert__text")
         names = sa.select(text.label("sbert__name"), sa.cast(text, pg.JSONB).label(_LABEL)).cte()
         # What is no name of a row of this table may be read as another's.
         row = self._named(names, self.label == names.c.sbert__name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import ClassVar
 
@@ -18,6 +18,7 @@ from sbert_pg.catalog.holding import fingerprint_of
 from sbert_pg.errors import DeclarationError, EncodingError
 from sbert_pg.probes import STORED, measured
 from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors, vectors_of
+from sbert_pg.system import array
 
 #: Bytes of a text's digest in the cache. 2**64 texts until a collision is likely.
 _DIGEST_BYTES = 16
@@ -102,7 +103,7 @@ class CachedEncoder:
         rows = connection.execute(
             sa.select(
                 c.digest, c.vector, (c.used_at < sa.func.now() - _TOUCH_AFTER).label("untouched")
-            ).where(self._mine(), _is_one_of(list(text_of)))
+            ).where(self._mine(), _is_one_of(text_of))
         ).all()
         untouched = sorted(bytes(row.digest) for row in rows if row.untouched)
         if untouched:
@@ -131,7 +132,9 @@ class CachedEncoder:
             if due:
                 self._untrimmed = 0
         payload = (
-            sa.func.unnest(_bytes(list(payloads)), _bytes(list(payloads.values())))
+            sa.func.unnest(
+                array(payloads, sa.LargeBinary), array(payloads.values(), sa.LargeBinary)
+            )
             .table_valued(sa.column("digest"), sa.column("vector"), name="given")
             .render_derived()
         )
@@ -155,13 +158,8 @@ class CachedEncoder:
             .with_for_update(skip_locked=True)
             .cte("oldest")
         )
-        connection.execute(
-            sa.delete(_cache).where(
-                c.role == oldest.c.role,
-                c.fingerprint == oldest.c.fingerprint,
-                c.digest == oldest.c.digest,
-            )
-        )
+        same = [c[column.name] == column for column in oldest.c]
+        connection.execute(sa.delete(_cache).where(*same))
 
     def _mine(self) -> sa.ColumnElement[bool]:
         """Entries of this role and encoder: who writes a vector decides what others take for it."""
@@ -189,10 +187,5 @@ def _digest_of(text: str) -> bytes:
     return digest.digest()
 
 
-def _bytes(values: list[bytes]) -> sa.ColumnElement[object]:
-    kind = pg.ARRAY(sa.LargeBinary)
-    return sa.cast(sa.bindparam(None, values, type_=kind), kind)
-
-
-def _is_one_of(digests: list[bytes]) -> sa.ColumnElement[bool]:
-    return _cache.c.digest == sa.any_(_bytes(digests))
+def _is_one_of(digests: Iterable[bytes]) -> sa.ColumnElement[bool]:
+    return _cache.c.digest == sa.any_(array(digests, sa.LargeBinary))

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -20,7 +21,12 @@ from sqlalchemy.ext.compiler import compiles
 
 from sbert_pg import system
 from sbert_pg.errors import DeclarationError, StepStoppedError, TableBusyError
-from sbert_pg.indexes.partitioned import CreateOnly, build_on_partitions, is_partitioned
+from sbert_pg.indexes.partitioned import (
+    build_on_partitions,
+    create_as,
+    create_only,
+    is_partitioned,
+)
 from sbert_pg.indexes.read import StoredIndex, index_state, same_index, vector_indexes
 from sbert_pg.locks import (
     ATTEMPTS,
@@ -37,7 +43,6 @@ from sbert_pg.types.indexed import VectorIndex
 T = TypeVar("T")
 
 log = logging.getLogger("sbert_pg.indexes")
-
 
 #: Seconds between looks at a build.
 INTERVAL = 0.5
@@ -153,39 +158,25 @@ def index_builder(
         values["max_parallel_maintenance_workers"] = str(parallel_workers)
     with settings(connection, values):
         yield IndexBuilder(
-            connection,
-            table,
-            schema,
-            lock_timeout=lock_timeout or 0.0,
-            attempts=attempts,
-            on_progress=on_progress,
-            stop=stop,
+            connection, table, schema, lock_timeout or 0.0, attempts, on_progress, stop
         )
 
 
+@dataclass
 class IndexBuilder:
     """Builds, replaces and drops indexes of one table; made by ``index_builder``."""
 
-    def __init__(
-        self,
-        connection: sa.Connection,
-        table: str,
-        schema: str | None,
-        *,
-        lock_timeout: float,
-        attempts: int,
-        on_progress: Advance | None,
-        stop: threading.Event | None,
-    ) -> None:
-        self.connection = connection
-        self.table = table
-        self.schema = schema
-        self.relation = system.name_of(schema, table)
-        self.lock_timeout = lock_timeout
-        self.attempts = attempts
-        self.on_progress = on_progress
-        self.stop = stop
-        self.partitioned = is_partitioned(connection, self.relation)
+    connection: sa.Connection
+    table: str
+    schema: str | None
+    lock_timeout: float
+    attempts: int
+    on_progress: Advance | None
+    stop: threading.Event | None
+
+    def __post_init__(self) -> None:
+        self.relation = system.name_of(self.schema, self.table)
+        self.partitioned = is_partitioned(self.connection, self.relation)
 
     def state(self, name: str) -> str:
         """See ``index_state``."""
@@ -215,24 +206,16 @@ class IndexBuilder:
             self._retried(lambda: self.connection.execute(statement))
 
         def build(schema: str, table: str, part: str, definition: str, unique: bool) -> None:
-            IndexBuilder(
-                self.connection,
-                table,
-                schema,
-                lock_timeout=self.lock_timeout,
-                attempts=self.attempts,
-                on_progress=self.on_progress,
-                stop=self.stop,
-            ).create_as(part, definition, unique)
+            replace(self, schema=schema, table=table).create_as(part, definition, unique)
 
         if state == "absent":
-            execute(CreateOnly(name, index))
+            execute(create_only(index))
         build_on_partitions(self.connection, self.schema, self.relation, name, build, execute)
         return True
 
     def create_as(self, name: str, definition: str, unique: bool = False) -> bool:
         """As ``create``, of an index by what stands behind ``CREATE INDEX name``, as SQL."""
-        return self._create(name, _CreateAs(name, definition, unique))
+        return self._create(name, create_as(name, "CONCURRENTLY {}", definition, unique))
 
     def _create(self, name: str, statement: sa.Executable) -> bool:
         def attempt() -> bool:
@@ -288,7 +271,7 @@ class IndexBuilder:
             self.create(declared.to_index(name=beside))
         if old is not None:
             self.drop(declared.name)
-        rename = RenameIndex(beside, self.schema, declared.name)
+        rename = _rename_index(beside, self.schema, declared.name)
         self._retried(lambda: self.connection.execute(rename))
         return True
 
@@ -346,7 +329,7 @@ class IndexBuilder:
     def _drop(self, name: str) -> None:
         # PostgreSQL drops the index of a partitioned table under a lock, for a moment.
         concurrently = not self.partitioned
-        self.connection.execute(DropIndex(name, self.schema, concurrently=concurrently))
+        self.connection.execute(drop_index(name, self.schema, concurrently=concurrently))
 
     def _drop_leftover(self, name: str) -> None:
         """Leave no invalid index, where the connection still lives and the lock can be had."""
@@ -430,46 +413,15 @@ def _create_index_concurrently(element: Any, compiler: Any, **kw: Any) -> str:
     return text if already else text.replace(" INDEX ", " INDEX CONCURRENTLY ", 1)
 
 
-class _CreateAs(sa.schema.ExecutableDDLElement):
-    def __init__(self, name: str, definition: str, unique: bool) -> None:
-        self.name = name
-        self.definition = definition
-        self.unique = unique
-
-
-@compiles(_CreateAs, "postgresql")
-def _create_as(element: _CreateAs, compiler: Any, **_: Any) -> str:
-    # A literal column is SQL as it is, in which percent signs are what the driver needs.
-    definition = compiler.sql_compiler.process(sa.literal_column(element.definition))
-    kind = "UNIQUE INDEX" if element.unique else "INDEX"
-    return f"CREATE {kind} CONCURRENTLY {compiler.preparer.quote(element.name)} {definition}"
-
-
-class DropIndex(sa.schema.ExecutableDDLElement):
+def drop_index(name: str, schema: str | None, *, concurrently: bool) -> system.Statement:
     """``DROP INDEX IF EXISTS``, by name alone."""
-
-    def __init__(self, name: str, schema: str | None, *, concurrently: bool) -> None:
-        self.name = name
-        self.schema = schema
-        self.concurrently = concurrently
+    drop = "DROP INDEX CONCURRENTLY" if concurrently else "DROP INDEX"
+    return system.Statement(lambda c: f"{drop} IF EXISTS {system.ddl_name(c, schema, name)}")
 
 
-@compiles(DropIndex, "postgresql")
-def _drop_index(element: DropIndex, compiler: Any, **_: Any) -> str:
-    text = "DROP INDEX " + ("CONCURRENTLY " if element.concurrently else "")
-    return f"{text}IF EXISTS {system.ddl_name(compiler, element.schema, element.name)}"
+def _rename_index(name: str, schema: str | None, new_name: str) -> system.Statement:
+    def write(compiler: Any) -> str:
+        old = system.ddl_name(compiler, schema, name)
+        return f"ALTER INDEX {old} RENAME TO {compiler.preparer.quote(new_name)}"
 
-
-class RenameIndex(sa.schema.ExecutableDDLElement):
-    """``ALTER INDEX ... RENAME TO``."""
-
-    def __init__(self, name: str, schema: str | None, new_name: str) -> None:
-        self.name = name
-        self.schema = schema
-        self.new_name = new_name
-
-
-@compiles(RenameIndex, "postgresql")
-def _rename_index(element: RenameIndex, compiler: Any, **_: Any) -> str:
-    old = system.ddl_name(compiler, element.schema, element.name)
-    return f"ALTER INDEX {old} RENAME TO {compiler.preparer.quote(element.new_name)}"
+    return system.Statement(write)

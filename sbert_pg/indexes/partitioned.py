@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
-from sqlalchemy.ext.compiler import compiles
 
 from sbert_pg import system
 
@@ -89,11 +88,11 @@ class _Filling(NamedTuple):
             if part.partitioned:
                 own = system.name_of(part.schema, name)
                 if self._oid(own) is None:
-                    self.execute(CreateOnly(name, definition, self.unique))
+                    self.execute(create_as(name, "{} ON ONLY", definition, self.unique))
                 self.fill((part.schema, name), self._oid(own) or 0, part.oid)
             else:
                 self.build(part.schema, part.name, name, f"ON {definition}", self.unique)
-            self.execute(_Attach(index, (part.schema, name)))
+            self.execute(_attach(index, (part.schema, name)))
 
     def _oid(self, relation: str) -> int | None:
         return self.connection.execute(sa.select(system.oid_of(relation))).scalar()
@@ -119,35 +118,39 @@ def _without(connection: sa.Connection, index_oid: int, table: Any) -> list[_Par
     return [_Partition(*row) for row in connection.execute(statement)]
 
 
-class CreateOnly(sa.schema.ExecutableDDLElement):
-    """``CREATE INDEX ... ON ONLY``, of an index or by what follows the name of its table."""
+def create_only(index: sa.Index) -> system.Statement:
+    """``CREATE INDEX ... ON ONLY``."""
 
-    def __init__(self, name: str, definition: str | sa.Index, unique: bool = False) -> None:
-        self.name, self.definition, self.unique = name, definition, unique
+    def write(compiler: Any) -> str:
+        text: str = compiler.visit_create_index(sa.schema.CreateIndex(index))
+        name = compiler.preparer.quote(index.name)
+        return text.replace(" CONCURRENTLY ", " ", 1).replace(
+            f" {name} ON ", f" {name} ON ONLY ", 1
+        )
 
-
-@compiles(CreateOnly, "postgresql")
-def _create_only(element: CreateOnly, compiler: Any, **kw: Any) -> str:
-    if isinstance(element.definition, sa.Index):
-        create = sa.schema.CreateIndex(element.definition)
-        text: str = compiler.visit_create_index(create, **kw)
-        text = text.replace(" CONCURRENTLY ", " ", 1)
-        name = compiler.preparer.quote(element.name)
-        return text.replace(f" {name} ON ", f" {name} ON ONLY ", 1)
-    # A literal column is SQL as it is, in which percent signs are what the driver needs.
-    definition = compiler.sql_compiler.process(sa.literal_column(element.definition))
-    kind = "UNIQUE INDEX" if element.unique else "INDEX"
-    return f"CREATE {kind} {compiler.preparer.quote(element.name)} ON ONLY {definition}"
+    return system.Statement(write)
 
 
-class _Attach(sa.schema.ExecutableDDLElement):
-    """``ALTER INDEX ... ATTACH PARTITION``."""
+def create_as(name: str, form: str, definition: str, unique: bool) -> system.Statement:
+    """``CREATE INDEX``, by its definition as SQL.
 
-    def __init__(self, index: tuple[str | None, str], part: tuple[str | None, str]) -> None:
-        self.index, self.part = index, part
+    Args:
+        form: what stands around the name, as in ``"CONCURRENTLY {}"``.
+        definition: what follows.
+    """
+
+    def write(compiler: Any) -> str:
+        # A literal column is SQL as it is, in which percent signs are what the driver needs.
+        text = compiler.sql_compiler.process(sa.literal_column(definition))
+        kind = "UNIQUE INDEX" if unique else "INDEX"
+        return f"CREATE {kind} {form.format(compiler.preparer.quote(name))} {text}"
+
+    return system.Statement(write)
 
 
-@compiles(_Attach, "postgresql")
-def _attach(element: _Attach, compiler: Any, **_: Any) -> str:
-    index, part = (system.ddl_name(compiler, *one) for one in (element.index, element.part))
-    return f"ALTER INDEX {index} ATTACH PARTITION {part}"
+def _attach(index: tuple[str | None, str], part: tuple[str | None, str]) -> system.Statement:
+    def write(compiler: Any) -> str:
+        whole, own = (system.ddl_name(compiler, *one) for one in (index, part))
+        return f"ALTER INDEX {whole} ATTACH PARTITION {own}"
+
+    return system.Statement(write)

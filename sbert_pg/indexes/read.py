@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import OID
-from sqlalchemy.ext.compiler import compiles
 
 from sbert_pg import system
 from sbert_pg.distance import INDEX_METHODS
@@ -217,7 +216,7 @@ def _normalized(connection: sa.Connection, wanted: VectorIndex) -> VectorIndex |
     table = f"sbert_{uuid.uuid4().hex[:16]}"
     try:
         with _rolled_back(connection):
-            connection.execute(CopyTable(table, wanted.schema, wanted.table))
+            connection.execute(copy_table(table, wanted.schema, wanted.table))
             try:
                 copy = wanted.to_index(name=f"{table}_i", table=("pg_temp", table))
                 copy.dialect_options["postgresql"]["tablespace"] = None
@@ -244,17 +243,14 @@ def _rolled_back(connection: sa.Connection) -> Iterator[None]:
         savepoint.rollback()
 
 
-class CopyTable(sa.schema.ExecutableDDLElement):
+def copy_table(name: str, schema: str | None, table: str) -> system.Statement:
     """An empty temporary table with the columns of another."""
 
-    def __init__(self, name: str, schema: str | None, table: str) -> None:
-        self.name, self.schema, self.table = name, schema, table
+    def write(compiler: Any) -> str:
+        source = system.ddl_name(compiler, schema, table)
+        return f"CREATE TEMPORARY TABLE {compiler.preparer.quote(name)} (LIKE {source})"
 
-
-@compiles(CopyTable)
-def _copy_table(element: CopyTable, compiler: Any, **_: Any) -> str:
-    source = system.ddl_name(compiler, element.schema, element.table)
-    return f"CREATE TEMPORARY TABLE {compiler.preparer.quote(element.name)} (LIKE {source})"
+    return system.Statement(write)
 
 
 def _squeezed(expression: str | None) -> str:

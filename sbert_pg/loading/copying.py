@@ -14,7 +14,6 @@ from psycopg.adapt import Dumper
 from psycopg.pq import Format
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Connection
-from sqlalchemy.ext.compiler import compiles
 
 from sbert_pg import system
 from sbert_pg.catalog.record import qualified
@@ -32,24 +31,19 @@ _NOT_BY_VALUE = frozenset({"inet", "cidr"})
 _TEXT_OID = psycopg.adapters.types["text"].oid
 
 
-class _CreateStaging(sa.schema.ExecutableDDLElement):
+def _create_staging(
+    name: str, schema: str | None, table: str, columns: list[str]
+) -> system.Statement:
     """An empty temporary table with some columns of another."""
 
-    def __init__(self, name: str, schema: str | None, table: str, columns: list[str]) -> None:
-        self.name, self.schema, self.table, self.columns = name, schema, table, columns
+    def write(compiler: Any) -> str:
+        quote = compiler.preparer.quote
+        source = system.ddl_name(compiler, schema, table)
+        selected = ", ".join(map(quote, columns))
+        of_no_rows = f"SELECT {selected} FROM {source} WITH NO DATA"  # noqa: S608 - all are quoted
+        return f"CREATE TEMPORARY TABLE {quote(name)} AS {of_no_rows}"
 
-
-@compiles(_CreateStaging, "postgresql")
-def _create_staging(element: _CreateStaging, compiler: Any, **_: Any) -> str:
-    columns = ", ".join(map(compiler.preparer.quote, element.columns))
-    source = system.ddl_name(compiler, element.schema, element.table)
-    name = compiler.preparer.quote(element.name)
-    of_no_rows = f"SELECT {columns} FROM {source} WITH NO DATA"  # noqa: S608 - all names are quoted
-    return f"CREATE TEMPORARY TABLE {name} AS {of_no_rows}"
-
-
-def _named_table(table: sa.TableClause) -> sa.Table:
-    return sa.Table(table.name, sa.MetaData(), schema=table.schema)
+    return system.Statement(write)
 
 
 def _require_key(table: sa.Table, columns: Sequence[sa.Column[Any]]) -> None:
@@ -167,14 +161,15 @@ class Writer:
         """A temporary table for blocks."""
         name = f"sbert_load_{uuid.uuid4().hex[:12]}"
         written = [column.name for column in self._columns]
-        self._connection.execute(_CreateStaging(name, schema, self._table.name, written))
+        self._connection.execute(_create_staging(name, schema, self._table.name, written))
         columns = (sa.column(column.name, column.type) for column in self._columns)
         return sa.table(name, *columns, schema="pg_temp")
 
     def close(self) -> None:
         """Drop what was made for the load."""
         if self._staging is not None:
-            self._connection.execute(sa.schema.DropTable(_named_table(self._staging)))
+            staging = sa.Table(self._staging.name, sa.MetaData(), schema=self._staging.schema)
+            self._connection.execute(sa.schema.DropTable(staging))
 
     def _merge(self, staging: sa.TableClause, first: int, last: int) -> None:
         """Insert the rows of the temporary table, which is empty afterwards."""

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.dialects.postgresql import TSVECTOR
-from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import InstrumentedAttribute, Mapper, deferred, registry, relationship
 
 from sbert_pg import system
@@ -382,7 +381,7 @@ def text_of(declared: Declared) -> sa.ColumnElement[str]:
     return sa.case((sa.func.substr(hashed, 1, DIGITS) == passage.digest, part))
 
 
-class PassageView(sa.schema.ExecutableDDLElement):
+class PassageView(system.Statement):
     """``CREATE OR REPLACE VIEW`` of the passages of a class, each with its text.
 
     Alembic's autogenerate does not see views. In a migration:
@@ -405,16 +404,15 @@ class PassageView(sa.schema.ExecutableDDLElement):
                 "passages_of(), such as Document.passages."
             )
         table: Any = sa.inspect(declared.passage).local_table
-        self.name, self.schema = name or f"{table.name}_text", table.schema
         names = ["id", *(ours.name for ours, _ in declared.keys), *PASSAGE_COLUMNS]
         same = sa.and_(*(ours == theirs for ours, theirs in declared.keys))
         columns = [*(table.c[name] for name in names), text_of(declared).label("text")]
         documents = sa.inspect(declared.document).local_table
-        self.query = sa.select(*columns).join_from(table, documents, same)
+        query = sa.select(*columns).join_from(table, documents, same)
 
+        def create(compiler: Any) -> str:
+            view = system.ddl_name(compiler, table.schema, name or f"{table.name}_text")
+            text = compiler.sql_compiler.process(query, literal_binds=True)
+            return f"CREATE OR REPLACE VIEW {view} AS {text}"
 
-@compiles(PassageView)
-def _create_view(element: PassageView, compiler: Any, **options: Any) -> str:
-    name = system.ddl_name(compiler, element.schema, element.name)
-    query = compiler.sql_compiler.process(element.query, literal_binds=True)
-    return f"CREATE OR REPLACE VIEW {name} AS {query}"
+        super().__init__(create)

@@ -22,7 +22,7 @@ from sbert_pg import system
 from sbert_pg.catalog import rows as catalog_rows
 from sbert_pg.errors import DeclarationError
 from sbert_pg.indexes import hnsw_index, vector_indexes
-from sbert_pg.indexes.read import CopyTable
+from sbert_pg.indexes.read import copy_table
 from sbert_pg.search import nearest
 from sbert_pg.search.exact import mean, recall
 from sbert_pg.tuning.files import in_columns
@@ -271,7 +271,7 @@ class _Bench:
     def _fill(self, keys: Sequence[sa.Column[Any]], chosen: Sequence[tuple[Any, ...]]) -> None:
         """Make the temporary table of the rows with these keys."""
         connection, table = self.connection, self.base.table
-        connection.execute(CopyTable(self.name, table.schema, table.name))
+        connection.execute(copy_table(self.name, table.schema, table.name))
         copy = self.table()
         for i in range(0, len(chosen), _CHUNK):
             part = sa.select(*self.columns()).where(sa.tuple_(*keys).in_(chosen[i : i + _CHUNK]))
