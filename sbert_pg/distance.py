@@ -7,6 +7,7 @@ Operators and operator classes: pgvector's README, "Querying" and "Indexing".
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -28,6 +29,10 @@ INDEX_METHODS: tuple[IndexMethod, ...] = get_args(IndexMethod)
 MAX_INDEXED_DIMENSIONS = {"vector": 2_000, "halfvec": 4_000, "bit": 64_000}
 #: Widest column that can be stored (pgvector 0.8).
 MAX_DIMENSIONS = 16_000
+
+#: pgvector's binary form: dimensions and an unused zero, and then elements of these types.
+HEADER = struct.Struct(">HH")
+ELEMENT: dict[Storage, np.dtype[Any]] = {"vector": np.dtype(">f4"), "halfvec": np.dtype(">f2")}
 
 L2 = "<->"
 INNER_PRODUCT = "<#>"

@@ -16,7 +16,6 @@ import hashlib
 import json
 import re
 import string
-import struct
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from typing import Any, Final
 
 import sqlalchemy as sa
 
-from sbert_pg.distance import Storage
+from sbert_pg.distance import ELEMENT, HEADER, Storage
 from sbert_pg.errors import SourceError
 
 
@@ -45,8 +44,6 @@ HALF = 16
 #: Bytes of the longest name that PostgreSQL keeps whole.
 _LONGEST_NAME = 63
 
-_HEADER = struct.Struct(">HH")
-_ELEMENT_BYTES: dict[Storage, int] = {"vector": 4, "halfvec": 2}
 #: Characters that no text or name of PostgreSQL has, over which drivers fail in their own ways.
 UNSTORABLE = re.compile(r"[\0\ud800-\udfff]")
 NOT_STORED = "which PostgreSQL cannot store: a text holds no NUL and no half of a surrogate pair."
@@ -350,11 +347,11 @@ def _proof(binding_id: uuid.UUID, wire: bytes | None, storage: Storage) -> bytes
 
 def _leading(wire: bytes, storage: Storage) -> bytes:
     """The first dimensions of a vector, in the same format."""
-    if len(wire) < _HEADER.size:
+    if len(wire) < HEADER.size:
         return wire  # which is not a vector, and is refused when it is sent
-    width = min(_HEADER.unpack_from(wire)[0], PROVEN_DIMENSIONS)
-    end = _HEADER.size + width * _ELEMENT_BYTES[storage]
-    return _HEADER.pack(width, 0) + wire[_HEADER.size : end]
+    width = min(HEADER.unpack_from(wire)[0], PROVEN_DIMENSIONS)
+    end = HEADER.size + width * ELEMENT[storage].itemsize
+    return HEADER.pack(width, 0) + wire[HEADER.size : end]
 
 
 def _hash(binding_id: uuid.UUID, content: bytes) -> bytes:

@@ -26,7 +26,7 @@ from sbert_pg.spec import Vectors
 from sbert_pg.types import Vector
 from sbert_pg.types.comparator import base_of, clause_of
 from sbert_pg.types.vector import VectorType
-from sbert_pg.types.wire import ELEMENT, from_wire_block
+from sbert_pg.types.wire import from_wire_block
 
 Criteria = sa.ColumnElement[bool] | Sequence[sa.ColumnElement[bool]]
 
@@ -306,7 +306,7 @@ def _fixed_rows(copy: psycopg.Copy, rows: RowSet, together: int) -> Iterator[Blo
     fields: list[tuple[Any, ...]] = [("fields", ">i2")]
     for number in range(len(rows.keys)):
         fields += [(f"length{number}", ">i4"), (f"key{number}", ">i8")]
-    vector = ("vector", ELEMENT[rows.storage], (rows.dimensions,))
+    vector = ("vector", d.ELEMENT[rows.storage], (rows.dimensions,))
     row = np.dtype([*fields, ("length", ">i4"), ("header", ">u2", (2,)), vector])
     # The server sends a row at a time, the signature with the first one, and a trailer.
     sent, skip = iter(copy), _HEADER

@@ -161,7 +161,7 @@ def indexes_per(
     where = options.pop("where", None)
 
     def predicate(value: Any) -> Callable[[sa.Table], ColumnElement[bool]]:
-        def made(table: sa.Table) -> ColumnElement[bool]:
+        def rows_of(table: sa.Table) -> ColumnElement[bool]:
             real = column.column if isinstance(column, MappedColumn) else column
             key = real if isinstance(real, str) else real.key
             if key not in table.c:
@@ -170,7 +170,7 @@ def indexes_per(
             rest = where(table) if callable(where) else where
             return own if rest is None else sa.and_(own, rest)
 
-        return made
+        return rows_of
 
     return [
         make(_name_for(name, value), vectors, where=predicate(value), **options) for value in values

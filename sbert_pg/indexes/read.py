@@ -19,7 +19,6 @@ from sbert_pg.types.indexed import VectorIndex, as_number, form_of
 
 #: ``"absent"``, usable, left behind by a build that failed, or being built by some session.
 IndexState = Literal["absent", "valid", "invalid", "building"]
-_KNOWS_LAST_SCAN = (16,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,13 +58,17 @@ def vector_indexes(
     return tuple(index for index in indexes if column is None or index.column == column)
 
 
+def knows_last_scan(connection: sa.Connection) -> bool:
+    """Whether the server says when an index was last scanned, as from PostgreSQL 16 on."""
+    return (connection.dialect.server_version_info or (0,)) >= (16,)
+
+
 def _statement(connection: sa.Connection, relation: str) -> sa.Select[Any]:
     index, klass, opclass = system.INDEX, system.CLASS, system.OPCLASS
     statistics = system.INDEX_STATISTICS
-    knows_last = (connection.dialect.server_version_info or (0,)) >= _KNOWS_LAST_SCAN
-    last: sa.ColumnElement[Any] = (
-        statistics.c.last_idx_scan if knows_last else sa.null().cast(sa.DateTime(timezone=True))
-    )
+    last: sa.ColumnElement[Any] = statistics.c.last_idx_scan
+    if not knows_last_scan(connection):
+        last = sa.null().cast(sa.DateTime(timezone=True))
     return (
         sa.select(
             klass.c.relname,
@@ -178,47 +181,49 @@ def index_state(connection: sa.Connection, relation: str, name: str) -> IndexSta
     return "building" if row[1] else "invalid"
 
 
-def same_index(connection: sa.Connection, wanted: VectorIndex, stored: VectorIndex) -> bool:
-    """Whether an index of the database is the one that is wanted.
+def same_index(connection: sa.Connection, declared: VectorIndex, stored: VectorIndex) -> bool:
+    """Whether an index of the database is the one that is declared.
 
     Method, operator class, options, tablespace, expression and predicate count. Expressions are
-    compared as the server itself writes them, by building the wanted index on an empty temporary
+    compared as the server itself writes them, by building the declared index on an empty temporary
     copy of the table; where that is not allowed, by their text without blanks, brackets and casts.
     """
-    if wanted.method != stored.method or wanted.tablespace != stored.tablespace:
+    if declared.method != stored.method or declared.tablespace != stored.tablespace:
         return False
-    if wanted.effective_options != stored.effective_options:
+    if declared.effective_options != stored.effective_options:
         return False
-    simple = wanted.element is None and wanted.predicate is None and wanted.opclass is not None
+    simple = (
+        declared.element is None and declared.predicate is None and declared.opclass is not None
+    )
     if not simple:
-        normal = _normalized(connection, wanted)
+        normal = _normalized(connection, declared)
         if normal is not None:
             return _essence(normal) == _essence(stored)
-    return _same_text(wanted, stored)
+    return _same_text(declared, stored)
 
 
-def _same_text(wanted: VectorIndex, stored: VectorIndex) -> bool:
-    if wanted.opclass not in (None, stored.opclass):
+def _same_text(declared: VectorIndex, stored: VectorIndex) -> bool:
+    if declared.opclass not in (None, stored.opclass):
         return False
-    if wanted.element is None or stored.element is None:
-        same_element = wanted.element is stored.element and wanted.column == stored.column
+    if declared.element is None or stored.element is None:
+        same_element = declared.element is stored.element and declared.column == stored.column
     else:
-        same_element = _squeezed(wanted.expression) == _squeezed(stored.expression)
-    return same_element and _squeezed(wanted.where) == _squeezed(stored.where)
+        same_element = _squeezed(declared.expression) == _squeezed(stored.expression)
+    return same_element and _squeezed(declared.where) == _squeezed(stored.where)
 
 
 def _essence(index: VectorIndex) -> tuple[str | None, ...]:
     return index.column, index.opclass, index.expression, index.where
 
 
-def _normalized(connection: sa.Connection, wanted: VectorIndex) -> VectorIndex | None:
+def _normalized(connection: sa.Connection, declared: VectorIndex) -> VectorIndex | None:
     """An index as the server writes it, or ``None`` where it could not be asked."""
     table = f"sbert_{uuid.uuid4().hex[:16]}"
     try:
         with _rolled_back(connection):
-            connection.execute(copy_table(table, wanted.schema, wanted.table))
+            connection.execute(copy_table(table, declared.schema, declared.table))
             try:
-                copy = wanted.to_index(name=f"{table}_i", table=("pg_temp", table))
+                copy = declared.to_index(name=f"{table}_i", table=("pg_temp", table))
                 copy.dialect_options["postgresql"]["tablespace"] = None
                 connection.execute(sa.schema.CreateIndex(copy))
                 return vector_indexes(connection, table, schema="pg_temp")[0]

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import sqlalchemy as sa
@@ -126,7 +126,9 @@ def load(
     if commit_every is not None:
         _require_committable(connection, commit_every)
     if isinstance(connection, Session):
-        connection = connection.connection(bind_arguments=_bind_arguments(table, target))
+        # What lets a session with several engines find the table's.
+        clause = {"clause": target} if table is target else {"mapper": sa.inspect(table)}
+        connection = connection.connection(bind_arguments=clause)
     loading = _Loading(connection, target, names, existing, commit_every, progress)
     with loading.all_or_nothing():
         loading.run(cast("Iterable[Row]", rows) if columns is None else _named(rows, columns))
@@ -144,11 +146,6 @@ def _require_committable(connection: Connection | Session, commit_every: int) ->
         )
 
 
-def _bind_arguments(table: Any, target: sa.Table) -> dict[str, Any]:
-    """What lets a session with several engines find the table's."""
-    return {"clause": target} if table is target else {"mapper": sa.inspect(table)}
-
-
 def _named(rows: Iterable[Any], columns: Sequence[str]) -> Iterator[Row]:
     """Tuples as mappings."""
     width = len(columns)
@@ -162,27 +159,19 @@ def _named(rows: Iterable[Any], columns: Sequence[str]) -> Iterator[Row]:
         yield dict(zip(columns, row, strict=True))
 
 
+@dataclass
 class _Loading:
     """One call of ``load``."""
 
-    def __init__(
-        self,
-        connection: Connection,
-        table: sa.Table,
-        names: dict[str, sa.Column[Any]],
-        existing: Existing,
-        commit_every: int | None,
-        progress: Callable[[int], None] | None,
-    ) -> None:
-        self.connection = connection
-        self.table = table
-        self.names = names
-        self.existing = existing
-        self.commit_every = commit_every
-        self.progress = progress
-        self.written = 0
-        self.committed = 0
-        self.cut: dict[str, int] = {}
+    connection: Connection
+    table: sa.Table
+    names: dict[str, sa.Column[Any]]
+    existing: Existing
+    commit_every: int | None
+    progress: Callable[[int], None] | None
+    written: int = 0
+    committed: int = 0
+    cut: dict[str, int] = field(default_factory=dict)
 
     def all_or_nothing(self) -> AbstractContextManager[Any]:
         """What is undone if the load fails."""
@@ -213,15 +202,12 @@ class _Loading:
             return
         plan = Plan(self.table, self.names, first)
         bindings = self._bindings(plan)
-        columns = [
-            *plan.columns,
-            *(embedded.column for embedded in plan.embedded),
-            *(
-                embedded.companion
-                for embedded, binding in zip(plan.embedded, bindings, strict=True)
-                if binding is not None and embedded.companion is not None
-            ),
-        ]
+        companions = (
+            embedded.companion
+            for embedded, binding in zip(plan.embedded, bindings, strict=True)
+            if binding is not None and embedded.companion is not None
+        )
+        columns = [*plan.columns, *(each.column for each in plan.embedded), *companions]
         replaced, existing = plan.replaced(), self.existing
         writer = Writer(
             self.connection, self.table, columns, replaced, inserts=plan.inserts, existing=existing
@@ -336,19 +322,19 @@ def _texts(
     return plan.texts(position, columns, len(vectors), first)
 
 
+@dataclass
 class _Encoding:
     """From blocks to vectors, and to what is written beside them, as the writer takes them.
 
-    Args:
+    Attributes:
         bindings: those of the plan's embedding columns.
         copies: whether rows go through COPY.
     """
 
-    def __init__(self, plan: Plan, bindings: list[Binding | None], copies: bool) -> None:
-        self.plan = plan
-        self.bindings = bindings
-        self.copies = copies
-        self.cut: dict[str, int] = {}
+    plan: Plan
+    bindings: list[Binding | None]
+    copies: bool
+    cut: dict[str, int] = field(default_factory=dict)
 
     def begin(self, executor: ThreadPoolExecutor, block: _Block) -> Future[list[list[Any]]]:
         """Encode a block in a thread, or at once where nothing is to be encoded.

@@ -63,13 +63,14 @@ class Plan:
         vectors = [each.column for each in self.embedded]
         companions = {each.companion for each in self.embedded}
         _refuse_keys(table, names, companions, first)
-        plain = _without(names, companions.union(vectors))
+        plain = {n: c for n, c in names.items() if c not in companions.union(vectors)}
         written = {key: plain[key] for key in plain if key in first or _has_default(plain[key])}
         self.columns = tuple(written.values())
         #: Whether rows have to go through INSERT, since SQLAlchemy computes a default of theirs.
         self.inserts = any(_is_computed(plain[key]) for key in plain.keys() - first.keys())
         self._keys = tuple(written)
-        self._vector_keys = _keys_of(names, vectors)
+        key_of = {column: key for key, column in names.items()}
+        self._vector_keys = tuple(key_of[column] for column in vectors)
         self._allowed = frozenset((*self._keys, *self._vector_keys))
         self._width = len(first)
         self._getters = _getters(self._keys, first)
@@ -245,19 +246,6 @@ def _require_mapping(row: Any, number: int) -> None:
         )
 
 
-def _without(
-    names: Mapping[str, sa.Column[Any]], apart: Set[sa.Column[Any] | None]
-) -> dict[str, sa.Column[Any]]:
-    return {key: column for key, column in names.items() if column not in apart}
-
-
-def _keys_of(
-    names: Mapping[str, sa.Column[Any]], columns: Sequence[sa.Column[Any]]
-) -> tuple[str, ...]:
-    key_of = {column: key for key, column in names.items()}
-    return tuple(key_of[column] for column in columns)
-
-
 def _getters(
     keys: Sequence[str], first: Mapping[str, Any]
 ) -> list[Callable[[Mapping[str, Any]], Any] | None]:
@@ -290,11 +278,8 @@ def _refuse_keys(
 
 def _has_default(column: sa.Column[Any]) -> bool:
     default: Any = column.default
-    return (
-        default is not None
-        and (default.is_scalar or default.is_callable)
-        and not _is_computed(column)
-    )
+    here = default is not None and (default.is_scalar or default.is_callable)
+    return here and not _is_computed(column)
 
 
 def _is_computed(column: sa.Column[Any]) -> bool:

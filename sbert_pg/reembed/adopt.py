@@ -221,7 +221,6 @@ def examine(
     """
     with engine.connect() as connection:
         sampled = _Column(connection, column, sample, seed)
-        connection.rollback()
     return _examine(sampled, encoders, sources, min_share)
 
 
@@ -349,7 +348,6 @@ def adopt(
         bound = catalog.binding_of(connection, column)
         if bound is None:
             sampled = _Column(connection, column, sample, seed)
-        connection.rollback()
     if bound is not None:
         # An adoption that was killed has left it without its queue; workers do the rest.
         build_queue(engine, bound)

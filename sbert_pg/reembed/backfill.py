@@ -104,7 +104,6 @@ def backfill(
         new, old = change_of(connection, column)
         encoder = get_encoder(new.declared)
         way = way_of(connection, old, encoder, source=new.source, storage=new.storage)
-        connection.rollback()
     steps = _Steps(on_progress, stop or threading.Event())
     steps.advance("backfill")
     computed = 0
@@ -261,9 +260,7 @@ def need_of(engine: sa.Engine, request: Request) -> Way:
     with engine.connect() as connection:
         old = catalog.require_binding(connection, request.old)
         encoder = encoder_of(request.encoder)[0]
-        way = way_of(connection, old, encoder, source=request.source, storage=request.storage)
-        connection.rollback()
-        return way
+        return way_of(connection, old, encoder, source=request.source, storage=request.storage)
 
 
 def encoder_of(spec: EncoderSpec) -> tuple[TextEncoder | None, str]:

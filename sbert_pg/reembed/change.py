@@ -372,7 +372,6 @@ def build_indexes(
     """
     with engine.connect() as connection:
         pair = pair_of(connection, column)
-        connection.rollback()
     missing = list(indexes) if indexes is not None else missing_indexes(pair)
     for index in missing:
         build_index(

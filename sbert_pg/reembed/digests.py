@@ -197,6 +197,4 @@ class _Walk:
         """Whether rows are left that could be written."""
         left = sa.select(sa.literal(1)).select_from(self.table).where(*self.criteria).limit(1)
         with self.engine.connect() as connection:
-            row = connection.execute(left).first()
-            connection.rollback()
-        return row is not None
+            return connection.execute(left).first() is not None

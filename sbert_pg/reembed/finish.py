@@ -207,7 +207,6 @@ def abort(
                 "new column of a change that is under way."
             )
         require_droppable(connection, binding)
-        connection.rollback()
 
     def step(connection: sa.Connection) -> bool:
         _lock(connection, binding)

@@ -14,6 +14,7 @@ from sbert_pg.catalog import Binding, rows
 from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.indexes import index_like, index_name
 from sbert_pg.locks import holders
+from sbert_pg.progress import duration
 from sbert_pg.reembed.backfill import encoder_of, way_of
 from sbert_pg.reembed.change import Pair, Request, Side, missing_indexes, pair_of
 from sbert_pg.source import companion_name
@@ -83,7 +84,7 @@ class Plan:
         if self.seconds is not None:
             yield (
                 f"  encoding   {self.rows:,} rows at {self.rows_per_second:,.0f} a second: "
-                f"{_span(self.seconds)} with one process like this one"
+                f"{duration(self.seconds)} with one process like this one"
             )
         else:
             yield f"  encoding   {self.rows:,} rows; without the encoder no time is known"
@@ -115,7 +116,7 @@ def plan(engine: sa.Engine, request: Request, *, texts: int = SAMPLE) -> Plan:
         total = rows_with_text(connection, pair.table, request, old)
         element = 2 if (request.storage or old.storage) == "halfvec" else 4
         growth = total * int(width + element * request.encoder.dimensions + _OVERHEAD)
-        answer = Plan(
+        return Plan(
             table=f"{old.schema}.{old.table}",
             old=old.column,
             new=request.new,
@@ -130,8 +131,6 @@ def plan(engine: sa.Engine, request: Request, *, texts: int = SAMPLE) -> Plan:
             statements=tuple(_statements(pair, request)),
             notes=tuple(_notes(connection, pair, why)),
         )
-        connection.rollback()
-        return answer
 
 
 def _old_side(pair: Pair) -> Side:
@@ -241,14 +240,6 @@ def _notes(connection: sa.Connection, pair: Pair, why: str) -> Iterator[str]:
     if pair.old is not None:
         old, new = pair.old.binding.column, pair.new.binding.column
         yield f"the change is under way already: {new} replaces {old}"
-
-
-def _span(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
 
 
 def _size(number: int) -> str:

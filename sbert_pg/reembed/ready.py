@@ -74,7 +74,6 @@ def _connection(bind: sa.Engine | sa.Connection) -> Iterator[sa.Connection]:
         return
     with bind.connect().execution_options(postgresql_readonly=True) as connection:
         yield connection
-        connection.rollback()
 
 
 def _missing(

@@ -29,6 +29,7 @@ from sbert_pg.catalog import Binding, tables
 from sbert_pg.errors import ReembeddingError
 from sbert_pg.freshness.queue import Coverage, coverage_of
 from sbert_pg.indexes import StoredIndex, vector_indexes
+from sbert_pg.indexes.read import knows_last_scan
 from sbert_pg.system import ColumnIdentity
 
 if TYPE_CHECKING:
@@ -39,8 +40,6 @@ QUIET = dt.timedelta(minutes=5)
 #: Seconds to watch where the server does not say when an index was last scanned.
 WATCH = 10.0
 _POLL = 0.2
-#: Version whose statistics know the time of the last scan.
-_KNOWS_LAST_SCAN = (16,)
 _DISTANCES = ("<=>", "<->", "<#>", "<+>", "<~>", "<%>")
 
 #: ``filling``: rows lack their vector; ``filled``: the index is missing; ``ready``: nothing is.
@@ -248,7 +247,7 @@ def use_of(
         watch: seconds to watch; at least ``WATCH`` before PostgreSQL 16, which does not say when
             an index was last scanned.
     """
-    if (connection.dialect.server_version_info or (0,)) < _KNOWS_LAST_SCAN:
+    if not knows_last_scan(connection):
         watch = max(watch, WATCH)
     before = {index.name: index.scans for index in _indexes(connection, old)}
     statements: dict[int, str] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -78,36 +78,31 @@ def verify(
     with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
         set_timeouts_aside(connection)
         pair = pair_of(connection, column)
-        measuring = _Measuring(connection, pair, k, ef_search, seed, filters or {})
+        moved = {name: pair.on_table(each) for name, each in (filters or {}).items()}
+        measuring = _Measuring(connection, pair, k, ef_search, seed, moved)
         report = measuring.report(sample_size, texts, queries)
-        connection.rollback()
     old_has_index = pair.old is not None and pair.old.valid_index is not None
     report = replace(report, seconds=time.perf_counter() - started)
     missed = judge(report, thresholds or Thresholds(), old_has_index=old_has_index)
     return replace(report, failures=missed)
 
 
+@dataclass
 class _Measuring:
-    """One verification at work."""
+    """One verification at work; its filters are those of the table as it was reflected."""
 
-    def __init__(
-        self,
-        connection: sa.Connection,
-        pair: Pair,
-        k: int,
-        ef_search: int | None,
-        seed: int,
-        filters: Mapping[str, sa.ColumnElement[bool]],
-    ) -> None:
-        self.connection = connection
-        self.pair = pair
-        self.k = k
-        self.ef_search = ef_search
-        self.seed = seed
-        self.filters = {name: pair.on_table(each) for name, each in filters.items()}
-        self.sides = [pair.new] + ([pair.old] if pair.old is not None else [])
-        self.label = rows.label([pair.table.c[name] for name in pair.new.binding.key_columns])
-        self.notes: list[str] = []
+    connection: sa.Connection
+    pair: Pair
+    k: int
+    ef_search: int | None
+    seed: int
+    filters: Mapping[str, sa.ColumnElement[bool]]
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        new, old = self.pair.new, self.pair.old
+        self.sides = [new] if old is None else [new, old]
+        self.label = rows.label([self.pair.table.c[name] for name in new.binding.key_columns])
 
     def report(
         self, sample_size: int, texts: int, queries: Sequence[LabelledQuery]

@@ -149,27 +149,27 @@ def _statement(search: DocumentSearch) -> Nearest:
     else:
         rows = _answer(search, target, right, names).subquery("passages_answer")
         number, query = [], []
-    made: Any = Nearest(document, passage, rows.c.similarity, rows.c.score, *query)
+    statement: Any = Nearest(document, passage, rows.c.similarity, rows.c.score, *query)
     if asked.many:
-        made = made.select_from(queries).join_from(queries, rows, sa.true())
+        statement = statement.select_from(queries).join_from(queries, rows, sa.true())
     same = [key == rows.c[name] for key, name in zip(_document_keys(declared), names, strict=True)]
-    made = made.join_from(rows, document, sa.and_(*same))
-    made = made.join_from(rows, passage, passage.id == rows.c.id)
-    made = made.order_by(
+    statement = statement.join_from(rows, document, sa.and_(*same))
+    statement = statement.join_from(rows, passage, passage.id == rows.c.id)
+    statement = statement.order_by(
         *number, rows.c.score.desc(), *(rows.c[n] for n in names), rows.c.similarity.desc(),
         rows.c.id,
     )  # fmt: skip
-    statement: Nearest = replayed(made, search.shaping)
-    statement.search = search
-    return statement
+    shaped: Nearest = replayed(statement, search.shaping)
+    shaped.search = search
+    return shaped
 
 
 def _answer(
     search: DocumentSearch, target: Target, right: Any, names: Sequence[str]
 ) -> sa.Select[Any]:
     """Of one query: keys and scores of the page's documents, and their best passages."""
-    stages, found = _found(search, target, right, names)
-    page = _page(search, found, right, names)
+    stages, looks = _looks(search, target, right, names)
+    page = _page(search, looks, right, names)
     best = _best(search, target, right, page, names)
     rows = sa.select(
         *(page.c[name] for name in names), page.c.score, best.c.id, best.c.similarity
@@ -185,7 +185,7 @@ def _document_keys(declared: Declared) -> list[Any]:
     ]
 
 
-def _found(
+def _looks(
     search: DocumentSearch, target: Target, right: Any, names: Sequence[str]
 ) -> tuple[list[sa.CTE], Any]:
     """Keys of documents and similarities of passages: the near ones, or as many as it takes.
@@ -252,9 +252,9 @@ def _near(
     return sa.select(*keys, rows.c[target.label].label("similarity"), number)
 
 
-def _page(search: DocumentSearch, found: Any, right: Any, names: Sequence[str]) -> sa.CTE:
+def _page(search: DocumentSearch, looks: Any, right: Any, names: Sequence[str]) -> sa.CTE:
     """Keys and scores of the page's documents."""
-    rows = found.subquery("passages_found")
+    rows = looks.subquery("passages_found")
     keys = [rows.c[name] for name in names]
     best = sa.func.max(rows.c.similarity).label("score")
     # The best passage ranks documents as it finds them, so a later look only adds worse ones.
@@ -269,12 +269,12 @@ def _page(search: DocumentSearch, found: Any, right: Any, names: Sequence[str]) 
         page = page.limit(search.limit)
     if search.offset:
         page = page.offset(search.offset)
-    made: sa.CTE = page.cte("passages_page").prefix_with("MATERIALIZED")
-    return made
+    parts: sa.CTE = page.cte("passages_page").prefix_with("MATERIALIZED")
+    return parts
 
 
 def _with_whole(
-    search: DocumentSearch, found: Any, right: Any, names: Sequence[str]
+    search: DocumentSearch, documents: Any, right: Any, names: Sequence[str]
 ) -> sa.Select[Any]:
     """Scores of the best passage's similarity and the whole document's, as a weighted mean."""
     declared = search.declared
@@ -282,16 +282,16 @@ def _with_whole(
     distance = whole.distance(whole.column, right)
     offset = sa.literal_column(str(int(whole.metric.offset)), _F)
     usable = sa.and_(*whole.comparable(), *whole.proven(whole.column))
-    best = found.c.score
+    best = documents.c.score
     # A document that is being embedded again has its passages, and perhaps not yet its whole.
     similarity = sa.case((usable, offset - distance), else_=best).label("whole")
-    order = [found.c.stage, best.desc(), *(found.c[n] for n in names)]
+    order = [documents.c.stage, best.desc(), *(documents.c[n] for n in names)]
     place = sa.func.row_number().over(order_by=order)
-    keys = [found.c[name] for name in names]
+    keys = [documents.c[name] for name in names]
     on = zip(_document_keys(declared), keys, strict=True)
     rows = (
-        sa.select(*keys, best, found.c.stage, similarity, place.label("place"))
-        .join_from(found, declared.document, sa.and_(*(own == key for own, key in on)))
+        sa.select(*keys, best, documents.c.stage, similarity, place.label("place"))
+        .join_from(documents, declared.document, sa.and_(*(own == key for own, key in on)))
         .correlate(*tables_of(right))
         .subquery("passages_wholes")
     )

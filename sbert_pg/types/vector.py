@@ -43,6 +43,10 @@ class VectorType(SchemaEventTarget, UserDefinedType[Array]):
     dimensions: int | None
     comparator_factory = VectorComparator
 
+    def __init__(self, dimensions: int | None = None) -> None:
+        self.dimensions = _checked_dimensions(dimensions)
+        self._listen()
+
     def copy(self, **_: object) -> VectorType:
         """A copy for the copy of a column, as mixins and ``Table.to_metadata`` make it."""
         return self.adapt(type(self))
@@ -122,10 +126,6 @@ class Vector(VectorType):
     __module__ = "sbert_pg"
     storage: ClassVar[Storage] = "vector"  # type: ignore[misc]
 
-    def __init__(self, dimensions: int | None = None) -> None:
-        self.dimensions = _checked_dimensions(dimensions)
-        self._listen()
-
 
 class HalfVector(VectorType):
     """A ``HALFVEC`` column: 2 bytes a dimension, about three decimal digits.
@@ -138,10 +138,6 @@ class HalfVector(VectorType):
     # Where users find it, and what Alembic writes before the type's ``repr``.
     __module__ = "sbert_pg"
     storage: ClassVar[Storage] = "halfvec"  # type: ignore[misc]
-
-    def __init__(self, dimensions: int | None = None) -> None:
-        self.dimensions = _checked_dimensions(dimensions)
-        self._listen()
 
 
 def plain_type(storage: Storage, dimensions: int | None) -> VectorType:

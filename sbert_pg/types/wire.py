@@ -18,18 +18,12 @@ from psycopg.abc import AdaptContext
 from psycopg.adapt import Dumper
 from psycopg.pq import Format
 
-from sbert_pg.distance import Similarity, Storage
+from sbert_pg.distance import ELEMENT, HEADER, Similarity, Storage
 from sbert_pg.errors import DimensionError, NonFiniteError, VectorError
 
 #: float32, of shape ``(dimensions,)``.
 Array = npt.NDArray[np.float32]
 
-_HEADER = struct.Struct(">HH")
-HEADER_BYTES = _HEADER.size
-ELEMENT: dict[Storage, np.dtype[Any]] = {
-    "vector": np.dtype(">f4"),
-    "halfvec": np.dtype(">f2"),
-}
 #: Rows converted at once: the copies in between stay in the cache, which is four times faster.
 _TOGETHER = 64
 #: Types of pgvector-python, by their names there.
@@ -127,12 +121,12 @@ def unfit(
 
 def to_wire(array: Array, storage: Storage) -> bytes:
     """Bytes of one float32 array in pgvector's binary format."""
-    return _HEADER.pack(array.shape[0], 0) + array.astype(ELEMENT[storage]).tobytes()
+    return HEADER.pack(array.shape[0], 0) + array.astype(ELEMENT[storage]).tobytes()
 
 
 def to_wire_rows(matrix: npt.NDArray[np.float32], storage: Storage) -> list[bytes]:
     """Bytes of every row of a float32 array of shape ``(n, dimensions)``."""
-    header = _HEADER.pack(matrix.shape[1], 0)
+    header = HEADER.pack(matrix.shape[1], 0)
     element = ELEMENT[storage]
     width = matrix.shape[1] * element.itemsize
     rows = []
@@ -144,7 +138,7 @@ def to_wire_rows(matrix: npt.NDArray[np.float32], storage: Storage) -> list[byte
 
 def from_wire(payload: bytes | memoryview, storage: Storage) -> Array:
     """float32 array of one vector in pgvector's binary format."""
-    return np.frombuffer(payload, dtype=ELEMENT[storage], offset=HEADER_BYTES).astype(np.float32)
+    return np.frombuffer(payload, dtype=ELEMENT[storage], offset=HEADER.size).astype(np.float32)
 
 
 def from_wire_block(payload: bytes | memoryview, dimensions: int, storage: Storage) -> Array:
