@@ -40,12 +40,7 @@ def is_busy(error: sa.exc.DBAPIError) -> bool:
     return sqlstate_of(error) in _RETRIED
 
 
-def retried(
-    attempt: Callable[[], T],
-    *,
-    busy: Callable[[], str],
-    attempts: int = ATTEMPTS,
-) -> T:
+def retried(attempt: Callable[[], T], *, busy: Callable[[], str], attempts: int = ATTEMPTS) -> T:
     """Call a function again where its lock cannot be had, with pauses.
 
     Args:

@@ -15,11 +15,7 @@ from typing import Any
 import numpy as np
 
 from sbert_pg.distance import Similarity
-from sbert_pg.errors import (
-    DeclarationError,
-    EncoderNotFoundError,
-    SbertPgError,
-)
+from sbert_pg.errors import DeclarationError, EncoderNotFoundError, SbertPgError
 from sbert_pg.probes import PROBES
 from sbert_pg.process import ProcessLock
 from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors, canonical_name, vectors_of

@@ -24,13 +24,13 @@ from sbert_pg.passages.declaring import passages_between
 from sbert_pg.progress import bar
 from sbert_pg.reembed import Request, request_of
 from sbert_pg.reembed.change import Side, reflect, side_of
-from sbert_pg.reembed.ready import declared_indexes
 from sbert_pg.row_vectors import embedding_columns
 from sbert_pg.search.exact import LabelledQuery
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
 from sbert_pg.system import ColumnIdentity
 from sbert_pg.tuning.files import pairs_of, read_pairs
+from sbert_pg.types.indexed import declared_indexes
 from sbert_pg.types.text import TextSearch
 
 

@@ -134,12 +134,7 @@ def compare(
 
 
 def compare_rows(
-    connection: sa.Connection,
-    binding: Binding,
-    encoder: TextEncoder,
-    *,
-    size: int,
-    seed: int = 0,
+    connection: sa.Connection, binding: Binding, encoder: TextEncoder, *, size: int, seed: int = 0
 ) -> Comparison:
     """Encode the texts of some of a column's fresh rows again, and compare.
 
@@ -363,11 +358,7 @@ def _texts_of(
 
 
 def _compare(
-    page: Sequence[sa.Row[Any]],
-    rows: Rows,
-    encoder: TextEncoder,
-    min_cosine: float,
-    result: Audit,
+    page: Sequence[sa.Row[Any]], rows: Rows, encoder: TextEncoder, min_cosine: float, result: Audit
 ) -> list[tuple[str, Finding]]:
     """Compare one page; returns and counts what is wrong, by label."""
     binding = rows.binding

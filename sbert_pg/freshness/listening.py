@@ -141,11 +141,7 @@ class Listener:
     """
 
     def __init__(
-        self,
-        engine: sa.Engine,
-        name: str,
-        on_notify: OnNotify,
-        on_state: Callable[[bool], None],
+        self, engine: sa.Engine, name: str, on_notify: OnNotify, on_state: Callable[[bool], None]
     ) -> None:
         self._engine = engine
         self._name = name

@@ -175,9 +175,7 @@ class Rows:
         leases = sa.select(label.label(_LABEL)).where(c.binding_id == self.binding.id)
         last = leases.cte("sbert__last")
         row = self._named(
-            last,
-            self.binding.is_stale(self.table),
-            self.binding.class_of(self.table) == class_,
+            last, self.binding.is_stale(self.table), self.binding.class_of(self.table) == class_
         )
         keys = [row.c[key.name] for key in self.keys]
         return (
@@ -254,10 +252,7 @@ class Rows:
         written = (
             sa.update(self.table)
             .values(
-                {
-                    self.binding.column: locked.c[_VECTOR],
-                    self.binding.companion: locked.c[_DIGEST],
-                }
+                {self.binding.column: locked.c[_VECTOR], self.binding.companion: locked.c[_DIGEST]}
             )
             .where(self._same(locked), self.of.is_not_distinct_from(locked.c[_OF]))
             .returning(locked.c[_N], self.binding.is_stale(self.table).label("sbert__stale"))
@@ -367,10 +362,7 @@ class Rows:
         return rows
 
     def columns_of(
-        self,
-        connection: Connection,
-        rows: Sequence[Row],
-        columns: Sequence[sa.ColumnElement[Any]],
+        self, connection: Connection, rows: Sequence[Row], columns: Sequence[sa.ColumnElement[Any]]
     ) -> Sequence[sa.Row[Any]]:
         """Columns of rows: the number of the row from 1 on, and what is asked for of ``table``."""
         if not rows:

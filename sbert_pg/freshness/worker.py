@@ -164,11 +164,7 @@ class Worker:
         return Health(alive, alive and not blocked and trouble is None, details)
 
     def run(
-        self,
-        *,
-        until_empty: bool = False,
-        timeout: float | None = None,
-        await_others: bool = False,
+        self, *, until_empty: bool = False, timeout: float | None = None, await_others: bool = False
     ) -> Tally:
         """Work until ``stop`` is called.
 

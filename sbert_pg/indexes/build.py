@@ -21,12 +21,7 @@ from sqlalchemy.ext.compiler import compiles
 
 from sbert_pg import system
 from sbert_pg.errors import DeclarationError, StepStoppedError, TableBusyError
-from sbert_pg.indexes.partitioned import (
-    build_on_partitions,
-    create_as,
-    create_only,
-    is_partitioned,
-)
+from sbert_pg.indexes.partitioned import build_on_partitions, create_as, create_only, is_partitioned
 from sbert_pg.indexes.read import StoredIndex, index_state, same_index, vector_indexes
 from sbert_pg.locks import (
     ATTEMPTS,

@@ -196,9 +196,7 @@ class Writer:
         if not any(_is_json(column.type) for column in rest):
             differs = sa.or_(*(column.is_distinct_from(new[column.key]) for column in rest))
         return statement.on_conflict_do_update(
-            index_elements=key,
-            set_={column.key: new[column.key] for column in rest},
-            where=differs,
+            index_elements=key, set_={column.key: new[column.key] for column in rest}, where=differs
         )
 
     def _copy(self, rows: Sequence[Sequence[Any]], at: list[int]) -> None:

@@ -22,13 +22,7 @@ from sbert_pg.indexes import vector_indexes
 from sbert_pg.loading.copying import Existing, Writer
 from sbert_pg.loading.rows import Loaded, Plan, checked
 from sbert_pg.registry import get_encoder
-from sbert_pg.row_vectors import (
-    EmbeddingColumn,
-    count_cut,
-    cut_so_far,
-    encode_documents,
-    target_of,
-)
+from sbert_pg.row_vectors import EmbeddingColumn, count_cut, cut_so_far, encode_documents, target_of
 from sbert_pg.source import Text
 from sbert_pg.spec import Vectors
 from sbert_pg.system import require_connection

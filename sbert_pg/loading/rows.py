@@ -53,10 +53,7 @@ class Plan:
     """
 
     def __init__(
-        self,
-        table: sa.Table,
-        names: Mapping[str, sa.Column[Any]],
-        first: Mapping[str, Any],
+        self, table: sa.Table, names: Mapping[str, sa.Column[Any]], first: Mapping[str, Any]
     ) -> None:
         _require_mapping(first, 0)
         self.embedded = columns_filled(table, set(names.values()))

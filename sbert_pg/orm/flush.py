@@ -12,13 +12,7 @@ from weakref import ref
 
 import sqlalchemy as sa
 from sqlalchemy import event
-from sqlalchemy.orm import (
-    InstanceState,
-    ORMExecuteState,
-    Session,
-    scoped_session,
-    sessionmaker,
-)
+from sqlalchemy.orm import InstanceState, ORMExecuteState, Session, scoped_session, sessionmaker
 from sqlalchemy.orm.attributes import set_attribute
 from sqlalchemy.orm.base import PassiveFlag
 
@@ -265,9 +259,7 @@ def _change(
     return write
 
 
-def _embedded(
-    objects: Iterable[object],
-) -> Iterator[tuple[InstanceState[Any], EmbeddingAttribute]]:
+def _embedded(objects: Iterable[object]) -> Iterator[tuple[InstanceState[Any], EmbeddingAttribute]]:
     """Each object with each of its embedding columns; one look for each class without any."""
     by_class: dict[type, tuple[EmbeddingAttribute, ...]] = {}
     for instance in objects:

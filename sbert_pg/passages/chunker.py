@@ -336,10 +336,7 @@ def chunker_of(identity: Mapping[str, Any]) -> Chunker:
         DeclarationError: this process does not know it.
     """
     settings = {name: value for name, value in identity.items() if name != "kind"}
-    kinds: dict[str, Callable[..., Chunker]] = {
-        "sentences": SentenceChunker,
-        "fixed": FixedChunker,
-    }
+    kinds: dict[str, Callable[..., Chunker]] = {"sentences": SentenceChunker, "fixed": FixedChunker}
     kind = str(identity.get("kind"))
     if kind in kinds:
         return kinds[kind](**settings)

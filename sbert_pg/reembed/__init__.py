@@ -5,9 +5,8 @@ from sbert_pg.reembed.backfill import Filling, Rebinding, as_step, backfill, reb
 from sbert_pg.reembed.change import Request, begin, build_indexes, request_of
 from sbert_pg.reembed.finish import abort, finish, resume
 from sbert_pg.reembed.plan import Plan, plan
-from sbert_pg.reembed.ready import require_ready
 from sbert_pg.reembed.report import Thresholds, Verification
-from sbert_pg.reembed.status import QUIET, Status, status
+from sbert_pg.reembed.status import QUIET, Status, require_ready, status
 from sbert_pg.reembed.verify import verify
 from sbert_pg.search.exact import LabelledQuery
 

@@ -386,8 +386,5 @@ def _declared(encoder: TextEncoder) -> EncoderSpec:
     if known is not None and known.dimensions == spec.dimensions:
         return EncoderSpec.of(spec.name, precision=precision)
     return EncoderSpec(
-        name=spec.name,
-        dimensions=spec.dimensions,
-        similarity=spec.similarity,
-        precision=precision,
+        name=spec.name, dimensions=spec.dimensions, similarity=spec.similarity, precision=precision
     )

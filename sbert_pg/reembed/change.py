@@ -18,13 +18,7 @@ from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.catalog.record import relation_of
 from sbert_pg.distance import STORAGES, Storage
 from sbert_pg.errors import AlreadyBoundError, DimensionError, ReembeddingError
-from sbert_pg.indexes import (
-    StoredIndex,
-    build_index,
-    index_like,
-    index_name,
-    vector_indexes,
-)
+from sbert_pg.indexes import StoredIndex, build_index, index_like, index_name, vector_indexes
 from sbert_pg.locks import ATTEMPTS, LOCK_TIMEOUT, in_short_transactions
 from sbert_pg.progress import Advance
 from sbert_pg.reembed.status import operations_on, replacement_of, sides_of

@@ -158,11 +158,7 @@ def require_droppable(connection: sa.Connection, binding: Binding) -> None:
     """
     dependents = connection.scalars(
         _DEPENDENT,
-        {
-            "relation": binding.relation,
-            "column": binding.column,
-            "companion": binding.companion,
-        },
+        {"relation": binding.relation, "column": binding.column, "companion": binding.companion},
     ).all()
     if dependents:
         raise ReembeddingError(

@@ -1,4 +1,4 @@
-"""Where a change stands: its new column's rows and indexes, and who still uses the old column.
+"""Where a change stands, who still uses its old column, and whether columns can be served.
 
 Rows are counted by what they say themselves, through the queue's index. Three sources say who uses
 the old column, and none of them costs a reader anything worth measuring:
@@ -19,6 +19,7 @@ import datetime as dt
 import re
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,11 +27,14 @@ import sqlalchemy as sa
 
 from sbert_pg import catalog, system
 from sbert_pg.catalog import Binding, tables
-from sbert_pg.errors import ReembeddingError
+from sbert_pg.errors import BackfillIncompleteError, NotBoundError, ReembeddingError
 from sbert_pg.freshness.queue import Coverage, coverage_of
 from sbert_pg.indexes import StoredIndex, vector_indexes
 from sbert_pg.indexes.read import knows_last_scan
-from sbert_pg.system import ColumnIdentity
+from sbert_pg.progress import duration
+from sbert_pg.row_vectors import EmbeddingColumn, embedding_columns
+from sbert_pg.system import ColumnIdentity, require_connection
+from sbert_pg.types.indexed import declared_indexes
 
 if TYPE_CHECKING:
     from alembic.operations import Operations
@@ -189,11 +193,7 @@ class Status:
 
 
 def status(
-    engine: sa.Engine,
-    column: ColumnIdentity,
-    *,
-    quiet: dt.timedelta = QUIET,
-    watch: float = 0.0,
+    engine: sa.Engine, column: ColumnIdentity, *, quiet: dt.timedelta = QUIET, watch: float = 0.0
 ) -> Status:
     """Where a change stands, and what to do next.
 
@@ -282,8 +282,7 @@ def _scans(
 
 
 def _ago(age: dt.timedelta) -> str:
-    seconds = age.total_seconds()
-    return f"{seconds:.0f} s ago" if seconds < 90 else f"{seconds / 60:.0f} min ago"
+    return f"{duration(age.total_seconds())} ago"
 
 
 def _indexes(connection: sa.Connection, binding: Binding) -> tuple[StoredIndex, ...]:
@@ -299,9 +298,8 @@ def _processes(connection: sa.Connection, old: Binding, quiet: dt.timedelta) -> 
     """
     seen = tables.reader.c
     now = sa.func.clock_timestamp()
-    searched = connection.execute(
-        sa.select(now - sa.func.sbert.last_read_v1(old.id, type_=sa.DateTime(timezone=True)))
-    ).scalar()
+    last_read = sa.func.sbert.last_read_v1(old.id, type_=sa.DateTime(timezone=True))
+    searched = connection.scalar(sa.select(now - last_read))
     recent = (
         sa.select(seen.pid, seen.role, seen.application, (now - seen.seen_at).label("age"))
         .where(seen.binding_id == old.id, now - seen.seen_at < quiet)
@@ -347,3 +345,76 @@ def _unseen(connection: sa.Connection) -> Iterator[str]:
     sees_all = sa.func.pg_has_role(sa.literal("pg_read_all_stats", sa.Text), "USAGE")
     if not connection.execute(sa.select(sees_all)).scalar_one():
         yield "running statements of other roles (grant pg_read_all_stats to see them)"
+
+
+def require_ready(
+    bind: sa.Engine | sa.Connection,
+    declared: Any,
+    *,
+    max_pending: int | None = 0,
+    max_failed: int | None = None,
+) -> None:
+    """Do nothing where every declared embedding column can be served; else say what is missing.
+
+    For the start of a process, or its readiness probe: a deployment that switches to a column whose
+    backfill is not complete stops here, and the old version keeps serving. A column can be served
+    where it is bound to the declared encoder, every row has the vector of its text, and each
+    declared vector index is there and valid. It takes some milliseconds, however large the table.
+
+    Nothing is written. Async callers use ``await connection.run_sync(require_ready, Base)``.
+
+    Args:
+        bind: an engine or a connection.
+        declared: a declarative base, a mapped class, a table, ``MetaData``, an embedding column, or
+            several of these.
+        max_pending: new and changed rows that may wait for their vector. An application that leaves
+            all encoding to workers has some at any moment, and should say how many are normal. Any
+            number for ``None``.
+        max_failed: rows allowed whose text could not be encoded; any number by default, since one
+            odd text should not stop a deployment.
+
+    Raises:
+        DeclarationError: ``bind`` is asynchronous.
+        EncoderMismatchError: a column belongs to another encoder than the code declares.
+        NotBoundError: a column is not bound, or does not exist.
+        BackfillIncompleteError: rows or indexes are missing; all columns' reasons together.
+    """
+    require_connection("require_ready", bind, or_engine=True)
+    columns = embedding_columns(declared)
+    if not columns:
+        raise NotBoundError(
+            f"{declared!r} declares no embedding column, so there is nothing to check. Give the "
+            "declarative base, a mapped class, a table or its metadata."
+        )
+    reasons: list[str] = []
+    with ExitStack() as stack:
+        if isinstance(bind, sa.Engine):
+            bind = stack.enter_context(bind.connect())
+            bind.execution_options(postgresql_readonly=True)
+        for column in columns:
+            reasons.extend(_missing(bind, column, max_pending, max_failed))
+    if reasons:
+        raise BackfillIncompleteError(
+            f"This code cannot serve what it declares yet: {'; '.join(reasons)}. Keep the version "
+            "that serves now until 'sbert-pg reembed status' says ready."
+        )
+
+
+def _missing(
+    connection: sa.Connection,
+    column: EmbeddingColumn,
+    max_pending: int | None,
+    max_failed: int | None,
+) -> Iterator[str]:
+    identity = column.identity
+    binding = catalog.require_binding(connection, identity)
+    catalog.hold(connection, identity, column.spec)
+    for reason in coverage_of(connection, binding, whole=False).reasons(max_pending, max_failed):
+        yield f"{binding}: {reason}"
+    stored = vector_indexes(connection, identity.table, identity.column, schema=identity.schema)
+    valid = {index.name: index.valid for index in stored}
+    for name in (str(index.name) for index in declared_indexes(column.column)):
+        if name not in valid:
+            yield f"index {name} does not exist"
+        elif not valid[name]:
+            yield f"index {name} is not valid"

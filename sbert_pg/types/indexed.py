@@ -234,6 +234,15 @@ def method_of(index: sa.Index) -> IndexMethod | None:
     return cast("IndexMethod", using) if using in INDEX_METHODS else None
 
 
+def declared_indexes(column: sa.Column[Any]) -> list[sa.Index]:
+    """The vector indexes that a class declares on one of its columns."""
+    return [
+        index
+        for index in column.table.indexes
+        if method_of(index) is not None and column.name in index.columns
+    ]
+
+
 def _expression_of(index: sa.Index) -> tuple[Any, Any]:
     """The only expression of an index without its label, and its operator class."""
     element: Any = index.expressions[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ from sbert_pg import (
     nearest,
     use_encoder,
 )
-from sbert_pg.errors import DeclarationError, DimensionError, EncoderMismatchError
+from sbert_pg.errors import DeclarationError, DimensionError, EncoderMismatchError, VectorError
 from sbert_pg.orm import flush
+from sbert_pg.testing import DeterministicEncoder
 
 
 class Base(DeclarativeBase):
@@ -102,6 +104,23 @@ def test_functions_that_are_none() -> None:
         encoder_of(lambda texts: letters(texts[:1]), name="x", dimensions=4).encode_query(
             ["a", "b"]
         )
+    with pytest.raises(VectorError, match="no array of numbers"):
+        encoder_of(lambda texts: [[1.0], [2.0, 3.0]], name="x", dimensions=2).encode_query(
+            ["a", "b"]
+        )
+
+
+def test_a_query_of_another_width_names_the_encoder(session: Session) -> None:
+    """Also of an encoder that does not check itself, as ``encoder_of`` does."""
+
+    class Wide(DeterministicEncoder):
+        def encode_query(self, texts: Sequence[str]) -> Any:
+            return np.ones((len(texts), 385))
+
+    use_encoder(Wide(), name="deterministic")
+    for _ in range(2):
+        with pytest.raises(DimensionError, match=r"'deterministic' gave vectors of shape"):
+            session.execute(nearest(Article.embedding, "a"))
 
 
 def test_sessions_leave_rows_to_workers_again(tables: sa.Engine, encoder: Any) -> None:
