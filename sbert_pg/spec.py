@@ -400,7 +400,6 @@ def vectors_of(spec: EncoderSpec, output: Any, texts: int, *, finite: bool = Fal
 
     Args:
         spec: the encoder's, or that by which a column declares it.
-        finite: whether to look at every number too.
 
     Raises:
         DimensionError: it has another shape.
@@ -411,12 +410,10 @@ def vectors_of(spec: EncoderSpec, output: Any, texts: int, *, finite: bool = Fal
         vectors = np.asarray(output, dtype=np.float32)
     except (TypeError, ValueError) as error:
         raise VectorError(f"Encoder {spec.name!r} gave no array of numbers: {error}") from error
-    shape = texts, spec.dimensions
-    if vectors.shape != shape:
+    if vectors.shape != (shape := (texts, spec.dimensions)):
         raise DimensionError(
             f"Encoder {spec.name!r} gave vectors of shape {vectors.shape} for {texts} texts, where "
-            f"{shape} is expected. Correct the dimensions that are declared, or have the encoder "
-            "give one vector for each text."
+            f"{shape} is expected. Declare its dimensions, and have it give a vector a text."
         )
     if finite and not np.isfinite(vectors).all():
         raise NonFiniteError(f"Encoder {spec.name!r} gave numbers that are not finite.")

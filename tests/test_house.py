@@ -64,26 +64,26 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 
 #: Most modules and lines of each room: a new capability raises its own, and nobody else's.
 ROOMS: dict[str, tuple[int, int]] = {
-    "adapters": (10, 1928),
+    "adapters": (10, 1929),
     "alembic": (9, 2815),
-    "catalog": (9, 2607),
+    "catalog": (9, 2628),
     "cli": (16, 4509),
-    "clustering": (16, 5267),
+    "clustering": (16, 5263),
     "encoder": (23, 7056),
-    "freshness": (16, 5377),
-    "indexes": (6, 1406),
-    "loading": (5, 1318),
-    "orm": (5, 923),
-    "passages": (5, 1165),
-    "reembed": (12, 3133),
-    "search": (13, 4229),
-    "serving": (16, 3568),
+    "freshness": (17, 5270),
+    "indexes": (6, 1351),
+    "loading": (5, 1280),
+    "orm": (5, 915),
+    "passages": (5, 1160),
+    "reembed": (11, 3055),
+    "search": (13, 4232),
+    "serving": (16, 3567),
     "sql": (1, 24),
-    "tuning": (15, 4333),
-    "types": (8, 1831),
+    "tuning": (15, 4328),
+    "types": (8, 1829),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3525
+MOST_LINES_OF_THE_REST = 3550
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60

@@ -23,7 +23,7 @@ from sbert_pg import catalog
 from sbert_pg.catalog import Binding
 from sbert_pg.errors import BackfillError
 from sbert_pg.indexes import build_index, index_builder, vector_indexes
-from sbert_pg.locks import ATTEMPTS, LOCK_TIMEOUT, pause
+from sbert_pg.locks import ATTEMPTS, LOCK_TIMEOUT, Pause
 from sbert_pg.progress import Advance
 from sbert_pg.sqlstates import Fault, fault_of, words_of
 from sbert_pg.system import ColumnIdentity
@@ -156,6 +156,7 @@ def _build_aside(engine: sa.Engine, binding: Binding, **options: Any) -> None:
 
 def _noted_at_the_end(engine: sa.Engine, binding: Binding) -> dict[str, Mapping[str, Any]]:
     """What was set aside, where the server may have been away while the column was filled."""
+    pause = Pause(0.2, 3.0)
     for attempt in range(1, ATTEMPTS + 1):
         try:
             with engine.connect() as connection:
@@ -163,7 +164,7 @@ def _noted_at_the_end(engine: sa.Engine, binding: Binding) -> dict[str, Mapping[
         except sa.exc.DBAPIError as error:
             if fault_of(error) not in (Fault.LOST, Fault.BUSY) or attempt == ATTEMPTS:
                 raise
-        pause(attempt)
+        pause.sleep()
     raise AssertionError("unreachable")
 
 

@@ -60,7 +60,7 @@ class Plan:
         vectors = [each.column for each in self.embedded]
         companions = {each.companion for each in self.embedded}
         _refuse_keys(table, names, companions, first)
-        plain = {n: c for n, c in names.items() if c not in companions.union(vectors)}
+        plain = _without(names, companions.union(vectors))
         written = {key: plain[key] for key in plain if key in first or _has_default(plain[key])}
         self.columns = tuple(written.values())
         #: Whether rows have to go through INSERT, since SQLAlchemy computes a default of theirs.
@@ -241,6 +241,12 @@ def _require_mapping(row: Any, number: int) -> None:
             "tuples give their names with columns=.",
             row=number,
         )
+
+
+def _without(
+    names: Mapping[str, sa.Column[Any]], apart: Set[sa.Column[Any] | None]
+) -> dict[str, sa.Column[Any]]:
+    return {key: column for key, column in names.items() if column not in apart}
 
 
 def _getters(
