@@ -19,6 +19,7 @@ from sbert_pg.errors import (
     BindingError,
     CatalogError,
     CatalogMissingError,
+    DeclarationError,
     EncoderMismatchError,
     NotBoundError,
     SbertPgError,
@@ -39,6 +40,7 @@ QUERY_CANCELED = "57014"
 INSUFFICIENT_PRIVILEGE = "42501"
 _UNDEFINED_FUNCTION = "42883"
 _INVALID_SCHEMA = "3F000"
+FEATURE_NOT_SUPPORTED = "0A000"
 
 
 def sqlstate_of(error: BaseException | None) -> str | None:
@@ -131,6 +133,12 @@ def as_error(error: sa.exc.DBAPIError) -> SbertPgError | None:
         return CatalogMissingError(
             f"The schema 'sbert' is not installed in this database, or is older than this code: "
             f"{message}. Run 'sbert-pg migrate'."
+        )
+    if state == FEATURE_NOT_SUPPORTED and "TABLESAMPLE" in message:
+        return DeclarationError(
+            "An index is declared on what is a view in this database, or a foreign table, and a "
+            "search with criteria tries rows of the table that holds the index. Declare the index "
+            "on that table and search it; without an index the rows of a view are compared."
         )
     if state == INSUFFICIENT_PRIVILEGE:
         return CatalogError(

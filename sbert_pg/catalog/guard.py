@@ -38,7 +38,13 @@ from sbert_pg.process import ProcessLock
 from sbert_pg.registry import find_encoder
 from sbert_pg.source import NIL, PROVEN_DIMENSIONS
 from sbert_pg.spec import EncoderSpec
-from sbert_pg.sqlstates import INSUFFICIENT_PRIVILEGE, as_error, sqlstate_of, words_of
+from sbert_pg.sqlstates import (
+    FEATURE_NOT_SUPPORTED,
+    INSUFFICIENT_PRIVILEGE,
+    as_error,
+    sqlstate_of,
+    words_of,
+)
 from sbert_pg.system import ColumnIdentity, identity_behind
 from sbert_pg.types.drivers import unwrapped
 
@@ -640,12 +646,14 @@ def _leave_trace(
 
 
 def _on_error(context: Any) -> None:
-    """Forget what has changed, and raise the library's own error: mismatch, or want of rights."""
+    """Forget what has changed, and raise the library's own error where it has one."""
     state = sqlstate_of(context.original_exception)
     lacks = state == INSUFFICIENT_PRIVILEGE and _FENCE in (context.statement or "")
     # Not of an application's table whose name has the word in it: no grant of ours helps there.
     ours = lacks and _OURS.search(words_of(context.original_exception)) is not None
-    if state != _MISMATCH and not ours:
+    # A search tried rows of what is no table.
+    sampled = state == FEATURE_NOT_SUPPORTED and "TABLESAMPLE" in (context.statement or "")
+    if state != _MISMATCH and not ours and not sampled:
         return
     forget(context.dialect)
     error = as_error(context.sqlalchemy_exception)

@@ -24,7 +24,14 @@ from sbert_pg.errors import DeclarationError
 from sbert_pg.search.entry import nearest
 from sbert_pg.search.passages import MOST_BY_INDEX, DocumentSearch
 from sbert_pg.search.statement import Call, Changeable, Nearest, replayed, replayed_of
-from sbert_pg.search.words import WordSearch, check_page, word_search, words_page
+from sbert_pg.search.words import (
+    WordSearch,
+    check_page,
+    is_text_column,
+    word_search,
+    words_page,
+)
+from sbert_pg.types.vector import shown
 
 Fusion = Literal["relative", "rrf"]
 
@@ -143,6 +150,12 @@ def hybrid(
     if depth is not None and (not isinstance(depth, int) or depth < 1):
         raise DeclarationError(f"hybrid() was given depth={depth!r}; it is 1 or more rows.")
     _check_page(limit, offset)
+    if not is_text_column(words):
+        swapped = " They stand the other way round here." if is_text_column(column) else ""
+        raise DeclarationError(
+            f"hybrid() takes an embedding column and then an attribute made with text_column(), "
+            f"and was given {shown(column)} and {shown(words)}.{swapped}"
+        )
     by_words = word_search(words, question, where=where, language=language)
     if by_words.entity is not getattr(getattr(column, "parent", None), "entity", None):
         raise DeclarationError(

@@ -791,6 +791,12 @@ class Nearest(sa.Select[Any]):
     except_ = _delegated("except_", "refused")
     except_all = _delegated("except_all", "refused")
 
+    def self_group(self, against: Any = None) -> Any:
+        """Within ``union_all`` and the like, the rows of its subquery: parts keep their names."""
+        if self.search is None or not isinstance(against, sa.CompoundSelect):
+            return super().self_group(against)
+        return sa.select(*self.subquery().c)
+
     def filter(self, *criteria: Any) -> Any:
         """The same as ``where``."""
         return self.where(*criteria)

@@ -183,7 +183,7 @@ def word_search(
 ) -> WordSearch:
     """What ``matching`` with these arguments searches for."""
     clause = clause_of(column)
-    if not isinstance(clause, sa.ColumnElement) or not isinstance(clause.type, TextSearch):
+    if not is_text_column(column):
         raise DeclarationError(
             f"matching() was given {shown(column)}, which is no text column. Give an attribute "
             "made with text_column()."
@@ -216,6 +216,12 @@ def word_search(
     if criteria:
         search = replace(search, narrowing=(*search.narrowing, ("where", criteria, {})))
     return search
+
+
+def is_text_column(column: Any) -> bool:
+    """Whether it is a column made with ``text_column``."""
+    clause = clause_of(column)
+    return isinstance(clause, sa.ColumnElement) and isinstance(clause.type, TextSearch)
 
 
 def check_page(function: str, limit: Any, offset: Any) -> None:

@@ -180,5 +180,9 @@ def test_what_is_asked_wrongly(session: Session) -> None:
     ):
         with pytest.raises(DeclarationError):
             hybrid(Page.embedding, Page.search, "x", **options)  # type: ignore[arg-type]
+    with pytest.raises(DeclarationError, match=r"hybrid\(\) takes .* the other way round"):
+        hybrid(Page.search, Page.embedding, "q")
+    with pytest.raises(DeclarationError, match=r"hybrid\(\) takes .* and Page.title\."):
+        hybrid(Page.embedding, Page.title, "q")
     with pytest.raises(DeclarationError, match="one class"):
         hybrid(Page.__table__.c.embedding, Page.search, "x")

@@ -686,3 +686,26 @@ def test_nothing_is_near_to_no_vector(shop: Shop, engine: sa.Engine) -> None:
             statement = nearest(article.embedding, none, **options)
             assert session.execute(statement).all() == []
             assert session.execute(statement.where(article.id < 30)).all() == []
+
+
+def test_searches_in_one_union(indexed: Shop, session: Session) -> None:
+    article = indexed.Article
+    first = nearest(article.embedding, "gift now", limit=2)
+    second = nearest(article.embedding, "refund returns", limit=3).where(article.lang == "de")
+    wanted = [*session.scalars(first), *session.scalars(second)]
+    assert len(wanted) == 5
+    both = sa.select(article).from_statement(sa.union_all(first, second))
+    assert [row.id for row in session.scalars(both)] == [row.id for row in wanted]
+    once = sa.union(first.with_only_columns(article.id), second.with_only_columns(article.id))
+    assert set(session.scalars(once)) == {row.id for row in wanted}
+
+
+def test_an_index_that_is_declared_on_a_view(
+    shop: Shop, engine: sa.Engine, session: Session
+) -> None:
+    session.execute(sa.text("CREATE VIEW shown AS SELECT * FROM article"))
+    view = shop.Article.__table__.to_metadata(sa.MetaData(), name="shown")
+    search = nearest(view.c.embedding, "gift now", limit=3)
+    with pytest.raises(DeclarationError, match="a view"):
+        session.execute(search.where(view.c.lang == "en")).all()
+    session.rollback()
