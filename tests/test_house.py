@@ -66,7 +66,7 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (10, 1929),
     "alembic": (9, 2815),
-    "catalog": (9, 2628),
+    "catalog": (9, 2636),
     "cli": (16, 4509),
     "clustering": (16, 5263),
     "encoder": (23, 7056),
@@ -76,14 +76,14 @@ ROOMS: dict[str, tuple[int, int]] = {
     "orm": (5, 915),
     "passages": (5, 1160),
     "reembed": (11, 3055),
-    "search": (13, 4232),
+    "search": (13, 4330),
     "serving": (16, 3567),
     "sql": (1, 24),
     "tuning": (15, 4328),
     "types": (8, 1829),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3550
+MOST_LINES_OF_THE_REST = 3558
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60

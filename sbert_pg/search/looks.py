@@ -212,13 +212,24 @@ def planned(sample: sa.FromClause, look: Look, shape: Shape) -> sa.Select[Any]:
     return sa.select(costs.c.share, costs.c.closest, costs.c.looked, use, many)
 
 
-def settings(index: VectorIndex, look: Look, looked: Any) -> sa.ColumnElement[str]:
+def settings(
+    index: VectorIndex, look: Look, looked: Any, second: Look | None = None, again: Any = None
+) -> sa.ColumnElement[str]:
     """What makes the settings that an index reads when its scan begins, for this transaction.
 
     Args:
         looked: rows that it takes, as an expression.
+        second: the look that follows, where the same scan takes that one too.
+        again: that it is the second.
     """
-    return _made(index, _values(index, look, looked))
+    values = _values(index, look, looked)
+    later = {} if second is None else _values(index, second, looked)
+    for name, value in later.items():
+        # Where it is not said, as many candidates as rows ask for, of both.
+        if isinstance(values[name], str) and values[name] != value:
+            first: Any = sa.literal_column(values[name])
+            values[name] = sa.case((again, sa.literal_column(value)), else_=first)
+    return _made(index, values)
 
 
 def settings_back(index: VectorIndex, look: Look) -> sa.ColumnElement[str]:

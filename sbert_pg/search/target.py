@@ -34,7 +34,7 @@ NAMED = 1000
 #: How many of the nearest rows may lack a proof before a page is short by them.
 MARGIN = 100
 #: Parts of a statement, which would stand for a table of their name.
-_PARTS = ("query", "within", "page", "sample", "plan", "near", "far", "judged_near", "judged_far")
+_PARTS = ("query", "within", "page", "sample", "plan", "near", "looks")
 _OWN_NAMES = {f"nearest_{part}" for part in _PARTS}
 #: The identity of the column's binding, of which ``nearest_query`` has asked.
 ASKED: Any = sa.select(

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.sql import visitors
 
 from sbert_pg.catalog.embedding import companion_of
@@ -56,10 +57,27 @@ ISLAND = 1e-6
 # none that a table has.
 KEY, SELF, VECTOR = "nearest_key", "nearest_self", "nearest_vector"
 COMPANION = "nearest_companion"
-DISTANCE, PLACE, PASSES, WAY = "nearest_distance", "nearest_place", "nearest_passes", "nearest_way"
-# Of all rows that the index gave, those that are not taken too: how many, and the largest distance.
+DISTANCE, PASSES, WAY = "nearest_distance", "nearest_passes", "nearest_way"
+# Of all rows that a quantised index gave, those that are not taken too: how many, and the largest
+# distance.
 SEEN, LAST = "nearest_seen", "nearest_last"
-NEAR, FAR, EXACT = 1, 2, 3
+EXACT = 3
+#: What is known of a search after each look, and of the next: whether there is to be one, and of
+#: how many rows.
+STATE: dict[str, Any] = {
+    **dict.fromkeys(("look", "looked", "passed", "head", "seen"), sa.Integer()),
+    **dict.fromkeys(("share", "closest"), sa.Float()),
+    **dict.fromkeys(("further", "accepted", "spread", "many"), sa.Boolean()),
+}
+
+
+def of_look(name: str) -> Any:
+    """A column of ``nearest_looks`` where a look is taken, which has that row around it."""
+    return sa.literal_column(f"nearest_looks.{name}", STATE.get(name))
+
+
+#: That it is the second look.
+AGAIN: Any = of_look("look") == number(1)
 
 
 def key_names(prefix: str, count: int) -> list[str]:
@@ -107,6 +125,10 @@ class Ways:
     also ``nearest_within``), so that they are built once for each column
     and shape. What tries the caller's filter is finished for each search, by ``parts``.
 
+    Where there are pages or filters, ``nearest_looks`` has a row for each look that was taken, and
+    one before them that says what the first is to be. It is recursive: what the planner does for a
+    look it does once for both.
+
     Attributes:
         page: candidates as a select of keys and distance, nearest first, and more than are wanted;
             for later pages also the way that found them, which comes before the distance.
@@ -135,37 +157,36 @@ class Ways:
         #: Neither pages nor filters: what the index gives is the answer as it is, or none.
         self.plain = shape.keyed and not shape.filtered
         #: What the proof is asked of, where it is asked of a look's rows later.
-        self.carried = self._carried() if self.proof and shape.keyed else {}
-        self.found = {look: self._found(f"nearest_{look}") for look in ("near", "far")}
-        self._make()
-
-    def _make(self) -> None:
-        """The parts, each of which knows those before it."""
+        self.carried = self._carried() if self.proof and self.plain else {}
+        self.near = self._rows_of_a_look()
+        #: What a look hands on, each as an array.
+        self.arrays = self.names if shape.keyed else [*self.names, DISTANCE]
+        self.looks = named("nearest_looks", *self.arrays, **STATE)
         self.plan = self._plan() if self.tested else None
-        self.near_rows = self._rows(self.first, self.plan)
+        self.rows = self._rows()
         if not self.plain:
-            self.near = self._judged_near()
-        if self.second is not None:
-            self.far_rows = self._rows(self.second, self.near)
-            self.far = self._judged_far(self.second)
-        #: The keys that each look gives, ``NULL`` where it is no answer.
-        self.best: dict[str, sa.ScalarSelect[Any]] = {}
-        self.taken = self._taken() if self.shape.keyed else None
+            self.begun, self.counted = self._begun(), self._counted()
+            self.judged = self._judged()
+            self.stepped = self._stepped()
+        #: The keys that the looks give, ``NULL`` where they are no answer.
+        self.best: sa.ScalarSelect[Any] | None = None
+        self.taken = self._taken() if shape.keyed else None
         self.page = sa.select() if self.taken is not None else self._page()
         self.verdict = self._verdict()
 
     def parts(self, passes: Passes | None) -> list[sa.CTE]:
         """The parts that page and verdict know by name, in their order."""
+        if self.plain:
+            return [self.rows.cte("nearest_near").prefix_with("MATERIALIZED")]
         parts = []
         if self.plan is not None:
             assert passes is not None
             parts = [self._sample(passes(self.tried)), self.plan]
-        if self.plain:
-            return [self._part("near", self.near_rows)]
-        parts += [self._look("near", self.near_rows, passes), self.near]
-        if self.second is not None:
-            parts += [self._look("far", self.far_rows, passes), self.far]
-        return parts
+        counts = sa.select(*self.counted).select_from(self._look(passes))
+        judged = sa.select(*self.judged).select_from(counts.subquery("nearest_counts"))
+        step = sa.join(self.looks, judged.lateral("nearest_judged"), sa.true())
+        looks = sa.union_all(self.begun, self.stepped.select_from(step))
+        return [*parts, looks.cte("nearest_looks", recursive=True)]
 
     # -- small pieces
 
@@ -176,14 +197,13 @@ class Ways:
         column = self.target.row_column(self.row)
         return {VECTOR: column, COMPANION: companion_of(column)}
 
-    def _found(self, name: str) -> sa.TableClause:
-        """The rows of a look, by its name."""
+    def _rows_of_a_look(self) -> sa.TableClause:
+        """The rows of the look that is being taken, by name."""
         columns = [*self.names, DISTANCE]
-        columns += [] if self.plain else [PLACE, SEEN, LAST, PASSES]
-        return named(name, *columns, **{n: column.type for n, column in self.carried.items()})
-
-    def _part(self, name: str, statement: sa.Select[Any]) -> sa.CTE:
-        return statement.cte(f"nearest_{name}").prefix_with("MATERIALIZED")
+        columns += [] if self.plain else [PASSES]
+        columns += [SEEN, LAST] if self.index.quantized and not self.plain else []
+        types = {name: column.type for name, column in self.carried.items()}
+        return named("nearest_near", *columns, **types)
 
     def _asked(self, name: str) -> sa.ScalarSelect[Any]:
         return sa.select(self.query.c[name]).scalar_subquery()
@@ -244,11 +264,12 @@ class Ways:
         # The same pages each time; of each partition, where the table has such.
         self.tried = self.table.tablesample(part, "nearest_tried", seed=number(0))
         sample = named("nearest_sample", "tried", "hits", "times", "closest")
-        return self._part("plan", planned(sample, self.first, self.shape))
+        plan = planned(sample, self.first, self.shape).cte("nearest_plan")
+        return plan.prefix_with("MATERIALIZED")
 
     # -- looks at the index
 
-    def _rows(self, look: Look, condition: sa.CTE | None) -> sa.Select[Any]:
+    def _rows(self) -> sa.Select[Any]:
         """The rows that the index gives, nearest first."""
         vector = self._asked("vector")
         row: Any = self.within if self.partial else self.row
@@ -258,107 +279,206 @@ class Ways:
         present = [column.is_not(None)] if carried else self._present(row, column)
         if self.plain:
             present += self._others(row)
+        fetched = max(look.fetched for look in (self.first, self.second) if look is not None)
         return (
             sa.select(*keys, self.target.distance(column, vector).label(DISTANCE), *carried)
-            .where(self._set(look, condition).is_not(None), *present)
+            .where(self._set().is_not(None), *present)
             .order_by(self.target.index_distance(column, self.index, vector))
-            .limit(number(look.fetched))
+            .limit(number(fetched))
         )
 
-    def _set(self, look: Look, condition: sa.CTE | None) -> sa.ScalarSelect[Any]:
+    def _set(self) -> sa.ScalarSelect[Any]:
         """The settings of a look; made once, ahead of the scan, which reads them at its first row.
 
-        Not at all where the look is not to be taken or there is no vector to look for.
+        Not at all where there is no vector to look for.
         """
-        first = condition is not None and condition is self.plan
-        looked = condition.c.looked if condition is not None and first else self._looked(look)
-        made = sa.select(settings(self.index, look, looked))
-        if condition is not None:
-            allows = condition.c["by_index" if first else "further"]
-            made = made.select_from(condition).where(allows)
+        made = sa.select(settings(self.index, self.first, of_look("looked"), self.second, AGAIN))
         if not self.shape.known:
             made = made.where(self._asked("vector").is_not(None))
         return made.scalar_subquery()
 
-    def _look(self, name: str, rows: sa.Select[Any], passes: Passes | None) -> sa.CTE:
-        """The same with their places, and whether they pass."""
+    def _look(self, passes: Passes | None) -> sa.Subquery:
+        """The nearer of these rows, and whether they pass."""
         row: Any = self.within if self.partial else self.row
         criteria: list[Any] = self._others(row)
         if self.tested:
             assert passes is not None
             criteria.append(passes(row))
-        if not self.shape.keyed:
-            # Last, since it hashes.
-            criteria += self.proof
-        if name == "far" and self.shape.deep:
-            known = sa.not_(self._accepted("near"))
-            criteria.append(sa.or_(known, self._not_among("near", row)))
-        look = self.first if name == "near" else self.second
-        given, passing = self._behind(rows, row, sa.and_(sa.true(), *criteria))
-        columns = [given.c[column] for column in (*self.names, DISTANCE, *self.carried)]
-        columns += [given.c[column] for column in (PLACE, SEEN, LAST)]
-        # Adding zero has the planner expect a third of the rows, as it does not of a mere number
-        # of rows: where a join decides, it looks these up, or computes all that pass.
-        among = given.c[PLACE] + number(0) <= self._looked(look)
-        return self._part(name, sa.select(*columns, passing.label(PASSES)).where(among))
+        if self.shape.deep and self.second is not None:
+            criteria.append(self._not_among(row, [of_look(name) for name in self.names]))
+        # The proof last, since it hashes.
+        taken, passing = self._taken_of(row, sa.and_(sa.true(), *criteria, *self.proof))
+        columns = [taken.c[c.name] for c in self.near.c if c.name != PASSES]
+        # As a part of its own, so that it is asked once, and not once for each use of it.
+        near = sa.select(*columns, passing.label(PASSES)).offset(number(0))
+        return near.subquery("nearest_near")
 
-    def _behind(self, rows: sa.Select[Any], row: Any, criterion: Any) -> tuple[Any, Any]:
-        """Rows of a look with places and what a criterion needs, and the criterion about these.
+    def _taken_of(self, row: Any, criterion: Any) -> tuple[Any, Any]:
+        """The nearer rows with what a criterion needs, and the criterion about these.
 
         Within the look the planner would expect it to be asked of all rows that there are, and look
-        up by one scan of the table which of these pass.
+        up by one scan of the table which of these pass. It takes what is taken for a tenth.
         """
         labels = dict(zip(self._keys(row), self.names, strict=True))
         inner = visitors.iterate(criterion)
         used: set[Any] = {c for c in inner if isinstance(c, sa.ColumnClause) and c.table is row}
-        more = {c: f"nearest_own_{n}" for n, c in enumerate(sorted(used - {*labels}, key=str))}
-        given = rows.add_columns(*(c.label(n) for c, n in more.items())).subquery("nearest_rows")
-        order = [given.c[DISTANCE], *self._keys(given)]
-        placed = sa.select(
-            *given.c,
-            sa.func.row_number().over(order_by=order).label(PLACE),
-            sa.func.count().over().label(SEEN),
-            sa.func.max(given.c[DISTANCE]).over().label(LAST),
-        ).subquery("nearest_places")
-        labels |= more
+        labels |= {c: f"nearest_own_{n}" for n, c in enumerate(sorted(used - {*labels}, key=str))}
+        more = [c.label(name) for c, name in labels.items() if name not in self.names]
+        given = self._fetched(self.rows.add_columns(*more)).subquery("nearest_rows")
+        columns: list[Any] = [*given.c]
+        if SEEN in self.near.c:
+            columns.append(sa.func.count().over().label(SEEN))
+            columns.append(sa.func.max(given.c[DISTANCE]).over().label(LAST))
+        nearer = sa.select(*columns).order_by(given.c[DISTANCE], *self._keys(given))
+        taken = nearer.limit(of_look("looked")).subquery("nearest_taken")
 
         def replace(element: Any, **_: Any) -> Any:
             # A part is another one where it is copied, and would be written once more.
             if isinstance(element, sa.CTE):
                 return element
-            return placed.c[labels[element]] if element in labels else None
+            return taken.c[labels[element]] if element in labels else None
 
         traverse: Any = visitors.replacement_traverse
-        return placed, traverse(criterion, {}, replace)
+        return taken, traverse(criterion, {}, replace)
 
-    def _looked(self, look: Look | None) -> Any:
-        assert look is not None
-        if self.plan is None or look.least == look.most:
-            return number(look.least)
-        return sa.select(self.plan.c.looked).scalar_subquery()
+    def _fetched(self, rows: sa.Select[Any]) -> sa.Select[Any]:
+        """As many rows as a look asks the index for, where its scan goes on by itself."""
+        if self.second is None or self.first.fetched <= MAX_EF_SEARCH:
+            return rows
+        all_ = rows.subquery("nearest_fetched")
+        most = sa.case((AGAIN, number(self.second.fetched)), else_=number(self.first.fetched))
+        return sa.select(*all_.c).limit(most)
 
-    def _not_among(self, name: str, rows: Any) -> sa.ColumnElement[bool]:
+    def _not_among(self, rows: Any, found: list[Any]) -> sa.ColumnElement[bool]:
         """That a row is not one that an earlier look has found.
 
         Not as ``NOT EXISTS``, whose cost the planner takes for a scan of the look for each row,
         beside which no other choice in the statement matters to it.
         """
-        earlier = self.found[name]
-        found = sa.select(*self._keys(earlier)).where(earlier.c[PASSES])
         key = self._keys(rows)
         known: Any = key[0] if len(key) == 1 else sa.tuple_(*key)
-        return known.not_in(found)  # type: ignore[no-any-return]
+        return known.not_in(sa.select(*self._unnested(found).c))  # type: ignore[no-any-return]
 
-    # -- whether what a look has found is an answer
+    def _unnested(self, arrays: list[Any]) -> Any:
+        """Arrays that belong together as rows."""
+        columns = [sa.column(c.name, c.type) for c, _ in zip(self.near.c, arrays, strict=False)]
+        return sa.func.unnest(*arrays).table_valued(*columns).render_derived("nearest_found")
 
-    def _counted(self, name: str, **more: Any) -> sa.Subquery:
-        """What is asked of the rows of a look, as one row."""
-        found = self.found[name]
-        more["passed"] = sa.func.count()
-        spread = _spread(found.c[DISTANCE], found.c[LAST])
-        columns: list[Any] = [sa.func.max(found.c[SEEN]).label("seen"), spread.label("spread")]
-        columns += [value.filter(found.c[PASSES]).label(key) for key, value in more.items()]
-        return sa.select(*columns).select_from(found).subquery("nearest_counts")
+    # -- one look after the other, and whether what it has found is an answer
+
+    def _begun(self) -> sa.Select[Any]:
+        """What the first look is to be: the row before those of the looks."""
+        values: dict[str, Any] = dict.fromkeys(STATE, number(0))
+        values |= dict.fromkeys(("accepted", "spread", "many"), sa.false())
+        if self.plan is None:
+            values |= {"looked": number(self.first.least), "further": sa.true()}
+        else:
+            values |= {name: self.plan.c[name] for name in ("looked", "share", "closest", "many")}
+            values["further"] = self.plan.c.by_index
+        columns = [value.label(name) for name, value in values.items()]
+        # Arrays of nothing, of the very types and collations; never asked for.
+        for column, name in zip(self.target.row_key, self.names, strict=True):
+            key = sa.select(self.row.c[column.key]).scalar_subquery()
+            array = sa.func.array(key, type_=sa.ARRAY(column.type))
+            columns.append(sa.case((sa.false(), array)).label(name))
+        if DISTANCE in self.arrays:
+            columns.append(sa.cast(sa.null(), sa.ARRAY(sa.Float(53))).label(DISTANCE))
+        begun = sa.select(*columns)
+        return begun if self.plan is None else begun.select_from(self.plan)
+
+    def _counted(self) -> list[Any]:
+        """What is asked of the rows of a look, by their names alone."""
+        near: dict[str, Any] = {column.name: sa.column(column.name, column.type)
+                                for column in self.near.c}  # fmt: skip
+        order = [near[name] for name in (DISTANCE, *self.names)]
+
+        def in_order(value: Any) -> Any:
+            return sa.func.array_agg(postgresql.aggregate_order_by(value, *order))
+
+        places = in_order(near[PASSES])
+        places = sa.func.array_positions(places, sa.true(), type_=sa.ARRAY(sa.Integer()))
+        seen = sa.func.max(near[SEEN]) if SEEN in near else sa.func.count()
+        spread = _spread(near[DISTANCE], near.get(LAST, near[DISTANCE]))
+        names = self.arrays if self.plan is None else [*self.names, DISTANCE]
+        return [
+            sa.cast(seen, sa.Integer()).label("seen"),
+            spread.label("spread"),
+            places.label("places"),
+            *(in_order(near[name]).filter(near[PASSES]).label(name) for name in names),
+        ]
+
+    def _judged(self) -> list[Any]:
+        """Whether these rows are an answer, and their keys."""
+        counts: dict[str, Any] = {c.name: sa.column(c.name, c.type) for c in self.counted}
+        # First, since what follows a false part may not be asked for.
+        back = settings_back(self.index, self.first).is_not(None)
+        accepted = sa.func.coalesce(sa.and_(back, *self._criteria(counts)), sa.false())
+        return [
+            accepted.label("accepted"),
+            _passed(counts).label("passed"),
+            counts["places"][number(1)].label("head"),
+            counts["spread"],
+            counts["seen"],
+            *(counts[name] for name in self.arrays),
+        ]
+
+    def _stepped(self) -> sa.Select[Any]:
+        """A row for each look that is to be taken, which says what the next is to be."""
+        looks: dict[str, Any] = {c.name: c for c in self.looks.c}
+        judged: dict[str, Any] = {
+            column.name: sa.literal_column(f"nearest_judged.{column.name}", column.type)
+            for column in self.judged
+        }
+        look = looks["look"]
+        values = {**looks, **judged, "look": look + number(1), "further": self._further(judged)}
+        values["looked"] = number((self.second or self.first).least)
+        columns = [values[name].label(name) for name in STATE]
+        columns += [sa.case((judged["accepted"], judged[n])).label(n) for n in self.arrays]
+        # There are two at most, and the planner expects one where it is said as a range.
+        few = look.between(number(0), number(1))
+        return sa.select(*columns).where(looks["further"], few)
+
+    def _further(self, judged: dict[str, Any]) -> sa.ColumnElement[bool]:
+        """Whether the second look is worth its cost."""
+        if self.second is None:
+            return sa.false()
+        later: Any = judged["passed"] < self._asked("needed") if self.shape.deep else sa.false()
+        worth: Any = sa.false()
+        if self.plan is not None:
+            worth = sa.and_(self.looks.c.many, sa.func.coalesce(judged["spread"], sa.true()))
+        wanted = sa.case((judged["accepted"], later), else_=worth)
+        return sa.and_(self.looks.c.look == number(0), wanted)
+
+    def _criteria(self, counts: dict[str, Any]) -> list[sa.ColumnElement[bool]]:
+        """What has to hold of the rows of a look."""
+        size, looked = number(self.shape.size), of_look("looked")
+        passed = _passed(counts)
+        whole: Any = number(self.whole(self.first)) if self.index.quantized else looked
+        near: list[Any] = [passed >= size]
+        if self.plan is not None:
+            closest = of_look("closest")
+            near += [
+                counts["places"][number(1)] <= number(HEAD) * looked,
+                passed >= number(LOCAL) * of_look("share") * looked,
+                # No row of the sample is nearer that the index has not found.
+                sa.or_(
+                    closest.is_(None),
+                    closest >= counts[DISTANCE][passed],
+                    closest == sa.any_(counts[DISTANCE]),
+                ),
+            ]
+        if self.second is None:
+            return [counts["spread"], counts["seen"] >= whole, *near]
+        if self.index.quantized:
+            whole = sa.case((AGAIN, number(self.whole(self.second))), else_=whole)
+        # As many as are wanted among the nearer half.
+        half = counts["places"][size] <= number(self.second.most // 2)
+        far = sa.or_(of_look("accepted"), half)
+        return [
+            counts["spread"],
+            counts["seen"] >= whole,
+            sa.case((AGAIN, far), else_=sa.and_(*near)),
+        ]
 
     def whole(self, look: Look) -> int:
         """Rows that the index gives where none is missing.
@@ -374,67 +494,6 @@ class Ways:
         wide = min(look.fetched, 2 * self.shape.size)
         return max(min(look.fetched, kept) * 3 // 4, wide)
 
-    def _judged_near(self) -> sa.CTE:
-        look, found, plan = self.first, self.found["near"], self.plan
-        more: dict[str, Any] = {}
-        if plan is not None:
-            more["head"] = sa.func.min(found.c[PLACE])
-            more["last"] = sa.func.max(found.c[DISTANCE])
-            more["distances"] = sa.func.array_agg(found.c[DISTANCE])
-        counts = self._counted("near", **more)
-        source: Any = counts
-        whole: Any = number(self.whole(look))
-        criteria: list[Any] = [counts.c.spread, counts.c.passed >= number(self.shape.size)]
-        if plan is not None:
-            source = sa.join(counts, plan, sa.true())
-            looked = number(look.least) if look.least == look.most else plan.c.looked
-            whole = whole if self.index.quantized else looked
-            criteria += [
-                counts.c.head <= number(HEAD) * looked,
-                counts.c.passed >= number(LOCAL) * plan.c.share * looked,
-                # No row of the sample is nearer that the index has not found.
-                sa.or_(
-                    plan.c.closest.is_(None),
-                    plan.c.closest >= counts.c.last,
-                    plan.c.closest == sa.func.any(counts.c.distances),
-                ),
-            ]
-        criteria.append(counts.c.seen >= whole)
-        head = sa.null() if plan is None else counts.c.head
-        columns: list[Any] = [
-            sa.func.coalesce(sa.and_(*criteria), sa.false()).label("accepted"),
-            counts.c.passed,
-            head.label("head"),
-            counts.c.spread,
-        ]
-        if plan is not None and self.second is not None:
-            columns.append(sa.and_(plan.c.by_index, plan.c.many).label("worth"))
-        judged = sa.select(*columns).select_from(source).subquery("nearest_judgement")
-        columns = [judged.c[name] for name in ("accepted", "passed", "head", "spread")]
-        columns.append(settings_back(self.index, look).label("back"))
-        if self.second is not None:
-            columns.append(self._further(judged).label("further"))
-        return self._part("judged_near", sa.select(*columns))
-
-    def _further(self, judged: Any) -> sa.ColumnElement[bool]:
-        """Whether the second look is worth its cost."""
-        later: Any = judged.c.passed < self._asked("needed") if self.shape.deep else sa.false()
-        if self.plan is None:
-            return sa.and_(judged.c.accepted, later)
-        spread = sa.func.coalesce(judged.c.spread, sa.true())
-        return sa.case((judged.c.accepted, later), else_=sa.and_(judged.c.worth, spread))
-
-    def _judged_far(self, look: Look) -> sa.CTE:
-        """Whether its rows may follow those of the first look, or stand for them."""
-        # As many as are wanted among the nearer half.
-        half = sa.case((self.found["far"].c[PLACE] <= number(look.most // 2), 1))
-        counts = self._counted("far", half=sa.func.count(half))
-        enough = sa.or_(self._accepted("near"), counts.c.half >= number(self.shape.size))
-        whole = sa.and_(counts.c.spread, counts.c.seen >= number(self.whole(look)), enough)
-        accepted = sa.func.coalesce(whole, sa.false()).label("accepted")
-        back = settings_back(self.index, look).label("back")
-        return self._part("judged_far", sa.select(accepted, counts.c.passed, back))
-
     # -- the page
 
     def _compared(self, criteria: list[Any], limit: Any) -> sa.Select[Any]:
@@ -447,28 +506,33 @@ class Ways:
         keys = [key.label(n) for key, n in zip(self._keys(rows), self.names, strict=True)]
         criteria = [*criteria, *self._present(rows, column), *self._others(rows)]
         if self.shape.deep:
-            for name in self.found if self.second is not None else ("near",):
-                known = sa.not_(self._accepted(name))
-                criteria.append(sa.or_(known, self._not_among(name, rows)))
+            known: Any = self._keys(rows)
+            known = known[0] if len(known) == 1 else sa.tuple_(*known)
+            criteria.append(known.not_in(self._found(*self.names)))
         if not self.shape.known:
             criteria.append(self.vector.is_not(None))
         return sa.select(*keys, distance).where(*criteria).order_by(distance, *keys).limit(limit)
 
+    def _found(self, *names: str) -> sa.Select[Any]:
+        """The rows of the looks that are an answer, whose arrays the others do not have."""
+        rows = self._unnested([self.looks.c[n] for n in names])
+        found = sa.select(*rows.c)
+        return found.select_from(self.looks).join(rows, sa.true())
+
     def _exact(self) -> sa.Select[Any]:
         """The same where what the looks have found is too little."""
         limit: Any = number(self.shape.size + self.target.margin)
-        looks = [self.near] if self.second is None else [self.near, self.far]
+        looks = self.looks
         if self.shape.deep:
             limit = self._asked("needed") + number(self.target.margin)
-            found: Any = number(0)
-            for judged in looks:
-                found = found + sa.case((judged.c.accepted, judged.c.passed), else_=number(0))
             # What the looks have found is proven already.
+            found = sa.func.coalesce(
+                sa.func.sum(looks.c.passed).filter(looks.c.accepted), number(0)
+            )
             short: Any = found < self._asked("needed")
         else:
-            short = sa.not_(sa.or_(*(judged.c.accepted for judged in looks)))
-        source: Any = looks[0] if len(looks) == 1 else sa.join(self.near, self.far, sa.true())
-        asked = sa.select(short).select_from(source).scalar_subquery()
+            short = sa.not_(sa.func.bool_or(looks.c.accepted))
+        asked = sa.select(short).select_from(looks).scalar_subquery()
         compared = self._compared([asked], limit).subquery("nearest_exact")
         # The distance to a vector of zeros is not a number under cosine: such a row is not similar.
         # It comes last.
@@ -481,22 +545,24 @@ class Ways:
         """That a row is one of the nearest by the index, or where that is no answer, of all."""
         (key,), (name,) = self.target.key, self.names
         type_ = sa.ARRAY(key.type)
-        for look in ("near",) if self.second is None else ("near", "far"):
-            found = self.found[look]
+        size = number(self.shape.size)
+        if self.plain:
+            found = self.near
+            accepted = sa.select(self._plain_verdict()[0]).select_from(found).scalar_subquery()
             rows = sa.select(*(found.c[n] for n in (name, DISTANCE, *self.carried)))
-            if self.plain:
-                accepted = sa.select(self._plain_verdict()[0]).select_from(found).scalar_subquery()
-            else:
-                rows, accepted = rows.where(found.c[PASSES]), self._accepted(look)
             rows = rows.order_by(found.c[DISTANCE], found.c[name])
             best = self._proven(rows.limit(number(self.first.most))).subquery("nearest_best")
             keys = sa.select(sa.func.array_agg(best.c[name], type_=type_)).where(accepted)
-            full = sa.func.count() >= number(self.shape.size)
-            self.best[look] = keys.having(full).scalar_subquery()
+            self.best = keys.having(sa.func.count() >= size).scalar_subquery()
+        else:
+            found = self.looks
+            full = sa.func.cardinality(found.c[name]) >= size
+            keys = sa.select(sa.type_coerce(found.c[name], type_)).where(full)
+            self.best = keys.scalar_subquery()
         rows = self._compared([], number(self.shape.size + self.target.margin))
         exact = self._proven(rows).subquery("nearest_best")
         compared = sa.func.array(sa.select(exact.c[name]).scalar_subquery(), type_=type_)
-        page = sa.func.coalesce(*self.best.values(), compared)
+        page = sa.func.coalesce(self.best, compared)
         return key == sa.any_(page)  # type: ignore[no-any-return]
 
     def _proven(self, rows: sa.Select[Any]) -> sa.Select[Any]:
@@ -520,55 +586,51 @@ class Ways:
 
     def _plain_verdict(self) -> list[sa.ColumnElement[Any]]:
         full = sa.func.count() >= number(max(self.whole(self.first), self.shape.size))
-        distance = self.found["near"].c[DISTANCE]
+        distance = self.near.c[DISTANCE]
         spread = _spread(distance, distance)
         # First, since what follows a false part may not be asked for.
         back = settings_back(self.index, self.first).is_not(None)
         return [sa.and_(back, full, spread).label("accepted"), spread.label("spread")]
 
-    def _accepted(self, name: str) -> sa.ScalarSelect[Any]:
-        judged = self.near if name == "near" else self.far
-        return sa.select(judged.c.accepted).scalar_subquery()
-
     def _page(self) -> sa.Select[Any]:
-        arms = []
-        for name, way in (("near", NEAR), ("far", FAR)):
-            if name == "far" and self.second is None:
-                continue
-            found = self.found[name]
-            columns = [*self._keys(found), found.c[DISTANCE]]
-            arm = sa.select(*columns, *([number(way).label(WAY)] if self.shape.deep else []))
-            arm = arm.where(self._accepted(name))
-            arms.append(arm.where(found.c[PASSES]))
-        rows = sa.union_all(*arms, self._exact()).subquery("nearest_ranked")
+        way = [WAY] if self.shape.deep else []
+        found = self._found(*self.names, DISTANCE)
+        if way:
+            found = found.add_columns(self.looks.c.look.label(WAY))
+        rows = sa.union_all(found, self._exact()).subquery("nearest_ranked")
         page = sa.select(*rows.c)
         if self.shape.bounded:
             page = page.where(rows.c[DISTANCE] <= self._asked("furthest"))
         order = [rows.c[DISTANCE], *self._keys(rows)]
-        return page.order_by(*([rows.c[WAY]] if self.shape.deep else []), *order)
+        return page.order_by(*(rows.c[name] for name in way), *order)
 
     def _verdict(self) -> sa.Select[Any]:
-        found = self.found["near"]
-        source: Any = None if self.plain else self.near
         if self.plain:
-            counted = [sa.func.count().label("passed"), sa.null().label("head")]
-            counts = sa.select(*self._plain_verdict(), *counted).select_from(found)
-            source = counts.subquery("nearest_counts")
-        columns = [source.c[name] for name in ("accepted", "passed", "head", "spread")]
-        seen: Any = sa.func.count() if self.plain else sa.func.max(found.c[SEEN])
-        seen = sa.select(sa.func.coalesce(seen, number(0))).select_from(found)
-        seen = seen.scalar_subquery().label("seen")
-        far = sa.false() if self.second is None else self._answers("far")
-        columns += [seen, self._answers("near").label("taken"), far.label("far")]
-        if self.plan is not None:
-            columns += [*self.plan.c]
-            source = sa.join(source, self.plan, sa.true())
-        return sa.select(*columns).select_from(source)
+            assert self.best is not None
+            found = self.near
+            counts = [*self._plain_verdict(), sa.func.count().label("passed")]
+            counts += [sa.null().label("head"), sa.func.count().label("seen")]
+            counts.append(self.best.is_not(None).label("taken"))
+            return sa.select(*counts, sa.false().label("far")).select_from(found)
+        near, far = self.looks.alias("nearest_first"), self.looks.alias("nearest_second")
+        columns: list[Any] = [near.c[n] for n in ("accepted", "passed", "head", "spread", "seen")]
+        for look, name in ((near, "taken"), (far, "far")):
+            full: Any = look.c.accepted
+            if self.shape.keyed:
+                full = sa.func.cardinality(look.c[self.names[0]]) >= number(self.shape.size)
+            columns.append(sa.func.coalesce(full, sa.false()).label(name))
+        source: Any = self.plan
+        if source is None:
+            source = sa.select(number(1)).subquery("nearest_one")
+        else:
+            columns += source.c
+        source = source.outerjoin(near, near.c.look == number(1))
+        return sa.select(*columns).select_from(source.outerjoin(far, far.c.look == number(2)))
 
-    def _answers(self, look: str) -> sa.ColumnElement[bool]:
-        """Whether the rows of a look are the answer."""
-        best = self.best.get(look)
-        return self._accepted(look) if best is None else best.is_not(None)
+
+def _passed(counts: dict[str, Any]) -> sa.ColumnElement[int]:
+    """How many rows of a look pass."""
+    return sa.func.coalesce(sa.func.cardinality(counts["places"]), number(0))
 
 
 def among(key: list[Any]) -> sa.ColumnElement[bool]:

@@ -20,7 +20,7 @@ def test_each_way_says_why(shop: Shop, session: Session) -> None:
     filtered = nearest(article.embedding, "gift now").where(article.lang == "de")
     found = explain_search(session, filtered)
     assert found.way == "exact"
-    assert found.sql.startswith("WITH nearest_query AS")
+    assert found.sql.startswith("WITH RECURSIVE nearest_query AS")
     asked = explain_search(session, nearest(article.embedding, "gift now", exact=True))
     assert "exact=True" in asked.reason
     every = explain_search(session.connection(), nearest(article.embedding, "gift", limit=None))
