@@ -40,12 +40,18 @@ test: $(VENV)/.ready wheel
 	$(VENV)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
 	$(VENV)/bin/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-# The tests of pgvector-python are in its source distribution alone.
+# The tests of pgvector-python are in its source distribution alone, and those of MTEB need 2 GB, in
+# an environment of their own.
 slow: $(VENV)/.ready wheel
 	$(VENV)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
 	$(VENV)/bin/python -m pip download --quiet --no-deps --no-binary pgvector --dest $(VENV)/sdist \
 	  "pgvector==$$($(VENV)/bin/python -c 'from importlib.metadata import version; print(version("pgvector"))')"
 	$(VENV)/bin/pytest -m slow $(PYTEST_ARGS)
+	$(PYTHON) -m venv $(VENV)-mteb
+	$(VENV)-mteb/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-mteb/bin/python -m pip install --quiet torch==2.13.0 'mteb>=2' hypothesis pytest pytest-asyncio \
+	  "$$(echo dist/*.whl)[convert,embedded]"
+	$(VENV)-mteb/bin/pytest tests/frameworks/test_mteb.py
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -75,4 +81,4 @@ docs: $(VENV)/.ready
 	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(VENV)/bin/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) $(DEMO_VENV) dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-mteb $(DEMO_VENV) dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -216,20 +216,22 @@ class EmbeddingAttribute:
             keys: values of the table's primary key.
 
         Returns:
-            By key, the values of the source by attribute name. A row that is gone is left out.
+            By key, the values of the source and the companion by attribute name. A row that is gone
+            is left out.
         """
         columns = tuple(self.table.primary_key)
         width = len(columns)
+        names = (*self.source_keys, self.companion_key)
         left = columns[0] if width == 1 else sa.tuple_(*columns)
         rows: dict[Key, dict[str, Any]] = {}
         for start in range(0, len(keys), BLOCK):
             block = keys[start : start + BLOCK]
-            statement = sa.select(*columns, *self.column.source_columns).where(
+            read: list[Any] = [*columns, *self.column.source_columns, self.column.companion]
+            statement = sa.select(*read).where(
                 left.in_([key[0] for key in block] if width == 1 else block)
             )
             for row in session.execute(statement, bind_arguments={"mapper": mapper}):
-                values = zip(self.source_keys, row[width:], strict=True)
-                rows[tuple(row[:width])] = dict(values)
+                rows[tuple(row[:width])] = dict(zip(names, row[width:], strict=True))
         return rows
 
 

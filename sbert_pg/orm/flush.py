@@ -149,6 +149,7 @@ class _Write:
         look: whether the row has to be read, since the object does not hold the whole source, or
             did not hold what it was before.
         unchanged: whether the row turned out to have that text already.
+        companion: what the object, or else the row, says of a vector that it had before.
     """
 
     state: InstanceState[Any]
@@ -157,6 +158,7 @@ class _Write:
     text: Text = NOT_KNOWN
     look: bool = False
     unchanged: bool = False
+    companion: Any = None
 
 
 def _before_flush(session: Session, context: Any, instances: Any) -> None:
@@ -179,7 +181,7 @@ def _embed(session: Session) -> None:
 def _resolve(write: _Write, digests: _Digests) -> TextJob | None:
     """Write what is known of a vector and its digest; a job where the vector is to be made."""
     current = write.state.dict.get(write.attribute.key)
-    if write.vector is not None:
+    if write.vector is not None and not digests.has_outlived_its_text(write):
         digests.set(write, write.vector)
     elif isinstance(write.text, str):
         if current is None or not _was_made(write, current, write.text):
@@ -207,6 +209,18 @@ class _Digests:
             self._bindings[key] = write.attribute.binding(self._session, key[0])
         return self._bindings[key]
 
+    def has_outlived_its_text(self, write: _Write) -> bool:
+        """Whether the vector came along with the object, and the text that it was made of did not.
+
+        So it is where an object that holds its vector gets another text outside of a session and is
+        merged, or is added as a copy.
+        """
+        binding, companion = self.binding(write), write.companion
+        if binding is None or not isinstance(companion, uuid.UUID) or write.text is NOT_KNOWN:
+            return False
+        now = digest_for(binding, write.text, write.vector)
+        return now is not None and now != companion and now.hex[:HALF] == companion.hex[:HALF]
+
     def set(self, write: _Write, vector: Any) -> None:
         """Put the digest into the object, unless the column is not bound."""
         binding, key = self.binding(write), write.attribute.companion_key
@@ -226,6 +240,7 @@ def _new(objects: Iterable[object]) -> Iterator[_Write]:
         vector = state.dict.get(attribute.key)
         write = _Write(state, attribute, vector if _is_assigned(state, attribute, vector) else None)
         write.text = attribute.column.text_of_new(_values(write))
+        write.companion = state.dict.get(attribute.companion_key)
         yield write
 
 
@@ -255,7 +270,10 @@ def _change(
         write.text = attribute.column.text_of(values)
         # What was assigned without having been loaded is perhaps what it was.
         perhaps_same = not assigned and not all(history.deleted for history in changes)
-        write.look = perhaps_same or any(value is NOT_KNOWN for value in values)
+        write.companion = state.dict.get(attribute.companion_key)
+        perhaps_had = write.vector is not None and write.companion is None
+        unknown = (value is NOT_KNOWN for value in values)
+        write.look = any((perhaps_same, perhaps_had, *unknown))
     return write
 
 
@@ -332,12 +350,14 @@ def _read_rows(session: Session, writes: list[_Write]) -> None:
         rows = attribute.stored_sources(session, mapper, [key for key, _ in members])
         for key, write in members:
             row = rows.get(key, {})
-            values = {**row, **write.state.dict}
-            write.text = attribute.column.text_of(
-                [values.get(name, NOT_KNOWN) for name in attribute.source_keys]
-            )
-            same = bool(row) and write.text == attribute.column.text_of(list(row.values()))
+            write.text = _text(attribute, {**row, **write.state.dict})
+            write.companion = write.companion or row.get(attribute.companion_key)
+            same = bool(row) and write.text == _text(attribute, row)
             write.unchanged = same and not _history(write.state, attribute.key).added
+
+
+def _text(attribute: EmbeddingAttribute, values: dict[str, Any]) -> Text:
+    return attribute.column.text_of([values.get(name, NOT_KNOWN) for name in attribute.source_keys])
 
 
 def _row_key(write: _Write) -> Key:

@@ -296,7 +296,10 @@ class VectorValue(np.ndarray[Any, np.dtype[np.float32]]):
 
 def _validated(value: Any) -> VectorValue:
     try:
-        return VectorValue(value)
+        with np.errstate(over="ignore"):
+            vector = VectorValue(value)
+        check_vector(vector, None, "vector", "the vector")
+        return vector
     except VectorError as error:
         raise ValueError(str(error)) from error
 

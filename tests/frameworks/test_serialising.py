@@ -206,7 +206,7 @@ class TestValue:
             model = WithVector(title="a", embedding=given)  # type: ignore[arg-type]
             assert model.model_dump()["embedding"] == [1, 2.5]
             assert isinstance(model.embedding, VectorValue)
-        for wrong in ("[1]", ["a"], [[1]], None):
+        for wrong in ("[1]", ["a"], [[1]], [], [float("nan")], [1e300], None):
             with pytest.raises(ValidationError):
                 WithVector(title="a", embedding=wrong)  # type: ignore[arg-type]
         untyped = TypeAdapter(dict[str, Any])

@@ -18,6 +18,7 @@ from sqlalchemy.orm import (
     MappedAsDataclass,
     Session,
     load_only,
+    make_transient,
     mapped_column,
     sessionmaker,
     undefer,
@@ -149,6 +150,35 @@ def test_a_vector_that_comes_with_its_companion(
     session.merge(article)
     session.commit()
     require_true_or_pending(tables, encoder, Article)
+
+
+@pytest.mark.parametrize("loaded", ["as written", "both", "vector alone"])
+def test_a_vector_that_has_outlived_its_text(
+    session: Session, tables: sa.Engine, encoder: RecordingEncoder, loaded: str
+) -> None:
+    """A detached object that holds its vector gets another text, and is merged or copied."""
+    session.expire_on_commit = False
+    article = Article(id=1, title="a")
+    session.add(article)
+    session.commit()
+    if loaded != "as written":
+        options = [undefer(Article.embedding), undefer(Article.embedding_of)]  # type: ignore[attr-defined]
+        with Session(tables) as other:
+            found = sa.select(Article).options(*options[: 2 if loaded == "both" else 1])
+            article = other.scalars(found).one()
+    session.expunge_all()
+    article.title = "b"
+    session.merge(article)
+    session.commit()
+    assert require_true_or_pending(tables, encoder, Article) == (1, 0)
+    assert encoder.batches[-1] == ["b"]
+    if loaded == "vector alone":
+        return  # nothing says of a copy what its vector was made of
+    make_transient(article)
+    article.id, article.title = 2, "c"
+    session.add(article)
+    session.commit()
+    assert require_true_or_pending(tables, encoder, Article) == (2, 0)
 
 
 def test_none_is_no_vector(session: Session, tables: sa.Engine, encoder: RecordingEncoder) -> None:
