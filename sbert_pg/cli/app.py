@@ -29,13 +29,13 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     demo.demo, schema.migrate, schema.status, doctor.doctor,
     data.load, data.search, data.duplicates, data.passages, tuning.evaluate, tuning.tune,
     freshness.worker, freshness.backfill, freshness.failed, freshness.audit, reembed.adopt,
-    serve.serve, serve.mcp, serve.explore, serve.serve_postgres,
+    serve.serve, serve.explore, serve.serve_postgres,
 )  # fmt: skip
 GROUPS: dict[str, tuple[str, tuple[Callable[..., None], ...]]] = {
     "index": ("Vector indexes, measured.", (tuning.advise,)),
     "encoder": (
         "Convert, look at and choose encoders.",
-        (encoder.convert, encoder.show, encoder.measure, encoder.choose, encoder.limits),
+        (encoder.convert, encoder.show, encoder.measure, encoder.choose),
     ),
     "reembed": (
         "A change of encoder: begin, backfill, verify, switch, finish.",
@@ -113,15 +113,13 @@ def run(arguments: list[str] | None = None) -> int:
         common.err.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}")
         common.err.print(f"[dim]Background: {error.page}[/]", highlight=False, soft_wrap=True)
         return common.EXIT_FAILED
-    except sa.exc.OperationalError as error:
-        if _interrupted(error):
+    except sa.exc.DBAPIError as error:
+        unreachable = isinstance(error, sa.exc.OperationalError)
+        if unreachable and _interrupted(error):
             common.note("Interrupted.")
             return common.EXIT_INTERRUPTED
         common.err.print(f"[bold red]Database error[/]: {escape(str(error.orig).strip())}")
-        return common.EXIT_UNREACHABLE
-    except sa.exc.DBAPIError as error:
-        common.err.print(f"[bold red]Database error[/]: {escape(str(error.orig).strip())}")
-        return common.EXIT_FAILED
+        return common.EXIT_UNREACHABLE if unreachable else common.EXIT_FAILED
     except Exception as error:
         return _from_click(error)
 

@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
 import typer
-from sqlalchemy.orm import Session, object_session, registry
+from sqlalchemy.orm import Session, registry
 
 from sbert_pg import clustering as lib
 from sbert_pg.cli import common
-from sbert_pg.cli.target import resolve
+from sbert_pg.cli.target import beginnings, column_of
 from sbert_pg.errors import ClusteringError, DeclarationError
 from sbert_pg.progress import bar
 from sbert_pg.types.vector import VectorType
@@ -38,13 +38,11 @@ def run(
         AlgorithmName, typer.Option("--algorithm", "-a", help="How clusters are found.")
     ] = "kmeans",
     clusters: Annotated[
-        str,
-        typer.Option(help="k-means: a number, several (10,20,40), or auto."),
+        str, typer.Option(help="k-means: a number, several (10,20,40), or auto.")
     ] = "auto",
     where: common.WhereOption = None,
     keep: Annotated[
-        int | None,
-        typer.Option(min=0, help="Delete earlier runs but so many.", show_default=False),
+        int | None, typer.Option(min=0, help="Delete earlier runs but so many.")
     ] = None,
     create: common.CreateOption = False,
     json: common.JsonOption = False,
@@ -85,9 +83,7 @@ def run(
 
 def show(
     target: common.TargetArgument,
-    number: Annotated[
-        int | None, typer.Argument(help="Show the rows of this cluster.", show_default=False)
-    ] = None,
+    number: Annotated[int | None, typer.Argument(help="Show the rows of this cluster.")] = None,
     database: common.DatabaseOption = None,
     app: common.AppOption = None,
     runs: Annotated[bool, typer.Option("--runs", help="Show the runs instead.")] = False,
@@ -95,8 +91,7 @@ def show(
         str | None,
         typer.Option(
             help="Call this cluster so; later runs keep the name where it matches. An empty one "
-            "takes it back: keywords.",
-            show_default=False,
+            "takes it back: keywords."
         ),
     ] = None,
     limit: common.LimitOption = 20,
@@ -119,10 +114,8 @@ def show(
             shown = _members(engine, topics, number, limit)
         else:
             shown = _clusters(engine, topics, limit=None if json else limit)
-    if json:
-        common.print_json(shown)
-    elif runs or number is not None:
-        common.print_table(list(shown[0]) if shown else [], [list(row.values()) for row in shown])
+    if json or runs or number is not None:
+        common.show_records(shown, json)
     else:
         _print_clusters(shown)
 
@@ -157,8 +150,7 @@ def assign(
             if drift.is_stale
             else f"The clustering still fits: {drift.far_share:.1%} of the rows are far from it."
         )
-    if check and drift.is_stale:
-        raise typer.Exit(common.EXIT_FAILED)
+    common.fail_if(check and drift.is_stale)
 
 
 def map_(
@@ -167,8 +159,7 @@ def map_(
         Path | None,
         typer.Argument(
             help="File to write: .html or .png. Without it, places are stored beside the clusters, "
-            "where 'sbert-pg explore' reads them.",
-            show_default=False,
+            "where 'sbert-pg explore' reads them."
         ),
     ] = None,
     database: common.DatabaseOption = None,
@@ -204,7 +195,9 @@ def _clustering(
     engine: sa.Engine, target: str, app: str | None, *, create: bool = False
 ) -> lib.Clustering:
     """The clustering that the application declares, or the default one of a bound column."""
-    topics = _default(engine, target) if app is None else _declared(app, target)
+    topics = (
+        clustering_on(column_of(engine, target).column) if app is None else _declared(app, target)
+    )
     with engine.begin() as connection:
         missing = [
             table
@@ -220,11 +213,6 @@ def _clustering(
         for table in missing:
             table.create(connection)
     return topics
-
-
-def _default(engine: sa.Engine, target: str) -> lib.Clustering:
-    with engine.connect() as connection:
-        return clustering_on(resolve(connection, target).column)
 
 
 def clustering_on(column: sa.Column[Any]) -> lib.Clustering:
@@ -257,12 +245,10 @@ def _declared(app: str, target: str) -> lib.Clustering:
 
 
 def _algorithm(name: AlgorithmName, clusters: str) -> Any:
-    if name == "hdbscan":
-        return lib.HDBSCAN()
-    if name == "communities":
-        return lib.Communities()
-    if name == "agglomerative":
-        return lib.Agglomerative()
+    others: Any = (lib.HDBSCAN, lib.Communities, lib.Agglomerative)
+    for algorithm in others:
+        if algorithm.name == name:
+            return algorithm()
     if clusters == "auto":
         return lib.KMeans()
     try:
@@ -286,39 +272,42 @@ def _clusters(
     engine: sa.Engine, topics: lib.Clustering, limit: int | None = None
 ) -> list[dict[str, Any]]:
     """The current clusters, largest first."""
-    with Session(engine) as session:
-        return [
-            {
-                "number": cluster.number,
-                "label": cluster.label,
-                "size": cluster.size,
-                "cohesion": None if cluster.cohesion is None else round(cluster.cohesion, 3),
-                "keywords": cluster.keywords,
-                "exemplar": _row_text(topics, cluster.exemplar),
-            }
-            for cluster in session.scalars(topics.clusters().limit(limit))
-        ]
+    with engine.connect() as connection:
+        clusters = Session(connection).scalars(topics.clusters().limit(limit)).all()
+        exemplars = [topics.exemplar_of(cluster) for cluster in clusters]
+        texts = beginnings(connection, topics.rows, topics.text, exemplars)
+    return [
+        {
+            "number": cluster.number,
+            "label": cluster.label,
+            "size": cluster.size,
+            "cohesion": None if cluster.cohesion is None else round(cluster.cohesion, 3),
+            "keywords": cluster.keywords,
+            "exemplar": texts.get(key),
+        }
+        for cluster, key in zip(clusters, exemplars, strict=True)
+    ]
 
 
 def _members(
     engine: sa.Engine, topics: lib.Clustering, number: int, limit: int
 ) -> list[dict[str, Any]]:
     """Rows of a current cluster, nearest to its centroid first."""
-    with Session(engine) as session:
-        rows = session.execute(topics.members(number).limit(limit)).all()
-        if not rows:
-            raise ClusteringError(
-                f"There is no current cluster {number} with rows; 'sbert-pg cluster show' lists "
-                "them."
-            )
-        return [
-            {
-                **{key.name: _value(row, topics, key.name) for key in topics.keys},
-                "distance": round(float(distance), 4),
-                "text": _row_text(topics, row),
-            }
-            for row, distance in rows
-        ]
+    statement = topics.members(number).limit(limit)
+    statement = statement.with_only_columns(*topics.keys, topics.Assignment.distance)
+    with engine.connect() as connection:
+        rows: Any = connection.execute(statement).all()
+        texts = beginnings(connection, topics.rows, topics.text, [tuple(row[:-1]) for row in rows])
+    if not rows:
+        raise ClusteringError(
+            f"There is no current cluster {number} with rows; 'sbert-pg cluster show' lists them."
+        )
+    names = [key.name for key in topics.keys]
+    return [
+        dict(zip(names, key, strict=True))
+        | {"distance": round(float(distance), 4), "text": texts.get(tuple(key))}
+        for *key, distance in rows
+    ]
 
 
 def _runs(engine: sa.Engine, topics: lib.Clustering, limit: int) -> list[dict[str, Any]]:
@@ -334,26 +323,4 @@ def _print_clusters(shown: list[dict[str, Any]]) -> None:
         common.note("There are no current clusters; 'sbert-pg cluster run' makes them.")
         return
     rows = [{**row, "keywords": ", ".join(row["keywords"][:6])} for row in shown]
-    common.print_table(list(rows[0]), [list(row.values()) for row in rows])
-
-
-def _row_text(topics: lib.Clustering, row: Any) -> str | None:
-    """The beginning of a row's text; its key for a plain vector column."""
-    if row is None:
-        return None
-    if topics.source is None:
-        return ", ".join(str(_value(row, topics, key.name)) for key in topics.keys)
-    session = object_session(row)
-    if topics.source.document is not None and session is not None:
-        # A passage has a digest of its text, which stands in its document.
-        own = [key == _value(row, topics, key.name) for key in topics.keys]
-        text = session.scalar(sa.select(topics.source.expression(topics.rows)).where(*own)) or ""
-    else:
-        values = {name: _value(row, topics, name) for name in topics.source.columns}
-        text = topics.source.text(values)
-    return str(common.shortened(" ".join(text.split()), 80))
-
-
-def _value(row: Any, topics: lib.Clustering, name: str) -> Any:
-    mapper = sa.inspect(topics.entity)
-    return getattr(row, mapper.get_property_by_column(topics.rows.c[name]).key)
+    common.show_records(rows, False)

@@ -11,7 +11,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Annotated, Any
 
 import sqlalchemy as sa
@@ -45,7 +44,6 @@ DatabaseOption = Annotated[
         envvar=["SBERT_PG_DATABASE_URL", "DATABASE_URL"],
         help="URL of the database. Without one it is that of PGHOST, PGDATABASE and the like, as "
         "for psql; else the embedded server is started for the command.",
-        show_default=False,
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
@@ -67,26 +65,21 @@ AppOption = Annotated[
         help="Your application: 'package.module', which is imported first and may register "
         "encoders, or 'package.module:Base' where its mapped classes are asked for too.",
         metavar="MODULE[:BASE]",
-        show_default=False,
     ),
 ]
 WhereOption = Annotated[
-    str | None,
-    typer.Option(
-        "--where", help="Rows that count, in SQL, as in \"lang = 'en'\".", show_default=False
-    ),
+    str | None, typer.Option("--where", help="Rows that count, in SQL, as in \"lang = 'en'\".")
 ]
 LimitOption = Annotated[int, typer.Option("--limit", "-n", min=1, help="Lines to show, at most.")]
-_ENCODER: Any = partial(
-    typer.Option,
+_ENCODER: Any = typer.Option(
     "--encoder",
     "-e",
     help="An encoder, by name or directory; ':fp32' after it asks for a precision.",
 )
-EncoderOption = Annotated[str, _ENCODER()]
-SomeEncoderOption = Annotated[str | None, _ENCODER(show_default=False)]
-EncodersOption = Annotated[list[str] | None, _ENCODER(show_default=False)]
-NeededEncodersOption = Annotated[list[str], _ENCODER()]
+EncoderOption = Annotated[str, _ENCODER]
+SomeEncoderOption = Annotated[str | None, _ENCODER]
+EncodersOption = Annotated[list[str] | None, _ENCODER]
+NeededEncodersOption = Annotated[list[str], _ENCODER]
 SourceOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -94,7 +87,6 @@ SourceOption = Annotated[
         "-s",
         help="A column that the text is made of, or the text as a template, as in 'Title: "
         "{title}'. Columns may be repeated.",
-        show_default=False,
     ),
 ]
 CreateOption = Annotated[
@@ -109,20 +101,17 @@ FiltersOption = Annotated[
         "--filter",
         help="A filter that the application uses, in SQL; recall is measured under it. May be "
         "repeated.",
-        show_default=False,
     ),
 ]
 _PAIRS: Any = typer.Option(
     "--pairs",
     help="Labelled questions: a file (.csv and .tsv with the header question,id and perhaps gain; "
     ".jsonl; TREC qrels beside their .topics), or a query in SQL that gives those columns.",
-    show_default=False,
 )
 PairsOption = Annotated[str, _PAIRS]
 SomePairsOption = Annotated[str | None, _PAIRS]
 HttpOption = Annotated[
-    str | None,
-    typer.Option("--http", help="HOST:PORT to listen on.", envvar="SBERT_PG_HTTP"),
+    str | None, typer.Option("--http", help="HOST:PORT to listen on.", envvar="SBERT_PG_HTTP")
 ]
 TokenOption = Annotated[
     str | None,
@@ -132,7 +121,6 @@ TokenOption = Annotated[
         "needed where HOST is not this machine alone. Better given by the variable, which no list "
         "of processes shows.",
         envvar="SBERT_PG_TOKEN",
-        show_default=False,
     ),
 ]
 #: What a process needs that lives for months. Keepalives find a peer that is gone without a word.
@@ -186,10 +174,7 @@ def normalized_url(url: str) -> sa.URL:
 
 @contextmanager
 def database(
-    url: str | None,
-    *,
-    lasting: bool = False,
-    variables: bool = True,
+    url: str | None, *, lasting: bool = False, variables: bool = True
 ) -> Iterator[sa.Engine]:
     """An engine on the given database, or on the embedded server while the block runs.
 
@@ -298,6 +283,24 @@ def criteria(where: str | None) -> list[Any]:
     return [] if where is None else [criterion(where)]
 
 
+def address_of(text: str) -> tuple[str, int]:
+    """Host and port of ``HOST:PORT``.
+
+    Raises:
+        BadParameter: it is none.
+    """
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdigit():
+        raise typer.BadParameter(f"{text!r} is not HOST:PORT", param_hint="--http")
+    return host.strip("[]") or "127.0.0.1", int(port)
+
+
+def fail_if(wrong: object) -> None:
+    """Leave with the exit code of a check that did not hold."""
+    if wrong:
+        raise typer.Exit(EXIT_FAILED)
+
+
 def show(report: Any, data: Any, json: bool) -> None:
     """Print a report for people, or its plain data."""
     if json:
@@ -309,6 +312,14 @@ def show(report: Any, data: Any, json: bool) -> None:
 def print_json(data: Any) -> None:
     """Print plain data as JSON, one document."""
     sys.stdout.write(json.dumps(data, ensure_ascii=False, indent=2, default=str) + "\n")
+
+
+def show_records(records: Sequence[dict[str, Any]], json: bool) -> None:
+    """Print plain data, or a table of it; nothing where there is none."""
+    if json:
+        print_json(records)
+    elif records:
+        print_table(list(records[0]), [list(record.values()) for record in records])
 
 
 def print_table(

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
 import typer
@@ -22,6 +22,7 @@ from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.cli import common
 from sbert_pg.cli.encoder import spec_named
 from sbert_pg.cli.target import (
+    beginnings,
     create_documents,
     cut_all,
     document_rows,
@@ -31,16 +32,13 @@ from sbert_pg.cli.target import (
     table_named,
     text_column_of,
 )
-from sbert_pg.clustering.duplicates import Grouping
+from sbert_pg.clustering.duplicates import Grouping, key_parts
 from sbert_pg.errors import DeclarationError, LoadError
 from sbert_pg.indexes import hnsw_index
 from sbert_pg.progress import bar
 from sbert_pg.reembed.change import Side
 from sbert_pg.search import explain_search, explain_words, hybrid, matching, nearest
 from sbert_pg.tuning.files import csv_rows, numbered_lines
-
-if TYPE_CHECKING:
-    from sbert_pg.loading import Loaded
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 EMBEDDING = "embedding"
@@ -95,12 +93,7 @@ def load(
                 advance(f"building {index.name}")
                 connection.execute(sa.schema.CreateIndex(index))
         cut_all(engine, target)
-    _tell(table, rows, time.perf_counter() - started)
-
-
-def _tell(table: str, rows: Loaded, seconds: float) -> None:
-    """What was loaded, and which texts only in part."""
-    common.note(f"{rows:,} rows loaded into {table} in {seconds:.1f} s.")
+    common.note(f"{rows:,} rows loaded into {table} in {time.perf_counter() - started:.1f} s.")
     for column, cut in rows.cut.items():
         if cut:
             common.note(
@@ -116,8 +109,7 @@ def search(
     limit: common.LimitOption = 10,
     where: common.WhereOption = None,
     by: Annotated[
-        By,
-        typer.Option(help="What to compare: meaning, words (BM25), or both (hybrid)."),
+        By, typer.Option(help="What to compare: meaning, words (BM25), or both (hybrid).")
     ] = "meaning",
     explain: Annotated[
         bool, typer.Option("--explain", help="Say how the rows were found, and how surely.")
@@ -154,7 +146,11 @@ def search(
         return
     if explain:
         common.note(str(explanation))
-    _print_answers(rows)
+    if not rows:
+        common.note("Nothing found.")
+        return
+    names = list(dict.fromkeys([*(name for name in _SCORES if name in rows[0]), *rows[0]]))
+    common.print_rows(names, [[_shown(name, row[name]) for name in names] for row in rows])
 
 
 def _search_of(side: Side, embedding: Any, by: By, query: str, options: dict[str, Any]) -> Any:
@@ -167,14 +163,6 @@ def _search_of(side: Side, embedding: Any, by: By, query: str, options: dict[str
     if embedding is not side.column:
         text = getattr(embedding.class_, text.key)
     return hybrid(embedding, text, query, **options)
-
-
-def _print_answers(rows: list[Row]) -> None:
-    if not rows:
-        common.note("Nothing found.")
-        return
-    names = list(dict.fromkeys([*(name for name in _SCORES if name in rows[0]), *rows[0]]))
-    common.print_rows(names, [[_shown(name, row[name]) for name in names] for row in rows])
 
 
 def _shown(name: str, value: Any) -> Any:
@@ -190,8 +178,7 @@ def duplicates(
         Grouping | None,
         typer.Option(
             help="Show groups instead of pairs: of a row and those like it (centred), or of all "
-            "rows that hang together by pairs (chained).",
-            show_default=False,
+            "rows that hang together by pairs (chained)."
         ),
     ] = None,
     limit: common.LimitOption = 20,
@@ -219,12 +206,9 @@ def duplicates(
         else:
             pairs.sort(key=lambda pair: -pair.similarity)
             shown = _pairs(connection, column, pairs if json else pairs[:limit], texts=not json)
-    if json:
-        common.print_json(shown)
-        return
-    common.note(f"{len(pairs):,} pairs above {threshold}.")
-    if shown:
-        common.print_table(list(shown[0]), [list(row.values()) for row in shown[:limit]])
+    if not json:
+        common.note(f"{len(pairs):,} pairs above {threshold}.")
+    common.show_records(shown if json else shown[:limit], json)
 
 
 def _pairs(
@@ -234,25 +218,14 @@ def _pairs(
     rows: list[dict[str, Any]] = [
         {"similarity": round(pair.similarity, 4), "a": pair.a, "b": pair.b} for pair in pairs
     ]
-    if not (texts and pairs):
-        return rows
-    text_of = _beginnings(connection, target, {key for pair in pairs for key in (pair.a, pair.b)})
-    for row in rows:
-        row["texts"] = f"{text_of.get(row['a'], '')}\n{text_of.get(row['b'], '')}"
+    if texts:
+        keys = {key_parts(key) for pair in pairs for key in (pair.a, pair.b)}
+        text_of = beginnings(
+            connection, target.table, target.binding.source.expression(target.table), keys
+        )
+        for row in rows:
+            row["texts"] = "\n".join(text_of.get(key_parts(row[end]), "") for end in "ab")
     return rows
-
-
-def _beginnings(connection: sa.Connection, target: Side, keys: set[Any]) -> dict[Any, str]:
-    """The beginning of each row's text, by its key."""
-    columns = list(target.table.primary_key)
-    one = len(columns) == 1
-    left = columns[0] if one else sa.tuple_(*columns)
-    text = sa.func.left(target.binding.source.expression(target.table), 80)
-    statement = sa.select(*columns, text).where(left.in_(list(keys)))
-    return {
-        key[0] if one else tuple(key): " ".join((shown or "").split())
-        for *key, shown in connection.execute(statement)
-    }
 
 
 def passages(

@@ -59,10 +59,7 @@ class Finding(NamedTuple):
     remedy: str
 
 
-def doctor(
-    database: common.DatabaseOption = None,
-    json: common.JsonOption = False,
-) -> None:
+def doctor(database: common.DatabaseOption = None, json: common.JsonOption = False) -> None:
     """Say what is wrong with a database, and what to do about it.
 
     Looks at pgvector's version, the catalog, each embedding column with its indexes and statistics,
@@ -77,14 +74,14 @@ def doctor(
         text, workers = _workers(connection)
     if json:
         common.print_json({"findings": [one._asdict() for one in findings], "workers": workers})
-    elif not findings:
-        common.note("Nothing was found.")
-    for finding in () if json else findings:
-        typer.echo(f"{finding.level}: {finding.subject}: {finding.what}.\n  {finding.remedy}")
-    if text and not json:
-        typer.echo(text, err=True)
-    if any(finding.level == "fault" for finding in findings):
-        raise typer.Exit(common.EXIT_FAILED)
+    else:
+        for finding in findings:
+            typer.echo(f"{finding.level}: {finding.subject}: {finding.what}.\n  {finding.remedy}")
+        if not findings:
+            common.note("Nothing was found.")
+        if text:
+            typer.echo(text, err=True)
+    common.fail_if(any(finding.level == "fault" for finding in findings))
 
 
 def _workers(connection: sa.Connection) -> tuple[str, dict[str, Any] | None]:

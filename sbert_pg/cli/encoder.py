@@ -1,9 +1,10 @@
-"""``encoder``: convert, show, measure, choose, limits; and what a name of one means."""
+"""``encoder``: convert, show, measure, choose; and what a name of one means."""
 
 from __future__ import annotations
 
 import json as json_module
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,7 +27,7 @@ _NAME = (
     "A directory or a hub name; ':fp32' after it asks for a precision (int8, bf16, fp32, fp16, "
     "fp32-plain)."
 )
-NameArgument = Annotated[str, typer.Argument(help=_NAME, show_default=False)]
+NameArgument = Annotated[str, typer.Argument(help=_NAME)]
 _BUDGET = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(ms|s)?")
 _WITH_PRECISION = re.compile(r"(?P<name>.+):(?P<precision>(?:fp32|fp16|bf16|int8)[a-z0-9_-]*)")
 
@@ -39,14 +40,9 @@ def split_name(name: str) -> tuple[str, str | None]:
 
 def convert(
     name: NameArgument,
-    revision: Annotated[
-        str | None, typer.Option(help="Revision of the hub repository.", show_default=False)
-    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of the hub repository.")] = None,
     out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", "-o", help="The encoder's directory; it must not exist.", show_default=False
-        ),
+        Path | None, typer.Option("--out", "-o", help="The encoder's directory; it must not exist.")
     ] = None,
 ) -> None:
     """Convert a sentence-transformers model to ONNX, held against its own fp32 form.
@@ -66,8 +62,7 @@ def convert(
 
 def show(
     name: Annotated[
-        str | None,
-        typer.Argument(help=f"{_NAME} Without it, the well-known ones.", show_default=False),
+        str | None, typer.Argument(help=f"{_NAME} Without it, the well-known ones.")
     ] = None,
     check: common.CheckOption = False,
     json: common.JsonOption = False,
@@ -115,70 +110,41 @@ def _show_known(json: bool) -> None:
     )  # fmt: skip
 
 
-def measure(name: NameArgument, json: common.JsonOption = False) -> None:
-    """How fast each engine that is installed runs it here; the fastest is used from then on.
-
-    In tokens per second of one core's time. What is fastest is kept beside the encoder for this
-    kind of processor; engine= and $SBERT_PG_ENGINE go before it.
-
-    [b]sbert-pg encoder measure all-MiniLM-L6-v2[/]
-    """
-    from sbert_pg.encoder.pipeline import fastest_of
-    from sbert_pg.encoder.pipeline import measure as measure_engines
-
-    with bar(f"measuring {name}"):
-        encoder = encoder_named(name)
-        speeds = measure_engines(encoder.directory, encoder.manifest)
-    fastest = fastest_of(speeds) if speeds else encoder.engine
-    if json:
-        common.print_json({"fastest": fastest, "tokens_per_cpu_second": speeds})
-        return
-    if not speeds:
-        common.note(
-            f"{fastest} is the only engine installed that runs {encoder.manifest.precision}. "
-            "OpenVINO comes with: pip install 'sbert-pg[openvino]'"
-        )
-        return
-    cases = list(next(iter(speeds.values())))
-    common.print_table(
-        ["engine", *cases, ""],
-        [
-            [name, *(round(each[case]) for case in cases), "fastest" if name == fastest else ""]
-            for name, each in speeds.items()
-        ],
-    )
-
-
-def limits(
+def measure(
     names: Annotated[
         list[str],
         typer.Argument(help="An encoder, or several to see side by side; as NAME or NAME:fp32."),
     ],
+    limits: Annotated[
+        bool, typer.Option("--limits", help="Measure where it breaks instead of how fast it is.")
+    ] = False,
     texts: Annotated[
         str | None,
         typer.Option(
-            help="Your own texts: a file, one a line, or a table or column of the database.",
-            show_default=False,
+            help="With --limits, your own texts too: a file, one a line, or a table or column of "
+            "the database."
         ),
     ] = None,
     database: common.DatabaseOption = None,
     json: common.JsonOption = False,
 ) -> None:
-    """Measure where an encoder breaks: word order, negation, numbers, names, languages, length.
+    """How fast each engine that is installed runs an encoder here; or with --limits, its limits.
 
-    On texts that come with the library and, where given, on your own.
+    In tokens per second of one core's time. What is fastest is kept beside the encoder for this
+    kind of processor, and used from then on; engine= and $SBERT_PG_ENGINE go before it.
 
-    [b]sbert-pg encoder limits all-MiniLM-L6-v2[/]
-    [b]sbert-pg encoder limits all-MiniLM-L6-v2 ./models/other --texts article[/]
+    --limits: word order, negation, numbers, names, languages, length. On texts that come with the
+    library and, where given, on your own.
+
+    [b]sbert-pg encoder measure all-MiniLM-L6-v2[/]
+    [b]sbert-pg encoder measure all-MiniLM-L6-v2 ./models/other --limits --texts article[/]
     """
-    own: list[str] = []
-    if texts is not None and (Path(texts).is_file() or "/" in texts):
-        own = _lines_of(Path(texts))
-    elif texts is not None:
-        with common.database(database) as engine, engine.connect() as connection:
-            own = lib.own_texts(connection, resolve(connection, texts).column)
-    if texts is not None and not own:
-        raise DeclarationError(f"There is no text in {texts} that could be looked at.")
+    if not limits:
+        if texts is not None:
+            raise DeclarationError("--texts are what limits are measured on: add --limits.")
+        _measure_speeds(names, json)
+        return
+    own = [] if texts is None else _own_texts(texts, database)
     with bar("measuring"):
         reports = [lib.limits_of(encoder_named(name), own) for name in names]
     if len(reports) == 1:
@@ -187,13 +153,61 @@ def limits(
         common.show(beside(reports), [report.to_json() for report in reports], json)
 
 
+def _measure_speeds(names: Sequence[str], json: bool) -> None:
+    from sbert_pg.encoder.pipeline import fastest_of
+    from sbert_pg.encoder.pipeline import measure as measure_engines
+
+    measured: dict[str, dict[str, Any]] = {}
+    with bar() as advance:
+        for name in names:
+            advance(f"measuring {name}")
+            encoder = encoder_named(name)
+            speeds = measure_engines(encoder.directory, encoder.manifest)
+            fastest = fastest_of(speeds) if speeds else encoder.engine
+            measured[name] = {"fastest": fastest, "tokens_per_cpu_second": speeds}
+            if not speeds:
+                common.note(
+                    f"{fastest} is the only engine installed that runs "
+                    f"{encoder.manifest.precision}. OpenVINO comes with: "
+                    "pip install 'sbert-pg[openvino]'"
+                )
+    if json:
+        common.print_json(measured[names[0]] if len(names) == 1 else measured)
+        return
+    common.show_records(
+        [
+            ({"encoder": name} if len(names) > 1 else {})
+            | {"engine": engine, **{case: round(speed) for case, speed in each.items()}}
+            | {"": "fastest" if engine == one["fastest"] else ""}
+            for name, one in measured.items()
+            for engine, each in one["tokens_per_cpu_second"].items()
+        ],
+        False,
+    )
+
+
+def _own_texts(texts: str, database: str | None) -> list[str]:
+    """The texts of a file, or of a column of the database.
+
+    Raises:
+        DeclarationError: there are none.
+    """
+    if Path(texts).is_file() or "/" in texts:
+        own = _lines_of(Path(texts))
+    else:
+        with common.database(database) as engine, engine.connect() as connection:
+            own = lib.own_texts(connection, resolve(connection, texts).column)
+    if not own:
+        raise DeclarationError(f"There is no text in {texts} that could be looked at.")
+    return own
+
+
 def choose(
     target: common.TargetArgument,
     pairs: common.PairsOption,
     encoder: common.EncodersOption = None,
     budget: Annotated[
-        str | None,
-        typer.Option(help="What encoding a question may take, as 2ms.", show_default=False),
+        str | None, typer.Option(help="What encoding a question may take, as 2ms.")
     ] = None,
     database: common.DatabaseOption = None,
     where: common.WhereOption = None,
@@ -217,16 +231,10 @@ def choose(
         queries = queries_of(engine, pairs)
         with bar("measuring"):
             choice = lib.choose_encoder(
-                engine,
-                columns,
-                queries,
-                candidates,
-                budget=limit,
-                where=common.criteria(where),
+                engine, columns, queries, candidates, budget=limit, where=common.criteria(where)
             )
     common.show(choice, choice.to_json(), json)
-    if choice.chosen is None:
-        raise typer.Exit(common.EXIT_FAILED)
+    common.fail_if(choice.chosen is None)
 
 
 def encoder_named(name: str) -> Encoder:

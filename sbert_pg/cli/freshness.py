@@ -14,7 +14,7 @@ import sqlalchemy as sa
 import typer
 
 from sbert_pg.cli import common
-from sbert_pg.cli.target import change_or_column, declared_change, resolve
+from sbert_pg.cli.target import change_or_column, column_of, declared_change, resolve
 from sbert_pg.errors import DeclarationError
 from sbert_pg.progress import bar
 from sbert_pg.registry import get_encoder
@@ -32,7 +32,6 @@ SetOption = Annotated[
         "(seconds), rows_per_second=500, max_replica_lag=5, poll_interval=1, max_attempts=3, "
         "backoff=5 or cache_rows=100000. May be repeated.",
         metavar="NAME=VALUE",
-        show_default=False,
     ),
 ]
 
@@ -54,7 +53,6 @@ def worker(
         typer.Argument(
             metavar="[TARGET]...",
             help="Columns to keep fresh, as table or table.column; all bound ones by default.",
-            show_default=False,
         ),
     ] = None,
     database: common.DatabaseOption = None,
@@ -81,7 +79,7 @@ def worker(
     from sbert_pg.freshness import Worker
     from sbert_pg.serving.questions import Answers
 
-    address = None if http is None else address_of(http)
+    address = None if http is None else common.address_of(http)
     metadata = common.prepare(app, log)
     chosen = _settings(settings, columns=tuple(targets or ()))
     with common.database(database, lasting=True) as engine, ExitStack() as stack:
@@ -114,8 +112,7 @@ def _run_once(
         )
         for name, reason in done.blocked.items():
             common.note(f"{name}: {reason}")
-    if done.blocked or done.failed:
-        raise typer.Exit(common.EXIT_FAILED)
+    common.fail_if(done.blocked or done.failed)
 
 
 def _settings(values: Sequence[str] | None, **chosen: Any) -> WorkerSettings:
@@ -182,18 +179,6 @@ def _log_signal(name: str) -> None:
     )
 
 
-def address_of(text: str) -> tuple[str, int]:
-    """Host and port of ``HOST:PORT``.
-
-    Raises:
-        BadParameter: it is none.
-    """
-    host, colon, port = text.rpartition(":")
-    if not colon or not port.isdigit():
-        raise typer.BadParameter(f"{text!r} is not HOST:PORT", param_hint="--http")
-    return host.strip("[]") or "127.0.0.1", int(port)
-
-
 def backfill(
     target: common.TargetArgument,
     database: common.DatabaseOption = None,
@@ -204,7 +189,6 @@ def backfill(
             help="Have processes of a Ray cluster encode: its address, auto for the one that runs, "
             "or local for one of this machine.",
             metavar="ADDRESS",
-            show_default=False,
         ),
     ] = None,
     actors: Annotated[int, typer.Option(help="With --ray, how many.", min=1)] = 2,
@@ -246,8 +230,9 @@ def backfill(
         binding = change_or_column(engine, target)
         if binding.replaces is None:
             show = reembed.as_step(advance)
-            done = fill(engine, binding, chosen, on_progress=show, stop=stop)
-            filling = reembed.Filling(done, 0, ())
+            filling = reembed.Filling(
+                fill(engine, binding, chosen, on_progress=show, stop=stop), 0, ()
+            )
         else:
             change = None
             if app is not None and metadata is not None:
@@ -261,7 +246,12 @@ def backfill(
                 on_progress=advance,
                 stop=stop,
             )
-    _end(filling, str(binding), json, stopped=stop.is_set())
+    done = filling.encoded
+    data = {"column": str(binding), "computed": filling.computed, "indexes": filling.indexes}
+    common.show(_report(filling), asdict(done) | data, json)
+    if stop.is_set():
+        raise typer.Exit(common.EXIT_INTERRUPTED)
+    common.fail_if(not done.complete or done.failed)
 
 
 def _filler(ray: str | None, actors: int, setup: Callable[[], object], index: Index) -> Filler:
@@ -275,17 +265,6 @@ def _filler(ray: str | None, actors: int, setup: Callable[[], object], index: In
     return partial(by_fleet, actors=actors, address=ray, setup=setup, index=index)
 
 
-def _end(filling: Filling, column: str, json: bool, *, stopped: bool) -> None:
-    """Say what was done, and leave with an exit code that says it too."""
-    done = filling.encoded
-    data = {"column": column, "computed": filling.computed, "indexes": filling.indexes}
-    common.show(_report(filling), asdict(done) | data, json)
-    if stopped:
-        raise typer.Exit(common.EXIT_INTERRUPTED)
-    if not done.complete or done.failed:
-        raise typer.Exit(common.EXIT_FAILED)
-
-
 def _report(filling: Filling) -> str:
     done = filling.encoded
     rate = done.rows / done.seconds if done.seconds else 0.0
@@ -297,10 +276,6 @@ def _report(filling: Filling) -> str:
         + ("complete" if done.complete else "not complete: run it again to go on")
         + index
     )
-
-
-def _state(failure: Any) -> str:
-    return ("skipped" if failure.skipped else "failed") if failure.failed else "again"
 
 
 def failed(
@@ -338,7 +313,10 @@ def failed(
     if json:
         common.print_json([asdict(failure) for failure in failures])
         return
-    rows = [[f.key, f.attempts, _state(f), f.error] for f in failures]
+    rows = []
+    for each in failures:
+        state = ("skipped" if each.skipped else "failed") if each.failed else "again"
+        rows.append([each.key, each.attempts, state, each.error])
     common.print_table(["key", "attempts", "state", "error"], rows)
 
 
@@ -362,8 +340,7 @@ def audit(
 
     common.prepare(app)
     with common.database(database, lasting=True) as engine, bar("loading the encoder") as advance:
-        with engine.begin() as connection:
-            binding = resolve(connection, target).binding
+        binding = column_of(engine, target).binding
         result = run(
             engine,
             binding,
@@ -384,5 +361,4 @@ def audit(
     if result.findings and not json:
         rows = [[finding.key, finding.kind, finding.cosine] for finding in result.findings[:20]]
         common.print_table(["key", "finding", "cosine"], rows)
-    if result.wrong:
-        raise typer.Exit(common.EXIT_FAILED)
+    common.fail_if(result.wrong)

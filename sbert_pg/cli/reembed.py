@@ -32,14 +32,12 @@ from sbert_pg.registry import get_encoder
 def begin(
     target: common.TargetArgument,
     database: common.DatabaseOption = None,
-    to: Annotated[
-        str | None, typer.Option("--to", help="Name of the new column.", show_default=False)
-    ] = None,
+    to: Annotated[str | None, typer.Option("--to", help="Name of the new column.")] = None,
     encoder: common.SomeEncoderOption = None,
     source: common.SourceOption = None,
     storage: Annotated[
         Literal["vector", "halfvec"] | None,
-        typer.Option(help="Type of the new column; the old one's by default.", show_default=False),
+        typer.Option(help="Type of the new column; the old one's by default."),
     ] = None,
     app: common.AppOption = None,
     dry_run: common.DryRunOption = False,
@@ -132,8 +130,7 @@ def status(
     if not reports:
         common.note("No change is under way.")
     common.show("\n".join(map(str, reports)), [each.to_json() for each in reports], json)
-    if check and {each.state for each in reports} - {"ready"}:
-        raise typer.Exit(common.EXIT_FAILED)
+    common.fail_if(check and {each.state for each in reports} - {"ready"})
 
 
 def verify(
@@ -147,7 +144,6 @@ def verify(
         typer.Option(
             exists=True,
             dir_okay=False,
-            show_default=False,
             help='What has to be reached, a JSON object: {"recall": 0.97, "max_pending": 20}.',
         ),
     ] = None,
@@ -172,16 +168,14 @@ def verify(
                 thresholds=_thresholds_of(thresholds),
             )
     common.show(report, report.to_json(), json)
-    if not report.passed:
-        raise typer.Exit(common.EXIT_FAILED)
+    common.fail_if(not report.passed)
 
 
 def finish(
     target: common.TargetArgument,
     database: common.DatabaseOption = None,
     force: Annotated[
-        bool,
-        typer.Option("--force", help="Drop the old column although it is still in use."),
+        bool, typer.Option("--force", help="Drop the old column although it is still in use.")
     ] = False,
 ) -> None:
     """Drop the old column and its index.

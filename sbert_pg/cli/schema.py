@@ -32,8 +32,7 @@ def migrate(
         Path | None,
         typer.Option(
             help="An Alembic directory: print the lines that its env.py needs, or edit it with "
-            "--write.",
-            show_default=False,
+            "--write."
         ),
     ] = None,
     write: Annotated[

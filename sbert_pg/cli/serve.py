@@ -1,4 +1,4 @@
-"""``serve``, ``mcp`` and ``explore``: embeddings and searches for other programs, and pages.
+"""``serve`` and ``explore``: embeddings and searches for other programs, and pages.
 
 ``serve-postgres`` gives them the embedded database.
 """
@@ -17,7 +17,6 @@ import typer
 
 from sbert_pg import catalog
 from sbert_pg.cli import common
-from sbert_pg.cli.freshness import address_of
 from sbert_pg.cli.target import passages_attribute, queries_of, resolve, text_column_if_any
 from sbert_pg.errors import DeclarationError
 from sbert_pg.registry import get_encoder
@@ -35,14 +34,11 @@ TablesArgument = Annotated[
         metavar="[TABLE[:COLUMNS]]...",
         help="Tables to search, with the columns that are shown, as in article:id,title; all "
         "columns but vectors by default. article.embedding where there are several.",
-        show_default=False,
     ),
 ]
 
 
-_RERANKER: Any = typer.Option(
-    "--reranker", help="A cross-encoder, by name or directory.", show_default=False
-)
+_RERANKER: Any = typer.Option("--reranker", help="A cross-encoder, by name or directory.")
 ADDRESS = "127.0.0.1:8080"
 
 
@@ -54,21 +50,39 @@ def serve(
     reranker: Annotated[list[str] | None, _RERANKER] = None,
     http: common.HttpOption = ADDRESS,
     token: common.TokenOption = None,
+    mcp: Annotated[
+        bool,
+        typer.Option(
+            "--mcp",
+            help="Serve a language model instead of HTTP: searches of tables, on standard input "
+            "and output.",
+        ),
+    ] = False,
 ) -> None:
-    """Serve embeddings as OpenAI's API does, reranking, and searches of tables, over HTTP.
+    """Serve embeddings as OpenAI's API does, reranking, and searches of tables, over HTTP or MCP.
 
     Until it is stopped; SIGTERM or Ctrl-C finishes the requests under way. With --app MODULE:BASE
     it searches the tables with embeddings that the application declares; TABLE narrows that.
     --encoder and --reranker may be repeated.
 
+    --mcp is for the configuration of Claude Desktop, Claude Code, Cursor and others: a server of
+    the Model Context Protocol, read-only, with the tools search, similar, tables and status. It
+    shows the columns that are listed, and nothing else.
+
     [b]sbert-pg serve --encoder all-MiniLM-L6-v2[/]
     [b]sbert-pg serve article:id,title,lang -d postgresql://localhost/shop[/]
+    [b]sbert-pg serve --mcp article:id,title,body -d postgresql://reader@localhost/shop[/]
     """
     from sbert_pg.encoder import Reranker
     from sbert_pg.serving.exposed import Shown
     from sbert_pg.serving.server import serving
 
-    address = address_of(http or ADDRESS)
+    if mcp:
+        if encoder or reranker:
+            raise DeclarationError("--mcp searches tables: leave --encoder and --reranker out.")
+        _serve_mcp(tables or (), database, app)
+        return
+    address = common.address_of(http or ADDRESS)
     metadata = common.prepare(app, usual="info")
     with ExitStack() as stack:
         names = list(tables or (() if metadata is None else _declared(metadata)))
@@ -80,7 +94,11 @@ def serve(
         loaded = {spec.name: get_encoder(spec) for spec in declared}
         loaded |= {name: get_encoder(name) for name in encoder or ()}
         rerankers = {name: Reranker.load(name) for name in reranker or ()}
-        _require_some([*loaded, *rerankers])
+        if not loaded and not rerankers:
+            raise DeclarationError(
+                "There is nothing to serve; name an encoder with --encoder, a reranker with "
+                "--reranker, or tables."
+            )
         port = stack.enter_context(
             serving(
                 loaded, shown, rerankers=rerankers, host=address[0], port=address[1], token=token
@@ -89,14 +107,6 @@ def serve(
         common.note(f"Serving {', '.join([*loaded, *rerankers])} on http://{address[0]}:{port}")
         stop = stack.enter_context(common.stoppable())
         stop.wait()
-
-
-def _require_some(served: list[str]) -> None:
-    if not served:
-        raise DeclarationError(
-            "There is nothing to serve; name an encoder with --encoder, a reranker with "
-            "--reranker, or tables."
-        )
 
 
 def explore(
@@ -146,7 +156,7 @@ def show_pages(
     from sbert_pg.serving.exposed import Shown
     from sbert_pg.serving.server import serving
 
-    host, port = address_of(http or ADDRESS)
+    host, port = common.address_of(http or ADDRESS)
     reading = engine.execution_options(postgresql_readonly=True)
 
     def look(connection: sa.Connection) -> list[Exposed]:
@@ -166,9 +176,7 @@ def serve_postgres(
     data_dir: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[DIR]",
-            help="Directory of its data; your own for this program by default.",
-            show_default=False,
+            metavar="[DIR]", help="Directory of its data; your own for this program by default."
         ),
     ] = None,
     port: Annotated[
@@ -178,7 +186,6 @@ def serve_postgres(
             max=65_535,
             help="Port of 127.0.0.1, for tools that need a host; 0 takes a free one. Any program "
             "of this machine may then connect, as superuser.",
-            show_default=False,
         ),
     ] = None,
     name: Annotated[
@@ -208,29 +215,13 @@ async def _given(
     await asyncio.to_thread(stop.wait)
 
 
-def mcp(
-    tables: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="TABLE:COLUMNS...",
-            help="Tables that may be searched, with the columns that are shown, as in "
-            "article:id,title; nothing else is.",
-        ),
-    ],
-    database: common.DatabaseOption = None,
-    app: common.AppOption = None,
-) -> None:
-    """Let a language model search listed tables: an MCP server on standard input and output.
-
-    Read-only, with the tools search, similar, tables and status. For the configuration of Claude
-    Desktop, Claude Code, Cursor and others; --app imports a module that registers encoders.
-
-    [b]sbert-pg mcp article:id,title,body -d postgresql://reader@localhost/shop[/]
-    """
+def _serve_mcp(tables: Sequence[str], database: str | None, app: str | None) -> None:
     from sbert_pg.serving.exposed import Shown
     from sbert_pg.serving.mcp import mcp_server
 
     common.prepare(app)
+    if not tables:
+        raise DeclarationError("--mcp shows what is listed: name tables, as in article:id,title.")
     for target in tables:
         if not target.partition(":")[2]:
             raise DeclarationError(

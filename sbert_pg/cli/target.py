@@ -6,7 +6,7 @@ And of documents that are cut their passages: made, filled and read.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session, registry
 from sbert_pg import catalog
 from sbert_pg.catalog import Binding
 from sbert_pg.catalog.record import installed
+from sbert_pg.cli import common
 from sbert_pg.errors import DeclarationError
 from sbert_pg.freshness import Progress
 from sbert_pg.indexes import hnsw_index
@@ -62,6 +63,12 @@ def resolve(connection: sa.Connection, name: str) -> Side:
     return side_of(connection, reflect(connection, binding.schema, binding.table), binding)
 
 
+def column_of(engine: sa.Engine, name: str) -> Side:
+    """As ``resolve``, in a transaction that is over then."""
+    with engine.connect() as connection:
+        return resolve(connection, name)
+
+
 def _called(connection: sa.Connection, bindings: Sequence[Binding], name: str) -> list[Binding]:
     """The bindings of a name; one without its schema means what it means in SQL."""
     matching = [binding for binding in bindings if name in _spellings(binding)]
@@ -79,8 +86,7 @@ def change_or_column(engine: sa.Engine, target: str) -> Binding:
     for new in changes(engine):
         if target in (new.table, f"{new.schema}.{new.table}"):
             return new
-    with engine.connect() as connection:
-        return resolve(connection, target).binding
+    return column_of(engine, target).binding
 
 
 def changes(engine: sa.Engine, target: str | None = None) -> list[Binding]:
@@ -217,11 +223,26 @@ def _is_visible(connection: sa.Connection, binding: Binding) -> bool:
     return bool(connection.execute(sa.select(visible)).scalar_one())
 
 
-def create_documents(
+def beginnings(
     connection: sa.Connection,
     table: sa.Table,
-    source: Source,
-    encoder: EncoderSpec,
+    text: sa.ColumnElement[str] | None,
+    keys: Iterable[tuple[Any, ...]],
+) -> dict[tuple[Any, ...], str]:
+    """The beginning of each row's text, by its key; the key itself where there is no text."""
+    columns = list(table.primary_key)
+    shown: Any = sa.func.concat_ws(", ", *columns) if text is None else text
+    statement = sa.select(*columns, sa.func.left(shown, 200)).where(
+        sa.tuple_(*columns).in_([key for key in keys if None not in key])
+    )
+    return {
+        tuple(key): common.shortened(" ".join((beginning or "").split()), 80)
+        for *key, beginning in connection.execute(statement)
+    }
+
+
+def create_documents(
+    connection: sa.Connection, table: sa.Table, source: Source, encoder: EncoderSpec
 ) -> None:
     """A table of documents with its passages: those of the last source column, bound.
 

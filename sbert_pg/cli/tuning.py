@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import sqlalchemy as sa
 import typer
@@ -14,7 +14,7 @@ from sbert_pg.alembic.changes import declaration_line
 from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.cli import common
 from sbert_pg.cli.encoder import encoder_named
-from sbert_pg.cli.target import queries_of, resolve, text_column_if_any, text_column_of
+from sbert_pg.cli.target import column_of, queries_of, text_column_if_any, text_column_of
 from sbert_pg.errors import DeclarationError, LoadError
 from sbert_pg.progress import bar
 from sbert_pg.reembed.change import Side
@@ -42,7 +42,6 @@ def evaluate(
         typer.Option(
             "--slice",
             help="Report each value by itself of this column of the pairs, or of the table.",
-            show_default=False,
         ),
     ] = None,
     fit_weight: Annotated[
@@ -65,13 +64,19 @@ def evaluate(
     [b]sbert-pg evaluate article --pairs pairs.csv --fit-weight[/]
     """
     criteria = common.criteria(where)
-    _refuse_others(fit_weight, slice_by or encoder)
+    if fit_weight and (slice_by or encoder):
+        raise DeclarationError(
+            "--fit-weight learns one weight, for the column's own encoder: leave --slice and "
+            "--encoder out."
+        )
     with common.database(database) as engine:
-        with engine.connect() as connection:
-            side = resolve(connection, target)
+        side = column_of(engine, target)
         queries = _in_table(engine, side, queries_of(engine, pairs))
         if fit_weight:
-            _fit_weight(engine, side, queries, criteria, json)
+            text = text_column_of(side.table)
+            with bar("searching"):
+                fitted = lib.fit_weight(engine, side.column, text, queries, where=criteria)
+            common.show(fitted, asdict(fitted), json)
             return
         if slice_by is not None:
             queries = _sliced(engine, side, queries, slice_by)
@@ -89,23 +94,6 @@ def evaluate(
     for name, rows in misses.items():
         for miss in rows:
             print(f"\n{name}: {miss}")
-
-
-def _refuse_others(fit_weight: bool, others: Any) -> None:
-    if fit_weight and others:
-        raise DeclarationError(
-            "--fit-weight learns one weight, for the column's own encoder: leave --slice and "
-            "--encoder out."
-        )
-
-
-def _fit_weight(
-    engine: sa.Engine, side: Side, queries: list[LabelledQuery], where: Any, json: bool
-) -> None:
-    text = text_column_of(side.table)
-    with bar("searching"):
-        fitted = lib.fit_weight(engine, side.column, text, queries, where=where)
-    common.show(fitted, asdict(fitted), json)
 
 
 def _in_table(engine: sa.Engine, side: Side, queries: list[LabelledQuery]) -> list[LabelledQuery]:
@@ -135,15 +123,13 @@ def tune(
         str | None,
         typer.Option(
             help="A column of the pairs or the table that says which document a row is a part of: "
-            "no document is learned from and judged by.",
-            show_default=False,
+            "no document is learned from and judged by."
         ),
     ] = None,
     time: Annotated[
         str | None,
         typer.Option(
-            help="A column of the pairs or the table with a time: the latest are kept back.",
-            show_default=False,
+            help="A column of the pairs or the table with a time: the latest are kept back."
         ),
     ] = None,
     json: common.JsonOption = False,
@@ -161,8 +147,7 @@ def tune(
     [b]sbert-pg tune article --pairs pairs.csv --method full --out models/article[/]
     """
     with common.database(database) as engine:
-        with engine.connect() as connection:
-            side = resolve(connection, target)
+        side = column_of(engine, target)
         criteria = common.criteria(where)
         if pairs in side.table.columns and not Path(pairs).exists():
             queries = lib.own_pairs(engine, side.column, pairs, where=criteria)
@@ -221,8 +206,7 @@ def advise(
     [b]sbert-pg index advise article.embedding --filter "lang = 'en'"[/]
     """
     with common.database(database) as engine:
-        with engine.connect() as connection:
-            side = resolve(connection, target)
+        side = column_of(engine, target)
         usual = {text: common.criterion(text) for text in filters or ()}
         with bar("building indexes of a sample, and searching them"):
             advice = lib.advise_index(engine, side.column, filters=usual or None)

@@ -126,6 +126,15 @@ class Clustering:
         """What the embedded texts are made of; ``None`` for a plain vector column."""
         return getattr(self.column.type, "source", None)
 
+    @property
+    def text(self) -> sa.ColumnElement[str] | None:
+        """The text of a row, in SQL; ``None`` for a plain vector column."""
+        return None if self.source is None else self.source.expression(self.rows)
+
+    def exemplar_of(self, cluster: tables.Cluster) -> tuple[Any, ...]:
+        """The key of a cluster's exemplar; all ``None`` where that row is gone."""
+        return tuple(getattr(cluster, tables.EXEMPLAR_PREFIX + key.name) for key in self.keys)
+
     def row_is_assigned(self, rows: sa.FromClause | None = None) -> sa.ColumnElement[bool]:
         """The join of an assignment with its row; or with that of a select with the rows' keys."""
         columns = (self.rows if rows is None else rows).c

@@ -346,13 +346,12 @@ def find_keywords(
         ClusteringError: the column has no source, and no text is given.
         MissingExtraError: the English stop words come with scikit-learn, which is not installed.
     """
+    text = clustering.text if text is None else text
     if text is None:
-        if clustering.source is None:
-            raise ClusteringError(
-                f"{clustering.column} is a plain vector column, so nothing says what its texts "
-                "are. Give text=, as in text=Article.title."
-            )
-        text = clustering.source.expression(clustering.rows)
+        raise ClusteringError(
+            f"{clustering.column} is a plain vector column, so nothing says what its texts are. "
+            "Give text=, as in text=Article.title."
+        )
     assignment, cluster = clustering.assignment_table, clustering.cluster_table
     statement = (
         sa.select(assignment.c.cluster_id, text)

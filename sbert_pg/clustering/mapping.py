@@ -330,8 +330,7 @@ def _places(
 ) -> dict[tuple[Any, ...], tuple[int | None, str]]:
     """Number of the cluster and beginning of the text of each row, by key as it travels."""
     assignment, cluster = clustering.assignment_table, clustering.cluster_table
-    if text is None and clustering.source is not None:
-        text = clustering.source.expression(clustering.rows)
+    text = clustering.text if text is None else text
     shown: Any = sa.func.concat_ws(", ", *rows.keys) if text is None else text
     statement = (
         sa.select(*rows.wire_keys, cluster.c.number, sa.func.left(shown, TEXT_LENGTH))

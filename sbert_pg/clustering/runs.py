@@ -122,7 +122,7 @@ def cluster(
         totals = summarize(work, clustering, run_id) | {"pending": pending}
         previous = previous_run(work, clustering) if follow is None else follow
         number_clusters(work, clustering, run_id, previous)
-        if keywords and (text is not None or clustering.source is not None):
+        if keywords and (text is not None or clustering.text is not None):
             progress("keywords", 0, None)
             find_keywords(work, clustering, run_id, text=text, stop_words=stop_words)
         largest = totals.pop("largest")

@@ -19,7 +19,6 @@ from sqlalchemy.orm import Session
 
 from sbert_pg.clustering import Clustering, drift, flows, mapped_rows, run_before
 from sbert_pg.clustering.mapping import colours, hex_colour
-from sbert_pg.clustering.tables import EXEMPLAR_PREFIX
 from sbert_pg.errors import DeclarationError
 from sbert_pg.serving.comparing import cut, excerpt
 from sbert_pg.serving.exposed import Exposed, Hit
@@ -42,7 +41,7 @@ def overview(connection: sa.Connection, exposed: Exposed, topics: Clustering) ->
     """The current clusters, largest first, and how the run came about."""
     run = topics.require_current(connection)
     clusters = Session(connection).scalars(topics.clusters()).all()
-    typical = exposed.rows(connection, [exposed.key_of(_exemplar(topics, c)) for c in clusters])
+    typical = exposed.rows(connection, [exposed.key_of(topics.exemplar_of(c)) for c in clusters])
     rows_by_key = {hit.key: hit for hit in typical}
     largest = max((c.size for c in clusters), default=1)
     yield h(
@@ -56,7 +55,7 @@ def overview(connection: sa.Connection, exposed: Exposed, topics: Clustering) ->
     else:
         command = h("code", f"sbert-pg cluster assign {exposed.name} --check", class_="command")
         yield h("p", command, " says whether they still fit.", class_="faint")
-    yield h("ol", [_topic(c, exposed, rows_by_key.get(exposed.key_of(_exemplar(topics, c))),
+    yield h("ol", [_topic(c, exposed, rows_by_key.get(exposed.key_of(topics.exemplar_of(c))),
                           largest) for c in clusters], class_="topics")  # fmt: skip
     before = run_before(connection, topics, run.id)
     if before is not None and small:
@@ -172,10 +171,6 @@ def _number(cluster: tuple[int, str] | None) -> int | None:
 
 def _label(cluster: tuple[int, str] | None) -> str:
     return "outliers" if cluster is None else f"{cluster[0]} {cluster[1]}"
-
-
-def _exemplar(topics: Clustering, cluster: Any) -> list[Any]:
-    return [getattr(cluster, EXEMPLAR_PREFIX + key.name) for key in topics.keys]
 
 
 def points(

@@ -27,8 +27,8 @@ print("result")
 """
 #: Commands that answer at once, or that speak for themselves as long as they run.
 QUICK = {
-    "migrate", "status", "doctor", "worker", "failed", "serve", "mcp", "explore",
-    "show", "finish", "abort", "passages", "demo", "serve_postgres",
+    "migrate", "status", "doctor", "worker", "failed", "serve", "explore", "show",
+    "finish", "abort", "passages", "demo", "serve_postgres",
 }  # fmt: skip
 
 

@@ -32,7 +32,7 @@ def rows(answer: Any) -> list[dict[str, Any]]:
 def parameters(url: sa.URL, *arguments: str) -> StdioServerParameters:
     return StdioServerParameters(
         command=sys.executable,
-        args=["-m", "sbert_pg.cli.app", "mcp", *arguments],
+        args=["-m", "sbert_pg.cli.app", "serve", "--mcp", *arguments],
         env=environment(url),
     )
 
@@ -98,8 +98,11 @@ def test_rows_cannot_leave_their_borders_and_are_bounded():
 
 
 def test_tables_are_listed_with_their_columns(articles):
-    result = sbert_pg("mcp", "article", url=articles.url)
+    result = sbert_pg("serve", "--mcp", "article", url=articles.url)
     assert result.returncode == 1
     assert "article:id,title" in result.stderr
-    result = sbert_pg("mcp", "article:id,password", url=articles.url)
+    result = sbert_pg("serve", "--mcp", "article:id,password", url=articles.url)
     assert "no column 'password'" in result.stderr
+    assert "name tables" in sbert_pg("serve", "--mcp", url=articles.url).stderr
+    mixed = sbert_pg("serve", "--mcp", "article:id", "--encoder", "x", url=articles.url)
+    assert (mixed.returncode, "leave --encoder" in mixed.stderr) == (1, True)

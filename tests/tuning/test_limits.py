@@ -106,10 +106,11 @@ def test_ones_own_texts(minilm: Any, database_url: sa.URL, tmp_path: Path) -> No
         limits_of(minilm, [" "])
     file = tmp_path / "texts.txt"
     file.write_text("\n".join(texts), encoding="utf-8")
-    shown = sbert_pg("encoder", "limits", minilm.spec.name, "--texts", str(file), "--json")
+    measure = ("encoder", "measure", minilm.spec.name, "--limits", "--texts")
+    shown = sbert_pg(*measure, str(file), "--json")
     assert shown.returncode == 0, shown.stderr
     assert json.loads(shown.stdout)["own"]["texts"] == 17
-    missing = sbert_pg("encoder", "limits", minilm.spec.name, "--texts", str(tmp_path / "none"))
+    missing = sbert_pg(*measure, str(tmp_path / "none"))
     assert missing.returncode == 1
     assert "cannot be read" in missing.stderr
     articles = '{"title": "Hours", "body": "The shop is open from nine."}\n'
@@ -117,7 +118,7 @@ def test_ones_own_texts(minilm: Any, database_url: sa.URL, tmp_path: Path) -> No
         "load", "article", "-", "--create", "-s", "body", url=database_url, stdin=articles
     )
     assert loaded.returncode == 0, loaded.stderr
-    asked = ("encoder", "limits", minilm.spec.name, "--texts", "article", "--json")
+    asked = (*measure, "article", "--json")
     engine = sa.create_engine(database_url)
     with engine.begin() as connection:
         connection.execute(sa.text("INSERT INTO article (body) VALUES (NULL), (''), (E'\\n\\t')"))
