@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Annotated, Any
 
 import sqlalchemy as sa
@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sbert_pg import catalog
 from sbert_pg.errors import DeclarationError
 
 EXIT_OK = 0
@@ -188,28 +189,23 @@ def database(
     """
     if url is None and variables and any(os.environ.get(name) for name in _OF_LIBPQ):
         url = "postgresql://"  # libpq takes the rest from its variables too
-    if url is not None:
-        # Said, since from a database in SQL_ASCII psycopg gives texts as bytes otherwise.
-        arguments = {"client_encoding": "utf8", **(LASTING if lasting else {})}
-        engine = sa.create_engine(
-            normalized_url(url), pool_pre_ping=lasting, connect_args=arguments
-        )
-        try:
-            yield engine
-        finally:
-            engine.dispose()
-        return
-    from sbert_pg import catalog
-    from sbert_pg.embedded import embedded_server
+    with ExitStack() as stack:
+        if url is None:
+            from sbert_pg.embedded import embedded_server
 
-    with embedded_server() as server:
-        engine = sa.create_engine(server.ensure_database(EMBEDDED_DATABASE))
-        try:
+            server = stack.enter_context(embedded_server())
+            engine = sa.create_engine(server.ensure_database(EMBEDDED_DATABASE))
+        else:
+            # Said, since from a database in SQL_ASCII psycopg gives texts as bytes otherwise.
+            arguments = {"client_encoding": "utf8", **(LASTING if lasting else {})}
+            engine = sa.create_engine(
+                normalized_url(url), pool_pre_ping=lasting, connect_args=arguments
+            )
+        stack.callback(engine.dispose)
+        if url is None:
             with engine.begin() as connection:
                 catalog.upgrade(connection)
-            yield engine
-        finally:
-            engine.dispose()
+        yield engine
 
 
 def prepare(
@@ -306,7 +302,7 @@ def show(report: Any, data: Any, json: bool) -> None:
     if json:
         print_json(data)
     elif str(report):
-        out.print(str(report), highlight=False, markup=False, soft_wrap=True)
+        say(str(report))
 
 
 def print_json(data: Any) -> None:
@@ -405,6 +401,11 @@ def stoppable(
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)
+
+
+def say(text: str) -> None:
+    """Print a result that is a text, as it is."""
+    out.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def note(message: str) -> None:

@@ -10,7 +10,6 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -23,7 +22,7 @@ from rich.syntax import Syntax
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from sbert_pg.cli import common
-from sbert_pg.cli.demo_change import change_encoder
+from sbert_pg.cli.demo_change import change_encoder, embedding_of
 from sbert_pg.cli.demo_data import (
     NEW_ENCODER,
     OLD_ENCODER,
@@ -122,7 +121,7 @@ def demo(
         if question is None:
             tour(engine)
             return
-        _print_answers(question, *ask(engine, prepared(engine), question, LIMIT))
+        _print_answers(engine, prepared(engine), question, LIMIT)
     _print_statements(question, LIMIT)
 
 
@@ -140,7 +139,7 @@ def tour(engine: sa.Engine) -> None:
     _fill(engine, old, entries)
     _title("Search", "the nearest in meaning")
     for text in QUESTIONS:
-        _print_answers(text, *ask(engine, old, text, 3))
+        _print_answers(engine, old, text, 3)
     _words_and_meaning(engine, old)
     _passages(engine, entries)
     _topics(engine, old)
@@ -195,11 +194,12 @@ def _fill(engine: sa.Engine, mapped: Any, entries: list[Documented]) -> None:
         _drop(connection)
         common.note(f"Embedding {len(entries):,} docstrings of Python's standard library.")
         connection.execute(sa.schema.CreateTable(table))
-        catalog.bind(connection, table.c[_column_of(mapped)])
+        catalog.bind(connection, table.c[embedding_of(mapped).key])
         started = time.perf_counter()
         with bar() as advance:
             show = partial(advance, "encoding and writing", total=len(entries))
-            load(connection, table, _rows(entries), progress=show)
+            rows = ({**entry._asdict(), "summary": entry.summary} for entry in entries)
+            load(connection, table, rows, progress=show)
             seconds = time.perf_counter() - started
             for index in table.indexes:
                 advance(f"building {index.name}")
@@ -212,10 +212,6 @@ def _fill(engine: sa.Engine, mapped: Any, entries: list[Documented]) -> None:
         )
 
 
-def _rows(entries: list[Documented]) -> Iterator[dict[str, str]]:
-    return ({**entry._asdict(), "summary": entry.summary} for entry in entries)
-
-
 def _drop(connection: sa.Connection) -> None:
     """Drop what an earlier tour made."""
     clusters = [f"{TABLE}_cluster{end}" for end in ("_assignment", "", "_run")]
@@ -223,34 +219,17 @@ def _drop(connection: sa.Connection) -> None:
         connection.execute(sa.schema.DropTable(sa.Table(name, sa.MetaData()), if_exists=True))
 
 
-def _column_of(mapped: Any) -> str:
-    return COLUMN if COLUMN in mapped.__table__.c else REPLACED
-
-
-def ask(
-    engine: sa.Engine, mapped: Any, question: str, limit: int
-) -> tuple[list[dict[str, Any]], float]:
-    """The nearest functions and the seconds that encoding and search took."""
-    column = getattr(mapped, _column_of(mapped))
-    statement = nearest(column, question, limit=limit)
+def ask(engine: sa.Engine, mapped: Any, question: str, limit: int) -> tuple[list[Any], float]:
+    """The nearest functions with their similarities, and the seconds of encoding and search."""
+    column = embedding_of(mapped)
     with Session(engine) as session:
-        session.execute(statement)  # connects, and loads the encoder
+        session.execute(nearest(column, question, limit=limit))  # connects, loads the encoder
         session.rollback()
         # A trailing blank makes another text of it, so that the question is encoded while timed.
         again = nearest(column, question + " ", limit=limit)
         started = time.perf_counter()
         answers: list[Any] = list(session.execute(again))
-        seconds = time.perf_counter() - started
-        rows = [
-            {
-                "similarity": round(similarity, 3),
-                "function": f"{function.module}.{function.name}",
-                "signature": function.signature,
-                "docstring": function.docstring,
-            }
-            for function, similarity in answers
-        ]
-    return rows, seconds
+        return answers, time.perf_counter() - started
 
 
 def _words_and_meaning(engine: sa.Engine, mapped: Any) -> None:
@@ -258,7 +237,7 @@ def _words_and_meaning(engine: sa.Engine, mapped: Any) -> None:
     from sbert_pg.search import hybrid, matching
 
     _title("Words and meaning", "a name that vectors do not know, and BM25 in plain SQL does")
-    column = getattr(mapped, _column_of(mapped))
+    column = embedding_of(mapped)
     statements = {
         "meaning": nearest(column, NAMED, limit=3),
         "words": matching(mapped.words, NAMED, limit=3),
@@ -307,15 +286,12 @@ def _passages(engine: sa.Engine, entries: list[Documented]) -> None:
         ranked = [row[0].id for row in session.execute(nearest(whole, LONG))]
         count = session.scalar(sa.select(sa.func.count()).select_from(type(passage)))
         text = " ".join(str(passage.text).split())
-        common.out.print(f"[bold]{LONG}[/]")
-        common.out.print(
-            f"{document.name}, a text of {len(document.text):,} characters; in it, one of "
-            f"{count:,} passages, characters {passage.start:,} to {passage.stop:,}:"
-        )
-        common.out.print(f"  [bold]{escape(str(passage.heading))}[/]")
-        common.out.print(f"  {escape(text[:300])}", highlight=False)
         place = ranked.index(document.id) + 1
         common.out.print(
+            f"[bold]{LONG}[/]\n"
+            f"{document.name}, a text of {len(document.text):,} characters; in it, one of "
+            f"{count:,} passages, characters {passage.start:,} to {passage.stop:,}:\n"
+            f"  [bold]{escape(str(passage.heading))}[/]\n  {escape(text[:300])}\n"
             f"By one vector for the whole text, cut at 256 tokens, it is number {place} of "
             f"{len(texts)}."
         )
@@ -328,7 +304,7 @@ def _topics(engine: sa.Engine, mapped: Any, topics: Clustering | None = None) ->
     except ImportError:
         common.note("Topics are left out: pip install 'sbert-pg[clustering]' brings them.")
         return
-    topics = topics or clusters_of(getattr(mapped, _column_of(mapped)))
+    topics = topics or clusters_of(embedding_of(mapped))
     tables = [t for name, t in mapped.metadata.tables.items() if name != TABLE]
     with engine.begin() as connection:
         mapped.metadata.create_all(connection, tables=tables)
@@ -355,7 +331,7 @@ def _explore(engine: sa.Engine) -> None:
     from sbert_pg.clustering import clusters_of, store_map
 
     mapped = prepared(engine)
-    topics = clusters_of(getattr(mapped, COLUMN))
+    topics = clusters_of(embedding_of(mapped))
     with engine.connect() as connection:
         there = sa.inspect(connection).has_table(topics.run_table.name)
         current = there and connection.execute(topics.current_run()).first()
@@ -371,12 +347,13 @@ def _title(text: str, more: str) -> None:
     common.out.print(f"\n[bold]{text}[/]  [dim]{escape(more)}[/]", highlight=False)
 
 
-def _print_answers(question: str, rows: list[dict[str, Any]], seconds: float) -> None:
+def _print_answers(engine: sa.Engine, mapped: Any, question: str, limit: int) -> None:
+    answers, seconds = ask(engine, mapped, question, limit)
     common.print_table(
         ["similarity", "function", "documentation"],
         [
-            [row["similarity"], row["function"], row["docstring"].splitlines()[0][:76]]
-            for row in rows
+            [round(similarity, 3), f"{f.module}.{f.name}", f.docstring.splitlines()[0][:76]]
+            for f, similarity in answers
         ],
         title=f"[bold]{question}[/]  [dim]{seconds * 1000:.1f} ms, encoding included[/]",
     )

@@ -10,12 +10,10 @@ import statistics
 import threading
 import time
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
 import sqlalchemy as sa
-from rich.markup import escape
 from sqlalchemy.orm import Session
 
 from sbert_pg import reembed
@@ -89,12 +87,7 @@ class Asker:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, at: object) -> None:
         self._stop.set()
         self._thread.join()
         if self.error is not None and error is None:
@@ -143,10 +136,10 @@ def _similarities(
 
 def change_encoder(engine: sa.Engine, old: Any, new: Any, questions: Sequence[str]) -> None:
     """Begin, backfill, verify, switch and finish, with what was measured on the way."""
-    request = reembed.request_of(_column(new))
+    request = reembed.request_of(embedding_of(new))
     lines = []
-    first = _firsts(engine, _column(old), questions)
-    with Asker(engine, _column(old), questions) as before:
+    first = _firsts(engine, embedding_of(old), questions)
+    with Asker(engine, embedding_of(old), questions) as before:
         column = reembed.begin(engine, request).identity
         lines.append(before.phase().cells("begin", "old"))
         started = time.perf_counter()
@@ -160,35 +153,28 @@ def change_encoder(engine: sa.Engine, old: Any, new: Any, questions: Sequence[st
         report.require()
         # The switch is a deployment: for a while both versions run.
         reembed.require_ready(engine, new.metadata)
-        with Asker(engine, _column(new), questions) as after:
+        with Asker(engine, embedding_of(new), questions) as after:
             time.sleep(_SIDE_BY_SIDE)
             lines.append(before.phase().cells("switch", "old"))
             lines.append(after.phase().cells("switch", "new"))
     # The old version is stopped.
-    with Asker(engine, _column(new), questions) as last:
+    with Asker(engine, embedding_of(new), questions) as last:
         reembed.finish(engine, column, quiet=dt.timedelta(0))
         time.sleep(_SIDE_BY_SIDE / 4)
         lines.append(last.phase().cells("finish", "new"))
     columns = ["step", "version", "questions", "wrong answers", f"recall@{K}", "median ms"]
     common.print_table(columns, lines)
-    _print_figures(filled.encoded.rows, seconds, report)
-    second = _firsts(engine, _column(new), questions)
+    recall = report.recalls[0].mean if report.recalls else float("nan")
+    overlap = "" if report.overlap is None else f", overlap@{report.k} {report.overlap:.2f}"
+    common.say(
+        f"{filled.encoded.rows:,} rows embedded and indexed in {seconds:.1f} s. The new column: "
+        f"{report.coverage.share:.0%} of the rows, recall@{report.k} {recall:.3f} against "
+        f"exact search{overlap} with the old one's neighbours."
+    )
+    second = _firsts(engine, embedding_of(new), questions)
     common.print_table(
         ["question", "before", "after"],
         [[question, first[question], second[question]] for question in questions],
-    )
-
-
-def _print_figures(rows: int, seconds: float, report: reembed.Verification) -> None:
-    recall = report.recalls[0].mean if report.recalls else float("nan")
-    overlap = "" if report.overlap is None else f", overlap@{report.k} {report.overlap:.2f}"
-    common.out.print(
-        escape(
-            f"{rows:,} rows embedded and indexed in {seconds:.1f} s. The new column: "
-            f"{report.coverage.share:.0%} of the rows, recall@{report.k} {recall:.3f} against "
-            f"exact search{overlap} with the old one's neighbours."
-        ),
-        highlight=False,
     )
 
 
@@ -199,7 +185,7 @@ def _firsts(engine: sa.Engine, column: Any, questions: Sequence[str]) -> dict[st
         return {question: f"{row.module}.{row.name}" for question, row in nearest_of.items()}
 
 
-def _column(mapped: Any) -> Any:
-    """The embedding column of a class of the demo."""
+def embedding_of(mapped: Any) -> Any:
+    """The embedding column of a class of the demo, as its attribute."""
     named = [c for c in mapped.__table__.c if hasattr(c.type, "encoder")]
     return getattr(mapped, named[0].key)

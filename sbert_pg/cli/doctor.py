@@ -143,23 +143,21 @@ def _of_pgvector(connection: sa.Connection, indexes: list[StoredIndex]) -> Itera
         concerned = method == "hnsw" or any(index.method == method for index in indexes)
         if numbers < mended and concerned:
             yield Finding(
-                "fault",
-                f"pgvector {version}",
+                "fault", f"pgvector {version}",
                 f"{what}; mended in {'.'.join(map(str, mended))}",
                 "Install the newer package on the server, then ALTER EXTENSION vector UPDATE; and "
                 "REINDEX INDEX CONCURRENTLY what was built or vacuumed before.",
-            )
+            )  # fmt: skip
 
 
 def _of_indexes(binding: Binding, indexes: tuple[StoredIndex, ...]) -> Iterator[Finding]:
     for index in indexes:
         if not index.valid and not index.building:
             yield Finding(
-                "fault",
-                f"{binding}, index {index.name}",
+                "fault", f"{binding}, index {index.name}",
                 "invalid, as a failed build leaves it: it costs every write and serves nothing",
                 f"REINDEX INDEX CONCURRENTLY {system.written_name(binding.schema, index.name)};",
-            )
+            )  # fmt: skip
 
 
 def _has_few_rows(connection: sa.Connection, binding: Binding) -> bool:
@@ -186,11 +184,10 @@ def _of_column(column: ColumnStatus, large: int, *, building: bool) -> Iterator[
         yield Finding("fault", name, problem.rstrip("."), "docs/freshness.md says what each means.")
     if column.rows is not None and column.rows >= large and not building:
         yield Finding(
-            "advice",
-            name,
+            "advice", name,
             f"some {column.rows:,} rows and no vector index: every search compares all of them",
             f"Declare hnsw_index(...) and migrate; sbert-pg index advise {target} says which.",
-        )
+        )  # fmt: skip
     waiting = column.pending + column.backfill
     if waiting and (column.age is None or column.age > LATE):
         since = "ever caught up" if column.age is None else f"caught up for {duration(column.age)}"
@@ -212,12 +209,11 @@ def _of_precision(connection: sa.Connection, binding: Binding) -> Iterator[Findi
     others = {str(spec.get("precision")) for spec in further} - {str(own)}
     if others:
         yield Finding(
-            "advice",
-            str(binding),
+            "advice", str(binding),
             f"vectors of {own} and of {', '.join(sorted(others))} stand in one column: of the same "
             "space, and as far apart as the coarser of them rounds",
             "Have every writer use one precision; 'sbert-pg reembed begin' makes the column one.",
-        )
+        )  # fmt: skip
 
 
 def _of_questions(connection: sa.Connection) -> Iterator[Finding]:
@@ -235,12 +231,11 @@ def _of_questions(connection: sa.Connection) -> Iterator[Finding]:
     for name, source in connection.execute(sources):
         if source and _ALL_WORDS.search(source):
             yield Finding(
-                "advice",
-                name,
+                "advice", name,
                 "a question of full text here finds rows that have every one of its words, which "
                 "for a sentence is often none",
                 "matching(...), or sbert.bm25_v1 in SQL, finds rows with any of them, best first.",
-            )
+            )  # fmt: skip
 
 
 def _of_replicas(connection: sa.Connection) -> Iterator[Finding]:
@@ -251,11 +246,10 @@ def _of_replicas(connection: sa.Connection) -> Iterator[Finding]:
         return
     if lag > LAG:
         yield Finding(
-            "fault",
-            "replicas",
+            "fault", "replicas",
             f"the slowest is {duration(lag)} behind, and answers from then",
             "Backfill with '--set max_replica_lag=5', and look for long statements on the replica.",
-        )
+        )  # fmt: skip
 
 
 def _of_settings(connection: sa.Connection, indexes: list[StoredIndex]) -> Iterator[Finding]:
@@ -267,11 +261,10 @@ def _of_settings(connection: sa.Connection, indexes: list[StoredIndex]) -> Itera
             )  # fmt: skip
     if _setting(connection, "session_replication_role") != "origin":
         yield Finding(
-            "fault",
-            "session_replication_role",
+            "fault", "session_replication_role",
             "triggers do not fire: workers are not woken, and foreign vectors are not refused",
             "ALTER DATABASE ... RESET session_replication_role;",
-        )
+        )  # fmt: skip
     largest = max((index.bytes for index in indexes), default=0)
     if _compiles(connection, largest):
         yield Finding(
@@ -285,11 +278,10 @@ def _of_settings(connection: sa.Connection, indexes: list[StoredIndex]) -> Itera
         size = sa.func.pg_size_bytes(sa.func.current_setting(name), type_=sa.BigInteger())
         if (held := connection.scalar(sa.select(size)) or 0) < largest:
             yield Finding(
-                "advice",
-                name,
+                "advice", name,
                 f"{held >> 20:,} MB, and the largest vector index has {largest >> 20:,} MB: {why}",
                 f"Raise {name}, or store halfvec, or index a smaller form ('index advise').",
-            )
+            )  # fmt: skip
 
 
 def _compiles(connection: sa.Connection, largest: int) -> bool:

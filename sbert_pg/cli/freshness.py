@@ -141,15 +141,15 @@ def _settings(values: Sequence[str] | None, **chosen: Any) -> WorkerSettings:
 
 def _value(default: object, text: str) -> object:
     """A value of the kind of the default."""
-    if isinstance(default, bool):
-        if text.lower() not in ("true", "false"):
-            raise ValueError(f"{text!r} is neither true nor false")
-        return text.lower() == "true"
-    if isinstance(default, timedelta):
-        return timedelta(seconds=float(text))
-    if isinstance(default, str):
-        return text
-    return int(text) if isinstance(default, int) else float(text)
+    if isinstance(default, bool) and text.lower() not in ("true", "false"):
+        raise ValueError(f"{text!r} is neither true nor false")
+    kinds: dict[type, Callable[[str], object]] = {
+        bool: lambda text: text.lower() == "true",
+        timedelta: lambda text: timedelta(seconds=float(text)),
+        int: int,
+        str: str,
+    }
+    return kinds.get(type(default), float)(text)
 
 
 def _companions(

@@ -240,7 +240,7 @@ def adopt(
         bound = done.binding
         declared = Embedding(bound.declared, bound.source, storage=bound.storage)
         common.note(f"{done.adopted:,} rows adopted; {pending:,} are pending. Declare it as:")
-        common.show(f"    {bound.column} = {declaration_line(declared)}", None, False)
+        common.say(f"    {bound.column} = {declaration_line(declared)}")
 
 
 def _thresholds_of(path: Path | None) -> lib.Thresholds:

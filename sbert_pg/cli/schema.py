@@ -170,8 +170,15 @@ def edited(source: str, name: str = "env.py") -> str:
     Raises:
         DeclarationError: it is not Python, or nothing in it calls ``context.configure``.
     """
-    tree = _parsed(source, name)
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and _configures(node)]
+    try:
+        tree = ast.parse(source)
+    except SyntaxError as error:
+        raise DeclarationError(f"{name} cannot be read: {error}.") from error
+    calls = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "context.configure"
+    ]
     if not calls:
         raise DeclarationError(
             f"Nothing in {name} calls context.configure(). Register the plugin by hand: write\n\n"
@@ -184,22 +191,6 @@ def edited(source: str, name: str = "env.py") -> str:
     if missing and IMPORT not in source:
         _add_import(lines, tree)
     return "".join(lines)
-
-
-def _parsed(source: str, name: str) -> ast.Module:
-    try:
-        return ast.parse(source)
-    except SyntaxError as error:
-        raise DeclarationError(f"{name} cannot be read: {error}.") from error
-
-
-def _configures(node: ast.Call) -> bool:
-    return (
-        isinstance(node.func, ast.Attribute)
-        and node.func.attr == "configure"
-        and isinstance(node.func.value, ast.Name)
-        and node.func.value.id == "context"
-    )
 
 
 def _knows(call: ast.Call) -> bool:
@@ -218,21 +209,19 @@ def _knows(call: ast.Call) -> bool:
 
 def _add_argument(lines: list[str], call: ast.Call) -> None:
     """Put the argument first, on a separate line where the others are."""
-    function = call.func
-    row = (function.end_lineno or call.lineno) - 1
-    encoded = lines[row].encode()
-    at = encoded.index(b"(", function.end_col_offset or 0) + 1
-    head, tail = encoded[:at].decode(), encoded[at:].decode()
-    first = [*call.args, *(keyword.value for keyword in call.keywords)]
     if call.args:
         # Positional arguments stay in front.
         last = call.args[-1]
-        row = (last.end_lineno or call.lineno) - 1
+        row, at = (last.end_lineno or call.lineno) - 1, last.end_col_offset or 0
         encoded = lines[row].encode()
-        at = last.end_col_offset or 0
         lines[row] = f"{encoded[:at].decode()}, {ARGUMENT}{encoded[at:].decode()}"
-    elif tail.strip():
-        lines[row] = f"{head}{ARGUMENT}{', ' if first else ''}{tail}"
+        return
+    row = (call.func.end_lineno or call.lineno) - 1
+    encoded = lines[row].encode()
+    at = encoded.index(b"(", call.func.end_col_offset or 0) + 1
+    head, tail = encoded[:at].decode(), encoded[at:].decode()
+    if tail.strip():
+        lines[row] = f"{head}{ARGUMENT}{', ' if call.keywords else ''}{tail}"
     else:
         following = lines[row + 1]
         indent = following[: len(following) - len(following.lstrip())]

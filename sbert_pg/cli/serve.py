@@ -73,15 +73,15 @@ def serve(
     [b]sbert-pg serve article:id,title,lang -d postgresql://localhost/shop[/]
     [b]sbert-pg serve --mcp article:id,title,body -d postgresql://reader@localhost/shop[/]
     """
-    from sbert_pg.encoder import Reranker
-    from sbert_pg.serving.exposed import Shown
-    from sbert_pg.serving.server import serving
-
     if mcp:
         if encoder or reranker:
             raise DeclarationError("--mcp searches tables: leave --encoder and --reranker out.")
         _serve_mcp(tables or (), database, app)
         return
+    from sbert_pg.encoder import Reranker
+    from sbert_pg.serving.exposed import Shown
+    from sbert_pg.serving.server import serving
+
     address = common.address_of(http or ADDRESS)
     metadata = common.prepare(app, usual="info")
     with ExitStack() as stack:
@@ -248,15 +248,12 @@ def _all_bound(connection: sa.Connection) -> list[str]:
             "read it, and 'sbert-pg demo --explore' fills one to look at."
         )
     tables = [b.table for b in bindings if b.replaces is None]
-    columns = [(b.table, b.column) for b in bindings]
-    return [
-        b.table
-        if b.replaces is None and tables.count(b.table) == 1
-        else f"{b.table}.{b.column}"
-        if columns.count((b.table, b.column)) == 1
-        else str(b)
-        for b in bindings
-    ]
+    columns = [f"{b.table}.{b.column}" for b in bindings]
+    targets = []
+    for b, column in zip(bindings, columns, strict=True):
+        name = column if columns.count(column) == 1 else str(b)
+        targets.append(b.table if b.replaces is None and tables.count(b.table) == 1 else name)
+    return targets
 
 
 def _clusterings(
@@ -313,9 +310,7 @@ def _exposed(connection: sa.Connection, target: str) -> Exposed:
 
     name, _, listed = target.partition(":")
     side = resolve(connection, name)
-    embedding = side.column
-    text = text_column_if_any(embedding.table)
-    known = [column.name for column in readable_columns(embedding.table)]
+    known = [column.name for column in readable_columns(side.table)]
     columns = tuple(column.strip() for column in listed.split(",")) if listed else tuple(known)
     missing = [column for column in columns if column not in known]
     if missing:
@@ -324,4 +319,5 @@ def _exposed(connection: sa.Connection, target: str) -> Exposed:
             f"{', '.join(known)}."
         )
     cut = None if side.binding.source.passages is None else passages_attribute(connection, side)
-    return Exposed(name, str(side.binding), side.spec, embedding, text, columns, cut)
+    text = text_column_if_any(side.table)
+    return Exposed(name, str(side.binding), side.spec, side.column, text, columns, cut)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from itertools import compress
 from typing import Any
 
 import sqlalchemy as sa
@@ -74,7 +75,9 @@ def _called(connection: sa.Connection, bindings: Sequence[Binding], name: str) -
     matching = [binding for binding in bindings if name in _spellings(binding)]
     if len(matching) < 2:
         return matching
-    return [binding for binding in matching if _is_visible(connection, binding)] or matching
+    visible = (sa.func.pg_table_is_visible(b.relation) for b in matching)
+    shown = connection.execute(sa.select(*visible)).one()
+    return list(compress(matching, shown)) or matching
 
 
 def change_or_column(engine: sa.Engine, target: str) -> Binding:
@@ -112,15 +115,11 @@ def declared_change(app: str, metadata: sa.MetaData, target: str) -> tuple[Reque
     Raises:
         DeclarationError: it declares no such column.
     """
+    declared = [embedding.column for embedding in embedding_columns(metadata)]
     columns = [
-        embedding.column
-        for embedding in embedding_columns(metadata)
-        if target
-        in (
-            f"{embedding.column.table.name}.{embedding.column.name}",
-            f"{embedding.column.table.fullname}.{embedding.column.name}",
-        )
-    ]
+        c for c in declared
+        if target in (f"{c.table.name}.{c.name}", f"{c.table.fullname}.{c.name}")
+    ]  # fmt: skip
     if len(columns) != 1:
         raise DeclarationError(
             f"--app {app!r} declares no embedding column {target!r}; name the new column, as "
@@ -196,12 +195,12 @@ def text_column_if_any(table: sa.Table) -> sa.Column[Any] | None:
     return None
 
 
-def source_of(given: Sequence[str] | None) -> Source | None:
+def source_of(parts: Sequence[str] | None) -> Source | None:
     """The source that ``--source`` gives: columns, or one template."""
-    if not given:
+    if not parts:
         return None
-    is_template = len(given) == 1 and "{" in given[0]
-    return Source.template(given[0]) if is_template else Source.of(list(given))
+    is_template = len(parts) == 1 and "{" in parts[0]
+    return Source.template(parts[0]) if is_template else Source.of(list(parts))
 
 
 def queries_of(engine: sa.Engine, pairs: str) -> list[LabelledQuery]:
@@ -216,11 +215,6 @@ def _spellings(binding: Binding) -> set[str]:
     table, column = binding.table, binding.column
     short = {table, f"{table}.{column}"}
     return short | {f"{binding.schema}.{name}" for name in short}
-
-
-def _is_visible(connection: sa.Connection, binding: Binding) -> bool:
-    visible = sa.func.pg_table_is_visible(binding.relation)
-    return bool(connection.execute(sa.select(visible)).scalar_one())
 
 
 def beginnings(

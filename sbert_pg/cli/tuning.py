@@ -188,7 +188,7 @@ def _show_next(report: lib.Tuning, side: Side, json: bool) -> None:
     common.show(report, report.to_json() | {"declaration": line}, json)
     if not json:
         common.note(heading)
-        common.show("\n".join(f"    {step}" for step in steps), None, False)
+        common.say("\n".join(f"    {step}" for step in steps))
 
 
 def advise(

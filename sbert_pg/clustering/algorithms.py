@@ -205,14 +205,8 @@ def fit_in_memory(
     if spherical:
         normalize(vectors)
     if isinstance(algorithm, KMeans):
-        options: dict[str, Any] = {
-            "n_init": algorithm.n_init,
-            "max_iter": algorithm.max_iter,
-            "tol": algorithm.tol,
-            "seed": seed,
-            "spherical": spherical,
-            "progress": progress,
-        }
+        options: dict[str, Any] = {"seed": seed, "spherical": spherical, "progress": progress}
+        options |= {name: getattr(algorithm, name) for name in ("n_init", "max_iter", "tol")}
         if isinstance(algorithm.n_clusters, int):
             return fit_kmeans(vectors, algorithm.n_clusters, **options)
         return choose_number(vectors, algorithm.n_clusters, algorithm.criterion, **options)

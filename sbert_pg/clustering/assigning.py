@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -248,8 +248,7 @@ def _forget_changed(connection: sa.Connection, clustering: Clustering, run_id: i
 def _place(connection: sa.Connection, clustering: Clustering, run: Any, rows: RowSet) -> int:
     """Assign the rows that have no place."""
     assignment, cluster = clustering.assignment_table, clustering.cluster_table
-    placed = sa.exists().where(clustering.row_is_assigned(), assignment.c.run_id == run.id)
-    unplaced = rows.only(sa.not_(placed.correlate(clustering.rows)))
+    unplaced = rows.only(sa.not_(clustering.is_placed(run.id).correlate(clustering.rows)))
     statement = assign_statement(clustering, unplaced, run.id, is_fitted=False)
     inserted = insert_or_retry(connection, statement)
     if run.algorithm != "kmeans":
@@ -346,7 +345,7 @@ class ClusterKeeper:
             return self._pass(clustering)
         except (sa.exc.SQLAlchemyError, SbertPgError) as error:
             fields = {"column": str(clustering.column), "error": words_of(error)}
-            _log(logging.WARNING, "Cannot place rows in clusters", fields)
+            logger.warning("Cannot place rows in clusters", extra={"fields": fields})
             return None
         finally:
             now = time.monotonic()
@@ -381,15 +380,11 @@ class ClusterKeeper:
     ) -> None:
         fields: dict[str, Any] = {"column": str(clustering.column), "run": run_id}
         if assigned != Assigned(0, 0, 0):
-            _log(logging.INFO, "Placed rows in clusters", fields | asdict(assigned))
+            logger.info("Placed rows in clusters", extra={"fields": fields | asdict(assigned)})
         if reasons and run_id not in self._stale:
             self._stale.add(run_id)
             fields |= {"reasons": "; ".join(reasons)}
-            _log(logging.WARNING, "It is time to cluster again", fields)
-
-
-def _log(level: int, message: str, fields: Mapping[str, Any]) -> None:
-    logger.log(level, message, extra={"fields": dict(fields)})
+            logger.warning("It is time to cluster again", extra={"fields": fields})
 
 
 def written(connection: sa.Connection, table: sa.Table) -> int | None:

@@ -141,6 +141,11 @@ class Clustering:
         pairs = zip(self.row_keys, self.keys, strict=True)
         return sa.and_(*(left == columns[key.name] for left, key in pairs))
 
+    def is_placed(self, run_id: int) -> sa.Exists:
+        """Whether a row has a place in a run."""
+        in_run = self.assignment_table.c.run_id == run_id
+        return sa.exists().where(self.row_is_assigned(), in_run)
+
     def row_set(self, where: Criteria | None = None) -> RowSet:
         """The rows that take part: those of the declared filter and of ``where``."""
         return RowSet(self.column, self._filters(where), self.metric == "cosine")
@@ -194,11 +199,8 @@ class Clustering:
         Args:
             cluster: a cluster of any run, or the number of a current one.
         """
-        statement = (
-            sa.select(self.entity, self.Assignment.distance)
-            .join(self.Assignment, self.row_is_assigned())
-            .join(self.Cluster, self.Cluster.id == self.Assignment.cluster_id)
-            .order_by(self.Assignment.distance, *self.row_keys)
+        statement = self._placed_rows().join(
+            self.Cluster, self.Cluster.id == self.Assignment.cluster_id
         )
         if isinstance(cluster, int):
             return statement.join(self.Run, self.Run.id == self.Cluster.run_id).where(
@@ -209,10 +211,15 @@ class Clustering:
     def outliers(self) -> sa.Select[Any]:
         """Rows that the current run left without a cluster, with the distance to the nearest."""
         return (
-            sa.select(self.entity, self.Assignment.distance)
-            .join(self.Assignment, self.row_is_assigned())
+            self._placed_rows()
             .join(self.Run, self.Run.id == self.Assignment.run_id)
             .where(self.is_current(), self.Assignment.cluster_id.is_(None))
+        )
+
+    def _placed_rows(self) -> sa.Select[Any]:
+        return (
+            sa.select(self.entity, self.Assignment.distance)
+            .join(self.Assignment, self.row_is_assigned())
             .order_by(self.Assignment.distance, *self.row_keys)
         )
 

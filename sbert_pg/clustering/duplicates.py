@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Mapped, Mapper, mapped_column
 
 from sbert_pg import distance as d
-from sbert_pg.clustering.kmeans import Positions, normalize, worker_threads
+from sbert_pg.clustering.kmeans import normalize, worker_threads
 from sbert_pg.clustering.placing import insert_referring
 from sbert_pg.clustering.rows import (
     Criteria,
@@ -31,7 +31,6 @@ from sbert_pg.clustering.rows import (
 from sbert_pg.clustering.tables import identifier, map_beside, table_of
 from sbert_pg.errors import ClusteringError, DeclarationError
 from sbert_pg.locks import configure
-from sbert_pg.spec import Vectors
 from sbert_pg.types.comparator import apply_operator, served_distance
 from sbert_pg.types.indexed import index_on
 
@@ -226,7 +225,9 @@ def find_duplicates(
             )
     recall: float | None = 1.0
     if method == "index":
-        recall = recall_of(connection, rows, threshold, neighbours, RECALL_ROWS)
+        recall = index_recall(
+            connection, duplicates.column, threshold=threshold, where=where, neighbours=neighbours
+        )
     groups = groups_of(pairs, grouping)
     number = {key: number for number, group in enumerate(groups, 1) for key in group}
     connection.execute(sa.delete(duplicates.table))
@@ -326,52 +327,22 @@ def index_recall(
     Returns:
         Recall between 0 and 1, or ``None`` where the sample is in no pair.
     """
-    return recall_of(connection, rows_of(column, threshold, where), threshold, neighbours, rows)
-
-
-def recall_of(
-    connection: sa.Connection, rows: RowSet, threshold: float, neighbours: int, size: int
-) -> float | None:
-    """As ``index_recall``, for rows that were looked at before; ``size`` of them are compared."""
-    sampled = rows.sample(size, rows.count(connection))
+    every = rows_of(column, threshold, where)
+    sampled = every.sample(rows, every.count(connection))
     exact = {
-        pair[:2] for pair in _read_pairs(connection, _exact_statement(rows, sampled, threshold))
+        pair[:2] for pair in _read_pairs(connection, _exact_statement(every, sampled, threshold))
     }
     if not exact:
         return None
-    _set_up_index(connection, rows, neighbours)
+    _set_up_index(connection, every, neighbours)
+    # The other way round too: from the rows that the exact search has in a pair.
+    ends = sa.tuple_(*every.wire_keys).in_([key_parts(key) for pair in exact for key in pair])
     through_index = {
         pair[:2]
-        # The other way round too: from the rows that the exact search found to be in a pair.
-        for some in (sampled, rows.only(_is_among(rows, {key for pair in exact for key in pair})))
-        for pair in _read_pairs(connection, _index_statement(rows, some, threshold, neighbours))
+        for some in (sampled, every.only(ends))
+        for pair in _read_pairs(connection, _index_statement(every, some, threshold, neighbours))
     }
     return len(exact & through_index) / len(exact)
-
-
-def similar_pairs(
-    vectors: Vectors, threshold: float
-) -> Iterator[tuple[Positions, Positions, Vectors]]:
-    """Positions of unit vectors whose product is at least a threshold, block by block.
-
-    Yields:
-        Two arrays of positions, the first smaller than the second, and their similarities.
-    """
-    n = len(vectors)
-    step = max(16, min(1024, _BLOCK_ELEMENTS // max(n, 1)))
-
-    def work(start: int) -> tuple[Positions, Positions, Vectors]:
-        block = vectors[start : start + step]
-        products = block @ vectors[start:].T
-        # A product of equal unit vectors can round to just below one.
-        flat = np.flatnonzero(products >= threshold - 1e-6)
-        rows, others = np.divmod(flat, products.shape[1])
-        upper = others > rows
-        rows, others = rows[upper], others[upper]
-        return rows + start, others + start, products[rows, others]
-
-    with worker_threads("compare rows") as pool:
-        yield from pool.map(work, range(0, n, step))
 
 
 def rows_of(column: Any, threshold: float = 1.0, where: Criteria | None = None) -> RowSet:
@@ -401,13 +372,24 @@ def pairs_of(
 
 
 def _exact(connection: sa.Connection, rows: RowSet, threshold: float) -> Iterator[Pair]:
+    """All pairs, by blocks of matrix products."""
     read, vectors = read_rows(connection, rows)
     keys = [_key(key) for key in read.tuples()]
-    for ones, others, similarities in similar_pairs(normalize(vectors), threshold):
-        for one, other, similarity in zip(
-            ones.tolist(), others.tolist(), similarities.tolist(), strict=True
-        ):
-            yield Pair(similarity, keys[one], keys[other])
+    normalize(vectors)
+    step = max(16, min(1024, _BLOCK_ELEMENTS // max(len(keys), 1)))
+
+    def block(start: int) -> tuple[Any, ...]:
+        products = vectors[start : start + step] @ vectors[start:].T
+        # A product of equal unit vectors can round to just below one.
+        ones, others = np.divmod(np.flatnonzero(products >= threshold - 1e-6), products.shape[1])
+        upper = others > ones
+        ones, others = ones[upper], others[upper]
+        return ones + start, others + start, products[ones, others]
+
+    with worker_threads("compare rows") as pool:
+        for arrays in pool.map(block, range(0, len(keys), step)):
+            for one, other, similarity in zip(*(a.tolist() for a in arrays), strict=True):
+                yield Pair(similarity, keys[one], keys[other])
 
 
 def _through_index(
@@ -501,13 +483,6 @@ def _pairs_between(
     is_same = sa.and_(*(of(one, key) == of(other, key) for key in rows.keys))
     statement = sa.select(*keys, 1 - distance).select_from(sa.join(one, other, sa.true()))
     return statement.where(sa.not_(is_same)), distance
-
-
-def _is_among(rows: RowSet, keys: Iterable[Key]) -> sa.ColumnElement[bool]:
-    """Whether a row is one of these."""
-    if len(rows.keys) == 1:
-        return rows.wire_keys[0].in_(list(keys))
-    return sa.tuple_(*rows.wire_keys).in_(list(keys))
 
 
 def _set_up_index(connection: sa.Connection, rows: RowSet, neighbours: int) -> None:

@@ -408,8 +408,7 @@ def name_cluster(
             run.c.column_name == clustering.column.name,
         )
         .values(
-            label=sa.func.nullif(keywords, "") if name is None else name,
-            is_named=name is not None,
+            label=sa.func.nullif(keywords, "") if name is None else name, is_named=name is not None
         )
     )
     if named.rowcount == 0:

@@ -19,6 +19,7 @@ from sqlalchemy.dialects.postgresql import ARRAY
 from sbert_pg.clustering.declaration import Clustering
 from sbert_pg.clustering.kmeans import need, normalize
 from sbert_pg.clustering.rows import Block, RowSet, read_rows, wire_key
+from sbert_pg.clustering.tables import title_of
 from sbert_pg.errors import ClusteringError, DeclarationError
 from sbert_pg.spec import Vectors
 
@@ -79,16 +80,13 @@ class ClusterMap:
             for (x, y), number, text in zip(self.points, self.numbers, self.texts, strict=True)
         ]
         data = json.dumps({"points": points, "clusters": legend}, ensure_ascii=False)
-        shown = (
-            f"{len(points):,} of {self.rows:,} rows"
-            if len(points) < self.rows
-            else (f"{self.rows:,} rows")
-        )
+        part = f"{len(points):,} of " if len(points) < self.rows else ""
+        note = f"{part}{self.rows:,} rows, projected by {self.projection}"
         page = resources.files("sbert_pg.clustering").joinpath("map.html").read_text("utf-8")
         # The data comes last, so that nothing in it is taken for a place to fill in.
         return (
             page.replace("{{title}}", html.escape(self.title))
-            .replace("{{note}}", html.escape(f"{shown}, projected by {self.projection}"))
+            .replace("{{note}}", html.escape(note))
             .replace("{{data}}", data.replace("<", "\\u003c"))
         )
 
@@ -113,10 +111,8 @@ class ClusterMap:
         dot = max(2.0, 20_000 / max(len(numbers), 1) ** 1.05)
         outside = numbers < 0
         axes.scatter(*self.points[outside].T, s=dot, c="#9ca3af", alpha=0.5, linewidths=0)
-        shades = colours(len(self.clusters))
-        for rank, ((number, label, _), colour) in enumerate(
-            zip(self.clusters, shades, strict=True)
-        ):
+        coloured = zip(self.clusters, colours(len(self.clusters)), strict=True)
+        for rank, ((number, label, _), colour) in enumerate(coloured):
             inside = self.points[numbers == number]
             if not len(inside):
                 continue
@@ -164,8 +160,8 @@ def cluster_map(
     run = clustering.require_current(connection)
     keys, vectors = _rows_of(connection, clustering, run, rows)
     points, name = project(vectors, projection, seed)
-    place = _places(connection, clustering, run.id, _shown(clustering, run, rows), text)
-    places = [place.get(key, (None, "")) for key in keys.tuples()]
+    by_key = _places(connection, clustering, run.id, _shown(clustering, run, rows), text)
+    places = [by_key.get(key, (None, "")) for key in keys.tuples()]
     return ClusterMap(
         title=title or f"{clustering.rows.name} by {clustering.column.name}",
         points=points,
@@ -254,13 +250,9 @@ def _rows_of(
 
 
 def _shown(clustering: Clustering, run: sa.Row[Any], rows: int) -> RowSet:
-    assignment = clustering.assignment_table
-    placed = sa.exists().where(clustering.row_is_assigned(), assignment.c.run_id == run.id)
-    return RowSet(
-        clustering.column,
-        [placed.correlate(clustering.rows)],
-        spherical=clustering.metric == "cosine",
-    ).sample(rows, run.rows)
+    placed = clustering.is_placed(run.id).correlate(clustering.rows)
+    spherical = clustering.metric == "cosine"
+    return RowSet(clustering.column, [placed], spherical).sample(rows, run.rows)
 
 
 def _between(
@@ -344,13 +336,9 @@ def _places(
 
 
 def _clusters(connection: sa.Connection, clustering: Clustering) -> list[tuple[int, str, int]]:
-    current = clustering.clusters().subquery()
-    rows = connection.execute(
-        sa.select(current.c.number, current.c.label, current.c.size).order_by(
-            current.c.size.desc(), current.c.number
-        )
-    )
-    return [(row.number, row.label or f"cluster {row.number}", row.size) for row in rows]
+    c = clustering.Cluster
+    current = clustering.clusters().with_only_columns(c.number, c.label, c.size)
+    return [(row.number, title_of(row), row.size) for row in connection.execute(current)]
 
 
 def colours(number: int) -> list[str]:

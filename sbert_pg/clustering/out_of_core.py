@@ -267,12 +267,7 @@ def fit_in_blocks(
     drawn = rows.sample(max(SAMPLE_PER_CLUSTER * most, BLOCK_SAMPLE), total, seed)
     _, sample = read_rows(connection, drawn)
     first = fit_in_memory(
-        sample,
-        algorithm,
-        seed=seed,
-        spherical=rows.spherical,
-        max_memory=0,
-        progress=progress,
+        sample, algorithm, seed=seed, spherical=rows.spherical, max_memory=0, progress=progress
     )
     centroids, size, before = first.centroids, len(sample), np.inf
     del sample

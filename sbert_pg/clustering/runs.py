@@ -128,9 +128,11 @@ def cluster(
         largest = totals.pop("largest")
         results = {**fitted, **totals}
         warnings = _warnings(algorithm, results, largest)
-        finish(
-            work, clustering, run_id, results | {"warnings": warnings}, make_current=make_current
-        )
+        table = clustering.run_table
+        ended = {"state": "done", "finished_at": sa.func.clock_timestamp(), "warnings": warnings}
+        work.execute(sa.update(table).where(table.c.id == run_id).values(**results, **ended))
+        if make_current:
+            _switch(work, clustering, run_id, only_later=True)
     for warning in warnings:
         logger.warning("Run %s of %s: %s", run_id, clustering.column, warning)
     return run_of(engine, clustering, run_id)
@@ -290,7 +292,9 @@ def recorded_run(
     with engine.connect() as work, work.begin():
         # A run thinks for minutes between two statements.
         configure(work, {"idle_in_transaction_session_timeout": "0"})
-        number = _next_number(work, table)
+        name = system.name_in(work, table.schema, table.name)
+        sequence = sa.func.pg_get_serial_sequence(name, "id")
+        number = int(work.scalar(sa.select(sa.func.nextval(sequence))) or 0)
         work.execute(sa.select(sa.func.pg_advisory_xact_lock(_lock_key(work, table, number))))
         with engine.begin() as record:
             record.execute(sa.insert(table).values(id=number, state="running", **values))
@@ -322,25 +326,6 @@ def fail_lost_runs(engine: sa.Engine, clustering: Clustering) -> list[int]:
                 if connection.scalar(sa.select(sa.func.pg_try_advisory_xact_lock(key))):
                     lost += [number] * _fail(connection, table, number, _LOST)
     return lost
-
-
-def finish(
-    connection: sa.Connection,
-    clustering: Clustering,
-    number: int,
-    values: dict[str, Any],
-    *,
-    make_current: bool,
-) -> None:
-    """Mark a run as done and, unless a later one is current already, make it the current one."""
-    table = clustering.run_table
-    connection.execute(
-        sa.update(table)
-        .where(table.c.id == number)
-        .values(state="done", finished_at=sa.func.clock_timestamp(), **values)
-    )
-    if make_current:
-        _switch(connection, clustering, number, only_later=True)
 
 
 def make_current(connection: sa.Connection, clustering: Clustering, run_id: int) -> None:
@@ -401,12 +386,6 @@ def _fail(connection: sa.Connection, table: sa.Table, number: int, error: str) -
         .values(state="failed", error=error[:_ERROR_LENGTH], finished_at=sa.func.clock_timestamp())
     )
     return int(failed.rowcount)
-
-
-def _next_number(connection: sa.Connection, table: sa.Table) -> int:
-    name = system.name_in(connection, table.schema, table.name)
-    sequence = sa.func.pg_get_serial_sequence(name, "id")
-    return int(connection.scalar(sa.select(sa.func.nextval(sequence))) or 0)
 
 
 def _lock_key(connection: sa.Connection, table: sa.Table, number: int) -> sa.ColumnElement[int]:

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from sbert_pg.clustering.declaration import Clustering
 from sbert_pg.clustering.kmeans import need
-from sbert_pg.clustering.tables import EXEMPLAR_PREFIX
+from sbert_pg.clustering.tables import EXEMPLAR_PREFIX, title_of
 from sbert_pg.errors import ClusteringError
 
 #: Share of the rows that lie within a cluster's radius and within a run's ``far_distance``.
@@ -42,8 +42,7 @@ def summarize(connection: sa.Connection, clustering: Clustering, run_id: int) ->
         .subquery("total")
     )
     place = sa.func.row_number().over(
-        partition_by=assignment.c.cluster_id,
-        order_by=[assignment.c.distance, *clustering.row_keys],
+        partition_by=assignment.c.cluster_id, order_by=[assignment.c.distance, *clustering.row_keys]
     )
     ranked = (
         sa.select(assignment.c.cluster_id, *clustering.row_keys, place.label("sbert_pg_place"))
@@ -276,7 +275,4 @@ def _labels(
     """Number and label of the clusters of some runs, by their keys."""
     cluster = clustering.cluster_table.c
     named = sa.select(cluster.id, cluster.number, cluster.label).where(cluster.run_id.in_(runs))
-    return {
-        id_: (number, label or f"cluster {number}")
-        for id_, number, label in connection.execute(named)
-    }
+    return {row.id: (row.number, title_of(row)) for row in connection.execute(named)}

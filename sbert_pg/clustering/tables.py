@@ -214,45 +214,19 @@ def map_classes(mapper: Mapper[Any], rows: sa.Table, prefix: str) -> Classes:
         run=relationship(run, viewonly=True),
         cluster=relationship(cluster, back_populates="assignments"),
     )
-    _relate(mapper, rows, run, cluster, assignment)
-    return run, cluster, assignment
-
-
-def _relate(
-    mapper: Mapper[Any],
-    rows: sa.Table,
-    run: type[ClusterRun],
-    cluster: type[Cluster],
-    assignment: type[Assignment],
-) -> None:
-    """Add the relationships whose other end was mapped later."""
-    clusters, assignments = table_of(cluster), table_of(assignment)
+    # The relationships whose other end was mapped later.
+    assignments = table_of(assignment)
+    for one, many, other, back, order in (
+        (run, "clusters", cluster, "run", clusters.c.number),
+        (cluster, "assignments", assignment, "cluster", assignments.c.distance),
+    ):
+        _add(one, many, other, back_populates=back, order_by=order, passive_deletes="all")
     _add(
-        run,
-        "clusters",
-        cluster,
-        back_populates="run",
-        order_by=clusters.c.number,
-        passive_deletes="all",
-    )
-    _add(
-        cluster,
-        "assignments",
-        assignment,
-        back_populates="cluster",
-        order_by=assignments.c.distance,
-        passive_deletes="all",
-    )
-    _add(
-        cluster,
-        "rows",
-        mapper,
-        secondary=assignments,
+        cluster, "rows", mapper, secondary=assignments, viewonly=True,
         primaryjoin=assignments.c.cluster_id == clusters.c.id,
-        secondaryjoin=is_row(assignments, rows),
-        order_by=assignments.c.distance,
-        viewonly=True,
-    )
+        secondaryjoin=is_row(assignments, rows), order_by=assignments.c.distance,
+    )  # fmt: skip
+    return run, cluster, assignment
 
 
 def map_beside(
@@ -274,17 +248,14 @@ def map_beside(
     """
     constraints = list(arguments)
     for reference, ondelete in references.items():
-        columns = [
-            sa.Column(
-                identifier(f"{reference}_{key.name}"), key.type, nullable=ondelete != "CASCADE"
-            )
-            for key in rows.primary_key
-        ]
-        members |= {column.name: column for column in columns}
         keys = list(rows.primary_key)
-        constraints.append(
-            sa.ForeignKeyConstraint([c.name for c in columns], keys, ondelete=ondelete)
-        )
+        names = [identifier(f"{reference}_{key.name}") for key in keys]
+        optional = ondelete != "CASCADE"
+        columns = [
+            sa.Column(n, k.type, nullable=optional) for n, k in zip(names, keys, strict=True)
+        ]
+        members |= dict(zip(names, columns, strict=True))
+        constraints.append(sa.ForeignKeyConstraint(names, keys, ondelete=ondelete))
         joined = (foreign(c) == key for c, key in zip(columns, keys, strict=True))
         members[reference] = relationship(mapper, primaryjoin=sa.and_(*joined), viewonly=True)
     # ``article_cluster`` is the table of ``ArticleCluster``.
@@ -302,6 +273,11 @@ def map_beside(
 def table_of(cls: type[Any]) -> sa.Table:
     """The table of a mapped class."""
     return cast("sa.Table", sa.inspect(cls).local_table)
+
+
+def title_of(cluster: Any) -> str:
+    """What a cluster is called, of a mapped one or a row with its label and number."""
+    return str(cluster.label or f"cluster {cluster.number}")
 
 
 def is_row(table: sa.Table, rows: sa.Table) -> sa.ColumnElement[bool]:
@@ -341,22 +317,13 @@ def extend_entity(
             )
     joined = is_row(assignment, rows)
     _add(
-        mapper,
-        attribute,
-        classes[1],
+        mapper, attribute, classes[1], viewonly=True,
         secondary=sa.join(assignment, run, assignment.c.run_id == run.c.id),
         primaryjoin=sa.and_(joined, run.c.is_current, run.c.column_name == column_name),
         secondaryjoin=foreign(assignment.c.cluster_id) == cluster.c.id,
-        viewonly=True,
-    )
-    _add(
-        mapper,
-        all_runs,
-        classes[2],
-        primaryjoin=joined,
-        order_by=assignment.c.run_id,
-        viewonly=True,
-    )
+    )  # fmt: skip
+    order = assignment.c.run_id
+    _add(mapper, all_runs, classes[2], primaryjoin=joined, order_by=order, viewonly=True)
 
 
 def _add(mapped: Any, name: str, other: Any, **arguments: Any) -> None:

@@ -6,8 +6,9 @@ migration, by names that stay what they were when it was written, or by an expli
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import sqlalchemy as sa
@@ -93,30 +94,27 @@ class ClusterViews:
     def drop(self) -> Iterator[sa.schema.ExecutableDDLElement]:
         """Statements that drop them where they exist."""
         for name, types in (("nearest_of", (*self.keys.values(),)), ("nearest", ("vector",))):
-            arguments = [(None, type_) for type_ in (*types, "integer")]
-            yield self._statement("DROP FUNCTION IF EXISTS", name, arguments=arguments)
-        yield self._statement("DROP VIEW IF EXISTS", "member")
-        yield self._statement("DROP VIEW IF EXISTS", "current")
+            arguments = ", ".join((*types, "integer"))
+            yield _Statement("DROP FUNCTION IF EXISTS ", *self._name(name), f"({arguments})")
+        yield _Statement("DROP VIEW IF EXISTS ", *self._name("member"))
+        yield _Statement("DROP VIEW IF EXISTS ", *self._name("current"))
 
     def _view(self, suffix: str, query: sa.Select[Any]) -> _Statement:
-        return self._statement("CREATE OR REPLACE VIEW", suffix, head="AS", query=query)
+        return _Statement("CREATE OR REPLACE VIEW ", *self._name(suffix), " AS ", query)
 
     def _function(
         self, suffix: str, arguments: Mapping[str, str], query: sa.Select[Any]
     ) -> _Statement:
-        return self._statement(
-            "CREATE OR REPLACE FUNCTION",
-            suffix,
-            arguments=[*arguments.items(), ("n", "integer DEFAULT 5")],
-            head="RETURNS TABLE (number integer, label text, distance double precision) "
-            "LANGUAGE sql STABLE AS $sbert_pg$",
-            query=query,
-            tail="$sbert_pg$",
-        )
+        typed = ((sa.quoted_name(name, None), f" {type_}, ") for name, type_ in arguments.items())
+        return _Statement(
+            "CREATE OR REPLACE FUNCTION ", *self._name(suffix), "(", *chain(*typed),
+            "n integer DEFAULT 5) RETURNS TABLE (number integer, label text, distance double "
+            "precision) LANGUAGE sql STABLE AS $sbert_pg$", query, "$sbert_pg$",
+        )  # fmt: skip
 
-    def _statement(self, verb: str, suffix: str, **parts: Any) -> _Statement:
-        name = identifier(f"{self._prefix}_{suffix}")
-        return _Statement(verb, name, self.schema, **parts)
+    def _name(self, suffix: str) -> list[str]:
+        name = sa.quoted_name(identifier(f"{self._prefix}_{suffix}"), None)
+        return [name] if self.schema is None else [sa.quoted_name(self.schema, None), ".", name]
 
     @property
     def _prefix(self) -> str:
@@ -203,42 +201,19 @@ def drop_views(connection: sa.Connection, clustering: Clustering) -> None:
 
 
 class _Statement(sa.schema.ExecutableDDLElement):
-    """A statement about one view or function.
+    """A statement of texts, names (``quoted_name``), and a query whose values are written out."""
 
-    Attributes:
-        verb: what it does, up to the name.
-        name: name of the view or function.
-        schema: its schema, or ``None``.
-        arguments: names and types of a function's arguments; types alone where it is dropped.
-        head: what stands between the name and the query.
-        query: the query, or ``None``.
-    """
-
-    def __init__(
-        self,
-        verb: str,
-        name: str,
-        schema: str | None,
-        *,
-        arguments: Sequence[tuple[str | None, str]] | None = None,
-        head: str = "",
-        query: sa.Select[Any] | None = None,
-        tail: str = "",
-    ) -> None:
-        self.verb, self.name, self.schema, self.arguments = verb, name, schema, arguments
-        self.head, self.query, self.tail = head, query, tail
+    def __init__(self, *parts: str | sa.Select[Any]) -> None:
+        self.parts = parts
 
 
 @compiles(_Statement)
 def _compile_statement(element: _Statement, compiler: Any, **_: Any) -> str:
-    quote = compiler.preparer.quote
-    words = [element.verb, ".".join(map(quote, filter(None, (element.schema, element.name))))]
-    if element.arguments is not None:
-        arguments = (
-            type_ if name is None else f"{quote(name)} {type_}" for name, type_ in element.arguments
-        )
-        words[-1] += f"({', '.join(arguments)})"
-    if element.query is not None:
-        body = compiler.sql_compiler.process(element.query, literal_binds=True)
-        words += [element.head, body, element.tail]
-    return " ".join(filter(None, words))
+    return "".join(
+        compiler.preparer.quote(part)
+        if isinstance(part, sa.quoted_name)
+        else part
+        if isinstance(part, str)
+        else compiler.sql_compiler.process(part, literal_binds=True)
+        for part in element.parts
+    )

@@ -30,6 +30,8 @@ MOST_WAITING = 16_384
 
 #: Of texts, or of pairs of texts.
 Encode = Callable[[Sequence[Any]], Vectors]
+#: Called with the number of requests and of texts of a batch.
+OnBatch = Callable[[int, int], None]
 
 
 def require_room(waiting: int) -> None:
@@ -76,14 +78,11 @@ class Batcher:
 
     Args:
         encode: the encoder's function; called in a thread of the executor, one batch at a time.
-        on_batch: called with the number of requests and of texts of each batch.
+        on_batch: called after each batch.
     """
 
     def __init__(
-        self,
-        encode: Encode,
-        executor: Executor,
-        on_batch: Callable[[int, int], None] = lambda requests, texts: None,
+        self, encode: Encode, executor: Executor, on_batch: OnBatch = lambda requests, texts: None
     ) -> None:
         self._encode = encode
         self._executor = executor

@@ -84,7 +84,9 @@ def compared(
         only: kinds to ask; all by default.
         reranker: chooses its own column, of the first rows by both, or by meaning.
     """
-    kinds = only or [kind for kind in KINDS if _is_had(kind, exposed, reranker)]
+    had = {"meaning", "exact"} | ({"words", "both"} if exposed.text is not None else set())
+    had |= {"reranked"} if reranker is not None else set()
+    kinds = only or [kind for kind in KINDS if kind in had]
     answers = [_asked(shown, exposed.name, kind, question, where, reranker) for kind in kinds]
     lexemes = {lexeme for answer in answers for lexeme in answer.lexemes}
     marked = shown.within(exposed.name, lambda c, t: _marks(c, t, answers, lexemes))
@@ -93,26 +95,12 @@ def compared(
             "section",
             h("h2", title or answer.kind, h("small", f" {answer.milliseconds:.0f} ms")),
             None if title else _agreement(answer, answers),
-            _body(exposed, answer, answers, marked),
+            h("p", answer.error, class_="fault", role="alert") if answer.error else None,
+            h("ol", [_row(exposed, hit, answer, answers, marked) for hit in answer.hits]),
+            None if answer.hits or answer.error else h("p", "Nothing is found.", class_="faint"),
             _reasons(exposed, answer, question, where),
             data_kind=answer.kind,
         )
-
-
-def _body(
-    exposed: Exposed, answer: _Answer, answers: Sequence[_Answer], marked: Mapping[str, Html]
-) -> Iterator[Html]:
-    if answer.error:
-        yield h("p", answer.error, class_="fault", role="alert")
-    yield h("ol", [_row(exposed, hit, answer, answers, marked) for hit in answer.hits])
-    if not answer.hits and not answer.error:
-        yield h("p", "Nothing is found.", class_="faint")
-
-
-def _is_had(kind: str, exposed: Exposed, reranker: Scorer | None) -> bool:
-    if kind == "reranked":
-        return reranker is not None
-    return KINDS[kind][0] == "meaning" or exposed.text is not None
 
 
 def _asked(
@@ -146,7 +134,7 @@ def _reranked(table: Exposed, hits: Sequence[Hit], question: str, reranker: Scor
     """The best of some rows by what a reranker says of the text that is shown."""
 
     def text(row: Hit) -> str | None:
-        texts = [str(row.row[c]) for c in _text_columns(table) if row.row.get(c) is not None]
+        texts = [str(row.row[c]) for c in table.text_columns if row.row.get(c) is not None]
         return "\n".join(texts) or None
 
     best = rerank(hits, question, reranker, text=text, limit=ROWS)
@@ -192,7 +180,7 @@ def _row(
 
 def excerpt(exposed: Exposed, hit: Hit, marked: Mapping[str, Html] | None = None) -> list[Any]:
     """The text of a row as far as its columns are shown, words of the question marked."""
-    texts = [cut(hit.row[c]) for c in _text_columns(exposed) if hit.row.get(c) is not None]
+    texts = [cut(hit.row[c]) for c in exposed.text_columns if hit.row.get(c) is not None]
     if not texts:
         return [cut(hit.key)]
     parts: list[Any] = []
@@ -203,14 +191,9 @@ def excerpt(exposed: Exposed, hit: Hit, marked: Mapping[str, Html] | None = None
 
 
 def _others(exposed: Exposed, hit: Hit) -> str:
-    texts = _text_columns(exposed)
+    texts = exposed.text_columns
     values = {c: v for c, v in hit.row.items() if c not in texts and v is not None}
     return " · ".join(f"{name} {cut(value, 60)}" for name, value in values.items())
-
-
-def _text_columns(exposed: Exposed) -> list[str]:
-    source = getattr(exposed.embedding.type, "source", None)
-    return [c for c in (source.columns if source is not None else ()) if c in exposed.columns]
 
 
 def cut(value: Any, width: int = SHOWN) -> str:
@@ -224,7 +207,7 @@ def _marks(
 ) -> dict[str, Html]:
     """The texts that are shown, with the words of the question marked by PostgreSQL itself."""
     rows = [hit.row for answer in answers for hit in answer.hits]
-    texts = sorted({cut(row[column]) for column in _text_columns(exposed) for row in rows
+    texts = sorted({cut(row[column]) for column in exposed.text_columns for row in rows
                     if row.get(column) is not None})  # fmt: skip
     if exposed.text is None or not lexemes or not texts:
         return {}
@@ -290,7 +273,7 @@ def _orm(exposed: Exposed, kind: str, question: str, where: Where) -> str:
     code = f"session.execute(\n    {call}{filters}\n).all()"
     if kind != "reranked":
         return code
-    source = ", ".join(f"row.{entity}.{name}" for name in _text_columns(exposed))
+    source = ", ".join(f"row.{entity}.{name}" for name in exposed.text_columns)
     text = f'lambda row: "\\n".join([{source}])'
     return f"rerank({code}, {question!r}, reranker, text={text}, limit={ROWS})"
 

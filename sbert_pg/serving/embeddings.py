@@ -16,15 +16,15 @@ import base64
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from sbert_pg.distance import unit
 from sbert_pg.errors import DeclarationError, EncodingError
-from sbert_pg.serving.batching import Batcher, require_room
+from sbert_pg.serving.batching import Batcher, OnBatch, require_room
 from sbert_pg.serving.http import RefusedError, json_bytes, only_known, wrong
-from sbert_pg.serving.metrics import ServerMetrics
 from sbert_pg.spec import DOCUMENT, QUERY, TextEncoder, Vectors, known_encoder, same_encoder_name
 from sbert_pg.types.wire import Array, to_text
 
@@ -59,9 +59,7 @@ class _Asked:
         format_ = body.get("encoding_format", "float")
         if format_ not in ("float", "base64"):
             raise wrong("encoding_format", "is 'float' or 'base64'.")
-        dimensions = body.get("dimensions")
-        if dimensions is not None and (type(dimensions) is not int or dimensions < 1):
-            raise wrong("dimensions", "has to be a whole number from 1 on.")
+        dimensions = _whole(body, "dimensions")
         kind = body.get("input_type", DOCUMENT)
         if kind not in (QUERY, DOCUMENT):
             raise wrong("input_type", f"is {QUERY!r} or {DOCUMENT!r}.")
@@ -70,8 +68,15 @@ class _Asked:
         )
 
 
-def _texts(given: Any) -> list[str]:
-    texts = [given] if isinstance(given, str) else given
+def _whole(body: dict[str, Any], field: str) -> int | None:
+    number = body.get(field)
+    if number is not None and (type(number) is not int or number < 1):
+        raise wrong(field, "has to be a whole number from 1 on.")
+    return number
+
+
+def _texts(value: Any) -> list[str]:
+    texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts:
         raise wrong("input", "has to be a text, or a list of at least one text.")
     if len(texts) > MOST_TEXTS:
@@ -100,11 +105,11 @@ class Embeddings:
     """
 
     def __init__(
-        self, encoders: Mapping[str, TextEncoder], executor: Executor, metrics: ServerMetrics
+        self, encoders: Mapping[str, TextEncoder], executor: Executor, on_batch: OnBatch
     ) -> None:
         self._encoders = encoders
         self._batchers = {
-            (name, kind): Batcher(encode, executor, metrics.count_batch)
+            (name, kind): Batcher(encode, executor, on_batch)
             for name, encoder in encoders.items()
             for kind, encode in (
                 (QUERY, encoder.encode_query), (DOCUMENT, encoder.encode_document),
@@ -250,21 +255,19 @@ class _Ranking:
         if not isinstance(query, str) or not query:
             raise wrong("query", "has to be a text that is not empty.")
         documents = _documents(body.get("documents"))
-        top_n = body.get("top_n")
-        if top_n is not None and (type(top_n) is not int or top_n < 1):
-            raise wrong("top_n", "has to be a whole number from 1 on.")
+        top_n = _whole(body, "top_n")
         with_documents = body.get("return_documents", False)
         if not isinstance(with_documents, bool):
             raise wrong("return_documents", "is true or false.")
         return cls(query, documents, top_n or len(documents), with_documents)
 
 
-def _documents(given: Any) -> list[str]:
-    if not isinstance(given, list) or not given:
+def _documents(value: Any) -> list[str]:
+    if not isinstance(value, list) or not value:
         raise wrong("documents", "has to be a list of at least one document.")
-    if len(given) > MOST_TEXTS:
-        raise wrong("documents", f"has {len(given):,}; send at most {MOST_TEXTS:,} at once.")
-    texts: list[Any] = [one.get("text") if isinstance(one, dict) else one for one in given]
+    if len(value) > MOST_TEXTS:
+        raise wrong("documents", f"has {len(value):,}; send at most {MOST_TEXTS:,} at once.")
+    texts: list[Any] = [one.get("text") if isinstance(one, dict) else one for one in value]
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise wrong(
@@ -284,7 +287,7 @@ class Reranking:
     """
 
     def __init__(
-        self, rerankers: Mapping[str, Reranks], executor: Executor, metrics: ServerMetrics
+        self, rerankers: Mapping[str, Reranks], executor: Executor, on_batch: OnBatch
     ) -> None:
         for name, reranker in rerankers.items():
             if reranker.labels != 1:
@@ -293,7 +296,7 @@ class Reranking:
                     "reranker has one."
                 )
         self._batchers = {
-            name: Batcher(_scoring(reranker), executor, metrics.count_batch)
+            name: Batcher(partial(_score, reranker), executor, on_batch)
             for name, reranker in rerankers.items()
         }
 
@@ -321,9 +324,6 @@ class Reranking:
         return json_bytes({"model": name, "results": results})
 
 
-def _scoring(reranker: Reranks) -> Any:
-    def score(pairs: Sequence[tuple[str, str]]) -> Vectors:
-        scores: Vectors = np.asarray(reranker.score_pairs(pairs), dtype=np.float32)[:, np.newaxis]
-        return scores
-
-    return score
+def _score(reranker: Reranks, pairs: Sequence[tuple[str, str]]) -> Vectors:
+    scores: Vectors = np.asarray(reranker.score_pairs(pairs), dtype=np.float32)[:, np.newaxis]
+    return scores

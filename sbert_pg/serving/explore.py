@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from importlib import resources
 from pathlib import Path
@@ -70,25 +70,18 @@ class Explorer:
 
     def views(self) -> dict[str, Callable[[QueryParams], Response]]:
         """The pages and what they load, by path."""
-        pages = {
-            "": self.search,
-            "/topics": self.topics,
-            "/map": self.map,
-            "/change": self.change,
-            "/health": self.health,
-        }
-        data = {"points": self.points, "rows": self.rows, "hits": self.hits}
-        files = {"explore.css": "text/css", "explore.js": "text/javascript"}
+        views: dict[str, Callable[[QueryParams], Response]] = {}
+        for path, title in _VIEWS.items():
+            view = getattr(self, title.lower())
+            views[f"/explore{path}"] = partial(self._page, path, view)
+        for data in (self.points, self.rows, self.hits):
+            views[f"/explore/{data.__name__}"] = partial(_data, data)
         own = resources.files("sbert_pg.serving")
-        return {
-            **{f"/explore{path}": partial(self._page, path, view) for path, view in pages.items()},
-            **{f"/explore/{name}": partial(_data, view) for name, view in data.items()},
-            **{
-                f"/explore/{name}": partial(_file, own.joinpath(name).read_bytes(), kind)
-                for name, kind in files.items()
-            },
-            **{f"/explore/{name}": partial(_script, name) for name in _BOKEH.values()},
-        }
+        for name, kind in (("explore.css", "text/css"), ("explore.js", "text/javascript")):
+            views[f"/explore/{name}"] = partial(_file, own.joinpath(name).read_bytes, kind)
+        for name in _BOKEH.values():
+            views[f"/explore/{name}"] = partial(_file, partial(_bokeh, name), "text/javascript")
+        return views
 
     def _page(
         self, path: str, view: Callable[[QueryParams, str], Iterable[Any]], query: QueryParams
@@ -132,9 +125,7 @@ class Explorer:
     def topics(self, query: QueryParams, name: str) -> Iterator[Any]:
         """The current clusters, or the rows of one."""
         number = query.get("number")
-        with self._shown.connected() as connection:
-            exposed = self._table(name)
-            topics = self._topics(connection, exposed)
+        with self._clustered(name) as (connection, exposed, topics):
             if topics is None:
                 yield no_topics(name)
             elif number is not None:
@@ -145,9 +136,7 @@ class Explorer:
 
     def map(self, query: QueryParams, name: str) -> Iterator[Any]:
         """The frame that the script draws the map in."""
-        with self._shown.connected() as connection:
-            exposed = self._table(name)
-            topics = self._topics(connection, exposed)
+        with self._clustered(name) as (_, exposed, topics):
             if topics is None:
                 yield no_topics(name)
                 return
@@ -166,9 +155,7 @@ class Explorer:
 
     def points(self, query: QueryParams) -> Any:
         """Where the rows of a map are, colour by colour."""
-        with self._shown.connected() as connection:
-            exposed = self._table(query.get("table", ""))
-            topics = self._topics(connection, exposed)
+        with self._clustered(query.get("table", "")) as (connection, exposed, topics):
             if topics is None:
                 raise RefusedError(404, "There are no clusters of this table.", "not_found")
             return points(connection, exposed, topics, query.get("by", ""))
@@ -195,6 +182,12 @@ class Explorer:
 
     def _table(self, name: str) -> Exposed:
         return self._shown.within(name, lambda _, exposed: exposed)
+
+    @contextmanager
+    def _clustered(self, name: str) -> Iterator[tuple[sa.Connection, Exposed, Clustering | None]]:
+        with self._shown.connected() as connection:
+            exposed = self._table(name)
+            yield connection, exposed, self._topics(connection, exposed)
 
 
 def _header(path: str, name: str, tables: Sequence[str]) -> Html:
@@ -265,10 +258,9 @@ def _colour_by(exposed: Exposed, name: str, by: str) -> Html:
 
 
 def _introduction(exposed: Exposed) -> str:
-    kinds = "by meaning, by words, by both" if exposed.text is not None else "by meaning"
-    more = "" if exposed.text is not None else (
-        " A text column, declared with text_column(), adds words and both."
-    )  # fmt: skip
+    kinds, more = "by meaning, by words, by both", ""
+    if exposed.text is None:
+        kinds, more = "by meaning", " A text column, declared with text_column(), adds the others."
     return f"{exposed.bound} is asked {kinds}, and compared with the exact answer.{more}"
 
 
@@ -287,14 +279,10 @@ def _whole(text: str) -> int:
     raise RefusedError(400, "A cluster's number is a whole number.", "invalid_value")
 
 
-def _script(name: str, query: QueryParams) -> Response:
-    return _file(_bokeh(name), "text/javascript", query)
-
-
 def _data(view: Callable[[QueryParams], Any], query: QueryParams) -> Response:
     return Response(json_bytes(view(query)), headers=guarded(), media_type=JSON)
 
 
-def _file(content: bytes, kind: str, query: QueryParams) -> Response:
+def _file(read: Callable[[], bytes], kind: str, query: QueryParams) -> Response:
     headers = guarded() | {"Cache-Control": "max-age=3600"}
-    return Response(content, headers=headers, media_type=kind)
+    return Response(read(), headers=headers, media_type=kind)

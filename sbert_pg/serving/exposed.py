@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import NoneType
@@ -119,6 +119,12 @@ class Exposed:
     columns: tuple[str, ...]
     passages: Any = None
 
+    @property
+    def text_columns(self) -> list[str]:
+        """Those of the columns that clients see of which the embedded text is made."""
+        source = getattr(self.embedding.type, "source", None)
+        return [c for c in (source.columns if source is not None else ()) if c in self.columns]
+
     def hits(self, connection: sa.Connection, question: Question) -> list[Hit]:
         """The rows that answer a question, best first.
 
@@ -157,17 +163,21 @@ class Exposed:
         # Not as the result calls them, which counts up where a column has a score's name.
         names = [column.name for column in statement.selected_columns]
         # The table's columns come first, then the scores, whatever they are called.
-        readable = readable_columns(self.embedding.table)
+        readable = [column.name for column in readable_columns(self.embedding.table)]
         first = len(readable)
-        places = [[c.name for c in readable].index(c.name)
-                  for c in self.embedding.table.primary_key]  # fmt: skip
+        places = [readable.index(column.name) for column in self.embedding.table.primary_key]
         rows = []
         for row in result:
             values = [*zip(names, map(_plain, row), strict=True)]
             shown = {name: value for name, value in values[:first] if name in self.columns}
             key = self.key_of([row[place] for place in places])
-            scores, passage = _scores_and_passage(values[first:])
-            rows.append(Hit(scores, shown, key, passage))
+            scores = dict(values[first:])
+            passage = {
+                name.removeprefix(_PASSAGE): scores.pop(name)
+                for name in list(scores)
+                if name.startswith(_PASSAGE)
+            }
+            rows.append(Hit(scores, shown, key, passage or None))
         return rows
 
     def statement(self, connection: sa.Connection, question: Question) -> Any:
@@ -239,14 +249,14 @@ class Exposed:
 
     def _criteria(self, where: Mapping[str, Any] | None) -> list[sa.ColumnElement[bool]]:
         criteria = []
-        for name, wanted in (where or {}).items():
+        for name, condition in (where or {}).items():
             if name not in self.columns:
                 raise DeclarationError(
                     f"{self.name} has no column {name[:100]!r} to filter by; there are "
                     f"{', '.join(self.columns)}."
                 )
             column = self.embedding.table.c[name]
-            conditions = wanted if isinstance(wanted, dict) else {"=": wanted}
+            conditions = condition if isinstance(condition, dict) else {"=": condition}
             criteria += [_compared(column, op, value) for op, value in conditions.items()]
         return criteria
 
@@ -280,14 +290,6 @@ def _value(column: sa.Column[Any], value: Any) -> sa.ColumnElement[Any]:
         raise DeclarationError(f"{column.name}: a value holds NUL, which no text of a row does.")
     text = sa.literal(str(value), sa.Text())
     return text if isinstance(column.type, NullType) else sa.cast(text, column.type)
-
-
-def _scores_and_passage(values: Iterable[tuple[str, Any]]) -> tuple[dict[str, Any], Any]:
-    """What a statement selects behind a row's columns; no passage where it says nothing of one."""
-    scores = dict(values)
-    passage = {name.removeprefix(_PASSAGE): scores.pop(name)
-               for name in list(scores) if name.startswith(_PASSAGE)}  # fmt: skip
-    return scores, passage or None
 
 
 def _parts(key: str, count: int) -> list[Any]:
@@ -366,20 +368,17 @@ class Shown:
             DeclarationError: there is no such table.
         """
         try:
-            return self._within(self._table(name, afresh=False), work)
+            return self._within(name, work, afresh=False)
         except BindingError:
             # The column changed hands since it was looked at.
-            return self._within(self._table(name, afresh=True), work)
+            return self._within(name, work, afresh=True)
 
-    def _table(self, name: Any, *, afresh: bool) -> Exposed:
+    def _within(self, name: Any, work: Callable[[sa.Connection, Exposed], T], *, afresh: bool) -> T:
         tables = self.tables(afresh=afresh)
         if not isinstance(name, str) or name not in tables:
             raise DeclarationError(f"'table' is one of {', '.join(tables)}.")
-        return tables[name]
-
-    def _within(self, table: Exposed, work: Callable[[sa.Connection, Exposed], T]) -> T:
         with self.connected() as connection:
-            return work(connection, table)
+            return work(connection, tables[name])
 
     @contextmanager
     def connected(self) -> Iterator[sa.Connection]:

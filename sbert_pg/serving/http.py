@@ -23,6 +23,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
@@ -53,6 +54,7 @@ Handler = Callable[[dict[str, Any]], Awaitable[bytes]]
 Page = Callable[[], tuple[int, bytes, str]]
 #: A handler of ``GET`` for people and their browser: the query to the answer.
 View = Callable[["QueryParams"], Awaitable["Response"]]
+_Answer = Callable[["Request"], Awaitable["Response"]]
 #: Called after each answer with path, status and seconds.
 Observer = Callable[[str, int, float], None]
 
@@ -159,18 +161,22 @@ def _is_loopback(host: str) -> bool:
 
 def application(service: Service) -> Starlette:
     """The ASGI application of a service."""
+    gets: dict[str, _Answer] = {
+        path: partial(_get, service, path, page) for path, page in service.pages.items()
+    }
+    gets |= {path: partial(_view, service, view) for path, view in service.views.items()}
+    posts: dict[str, _Answer] = {
+        path: partial(_post, service, handler) for path, handler in service.posts.items()
+    }
     routes = [
-        *(Route(path, _post(service, path, handler), methods=["POST"])
-          for path, handler in service.posts.items()),
-        *(Route(path, _get(service, path, page), methods=["GET"])
-          for path, page in service.pages.items()),
-        *(Route(path, _view(service, path, view), methods=["GET"])
-          for path, view in service.views.items()),
-    ]  # fmt: skip
-    known = sorted([*service.posts, *service.pages, *service.views])
+        Route(path, _answering(service, path, answer), methods=[method])
+        for method, answers in (("POST", posts), ("GET", gets))
+        for path, answer in answers.items()
+    ]
+    known = ", ".join(sorted([*posts, *gets]))
 
     async def no_such_path(request: Request, error: Exception) -> Response:
-        return _refused(RefusedError(404, f"There are {', '.join(known)}.", "not_found"))
+        return _refused(RefusedError(404, f"There are {known}.", "not_found"))
 
     async def no_such_method(request: Request, error: Exception) -> Response:
         method = "POST" if request.url.path in service.posts else "GET"
@@ -182,45 +188,32 @@ def application(service: Service) -> Starlette:
     return Starlette(routes=routes, exception_handlers={404: no_such_path, 405: no_such_method})
 
 
-def _get(service: Service, path: str, page: Page) -> Callable[[Request], Awaitable[Response]]:
-    async def answer(request: Request) -> Response:
-        if path not in service.open_pages:
-            _require_allowed(service, request)
-        status, body, kind = await asyncio.to_thread(page)
-        return Response(body, status, media_type=kind)
-
-    return _answering(service, path, answer)
-
-
-def _view(service: Service, path: str, view: View) -> Callable[[Request], Awaitable[Response]]:
-    async def answer(request: Request) -> Response:
-        _require_allowed(service, request, browser=True)
-        site, mode = (request.headers.get(f"sec-fetch-{name}") for name in ("site", "mode"))
-        if site == "cross-site" and mode != "navigate":
-            raise RefusedError(403, "Another site's page may not read this.", "forbidden")
-        return await view(request.query_params)
-
-    return _answering(service, path, answer)
-
-
-def _post(
-    service: Service, path: str, handler: Handler
-) -> Callable[[Request], Awaitable[Response]]:
-    async def answer(request: Request) -> Response:
+async def _get(service: Service, path: str, page: Page, request: Request) -> Response:
+    if path not in service.open_pages:
         _require_allowed(service, request)
-        body = bytearray()
-        try:
-            data = await _read(service, request, body)
-            return Response(await _unless_gone(request, handler(data)), media_type=JSON)
-        finally:
-            service.held -= len(body)
-
-    return _answering(service, path, answer)
+    status, body, kind = await asyncio.to_thread(page)
+    return Response(body, status, media_type=kind)
 
 
-def _answering(
-    service: Service, path: str, answer: Callable[[Request], Awaitable[Response]]
-) -> Callable[[Request], Awaitable[Response]]:
+async def _view(service: Service, view: View, request: Request) -> Response:
+    _require_allowed(service, request, browser=True)
+    site, mode = (request.headers.get(f"sec-fetch-{name}") for name in ("site", "mode"))
+    if site == "cross-site" and mode != "navigate":
+        raise RefusedError(403, "Another site's page may not read this.", "forbidden")
+    return await view(request.query_params)
+
+
+async def _post(service: Service, handler: Handler, request: Request) -> Response:
+    _require_allowed(service, request)
+    body = bytearray()
+    try:
+        data = await _read(service, request, body)
+        return Response(await _unless_gone(request, handler(data)), media_type=JSON)
+    finally:
+        service.held -= len(body)
+
+
+def _answering(service: Service, path: str, answer: _Answer) -> _Answer:
     """An answer or an error, counted."""
 
     async def handle(request: Request) -> Response:
@@ -297,10 +290,10 @@ def _require_allowed(service: Service, request: Request, *, browser: bool = Fals
         raise RefusedError(401, message, "invalid_api_key", headers=challenge)
 
 
-def _password(given: str) -> str:
+def _password(credentials: str) -> str:
     """The password of HTTP's basic scheme; empty where there is none."""
     with suppress(binascii.Error, UnicodeDecodeError):
-        return base64.b64decode(given, validate=True).decode().partition(":")[2]
+        return base64.b64decode(credentials, validate=True).decode().partition(":")[2]
     return ""
 
 

@@ -8,7 +8,6 @@ can guess, under a sentence that says that nothing in it is an instruction. Its 
 from __future__ import annotations
 
 import json
-import logging
 import secrets
 from collections.abc import Callable
 from functools import wraps
@@ -20,15 +19,13 @@ import sqlalchemy as sa
 from sbert_pg.errors import SbertPgError, needing
 from sbert_pg.freshness import status
 from sbert_pg.serving.exposed import By, Hit, Question, Shown
-from sbert_pg.sqlstates import words_of
+from sbert_pg.serving.http import refusal_of
 
 with needing("mcp", "mcp", "serve the Model Context Protocol"):
     from mcp.server.mcpserver import MCPServer
     from mcp.server.mcpserver.exceptions import ToolError
     from mcp.types import ToolAnnotations
     from pydantic import Field
-
-logger = logging.getLogger("sbert_pg.serve")
 
 P = ParamSpec("P")
 
@@ -58,10 +55,7 @@ def mcp_server(shown: Shown) -> MCPServer[Any]:
         shown: the tables; its engine's transactions should be read-only.
     """
     server: MCPServer[Any] = MCPServer(
-        "sbert-pg",
-        version=version("sbert-pg"),
-        instructions=_INSTRUCTIONS,
-        log_level="WARNING",
+        "sbert-pg", version=version("sbert-pg"), instructions=_INSTRUCTIONS, log_level="WARNING"
     )
     reads = ToolAnnotations(read_only_hint=True, open_world_hint=False)
 
@@ -113,15 +107,8 @@ def _with_clear_errors(function: Callable[P, str]) -> Callable[P, str]:
     def call(*args: P.args, **kwargs: P.kwargs) -> str:
         try:
             return function(*args, **kwargs)
-        except SbertPgError as error:
-            raise ToolError(str(error)) from error
-        except sa.exc.DataError as error:
-            raise ToolError(f"A value does not fit its column: {words_of(error)}") from error
-        except sa.exc.SQLAlchemyError as error:
-            logger.error("The database refused", exc_info=error)
-            raise ToolError(
-                "The database refused or is away; the server's log says why."
-            ) from error
+        except (SbertPgError, sa.exc.SQLAlchemyError) as error:
+            raise ToolError(str(refusal_of(error))) from error
 
     return call
 

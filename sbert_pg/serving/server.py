@@ -1,4 +1,4 @@
-"""What is served over HTTP: encoders, rerankers and searches, or a worker's health and metrics."""
+"""What is served over HTTP: encoders, rerankers and searches, or a worker's health; and metrics."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from typing import Any, ParamSpec, TypeVar
 
 import sqlalchemy as sa
 
+from sbert_pg.errors import needing
+from sbert_pg.freshness.monitoring import BUCKETS, Durations, Tally
 from sbert_pg.freshness.worker import Worker
 from sbert_pg.serving.embeddings import Embeddings, Reranking, Reranks
 from sbert_pg.serving.exposed import Question, Shown
@@ -25,14 +28,40 @@ from sbert_pg.serving.http import (
     require_safe,
 )
 from sbert_pg.serving.listening import Limits, listening
-from sbert_pg.serving.metrics import ServerMetrics, WorkerMetrics
 from sbert_pg.spec import TextEncoder
+
+with needing("prometheus-client", "serve", "serve metrics"):
+    from prometheus_client import CollectorRegistry, Counter, Histogram
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+    from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+    from prometheus_client.registry import Collector
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 #: Searches at a time, and those that wait for one of these to end.
 SEARCHES, MOST_SEARCHES = 8, 64
+#: Counters: attribute of ``ColumnTally``, name, help.
+_COUNTERS = (
+    ("embedded", "sbert_pg_rows_embedded", "Rows whose vector was written."),
+    ("texts", "sbert_pg_texts_encoded", "Texts encoded; one that rows of a batch share is one."),
+    ("errors", "sbert_pg_row_errors", "Attempts to embed a row that ended with an error."),
+    ("failed", "sbert_pg_rows_failed", "Rows that ended as failed after their last attempt."),
+    ("changed", "sbert_pg_rows_changed", "Rows whose text changed while it was encoded."),
+    ("busy", "sbert_pg_rows_busy", "Rows put off because another transaction held them locked."),
+    ("batches", "sbert_pg_batches", "Batches claimed."),
+)
+_HISTOGRAMS = (
+    ("claim", "sbert_pg_claim_seconds", "Time to claim a batch and read its texts."),
+    ("encode", "sbert_pg_encode_seconds", "Time to encode a batch."),
+    ("write", "sbert_pg_write_seconds", "Time to write a batch."),
+)
+_BACKLOG = (
+    ("pending", "sbert_pg_pending_rows", "New and changed rows that wait for their vector."),
+    ("backfill", "sbert_pg_backfill_rows", "Rows of a backfill that wait for their vector."),
+    ("age", "sbert_pg_caught_up_seconds", "Seconds since nothing new was pending."),
+    ("failed", "sbert_pg_failed_rows", "Rows that are failed, until their text changes."),
+)
 
 
 @contextmanager
@@ -69,7 +98,7 @@ def serving(
     require_safe(host, token)
     metrics = ServerMetrics()
     encoding = ThreadPoolExecutor(1, thread_name_prefix="sbert-pg-batch")
-    embeddings = Embeddings(encoders, encoding, metrics)
+    embeddings = Embeddings(encoders, encoding, metrics.count_batch)
     service = Service(
         posts={"/v1/embeddings": embeddings.answer},
         pages={
@@ -84,7 +113,7 @@ def serving(
         observe=metrics.observe,
     )
     if rerankers:
-        rerank = Reranking(rerankers, encoding, metrics).answer
+        rerank = Reranking(rerankers, encoding, metrics.count_batch).answer
         service.posts |= {"/rerank": rerank, "/v1/rerank": rerank}
     executor = ThreadPoolExecutor(SEARCHES, thread_name_prefix="sbert-pg-search")
     turns = _Turns(executor)
@@ -199,3 +228,82 @@ async def _search(shown: Shown, turns: _Turns, body: dict[str, Any]) -> bytes:
     rows = await turns.take(shown.ask, body["table"], question)
     results = [{**one.scores, **one.parts} for one in rows]
     return json_bytes({"table": body["table"], "results": results})
+
+
+class WorkerMetrics(Collector):  # type: ignore[misc]
+    """The tally of a worker; each scrape reads the counts as they are."""
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+
+    def collect(self) -> Iterator[Any]:
+        """All metrics."""
+        columns, backlog = self._tally.columns(), self._tally.backlog()
+        for attribute, *texts in _COUNTERS:
+            counts = {c: (getattr(tally, attribute),) for c, tally in columns.items()}
+            yield _by_column(CounterMetricFamily, texts, counts)
+        for attribute, *texts in _HISTOGRAMS:
+            durations = {c: _buckets(getattr(tally, attribute)) for c, tally in columns.items()}
+            yield _by_column(HistogramMetricFamily, texts, durations)
+        for attribute, *texts in _BACKLOG:
+            numbers = {c: getattr(waiting, attribute) for c, waiting in backlog.items()}
+            known = {c: (float("nan") if n is None else n,) for c, n in numbers.items()}
+            yield _by_column(GaugeMetricFamily, texts, known)
+        yield GaugeMetricFamily(
+            "sbert_pg_listening", "Whether LISTEN works.", value=int(self._tally.listening)
+        )
+        yield CounterMetricFamily(
+            "sbert_pg_database_errors",
+            "Times that the database was away or could not write.",
+            value=self._tally.database_errors,
+        )
+
+
+def _by_column(family: Any, texts: list[str], values: Mapping[str, tuple[Any, ...]]) -> Any:
+    metric = family(*texts, labels=["column"])
+    for column, value in values.items():
+        metric.add_metric([column], *value)
+    return metric
+
+
+def _buckets(durations: Durations) -> tuple[list[tuple[str, float]], float]:
+    """Cumulated counts by upper bound, as Prometheus wants them, and the total time."""
+    bounds = [*(str(bound) for bound in BUCKETS), "+Inf"]
+    return list(zip(bounds, accumulate(durations.counts), strict=True)), durations.total
+
+
+class ServerMetrics:
+    """What an HTTP server counts, in its own registry: no application's is touched."""
+
+    def __init__(self, collector: Collector | None = None) -> None:
+        self.registry = CollectorRegistry()
+        if collector is not None:
+            self.registry.register(collector)
+        self._requests = Counter(
+            "sbert_pg_http_requests", "Requests answered.", ["path", "status"],
+            registry=self.registry,
+        )  # fmt: skip
+        self._seconds = Histogram(
+            "sbert_pg_http_seconds", "Time to answer a request.", ["path"],
+            buckets=BUCKETS, registry=self.registry,
+        )  # fmt: skip
+        self._texts = Counter(
+            "sbert_pg_http_texts_encoded", "Texts encoded.", registry=self.registry
+        )
+        self._batches = Counter(
+            "sbert_pg_http_batches", "Batches that they were encoded in.", registry=self.registry
+        )
+
+    def observe(self, path: str, status: int, seconds: float) -> None:
+        """Count an answer."""
+        self._requests.labels(path, str(status)).inc()
+        self._seconds.labels(path).observe(seconds)
+
+    def count_batch(self, requests: int, texts: int) -> None:
+        """Count a batch."""
+        self._batches.inc()
+        self._texts.inc(texts)
+
+    def page(self) -> tuple[int, bytes, str]:
+        """What Prometheus scrapes: status, body and content type."""
+        return 200, generate_latest(self.registry), CONTENT_TYPE_LATEST

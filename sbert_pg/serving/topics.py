@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 
 from sbert_pg.clustering import Clustering, drift, flows, mapped_rows, run_before
 from sbert_pg.clustering.mapping import colours, hex_colour
+from sbert_pg.clustering.tables import title_of
 from sbert_pg.errors import DeclarationError
 from sbert_pg.serving.comparing import cut, excerpt
 from sbert_pg.serving.exposed import Exposed, Hit
@@ -41,8 +42,9 @@ def overview(connection: sa.Connection, exposed: Exposed, topics: Clustering) ->
     """The current clusters, largest first, and how the run came about."""
     run = topics.require_current(connection)
     clusters = Session(connection).scalars(topics.clusters()).all()
-    typical = exposed.rows(connection, [exposed.key_of(topics.exemplar_of(c)) for c in clusters])
-    rows_by_key = {hit.key: hit for hit in typical}
+    keys = {c: exposed.key_of(topics.exemplar_of(c)) for c in clusters
+            if None not in topics.exemplar_of(c)}  # fmt: skip
+    rows_by_key = {hit.key: hit for hit in exposed.rows(connection, list(keys.values()))}
     largest = max((c.size for c in clusters), default=1)
     yield h(
         "p", f"{len(clusters)} clusters of {run.rows:,} rows by {run.algorithm}, "
@@ -55,8 +57,8 @@ def overview(connection: sa.Connection, exposed: Exposed, topics: Clustering) ->
     else:
         command = h("code", f"sbert-pg cluster assign {exposed.name} --check", class_="command")
         yield h("p", command, " says whether they still fit.", class_="faint")
-    yield h("ol", [_topic(c, exposed, rows_by_key.get(exposed.key_of(topics.exemplar_of(c))),
-                          largest) for c in clusters], class_="topics")  # fmt: skip
+    yield h("ol", [_topic(c, exposed, rows_by_key.get(keys.get(c, "")), largest)
+                   for c in clusters], class_="topics")  # fmt: skip
     before = run_before(connection, topics, run.id)
     if before is not None and small:
         yield from _flows(connection, topics, before, run)
@@ -75,7 +77,7 @@ def members(
     properties = [mapper.get_property_by_column(key).key for key in topics.keys]
     members = session.execute(topics.members(cluster).limit(LISTED)).all()
     keys = [exposed.key_of([getattr(row, each) for each in properties]) for row, _ in members]
-    yield h("h2", cluster.label or f"cluster {number}", dir="auto")
+    yield h("h2", title_of(cluster), dir="auto")
     yield h("p", f"{cluster.size:,} rows; the {len(keys)} nearest to their middle.",
             class_="faint")  # fmt: skip
     yield _renaming(exposed, number, name.strip())
@@ -133,7 +135,7 @@ def _topic(cluster: Any, exposed: Exposed, typical: Hit | None, largest: int) ->
     link = f"/explore/topics?{urlencode({'table': exposed.name, 'number': cluster.number})}"
     return h(
         "li",
-        h("a", cluster.label or f"cluster {cluster.number}", href=link, dir="auto"),
+        h("a", title_of(cluster), href=link, dir="auto"),
         h("small", f" {cluster.size:,} rows", class_="faint"),
         h("meter", max=largest, value=cluster.size, aria_label="share of the largest"),
         h("p", " · ".join(cluster.keywords), class_="faint", dir="auto"),
@@ -225,7 +227,7 @@ def _clusters(connection: sa.Connection, topics: Clustering) -> Callable[[Any], 
     """Which group a cluster's rows are in; outliers are in the last."""
     clusters = Session(connection).scalars(topics.clusters()).all()
     known: dict[int | None, tuple[int, Group]] = {
-        c.id: (rank, {"label": c.label or f"cluster {c.number}", "colour": colour})
+        c.id: (rank, {"label": title_of(c), "colour": colour})
         for rank, (c, colour) in enumerate(zip(clusters, colours(len(clusters)), strict=True))
     }
     known[None] = len(clusters), {"label": "outliers", "colour": _GREY}

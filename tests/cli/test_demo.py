@@ -50,8 +50,8 @@ def test_the_tour(engine: sa.Engine, capsys: pytest.CaptureFixture[str]) -> None
     assert demo.REPLACED not in columns
     # A question finds the table as the tour has left it; a second tour begins again.
     mapped = demo.prepared(engine)
-    rows, _ = demo.ask(engine, mapped, "smallest items", 1)
-    assert rows[0]["function"] == "heapq.nsmallest"
+    ((function, _),), _ = demo.ask(engine, mapped, "smallest items", 1)
+    assert f"{function.module}.{function.name}" == "heapq.nsmallest"
     with engine.begin() as connection:
         demo._drop(connection)
         assert not sa.inspect(connection).has_table(demo.TABLE)

@@ -247,6 +247,23 @@ def test_topics(tab: Any, notes: sa.Engine) -> None:
         assert again.returncode == 0, "by its keywords again"
 
 
+def test_topics_whose_typical_row_is_gone(notes: sa.Engine, minilm: Any, client: Any) -> None:
+    """Its reference is null then, until the next run."""
+    clusters = topics.cluster_table
+    gone = sa.update(clusters).where(clusters.c.number == 2)
+    with notes.begin() as connection:
+        rows = connection.execute(sa.select(clusters.c.id, clusters.c.exemplar_id)).all()
+        connection.execute(gone.values(exemplar_id=None))
+    with serving({}, None, port=0, views=explorer(notes).views()) as port:
+        page = client(port).get("/explore/topics", params={"table": "note"})
+    with notes.begin() as connection:
+        for cluster_id, key in rows:
+            one = sa.update(clusters).where(clusters.c.id == cluster_id)
+            connection.execute(one.values(exemplar_id=key))
+    assert page.status_code == 200, page.text
+    assert page.text.count("<meter") == 3
+
+
 def test_map(tab: Any) -> None:
     tab.goto("/explore/map")
     tab.locator(f"#map[data-rows='{len(TEXTS)}']").wait_for()
