@@ -109,7 +109,10 @@ def show(
             _name(engine, topics, number, label)
         if runs:
             lib.fail_lost_runs(engine, topics)
-            shown = _runs(engine, topics, limit)
+            columns = topics.run_table.c
+            latest = sa.select(*(columns[name] for name in SHOWN_RUN)).order_by(columns.id.desc())
+            with engine.connect() as connection:
+                shown = [dict(row) for row in connection.execute(latest.limit(limit)).mappings()]
         elif number is not None:
             shown = _members(engine, topics, number, limit)
         else:
@@ -308,14 +311,6 @@ def _members(
         | {"distance": round(float(distance), 4), "text": texts.get(tuple(key))}
         for *key, distance in rows
     ]
-
-
-def _runs(engine: sa.Engine, topics: lib.Clustering, limit: int) -> list[dict[str, Any]]:
-    """The latest runs, whatever became of them."""
-    table = topics.run_table
-    statement = sa.select(*(table.c[name] for name in SHOWN_RUN)).order_by(table.c.id.desc())
-    with engine.connect() as connection:
-        return [dict(row) for row in connection.execute(statement.limit(limit)).mappings()]
 
 
 def _print_clusters(shown: list[dict[str, Any]]) -> None:

@@ -150,7 +150,9 @@ def search(
         common.note("Nothing found.")
         return
     names = list(dict.fromkeys([*(name for name in _SCORES if name in rows[0]), *rows[0]]))
-    common.print_rows(names, [[_shown(name, row[name]) for name in names] for row in rows])
+    for row in rows:
+        row |= {name: round(row[name], 3) for name in _SCORES if isinstance(row.get(name), float)}
+    common.print_rows(names, [[row[name] for name in names] for row in rows])
 
 
 def _search_of(side: Side, embedding: Any, by: By, query: str, options: dict[str, Any]) -> Any:
@@ -163,10 +165,6 @@ def _search_of(side: Side, embedding: Any, by: By, query: str, options: dict[str
     if embedding is not side.column:
         text = getattr(embedding.class_, text.key)
     return hybrid(embedding, text, query, **options)
-
-
-def _shown(name: str, value: Any) -> Any:
-    return round(value, 3) if name in _SCORES and isinstance(value, float) else value
 
 
 def duplicates(

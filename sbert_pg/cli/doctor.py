@@ -160,17 +160,14 @@ def _of_indexes(binding: Binding, indexes: tuple[StoredIndex, ...]) -> Iterator[
             )  # fmt: skip
 
 
-def _has_few_rows(connection: sa.Connection, binding: Binding) -> bool:
-    """Whether a table is so small that autovacuum leaves it without statistics."""
-    some = sa.select(sa.literal(1)).select_from(binding.clause()).limit(_UNGATHERED + 1)
-    count = sa.select(sa.func.count()).select_from(some.subquery())
-    return connection.execute(count).scalar_one() <= _UNGATHERED
-
-
 def _of_statistics(
     connection: sa.Connection, binding: Binding, column: ColumnStatus
 ) -> Iterator[Finding]:
-    if column.rows is None and not _has_few_rows(connection, binding):
+    if column.rows is not None:
+        return
+    some = sa.select(sa.literal(1)).select_from(binding.clause()).limit(_UNGATHERED + 1)
+    count = sa.select(sa.func.count()).select_from(some.subquery())
+    if connection.execute(count).scalar_one() > _UNGATHERED:
         table = system.written_name(binding.schema, binding.table)
         yield Finding(
             "advice", table, "statistics were never gathered, so plans are guesses",

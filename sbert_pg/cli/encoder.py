@@ -187,13 +187,13 @@ def _measure_speeds(names: Sequence[str], json: bool) -> None:
 
 
 def _own_texts(texts: str, database: str | None) -> list[str]:
-    """The texts of a file, or of a column of the database.
-
-    Raises:
-        DeclarationError: there are none.
-    """
+    """The texts of a file, a line each, or of a column of the database; there has to be one."""
     if Path(texts).is_file() or "/" in texts:
-        own = _lines_of(Path(texts))
+        try:
+            lines = Path(texts).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DeclarationError(f"--texts {texts} cannot be read: {error}.") from error
+        own = [line for line in lines if line.strip()]
     else:
         with common.database(database) as engine, engine.connect() as connection:
             own = lib.own_texts(connection, resolve(connection, texts).column)
@@ -322,10 +322,3 @@ def _milliseconds(text: str) -> float:
     if match is None:
         raise DeclarationError(f"--budget {text!r}: give milliseconds or seconds, as 2ms or 0.5s.")
     return float(match[1]) * (1000 if match[2] == "s" else 1)
-
-
-def _lines_of(path: Path) -> list[str]:
-    try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DeclarationError(f"--texts {path} cannot be read: {error}.") from error

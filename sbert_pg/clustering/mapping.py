@@ -161,13 +161,17 @@ def cluster_map(
     keys, vectors = _rows_of(connection, clustering, run, rows)
     points, name = project(vectors, projection, seed)
     by_key = _places(connection, clustering, run.id, _shown(clustering, run, rows), text)
+    c = clustering.Cluster
+    clusters = connection.execute(
+        clustering.clusters().with_only_columns(c.number, c.label, c.size)
+    )
     places = [by_key.get(key, (None, "")) for key in keys.tuples()]
     return ClusterMap(
         title=title or f"{clustering.rows.name} by {clustering.column.name}",
         points=points,
         numbers=[number for number, _ in places],
         texts=[text for _, text in places],
-        clusters=_clusters(connection, clustering),
+        clusters=[(row.number, title_of(row), row.size) for row in clusters],
         projection=name,
         rows=run.rows,
     )
@@ -333,12 +337,6 @@ def _places(
     return {
         tuple(key): (number, text or "") for *key, number, text in connection.execute(statement)
     }
-
-
-def _clusters(connection: sa.Connection, clustering: Clustering) -> list[tuple[int, str, int]]:
-    c = clustering.Cluster
-    current = clustering.clusters().with_only_columns(c.number, c.label, c.size)
-    return [(row.number, title_of(row), row.size) for row in connection.execute(current)]
 
 
 def colours(number: int) -> list[str]:

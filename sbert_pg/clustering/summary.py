@@ -246,9 +246,16 @@ def flows(
     Raises:
         ClusteringError: there is no current run, or none before it.
     """
-    earlier, later = _runs(connection, clustering, earlier, later)
+    later = clustering.require_current(connection).id if later is None else later
+    earlier = run_before(connection, clustering, later) if earlier is None else earlier
+    if earlier is None:
+        raise ClusteringError(f"Run {later} of {clustering.column} is the first one.")
     moved = _shared(connection, clustering, earlier, later)
-    clusters = _labels(connection, clustering, [earlier, later])
+    c = clustering.cluster_table.c
+    named = sa.select(c.id, c.number, c.label).where(c.run_id.in_([earlier, later]))
+    clusters: dict[int | None, tuple[int, str]] = {
+        row.id: (row.number, title_of(row)) for row in connection.execute(named)
+    }
     totals: dict[int | None, int] = {}
     for was, _, rows in moved:
         totals[was] = totals.get(was, 0) + rows
@@ -257,22 +264,3 @@ def flows(
         for was, now, rows in moved
     ]
     return sorted(moves, key=lambda flow: (-flow.rows, flow.earlier or (), flow.later or ()))
-
-
-def _runs(
-    connection: sa.Connection, clustering: Clustering, earlier: int | None, later: int | None
-) -> tuple[int, int]:
-    later = clustering.require_current(connection).id if later is None else later
-    earlier = run_before(connection, clustering, later) if earlier is None else earlier
-    if earlier is None:
-        raise ClusteringError(f"Run {later} of {clustering.column} is the first one.")
-    return earlier, later
-
-
-def _labels(
-    connection: sa.Connection, clustering: Clustering, runs: list[int]
-) -> dict[int | None, tuple[int, str]]:
-    """Number and label of the clusters of some runs, by their keys."""
-    cluster = clustering.cluster_table.c
-    named = sa.select(cluster.id, cluster.number, cluster.label).where(cluster.run_id.in_(runs))
-    return {row.id: (row.number, title_of(row)) for row in connection.execute(named)}

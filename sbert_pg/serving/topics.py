@@ -194,8 +194,11 @@ def points(
         if by not in exposed.columns:
             raise DeclarationError(f"{exposed.name} has no column {by[:100]!r} to colour by.")
         table = exposed.embedding.table
+        value: Any = table.c[by]
+        if isinstance(value.type, sa.String) and not isinstance(value.type, sa.Enum):
+            value = sa.func.left(value, TEXT)
         statement = statement.join(table, topics.row_is_assigned(table)).with_only_columns(
-            _read(table.c[by]), *list(statement.selected_columns)[1:]
+            value, *list(statement.selected_columns)[1:]
         )
     rows = connection.execute(statement).all()
     group_of = _values(row[0] for row in rows) if by else _clusters(connection, topics)
@@ -216,11 +219,6 @@ def points(
         "rows": run.rows,
         "command": f"sbert-pg cluster map {exposed.name}",
     }
-
-
-def _read(column: sa.Column[Any]) -> sa.ColumnElement[Any]:
-    is_text = isinstance(column.type, sa.String) and not isinstance(column.type, sa.Enum)
-    return sa.func.left(column, TEXT) if is_text else column
 
 
 def _clusters(connection: sa.Connection, topics: Clustering) -> Callable[[Any], tuple[int, Group]]:
