@@ -251,7 +251,7 @@ def _application(app: str) -> sa.MetaData | None:
         if not hasattr(declared, name):
             raise DeclarationError(f"--app {app!r}: {module_name} has no {path!r}.")
         declared = getattr(declared, name)
-    metadata = declared if isinstance(declared, sa.MetaData) else declared.metadata
+    metadata = getattr(declared, "metadata", declared)
     if not isinstance(metadata, sa.MetaData):
         raise DeclarationError(f"--app {app!r} is neither metadata nor a declarative base.")
     return metadata

@@ -263,15 +263,19 @@ def _clusterings(
     from sbert_pg.cli.cluster import clustering_on
     from sbert_pg.clustering import declared_clusterings
 
-    lock, known = threading.Lock(), {}
-    for topics in declared_clusterings(metadata) if metadata is not None else ():
-        known[topics.rows.name, topics.column.name] = topics
+    declared = declared_clusterings(metadata) if metadata is not None else []
+    known = {(t.rows.schema, t.rows.name, t.column.name): t for t in declared}
+    lock = threading.Lock()
 
     def of(connection: sa.Connection, exposed: Exposed) -> Clustering | None:
         column = exposed.embedding
+        schema, own = column.table.schema, sa.inspect(connection).default_schema_name
+        # What is declared without a schema is in that of the search path.
+        named = (schema, None) if schema == own else (schema,)
         with lock:
-            place = (column.table.name, column.name)
-            topics = known[place] = known.get(place) or clustering_on(column)
+            places = [(each, column.table.name, column.name) for each in named]
+            topics = next((known[each] for each in places if each in known), None)
+            topics = known[places[0]] = topics or clustering_on(column)
         table = topics.run_table
         there = sa.inspect(connection).has_table(table.name, schema=table.schema)
         return topics if there and connection.execute(topics.current_run()).first() else None

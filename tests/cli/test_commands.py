@@ -227,6 +227,11 @@ def test_options_that_do_not_go_together(capsys: pytest.CaptureFixture[str]) -> 
         assert "leave --slice and --encoder out" in " ".join(capsys.readouterr().err.split())
 
 
+def test_an_application_that_has_no_metadata(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run(["backfill", "note", "--app", "json:dumps", "-d", NOWHERE]) == 1
+    assert "neither metadata nor a declarative base" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_directory_does_not_hide_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the same name, as packages of applications have: texts are in files and tables alone."""
     from sbert_pg.cli.app import run

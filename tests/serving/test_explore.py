@@ -18,6 +18,7 @@ from command_line import sbert_pg
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from sbert_pg import (
+    bind,
     create_all,
     embedding_column,
     hnsw_index,
@@ -486,6 +487,27 @@ def test_nothing_can_be_written(notes: sa.Engine, minilm: Any) -> None:
     shown = explorer(notes)._shown
     with shown.connected() as connection, pytest.raises(sa.exc.InternalError, match="read-only"):
         connection.execute(sa.delete(Note))
+
+
+def test_tables_of_one_name_have_their_own_clusters(database_url: sa.URL, minilm: Any) -> None:
+    """A tenant's table beside the application's, which alone has a run."""
+    engine = sa.create_engine(database_url)
+    run = {"column_name": "embedding", "algorithm": "kmeans", "parameters": {}, "seed": 0,
+           "metric": "cosine", "state": "done", "is_current": True}  # fmt: skip
+    with engine.begin() as connection:
+        create_all(connection, Base.metadata)
+        connection.exec_driver_sql("CREATE SCHEMA far")
+        far: Any = Note.__table__
+        far = far.to_metadata(sa.MetaData(), schema="far")
+        far.create(connection)
+        bind(connection, far.c.embedding)
+        connection.execute(sa.insert(topics.run_table).values(run))
+        for metadata in (Base.metadata, None):
+            of = _clusterings(metadata)
+            here, there = looking(["public.note", "far.note"])(connection)
+            assert of(connection, here) is not None
+            assert of(connection, there) is None
+    engine.dispose()
 
 
 def test_flows_of_outliers_and_of_rows_that_were_assigned_since(
