@@ -165,7 +165,7 @@ def _measure_speeds(names: Sequence[str], json: bool) -> None:
             speeds = measure_engines(encoder.directory, encoder.manifest)
             fastest = fastest_of(speeds) if speeds else encoder.engine
             measured[name] = {"fastest": fastest, "tokens_per_cpu_second": speeds}
-            if not speeds:
+            if not (speeds or json):
                 common.note(
                     f"{fastest} is the only engine installed that runs "
                     f"{encoder.manifest.precision}. OpenVINO comes with: "

@@ -1,6 +1,6 @@
 """What a command works on: ``article``, or ``article.embedding`` where a table has several.
 
-And of documents that are cut their passages: made, filled and read.
+And the passages of documents: how a command makes, fills and reads them.
 """
 
 from __future__ import annotations

@@ -336,10 +336,11 @@ def index_recall(
         return None
     _set_up_index(connection, every, neighbours)
     # The other way round too: from the rows that the exact search has in a pair.
-    ends = sa.tuple_(*every.wire_keys).in_([key_parts(key) for pair in exact for key in pair])
+    ends = {key_parts(key) for pair in exact for key in pair}
+    paired = every.only(sa.tuple_(*every.wire_keys).in_(list(ends)))
     through_index = {
         pair[:2]
-        for some in (sampled, every.only(ends))
+        for some in (sampled, paired)
         for pair in _read_pairs(connection, _index_statement(every, some, threshold, neighbours))
     }
     return len(exact & through_index) / len(exact)
