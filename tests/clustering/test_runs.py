@@ -326,7 +326,7 @@ def test_a_failed_run_leaves_only_its_record(
     def broken(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("the last step failed")
 
-    monkeypatch.setattr(run_module, "finish", broken)
+    monkeypatch.setattr(run_module, "_switch", broken)
     with pytest.raises(RuntimeError, match="last step"):
         cl.cluster(engine, app.topics, cl.KMeans(3))
     with Session(engine) as session:
