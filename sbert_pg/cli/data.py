@@ -146,6 +146,10 @@ def search(
         return
     if explain:
         common.note(str(explanation))
+    _print_answers(rows)
+
+
+def _print_answers(rows: list[Row]) -> None:
     if not rows:
         common.note("Nothing found.")
         return

@@ -174,9 +174,13 @@ def _measure_speeds(names: Sequence[str], json: bool) -> None:
     if json:
         common.print_json(measured[names[0]] if len(names) == 1 else measured)
         return
+    _print_speeds(measured)
+
+
+def _print_speeds(measured: dict[str, dict[str, Any]]) -> None:
     common.show_records(
         [
-            ({"encoder": name} if len(names) > 1 else {})
+            ({"encoder": name} if len(measured) > 1 else {})
             | {"engine": engine, **{case: round(speed) for case, speed in each.items()}}
             | {"": "fastest" if engine == one["fastest"] else ""}
             for name, one in measured.items()

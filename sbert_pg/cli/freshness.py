@@ -278,6 +278,10 @@ def _report(filling: Filling) -> str:
     )
 
 
+def _state(failure: Any) -> str:
+    return ("skipped" if failure.skipped else "failed") if failure.failed else "again"
+
+
 def failed(
     target: common.TargetArgument,
     database: common.DatabaseOption = None,
@@ -313,10 +317,7 @@ def failed(
     if json:
         common.print_json([asdict(failure) for failure in failures])
         return
-    rows = []
-    for each in failures:
-        state = ("skipped" if each.skipped else "failed") if each.failed else "again"
-        rows.append([each.key, each.attempts, state, each.error])
+    rows = [[f.key, f.attempts, _state(f), f.error] for f in failures]
     common.print_table(["key", "attempts", "state", "error"], rows)
 
 

@@ -170,10 +170,7 @@ def edited(source: str, name: str = "env.py") -> str:
     Raises:
         DeclarationError: it is not Python, or nothing in it calls ``context.configure``.
     """
-    try:
-        tree = ast.parse(source)
-    except SyntaxError as error:
-        raise DeclarationError(f"{name} cannot be read: {error}.") from error
+    tree = _parsed(source, name)
     calls = [
         node
         for node in ast.walk(tree)
@@ -191,6 +188,13 @@ def edited(source: str, name: str = "env.py") -> str:
     if missing and IMPORT not in source:
         _add_import(lines, tree)
     return "".join(lines)
+
+
+def _parsed(source: str, name: str) -> ast.Module:
+    try:
+        return ast.parse(source)
+    except SyntaxError as error:
+        raise DeclarationError(f"{name} cannot be read: {error}.") from error
 
 
 def _knows(call: ast.Call) -> bool:

@@ -74,9 +74,7 @@ def serve(
     [b]sbert-pg serve --mcp article:id,title,body -d postgresql://reader@localhost/shop[/]
     """
     if mcp:
-        if encoder or reranker:
-            raise DeclarationError("--mcp searches tables: leave --encoder and --reranker out.")
-        _serve_mcp(tables or (), database, app)
+        _serve_mcp(tables or (), database, app, [*(encoder or ()), *(reranker or ())])
         return
     from sbert_pg.encoder import Reranker
     from sbert_pg.serving.exposed import Shown
@@ -94,11 +92,7 @@ def serve(
         loaded = {spec.name: get_encoder(spec) for spec in declared}
         loaded |= {name: get_encoder(name) for name in encoder or ()}
         rerankers = {name: Reranker.load(name) for name in reranker or ()}
-        if not loaded and not rerankers:
-            raise DeclarationError(
-                "There is nothing to serve; name an encoder with --encoder, a reranker with "
-                "--reranker, or tables."
-            )
+        _require_some([*loaded, *rerankers])
         port = stack.enter_context(
             serving(
                 loaded, shown, rerankers=rerankers, host=address[0], port=address[1], token=token
@@ -107,6 +101,14 @@ def serve(
         common.note(f"Serving {', '.join([*loaded, *rerankers])} on http://{address[0]}:{port}")
         stop = stack.enter_context(common.stoppable())
         stop.wait()
+
+
+def _require_some(served: list[str]) -> None:
+    if not served:
+        raise DeclarationError(
+            "There is nothing to serve; name an encoder with --encoder, a reranker with "
+            "--reranker, or tables."
+        )
 
 
 def explore(
@@ -215,10 +217,14 @@ async def _given(
     await asyncio.to_thread(stop.wait)
 
 
-def _serve_mcp(tables: Sequence[str], database: str | None, app: str | None) -> None:
+def _serve_mcp(
+    tables: Sequence[str], database: str | None, app: str | None, others: Sequence[str]
+) -> None:
     from sbert_pg.serving.exposed import Shown
     from sbert_pg.serving.mcp import mcp_server
 
+    if others:
+        raise DeclarationError("--mcp searches tables: leave --encoder and --reranker out.")
     common.prepare(app)
     if not tables:
         raise DeclarationError("--mcp shows what is listed: name tables, as in article:id,title.")

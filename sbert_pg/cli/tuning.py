@@ -64,11 +64,7 @@ def evaluate(
     [b]sbert-pg evaluate article --pairs pairs.csv --fit-weight[/]
     """
     criteria = common.criteria(where)
-    if fit_weight and (slice_by or encoder):
-        raise DeclarationError(
-            "--fit-weight learns one weight, for the column's own encoder: leave --slice and "
-            "--encoder out."
-        )
+    _refuse_others(fit_weight, slice_by or encoder)
     with common.database(database) as engine:
         side = column_of(engine, target)
         queries = _in_table(engine, side, queries_of(engine, pairs))
@@ -94,6 +90,14 @@ def evaluate(
     for name, rows in misses.items():
         for miss in rows:
             print(f"\n{name}: {miss}")
+
+
+def _refuse_others(fit_weight: bool, others: object) -> None:
+    if fit_weight and others:
+        raise DeclarationError(
+            "--fit-weight learns one weight, for the column's own encoder: leave --slice and "
+            "--encoder out."
+        )
 
 
 def _in_table(engine: sa.Engine, side: Side, queries: list[LabelledQuery]) -> list[LabelledQuery]:

@@ -285,11 +285,15 @@ def _stems(
     words = sorted(set(" ".join(texts).split(" ")))
     stemmed = {word: stems for _, word, stems in _lexized(connection, words, language)}
     if language != _ENGLISH:
-        stops = {word for word, stems in stemmed.items() if not stems}
-        for own in counts.values():
-            for term in [t for t in own if any(word in stops for word in t.split(" "))]:
-                del own[term]
+        _leave_out(counts, {word for word, stems in stemmed.items() if not stems})
     return {word: stems[0] for word, stems in stemmed.items() if stems}
+
+
+def _leave_out(counts: Mapping[int, Counter[str]], stops: Collection[str]) -> None:
+    """Take terms with one of these words out of the counts."""
+    for own in counts.values():
+        for term in [t for t in own if any(word in stops for word in t.split(" "))]:
+            del own[term]
 
 
 def _language(connection: sa.Connection, texts: Counter[str]) -> str:

@@ -84,9 +84,7 @@ def compared(
         only: kinds to ask; all by default.
         reranker: chooses its own column, of the first rows by both, or by meaning.
     """
-    had = {"meaning", "exact"} | ({"words", "both"} if exposed.text is not None else set())
-    had |= {"reranked"} if reranker is not None else set()
-    kinds = only or [kind for kind in KINDS if kind in had]
+    kinds = only or [kind for kind in KINDS if _is_had(kind, exposed, reranker)]
     answers = [_asked(shown, exposed.name, kind, question, where, reranker) for kind in kinds]
     lexemes = {lexeme for answer in answers for lexeme in answer.lexemes}
     marked = shown.within(exposed.name, lambda c, t: _marks(c, t, answers, lexemes))
@@ -95,12 +93,26 @@ def compared(
             "section",
             h("h2", title or answer.kind, h("small", f" {answer.milliseconds:.0f} ms")),
             None if title else _agreement(answer, answers),
-            h("p", answer.error, class_="fault", role="alert") if answer.error else None,
-            h("ol", [_row(exposed, hit, answer, answers, marked) for hit in answer.hits]),
-            None if answer.hits or answer.error else h("p", "Nothing is found.", class_="faint"),
+            _body(exposed, answer, answers, marked),
             _reasons(exposed, answer, question, where),
             data_kind=answer.kind,
         )
+
+
+def _body(
+    exposed: Exposed, answer: _Answer, answers: Sequence[_Answer], marked: Mapping[str, Html]
+) -> Iterator[Html]:
+    if answer.error:
+        yield h("p", answer.error, class_="fault", role="alert")
+    yield h("ol", [_row(exposed, hit, answer, answers, marked) for hit in answer.hits])
+    if not answer.hits and not answer.error:
+        yield h("p", "Nothing is found.", class_="faint")
+
+
+def _is_had(kind: str, exposed: Exposed, reranker: Scorer | None) -> bool:
+    if kind == "reranked":
+        return reranker is not None
+    return KINDS[kind][0] == "meaning" or exposed.text is not None
 
 
 def _asked(

@@ -171,13 +171,8 @@ class Exposed:
             values = [*zip(names, map(_plain, row), strict=True)]
             shown = {name: value for name, value in values[:first] if name in self.columns}
             key = self.key_of([row[place] for place in places])
-            scores = dict(values[first:])
-            passage = {
-                name.removeprefix(_PASSAGE): scores.pop(name)
-                for name in list(scores)
-                if name.startswith(_PASSAGE)
-            }
-            rows.append(Hit(scores, shown, key, passage or None))
+            scores, passage = _scores_and_passage(dict(values[first:]))
+            rows.append(Hit(scores, shown, key, passage))
         return rows
 
     def statement(self, connection: sa.Connection, question: Question) -> Any:
@@ -290,6 +285,13 @@ def _value(column: sa.Column[Any], value: Any) -> sa.ColumnElement[Any]:
         raise DeclarationError(f"{column.name}: a value holds NUL, which no text of a row does.")
     text = sa.literal(str(value), sa.Text())
     return text if isinstance(column.type, NullType) else sa.cast(text, column.type)
+
+
+def _scores_and_passage(scores: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """What a statement selects behind a row's columns; no passage where it says nothing of one."""
+    passage = {name.removeprefix(_PASSAGE): scores.pop(name)
+               for name in list(scores) if name.startswith(_PASSAGE)}  # fmt: skip
+    return scores, passage or None
 
 
 def _parts(key: str, count: int) -> list[Any]:

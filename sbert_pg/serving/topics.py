@@ -42,9 +42,7 @@ def overview(connection: sa.Connection, exposed: Exposed, topics: Clustering) ->
     """The current clusters, largest first, and how the run came about."""
     run = topics.require_current(connection)
     clusters = Session(connection).scalars(topics.clusters()).all()
-    keys = {c: exposed.key_of(topics.exemplar_of(c)) for c in clusters
-            if None not in topics.exemplar_of(c)}  # fmt: skip
-    rows_by_key = {hit.key: hit for hit in exposed.rows(connection, list(keys.values()))}
+    typical = _typical(connection, exposed, topics, clusters)
     largest = max((c.size for c in clusters), default=1)
     yield h(
         "p", f"{len(clusters)} clusters of {run.rows:,} rows by {run.algorithm}, "
@@ -57,11 +55,21 @@ def overview(connection: sa.Connection, exposed: Exposed, topics: Clustering) ->
     else:
         command = h("code", f"sbert-pg cluster assign {exposed.name} --check", class_="command")
         yield h("p", command, " says whether they still fit.", class_="faint")
-    yield h("ol", [_topic(c, exposed, rows_by_key.get(keys.get(c, "")), largest)
+    yield h("ol", [_topic(c, exposed, typical.get(c), largest)
                    for c in clusters], class_="topics")  # fmt: skip
     before = run_before(connection, topics, run.id)
     if before is not None and small:
         yield from _flows(connection, topics, before, run)
+
+
+def _typical(
+    connection: sa.Connection, exposed: Exposed, topics: Clustering, clusters: Sequence[Any]
+) -> dict[Any, Hit]:
+    """The typical row of each cluster, where it is still there."""
+    exemplars = ((c, topics.exemplar_of(c)) for c in clusters)
+    keys = {c: exposed.key_of(key) for c, key in exemplars if None not in key}
+    rows = {hit.key: hit for hit in exposed.rows(connection, list(keys.values()))}
+    return {c: rows[key] for c, key in keys.items() if key in rows}
 
 
 def members(
