@@ -205,6 +205,13 @@ def _refused(row: Any, counts: str, looked: int, ways: Ways) -> str:
             f"the index gave {row['seen']} of the {looked} rows looked for: there are no more, or "
             "deleted ones stand in their way"
         )
+    late = (
+        f"some of the nearest come late among the {row['seen']:.0f} rows that the "
+        f"{ways.index.form} index gave by its coarse order: nearer ones may lie behind its end"
+    )
+    if ways.plan is None:
+        return late
     if row["head"] > HEAD * looked or row["passed"] < LOCAL * row["share"] * looked:
         return f"{counts}, the first at place {row['head']}: fewer or later than in the whole table"
-    return f"{counts}, but a row of the sample is nearer, which the index has not found"
+    missed = f"{counts}, but a row of the sample is nearer, which the index has not found"
+    return f"{missed}, or {late}" if ways.coarse else missed

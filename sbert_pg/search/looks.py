@@ -20,6 +20,8 @@ DEFAULT_OVERFETCH = 40
 OVERFETCH_FAR = 10
 #: Rows that a quantised index is asked for at most; beyond ``MAX_EF_SEARCH`` it scans iteratively.
 MAX_OVERFETCHED = 4000
+#: Rows that it is asked for by a second look.
+OVERFETCHED_FAR = 2000
 #: Rows taken at least without a filter, the nearer half of the candidates. That there are fewer is
 #: the sign of deleted rows among them, and that all are equal that of an island.
 LEAST = 50
@@ -151,18 +153,18 @@ def near_look(index: VectorIndex, shape: Shape) -> Look:
 
 
 def far_look(index: VectorIndex, shape: Shape) -> Look | None:
-    """The look for later pages and large filters, where it sees further than the first.
+    """The look for later pages, large filters and coarse answers, where it sees further.
 
     None with IVFFlat, which would look into half of the lists: comparing costs hardly more, and
-    misses nothing. A quantised index has it for later pages alone.
+    misses nothing. The same for each page of a search, so that they follow each other.
     """
-    wide = shape.deep or (shape.filtered and not index.quantized)
+    wide = shape.deep or shape.filtered or index.quantized
     if index.method != "hnsw" or shape.size > 100 or not wide or index.partial:
         return None
     if index.quantized:
-        fetched = MAX_EF_SEARCH
-        if near_look(index, shape).fetched >= fetched:
-            fetched = MAX_OVERFETCHED
+        # A search that asks for more at first has as many as there may be.
+        more = near_look(index, shape).fetched >= OVERFETCHED_FAR
+        fetched = MAX_OVERFETCHED if more else OVERFETCHED_FAR
         rows = max(shape.size, fetched // OVERFETCH_FAR)
         return Look(rows, rows, fetched, MAX_EF_SEARCH)
     rows = MAX_EF_SEARCH // CANDIDATES

@@ -61,6 +61,8 @@ DISTANCE, PASSES, WAY = "nearest_distance", "nearest_passes", "nearest_way"
 # Of all rows that a quantised index gave, those that are not taken too: how many, and the largest
 # distance.
 SEEN, LAST = "nearest_seen", "nearest_last"
+# Place of a row in the order of a quantised index, which is coarser than that by distance.
+DEPTH = "nearest_depth"
 EXACT = 3
 #: What is known of a search after each look, and of the next: whether there is to be one, and of
 #: how many rows.
@@ -155,7 +157,9 @@ class Ways:
         self.proof = self._proof()
         self.vector, self.furthest = self._asked("vector"), self._asked("furthest")
         #: Neither pages nor filters: what the index gives is the answer as it is, or none.
-        self.plain = shape.keyed and not shape.filtered
+        self.plain = shape.keyed and not shape.filtered and self.second is None
+        #: Whether what the index gives is in an order of its own, whose depth says something.
+        self.coarse = self.index.quantized and not self.plain
         #: What the proof is asked of, where it is asked of a look's rows later.
         self.carried = self._carried() if self.proof and self.plain else {}
         self.near = self._rows_of_a_look()
@@ -201,7 +205,7 @@ class Ways:
         """The rows of the look that is being taken, by name."""
         columns = [*self.names, DISTANCE]
         columns += [] if self.plain else [PASSES]
-        columns += [SEEN, LAST] if self.index.quantized and not self.plain else []
+        columns += [SEEN, LAST, DEPTH] if self.coarse else []
         types = {name: column.type for name, column in self.carried.items()}
         return named("nearest_near", *columns, **types)
 
@@ -276,14 +280,17 @@ class Ways:
         column = row.c[VECTOR] if self.partial else self.target.row_column(row)
         keys = [key.label(n) for key, n in zip(self._keys(row), self.names, strict=True)]
         carried = [column.label(name) for name, column in self.carried.items()]
+        order = self.target.index_distance(column, self.index, vector)
+        coarse = [order.label(DEPTH)] if self.coarse else []
         present = [column.is_not(None)] if carried else self._present(row, column)
         if self.plain:
             present += self._others(row)
         fetched = max(look.fetched for look in (self.first, self.second) if look is not None)
         return (
-            sa.select(*keys, self.target.distance(column, vector).label(DISTANCE), *carried)
+            sa.select(*keys, self.target.distance(column, vector).label(DISTANCE))
+            .add_columns(*carried, *coarse)
             .where(self._set().is_not(None), *present)
-            .order_by(self.target.index_distance(column, self.index, vector))
+            .order_by(order)
             .limit(number(fetched))
         )
 
@@ -325,10 +332,12 @@ class Ways:
         labels |= {c: f"nearest_own_{n}" for n, c in enumerate(sorted(used - {*labels}, key=str))}
         more = [c.label(name) for c, name in labels.items() if name not in self.names]
         given = self._fetched(self.rows.add_columns(*more)).subquery("nearest_rows")
-        columns: list[Any] = [*given.c]
-        if SEEN in self.near.c:
+        columns: list[Any] = [column for column in given.c if column.name != DEPTH]
+        if self.coarse:
             columns.append(sa.func.count().over().label(SEEN))
             columns.append(sa.func.max(given.c[DISTANCE]).over().label(LAST))
+            depth = sa.func.row_number().over(order_by=given.c[DEPTH])
+            columns.append(depth.label(DEPTH))
         nearer = sa.select(*columns).order_by(given.c[DISTANCE], *self._keys(given))
         taken = nearer.limit(of_look("looked")).subquery("nearest_taken")
 
@@ -397,9 +406,10 @@ class Ways:
 
         places = in_order(near[PASSES])
         places = sa.func.array_positions(places, sa.true(), type_=sa.ARRAY(sa.Integer()))
-        seen = sa.func.max(near[SEEN]) if SEEN in near else sa.func.count()
+        seen = sa.func.max(near[SEEN]) if self.coarse else sa.func.count()
         spread = _spread(near[DISTANCE], near.get(LAST, near[DISTANCE]))
         names = self.arrays if self.plan is None else [*self.names, DISTANCE]
+        names = [*names, DEPTH] if self.coarse else names
         return [
             sa.cast(seen, sa.Integer()).label("seen"),
             spread.label("spread"),
@@ -443,9 +453,8 @@ class Ways:
         if self.second is None:
             return sa.false()
         later: Any = judged["passed"] < self._asked("needed") if self.shape.deep else sa.false()
-        worth: Any = sa.false()
-        if self.plan is not None:
-            worth = sa.and_(self.looks.c.many, sa.func.coalesce(judged["spread"], sa.true()))
+        worth: Any = sa.literal(self.coarse) if self.plan is None else self.looks.c.many
+        worth = sa.and_(worth, sa.func.coalesce(judged["spread"], sa.true()))
         wanted = sa.case((judged["accepted"], later), else_=worth)
         return sa.and_(self.looks.c.look == number(0), wanted)
 
@@ -467,8 +476,9 @@ class Ways:
                     closest == sa.any_(counts[DISTANCE]),
                 ),
             ]
+        deep = self._deep_enough()
         if self.second is None:
-            return [counts["spread"], counts["seen"] >= whole, *near]
+            return [counts["spread"], counts["seen"] >= whole, *near, *deep]
         if self.index.quantized:
             whole = sa.case((AGAIN, number(self.whole(self.second))), else_=whole)
         # As many as are wanted among the nearer half.
@@ -478,7 +488,26 @@ class Ways:
             counts["spread"],
             counts["seen"] >= whole,
             sa.case((AGAIN, far), else_=sa.and_(*near)),
+            *deep,
         ]
+
+    def _deep_enough(self) -> list[sa.ColumnElement[bool]]:
+        """That the nearest of what a quantised index gave come early in its order.
+
+        Where they come late, others are likely behind its end: bits tell rows apart badly where
+        nothing is near the query. Of few rows even a quarter is no safe sign. Not asked where the
+        caller says how many rows there are to be.
+        """
+        if not self.coarse or self.shape.overfetch is not None:
+            return []
+        first, *second = (
+            number(look.fetched // (2 if look.fetched >= MAX_EF_SEARCH else 4))
+            for look in (self.first, self.second)
+            if look is not None
+        )
+        early = sa.case((AGAIN, second[0]), else_=first) if second else first
+        nearest: Any = sa.literal_column(f"{DEPTH}[1:{self.shape.size:d}]", sa.ARRAY(sa.Float()))
+        return [early >= sa.all_(nearest)]
 
     def whole(self, look: Look) -> int:
         """Rows that the index gives where none is missing.

@@ -458,6 +458,47 @@ def test_what_a_search_says_of_itself(engine: sa.Engine) -> None:
         assert (boiler.way, "island" in boiler.reason) == ("exact", True)
 
 
+def test_few_bits_that_tell_rows_apart_badly(engine: sa.Engine) -> None:
+    """Nothing is near: by their bits the nearest come late, or behind all that the index gives."""
+    random = np.random.default_rng(7)
+    v, queries = (unit(random.normal(size=(n, 32))) for n in (8000, 8))
+    item = sa.Table(
+        "scattered",
+        sa.MetaData(),
+        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("part", sa.Integer, index=True),
+        sa.Column("v", Vector(32)),
+        hnsw_index("scattered_v", "v", form="binary"),
+    )
+    with engine.begin() as connection:
+        connection.execute(sa.text("DROP TABLE IF EXISTS scattered"))
+        item.create(connection)
+        load(connection, item, ({"id": n, "part": n % 100, "v": v[n]} for n in range(8000)))
+        connection.execute(sa.text("ANALYZE scattered"))
+    right: list[int] = []
+    with engine.connect() as connection:
+        for query in queries:
+            for criterion, keep in (
+                ((), v[:, 0] < 2),
+                (item.c.part < 80, np.arange(8000) % 100 < 80),
+            ):
+                search = nearest(item.c.v, query, where=criterion)
+                nearer = np.argsort(np.where(keep, -(v @ query), np.inf))
+                pages = [
+                    [row.id for row in connection.execute(search.offset(n))] for n in (0, 10, 40)
+                ]
+                assert len({*pages[0], *pages[1], *pages[2]}) == 30
+                right += [
+                    len({*page} & {*nearer[n : n + 10].tolist()})
+                    for page, n in zip(pages, (0, 10, 40), strict=True)
+                ]
+        how = explain_search(connection, nearest(item.c.v, queries[0]))
+    first = right[::3]
+    assert min(first) >= 8, right
+    assert np.mean(first) >= 9.5, right
+    assert "come late" in how.reason or "enough of the nearest" in how.reason, how
+
+
 @pytest.mark.parametrize("form", ["column", "halfvec", "binary"])
 def test_a_partitioned_table_is_estimated_as_a_whole(form: Any, engine: sa.Engine) -> None:
     random = np.random.default_rng(5)

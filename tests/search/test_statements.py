@@ -213,8 +213,10 @@ def test_by_a_binary_index_an_exact_distance_ranks() -> None:
     assert (
         "ORDER BY CAST(binary_quantize(nearest_row.vec) AS BIT(3)) <~> "
         "CAST(binary_quantize((SELECT nearest_query.vector FROM nearest_query)) AS BIT(3)) "
-        "LIMIT 400"
+        "LIMIT 2000"
     ) in text
+    # Of which a first look keeps four hundred.
+    assert "'hnsw.ef_search', CASE WHEN (nearest_looks.look = 1) THEN '1000' ELSE '400' END" in text
 
 
 def test_by_a_halfvec_index_the_similarity_is_the_columns() -> None:
