@@ -12,7 +12,7 @@ from sbert_pg.types.indexed import PROBED_FAR, VectorIndex
 
 MAX_EF_SEARCH = 1000
 #: Candidates that HNSW keeps for a search without a filter. With pgvector's default of 40 recall@10
-#: on real sentence embeddings is a point or two lower; docs/search.md has the curve.
+#: on real sentence embeddings is a point or two lower; docs/search-figures.md has the curve.
 DEFAULT_EF_SEARCH = 100
 #: Rows fetched by a quantised index for each row wanted, before the exact rerank.
 DEFAULT_OVERFETCH = 40
