@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import sqlalchemy as sa
 from alembic.autogenerate import renderers
 from alembic.autogenerate.api import AutogenContext
 from alembic.operations import Operations
@@ -19,6 +20,7 @@ from sbert_pg.alembic.render import render_operation, separating, with_vector_ty
 from sbert_pg.alembic.toimpl import implement, refusing
 from sbert_pg.catalog import SCHEMA
 from sbert_pg.types import HalfVector, Vector, register_reflection
+from sbert_pg.types.text import TextSearch
 
 NAME = "sbert_pg"
 #: Alembic's own plugins, as its default has them.
@@ -111,6 +113,9 @@ def setup(plugin: Any) -> None:
     plugin.add_autogenerate_comparator(
         prepare, "schema", f"{NAME}_types", priority=DispatchPriority.FIRST
     )
+    plugin.add_autogenerate_comparator(
+        leave_text, "column", "server_default", priority=DispatchPriority.FIRST
+    )
     # After all others, whose result is rewritten.
     plugin.add_autogenerate_comparator(
         compare_embeddings, "schema", NAME, priority=DispatchPriority.LAST
@@ -123,6 +128,22 @@ def prepare(context: AutogenContext, upgrade_ops: UpgradeOps, schemas: Any) -> N
         dialect: Any = context.connection.dialect
         vectors = {"vector": Vector, "halfvec": HalfVector}
         dialect.ischema_names = {**dialect.ischema_names, **vectors}
+
+
+def leave_text(
+    context: AutogenContext,
+    op: Any,
+    schema: Any,
+    table: Any,
+    name: Any,
+    stored: Any,
+    column: sa.Column[Any],
+) -> Any:
+    """Keep Alembic from warning that a text column cannot be changed, which is made again here."""
+    from alembic.util import PriorityDispatchResult
+
+    ours = isinstance(column.type, TextSearch)
+    return PriorityDispatchResult.STOP if ours else PriorityDispatchResult.CONTINUE
 
 
 def compare_where_asked(context: AutogenContext, upgrade_ops: UpgradeOps, schemas: Any) -> None:

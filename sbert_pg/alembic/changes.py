@@ -273,8 +273,11 @@ def _remade(
 
 
 def _same(stored: str, column: sa.Column[Any]) -> bool:
-    """Whether two expressions are the same but for blanks, brackets and quotes."""
+    """Whether two expressions are the same but for blanks, brackets, quotes and casts to text.
+
+    Every column is cast, and PostgreSQL leaves out the cast of one that is ``text`` already.
+    """
     assert column.computed is not None
     texts = (stored, str(column.computed.sqltext))
-    one, other = (re.sub(r"[\s()\\\"']", "", text).lower() for text in texts)
+    one, other = (re.sub(r"::text\b|[\s()\\\"']", "", text).lower() for text in texts)
     return one == other

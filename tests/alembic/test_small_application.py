@@ -141,7 +141,6 @@ def test_encoder_that_cannot_be_loaded(app: Any, make_app: Callable[..., Any]) -
     assert app.check() == ""
 
 
-@pytest.mark.filterwarnings("ignore:Computed default")
 def test_text_columns_are_written_compared_and_made_again(app: Any) -> None:
     declared = """
 from sbert_pg import text_column, text_index
@@ -165,3 +164,35 @@ class Article(Base):
     app.downgrade("-1")
     assert app.scalar("SELECT search::text FROM article") == "'hous':2"
     assert app.scalar("SELECT count(*) FROM pg_indexes WHERE indexname = 'article_search'") == 1
+
+
+@pytest.mark.filterwarnings("error:Computed default")
+def test_text_columns_settle_whatever_their_sources_are(app: Any) -> None:
+    """PostgreSQL writes a cast back only where the column is not ``text`` already."""
+    app.execute("CREATE SCHEMA shop")
+    app.options("include_schemas=True,")
+    app.models("""
+from sqlalchemy.dialects.postgresql import REGCONFIG
+from sbert_pg import text_column, text_index
+class Article(Base):
+    __tablename__ = "article"
+    __table_args__ = (text_index("article_words", "words"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    body: Mapped[str] = mapped_column(sa.Text)
+    words = text_column("body")
+class Thing(Base):
+    __tablename__ = "My things"
+    __table_args__ = (*(text_index(f"thing_{n}", n) for n in "pqrs"), {"schema": "shop"})
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column("Its: name", sa.Text)
+    order: Mapped[str] = mapped_column(sa.String(80))
+    code: Mapped[str] = mapped_column(sa.String)
+    short: Mapped[str] = mapped_column(sa.CHAR(4))
+    language: Mapped[str] = mapped_column(REGCONFIG)
+    p = text_column("Its: name", "order", "code", "short", weights={"code": 3, "order": 2})
+    q = text_column("code", "Its: name", language="simple")
+    r = text_column("Its: name", language_column="language")
+    s = text_column("order", "Its: name", weights={"Its: name": .5})
+""")
+    app.step("words")
+    assert app.check() == ""
