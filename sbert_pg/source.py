@@ -167,6 +167,8 @@ class Source:
         Args:
             null_text: whether a row whose values are all ``NULL`` has no text; else it has an empty
                 one, as where its vector has to be there.
+
+        The function raises ``SourceError`` where a value is no text.
         """
         join = self.joiner()
         if self.document is not None:
@@ -175,6 +177,12 @@ class Source:
         def make(values: Sequence[Any]) -> Text:
             if any(value is NOT_KNOWN or isinstance(value, sa.ClauseElement) for value in values):
                 return NOT_KNOWN
+            for name, value in zip(self.columns, values, strict=True):
+                if value is not None and not isinstance(value, str):
+                    raise SourceError(
+                        f"{value!r} ({type(value).__name__}) stands in {name!r}, of which an "
+                        "embedding is made, and is no text. Assign a str, or None."
+                    )
             if null_text and all(value is None for value in values):
                 return None
             return join(values)

@@ -149,6 +149,19 @@ def require_connection(function: str, connection: Any, *, or_engine: bool = Fals
         )
 
 
+def require_engine(what: str, engine: Any) -> None:
+    """Refuse what is no synchronous engine.
+
+    Raises:
+        DeclarationError: it is none.
+    """
+    if not isinstance(engine, sa.Engine):
+        raise DeclarationError(
+            f"{what} needs a synchronous engine, and got {type(engine).__name__}. Create one with "
+            "sqlalchemy.create_engine('postgresql+psycopg://...')."
+        )
+
+
 def written_name(schema: str | None, name: str) -> str:
     """A table or index as psql reads it, quoted where it has to be."""
     return PLAIN.identifier_preparer.format_table(sa.table(name, schema=schema))

@@ -68,22 +68,22 @@ ROOMS: dict[str, tuple[int, int]] = {
     "alembic": (9, 2839),
     "catalog": (9, 2636),
     "cli": (16, 4373),
-    "clustering": (16, 5127),
+    "clustering": (16, 5124),
     "encoder": (23, 7056),
-    "freshness": (17, 5270),
+    "freshness": (17, 5266),
     "indexes": (6, 1351),
-    "loading": (5, 1280),
+    "loading": (5, 1281),
     "orm": (5, 937),
     "passages": (5, 1160),
     "reembed": (11, 3055),
     "search": (13, 4368),
     "serving": (15, 3508),
     "sql": (1, 24),
-    "tuning": (15, 4328),
+    "tuning": (15, 4331),
     "types": (8, 1832),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3558
+MOST_LINES_OF_THE_REST = 3579
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60

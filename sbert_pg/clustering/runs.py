@@ -25,9 +25,10 @@ from sbert_pg.clustering.placing import store_fit, store_in_database
 from sbert_pg.clustering.rows import Criteria, RowSet, read_rows
 from sbert_pg.clustering.summary import number_clusters, previous_run, summarize
 from sbert_pg.clustering.tables import ClusterRun
-from sbert_pg.errors import ClusteringError, DeclarationError
+from sbert_pg.errors import ClusteringError
 from sbert_pg.locks import configure
 from sbert_pg.progress import Advance
+from sbert_pg.system import require_engine
 
 logger = logging.getLogger("sbert_pg.clustering")
 
@@ -97,11 +98,7 @@ def cluster(
         DeclarationError: ``engine`` is none, or an asynchronous one.
         MissingExtraError: the extra ``clustering`` is not installed.
     """
-    if not isinstance(engine, sa.Engine):
-        raise DeclarationError(
-            f"cluster() needs a synchronous engine, since it commits, and got "
-            f"{type(engine).__name__}."
-        )
+    require_engine("cluster()", engine)
     algorithm = algorithm or KMeans()
     need("scipy.sparse", "compute clusters")
     values = {

@@ -147,11 +147,7 @@ def require_psycopg(engine: sa.Engine) -> None:
     Raises:
         DeclarationError: it is asynchronous, or uses another driver than psycopg 3.
     """
-    if not isinstance(engine, sa.Engine):
-        raise DeclarationError(
-            f"A worker needs a synchronous engine, and got {type(engine).__name__}. Create one "
-            "with sqlalchemy.create_engine('postgresql+psycopg://...')."
-        )
+    system.require_engine("A worker", engine)
     if (engine.dialect.name, engine.dialect.driver) != ("postgresql", "psycopg"):
         raise _other_driver(engine.dialect)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -116,6 +116,10 @@ def load(
         DeclarationError: no table or connection, or no ``commit_every`` or ``existing`` here.
     """
     require_connection("load", connection)
+    if existing not in get_args(Existing):
+        raise DeclarationError(
+            f"load: existing is {existing!r}; it is 'refuse', 'keep' or 'replace'."
+        )
     target, names = target_of(table)
     if commit_every is not None:
         _require_committable(connection, commit_every)
@@ -191,10 +195,10 @@ class _Loading:
     def run(self, rows: Iterable[Row]) -> None:
         """Read, encode and write, the latter two at the same time."""
         iterator = iter(rows)
-        first = next(iterator, None)
-        if first is None:
+        first = list(itertools.islice(iterator, 1))
+        if not first:
             return
-        plan = Plan(self.table, self.names, first)
+        plan = Plan(self.table, self.names, first[0])
         bindings = self._bindings(plan)
         companions = (
             embedded.companion
@@ -212,7 +216,7 @@ class _Loading:
         waiting: deque[tuple[_Block, Future[list[list[Any]]]]] = deque()
         executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sbert-pg-load")
         try:
-            for block in _blocks(plan, bindings, itertools.chain([first], iterator)):
+            for block in _blocks(plan, bindings, itertools.chain(first, iterator)):
                 waiting.append((block, encoding.begin(executor, block)))
                 if len(waiting) > AHEAD:
                     self._write(encoding, writer, *waiting.popleft())

@@ -15,9 +15,9 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Dialect
 
 from sbert_pg.catalog.embedding import default_of
-from sbert_pg.errors import LoadError, VectorError
+from sbert_pg.errors import LoadError, SourceError, VectorError
 from sbert_pg.row_vectors import EmbeddingColumn, columns_filled
-from sbert_pg.source import NOT_KNOWN, Text
+from sbert_pg.source import Text
 from sbert_pg.spec import Vectors
 from sbert_pg.types import wire
 
@@ -204,13 +204,10 @@ class Plan:
                     f"{self._vector_keys[position]!r}; the loader takes plain values.",
                     row=number,
                 )
-            if value is not None and value is not NOT_KNOWN and not isinstance(value, str):
-                raise LoadError(
-                    f"Row {number} holds {value!r} in the source of "
-                    f"{self._vector_keys[position]!r}, which is made of texts.",
-                    row=number,
-                )
-        return self.embedded[position].text_of(values)
+        try:
+            return self.embedded[position].text_of(values)
+        except SourceError as error:
+            raise LoadError(f"Row {number}: {error}", row=number) from error
 
     def label(self, position: int, number: int) -> str:
         """What an error calls one vector."""

@@ -166,7 +166,7 @@ def evaluate(
 
     Raises:
         LoadError: the pairs are not readable, or there are none; a run answers none of them.
-        DeclarationError: a search gives something else than answers.
+        DeclarationError: a search gives something else than answers; the engine is asynchronous.
     """
     queries = pairs_of(engine, pairs)
     answers: dict[str, list[list[Answer]]] = {}

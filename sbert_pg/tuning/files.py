@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from sbert_pg.catalog import rows as catalog_rows
 from sbert_pg.errors import LoadError
 from sbert_pg.search.exact import LabelledQuery
+from sbert_pg.system import require_engine
 from sbert_pg.tuning.pairs import CLICK_COLUMNS, is_click_log, of_click_log
 
 #: Keys of the rows that a search found, best first, with their scores; by name of the question.
@@ -343,7 +344,9 @@ def pairs_of(engine: sa.Engine, pairs: Any) -> list[LabelledQuery]:
 
     Raises:
         LoadError: there are none.
+        DeclarationError: the engine is none, or an asynchronous one.
     """
+    require_engine("A measurement", engine)
     if isinstance(pairs, sa.sql.base.Executable):
         with engine.connect() as connection:
             pairs = connection.execute(pairs).mappings().all()

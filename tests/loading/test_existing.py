@@ -168,6 +168,10 @@ def test_many_rows_beside_an_index_say_how_to_be_fast(
 
 def test_what_cannot_be(notes: sa.Engine) -> None:
     with notes.begin() as connection:
+        with pytest.raises(DeclarationError, match="'replce'; it is 'refuse', 'keep' or 'replace'"):
+            load(connection, Note, [], existing="replce")  # type: ignore[arg-type]
+        with pytest.raises(LoadError, match="Row 0 is 'None', and a mapping"):
+            load(connection, Note, [None, *rows([8], "after")])  # type: ignore[list-item]
         with pytest.raises(DeclarationError, match="id is not among"):
             load(connection, Note, [{"body": "no key"}], existing="keep")
         with pytest.raises(LoadError, match="second time"):

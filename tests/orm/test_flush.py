@@ -39,7 +39,13 @@ from write_models import (
 )
 
 from sbert_pg import embed_on_flush
-from sbert_pg.errors import DimensionError, EncodingError, NonFiniteError, ZeroVectorError
+from sbert_pg.errors import (
+    DimensionError,
+    EncodingError,
+    NonFiniteError,
+    SourceError,
+    ZeroVectorError,
+)
 
 UNIT = np.eye(384, dtype=np.float32)
 
@@ -194,6 +200,16 @@ def test_none_is_no_vector(session: Session, tables: sa.Engine, encoder: Recordi
     session.commit()
     assert encoder.batches[1:] == [["a\n\nc"]]
     assert require_true_or_pending(tables, encoder, Page) == (2, 0)
+
+
+def test_a_value_that_is_no_text(session: Session, encoder: RecordingEncoder) -> None:
+    """Whether a source has one column or several."""
+    for wrong in (Article(title=5), Article(title=0), Page(title="a", body=5), Line(heading=b"a")):
+        session.add(wrong)
+        with pytest.raises(SourceError, match=r"(5|0|b'a') \(\w+\) stands in '(title|body)'"):
+            session.flush()
+        session.rollback()
+    assert not encoder.batches
 
 
 def test_null_text_is_null_vector(

@@ -22,6 +22,7 @@ from sbert_pg import (
 )
 from sbert_pg.clustering import KMeans, assign, cluster, clusters_of, drift
 from sbert_pg.errors import DeclarationError, NotBoundError, SourceError
+from sbert_pg.tuning import evaluate
 
 
 class Base(DeclarativeBase):
@@ -66,6 +67,8 @@ def test_a_connection_is_no_engine(connection: sa.Connection) -> None:
     for given in (connection, asynchronous):
         with pytest.raises(DeclarationError, match=r"^cluster\(\) needs a synchronous engine"):
             cluster(given, topics, KMeans(2))  # type: ignore[arg-type]
+        with pytest.raises(DeclarationError, match="needs a synchronous engine, and got"):
+            evaluate(given, {}, [("a question", 1)])  # type: ignore[arg-type]
 
 
 def test_a_class_is_not_its_metadata(connection: sa.Connection) -> None:
