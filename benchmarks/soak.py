@@ -54,9 +54,10 @@ from soak_writers import (
 )
 
 from sbert_pg import catalog, create_all
+from sbert_pg.catalog.rows import array_label
 from sbert_pg.embedded import EmbeddedServer
 from sbert_pg.freshness import WorkerSettings, claims, counts, refresh, retry
-from sbert_pg.freshness.queue import CHANGED, label_of
+from sbert_pg.freshness.queue import CHANGED
 from sbert_pg.freshness.rows import rows_of
 from sbert_pg.sqlstates import sqlstate_of
 from sbert_pg.system import ColumnIdentity
@@ -401,7 +402,7 @@ def snapshot(binding: catalog.Binding) -> sa.Select[Any]:
     keys = [table.c[name] for name in binding.key_columns]
     record = catalog.tables.failure.c
     why = sa.select(record.error).where(
-        record.binding_id == binding.id, record.key == label_of(keys)
+        record.binding_id == binding.id, record.key == array_label(keys)
     )
     return sa.select(
         sa.func.concat_ws("/", *(sa.cast(key, sa.Text) for key in keys)).label("key"),

@@ -68,7 +68,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "alembic": (9, 2839),
     "catalog": (9, 2636),
     "cli": (16, 4373),
-    "clustering": (16, 5124),
+    "clustering": (16, 5131),
     "encoder": (23, 7056),
     "freshness": (17, 5266),
     "indexes": (6, 1351),

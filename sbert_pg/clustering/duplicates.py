@@ -373,13 +373,22 @@ def pairs_of(
 
 
 def _exact(connection: sa.Connection, rows: RowSet, threshold: float) -> Iterator[Pair]:
-    """All pairs, by blocks of matrix products."""
     read, vectors = read_rows(connection, rows)
     keys = [_key(key) for key in read.tuples()]
     normalize(vectors)
-    step = max(16, min(1024, _BLOCK_ELEMENTS // max(len(keys), 1)))
+    for arrays in similar_pairs(vectors, threshold):
+        for one, other, similarity in zip(*(a.tolist() for a in arrays), strict=True):
+            yield Pair(similarity, keys[one], keys[other])
 
-    def block(start: int) -> tuple[Any, ...]:
+
+def similar_pairs(vectors: Any, threshold: float) -> Iterator[tuple[Any, Any, Any]]:
+    """Positions of unit vectors whose product is at least a threshold, and the products, by blocks.
+
+    The first position of a pair is the smaller one.
+    """
+    step = max(16, min(1024, _BLOCK_ELEMENTS // max(len(vectors), 1)))
+
+    def block(start: int) -> tuple[Any, Any, Any]:
         products = vectors[start : start + step] @ vectors[start:].T
         # A product of equal unit vectors can round to just below one.
         ones, others = np.divmod(np.flatnonzero(products >= threshold - 1e-6), products.shape[1])
@@ -388,9 +397,7 @@ def _exact(connection: sa.Connection, rows: RowSet, threshold: float) -> Iterato
         return ones + start, others + start, products[ones, others]
 
     with worker_threads("compare rows") as pool:
-        for arrays in pool.map(block, range(0, len(keys), step)):
-            for one, other, similarity in zip(*(a.tolist() for a in arrays), strict=True):
-                yield Pair(similarity, keys[one], keys[other])
+        yield from pool.map(block, range(0, len(vectors), step))
 
 
 def _through_index(

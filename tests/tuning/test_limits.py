@@ -131,5 +131,5 @@ def test_ones_own_texts(minilm: Any, database_url: sa.URL, tmp_path: Path) -> No
     empty = sbert_pg(*asked, url=database_url)
     assert empty.returncode == 1
     assert "empty" in empty.stderr
-    with_text = sbert_pg("encoder", "limits", minilm.spec.name, "--texts", "/dev/null")
+    with_text = sbert_pg(*measure, "/dev/null")
     assert "There is no text in /dev/null" in with_text.stderr
