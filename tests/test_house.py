@@ -64,7 +64,7 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 
 #: Most modules and lines of each room: a new capability raises its own, and nobody else's.
 ROOMS: dict[str, tuple[int, int]] = {
-    "adapters": (10, 1929),
+    "adapters": (10, 1944),
     "alembic": (9, 2839),
     "catalog": (9, 2636),
     "cli": (16, 4373),
@@ -76,7 +76,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "orm": (5, 937),
     "passages": (5, 1160),
     "reembed": (11, 3055),
-    "search": (13, 4368),
+    "search": (13, 4434),
     "serving": (15, 3508),
     "sql": (1, 24),
     "tuning": (15, 4331),

@@ -51,7 +51,10 @@ class SbertVectorStore(Store, VectorStore):
         ids: list[str] | None = None,
         **kwargs: Any,
     ) -> Work[list[str]]:
-        """Embed and write texts; one with the id of an existing row takes its place."""
+        """Embed and write texts; one with the id of an existing row takes its place.
+
+        Attributes that its metadata does not name stay; the JSON attribute is written whole.
+        """
         return self.documents.upsert(_rows(texts, metadatas, ids))
 
     add_texts, aadd_texts = both(_add_texts)
@@ -156,8 +159,11 @@ class SbertVectorStore(Store, VectorStore):
             metadatas: one for each text.
             ids: one for each text.
             **kwargs: the arguments of the class: ``column`` and ``sessions`` at least.
+
+        Raises:
+            DeclarationError: one of these is missing.
         """
-        store = cls(**kwargs)
+        store = cls(**_of_store(kwargs))
         store.add_texts(texts, metadatas, ids=ids)
         return store
 
@@ -172,9 +178,18 @@ class SbertVectorStore(Store, VectorStore):
         **kwargs: Any,
     ) -> SbertVectorStore:
         """As ``from_texts``."""
-        store = cls(**kwargs)
+        store = cls(**_of_store(kwargs))
         await store.aadd_texts(texts, metadatas, ids=ids)
         return store
+
+
+def _of_store(options: dict[str, Any]) -> dict[str, Any]:
+    if not options.keys() >= {"column", "sessions"}:
+        raise DeclarationError(
+            "A store of texts is rows of a mapped class: give its embedding column and sessions as "
+            "well, as in from_texts(texts, column=Note.embedding, sessions=sessionmaker(engine))."
+        )
+    return options
 
 
 def _rows(

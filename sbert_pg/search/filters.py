@@ -6,7 +6,10 @@ The adapters of other libraries and the servers translate their spellings to thi
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date, datetime, time
+from decimal import Decimal
 from operator import ge, gt, le, lt
 from typing import Any
 
@@ -30,6 +33,19 @@ _ORDER: dict[str, Callable[[Any, Any], Any]] = {
     "$gte": ge,
 }
 
+_NUMBERS = (int, float, Decimal)
+#: By the type of a column's values: what reads one from a text, and what it is compared with.
+_TYPES: dict[type, tuple[Callable[[str], Any], Any]] = {
+    int: (int, _NUMBERS),
+    float: (float, _NUMBERS),
+    Decimal: (Decimal, _NUMBERS),
+    bool: (lambda text: {"true": True, "false": False}.get(text), bool),
+    date: (date.fromisoformat, date),
+    datetime: (datetime.fromisoformat, date),
+    time: (time.fromisoformat, time),
+    uuid.UUID: (uuid.UUID, uuid.UUID),
+}
+
 
 def condition(conditions: Any, fields: Fields) -> Condition:
     """A condition on metadata as SQL; several in one mapping have to hold together.
@@ -44,7 +60,8 @@ def condition(conditions: Any, fields: Fields) -> Condition:
         fields: finds the column of a field.
 
     A row that has no value of the field differs from every value: ``$ne`` and ``$nin`` find it.
-    Values within JSON are compared with those of their own type alone.
+    Values within JSON are compared with those of their own type alone. A text in the place of a
+    number, date, time or UUID of a column is read, dates and times in the form of ISO 8601.
 
     Raises:
         DeclarationError: an operator that does not exist, or a value that it does not take.
@@ -183,9 +200,58 @@ def _one_of(field: sa.ColumnElement[Any], values: list[Any]) -> Condition:
 
 
 def _operand(field: sa.ColumnElement[Any], value: Any) -> Any:
-    if not isinstance(field.type, JSONB) or isinstance(value, sa.ClauseElement):
+    if value is None or isinstance(value, sa.ClauseElement):
         return value
+    if not isinstance(field.type, JSONB):
+        return _typed(field, value)
     return sa.cast(sa.literal(_dumped(value), sa.Text()), JSONB)
+
+
+def _typed(field: sa.ColumnElement[Any], value: Any) -> Any:
+    """A value as one of the column's type; texts are read, as of dates in ISO 8601."""
+    type_ = field.type
+    if isinstance(type_, sa.ARRAY) and not isinstance(value, (list, tuple)):
+        raise DeclarationError(
+            f"{field} is of {type_!r}: compare it with a list, or look into it by $any or $all; "
+            f"this is {value!r}."
+        )
+    kind = _kind(type_)
+    if kind is None:
+        return value
+    try:
+        typed = _read(kind, value)
+    except (ValueError, ArithmeticError) as error:
+        raise DeclarationError(
+            f"{field} is of {type_!r} and is compared with a value of that type, dates and times "
+            f"in the form of ISO 8601; this is {value!r}."
+        ) from error
+    if kind is int and not (isinstance(typed, int) and abs(typed) < 2 ** _bits(type_)):
+        # A fraction would be rounded as a value of the type, and a larger number has no place.
+        return sa.literal(Decimal(str(typed)), sa.Numeric())
+    return typed
+
+
+def _kind(type_: sa.types.TypeEngine[Any]) -> type | None:
+    """A type whose values are read from texts; ``None`` for others and those that convert."""
+    try:
+        kind = None if isinstance(type_, sa.TypeDecorator) else type_.python_type
+    except NotImplementedError:
+        return None
+    return kind if kind in _TYPES else None
+
+
+def _read(kind: type, value: Any) -> Any:
+    read, accepted = _TYPES[kind]
+    typed = read(value) if isinstance(value, str) else value
+    if not isinstance(typed, accepted) or (isinstance(typed, bool) and kind is not bool):
+        raise ValueError
+    return typed
+
+
+def _bits(type_: sa.types.TypeEngine[Any]) -> int:
+    return (
+        15 if isinstance(type_, sa.SmallInteger) else 63 if isinstance(type_, sa.BigInteger) else 31
+    )
 
 
 def _dumped(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -39,6 +40,7 @@ class Note(Base):
     body: Mapped[str]
     topic: Mapped[str | None]
     year: Mapped[int | None]
+    day: Mapped[dt.date | None]
     tags: Mapped[list[str] | None] = mapped_column(ARRAY(sa.Text))
     extra: Mapped[dict[str, Any]] = mapped_column("extra data", default=dict)
     embedding = column()
@@ -184,10 +186,20 @@ DOCUMENTS = [
         ({"$and": [{"topic": "fruit"}, {"$not": {"stars": 5}}]}, "b"),
         ({"$not": {"year": {"$gt": 1}}}, "acd"),
         (Note.year > 1, "b"),
+        # Values of other types than the column's.
+        ({"year": "2"}, "b"),
+        ({"year": {"$in": ["1", 1.5, 2**40, 2**70, None]}}, "acd"),
+        ({"year": {"$lt": 2**40}}, "ab"),
+        ({"year": 1.5}, ""),
+        ({"day": "2026-01-03"}, "a"),
+        ({"day": {"$in": ["2026-01-03"]}}, "a"),
+        ({"day": {"$gt": dt.date(2026, 1, 2)}}, "a"),
+        ({"tags": ["a", "b"]}, "d"),
     ],
 )
 def test_filters(store: SbertVectorStore, conditions: Any, found: str) -> None:
     store.add_documents(DOCUMENTS)
+    store.add_texts(["apples"], [DOCUMENTS[0].metadata | {"day": dt.date(2026, 1, 3)}], ids=["a"])
     documents = store.similarity_search("apples", k=10, filter=conditions)
     assert sorted(document.id or "" for document in documents) == list(found)
 
@@ -204,6 +216,11 @@ def test_filters(store: SbertVectorStore, conditions: Any, found: str) -> None:
         ({"year": {"$between": [1]}}, "two values"),
         ({"year": {"$gt": None}}, "None"),
         ({"stars": {"$gt": [1]}}, "no order"),
+        ({"year": "two"}, r"Note.year is of Integer\(\) and .* type"),
+        ({"year": True}, "of that type"),
+        ({"day": {"$in": ["3 January"]}}, "ISO 8601; this is '3 January'"),
+        ({"day": 3}, "ISO 8601"),
+        ({"tags": "a"}, r"a list, or look into it by \$any"),
         ({"stars": {1, 2}}, "within JSON"),
         ({"stars": float("nan")}, "within JSON"),
         ("topic", "a mapping"),
@@ -321,6 +338,9 @@ def test_from_texts(tables: sa.Engine) -> None:
     store = SbertVectorStore.from_texts(["a", "b"], **options)
     assert isinstance(store.embeddings, SbertEmbeddings)
     assert len(store.embeddings.embed_query("a")) == 384
+    for wrong in ({}, {"column": Note.embedding}):
+        with pytest.raises(DeclarationError, match="its embedding column and sessions as well"):
+            SbertVectorStore.from_texts(["a"], SbertEmbeddings("deterministic"), **wrong)
     more = asyncio.run(SbertVectorStore.afrom_texts(["c"], **options))
     assert more.similarity_search("c", k=1)[0].page_content == "c"
 
