@@ -64,7 +64,7 @@ class HybridSearch(Changeable):
 
     def narrowed(self, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Nearest:
         """The search, with one more call that chooses rows, in both arms."""
-        call = (name, arguments, options)
+        name, arguments, options = call = self.words.said((name, arguments, options))
         words = replace(self.words, narrowing=(*self.words.narrowing, call))
         meaning = getattr(self.meaning, name)(*arguments, **options)
         return _statement(replace(self, meaning=meaning, words=words))
@@ -178,11 +178,10 @@ def _statement(search: HybridSearch) -> Nearest:
     values = ["score", "similarity", "meaning_rank", "words_score", "words_rank"]
     query = [page.c.query] if words.many else []
     statement: Any = Nearest(*words.selected, *(page.c[name] for name in values), *query)
-    origin = words.entity if words.entity is not None else words.table
     if words.joins:
-        statement = replayed_of(statement, origin, words.narrowing)
+        statement = replayed_of(statement, words.origin, words.narrowing)
     on = [key == page.c[name] for key, name in zip(words.key, names, strict=True)]
-    statement = statement.join_from(origin, page, sa.and_(*on))
+    statement = statement.join_from(words.origin, page, sa.and_(*on))
     statement = statement.order_by(*query, page.c.score.desc(), _first(page), *words.key)
     statement = replayed(statement, search.shaping)
     statement.search = search

@@ -49,8 +49,6 @@ _UUID = re.compile(r"[0-9A-Fa-f-]{32,36}")
 _AGGREGATES = frozenset(
     ["avg", "sum", "min", "max", "count", "array_agg", "string_agg", "bool_and", "bool_or"]
 )
-#: Methods that take criteria alone; the others that choose rows are joins.
-_CRITERIA = ("where", "filter_by")
 
 
 class Changeable:
@@ -68,9 +66,18 @@ class Changeable:
     shaping: tuple[Call, ...]
 
     @property
+    def origin(self) -> Any:
+        """What the rows are selected from, as the caller would write it; ``None`` where several."""
+
+    @property
+    def joining(self) -> tuple[Call, ...]:
+        """The calls that choose rows by more than criteria: joins."""
+        return tuple(call for call in self.narrowing if call[0] != "where")
+
+    @property
     def joins(self) -> bool:
-        """Whether there are calls that choose rows by more than criteria."""
-        return any(name not in _CRITERIA for name, _, _ in self.narrowing)
+        """Whether there are such calls."""
+        return bool(self.joining)
 
     def statement(self) -> Nearest:
         """The statement of the search."""
@@ -78,9 +85,19 @@ class Changeable:
 
     def narrowed(self, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Nearest:
         """The search, with one more call that chooses rows."""
-        if name in _CRITERIA and not arguments and not options:
+        if name in ("where", "filter_by") and not arguments and not options:
             return self.statement()
-        return self._with(narrowing=(*self.narrowing, (name, arguments, options)))
+        return self._with(narrowing=(*self.narrowing, self.said((name, arguments, options))))
+
+    def said(self, call: Call) -> Call:
+        """A call that chooses rows, by criteria where it names them.
+
+        The names mean what they mean in the caller's own select: parts of the search are of more.
+        """
+        if call[0] != "filter_by" or self.origin is None:
+            return call
+        select = replayed(sa.select(self.origin), (*self.joining, call))
+        return "where", () if select.whereclause is None else (select.whereclause,), {}
 
     def shaped(self, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Nearest:
         """The search, with one more call that shapes its rows."""
@@ -148,6 +165,11 @@ class Search(Changeable):
     exact: bool
     narrowing: tuple[Call, ...] = ()
     shaping: tuple[Call, ...] = ()
+
+    @property
+    def origin(self) -> Any:
+        """See ``Changeable.origin``."""
+        return self.target.origin
 
     def statement(self) -> Nearest:
         """The statement of the search."""
@@ -218,7 +240,7 @@ def _criteria_of(search: Search) -> tuple[bool, bool]:
 
 def _joining(search: Search) -> list[Any]:
     """Columns by which joins reach other tables: those said, or foreign keys."""
-    calls = [call for call in search.narrowing if call[0] not in _CRITERIA]
+    calls = search.joining
     given = [clause_of(one) for _, to, options in calls for one in (*to, *options.values())]
     said = sa.and_(sa.true(), *(one for one in given if isinstance(one, sa.ColumnElement)))
     keys = () if not calls else getattr(search.target.table, "foreign_keys", ())
@@ -365,10 +387,19 @@ def _partners(search: Search) -> list[Any]:
 
 
 def _joined_tables(search: Search) -> list[Any]:
-    """Tables, and what stands for such, that a row and its partners are of."""
+    """Tables, and what stands for such, that a row and its partners are of.
+
+    Not the table between the two ends of a relationship: SQLAlchemy gives it another name whenever
+    a statement is compiled, so that nothing can mean it.
+    """
     target = search.target
     origin = target.key[0] if target.key else target.column
-    return _froms_of(replayed(sa.select(origin), search.narrowing))
+    select = replayed(sa.select(origin), search.narrowing)
+    froms = _froms_of(select)
+    if not any(isinstance(one, sa.Alias) for one in froms):
+        return froms
+    again = _froms_of(select)
+    return [one for one in froms if one in again]
 
 
 def _froms_of(select: Any) -> list[Any]:
@@ -552,9 +583,6 @@ def _spelled_out(search: Search) -> tuple[Call, ...]:
 
     calls = []
     for name, criteria, options in search.narrowing:
-        if name == "filter_by" and search.target.entity is not None and not search.joins:
-            named = (getattr(search.target.entity, key) == value for key, value in options.items())
-            name, criteria, options = "where", tuple(named), {}
         if name == "where":
             criteria = tuple(map(spelled, criteria))
         calls.append((name, criteria, options))

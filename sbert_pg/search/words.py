@@ -101,6 +101,11 @@ class WordSearch(Changeable):
     narrowing: tuple[Call, ...] = ()
     shaping: tuple[Call, ...] = ()
 
+    @property
+    def origin(self) -> Any:
+        """See ``Changeable.origin``."""
+        return self.table if self.entity is None else self.entity
+
     def statement(self) -> Nearest:
         """The statement of the search."""
         return _statement(self)
@@ -389,10 +394,9 @@ def _statement(search: WordSearch) -> Nearest:
     same = [key == page.c[f"key_{n}"] for n, key in enumerate(search.key)]
     query = [page.c.query] if search.many else []
     statement: Any = Nearest(*search.selected, page.c.score.label("score"), *query)
-    origin = search.entity if search.entity is not None else search.table
     if search.joins:
-        statement = replayed_of(statement, origin, search.narrowing)
-    statement = statement.join_from(origin, page, sa.and_(*same))
+        statement = replayed_of(statement, search.origin, search.narrowing)
+    statement = statement.join_from(search.origin, page, sa.and_(*same))
     statement = statement.order_by(*query, page.c.score.desc(), *search.key)
     statement = replayed(statement, search.shaping)
     statement.search = search
