@@ -14,7 +14,7 @@ from sbert_pg.errors import DeclarationError
 from sbert_pg.passages import declared_passages
 from sbert_pg.search.looks import MAX_EF_SEARCH
 from sbert_pg.search.passages import Asked, Score, nearest_documents, nearest_passages
-from sbert_pg.search.statement import Nearest, Search, criteria_of, statement_of
+from sbert_pg.search.statement import Nearest, Search, criteria_of, is_number, statement_of
 from sbert_pg.search.target import target_of
 
 Criteria = sa.ColumnElement[bool] | Sequence[sa.ColumnElement[bool]]
@@ -40,13 +40,14 @@ def nearest(
     """A select of the rows nearest to a query, each with its similarity, nearest first.
 
     Works on a mapped attribute (rows are ``(entity, similarity)``) and on a ``Table`` column (rows
-    are the table's columns without its vectors, and ``similarity``; ``nearest_similarity`` where
-    the table has a column of that name). Run it with any session or connection. Criteria, joins,
-    ``limit`` and ``offset`` that are added to it belong to the *search*, not to what it has found:
-    the rows that come back are the nearest of those that pass, as many as were asked for where
-    there are as many. Columns, loader options and ``with_for_update`` shape those rows. What would
-    work on a page that was found already (``order_by``, ``group_by``, ``distinct``, ``having``) is
-    refused; take the search as a subquery.
+    are the table's columns without its vectors, and ``similarity``). Where the class or table has a
+    column of that name, the search's is ``nearest_similarity``; so with ``query``. Run it with any
+    session or connection. Criteria, joins, ``limit`` and ``offset`` that are added to it belong to
+    the *search*, not to what it has found: the rows that come back are the nearest of those that
+    pass, as many as were asked for where there are as many. Columns, loader options and
+    ``with_for_update`` shape those rows. What would work on a page that was found already
+    (``order_by``, ``group_by``, ``distinct``, ``having``) is refused; take the search as a
+    subquery.
 
     Whether the declared index answers or the rows that pass are compared one by one is decided in
     the database, by what the index finds near the query; ``explain_search`` says which it was, and
@@ -148,14 +149,18 @@ def _check(
         _require_whole("limit", limit, ", or None for all rows.")
     _require_whole("offset", offset, ".")
     for name, number, most in (("ef_search", ef_search, MAX_EF_SEARCH), ("probes", probes, 32_768)):
-        if number is not None and not 1 <= number <= most:
-            raise DeclarationError(f"nearest(): {name} is {number}; pgvector takes 1 to {most}.")
-    if overfetch is not None and overfetch < 1:
-        raise DeclarationError(f"nearest(): overfetch is {overfetch}; it starts at 1.")
+        if number is not None and not (_is_whole(number) and 1 <= number <= most):
+            raise DeclarationError(f"nearest(): {name} is {number!r}; pgvector takes 1 to {most}.")
+    if overfetch is not None and not (_is_whole(overfetch) and overfetch >= 1):
+        raise DeclarationError(f"nearest(): overfetch is {overfetch!r}; it starts at 1.")
+
+
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, (int, np.integer))
 
 
 def _require_whole(name: str, number: Any, end: str) -> None:
-    if not isinstance(number, (int, np.integer)) or number < 0:
+    if not _is_whole(number) or number < 0:
         raise DeclarationError(
             f"nearest() was given {name}={number!r}; it takes a whole number from 0 on{end}"
         )
@@ -166,6 +171,9 @@ def _furthest(
 ) -> float | None:
     if max_distance is not None and min_similarity is not None:
         raise DeclarationError("nearest() takes max_distance or min_similarity, not both.")
+    for name, number in (("max_distance", max_distance), ("min_similarity", min_similarity)):
+        if number is not None and not is_number(number):
+            raise DeclarationError(f"nearest() was given {name}={number!r}, which is no number.")
     if min_similarity is not None:
         return metric.offset - min_similarity
     return max_distance

@@ -23,7 +23,7 @@ import sqlalchemy as sa
 from sbert_pg.errors import DeclarationError
 from sbert_pg.search.entry import nearest
 from sbert_pg.search.passages import MOST_BY_INDEX, DocumentSearch
-from sbert_pg.search.statement import Call, Changeable, Nearest, replayed, replayed_of
+from sbert_pg.search.statement import Call, Changeable, Nearest, is_number, replayed, replayed_of
 from sbert_pg.search.words import (
     WordSearch,
     check_page,
@@ -78,6 +78,11 @@ class HybridSearch(Changeable):
         _check_page(limit, offset or 0)
 
     @property
+    def origin(self) -> Any:
+        """See ``Changeable.origin``."""
+        return self.words.origin
+
+    @property
     def column(self) -> Any:
         """The text column."""
         return self.words.column
@@ -124,7 +129,8 @@ def hybrid(
 
     An arm that finds nothing takes nothing away from the other. Rows are the entity and ``score``,
     with ``similarity``, ``meaning_rank``, ``words_score`` and ``words_rank`` for what each arm said
-    (``NULL`` where it did not find the row).
+    (``NULL`` where it did not find the row). Where the class or table has a column of such a name,
+    the search's is behind ``hybrid_``, as in ``hybrid_score``.
 
     Args:
         column: an embedding column.
@@ -145,8 +151,7 @@ def hybrid(
     """
     if fusion not in ("relative", "rrf"):
         raise DeclarationError(f"hybrid() fuses 'relative' or by 'rrf', not {fusion!r}.")
-    if weight is not None and not 0 <= weight <= 1:
-        raise DeclarationError(f"hybrid() was given weight={weight!r}; it is 0 to 1.")
+    _check_weight(weight)
     if depth is not None and (not isinstance(depth, int) or depth < 1):
         raise DeclarationError(f"hybrid() was given depth={depth!r}; it is 1 or more rows.")
     _check_page(limit, offset)
@@ -165,6 +170,11 @@ def hybrid(
     return _statement(HybridSearch(by_meaning, by_words, limit, offset, fusion, weight, depth))
 
 
+def _check_weight(weight: Any) -> None:
+    if weight is not None and not (is_number(weight) and 0 <= weight <= 1):
+        raise DeclarationError(f"hybrid() was given weight={weight!r}; it is 0 to 1.")
+
+
 def _check_page(limit: Any, offset: Any) -> None:
     if limit is None:
         raise DeclarationError("hybrid() needs a limit: it fuses the best rows of both arms.")
@@ -177,7 +187,9 @@ def _statement(search: HybridSearch) -> Nearest:
     page = _fused(search, names).subquery("hybrid_page")
     values = ["score", "similarity", "meaning_rank", "words_score", "words_rank"]
     query = [page.c.query] if words.many else []
-    statement: Any = Nearest(*words.selected, *(page.c[name] for name in values), *query)
+    own = [*(page.c[name] for name in values), *query]
+    labels = [column.label(search.called(column.name)) for column in own]
+    statement: Any = Nearest(*words.selected, *labels)
     if words.joins:
         statement = replayed_of(statement, words.origin, words.narrowing)
     on = [key == page.c[name] for key, name in zip(words.key, names, strict=True)]
@@ -221,9 +233,11 @@ def _fused(search: HybridSearch, names: list[str]) -> sa.Select[Any]:
     order = [either.c.score.desc(), _first(either), *(either.c[n] for n in names)]
     place = sa.func.row_number().over(partition_by=either.c.query, order_by=order)
     placed = sa.select(*either.c, place.label("place")).subquery("hybrid_placed")
-    return sa.select(*placed.c).where(
+    page = sa.select(*placed.c).where(
         placed.c.place > search.offset, placed.c.place <= search.limit + search.offset
     )
+    # Parts of the page, so that two searches of one statement each have their own.
+    return page.add_cte(meaning, by_words, weight, nest_here=True)
 
 
 def weight_of(search: HybridSearch) -> sa.Select[Any]:

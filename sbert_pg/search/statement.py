@@ -12,9 +12,11 @@ The module is long, since a statement and the search that makes it know each oth
 from __future__ import annotations
 
 import enum
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, ClassVar, cast
 
 import sqlalchemy as sa
@@ -25,7 +27,7 @@ from sqlalchemy.sql.selectable import FromGrouping
 
 from sbert_pg.errors import DeclarationError
 from sbert_pg.search.looks import Shape, number, size_for
-from sbert_pg.search.target import Target, columns_of, table_behind
+from sbert_pg.search.target import Target, columns_of, name_beside, table_behind
 from sbert_pg.search.ways import (
     DISTANCE,
     KEY,
@@ -69,6 +71,10 @@ class Changeable:
     def origin(self) -> Any:
         """What the rows are selected from, as the caller would write it; ``None`` where several."""
 
+    def called(self, name: str) -> str:
+        """What the search calls a value of its own, beside columns of its rows."""
+        return name_beside(self.origin, self.function, name)
+
     @property
     def joining(self) -> tuple[Call, ...]:
         """The calls that choose rows by more than criteria: joins."""
@@ -100,7 +106,13 @@ class Changeable:
         return "where", () if select.whereclause is None else (select.whereclause,), {}
 
     def shaped(self, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Nearest:
-        """The search, with one more call that shapes its rows."""
+        """The search, with one more call that shapes its rows.
+
+        Raises:
+            DeclarationError: a column to select is one value of all rows.
+        """
+        if name in ("add_columns", "with_only_columns") and any(map(_aggregated, arguments)):
+            return self.refused(name, arguments, options)
         return self._with(shaping=(*self.shaping, (name, arguments, options)))
 
     def refused(self, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Nearest:
@@ -113,7 +125,8 @@ class Changeable:
             return self.shaped(name, arguments, options)
         raise DeclarationError(
             f"{self.function}(...).{name}() would work on what the search has found, not choose "
-            "what it finds. Take the search as a subquery, and do it to the rows of that."
+            "what it finds. Take the search as a subquery, and do it to the rows of that, as "
+            "select(func.count()).select_from(search.subquery())."
         )
 
     def paged(self, limit: Any, offset: Any) -> Nearest:
@@ -206,6 +219,16 @@ class Search(Changeable):
         return [] if self.many else tables_of(self.right)
 
 
+def _aggregated(element: Any) -> bool:
+    """Whether a column is one value of many rows, as ``count()`` is without ``OVER``."""
+    element = clause_of(element)
+    if isinstance(element, functions.FunctionElement):
+        return element.name in _AGGREGATES or any(map(_aggregated, element.get_children()))
+    if not isinstance(element, sa.ColumnElement) or isinstance(element, (sa.ScalarSelect, sa.Over)):
+        return False
+    return any(map(_aggregated, element.get_children()))
+
+
 def tables_of(element: Any) -> list[Any]:
     """Tables that the columns of an expression are of, each once."""
     return list({id(column.table): column.table for column in columns_of(element)}.values())
@@ -296,14 +319,23 @@ def replayed_of(statement: Any, origin: Any, calls: tuple[Call, ...]) -> Any:
 
 
 def criteria_of(where: Any) -> tuple[Any, ...]:
-    """The criteria that an argument ``where=`` stands for.
+    """The criteria that an argument ``where=`` stands for; ``None`` is none.
 
     Raises:
-        DeclarationError: it is a text.
+        DeclarationError: it is a text, or neither a criterion nor several.
     """
     if isinstance(where, str):
         raise DeclarationError(f"where={where!r} is a text; for SQL write where=text({where!r}).")
-    return (where,) if isinstance(where, sa.ClauseElement) else tuple(where)
+    if isinstance(clause_of(where), sa.ClauseElement):
+        return (where,)
+    if not isinstance(where, Iterable | None):
+        raise DeclarationError(f"where={where!r} is no criterion, such as Article.lang == 'en'.")
+    return () if where is None else tuple(where)
+
+
+def is_number(given: Any) -> bool:
+    """Whether it is a real number, which NaN is not."""
+    return isinstance(given, Real) and not math.isnan(given)
 
 
 def statement_of(search: Search) -> Nearest:
@@ -758,7 +790,7 @@ def _each(search: Search, page: sa.Select[Any], shape: Shape | None) -> Nearest:
         one = one.where(*target.proof)
     one = one.order_by(*_order([rows.c[name] for name in names], rows))
     found = _cut(one, search, parts).lateral("nearest_page")
-    asked = (queries.c.number - sa.literal_column("1")).label("query")
+    asked = (queries.c.number - sa.literal_column("1")).label(search.called("query"))
     made = Nearest(*target.selected, target.similarity_from(found.c[DISTANCE]), asked)
     made = made.select_from(queries).join_from(queries, found, sa.true())
     made = made.join_from(found, target.origin, sa.and_(*_joined(target, found)))

@@ -82,7 +82,6 @@ class Target:
         self.column: sa.ColumnElement[Any] = clause
         self.type = type_
         self.metric: Metric = metric_for(clause)
-        self.label = "similarity"
         self.narrows = False
         self.proof = self.proven(clause, ASKED)
         self.fence, self.bound = guard.fence_of(clause), guard.bound(clause)
@@ -93,6 +92,7 @@ class Target:
         parent = getattr(column, "parent", None)
         self.entity: Any = None if parent is None else parent.entity
         origin = self._from_entity() if self.entity is not None else self._from_table(column)
+        self.label = name_beside(self.origin, "nearest", "similarity")
         base = base_of(clause)
         self.table: sa.Table | None = None
         self.row_key: list[sa.Column[Any]] = []
@@ -115,9 +115,6 @@ class Target:
         self.selected: list[Any] = [self.entity]
         self.key: list[Any] = [self._attribute(c) for c in self.mapper.primary_key]
         self.narrows = self.mapper.inherits is not None and not self.mapper.concrete
-        names = {*self.mapper.attrs.keys(), *(c.key for c in self.mapper.columns)}
-        if self.label in names:
-            self.label = "nearest_similarity"
         if inspected.is_mapper:
             return list(self.mapper.tables)
         return _tables_of(inspected.selectable)
@@ -131,8 +128,6 @@ class Target:
         self.origin = table
         self.selected = readable_columns(table)
         self.key = list(table.primary_key)
-        if any(c.key == self.label for c in self.selected):
-            self.label = "nearest_similarity"
         return _tables_of(table)
 
     def _attribute(self, column: sa.Column[Any]) -> Any:
@@ -207,8 +202,7 @@ class Target:
     ) -> list[sa.ColumnElement[bool]]:
         """That a row's proof is one of its vector; asked of the column under any name.
 
-        Args:
-            binding_id: identity of its binding, where the statement has asked for it: ``ASKED``.
+        The identity of its binding is given where the statement has asked for it: ``ASKED``.
         """
         companion = companion_of(column)
         return [] if companion is None else [guard.proven(column, companion, binding_id)]
@@ -265,10 +259,8 @@ class Target:
 
     def comparable(self) -> list[sa.ColumnElement[bool]]:
         """That a row has a vector, and a similarity to something."""
-        criteria: list[sa.ColumnElement[bool]] = [self.column.is_not(None)]
-        if self.metric.similarity == "cosine":
-            criteria.append(self.directed(self.column))
-        return criteria
+        directed = [self.directed(self.column)] if self.metric.similarity == "cosine" else []
+        return [self.column.is_not(None), *directed]
 
     def directed(self, vector: sa.ColumnElement[Any]) -> sa.ColumnElement[bool]:
         """That a vector is not all zeros, which has a cosine with nothing."""
@@ -362,6 +354,15 @@ def readable_columns(table: Any) -> list[Any]:
     texts = [c for c in table.c if isinstance(c.type, TextSearch)]
     apart = {id(c) for c in (*vectors, *map(companion_of, vectors), *texts)}
     return [c for c in table.c if id(c) not in apart]
+
+
+def name_beside(origin: Any, function: str, name: str) -> str:
+    """What a search calls a value of its own: behind its function's name where rows have it."""
+    mapper = getattr(sa.inspect(origin, raiseerr=False), "mapper", None)
+    of = [getattr(origin, "c", {})] if mapper is None else [mapper.attrs, mapper.columns]
+    while any(name in one for one in of):
+        name = f"{function}_{name}"
+    return name
 
 
 def columns_of(element: Any) -> Iterator[Any]:

@@ -165,7 +165,8 @@ def matching(
             among the best.
 
     Returns:
-        Rows of the entity (or of the table's columns) and ``score``.
+        Rows of the entity (or of the table's columns) and ``score``; ``matching_score`` where these
+        have a column of that name, and so with ``query``.
 
     Raises:
         DeclarationError: the column is not a text column, or a number is out of its range.
@@ -393,7 +394,8 @@ def _statement(search: WordSearch) -> Nearest:
     page = words_page(search)
     same = [key == page.c[f"key_{n}"] for n, key in enumerate(search.key)]
     query = [page.c.query] if search.many else []
-    statement: Any = Nearest(*search.selected, page.c.score.label("score"), *query)
+    own = [column.label(search.called(column.name)) for column in (page.c.score, *query)]
+    statement: Any = Nearest(*search.selected, *own)
     if search.joins:
         statement = replayed_of(statement, search.origin, search.narrowing)
     statement = statement.join_from(search.origin, page, sa.and_(*same))

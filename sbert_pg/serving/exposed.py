@@ -24,6 +24,7 @@ from sbert_pg.passages import declared_passages
 from sbert_pg.passages.declaring import text_of
 from sbert_pg.search import hybrid, matching, nearest
 from sbert_pg.search.filters import compare
+from sbert_pg.search.statement import Nearest
 from sbert_pg.search.target import readable_columns
 from sbert_pg.spec import EncoderSpec
 
@@ -165,6 +166,9 @@ class Exposed:
         # The table's columns come first, then the scores, whatever they are called.
         readable = [column.name for column in readable_columns(self.embedding.table)]
         first = len(readable)
+        # Apart from the columns, a score needs no other name than its own.
+        prefix = f"{statement.search.function}_" if isinstance(statement, Nearest) else ""
+        names[first:] = [name.removeprefix(prefix) for name in names[first:]]
         places = [readable.index(column.name) for column in self.embedding.table.primary_key]
         rows = []
         for row in result:

@@ -65,8 +65,9 @@ def encode_together(statement: Any, questions: Sequence[str]) -> None:
 
 def with_answers(statement: Any) -> sa.Select[Any]:
     """The statement of a search with the columns ``query``, ``key``, ``score`` and ``text``."""
-    columns = statement.selected_columns
-    if "query" not in columns:
+    columns, search = statement.selected_columns, getattr(statement, "search", None)
+    query = "query" if search is None else search.called("query")
+    if query not in columns:
         raise DeclarationError(
             "A search to be evaluated takes a list of questions and gives a column 'query', their "
             "number from 0, as nearest(), matching() and hybrid() do for a list."
@@ -74,11 +75,11 @@ def with_answers(statement: Any) -> sa.Select[Any]:
     if not isinstance(statement, Nearest):
         return statement  # type: ignore[no-any-return]
     of = _target(statement)
-    score = columns["score"] if "score" in columns else columns[of.label]
+    score = search.called("score") if of is search else of.label
     chosen = (
-        columns["query"].label("query"),
+        columns[query].label("query"),
         catalog_rows.label(of.key).label("key"),
-        score.label("score"),
+        columns[score].label("score"),
         sa.func.left(_text_of(of.column), 200).label("text"),
     )
     # Of this very statement: the method of a search would make another, with other columns.

@@ -140,7 +140,8 @@ def _asked(connection: sa.Connection, statement: Any, questions: Sequence[str]) 
     encode_together(statement, questions)
     # By their places, behind those of the class, which may have the same names.
     score, similarity, _, words_score, _, query = list(statement.selected_columns)[-6:]
-    chosen = [query, score, similarity, words_score]
+    values = {"query": query, "score": score, "similarity": similarity, "words_score": words_score}
+    chosen = [value.label(name) for name, value in values.items()]
     label = catalog_rows.label(search.key).label("key")
     place = sa.func.row_number().over(order_by=search.key).label("place")
     # Of this very statement: the method of a search would make another, with other columns.

@@ -165,6 +165,6 @@ def test_names_and_keys_of_the_application_are_its_own(
                 rows = session.execute(both).all()
                 assert len(rows) == 5 * (len(questions) if question is questions else 1)
                 assert {row.Report.tenant for row in rows} == {"b"}
-                assert all(isinstance(row.score, float) for row in rows)
+                assert all(isinstance(row.hybrid_score, float) for row in rows)
         many = session.execute(nearest(Report.passages, questions, limit=4)).all()
         assert [row[-1] for row in many] == [0] * 4 + [1] * 4
