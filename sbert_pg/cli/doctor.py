@@ -23,6 +23,7 @@ from sbert_pg.freshness.listening import seen_workers
 from sbert_pg.freshness.settings import replica_lag
 from sbert_pg.freshness.status import ColumnStatus, status
 from sbert_pg.indexes.read import StoredIndex, vector_indexes
+from sbert_pg.loading.aside import names_aside
 from sbert_pg.progress import duration
 
 #: Rows from which comparing all of them takes some 25 ms and more; below, an index gains little.
@@ -124,7 +125,9 @@ def diagnose(connection: sa.Connection, *, large: int = LARGE) -> Iterator[Findi
         yield from _of_indexes(binding, indexes[name])
         if name in columns:
             yield from _of_statistics(connection, binding, columns[name])
-            yield from _of_column(columns[name], large, building=bool(indexes[name]))
+            aside = list(_of_aside(connection, binding, columns[name]))
+            yield from aside
+            yield from _of_column(columns[name], large, building=any((indexes[name], aside)))
         yield from _of_precision(connection, binding)
     yield from _of_questions(connection)
     yield from _of_replicas(connection)
@@ -172,6 +175,20 @@ def _of_statistics(
         yield Finding(
             "advice", table, "statistics were never gathered, so plans are guesses",
             f"ANALYZE {table}; and see that autovacuum is on.",
+        )  # fmt: skip
+
+
+def _of_aside(
+    connection: sa.Connection, binding: Binding, column: ColumnStatus
+) -> Iterator[Finding]:
+    # Among the problems is a queue that is missing, on which it would stand.
+    aside = () if column.problems else names_aside(connection, binding)
+    if aside:
+        yield Finding(
+            "advice", column.column,
+            f"{', '.join(aside)} set aside, so that searches compare all rows, by a backfill or a "
+            "load that goes on or was killed",
+            f"Where none goes on: sbert-pg backfill {shlex.quote(column.column)} builds them.",
         )  # fmt: skip
 
 

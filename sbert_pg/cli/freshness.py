@@ -85,6 +85,8 @@ def worker(
     with common.database(database, lasting=True) as engine, ExitStack() as stack:
         companions = _companions(engine, app, metadata)
         if once:
+            if address is not None:
+                common.note("--http is for a worker that stays; with --once nothing is served.")
             _run_once(engine, chosen, companions, json)
             return
         running = Worker(engine, chosen, [*companions, Answers(engine)])

@@ -108,6 +108,15 @@ def building_aside(
     _build_aside(engine, binding, stop=stop, **options)
 
 
+def names_aside(connection: sa.Connection, binding: Binding) -> tuple[str, ...]:
+    """Names of what is set aside: by a block that goes on, or that came to an end before it built.
+
+    Raises:
+        BackfillError: the column has no queue.
+    """
+    return tuple(_noted(connection, binding)[1])
+
+
 def set_aside(engine: sa.Engine, binding: Binding) -> tuple[str, ...]:
     """Drop the vector indexes of a column, and note what they were; see ``indexes_aside``."""
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:

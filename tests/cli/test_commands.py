@@ -507,7 +507,9 @@ def test_a_database_in_sql_ascii(bare_database_url: sa.URL, fake_encoder: Any) -
         connection.execute(
             note.insert(), [{"id": 1, "body": "grün \u2603"}, {"id": 2, "body": "b"}]
         )
-    assert "2 rows embedded" in sbert_pg("worker", "--once", url=url).stdout
+    said = sbert_pg("worker", "--once", "--http", "127.0.0.1:0", url=url)
+    assert "2 rows embedded" in said.stdout
+    assert "with --once nothing is served" in said.stderr
     shown = sbert_pg("search", "note.e", "grün \u2603", url=url).stdout
     assert "grün \u2603" in shown
     assert "0 wrong" in sbert_pg("audit", "note.e", url=url).stdout

@@ -14,6 +14,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from sbert_pg import (
     WorkerSettings,
+    catalog,
     create_all,
     embed_on_flush,
     embedding_column,
@@ -22,6 +23,7 @@ from sbert_pg import (
 )
 from sbert_pg.cli.doctor import Finding, diagnose
 from sbert_pg.freshness.listening import seen_workers
+from sbert_pg.loading.aside import set_aside
 from sbert_pg.testing import DeterministicEncoder
 
 
@@ -106,6 +108,18 @@ def test_workers_that_listen_work_and_ended(well: sa.Engine) -> None:
     held = [(one["worker"], one["rows"]) for one in data["leases"]["public.note.embedding"]]
     assert sorted(held) == [("a:1", 2), ("a:1", 2), ("b:2", 2)]
     assert data["seconds_since_caught_up"]["public.note.embedding"] >= 0
+
+
+def test_indexes_that_a_killed_backfill_set_aside(well: sa.Engine) -> None:
+    with well.connect() as connection:
+        (binding,) = catalog.all_bindings(connection)
+    assert set_aside(well, binding) == ("note_embedding",)
+    finding = one(well, large=10)
+    assert (finding.level, finding.subject) == ("advice", "public.note.embedding")
+    assert finding.what.startswith("note_embedding set aside")
+    (command,) = re.findall(r"sbert-pg (.*) builds", finding.remedy)
+    assert sbert_pg(*command.split(), url=well.url).returncode == 0
+    assert found(well, large=10) == []
 
 
 @pytest.mark.parametrize(("version", "faults"), [("0.8.0", 3), ("0.8.3", 1), ("0.8.4", 0)])
