@@ -76,7 +76,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "orm": (5, 937),
     "passages": (5, 1160),
     "reembed": (11, 3055),
-    "search": (13, 4522),
+    "search": (14, 4701),
     "serving": (15, 3512),
     "sql": (1, 24),
     "tuning": (15, 4333),

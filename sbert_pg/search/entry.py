@@ -7,15 +7,16 @@ from typing import Any, Literal
 
 import numpy as np
 import sqlalchemy as sa
-from sqlalchemy.orm import RelationshipProperty
+from sqlalchemy.orm import InstanceState, RelationshipProperty
 
 from sbert_pg.distance import Metric
 from sbert_pg.errors import DeclarationError
 from sbert_pg.passages import declared_passages
+from sbert_pg.search.documents import of_entity, require_no_document
 from sbert_pg.search.looks import MAX_EF_SEARCH
 from sbert_pg.search.passages import Asked, Score, nearest_documents, nearest_passages
 from sbert_pg.search.statement import Nearest, Search, criteria_of, is_number, statement_of
-from sbert_pg.search.target import target_of
+from sbert_pg.search.target import Target, target_of
 
 Criteria = sa.ColumnElement[bool] | Sequence[sa.ColumnElement[bool]]
 
@@ -101,6 +102,10 @@ def nearest(
     else:
         target = target_of(declared.passage.embedding)
     _check(limit, offset, ef_search, probes, overfetch)
+    if declared is not None:
+        declared = of_entity(declared, column)
+        require_no_document(declared, query)
+    _require_no_other_object(target, query)
     criteria = criteria_of(where)
     furthest = _furthest(target.metric, max_distance, min_similarity)
     overrides = (ef_search, overfetch, probes)
@@ -119,6 +124,17 @@ def nearest(
     if criteria:
         return search.narrowed("where", criteria, {})
     return statement_of(search)
+
+
+def _require_no_other_object(target: Target, query: Any) -> None:
+    one = query[0] if isinstance(query, (list, tuple)) and query else query
+    if isinstance(sa.inspect(one, raiseerr=False), InstanceState) and not target.is_row(query):
+        named = f"objects of {type(one).__name__}" if one is not query else type(one).__name__
+        rows = "no class" if target.mapper is None else target.mapper.class_.__name__
+        raise DeclarationError(
+            f"nearest() was given {named} to search {target.column} with. It takes one object of "
+            f"the class that is searched ({rows}), a text, a vector or an expression."
+        )
 
 
 def _only_of_passages(of: str, per_document: int, score: str) -> None:

@@ -150,6 +150,9 @@ def explain_search(session: Session | sa.Connection, statement: Nearest) -> Sear
         )
     connection = session.connection() if isinstance(session, Session) else session
     sql = _written_out(statement, connection)
+    if search.itself and session.execute(sa.select(search.right.is_(None))).scalar_one():
+        reason = "the object that others are to be like has no vector yet: nothing is found"
+        return SearchExplanation("exact", reason, True, None, 0, 0, sql)
     parted = parts_of(search)
     if parted is None:
         return SearchExplanation("exact", _without(search), True, None, 0, 0, sql)

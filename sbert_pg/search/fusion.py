@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import sqlalchemy as sa
+from sqlalchemy.orm import LoaderCriteriaOption
 
 from sbert_pg.errors import DeclarationError
 from sbert_pg.search.entry import nearest
@@ -68,6 +69,12 @@ class HybridSearch(Changeable):
         words = replace(self.words, narrowing=(*self.words.narrowing, call))
         meaning = getattr(self.meaning, name)(*arguments, **options)
         return _statement(replace(self, meaning=meaning, words=words))
+
+    def shaped(self, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Nearest:
+        """See ``Changeable.shaped``; criteria of the whole statement's choose rows by meaning."""
+        criteria = [one for one in arguments if isinstance(one, LoaderCriteriaOption)]
+        meaning = self.meaning.options(*criteria) if criteria else self.meaning
+        return Changeable.shaped(replace(self, meaning=meaning), name, arguments, options)
 
     def statement(self) -> Nearest:
         """The statement of the search."""

@@ -16,6 +16,7 @@ from sqlalchemy.dialects import postgresql
 
 from sbert_pg.errors import DeclarationError
 from sbert_pg.passages.declaring import Declared
+from sbert_pg.search.documents import PassageSearch, join_of, narrows
 from sbert_pg.search.statement import (
     Call,
     Changeable,
@@ -109,10 +110,13 @@ def nearest_passages(
     where: Sequence[sa.ColumnElement[bool]],
 ) -> Nearest:
     """A select of passages, each with its similarity; its criteria may be on documents too."""
-    target = target_of(declared.passage.embedding)
-    search = _search(target, asked, _operand(target, asked), limit)
-    narrowing = _joined(declared, (("where", tuple(where), {}),)) if where else ()
-    return statement_of(replace(search, offset=offset, narrowing=narrowing))
+    target, query = target_of(declared.passage.embedding), asked.query
+    itself = target.identity(query) if target.is_row(query) else ()
+    narrowing: tuple[Call, ...] = (("where", tuple(where), {}),) if where else ()
+    return PassageSearch(
+        target, _operand(target, asked), limit, offset, asked.furthest, itself, asked.overrides,
+        asked.exact, narrowing, declared=declared,
+    ).statement()  # fmt: skip
 
 
 def _search(target: Target, asked: Asked, right: Any, limit: int | None) -> Search:
@@ -126,9 +130,11 @@ def _operand(target: Target, asked: Asked) -> Any:
     return target.operand(asked.query)
 
 
-def _joined(declared: Declared, narrowing: tuple[Call, ...]) -> tuple[Call, ...]:
+def _narrowing(search: DocumentSearch) -> tuple[Call, ...]:
     """Calls that choose passages by what the caller says of them and their documents."""
-    return (("join", (declared.passage.document,), {}), *narrowing) if narrowing else ()
+    if search.narrowing or search.loader_criteria or narrows(search.declared):
+        return (join_of(search.declared), *search.narrowing)
+    return ()
 
 
 def _statement(search: DocumentSearch) -> Nearest:
@@ -178,7 +184,7 @@ def _answer(
 
 
 def _document_keys(declared: Declared) -> list[Any]:
-    mapper = sa.inspect(declared.document)
+    mapper = sa.inspect(declared.document).mapper
     return [
         getattr(declared.document, mapper.get_property_by_column(theirs).key)
         for _, theirs in declared.keys
@@ -200,7 +206,7 @@ def _looks(
         return [], _near(search, target, right, names, None, 0)
     needed, depth = search.limit + search.offset, _depth(search)
     stages: list[sa.CTE] = []
-    further = _FILTERED if search.narrowing else _FURTHER
+    further = _FILTERED if _narrowing(search) else _FURTHER
     for number, size in enumerate((depth, *([further] if further > depth else []), None)):
         rows = _near(search, target, right, names, size, number)
         if stages:
@@ -232,7 +238,7 @@ def first_look(search: DocumentSearch) -> Nearest:
 
 def _passages(search: DocumentSearch, target: Target, right: Any, size: int | None) -> Nearest:
     near = _search(target, search.asked, right, size)
-    return statement_of(replace(near, narrowing=_joined(search.declared, search.narrowing)))
+    return statement_of(replace(near, narrowing=_narrowing(search)))
 
 
 def _near(
@@ -325,7 +331,7 @@ def _best(
     if search.asked.furthest is not None:
         rows = rows.where(distance <= search.asked.furthest)
     if search.narrowing:
-        rows = replayed(rows, _joined(declared, search.narrowing)).distinct()
+        rows = replayed(rows, _narrowing(search)).distinct()
     rows = rows.order_by(sa.desc("similarity"), passage.id).limit(search.asked.per_document)
     lateral: sa.Lateral = rows.correlate(page, *tables_of(right)).lateral("passages_best")
     return lateral

@@ -85,6 +85,11 @@ class Changeable:
         """Whether there are such calls."""
         return bool(self.joining)
 
+    @property
+    def loader_criteria(self) -> bool:
+        """Whether there are criteria of the whole statement's."""
+        return any(isinstance(o, LoaderCriteriaOption) for _, all_, _ in self.shaping for o in all_)
+
     def statement(self) -> Nearest:
         """The statement of the search."""
         raise NotImplementedError
@@ -210,9 +215,14 @@ class Search(Changeable):
         return bool(self.narrowing) or self.target.narrows or self.loader_criteria
 
     @property
-    def loader_criteria(self) -> bool:
-        """Whether there are criteria of the whole statement's."""
-        return any(isinstance(o, LoaderCriteriaOption) for _, all_, _ in self.shaping for o in all_)
+    def single(self) -> bool:
+        """Whether each row is there once for all that is joined."""
+        return not self.joins
+
+    @property
+    def finishing(self) -> tuple[Call, ...]:
+        """Calls on the select of the rows found, where it has not the joins that chose them."""
+        return self.shaping
 
     def outer(self) -> list[Any]:
         """Tables of an enclosing statement that the query's vector comes from."""
@@ -244,10 +254,14 @@ def _shape(search: Search) -> Shape | None:
         return None
     size = size_for(search.limit, target.quantized, search.filtered)
     joined, indexed = _criteria_of(search)
-    # A partial index serves criteria on its own rows alone.
-    if size is None or (target.partial and (joined or not search.filtered)):
+    if size is None or (target.partial and not _of_own_rows(search, joined)):
         return None
     return _shape_of(search, size, joined, indexed)
+
+
+def _of_own_rows(search: Search, joined: bool) -> bool:
+    """Whether there are criteria, and on the rows alone: those that a partial index serves."""
+    return search.filtered and not (joined or search.joins)
 
 
 def _criteria_of(search: Search) -> tuple[bool, bool]:
@@ -257,8 +271,9 @@ def _criteria_of(search: Search) -> tuple[bool, bool]:
     outer, own = search.outer(), list(filter(target.owns, columns))
     inner = [column for column in columns if not any(column.table is one for one in outer)]
     others = len(own) < len(inner) and not target.narrows
+    joined = not search.single if search.joins else others
     own += filter(target.owns, [*_joining(search), *_asked_about(search)])
-    return search.joins or others, any(column.name in target.leading for column in own)
+    return joined, any(column.name in target.leading for column in own)
 
 
 def _joining(search: Search) -> list[Any]:
@@ -371,7 +386,7 @@ def _compared(search: Search) -> Nearest:
         made = made.limit(search.limit)
     if search.offset:
         made = made.offset(search.offset)
-    return _finished(made, search)
+    return _finished(made, search, narrowed=True)
 
 
 def _compared_then_proven(search: Search) -> Nearest:
@@ -380,7 +395,7 @@ def _compared_then_proven(search: Search) -> Nearest:
     parts = [_asked(search).cte("nearest_query"), _within_part(search, *_others(search))]
     if _criteria_of(search)[0]:
         parts.append(compared_page(target, bounded).cte("nearest_page"))
-        return _finished(_cut(_joined_page(search), search, parts), search)
+        return _finished(_cut(_joined_page(search), search, parts), search, narrowed=True)
     if bounded not in target.prepared:
         target.prepared[bounded] = _around(target, compared_page(target, bounded))
     return _finished(_cut(target.prepared[bounded], search, parts), search)
@@ -462,8 +477,10 @@ def _others(search: Search) -> list[sa.ColumnElement[bool]]:
     return [search.right.is_not(None), sa.not_(sa.and_(*itself))]
 
 
-def _finished(made: Any, search: Search) -> Nearest:
-    statement: Nearest = replayed(made, search.shaping)
+def _finished(made: Any, search: Search, *, narrowed: bool = False) -> Nearest:
+    """The statement; ``narrowed`` where its select has the calls that chose rows."""
+    calls = search.shaping if narrowed and search.joins else search.finishing
+    statement: Nearest = replayed(made, calls)
     statement.search = search
     return statement
 
@@ -649,7 +666,7 @@ def _by_ways(search: Search, shape: Shape) -> Nearest:
     made = replayed_of(made, target.origin, search.narrowing)
     made = _ordered(made, target, page).where(*_of_few(target, page))
     made = made.order_by(*_partners(search))
-    return _finished(_cut(made, search, parts), search)
+    return _finished(_cut(made, search, parts), search, narrowed=True)
 
 
 def _of_few(target: Target, page: Any) -> list[sa.ColumnElement[bool]]:
