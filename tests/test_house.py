@@ -72,7 +72,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "encoder": (23, 7056),
     "freshness": (17, 5266),
     "indexes": (6, 1351),
-    "loading": (5, 1290),
+    "loading": (5, 1284),
     "orm": (5, 937),
     "passages": (5, 1160),
     "reembed": (11, 3055),

@@ -17,7 +17,6 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import OID, REGCLASS
-from sqlalchemy.ext.compiler import compiles
 
 from sbert_pg import catalog
 from sbert_pg.catalog import Binding
@@ -26,7 +25,7 @@ from sbert_pg.indexes import build_index, index_builder, vector_indexes
 from sbert_pg.locks import ATTEMPTS, LOCK_TIMEOUT, Pause
 from sbert_pg.progress import Advance
 from sbert_pg.sqlstates import Fault, fault_of, words_of
-from sbert_pg.system import ColumnIdentity
+from sbert_pg.system import ColumnIdentity, Statement
 from sbert_pg.types.indexed import VectorIndex
 
 log = logging.getLogger("sbert_pg.loading")
@@ -132,7 +131,7 @@ def set_aside(engine: sa.Engine, binding: Binding) -> tuple[str, ...]:
             return tuple(aside)
         aside |= {index.name: {part: getattr(index, part) for part in _PARTS} for index in stored}
         try:
-            connection.execute(_Comment(queue, json.dumps(aside)))
+            connection.execute(_comment(queue, json.dumps(aside)))
         except sa.exc.ProgrammingError as error:
             raise BackfillError(
                 f"The vector indexes of {binding} cannot be set aside: {words_of(error)}. Fill it "
@@ -160,7 +159,7 @@ def _build_aside(engine: sa.Engine, binding: Binding, **options: Any) -> None:
             queue, now = _noted(connection, binding)
             # What another call has set aside meanwhile is its own affair.
             if now == aside:
-                connection.execute(_Comment(queue, None))
+                connection.execute(_comment(queue, None))
 
 
 def _noted_at_the_end(engine: sa.Engine, binding: Binding) -> dict[str, Mapping[str, Any]]:
@@ -188,18 +187,13 @@ def _noted(connection: sa.Connection, binding: Binding) -> tuple[str, dict[str, 
     return existing, json.loads(str(note)) if str(note).startswith("{") else {}
 
 
-class _Comment(sa.schema.ExecutableDDLElement):
+def _comment(index: str, text: str | None) -> Statement:
     """``COMMENT ON INDEX``, of an index by its name as SQL."""
 
-    def __init__(self, index: str, text: str | None) -> None:
-        self.index, self.text = index, text
+    def write(compiler: Any) -> str:
+        sql = compiler.sql_compiler
+        name = sql.process(sa.literal_column(index))
+        literal = "NULL" if text is None else sql.render_literal_value(text, sa.String())
+        return f"COMMENT ON INDEX {name} IS {literal}"
 
-
-@compiles(_Comment, "postgresql")
-def _comment(element: _Comment, compiler: Any, **_: Any) -> str:
-    sql = compiler.sql_compiler
-    name = sql.process(sa.literal_column(element.index))
-    text = "NULL"
-    if element.text is not None:
-        text = sql.render_literal_value(element.text, sa.String())
-    return f"COMMENT ON INDEX {name} IS {text}"
+    return Statement(write)
