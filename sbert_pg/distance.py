@@ -46,10 +46,7 @@ class Metric:
     """How one similarity function is computed by pgvector.
 
     Attributes:
-        similarity: name of the similarity function, as sentence-transformers spells it.
         operator: distance operator; ``ORDER BY column operator query`` is served by an index.
-        opclass_suffix: operator class without the type's name (``cosine_ops``).
-        index_methods: access methods that have the operator class.
         offset: ``similarity = offset - distance``.
     """
 
@@ -76,11 +73,7 @@ RANK_UNIT_VECTORS_ALIKE: frozenset[Similarity] = frozenset({"cosine", "dot", "eu
 
 
 def metric_of(similarity: str) -> Metric:
-    """Look up a metric by the name of its similarity function.
-
-    Raises:
-        DeclarationError: for a name that is not one of ``SIMILARITIES``.
-    """
+    """Look up a metric by the name of its similarity function."""
     for name, metric in METRICS.items():
         if name == similarity:
             return metric
@@ -102,16 +95,7 @@ def lengths(vectors: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
 def similarity_matrix(
     a: npt.NDArray[np.float32], b: npt.NDArray[np.float32], similarity: Similarity
 ) -> npt.NDArray[np.float32]:
-    """Similarity of every row of ``a`` with every row of ``b``.
-
-    Args:
-        a: float32 array of shape ``(n, dimensions)``.
-        b: float32 array of shape ``(m, dimensions)``.
-        similarity: one of ``SIMILARITIES``.
-
-    Returns:
-        float32 array of shape ``(n, m)``, larger for nearer.
-    """
+    """Similarity of every row of ``a`` with every row of ``b``, larger for nearer, float32."""
     if similarity == "cosine":
         return np.asarray(unit(a) @ unit(b).T, dtype=np.float32)
     if similarity == "dot":

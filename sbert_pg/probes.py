@@ -133,11 +133,7 @@ SAMPLE_TEXTS: tuple[str, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How closely two sets of vectors of the same texts agree.
-
-    Attributes:
-        max_length_ratio: largest factor between the two lengths of a pair, at least 1.
-    """
+    """How closely two sets of vectors agree; of lengths the largest factor of a pair."""
 
     mean_cosine: float
     min_cosine: float
@@ -152,12 +148,7 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True)
 class Compatibility:
-    """Whether two encoders share a vector space, and why.
-
-    Attributes:
-        compatible: the verdict; the object is truthy accordingly.
-        agreement: measured on the probes, ``None`` where the widths differ.
-    """
+    """Whether two encoders share a vector space, and why; no agreement where the widths differ."""
 
     compatible: bool
     reason: str
@@ -269,11 +260,6 @@ def compatible_specs(
     Every fact that decides the vectors of documents has to be equal, and the probe vectors have to
     agree: within the error of quantisation where both were made from the same weights, tokenizer
     and configuration, within rounding otherwise. Equal fingerprints spare no measurement.
-
-    Args:
-        a_probes: its probe vectors, ``(len(PROBES), dimensions)``, see ``measured``.
-        b: spec of the other.
-        b_probes: see ``a_probes``.
     """
     if a.dimensions != b.dimensions:
         return Compatibility(False, f"{a.dimensions} dimensions against {b.dimensions}")

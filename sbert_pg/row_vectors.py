@@ -29,13 +29,7 @@ from sbert_pg.types.encoding import off_loop
 
 @dataclass(frozen=True)
 class EmbeddingColumn:
-    """An embedding column of a table, with the columns that its text is made of.
-
-    Attributes:
-        companion: its companion, ``None`` where the table has none.
-        source_columns: the source's columns, in order.
-        identity: the column as the database names it.
-    """
+    """An embedding column of a table, its companion, and the columns that its text is made of."""
 
     column: sa.Column[Any]
     companion: sa.Column[Any] | None
@@ -59,11 +53,7 @@ class EmbeddingColumn:
         return self.type.encoder
 
     def binding(self, connection: Connection) -> Binding | None:
-        """The column's binding, for a writer; ``None`` where it is not bound.
-
-        Raises:
-            EncoderMismatchError: the column belongs to another encoder.
-        """
+        """The column's binding, for a writer; ``None`` where it is not bound."""
         if self.companion is None:
             return None
         return guard.binding_for_write(connection, self.identity, self.spec)
@@ -92,11 +82,7 @@ class EmbeddingColumn:
 
 
 def embedding_columns(declared: Any) -> tuple[EmbeddingColumn, ...]:
-    """The embedding columns of a table, mapped class, base, metadata or column, or of several.
-
-    Raises:
-        SourceError: a source names a column that the table does not have, or one that is not text.
-    """
+    """The embedding columns of a table, mapped class, base, metadata or column, or of several."""
     return tuple(
         EmbeddingColumn(
             column,
@@ -140,11 +126,7 @@ def _columns(declared: Any) -> Iterator[sa.Column[Any]]:
 
 
 def target_of(table: Any) -> tuple[sa.Table, dict[str, sa.Column[Any]]]:
-    """The table of a ``Table`` or mapped class, and its columns by the names that rows use.
-
-    Raises:
-        DeclarationError: it is neither, or the class is stored in several tables.
-    """
+    """The table of a ``Table`` or mapped class, and its columns by the names that rows use."""
     if isinstance(table, sa.Table):
         return table, dict(table.columns.items())
     mapper = sa.inspect(table, raiseerr=False)
@@ -178,10 +160,6 @@ def encode_jobs(jobs: Sequence[TextJob]) -> None:
     """Encode all jobs, one batch for each encoder, and store their vectors.
 
     Nothing is stored unless everything could be encoded.
-
-    Raises:
-        EncodingError: a text cannot be encoded; the message names its row.
-        EncoderError: an encoder cannot be loaded.
     """
     by_encoder: dict[EncoderSpec, list[TextJob]] = {}
     for job in jobs:
@@ -200,18 +178,7 @@ def _encode(spec: EncoderSpec, group: Sequence[TextJob]) -> Vectors:
 def encode_documents(
     spec: EncoderSpec, texts: Sequence[str], label: Callable[[int], str]
 ) -> Vectors:
-    """Encode texts with the encoder that a column declares, each of several equal ones once.
-
-    Args:
-        label: what an error calls the text at a position.
-
-    Returns:
-        float32 array of shape ``(len(texts), dimensions)``.
-
-    Raises:
-        EncodingError: a text cannot be encoded.
-        DimensionError: the encoder's width is not the declared one.
-    """
+    """Vectors of texts, ``(texts, dimensions)``, equal ones encoded once; a label is for errors."""
     first: dict[str, int] = {}
     for number, text in enumerate(texts):
         first.setdefault(text, number)

@@ -40,12 +40,8 @@ class KnownEncoder:
     """Published facts of one model.
 
     Attributes:
-        max_seq_length: tokens it reads, or ``None`` where nothing ends a text.
         normalized: whether its vectors have length one; ``None`` where no source was found.
-        languages: ``"en"``, or how many.
         good_for: one line for a reader who is choosing.
-        matryoshka: whether vectors may be truncated.
-        licence: of the weights, by its SPDX name where it has one.
         retrieval: mean nDCG@10 of MTEB's ten English retrieval tasks, in percent, from its result
             files; ``None`` where they have none.
         cost: multiplications a token beside all-MiniLM-L6-v2's, from the sizes of the layers;

@@ -64,26 +64,26 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 
 #: Most modules and lines of each room: a new capability raises its own, and nobody else's.
 ROOMS: dict[str, tuple[int, int]] = {
-    "adapters": (10, 1944),
+    "adapters": (10, 1925),
     "alembic": (9, 2839),
     "catalog": (9, 2636),
     "cli": (16, 4392),
     "clustering": (16, 5131),
-    "encoder": (23, 7056),
+    "encoder": (23, 6609),
     "freshness": (17, 5266),
-    "indexes": (6, 1351),
-    "loading": (5, 1284),
-    "orm": (5, 937),
-    "passages": (5, 1160),
+    "indexes": (6, 1283),
+    "loading": (5, 1235),
+    "orm": (5, 910),
+    "passages": (5, 1123),
     "reembed": (11, 3055),
-    "search": (14, 4701),
+    "search": (14, 4562),
     "serving": (15, 3512),
     "sql": (1, 24),
-    "tuning": (15, 4333),
-    "types": (8, 1832),
+    "tuning": (15, 4079),
+    "types": (8, 1752),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3579
+MOST_LINES_OF_THE_REST = 3512
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60

@@ -27,15 +27,9 @@ from sbert_pg.types.wire import VectorValue
 
 @dataclass
 class Row:
-    """One row of the class as a document.
+    """One row of the class as a document; without an ``id`` it is to be written under a new key.
 
-    Attributes:
-        id: the primary key as text; ``None`` for a row that is to be written under a new key.
-        text: its text.
-        metadata: what else the row holds: attributes that are not ``NULL``, and the keys of the
-            JSON attribute.
-        similarity: as ``nearest`` gives it, of a row that was searched for.
-        vector: float32 array of shape ``(dimensions,)``, where it was asked for.
+    ``metadata`` is what else it holds that is not ``NULL``, and the keys of the JSON attribute.
     """
 
     id: str | None

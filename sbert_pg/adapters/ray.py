@@ -100,11 +100,7 @@ def backfill(
 
 
 def _wait(ray: Any, fleet: list[Any], watch: Watch, stop: threading.Event) -> None:
-    """Wait until every actor has found nothing more, or nothing is left for those that cannot run.
-
-    Raises:
-        SbertPgError: what one of them was refused with.
-    """
+    """Wait until every actor has found nothing more, or nothing is left for one that cannot run."""
     waiting = [member.fill.remote() for member in fleet]
     stopped = False
     while waiting:

@@ -22,23 +22,14 @@ Work = Callable[[Session], T]
 
 
 class Runner:
-    """Does work in its own session, a transaction a call.
-
-    Args:
-        sessions: a ``sessionmaker``, for both synchronous calls and asynchronous ones, which run in
-            a thread; or an ``async_sessionmaker``, for asynchronous calls alone.
-    """
+    """Does work in its own session, a transaction a call; sessions as of ``documents.Store``."""
 
     def __init__(self, sessions: Any) -> None:
         self._sessions = sessions
         self._is_async = not isinstance(sessions, sessionmaker)
 
     def run(self, work: Work[T]) -> T:
-        """The result of some work.
-
-        Raises:
-            DeclarationError: the sessions are asynchronous.
-        """
+        """The result of some work."""
         if self._is_async:
             raise DeclarationError(
                 "This store has an async_sessionmaker; call its asynchronous functions, or give it "

@@ -106,13 +106,7 @@ def _absolute(
     activation: str = "gelu",
     typed: bool = True,
 ) -> Transformer:
-    """BERT and its kin.
-
-    Args:
-        padding: see ``Transformer.padding_id``.
-        width: of the embeddings, where they have one of their own.
-        typed: whether there are token types.
-    """
+    """BERT and its kin; ``width`` is that of the embeddings, where they have one of their own."""
     config, width, types = reader.config, width or reader.width, None
     if typed:
         config.only("position_embedding_type", ["absolute"], "absolute")

@@ -306,11 +306,7 @@ def measure(vectors: Vectors, reference: Vectors) -> Mapping[str, Agreement]:
 
 
 def measure_scores(scores: Vectors, reference: Vectors) -> Mapping[str, Agreement]:
-    """Agreement of the scores of the sample pairs, a label at a time: their correlation.
-
-    What a reranker's scores are for is an order, which neither their height nor their scale
-    decides.
-    """
+    """Agreement of the scores of the sample pairs, a label at a time: their correlation."""
     a, b = ((side - side.mean(axis=0)).T for side in (_unbounded(scores), _unbounded(reference)))
     return {"samples": agreement_of(np.asarray(a), np.asarray(b))}
 

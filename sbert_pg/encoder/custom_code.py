@@ -47,14 +47,7 @@ _GTE_IGNORED = ("logn_attention_clip1", "unpad_inputs", "use_memory_efficient_at
 
 
 def without_code(config: Settings) -> Settings:
-    """A configuration in transformers' words, where it is of a model that is known from code.
-
-    Others are given back as they are.
-
-    Raises:
-        UnsupportedEncoderError: it names code that is not known, or a setting for which what is
-            computed is another.
-    """
+    """A configuration in transformers' words where its model is known from code; else as it is."""
     kind = config.get("model_type")
     if kind == "nomic_bert" and "n_embd" in config:
         return _nomic(config)

@@ -84,20 +84,12 @@ class Description:
     """A sentence-transformers model in its own words.
 
     Attributes:
-        transformer_path: where the transformer's configuration, weights and tokenizer are.
-        architecture: ``model_type`` of the transformer (``"bert"``, ``"mpnet"``...).
-        config: the transformer's ``config.json``, in transformers' words.
         configuration: everything that the directory's configuration files say and the other
             attributes do not, what is ignored on purpose included; part of the encoder's identity.
-        pooling: pooling modes in the order of concatenation.
         include_prompt: whether pooling sees the tokens of the prompt.
         max_seq_length: tokens read of a text, special tokens included; never more than the
             transformer has positions for. ``None`` where neither the model nor its tokenizer
             names a limit.
-        do_lower_case: whether texts are put in lower case before the tokenizer.
-        default_prompt_name: prompt that ``encode`` uses where none is asked for.
-        similarity: similarity function that the model was made for.
-        truncate_dim: dimensions kept of each vector, or ``None`` for all.
         pairs: whether it scores pairs of texts: a cross-encoder.
         token_types: whether the transformer is given which tokens are of a pair's second text.
     """
@@ -150,11 +142,6 @@ def describe(path: str | Path) -> Description:
 
     A directory without ``modules.json`` but with a transformer is read as sentence-transformers
     reads it: mean pooling and nothing after it.
-
-    Raises:
-        EncoderNotFoundError: there is no such directory, or no model in it.
-        DamagedEncoderError: a file that another one names is missing or unreadable.
-        UnsupportedEncoderError: the model asks for something that is not implemented.
     """
     root = Path(path)
     require_model(root)
@@ -199,11 +186,7 @@ def plain(settings: Settings, without: frozenset[str] = _PROVENANCE) -> dict[str
 
 
 def architecture_of(config: Settings) -> str:
-    """The transformer's ``model_type``.
-
-    Raises:
-        UnsupportedEncoderError: it is not the name of one.
-    """
+    """The transformer's ``model_type``."""
     architecture = config.get("model_type")
     if not isinstance(architecture, str) or not _ARCHITECTURE.fullmatch(architecture):
         raise UnsupportedEncoderError(
@@ -317,11 +300,7 @@ def _transformer_settings(directory: Path) -> Settings:
 
 
 def require_harmless(settings: Settings) -> None:
-    """Refuse arguments for transformers that could change what a model computes.
-
-    Raises:
-        UnsupportedEncoderError: there are some.
-    """
+    """Refuse arguments for transformers that could change what a model computes."""
     for key in ("model_args", "model_kwargs", "config_args", "config_kwargs", "tokenizer_args",
                 "processor_kwargs"):  # fmt: skip
         unknown = set(settings.object(key)) - _HARMLESS_KWARGS

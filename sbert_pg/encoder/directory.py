@@ -60,15 +60,9 @@ class Manifest:
 
     Attributes:
         kind: ``"encoder"`` or ``"reranker"``, a cross-encoder whose vectors are its scores.
-        spec: the encoder's spec, with the dimensions that the model keeps by its own settings.
-        precision: numeric form of the weights.
         full_dimensions: width of the graph's output; the spec's own where nothing is truncated.
-        inputs: names of the graph's inputs, in order.
-        truncation_side: which end of a long text is cut off.
-        exporter: how the graph was made, ``"graph"`` or ``"torch"``.
         agreement: by text set (``"probes"``, ``"samples"``), how closely the vectors agree with
             those of the fp32 reference; empty for the reference itself.
-        files: SHA-256 of every other file, by name.
         training: of an encoder that was fitted here, how: method, settings, seed, digests of the
             pairs and of their parts, figures, versions; empty otherwise.
     """
@@ -85,11 +79,7 @@ class Manifest:
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def truncated(self, dimensions: int | None) -> EncoderSpec:
-        """The spec with the dimensions that a caller asks for; ``None`` for the model's own.
-
-        Raises:
-            DeclarationError: the model does not have so many.
-        """
+        """The spec with the dimensions that a caller asks for; ``None`` for the model's own."""
         spec, full = self.spec, self.full_dimensions
         if dimensions is None or dimensions == spec.dimensions:
             return spec
@@ -112,12 +102,7 @@ class Manifest:
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
-        """The manifest of a directory.
-
-        Raises:
-            DamagedEncoderError: it is missing, unreadable, or was changed.
-            UnsupportedEncoderError: another version of this library wrote it.
-        """
+        """The manifest of a directory."""
         path = directory / MANIFEST
         data = dict(read_json(path))
         if data.get("format") != FORMAT:
@@ -164,11 +149,7 @@ def is_converted(path: Path) -> bool:
 
 
 def require_kind(directory: Path, manifest: Manifest, kind: str) -> None:
-    """Refuse a directory that holds something else than a caller expects.
-
-    Raises:
-        UnsupportedEncoderError: it does.
-    """
+    """Refuse a directory that holds something else than a caller expects."""
     if manifest.kind != kind:
         loader = {"encoder": "Encoder.load", "reranker": "Reranker.load"}.get(manifest.kind, "")
         raise UnsupportedEncoderError(
@@ -177,11 +158,7 @@ def require_kind(directory: Path, manifest: Manifest, kind: str) -> None:
 
 
 def verify_files(directory: Path, manifest: Manifest) -> None:
-    """Compare every file with its digest.
-
-    Raises:
-        DamagedEncoderError: a file is missing or differs; the message names it.
-    """
+    """Compare every file with its digest."""
     for name in (MODEL, TOKENIZER, PROBE_VECTORS):
         if name not in manifest.files:
             raise DamagedEncoderError(f"{directory / MANIFEST} names no {name}.")
@@ -199,11 +176,7 @@ def verify_files(directory: Path, manifest: Manifest) -> None:
 
 
 def verified(directory: Path, manifest: Manifest, opened: Callable[[], T]) -> T:
-    """What ``opened`` makes of a directory, while its files are compared with their digests.
-
-    Raises:
-        DamagedEncoderError: a file is missing or differs.
-    """
+    """What ``opened`` makes of a directory, while its files are compared with their digests."""
     with ThreadPoolExecutor(1, thread_name_prefix="sbert-pg-verify") as pool:
         # Hashing and making the session both leave the interpreter to others.
         checked = pool.submit(verify_files, directory, manifest)
@@ -249,9 +222,6 @@ def cache_root(cache_dir: str | Path | None = None) -> Path:
     """Where converted encoders are kept.
 
     ``cache_dir``, else ``$SBERT_PG_CACHE``, else ``encoders`` in the user's cache directory.
-
-    Raises:
-        EncoderError: there is neither, nor a home directory.
     """
     chosen = cache_dir or os.environ.get("SBERT_PG_CACHE")
     if chosen:
@@ -279,13 +249,7 @@ def no_cache(reason: str) -> str:
 def slot(
     root: Path, name: str, revision: str | None, precision: str, kind: str = "encoder"
 ) -> Path:
-    """The place of one conversion in the cache.
-
-    Args:
-        name: repository, or a plain directory's path.
-        revision: revision that was asked for, or for a plain directory the state of its files.
-        kind: as in ``Manifest``.
-    """
+    """The place of a conversion in the cache; a directory's revision is the state of its files."""
     safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name.replace("/", "--"))
     version = f"{FORMAT}.{BUILD}"
     form = precision if kind == "encoder" else f"{kind}-{precision}"
@@ -325,11 +289,7 @@ def locked(place: Path) -> Iterator[None]:
 
 
 def refuse_taken(place: Path) -> None:
-    """Refuse a file or directory that exists: nothing of a user's is ever replaced.
-
-    Raises:
-        DeclarationError: it does.
-    """
+    """Refuse a file or directory that exists: nothing of a user's is ever replaced."""
     if place.exists():
         raise DeclarationError(
             f"{place} exists, and is never overwritten. Give a directory that does not exist, nor "
@@ -338,12 +298,7 @@ def refuse_taken(place: Path) -> None:
 
 
 def publish(place: Path, write: Callable[[Path], object]) -> None:
-    """Fill a fresh directory and put it in its place at once; the caller holds the lock.
-
-    Args:
-        place: where the directory shall be; what was there is replaced.
-        write: fills the directory that it is given.
-    """
+    """Have a fresh directory filled and put in its place, over what was there; under its lock."""
     with scratch(place) as folder:
         write(folder)
         # mkdtemp makes it private; a cache may be shared.
@@ -362,11 +317,7 @@ def publish(place: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def scratch(place: Path, prefix: str = ".") -> Iterator[Path]:
-    """A fresh directory beside a place; the caller holds the lock of the place.
-
-    What a process that was killed has left of earlier ones goes: the lock says that none is at
-    work here now.
-    """
+    """A fresh directory beside a place, under its lock: so what killed processes have left goes."""
     place.parent.mkdir(parents=True, exist_ok=True)
     start = f"{prefix}{place.name}-"
     # The eight letters of mkdtemp, so that what is under way for "name-2" is none of "name".

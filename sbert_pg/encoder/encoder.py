@@ -312,11 +312,7 @@ class Encoder(Converted):
         )
 
     def _require_agreement(self) -> None:
-        """Refuse an engine that computes other vectors than conversion did, by some short texts.
-
-        Raises:
-            ProviderError: it does.
-        """
+        """Refuse an engine that computes other vectors than conversion did, by some short texts."""
         few = slice(1, 8)
         prompt = self._prompt(DOCUMENT, None)
         vectors = self._cut(self._pipeline.get().run_any(clean(PROBES[few]), prompt))
@@ -340,15 +336,7 @@ class Encoder(Converted):
         return QUERY_OUTPUT if prompt_name == QUERY and self._spec.query_layers else OUTPUT
 
     def _prompt(self, prompt_name: str | None, prompt: str | None) -> str:
-        """The text to put before every text of a call, empty for none.
-
-        Decided as sentence-transformers decides it (``_resolve_prompt``, ``encode_query`` and
-        ``encode_document`` of 6.2): every model has the prompts ``query`` and ``document``, empty
-        unless it says otherwise.
-
-        Raises:
-            EncodingError: there is no prompt of that name.
-        """
+        """The text before every text of a call, decided as sentence-transformers 6.2 decides it."""
         prompts = self.prompts
         if prompt is None and prompt_name is not None and prompt_name not in prompts:
             raise EncodingError(
@@ -368,13 +356,6 @@ def load_declared(encoder: EncoderSpec | str) -> Encoder:
     some models bear that. So they are taken where truncation was asked for: of a model known to be
     made for it, or by a spec that comes from a truncated encoder. In any other declaration they are
     a mistake.
-
-    Args:
-        encoder: the spec, or a name alone.
-
-    Raises:
-        DeclarationError: the declaration names another width than the model has.
-        EncoderError: it cannot be loaded; the message says why.
     """
     if isinstance(encoder, str):
         return Encoder.load(encoder)

@@ -48,11 +48,7 @@ _OPTIONS: Mapping[str, Mapping[str, Any]] = {CUDA: {"use_tf32": "0"}}
 
 @dataclass(frozen=True, slots=True)
 class Providers:
-    """Execution providers in order of preference.
-
-    Attributes:
-        chosen: name and options of each, at least one.
-    """
+    """Execution providers in order of preference: name and options of each, at least one."""
 
     chosen: tuple[tuple[str, Mapping[str, Any]], ...]
 
@@ -81,11 +77,7 @@ class Providers:
         return {CPU: "int8", CUDA: "fp16"}.get(self.names[0], "fp32-plain")
 
     def require_suited(self, path: Path, precision: str) -> None:
-        """Refuse a form that would run on the CPU after all, and slowly.
-
-        Raises:
-            ProviderError: it is int8 or bf16 and the first provider is not the CPU's.
-        """
+        """Refuse a form that would run on the CPU after all, and slowly."""
         if precision.startswith(("int8", "bf16")) and self.names[0] != CPU:
             raise ProviderError(
                 f"{path} holds an encoder in {precision}, which is made for the CPU alone. For "
@@ -94,13 +86,7 @@ class Providers:
             )
 
     def open(self, path: Path) -> onnxruntime.InferenceSession:
-        """A session of a model, each of its operators on one thread.
-
-        Raises:
-            ProviderError: a provider is not in this onnxruntime, or does not start, or cannot run
-                the model.
-            DamagedEncoderError: the file cannot be read as a model.
-        """
+        """A session of a model, each of its operators on one thread."""
         onnxruntime = load_onnxruntime()
         self._require_available(onnxruntime.get_available_providers())
         if CUDA in self.names:
@@ -252,12 +238,7 @@ def installed(engine: str) -> bool:
 
 
 def asked_for(engine: str | None, precision: str, providers: Providers) -> str | None:
-    """The engine that a caller names, else ``$SBERT_PG_ENGINE``, else ``None``.
-
-    Raises:
-        DeclarationError: there is no such engine.
-        ProviderError: it does not run this form, or not with these execution providers.
-    """
+    """The engine that a caller names, else ``$SBERT_PG_ENGINE``, else ``None``."""
     engine = engine or os.environ.get(ENGINE_VARIABLE) or None
     if engine is None:
         return None
@@ -276,18 +257,7 @@ def asked_for(engine: str | None, precision: str, providers: Providers) -> str |
 def compile_graph(
     engine: str, path: Path, precision: str, threads: int, providers: Providers
 ) -> Session:
-    """A graph made ready by one engine.
-
-    Args:
-        threads: how many calls run at the same time; each of them runs in its caller's thread.
-        providers: onnxruntime's execution providers.
-
-    Raises:
-        MissingExtraError: the engine is not installed.
-        ProviderError: an execution provider is missing or does not start.
-        DamagedEncoderError: the file cannot be read as a model.
-        UnsupportedEncoderError: OpenVINO does not know an operator of it.
-    """
+    """A graph made ready by an engine for so many calls at a time, each in its caller's thread."""
     if engine == OPENVINO:
         return Compiled(path, precision, threads)
     session: Session = providers.open(path)
@@ -295,11 +265,7 @@ def compile_graph(
 
 
 def load_openvino() -> Any:
-    """OpenVINO, which takes a third of a second to import.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
+    """OpenVINO, which takes a third of a second to import."""
     with needing("openvino", OPENVINO, "run an encoder with OpenVINO"):
         import openvino
     return openvino

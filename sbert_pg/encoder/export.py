@@ -83,10 +83,6 @@ def _require_weights(torch: Any, description: Description) -> None:
 
     transformers would make up what is missing, from random numbers and whatever its size. So the
     model is built without memory first, and its parameters are looked up in the files.
-
-    Raises:
-        UnsupportedEncoderError: transformers does not know the architecture.
-        DamagedEncoderError: a number in the configuration makes no sense, or weights are missing.
     """
     import transformers
     from transformers import CONFIG_MAPPING
@@ -134,11 +130,7 @@ def _parameters(torch: Any, description: Description) -> int:
 
 
 def _require_loaded(transformer: Any, description: Description) -> None:
-    """Refuse weights under other names than the architecture's, for which random ones stand in.
-
-    Raises:
-        DamagedEncoderError: some are missing.
-    """
+    """Refuse weights under other names than the architecture's, for which random ones stand in."""
     _, found = type(transformer).from_pretrained(
         str(description.transformer_path), local_files_only=True, use_safetensors=True,
         output_loading_info=True,

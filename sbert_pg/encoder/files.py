@@ -48,11 +48,7 @@ _BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
 
 
 def parse_json(content: bytes, what: str) -> Any:
-    """JSON from untrusted bytes.
-
-    Raises:
-        DamagedEncoderError: it is not JSON, or nested too deeply; the message begins with ``what``.
-    """
+    """JSON from untrusted bytes."""
     try:
         if _depth(content) > _DEPTH_LIMIT:
             raise ValueError(f"it is nested more than {_DEPTH_LIMIT} deep")
@@ -83,11 +79,7 @@ def _no_number(name: str) -> NoReturn:
 
 
 def read_bytes(path: Path, limit: int = SETTINGS_LIMIT) -> bytes:
-    """The content of a file.
-
-    Raises:
-        DamagedEncoderError: the file is missing, no file, or larger than ``limit``.
-    """
+    """The content of a file."""
     try:
         size = path.stat().st_size
         if not path.is_file():
@@ -211,11 +203,7 @@ def _shown(value: Any) -> str:
 
 
 def read_json(path: Path, limit: int = SETTINGS_LIMIT) -> Settings:
-    """A JSON object from a file.
-
-    Raises:
-        DamagedEncoderError: the file is missing, too large, or holds no JSON object.
-    """
+    """A JSON object from a file."""
     data = parse_json(read_bytes(path, limit), str(path))
     if not isinstance(data, dict):
         raise DamagedEncoderError(f"{path} holds no JSON object.")
@@ -223,11 +211,7 @@ def read_json(path: Path, limit: int = SETTINGS_LIMIT) -> Settings:
 
 
 def read_list(path: Path, most: int) -> list[Any]:
-    """A JSON list from a file, with at most so many entries.
-
-    Raises:
-        DamagedEncoderError: the file is missing, too large, or holds something else.
-    """
+    """A JSON list from a file, with at most so many entries."""
     data = parse_json(read_bytes(path), str(path))
     if not isinstance(data, list) or len(data) > most:
         raise DamagedEncoderError(f"{path} holds no list of at most {most} modules.")
@@ -248,12 +232,7 @@ def read_if_there(path: Path) -> Settings:
 
 
 def require_model(root: Path) -> None:
-    """Refuse a path that holds no model, before anything is made of its files.
-
-    Raises:
-        EncoderNotFoundError: there is no such directory, or it has neither ``modules.json`` nor
-            ``config.json``.
-    """
+    """Refuse a path that holds no model, before anything is made of its files."""
     if not root.is_dir():
         raise EncoderNotFoundError(
             f"There is no directory {str(root)!r}. Give the path of a sentence-transformers "
@@ -295,12 +274,7 @@ def _refuse_pickle(directory: Path) -> None:
 
 
 def find_weights(directory: Path) -> tuple[Path, ...]:
-    """The safetensors files of a module, one or a sharded set.
-
-    Raises:
-        UnsupportedEncoderError: the weights are there as pickle only.
-        DamagedEncoderError: there are none, or a shard is missing.
-    """
+    """The safetensors files of a module, one or a sharded set."""
     index = directory / "model.safetensors.index.json"
     files: tuple[Path, ...] = (directory / "model.safetensors",)
     if index.is_file():
@@ -317,17 +291,10 @@ def find_weights(directory: Path) -> tuple[Path, ...]:
 
 
 class Weights:
-    """The floating tensors of a model, by name, as float32.
+    """The floating tensors of a model by name, as float32; with ``integers`` those as well.
 
     Names go without the prefix that a checkpoint of a task model has before its transformer. Files
     are mapped into memory, so a tensor that is not asked for is not read.
-
-    Args:
-        integers: whether tensors of integers are read too. In a transformer they are a form of
-            weights that is not implemented.
-
-    Raises:
-        DamagedEncoderError: a file is not what the format says; nothing of it is used.
     """
 
     def __init__(self, paths: Iterable[Path], *, integers: bool = False) -> None:
@@ -359,11 +326,7 @@ class Weights:
         return name in self._places
 
     def get(self, name: str, shape: tuple[int, ...] | None = None) -> Array:
-        """A tensor, copied.
-
-        Raises:
-            DamagedEncoderError: it is missing or has another shape.
-        """
+        """A tensor, copied."""
         if name not in self._places:
             files = ", ".join(str(path) for path in self._paths)
             raise DamagedEncoderError(f"{files} holds no tensor {name!r}, which the model needs.")

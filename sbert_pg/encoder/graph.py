@@ -169,13 +169,7 @@ def _close(writer: Writer, description: Description, vector: str) -> tuple[list[
 
 @dataclass(frozen=True, slots=True)
 class Pooled:
-    """Values that pooling works on.
-
-    Attributes:
-        tokens: token vectors, float32 ``(batch, tokens, width)``.
-        mask: 1 for tokens that are pooled, int64 ``(batch, tokens)``.
-        prompt_excluded: whether ``mask`` may begin with zeros.
-    """
+    """Token vectors, ``(batch, tokens, width)``, and 1 for those pooled, ``(batch, tokens)``."""
 
     tokens: str
     mask: str

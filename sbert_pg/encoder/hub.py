@@ -55,13 +55,7 @@ _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """Files of a model on this machine.
-
-    Attributes:
-        path: a sentence-transformers directory, or one that this project converted.
-        repository: name on the hub, or ``None`` for a plain directory.
-        revision: commit of the repository, where the hub's cache names one.
-    """
+    """Files of a model on this machine; name and commit on the hub, where its cache knows them."""
 
     path: Path
     repository: str | None = None
@@ -69,11 +63,7 @@ class ModelFiles:
 
 
 def home_of(name: str | Path) -> Path:
-    """A path with the home directory in place of ``~``.
-
-    Raises:
-        EncoderNotFoundError: there is no home directory, or no file can have such a name.
-    """
+    """A path with the home directory in place of ``~``."""
     try:
         path = Path(name).expanduser()
         path.lstat()

@@ -144,13 +144,7 @@ def table(paths: tuple[Path, ...]) -> Array:
 
 
 def describe_reranker(path: str | Path) -> Description:
-    """Read what the directory of a cross-encoder at ``path`` says about itself.
-
-    Raises:
-        EncoderNotFoundError: there is no such directory, or no model in it.
-        DamagedEncoderError: a file that another one names is missing or unreadable.
-        UnsupportedEncoderError: it is not a cross-encoder, or asks for something not implemented.
-    """
+    """Read what the directory of a cross-encoder at ``path`` says about itself."""
     root = Path(path)
     require_model(root)
     _require_lone_transformer(root / "modules.json")
@@ -213,11 +207,7 @@ def _general(root: Path) -> Settings:
 
 
 def _activation(general: Settings, config: Settings) -> str | None:
-    """The activation of the scores; ``None`` where sentence-transformers chooses by their number.
-
-    Raises:
-        UnsupportedEncoderError: it is not one of torch's that are implemented.
-    """
+    """The activation of the scores; ``None`` where their number decides."""
     places = (
         (general, "activation_fn"),
         (config.object("sentence_transformers"), "activation_fn"),
@@ -252,11 +242,7 @@ def _dense(weights: Weights, name: str, activation: str, inputs: int, outputs: i
 
 
 def _token_types(config: Settings, tokenizer: Settings) -> bool:
-    """Whether the two texts of a pair are distinguished by their token types.
-
-    The tokenizer decides what the transformer is given; where it does not say, its class in
-    transformers does, and where it has none, the architecture's own.
-    """
+    """Whether token types tell a pair's texts apart: by the tokenizer's file, else its class."""
     if config.integer("type_vocab_size", 1, least=0) < 2:
         return False
     names = tokenizer.get("model_input_names")

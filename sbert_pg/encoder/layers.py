@@ -102,16 +102,7 @@ def _pooling_modes(settings: Settings) -> list[Any]:
 
 
 def read_pooling(settings: Settings, width: int | None) -> tuple[PoolingMode, ...]:
-    """Pooling modes, in the order in which their vectors are concatenated.
-
-    Args:
-        settings: the module's configuration.
-        width: of the token vectors, which the configuration may name; ``None`` leaves that out.
-
-    Raises:
-        DamagedEncoderError: it names another width.
-        UnsupportedEncoderError: it names no mode, or one that is not implemented.
-    """
+    """Pooling modes in the order of concatenation, for tokens of this width."""
     modes = _pooling_modes(settings)
     unknown = any(mode not in POOLING_MODES for mode in modes)
     if not modes or unknown or len(modes) > len(POOLING_MODES):
@@ -129,16 +120,7 @@ def read_pooling(settings: Settings, width: int | None) -> tuple[PoolingMode, ..
 
 
 def read_layers(root: Path, modules: Sequence[tuple[str, str]], width: int) -> tuple[Layer, ...]:
-    """The layers that follow pooling.
-
-    Args:
-        root: the model's directory.
-        modules: class name and path of each.
-
-    Raises:
-        DamagedEncoderError: files are missing or contradict each other.
-        UnsupportedEncoderError: a layer asks for something that is not implemented.
-    """
+    """The layers that follow pooling, from class name and path of each."""
     layers: list[Layer] = []
     for name, path in modules:
         where = inside(root, path)
@@ -179,11 +161,7 @@ def _sentence_level(settings: Settings) -> None:
 
 
 def torch_class(settings: Settings, key: str, path: str, known: Collection[str]) -> str:
-    """The name of a class of torch's, from its path in an entry.
-
-    Raises:
-        UnsupportedEncoderError: it is none of those that are known.
-    """
+    """The name of a class of torch's, one of those known, from its path in an entry."""
     package, _, name = path.rpartition(".")
     if not package.startswith("torch.") or name not in known:
         settings.only(key, [f"torch.nn.{one}" for one in known])
@@ -211,12 +189,7 @@ def _dense(where: Path, width: int) -> Dense:
 
 @dataclass(slots=True)
 class Linear:
-    """``x @ weight + bias``.
-
-    Attributes:
-        weight: ``(in, out)``; safetensors have it the other way round.
-        bias: ``(out,)``.
-    """
+    """``x @ weight + bias``, the weight ``(in, out)``; safetensors have it the other way round."""
 
     weight: Array
     bias: Array
@@ -246,13 +219,7 @@ class Block:
         attention_norm: before attention, or after it and its addition; ``None`` for none.
         up: the wide layer of the feed-forward part, activated where there is no ``gate``.
         norm: before the feed-forward part, or after it and its addition.
-        gate: activated, and multiplied with ``up``.
-        theta: base of the rotary frequencies, or ``None`` where nothing is turned.
         window: tokens to each side that a token sees, or ``None`` for all.
-        query_norm: of each head of the queries, before they are turned; or ``None``.
-        key_norm: the same for keys.
-        attention_end: of what attention gives, before it is added; or ``None``.
-        end: the same for the feed-forward part.
     """
 
     query: Linear
@@ -277,26 +244,14 @@ class Transformer:
     """What the graph is written from.
 
     Attributes:
-        words: word embeddings, ``(vocabulary, width)``.
-        norm: normalisation of the embeddings, or ``None``.
-        heads: attention heads of the queries; several may share a key and a value.
-        activation: one of ``ACTIVATIONS``.
         positions: position embeddings, ``(positions, width)``, or ``None``. Row 0 belongs to the
             first position.
         padding_id: token that is not counted as a position (RoBERTa and MPNet), or ``None`` where
             every token has the position it stands at.
-        types: embeddings of the token types, ``(types, width)``, or ``None``; encoders know type 0
-            alone.
-        projection: from the width of the embeddings to that of the layers, where they differ
-            (ALBERT and ELECTRA); or ``None``.
         bias: added to the scores by head and distance, ``(heads, 2 * most + 1)``, the middle being
             distance 0; what is farther away than ``most`` counts as that. Or ``None``.
-        norm_first: whether normalisations stand before their parts or after the additions.
-        final_norm: after the last layer, or ``None``.
-        causal: whether a token sees those before it alone.
         blocked: whether attention without a window goes through the queries in blocks, and not
             through onnxruntime's operator, which has no form of these that holds no square.
-        slower: divisor of all rotary frequencies.
     """
 
     words: Array = field(repr=False)

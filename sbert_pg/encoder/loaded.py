@@ -49,11 +49,7 @@ class Converted:
 
     @classmethod
     def _opened(cls: type[T], directory: str | Path, kind: str, **options: Any) -> T:
-        """As ``open``, of a directory of this kind.
-
-        Raises:
-            UnsupportedEncoderError: it is of another one.
-        """
+        """As ``open``, of a directory of this kind."""
         path = Path(directory)
         manifest = Manifest.read(path)
         converted.require_kind(path, manifest, kind)
@@ -192,11 +188,7 @@ class Reranker(Converted):
 
 
 class TokenCounter:
-    """Counts tokens as a converted encoder does, without a session: some ten milliseconds to make.
-
-    Args:
-        directory: the converted directory.
-    """
+    """Counts tokens as a converted encoder does, without a session: made in ten milliseconds."""
 
     def __init__(self, directory: Path) -> None:
         manifest = Manifest.read(directory)

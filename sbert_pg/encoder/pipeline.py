@@ -63,9 +63,7 @@ class Statistics:
     """What an encoder has done in this process.
 
     Attributes:
-        texts: texts encoded.
         duplicates: of these, texts that stood in the same call before and cost nothing.
-        tokens: tokens that went through the model, special tokens included.
         truncated: texts longer than ``max_seq_length``, of which only the beginning was read.
     """
 
@@ -76,12 +74,7 @@ class Statistics:
 
 
 class Counter:
-    """Statistics that threads add to, and the report of truncated texts.
-
-    Args:
-        name: the encoder's name, for messages.
-        limit: tokens that it reads of a text.
-    """
+    """Statistics that threads add to, and the report of truncated texts."""
 
     def __init__(self, name: str, limit: int | None) -> None:
         self._engine = name
@@ -250,12 +243,7 @@ def _require_process(process: int) -> None:
 def engine_for(
     directory: Path, manifest: Manifest, engine: str | None, providers: Sequence[Provider] | None
 ) -> str:
-    """The engine that runs an encoder: the one asked for, else the fastest here, else the usual.
-
-    Raises:
-        DeclarationError: there is no engine of the name asked for.
-        ProviderError: it does not run this form.
-    """
+    """The engine that runs an encoder: the one asked for, else the fastest here, else the usual."""
     chosen = Providers.of(providers)
     asked = asked_for(engine, manifest.precision, chosen)
     if asked is not None:

@@ -49,13 +49,7 @@ _LEVELS = 255
 
 @dataclass(slots=True)
 class Seen:
-    """What came into one product while calibrating.
-
-    Attributes:
-        lowest: by channel, never above 0.
-        highest: by channel, never below 0.
-        rows: some of the inputs, ``(rows, channels)``.
-    """
+    """What came into one product while calibrating: extremes by channel and some rows."""
 
     lowest: Array
     highest: Array
@@ -64,12 +58,7 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Values that the 256 steps of a uint8 cover.
-
-    Attributes:
-        scale: between two steps.
-        zero: the step of 0.
-    """
+    """Values that the 256 steps of a uint8 cover: the scale between two, and the step of 0."""
 
     scale: np.float32
     zero: np.uint8
@@ -88,14 +77,7 @@ class Range:
 
 
 def integers(weight: Array, axis: int) -> tuple[npt.NDArray[np.int8], Array]:
-    """A matrix in int8, symmetric.
-
-    Args:
-        axis: 0 for one scale a column, 1 for one a row.
-
-    Returns:
-        the integers, from -127 to 127, and the scales.
-    """
+    """A matrix in int8, -127 to 127, and its scales: one a column for axis 0, one a row for 1."""
     largest = np.abs(weight).max(axis=axis, keepdims=True)
     scale = (np.maximum(largest, 1e-12) / 127).astype(np.float32)
     rounded = np.clip(np.rint(weight / scale), -127, 127).astype(np.int8)
@@ -118,22 +100,13 @@ class Products:
     def linear(
         self, writer: Writer, x: str, layers: Sequence[Linear], names: Sequence[str]
     ) -> list[str]:
-        """``x``, real ``(tokens, in)``, through each of some layers.
-
-        Args:
-            x: the input that the layers share.
-            names: a name for each; the first one names the input.
-        """
+        """``x``, real ``(tokens, in)``, through some layers; the first name is the input's."""
         raise NotImplementedError
 
     def feed_forward(
         self, writer: Writer, x: str, up: Linear, down: Linear, activation: str, name: str
     ) -> str:
-        """``x``, real ``(tokens, width)``, through two layers with an activation between them.
-
-        Args:
-            name: the block's; the layers are its ``up`` and ``down``.
-        """
+        """``x``, real ``(tokens, width)``, through two layers with an activation between them."""
         (wide,) = self.linear(writer, x, [up], [f"{name}.up"])
         active = activate(writer, wide, ACTIVATIONS[activation])
         return self.linear(writer, active, [down], [f"{name}.down"])[0]
@@ -162,11 +135,7 @@ class Floats(Products):
 
 
 class Int8(Products):
-    """int8 with one scale an output channel, and a fixed one for what is multiplied.
-
-    Args:
-        ranges: of each product's input.
-    """
+    """int8 with one scale an output channel, and a fixed range for what each product takes."""
 
     def __init__(self, ranges: Mapping[str, Range]) -> None:
         self._ranges = ranges
@@ -239,13 +208,7 @@ def observe(
     texts: Sequence[Sequence[int]],
     second: Sequence[int] | None = None,
 ) -> dict[str, Seen]:
-    """Run texts and look at what comes into each product.
-
-    Args:
-        model: the fp32 form, made with ``watched``.
-        texts: token ids of each text.
-        second: where the second text of each pair begins.
-    """
+    """What comes into each product of the fp32 form for some texts or pairs."""
     model.graph.output.extend(
         helper.make_tensor_value_info(name, FLOAT, None) for name in watched.inputs.values()
     )
@@ -285,9 +248,8 @@ def _add(seen: dict[str, Seen], name: str, values: Any, part: float) -> None:
 def smooth(model: Transformer, seen: dict[str, Seen]) -> None:
     """Even out the channels before each product, in ``model`` and in ``seen``.
 
-    Nothing linear stands before what comes out of the activation. There the division would be
-    another product, which costs a tenth of the speed and gains .0004 of the mean cosine, so it is
-    left out.
+    Not what comes out of the activation: no linear layer is before it, and a product more costs a
+    tenth of the speed for .0004 of the mean cosine.
     """
     # A projection stands between the normalisation and the layers.
     before = None if model.projection else model.norm
@@ -322,13 +284,10 @@ def ranges(model: Transformer, seen: Mapping[str, Seen]) -> dict[str, Range]:
 
 
 def best_range(seen: Seen, importance: Array) -> Range:
-    """The range with the least relative squared error of the product.
+    """The range with the least squared error of the product, relative to the size of each token's.
 
-    The error of each token is taken relative to the size of its product, since a layer
-    normalisation follows: the few tokens with huge values may lose more than the others.
-
-    Args:
-        importance: by channel, the squared length of its weights.
+    The few tokens with huge values may lose more, since a normalisation follows. ``importance`` is
+    the squared length of a channel's weights.
     """
     lowest, highest = float(seen.lowest.min()), float(seen.highest.max())
     sizes = np.asarray((seen.rows**2) @ importance)

@@ -94,23 +94,7 @@ class Runner:
     """A converted model, ready to run. Safe to share between threads.
 
     A call whose texts fit into one batch runs in its own thread; larger ones are shared out among
-    at most ``threads`` threads. A GPU is called by one thread for all. Threads do not survive a
-    fork, so a forked child makes its own runner, see ``Pipeline``.
-
-    Args:
-        inputs: names of its inputs, some of ``input_ids``, ``attention_mask``, ``pooling_mask``,
-            ``token_type_ids``.
-        threads: batches that run at the same time; by default as many as this process may use
-            cores (affinity and the container's limit counted). A GPU runs one.
-        providers: onnxruntime's execution providers in order of preference, see ``Providers.of``.
-            onnxruntime runs on the CPU what the others do not take.
-        budget: tokens in a batch, padding included; what suits the provider by default.
-        engine: what runs the model, see ``engines``.
-
-    Raises:
-        MissingExtraError: the engine is not installed.
-        ProviderError: a provider is not in this onnxruntime, or does not start.
-        DamagedEncoderError: the file cannot be read as a model with these inputs.
+    at most ``threads``, of a GPU one. Threads do not survive a fork: a child makes its own runner.
     """
 
     def __init__(
@@ -146,16 +130,9 @@ class Runner:
         begins: Sequence[int] | None = None,
         output: str = OUTPUT,
     ) -> Vectors:
-        """Vectors of texts, in their order.
+        """Vectors of texts by their token ids, none empty, float32 ``(texts, dimensions)``.
 
-        Args:
-            token_ids: token ids of each text, special tokens included; none may be empty.
-            begins: where in each text that begins which pooling sees, or the second text of a pair,
-                for models that ask for it.
-            output: ``OUTPUT``, or ``QUERY_OUTPUT`` of a model that has it.
-
-        Returns:
-            float32 of shape ``(len(token_ids), dimensions)``.
+        ``begins`` says where that begins in each which pooling sees, or the second text of a pair.
         """
         if not token_ids:
             return np.empty((0, self.dimensions), np.float32)
@@ -265,14 +242,7 @@ def feeds_of(
     begins: Sequence[int] | None = None,
     step: int = 1,
 ) -> dict[str, Any]:
-    """The inputs of a model for some texts, padded at the right.
-
-    Args:
-        texts: token ids of each text.
-        inputs: names of the model's inputs.
-        begins: where in each text that begins which pooling sees, or the second text of a pair.
-        step: they are padded to a multiple of it.
-    """
+    """The inputs of a model for some texts, padded at the right to a multiple of ``step``."""
     lengths = np.fromiter(map(len, texts), np.int64, len(texts))
     longest = -(-int(lengths.max()) // step) * step
     positions = np.arange(longest)

@@ -170,11 +170,7 @@ T5_GATED = Table(
 
 
 def require_known(config: Settings, more: Collection[str]) -> None:
-    """Refuse settings that neither the table here nor ``more`` knows.
-
-    Raises:
-        UnsupportedEncoderError: there are some.
-    """
+    """Refuse settings that neither the table here nor ``more`` knows."""
     unknown = set(config) - _KNOWN - set(more)
     if unknown:
         raise UnsupportedEncoderError(
@@ -187,12 +183,8 @@ class Reader:
     """Reads the tensors of one family.
 
     Args:
-        epsilon: of the normalisations.
         biases: fields of a layer that have a bias, ``"norm"`` for all normalisations; zeros else.
-        centred: of ``Norm``.
-        turned: whether heads have to be of an even width.
         free: whether the heads may be wider or narrower, together, than the model.
-        offset: added to the scales of all normalisations.
     """
 
     def __init__(
@@ -260,12 +252,7 @@ class Reader:
         return Linear(np.ascontiguousarray(weight.T), offset)
 
     def block(self, at: str, *, without: Collection[str] = (), **settings: Any) -> Block:
-        """The layer whose tensors begin with ``at``.
-
-        Args:
-            without: fields that it does not have.
-            settings: fields that are no tensors.
-        """
+        """The layer whose tensors begin with ``at``; ``settings`` are fields that are none."""
         inside, shared = self.head * self.heads, self.head * self.shared
         sizes = {
             "query": (self.width, inside), "key": (self.width, shared),
@@ -304,13 +291,8 @@ def _divided(linear: Linear, sizes: Sequence[int]) -> list[Linear]:
 def relative_bias(buckets: Array, length: int, count: int = 32, largest: int = 128) -> Array:
     """Bias by head and distance, ``(heads, 2 * length - 1)``, the middle being distance 0.
 
-    ``relative_position_bucket`` of MPNet and of T5's encoder.
-
-    Args:
-        buckets: the bias of each bucket, ``(buckets, heads)``.
-        length: one more than the largest distance of the result.
-        count: buckets that are used, half of them for each direction.
-        largest: from this distance on, all fall into one bucket.
+    ``relative_position_bucket`` of MPNet and of T5's encoder: ``count`` buckets, half of them for
+    each direction; from the ``largest`` distance on, all fall into one.
     """
     n = -np.arange(1 - length, length)
     half = count // 2

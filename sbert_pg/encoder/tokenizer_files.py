@@ -56,26 +56,14 @@ _BY_ARCHITECTURE = MappingProxyType(
 
 
 def tokenizer_class(tokenizer: Settings, config: Settings) -> str:
-    """The class that transformers takes, without ``Fast``; empty where that is a general one.
-
-    Args:
-        tokenizer: ``tokenizer_config.json``.
-        config: the transformer's ``config.json``.
-    """
+    """The class that transformers takes, without ``Fast``; empty where that is a general one."""
     named = tokenizer.text("tokenizer_class", None) or config.text("tokenizer_class", None)
     default = _BY_ARCHITECTURE.get(str(config.get("model_type")), "")
     return (named or default).removesuffix("Fast")
 
 
 def tokenizer_content(description: Description) -> dict[str, Any]:
-    """The tokenizer that transformers would use, as the content of a ``tokenizer.json``.
-
-    Raises:
-        MissingExtraError: there is no ``tokenizer.json``, and making one needs transformers.
-        DamagedEncoderError: there are no tokenizer files that can be read, or they blow up.
-        UnsupportedEncoderError: ``tokenizer_config.json`` contradicts ``tokenizer.json`` in a way
-            that is not known to be settled by either.
-    """
+    """The tokenizer that transformers would use, as the content of a ``tokenizer.json``."""
     directory = description.transformer_path
     config = read_if_there(directory / "tokenizer_config.json")
     path = directory / "tokenizer.json"
@@ -107,11 +95,7 @@ def is_model2vec(root: Path) -> bool:
 
 
 def _static(description: Description) -> dict[str, Any]:
-    """The content of the ``tokenizer.json`` of a static model, without special tokens.
-
-    Raises:
-        DamagedEncoderError: it cannot be read.
-    """
+    """The content of the ``tokenizer.json`` of a static model, without special tokens."""
     from tokenizers import Tokenizer
 
     path = description.transformer_path / "tokenizer.json"
@@ -252,11 +236,7 @@ _TRIAL_SECONDS = 12
 
 
 def _try_expressions(content: Mapping[str, Any], path: Path) -> None:
-    """Refuse regular expressions that take for ever on a repetitive text.
-
-    Whether one does cannot be read from it, and a search cannot be stopped, so they are tried in a
-    process that can.
-    """
+    """Refuse expressions that never end on a repetitive text, tried in a process of their own."""
     parts = [content.get(key) for key in ("normalizer", "pre_tokenizer")]
     if '"Regex"' not in json.dumps(parts) or not sys.executable:
         return

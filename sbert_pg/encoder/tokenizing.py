@@ -40,12 +40,7 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Token ids of some texts.
-
-    Attributes:
-        ids: token ids of each text, special tokens included.
-        truncated: positions of the texts that were not read to their end.
-    """
+    """Token ids of some texts, special ones included, and which were not read to their end."""
 
     ids: list[list[int]]
     truncated: list[int]
@@ -53,27 +48,13 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Pairs(Tokens):
-    """Token ids of pairs of texts, as of one text each.
-
-    Attributes:
-        second: where the second text of each pair begins.
-    """
+    """Token ids of pairs of texts, as of one text each, and where the second of each begins."""
 
     second: list[int]
 
 
 class TextTokenizer:
-    """A tokenizer with a limit. Safe to share between threads.
-
-    Args:
-        content: content of a ``tokenizer.json``.
-        max_seq_length: tokens kept of a text, special tokens included; ``None`` for all.
-        side: end of the text that is cut, ``"right"`` or ``"left"``.
-
-    Raises:
-        DamagedEncoderError: the content cannot be read, makes texts many times longer, or leaves
-            no room for a text within the limit.
-    """
+    """A tokenizer, and how many tokens it keeps of which end. Safe to share between threads."""
 
     def __init__(self, content: str, max_seq_length: int | None, side: str = "right") -> None:
         from tokenizers import Tokenizer
@@ -127,12 +108,7 @@ class TextTokenizer:
         return encoding.ids, bool(beyond) or not whole
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> Pairs:
-        """Token ids of pairs that ``clean`` has seen; of the longer text more is cut.
-
-        Raises:
-            DamagedEncoderError: the limit leaves no room for a pair.
-            EncodingError: a pair has no tokens.
-        """
+        """Token ids of pairs that ``clean`` has seen; of the longer text more is cut."""
         _require_room(self._limit, self._tokenizer.num_special_tokens_to_add(True))
         heads = [(self._head(first), self._head(second)) for first, second in pairs]
         encodings = self._batch(heads)
@@ -214,11 +190,7 @@ def _require_room(limit: int | None, added: int) -> None:
 
 @contextmanager
 def own_errors(kind: type[EncoderError], what: str) -> Iterator[None]:
-    """The binding's errors as one of ours.
-
-    It raises bare exceptions for content that it does not understand, and its panics derive from
-    ``BaseException`` alone.
-    """
+    """The binding's bare exceptions as one of ours; its panics are ``BaseException`` alone."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit, EncoderError):
@@ -238,17 +210,7 @@ def _parts(text: str) -> Iterator[str]:
 
 
 def clean(texts: Sequence[object], *, first: int = 0) -> list[str]:
-    """Check that every text is one, and make it encodable.
-
-    Args:
-        first: position of ``texts[0]`` in the call, for messages.
-
-    Lone surrogates, which no UTF-8 text can hold, become U+FFFD. Nothing else is changed: empty
-    texts, white space and NUL are the tokenizer's to judge.
-
-    Raises:
-        EncodingError: something is not a text; ``index`` is its position.
-    """
+    """Check that every text is one; lone surrogates, which UTF-8 cannot hold, become U+FFFD."""
     cleaned = []
     for position, text in enumerate(texts, first):
         if not isinstance(text, str):
@@ -282,11 +244,7 @@ def _is_local(pre_tokenizer: Mapping[str, Any] | None) -> bool:
 
 
 def require_bounded(content: Mapping[str, Any]) -> None:
-    """Refuse a tokenizer whose replacements make a text many times as long.
-
-    Raises:
-        DamagedEncoderError: they do.
-    """
+    """Refuse a tokenizer whose replacements make a text many times as long."""
     growth = _growth(content.get("normalizer"))
     if growth > _MOST_GROWTH:
         raise DamagedEncoderError(

@@ -37,14 +37,7 @@ _BLOCK = 256
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Values that all layers share.
-
-    Attributes:
-        shape: int64 ``(batch, tokens, width)`` as a vector.
-        bias: attention bias of MPNet, ``(1, heads, tokens, tokens)``, or ``""``.
-        heads: attention heads.
-        head: width of one.
-    """
+    """Values that all layers share: the batch's shape as a vector, MPNet's bias or ``""``."""
 
     shape: str
     bias: str

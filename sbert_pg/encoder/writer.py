@@ -36,11 +36,7 @@ Value = str | int | float | list[int] | npt.NDArray[Any]
 
 
 class Writer:
-    """Collects nodes and initializers; equal ones are written once.
-
-    Args:
-        prefix: begins every name, so that a graph that is there already can be added to.
-    """
+    """Collects nodes and initializers, equal ones once; a prefix begins all names."""
 
     def __init__(self, prefix: str = "") -> None:
         self._prefix = prefix
@@ -118,15 +114,10 @@ class Writer:
         *,
         state: bool,
     ) -> str:
-        """``Scan`` over axis 1 of some values.
+        """``Scan`` over axis 1 of some values with their types, the state of the beginning first.
 
-        Args:
-            inputs: what is gone through, with its types; the state at the beginning comes first.
-            body: computes one step, and may use any value of this writer.
-            names: of the inputs in ``body``.
-            out: name in ``body`` of the next state, or of a part of the result.
-            state: whether there is one; it is then the result, and otherwise all parts along axis 1
-                are. The result has the type of the first input.
+        The result has the first one's type: the last state, or all parts ``out`` of ``body`` along
+        axis 1.
         """
         values = [
             helper.make_tensor_value_info(name, kind, None)

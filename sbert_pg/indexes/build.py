@@ -132,14 +132,9 @@ def index_builder(
 ) -> Iterator[IndexBuilder]:
     """Build and drop indexes of one table, with the session's time-outs set aside.
 
-    Arguments that are not described are those of ``build_index``.
-
-    Args:
-        connection: where; every statement commits itself (``AUTOCOMMIT``).
-        schema: its schema, ``None`` for the search path's.
-        lock_timeout: seconds that a statement waits for a lock at an attempt; without limit by
-            default. While it waits it holds up only other DDL and vacuum.
-        attempts: how often to try where a lock cannot be had.
+    Every statement of the connection commits itself. Without ``lock_timeout`` one waits for its
+    lock as long as it takes, which holds up only other DDL and vacuum; other arguments as of
+    ``build_index``.
     """
     values = {
         "lock_timeout": "0" if lock_timeout is None else milliseconds(lock_timeout),
@@ -178,15 +173,7 @@ class IndexBuilder:
         return index_state(self.connection, self.relation, name)
 
     def create(self, index: sa.Index) -> bool:
-        """Build an index of any kind, unless a valid one of its name is there.
-
-        Returns:
-            Whether it was built now.
-
-        Raises:
-            TableBusyError: a lock was not to be had, or another session is building the index.
-            StepStoppedError: it was called off.
-        """
+        """Build an index of any kind; ``False`` where a valid one of its name is there."""
         if self.partitioned:
             return self._create_on_partitions(str(index.name), index)
         return self._create(str(index.name), CreateIndexConcurrently(index))
@@ -237,18 +224,10 @@ class IndexBuilder:
             raise
 
     def replace(self, declared: VectorIndex, *, keep_valid: bool = False) -> bool:
-        """Build an index, beside the one of its name that is there, which is then dropped.
+        """Build an index beside that of its name, which is then dropped; whether anything was built
+        now.
 
-        Goes on from wherever an earlier call was ended.
-
-        Args:
-            keep_valid: leave a valid index of this name alone, however it was made.
-
-        Returns:
-            Whether anything was built now.
-
-        Raises:
-            TableBusyError: a lock was not to be had, or another session is building the index.
+        Goes on from wherever an earlier call was ended; ``keep_valid`` leaves a valid one alone.
         """
         beside = name_beside(declared.name)
         stored = vector_indexes(self.connection, self.table, schema=self.schema)
@@ -282,24 +261,12 @@ class IndexBuilder:
         return None
 
     def drop(self, name: str) -> None:
-        """Drop an index, if it is there, without stopping readers and writers.
-
-        Raises:
-            TableBusyError: a lock was not to be had.
-        """
+        """Drop an index, if it is there, without stopping readers and writers."""
         if self.state(name) != "absent":
             self._retried(lambda: self._drop(name))
 
     def wait_for_others(self, names: list[str], seconds: float) -> None:
-        """Wait while another session builds one of some indexes.
-
-        A process that was killed in the middle leaves such a session behind: the server notices
-        that its client is gone when the index is there.
-
-        Raises:
-            TableBusyError: it is still building after that time.
-            StepStoppedError: the wait was called off.
-        """
+        """Wait while another session, as a killed process leaves one, builds one of the indexes."""
         ends = time.monotonic() + seconds
         said = False
         while building := [name for name in names if self.state(name) == "building"]:

@@ -32,11 +32,7 @@ class _Partition(NamedTuple):
 
 
 def is_partitioned(connection: sa.Connection, relation: str) -> bool:
-    """Whether a table is partitioned.
-
-    Args:
-        relation: its name, as text for ``to_regclass``.
-    """
+    """Whether a table is partitioned, by its name as text for ``to_regclass``."""
     kind = sa.select(system.CLASS.c.relkind).where(system.CLASS.c.oid == system.oid_of(relation))
     return connection.execute(kind).scalar() == "p"
 
@@ -49,14 +45,7 @@ def build_on_partitions(
     build: Build,
     execute: Execute,
 ) -> None:
-    """Build what an index that is on a partitioned table alone lacks.
-
-    Args:
-        connection: where; every statement commits itself.
-        schema: of the table and the index, ``None`` for the search path's.
-        relation: the table, as text for ``to_regclass``.
-        execute: executes what is not built.
-    """
+    """Build what an index lacks that is on a partitioned table alone; every statement commits."""
     index = connection.execute(
         sa.select(system.INDEX.c.indexrelid, sa.func.pg_get_indexdef(system.INDEX.c.indexrelid))
         .join(system.CLASS, system.CLASS.c.oid == system.INDEX.c.indexrelid)
@@ -132,12 +121,7 @@ def create_only(index: sa.Index) -> system.Statement:
 
 
 def create_as(name: str, form: str, definition: str, unique: bool) -> system.Statement:
-    """``CREATE INDEX``, by its definition as SQL.
-
-    Args:
-        form: what stands around the name, as in ``"CONCURRENTLY {}"``.
-        definition: what follows.
-    """
+    """``CREATE INDEX`` by its definition as SQL; ``form`` stands around the name: ``"ONLY {}"``."""
 
     def write(compiler: Any) -> str:
         # A literal column is SQL as it is, in which percent signs are what the driver needs.

@@ -23,16 +23,7 @@ IndexState = Literal["absent", "valid", "invalid", "building"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredIndex(VectorIndex):
-    """A vector index of a database.
-
-    Attributes:
-        valid: whether queries may use it; ``False`` after a concurrent build that failed.
-        building: whether some session is building it now.
-        definition: the statement that makes it.
-        bytes: its size.
-        scans: scans since the statistics were reset.
-        last_scan: time of the last one; ``None`` where unknown (before PostgreSQL 16) or never.
-    """
+    """A vector index of a database; ``last_scan`` is not known before PostgreSQL 16."""
 
     valid: bool
     building: bool
@@ -45,12 +36,7 @@ class StoredIndex(VectorIndex):
 def vector_indexes(
     connection: sa.Connection, table: str, column: str | None = None, *, schema: str | None = None
 ) -> tuple[StoredIndex, ...]:
-    """The vector indexes of a table, by name; none where there is no such table.
-
-    Args:
-        column: only those on this column, or on an expression of it.
-        schema: schema of the table, ``None`` for the search path's.
-    """
+    """The vector indexes of a table, or of one column, by name; none without such a table."""
     name = system.name_in(connection, schema, table)
     indexes = (
         _read(row, table, schema) for row in connection.execute(_statement(connection, name))
@@ -162,12 +148,7 @@ def _read(row: Any, table: str, schema: str | None) -> StoredIndex:
 
 
 def index_state(connection: sa.Connection, relation: str, name: str) -> IndexState:
-    """State of an index of any kind.
-
-    Args:
-        relation: its table, as text for ``to_regclass``.
-        name: its name.
-    """
+    """State of an index of any kind, on a table given as text for ``to_regclass``."""
     index = system.INDEX.c
     row = connection.execute(
         sa.select(sa.and_(index.indisvalid, index.indisready), _is_building())

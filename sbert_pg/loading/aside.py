@@ -85,11 +85,7 @@ def indexes_aside(
 def building_aside(
     engine: sa.Engine, binding: Binding, stop: threading.Event | None, **options: Any
 ) -> Iterator[None]:
-    """Build at the end of a block what is aside by then, by whomever, unless it was stopped.
-
-    Args:
-        options: of ``build_index``.
-    """
+    """Build at the end of a block what is aside by then, by whomever, unless it was stopped."""
     try:
         yield
     except Exception:
@@ -108,11 +104,7 @@ def building_aside(
 
 
 def names_aside(connection: sa.Connection, binding: Binding) -> tuple[str, ...]:
-    """Names of what is set aside: by a block that goes on, or that came to an end before it built.
-
-    Raises:
-        BackfillError: the column has no queue.
-    """
+    """Names of what is set aside: by a block that goes on, or that ended before it built."""
     return tuple(_noted(connection, binding)[1])
 
 

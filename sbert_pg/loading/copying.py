@@ -75,16 +75,8 @@ class _BytesDumper(Dumper):
 class Writer:
     """Writes blocks of rows into one table.
 
-    Args:
-        connection: the connection, synchronous, or an asynchronous one's within ``run_sync``.
-        columns: the columns that rows have, in order.
-        replaced: those that ``"replace"`` writes in rows that are there.
-        inserts: whether rows have to go through INSERT.
-        existing: what becomes of rows whose key is there already; but for ``"refuse"`` a block is
-            copied into a temporary table first, and inserted from there.
-
-    Raises:
-        DeclarationError: rows that are there cannot be known, since the key is not written.
+    Where rows may be there already, a block is copied into a temporary table and inserted from
+    that.
     """
 
     def __init__(
@@ -125,15 +117,7 @@ class Writer:
         return self._oids is not None
 
     def write(self, rows: Sequence[Sequence[Any]], first: int) -> None:
-        """Write a block.
-
-        Args:
-            rows: values in the order of the columns; vectors in their wire form, or ``None``.
-            first: number of the first row, for messages.
-
-        Raises:
-            LoadError: a row that the server or the driver refuses.
-        """
+        """Write a block, vectors in their wire form; ``first`` is the number of its first row."""
         if not rows:
             return
         if self._oids is None:

@@ -322,12 +322,7 @@ def _texts(
 
 @dataclass
 class _Encoding:
-    """From blocks to vectors, and to what is written beside them, as the writer takes them.
-
-    Attributes:
-        bindings: those of the plan's embedding columns.
-        copies: whether rows go through COPY.
-    """
+    """From blocks to vectors, and to what is written beside them, as the writer takes them."""
 
     plan: Plan
     bindings: list[Binding | None]

@@ -43,13 +43,7 @@ _FROM_TEXT: dict[type, Callable[[str], Any]] = {
 class Plan:
     """Which columns are written, decided by the first row; all rows are to have the same.
 
-    Args:
-        names: by the names that rows use, its columns.
-        first: the first row.
-
-    Attributes:
-        columns: the columns that are written, but the embedding columns and their companions.
-        embedded: the embedding columns.
+    ``columns`` are those written, without the ``embedded`` ones and their companions.
     """
 
     def __init__(
@@ -104,9 +98,6 @@ class Plan:
 
         Rows as long as the first one and with all of its keys have no others, so that nothing has
         to be looked at row by row.
-
-        Raises:
-            LoadError: a row lacks a column or has one too many.
         """
         try:
             if any(len(row) != self._width for row in rows):
@@ -149,11 +140,7 @@ class Plan:
         return [default.arg(None) for _ in range(number)]
 
     def converted(self, columns: list[list[Any]], first: int) -> list[list[Any]]:
-        """The same values as the database takes them.
-
-        Raises:
-            LoadError: a value cannot be converted.
-        """
+        """The same values as the database takes them."""
         return [
             self._converted(i, values, first) if needs(values) else values
             for i, (values, (needs, _)) in enumerate(zip(columns, self._convert, strict=True))
@@ -176,14 +163,7 @@ class Plan:
     def texts(
         self, position: int, columns: Sequence[Sequence[Any]], rows: int, first: int
     ) -> list[Text]:
-        """The texts of some rows for one embedding column.
-
-        Returns:
-            Text, ``None`` for none, or ``NOT_KNOWN`` where a part of it is the server's default.
-
-        Raises:
-            LoadError: a value is an SQL expression, or no text.
-        """
+        """The texts of some rows for one embedding column; see ``Source.text_maker``."""
         values = [
             columns[place] if place is not None else [absent] * rows
             for place, absent in self._sources[position]

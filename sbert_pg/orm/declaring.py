@@ -173,14 +173,7 @@ def _embeddings(table: Any) -> list[sa.Column[Any]]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EmbeddingAttribute:
-    """An embedding column as an attribute of a mapped class.
-
-    Attributes:
-        companion_key: name of its companion as an attribute.
-        column: its column, and what the text is made of.
-        source_keys: names of the source's columns as attributes, in order.
-        row_keys: names of the table's primary key columns as attributes, in order.
-    """
+    """An embedding column as an attribute of a mapped class; keys are names of attributes."""
 
     key: str
     companion_key: str
@@ -195,29 +188,16 @@ class EmbeddingAttribute:
         return table
 
     def binding(self, session: Session, mapper: Mapper[Any]) -> Binding | None:
-        """The column's binding in the database that the session writes to; ``None`` for none.
-
-        Raises:
-            EncoderMismatchError: the column belongs to another encoder.
-        """
+        """The column's binding in the database that the session writes to; ``None`` for none."""
         return self.column.binding(session.connection(bind_arguments={"mapper": mapper}))
 
     def stored_sources(
         self, session: Session, mapper: Mapper[Any], keys: Sequence[Key]
     ) -> dict[Key, dict[str, Any]]:
-        """The source of some rows as the database has it.
+        """Source and companion of some rows, by key and attribute, as the database has them.
 
         A row that is changed before this session's write has another text then than the one
         that is encoded, which its companion says: it is pending.
-
-        Args:
-            session: the session that will write the rows.
-            mapper: decides the session's connection.
-            keys: values of the table's primary key.
-
-        Returns:
-            By key, the values of the source and the companion by attribute name. A row that is gone
-            is left out.
         """
         columns = tuple(self.table.primary_key)
         width = len(columns)
@@ -239,11 +219,7 @@ _attributes: WeakKeyDictionary[Mapper[Any], tuple[EmbeddingAttribute, ...]] = We
 
 
 def attributes_of(mapper: Mapper[Any]) -> tuple[EmbeddingAttribute, ...]:
-    """The embedding columns that a mapper knows, with a source that it knows as well.
-
-    Raises:
-        SourceError: a source names a column that the table does not have, or one that is not text.
-    """
+    """The embedding columns that a mapper knows, with a source that it knows as well."""
     attributes = _attributes.get(mapper)
     if attributes is None:
         attributes = _attributes[mapper] = tuple(

@@ -144,11 +144,8 @@ class _Write:
     """One embedding column of an object that is about to be written.
 
     Attributes:
-        vector: the vector that the caller assigned, ``None`` where it is to be made.
-        text: the text that the row will have, as far as this process knows.
         look: whether the row has to be read, since the object does not hold the whole source, or
             did not hold what it was before.
-        unchanged: whether the row turned out to have that text already.
         companion: what the object, or else the row, says of a vector that it had before.
     """
 

@@ -330,11 +330,7 @@ def use_chunker(chunker: Chunker) -> Chunker:
 
 
 def chunker_of(identity: Mapping[str, Any]) -> Chunker:
-    """The chunker with an identity.
-
-    Raises:
-        DeclarationError: this process does not know it.
-    """
+    """The chunker with an identity."""
     settings = {name: value for name, value in identity.items() if name != "kind"}
     kinds: dict[str, Callable[..., Chunker]] = {"sentences": SentenceChunker, "fixed": FixedChunker}
     kind = str(identity.get("kind"))

@@ -25,14 +25,7 @@ DIGITS = 32
 
 
 class Passage(NamedTuple):
-    """A passage as it is stored.
-
-    Attributes:
-        start: first character, in the document's source column.
-        stop: character behind the last one.
-        heading: path of headings in front of the part, as it is embedded; empty for none.
-        digest: names the text as it is embedded.
-    """
+    """A passage as it is stored; ``digest`` names its text as embedded, with the heading."""
 
     start: int
     stop: int

@@ -56,13 +56,10 @@ class Passage:
     """A part of a document; the base of the classes that ``passages_of`` maps.
 
     Attributes:
-        id: its key; the same as long as its text is.
-        ordinal: its place among the document's passages, from 0.
         start: its first character, in the document's source column.
         stop: the character behind its last one.
         heading: the headings in front of it, as they are embedded with it.
         digest: names its text as it is embedded.
-        document: the document.
     """
 
     id: int
@@ -111,10 +108,7 @@ class Declared:
     """The passages of a mapped class.
 
     Attributes:
-        whole: attribute of the document that embeds it as a whole.
         source_keys: attributes of the document that hold the headings, and last the text.
-        copies: whether passages have copies of their text.
-        chunker: where documents are cut.
         keys: pairs of columns, of the passage and of the document, that are equal.
     """
 
@@ -330,12 +324,7 @@ def _map(mapper: Mapper[Any], name: str, declared: Declared, table: sa.Table) ->
 
 
 def passages_between(whole: sa.Column[Any], passages: sa.Table) -> Any:
-    """The attribute of passages of tables that are in the database, for searching it.
-
-    Args:
-        whole: the column that embeds documents as a whole, of a reflected table; its source says
-            how they are cut.
-    """
+    """The attribute of passages of reflected tables, by the column that embeds whole documents."""
     documents: Any = whole.table
     type_: Any = whole.type
     settings = json.loads(type_.source.passages)

@@ -48,14 +48,7 @@ _ABBREVIATIONS = frozenset(_ABBREVIATED.split())
 
 
 class Unit(NamedTuple):
-    """A sentence, a block to be kept whole, or a heading.
-
-    Attributes:
-        start: first character.
-        stop: character behind the last one.
-        headings: the headings that it stands under, outermost first; a heading's own among them.
-        level: of a heading, 1 to 6; else 0.
-    """
+    """A sentence, a block to be kept whole, or a heading (level 1 to 6), under its headings."""
 
     start: int
     stop: int
@@ -66,12 +59,7 @@ class Unit(NamedTuple):
 def units(text: str, language: str | None = None) -> Iterator[Unit]:
     """The units of a text, in order; what lies between two of them is white space.
 
-    Args:
-        language: ISO 639 code of its language, for sentence borders by the package ``sentencex``;
-            ``None`` for simple rules that serve most languages.
-
-    Raises:
-        DeclarationError: a language is given and the package is not installed.
+    With a language, by its ISO 639 code, sentences end where the package ``sentencex`` says.
     """
     path: list[tuple[int, str]] = []
     before = 0
@@ -112,10 +100,7 @@ def _end_of(
 ) -> int | None:
     """Where a block ends; ``None`` where it has no end, or is longer than is looked for.
 
-    Args:
-        opening: the fence, or the name of the tag.
-        start: place behind its beginning; it only grows.
-        closers: the next end of each kind of block, so that none is looked for twice.
+    ``closers`` are the next ends of each kind, so that none is looked for twice.
     """
     closer = closers.get(opening)
     if opening not in closers or (closer is not None and closer.start() < start):

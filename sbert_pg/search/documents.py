@@ -20,11 +20,7 @@ def of_entity(declared: Declared, attribute: Any) -> Declared:
 
 
 def require_no_document(declared: Declared, query: Any) -> None:
-    """Refuse a document as the query, which has as many vectors as passages.
-
-    Raises:
-        DeclarationError: the query is one.
-    """
+    """Refuse a document as the query, which has as many vectors as passages."""
     class_ = sa.inspect(declared.document).mapper.class_
     if isinstance(query, class_):
         name = class_.__name__

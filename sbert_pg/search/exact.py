@@ -60,14 +60,7 @@ class LabelledQuery:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Some rows of a table.
-
-    Attributes:
-        labels: what each row is called.
-        vectors: for each column a float32 array of shape ``(rows, dimensions)``, zeros where a row
-            has no vector.
-        flags: for each criterion which rows meet it, shape ``(rows,)``.
-    """
+    """Rows of a table: labels, vectors ``(rows, dimensions)`` or zeros by column, flags met."""
 
     labels: list[str]
     vectors: list[Vectors]
@@ -114,11 +107,7 @@ def _vectors(payloads: Sequence[bytes | None], column: sa.Column[Any]) -> Vector
 
 
 class Nearest:
-    """The ``k`` most similar rows of each query, collected block by block in bounded memory.
-
-    Args:
-        k: rows kept for each.
-    """
+    """The ``k`` most similar rows of each query, collected block by block in bounded memory."""
 
     def __init__(self, queries: int, k: int) -> None:
         self.k = k
@@ -130,13 +119,7 @@ class Nearest:
     def add(
         self, similarities: Floats, first: int, keep: npt.NDArray[np.bool_] | None = None
     ) -> None:
-        """Take one block.
-
-        Args:
-            similarities: shape ``(queries, rows)``, larger for nearer; NaN is never found.
-            first: position of the block's first row.
-            keep: rows of the block that count, all of them by default.
-        """
+        """Take a block of similarities, ``(queries, rows)``, from a position on; NaN is no row."""
         block = np.where(np.isnan(similarities), -np.inf, similarities)
         if keep is not None:
             block = np.where(keep[None, :], block, -np.inf)

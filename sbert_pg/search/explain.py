@@ -25,14 +25,11 @@ class SearchExplanation:
     Attributes:
         way: ``"index"`` where the index's own rows are the answer, ``"exact"`` where the rows that
             pass are compared one by one.
-        reason: why, in words.
         certain: whether the answer is exact. An index is approximate: with the defaults recall@10
             is .98 or more on average.
         share: estimated part of the table's rows that pass the criteria; ``None`` where a sample
             of the table has no rows, or nothing was estimated.
         looked: nearest rows of the index that were looked at, 0 where it was not asked.
-        passed: how many of those pass.
-        sql: the statement.
     """
 
     way: Way
@@ -50,13 +47,7 @@ class SearchExplanation:
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """A word of a question: its lexeme, in how many rows it is, and what it weighs.
-
-    Attributes:
-        lexeme: as the text search configuration makes it.
-        rows: rows of the table that have it, by statistics or counted.
-        common: whether it scores rows, but brings none of its own while others suffice.
-    """
+    """A word of a question and rows that have it; a ``common`` one brings no rows by itself."""
 
     lexeme: str
     rows: float
@@ -69,14 +60,7 @@ class Word:
 
 @dataclass(frozen=True, slots=True)
 class WordsExplanation:
-    """What a search by words, or by both, makes of its question.
-
-    Attributes:
-        words: its words, the weightiest first.
-        weight: weight of meaning in ``hybrid``; ``None`` for ``matching``.
-        meaning: how the arm of meaning finds its rows.
-        sql: the statement.
-    """
+    """What a search by words, or by both (with weight and meaning), makes of its question."""
 
     words: tuple[Word, ...]
     weight: float | None

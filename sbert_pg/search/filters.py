@@ -62,9 +62,6 @@ def condition(conditions: Any, fields: Fields) -> Condition:
     A row that has no value of the field differs from every value: ``$ne`` and ``$nin`` find it.
     Values within JSON are compared with those of their own type alone. A text in the place of a
     number, date, time or UUID of a column is read, dates and times in the form of ISO 8601.
-
-    Raises:
-        DeclarationError: an operator that does not exist, or a value that it does not take.
     """
     if isinstance(conditions, sa.ClauseElement):
         return sa.and_(conditions)  # type: ignore[arg-type]
@@ -108,9 +105,6 @@ def compare(field: sa.ColumnElement[Any], operator: str, value: Any) -> Conditio
     """One comparison of a column, or of a value within JSON, with a value.
 
     A value may be an expression of the column's type, such as a cast.
-
-    Raises:
-        DeclarationError: an operator that does not exist, or a value that it does not take.
     """
     if operator in ("$in", "$nin", "$between", "$any", "$all"):
         if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, set, frozenset)):

@@ -58,16 +58,9 @@ class Shape:
         size: largest number of rows wanted that it serves, one of ``SIZES``.
         keyed: whether it is a first page of rows that one column tells apart.
         deep: whether the page may lie behind the rows of the first look.
-        filtered: whether the caller's criteria or joins may turn rows away.
         joined: whether a row may occur more than once among the caller's rows.
-        indexed: whether an index finds the rows that pass.
-        itself: whether a row is left out by its key ("more like this").
-        bounded: whether there is a largest distance.
         known: whether there is one query, a vector or a text, and no expression: that may be
             ``NULL``, and of each of several the settings are made again.
-        ef_search: candidates, where the caller says so.
-        overfetch: rows for each row wanted from a quantised index, where the caller says so.
-        probes: lists of an IVFFlat index, where the caller says so.
     """
 
     size: int
@@ -86,15 +79,9 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """One look at an index.
+    """One look at an index: rows taken at least and at most, and asked of the index.
 
-    Attributes:
-        least: rows that are taken at least: the nearer ones of those fetched.
-        most: rows that are taken at most.
-        fetched: rows that the index is asked for.
-        ef_search: HNSW candidates; where ``None``, ``CANDIDATES`` for each row taken.
-        probes: lists that IVFFlat looks into, where known.
-        lists: lists of the IVFFlat index, where known.
+    Without ``ef_search`` HNSW keeps ``CANDIDATES`` for each row taken.
     """
 
     least: int
@@ -105,11 +92,7 @@ class Look:
     lists: int | None = None
 
     def cost(self, looked: Any, rows: Any) -> Any:
-        """What it costs, in rows compared exactly.
-
-        Args:
-            rows: rows of the table, as an expression.
-        """
+        """What it costs, in rows compared exactly, of a table of so many rows."""
         if self.probes is not None:
             part = self.probes / max(self.lists or 1, self.probes)
             return rows * sa.literal_column(f"{part:g}", sa.Float())

@@ -46,15 +46,7 @@ _F = sa.Float(53)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Asked:
-    """What a search is asked, but for its page.
-
-    Attributes:
-        query: a text, a vector or an expression; a list of texts or vectors where ``many``.
-        many: whether there are several queries.
-        overrides: ``ef_search``, ``overfetch`` and ``probes``.
-        exact: whether to leave indexes aside.
-        per_document: passages of each document.
-    """
+    """What a search is asked, but for its page; ``overrides`` as of ``Search``."""
 
     query: Any
     many: bool
@@ -88,11 +80,7 @@ def nearest_documents(
     offset: int,
     where: Sequence[sa.ColumnElement[bool]],
 ) -> Nearest:
-    """A select of documents, their best passages, the passages' similarities and the scores.
-
-    Raises:
-        DeclarationError: a number or word is out of its range.
-    """
+    """A select of documents, their best passages, the passages' similarities and the scores."""
     if asked.per_document < 1 or asked.score not in ("best", "sum", "auto"):
         raise DeclarationError(
             f"nearest() was given per_document={asked.per_document!r} and score={asked.score!r}; "
@@ -198,9 +186,6 @@ def _looks(
 
     Each with the number of its look (``stage``): documents of a later one come behind those of the
     first, on whatever page. So pages of one limit are parts of one order.
-
-    Returns:
-        Parts of a statement, and what to take from them.
     """
     if search.limit is None:
         return [], _near(search, target, right, names, None, 0)

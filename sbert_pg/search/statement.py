@@ -54,13 +54,7 @@ _AGGREGATES = frozenset(
 
 
 class Changeable:
-    """A search that its caller may still change: ``Nearest`` hands calls of its methods to it.
-
-    Attributes:
-        function: what makes such a search, for messages.
-        narrowing: calls that choose rows: criteria and joins.
-        shaping: calls that shape the rows chosen.
-    """
+    """A search that its caller may still change, by calls that choose rows or shape them."""
 
     __slots__ = ()
     function: ClassVar[str] = "nearest"
@@ -111,21 +105,13 @@ class Changeable:
         return "where", () if select.whereclause is None else (select.whereclause,), {}
 
     def shaped(self, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Nearest:
-        """The search, with one more call that shapes its rows.
-
-        Raises:
-            DeclarationError: a column to select is one value of all rows.
-        """
+        """The search, with one more call that shapes its rows."""
         if name in ("add_columns", "with_only_columns") and any(map(_aggregated, arguments)):
             return self.refused(name, arguments, options)
         return self._with(shaping=(*self.shaping, (name, arguments, options)))
 
     def refused(self, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Nearest:
-        """No search: a call that would work on what is found already; ``None`` alone is harmless.
-
-        Raises:
-            DeclarationError: always but for ``order_by(None)`` and the like.
-        """
+        """No search: a call would work on what is found already; ``None`` alone is harmless."""
         if len(arguments) == 1 and arguments[0] is None:
             return self.shaped(name, arguments, options)
         raise DeclarationError(
@@ -140,11 +126,7 @@ class Changeable:
         return self._with(limit=limit, offset=offset or 0)
 
     def require_page(self, limit: Any, offset: Any) -> None:
-        """Refuse a page that is given by something else than numbers.
-
-        Raises:
-            DeclarationError: the limit or offset is not a whole number from 0 on.
-        """
+        """Refuse a page that is given by something else than numbers."""
         for given in (limit, offset):
             if given is not None and (not isinstance(given, int) or given < 0):
                 raise DeclarationError(
@@ -164,11 +146,8 @@ class Search(Changeable):
 
     Attributes:
         right: the query's vector as an expression; a list of them where there are several.
-        limit: rows wanted, or ``None`` for all.
-        offset: rows before them.
         itself: key of a row to leave out.
         overrides: the caller's ``ef_search``, ``overfetch`` and ``probes``.
-        exact: whether to leave indexes aside.
         narrowing: calls that choose rows: criteria and joins.
         shaping: calls that shape the rows chosen.
     """
@@ -334,11 +313,7 @@ def replayed_of(statement: Any, origin: Any, calls: tuple[Call, ...]) -> Any:
 
 
 def criteria_of(where: Any) -> tuple[Any, ...]:
-    """The criteria that an argument ``where=`` stands for; ``None`` is none.
-
-    Raises:
-        DeclarationError: it is a text, or neither a criterion nor several.
-    """
+    """The criteria that an argument ``where=`` stands for; ``None`` is none."""
     if isinstance(where, str):
         raise DeclarationError(f"where={where!r} is a text; for SQL write where=text({where!r}).")
     if isinstance(clause_of(where), sa.ClauseElement):
@@ -612,8 +587,7 @@ def _can_be_spelled(type_: Any, own: Any) -> bool:
 def _spelled_out(search: Search) -> tuple[Call, ...]:
     """The calls that choose rows, with values that choose a partial index as part of the text.
 
-    A plan that the server makes once for all values, as of a prepared statement from its tenth
-    execution on, cannot use an index of one of them.
+    A plan made once for all values, as of a prepared statement, cannot use an index of one of them.
     """
 
     def spelled(criterion: Any) -> Any:
@@ -639,11 +613,7 @@ def _spelled_out(search: Search) -> tuple[Call, ...]:
 
 
 def _passes(search: Search, row: sa.FromClause) -> Any:
-    """That another row of the table passes: by the criteria themselves, or as one of those within.
-
-    Most criteria are about columns of the row, and can be asked of it as they are, which saves the
-    planner a join.
-    """
+    """That another row of the table passes: by the criteria, or as one of those within."""
     target = search.target
     own: list[Any] = [target.about(row, criterion) for criterion in search.criteria]
     others = any(name != "where" for name, _, _ in search.narrowing)
@@ -832,9 +802,6 @@ class Nearest(sa.Select[Any]):
     What chooses rows (``where``, ``filter_by``, ``join``, ``limit``, ``offset``) changes the
     search, and gives the statement of the changed search; what shapes rows (``options``,
     ``add_columns``, ``with_only_columns``) is done to those that it finds; the rest is refused.
-
-    Attributes:
-        search: what is searched for; ``None`` while the statement is being made.
     """
 
     inherit_cache = True

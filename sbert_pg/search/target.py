@@ -46,19 +46,10 @@ class Target:
     """The searched column, and what to select of its table or mapped class.
 
     Attributes:
-        column: the column in expressions of the caller's.
         type: its type, one of this library's also where the column's own is another's.
-        entity: the mapped class or its alias; ``None`` for a ``Table``'s column.
-        metric: metric of the column's encoder.
         origin: what the rows are selected from, as the caller would write it.
-        selected: the entity, or the columns that hold no vectors.
-        key: primary key of the rows, in expressions of the caller's.
-        table: the table that holds the column, where an index on it can be used.
         row_key: the columns of ``table`` that ``key`` stands for.
-        leading: names of columns that an index finds rows by.
         unique: names of columns of which each value is one row's.
-        index: the index that serves the column, or ``None``.
-        partial: whether that is a partial index.
         dividing: names of columns that predicates of partial indexes speak of.
         divided: of those that predicates compare with values, as of ``indexes_per``, these values.
         quantized: whether it ranks too coarsely, so that an exact distance ranks again.
@@ -291,11 +282,7 @@ class Target:
         return self.mapper is not None and isinstance(query, self.mapper.class_)
 
     def identity(self, query: Any) -> tuple[Any, ...]:
-        """Primary key of a persistent object.
-
-        Raises:
-            DeclarationError: it is not in the database yet.
-        """
+        """Primary key of a persistent object."""
         identity: tuple[Any, ...] | None = sa.inspect(query).identity
         if identity is None:
             raise DeclarationError(
@@ -397,11 +384,7 @@ class _Targets(dict[Any, Target]):
 
 
 def target_of(column: Any) -> Target:
-    """The target of an attribute or column; that of a mapped class's own attribute is kept.
-
-    Raises:
-        DeclarationError: it is not a vector column.
-    """
+    """The target of an attribute or column; that of a mapped class's own attribute is kept."""
     if isinstance(column, InstrumentedAttribute):
         table = getattr(column.parent, "local_table", None)
         owner, kept = column.class_, column.property.info

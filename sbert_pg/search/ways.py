@@ -494,9 +494,8 @@ class Ways:
     def _deep_enough(self) -> list[sa.ColumnElement[bool]]:
         """That the nearest of what a quantised index gave come early in its order.
 
-        Where they come late, others are likely behind its end: bits tell rows apart badly where
-        nothing is near the query. Of few rows even a quarter is no safe sign. Not asked where the
-        caller says how many rows there are to be.
+        Where they come late, others are likely behind its end. Of few rows even a quarter is no
+        safe sign. Not asked where the caller says how many rows there are to be.
         """
         if not self.coarse or self.shape.overfetch is not None:
             return []

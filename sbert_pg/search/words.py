@@ -49,12 +49,7 @@ _EXCLUDED = re.compile(r"-(?:--)*([^-].*)", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question as ``websearch_to_tsquery`` reads it.
-
-    Attributes:
-        words: words of which a row should have some, those of phrases included.
-        required: quoted phrases that a row has to have, and those with ``-`` that it must not.
-    """
+    """A question as ``websearch_to_tsquery`` reads it: words, and what must be there or not."""
 
     words: str
     required: str = ""
@@ -231,11 +226,7 @@ def is_text_column(column: Any) -> bool:
 
 
 def check_page(function: str, limit: Any, offset: Any) -> None:
-    """Refuse a limit or offset that is not a whole number from 0 on.
-
-    Raises:
-        DeclarationError: it is none.
-    """
+    """Refuse a limit or offset that is not a whole number from 0 on."""
     for name, number in (("limit", limit), ("offset", offset)):
         if number is None and name == "limit":
             continue
@@ -249,11 +240,7 @@ def check_page(function: str, limit: Any, offset: Any) -> None:
 
 
 def words_page(search: WordSearch, depth: int | None = None) -> sa.Subquery:
-    """The rows of a search's page: ``query``, ``key_0``.., ``score`` and ``held``.
-
-    Args:
-        depth: rows from the best on, in place of the search's own page.
-    """
+    """The rows of a search's page, or so many: ``query``, ``key_0``.., ``score`` and ``held``."""
     type_: TextSearch = search.column.type
     weights = tuple((name.lower(), weight) for name, weight in type_.weight_classes.items())
     exhaustive = search.exhaustive or (search.limit is None and depth is None)

@@ -45,14 +45,9 @@ _BATCH, _RATE, _TEMPERATURE = 128, 2e-4, 0.05
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Examples:
-    """Questions with what is known of them, in vectors.
+    """Questions in vectors of length one, the mean of each one's answers, and its hard negatives.
 
-    Attributes:
-        queries: vectors of the questions, ``(questions, dimensions)``, of length one: the length of
-            a question's vector ranks nothing.
-        positives: mean vector of each question's answers, by gain.
-        negatives: hard negatives of each, ``(questions, count, dimensions)``, zeros where fewer.
-        parts: the part of each, from 0.
+    The latter are ``(questions, count, dimensions)``, zeros where there are fewer.
     """
 
     queries: Vectors
@@ -75,13 +70,7 @@ class Examples:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Candidates:
-    """The rows that questions are ranked against.
-
-    Attributes:
-        keys: what each row is called.
-        vectors: float32 of shape ``(rows, dimensions)``.
-        similarity: the encoder's similarity function.
-    """
+    """The rows that questions are ranked against: keys, and vectors of ``(rows, dimensions)``."""
 
     keys: Sequence[str]
     vectors: Vectors
@@ -128,12 +117,6 @@ def examples_of(
 
     Penalties and rates are for vectors of length one, which not every encoder gives. Where lengths
     of rows rank, they keep their proportions.
-
-    Args:
-        candidates: all rows.
-        learning: the questions, each with answers among the rows.
-        wrong: keys of each one's hard negatives.
-        parts: the part of each.
     """
     place = {key: i for i, key in enumerate(candidates.keys)}
     long = lengths(candidates.vectors)
@@ -158,13 +141,7 @@ def examples_of(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Learned:
-    """A matrix, and how it was chosen.
-
-    Attributes:
-        matrix: shape ``(dimensions, dimensions)``; a query's vector is ``matrix @ vector``.
-        settings: the settings that did best on questions that they were not learned from.
-        validation: nDCG of those questions with them, and with no matrix.
-    """
+    """A matrix, by which a query is ``matrix @ vector``; its settings; nDCG with it and without."""
 
     matrix: Matrix
     settings: dict[str, float]

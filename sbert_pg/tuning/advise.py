@@ -49,18 +49,10 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FormFigures:
-    """A form of index, as it was measured.
+    """A form of index, as it was measured and built on the sample, and how it is made.
 
-    Attributes:
-        name: ``"exact"`` (no index), ``"column"``, ``"halfvec"``, ``"subvector 128"``, ``"binary"``
-            or ``"binary, centred"``.
-        bytes: its size on the sample.
-        share: its size as a share of that of the form ``"column"``; of ``"halfvec"`` where a column
-            is too wide for the other.
-        seconds: time to build it on the sample.
-        measured: without a filter first, then under each.
-        declaration: what declares it; ``""`` for none.
-        operation: the migration that builds it; ``""`` for none.
+    ``share`` is its size beside that of the column itself, or of ``halfvec`` where that is too
+    wide.
     """
 
     name: str
@@ -86,16 +78,9 @@ class FormFigures:
 class Advice:
     """Forms of index side by side, and the one recommended; printed, it is a table.
 
-    Attributes:
-        column: the column, ``table.column``.
-        rows: rows that were indexed, of ``total``.
-        total: rows of the table, as estimated.
-        k: neighbours compared.
-        forms: what was measured.
-        recommended: the name of a form: of those whose recall suffices the smallest, and none
-            (``"exact"``) where comparing every row is as fast.
-        reason: why.
-        existing: names of the vector indexes that are there.
+    Of the forms whose recall suffices it is the smallest, and none (``"exact"``) where comparing
+    every row is as fast. ``rows`` of about ``total`` were indexed; ``existing`` are the indexes
+    there are.
     """
 
     column: str
@@ -221,11 +206,7 @@ def _recommended(forms: Sequence[FormFigures], least: float) -> tuple[str, str]:
 
 
 class _Bench:
-    """The temporary table of a sample, and what is searched for in it.
-
-    Args:
-        queries: rows to search for, where there are no questions.
-    """
+    """The temporary table of a sample, and what is searched for in it."""
 
     def __init__(
         self,

@@ -45,16 +45,8 @@ class Choosable:
     """An encoder, as it does on a table.
 
     Attributes:
-        encoder: its name, with its precision.
-        current: whether it is the column's own.
-        ndcg: nDCG@k of the questions.
-        difference: the same, less that of the column's own encoder; of the best of all where
-            there is no column yet.
+        difference: nDCG@k less that of the column's own encoder, or of the best of all.
         milliseconds: to encode a question alone, the median.
-        texts_per_second: of the table's texts.
-        dimensions: of its vectors.
-        megabytes: of its files.
-        languages: as published; ``"not known"`` of an encoder that the library does not list.
         limits: share of the library's hard triples that it gets right.
         cut: share of the texts that are longer than it reads.
         seconds: to encode every row; 0 where the rows' vectors stay.
@@ -78,18 +70,9 @@ class Choosable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """Encoders side by side, and which to use; printed, a table and the reason.
+    """Encoders side by side, best first, and which to use; printed, a table and the reason.
 
-    Attributes:
-        column: the embedding column, or those of the texts.
-        k: rows of an answer that count.
-        questions: how many.
-        rows: rows that they were ranked against, of ``total``.
-        total: rows of the table with a vector, or with a text.
-        budget: milliseconds that a question may take; ``None`` without a limit.
-        encoders: best first.
-        chosen: name of the one to use; ``None`` where none keeps to the budget.
-        reason: why.
+    ``chosen`` is ``None`` where none keeps to the budget, milliseconds that a question may take.
     """
 
     column: str

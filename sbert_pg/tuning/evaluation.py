@@ -53,18 +53,9 @@ class Figure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """What a search reached.
+    """What a search reached at k on the questions of a slice; ``None`` for all.
 
-    Attributes:
-        search: its name.
-        slice: value of the attribute that the questions share; ``None`` for all questions.
-        questions: how many.
-        ndcg: nDCG@k.
-        recall: recall@k: share of the relevant rows, of at most k that fit there.
-        mrr: mean reciprocal rank of the first relevant row among k.
-        precision_at_1: share of questions whose first row is relevant.
-        difference: nDCG@k less that of the first search, on the same questions.
-        milliseconds: time for a question, in batches; encoding it not included.
+    ``difference`` is nDCG less that of the first search; ``milliseconds`` leave encoding out.
     """
 
     search: str
@@ -95,14 +86,7 @@ class Miss:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Searches side by side; printed, it is a table.
-
-    Attributes:
-        k: rows of an answer that count.
-        queries: the labelled questions.
-        scores: one for each search, then one for each search and slice.
-        answers: for each search what it found for each question.
-    """
+    """Searches side by side, then by slice, and what each found; printed, a table."""
 
     k: int
     queries: tuple[LabelledQuery, ...]
@@ -301,13 +285,9 @@ def _figures(values: Any, means: Any) -> list[Figure]:
 def grouped_figures(
     values: npt.NDArray[np.float64], groups: npt.NDArray[np.int64], seed: int
 ) -> list[Figure]:
-    """Mean and interval of each column of some measures, by draws of whole groups of questions.
+    """Mean and interval of each column of ``(questions, measures)``, by draws of whole groups.
 
     Questions of one document are right or wrong together (Davison and Hinkley, 1997, section 3.8).
-
-    Args:
-        values: shape ``(questions, measures)``.
-        groups: number of each question's group.
     """
     names, group = np.unique(groups, return_inverse=True)
     sums = np.zeros((len(names), values.shape[1]))

@@ -119,9 +119,6 @@ def read_pairs(path: Path | str, topics: Path | str | None = None) -> list[Label
             the columns ``position`` and ``clicked`` it is a click log (see ``of_click_log``).
         topics: for qrels, the questions: lines of a name, a tab, and the text. By default a file of
             the same name that ends in ``.topics``.
-
-    Raises:
-        LoadError: there is no such file, or a line is not of its form; the message says which.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -152,11 +149,7 @@ def read_pairs(path: Path | str, topics: Path | str | None = None) -> list[Label
 
 
 def read_topics(path: Path | str) -> dict[str, str]:
-    """Questions by their names, from lines of a name, a tab, and the text.
-
-    Raises:
-        LoadError: there is no such file, a line is not of this form, or names two questions alike.
-    """
+    """Questions by their names, from lines of a name, a tab, and the text."""
     texts: dict[str, str] = {}
     for _, line in numbered_lines(Path(path)):
         name, text = _fields(Path(path), line, 2, "\t")
@@ -171,11 +164,7 @@ def _together(pairs: list[LabelledQuery]) -> list[LabelledQuery]:
 
 
 def read_lines(path: Path) -> list[LabelledQuery]:
-    """Labelled questions from JSON lines, one of each line; see ``read_pairs``.
-
-    Raises:
-        LoadError: there is no such file, or a line is not of this form; the message says which.
-    """
+    """Labelled questions from JSON lines, one of each line; see ``read_pairs``."""
     return _each_of(path, numbered_lines(path), _of_json)
 
 
@@ -293,11 +282,7 @@ def _opened(path: Path, **options: Any) -> Iterator[TextIO]:
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines of a file that are not blank, each with its number from 1.
-
-    Raises:
-        LoadError: there is no such file, or it is no text in UTF-8.
-    """
+    """Lines of a file that are not blank, each with its number from 1."""
     with _opened(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
@@ -305,11 +290,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows of a ``.csv`` file with a header, or a ``.tsv`` one, each with the line that it ends in.
-
-    Raises:
-        LoadError: there is no such file, it is empty, or a line cannot be read.
-    """
+    """Rows of a ``.csv`` or ``.tsv`` file with a header, each with the line that it ends in."""
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     with _opened(path, newline="") as file:
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
@@ -341,10 +322,6 @@ def pairs_of(engine: sa.Engine, pairs: Any) -> list[LabelledQuery]:
 
     Questions that no row answers, of which only wrong rows are known, measure nothing: without
     them.
-
-    Raises:
-        LoadError: there are none.
-        DeclarationError: the engine is none, or an asynchronous one.
     """
     require_engine("A measurement", engine)
     if isinstance(pairs, sa.sql.base.Executable):

@@ -127,11 +127,7 @@ def tune(
 def _require_fitting(
     method: str, base: Path | str | None, epochs: int | None, matryoshka: Sequence[int]
 ) -> None:
-    """Refuse settings that the method does not have.
-
-    Raises:
-        DeclarationError: it has no such setting, or there is no such method.
-    """
+    """Refuse settings that the method does not have."""
     if method not in get_args(Method):
         raise DeclarationError(
             f"There is no method {method!r}; there are {', '.join(get_args(Method))}."
@@ -195,11 +191,7 @@ def _task(
 
 
 def _fitting_encoder(base: Any) -> Any:
-    """The encoder of a column, where it can be fitted.
-
-    Raises:
-        DeclarationError: it cannot; the message says why.
-    """
+    """The encoder of a column, where it can be fitted."""
     from sbert_pg.encoder import Encoder
 
     if not isinstance(getattr(base, "type", None), Embedding):
@@ -251,27 +243,9 @@ def adapt_queries(
 ) -> Encoder:
     """Write an encoder whose queries are multiplied by a matrix; its documents stay as they are.
 
-    The graph gets a second output, the vector of a text as a query; the first one, weights,
-    tokenizer and probes stay as they are. So documents have the same vectors as before, and a
-    column of the encoder accepts the new one without an embedding more.
-
-    The product is divided by its length where the encoder's own vectors have length one. An encoder
-    that has layers for queries already gets these after them.
-
-    Args:
-        encoder: the encoder, in all its dimensions.
-        matrix: shape ``(dimensions, dimensions)``; the vector of a query is ``matrix @ vector``.
-        place: the new directory; it must not exist.
-        training: how the matrix was made, for the manifest.
-
-    Returns:
-        The new encoder, loaded.
-
-    Raises:
-        DeclarationError: the encoder is truncated, the matrix is of another shape or not finite, or
-            the directory exists.
-        MissingExtraError: the package ``onnx`` is missing.
-        ConversionError: the new directory does not compute what it should.
+    The graph gets a second output, the vector of a text as a query, which is ``matrix @ vector``,
+    divided by its length where the encoder's own have length one, and behind layers for queries
+    that there are already. All else stays, so a column of the encoder accepts the new one.
     """
     from sbert_pg.encoder import Encoder
     from sbert_pg.encoder import directory as converted

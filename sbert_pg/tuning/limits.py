@@ -67,13 +67,7 @@ AT_THE_END = TRIPLES.pop(LONG)
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """How an encoder does at one kind of difference.
-
-    Attributes:
-        of: whose texts they are, ``"library"`` or ``"yours"``.
-        score: share in which the text of the same meaning is nearer; 1 would be perfect.
-        failed: triples that it got wrong, at most three.
-    """
+    """How an encoder does at one kind of difference, in the library's texts or yours."""
 
     name: str
     of: str
@@ -106,13 +100,7 @@ class OwnTexts:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Where an encoder breaks; printed, a table and what to do.
-
-    Attributes:
-        encoder: its name.
-        limits: the kinds, on the library's texts and on one's own.
-        own: what it makes of one's own texts; ``None`` without any.
-    """
+    """Where an encoder breaks, on the library's texts and one's own; printed, a table."""
 
     encoder: str
     limits: tuple[Limit, ...]

@@ -273,11 +273,7 @@ def _utc(moment: dt.datetime) -> dt.datetime:
 def of_keys(
     engine: sa.Engine, table: sa.Table, name: str, queries: Sequence[LabelledQuery]
 ) -> dict[str, str]:
-    """What a column says of each labelled row, as text; rows without it are left out.
-
-    Raises:
-        DeclarationError: the table has no such column.
-    """
+    """What a column says of each labelled row, as text; rows without it are left out."""
     if name not in table.c:
         raise DeclarationError(
             f"Neither the pairs nor {table.fullname} has a column {name!r} to split by."
@@ -311,9 +307,6 @@ def of_click_log(events: Sequence[LabelledQuery]) -> list[LabelledQuery]:
             the key of the row, and the attributes ``position``, ``clicked`` (how often, or whether)
             and perhaps ``shown`` (how often; 1 by default). Other attributes are kept, of each
             question as its last event has them.
-
-    Raises:
-        LoadError: a position or a number cannot be read, or no row was clicked often enough.
     """
     read = np.array([_read(event, number) for number, event in enumerate(events, start=1)])
     asked = [" ".join(event.text.casefold().split()) for event in events]

@@ -29,14 +29,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Retrieval:
-    """Means over questions, each between 0 and 1.
-
-    Attributes:
-        ndcg_at_10: normalised discounted cumulative gain of the ten nearest.
-        recall_at_1: share of questions whose nearest text is an answer.
-        recall_at_10: share of answers, of at most ten, among the ten nearest.
-        reciprocal_rank: mean reciprocal rank of the first answer among these.
-    """
+    """Means over questions, each between 0 and 1."""
 
     ndcg_at_10: float
     recall_at_1: float
@@ -79,14 +72,7 @@ def score_pairs(
 def score_retrieval(
     questions: Vectors, texts: Vectors, relevant: Sequence[set[int]], similarity: str
 ) -> Retrieval:
-    """Measures of finding the relevant texts of each question.
-
-    Args:
-        questions: vectors of the questions, ``(n, dimensions)``.
-        texts: vectors of the texts, ``(m, dimensions)``.
-        relevant: for each question the positions of its answers, at least one.
-        similarity: one of ``sbert_pg.distance.SIMILARITIES``.
-    """
+    """Measures of finding the relevant texts, by their positions, of each question."""
     rows = Candidates([str(number) for number in range(len(texts))], texts, similarity)
     sums = np.zeros(4)
     for keys, answers in zip(rows.ranked(questions, 10), relevant, strict=True):
@@ -98,12 +84,7 @@ def score_retrieval(
 
 
 def retrieval(encoder: TextEncoder, questions: Sequence[str], answers: Sequence[str]) -> Retrieval:
-    """Questions, each with one answer, against all the different answers.
-
-    Args:
-        encoder: questions go through ``encode_query``, answers through ``encode_document``.
-        answers: the answer of each; equal answers count as one text.
-    """
+    """Questions, each with one answer, against all the different answers."""
     positions: dict[str, int] = {}
     for answer in answers:
         positions.setdefault(answer, len(positions))

@@ -96,11 +96,7 @@ def require_rows(
     queries: Sequence[LabelledQuery],
     answers: Sequence[Sequence[Answer]],
 ) -> None:
-    """Refuse labelled keys of which not one is a row of the table that a search reads.
-
-    Raises:
-        LoadError: there is no such row.
-    """
+    """Refuse labelled keys of which not one is a row of the table that a search reads."""
     keys = {key for query in queries for key in query.gains}
     answered = {answer.key for rows in answers for answer in rows}
     if not isinstance(statement, Nearest) or keys & answered:
@@ -131,14 +127,6 @@ def searches_for(
     These are ``dense`` (as ``nearest`` does it), ``exact``; ``words`` and ``hybrid`` where there is
     a text column; ``dense by`` each index where the table has several; and exact search with each
     of the encoders given, which encodes every row's text and keeps the vectors in memory.
-
-    Args:
-        engine: where the indexes are looked up.
-        column: an embedding column.
-        words: a text column of the same class or table.
-        where: criteria of all searches, on the searched rows.
-        encoders: other encoders to compare with.
-        limit: rows of an answer.
     """
     options: dict[str, Any] = {"where": where, "limit": limit}
     searches: dict[str, Search] = {

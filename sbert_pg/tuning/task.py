@@ -144,25 +144,12 @@ class Tuning:
     """A fitted encoder, and what was proven of it; printed, a report.
 
     Attributes:
-        column: the column, ``table.column``.
         spec: the new encoder as a class would declare it, named by its directory.
-        method: how it was fitted.
         side: ``"query"`` where documents keep their vectors, so that the column accepts the
             encoder; ``"both"`` where it takes its own column.
-        split: what the questions were split by, ``"document"`` or ``"document and time"``.
-        learning: questions that were learned from.
-        held_out: questions that it was judged on.
         rows: rows that these were ranked against, of ``total``.
-        total: rows of the table with a vector.
-        k: rows of an answer that count.
         compared: the encoder that it is compared with: the column's, for ``distill`` the student.
-        before: nDCG@k of that one on the questions kept back.
-        after: nDCG@k of the new one.
-        gain: the difference.
         settings: of the method; for a matrix those that cross-validation chose.
-        notes: what else was measured, such as speed.
-        pairs: the file of the questions kept back, for ``evaluate`` and ``verify``.
-        seconds: time that it took.
     """
 
     column: str
@@ -212,11 +199,7 @@ class Tuning:
         )
 
     def require_gain(self, hint: str = "") -> None:
-        """Refuse an encoder of which nothing is proven; ``hint`` is what else is known.
-
-        Raises:
-            NoGainError: the interval of the gain includes zero, or lies below.
-        """
+        """Refuse an encoder of which nothing is proven; ``hint`` is what else is known."""
         if self.gain.low > 0:
             return
         raise NoGainError(
@@ -230,15 +213,7 @@ class Tuning:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Task:
-    """Questions to learn from and to be judged by.
-
-    Attributes:
-        encoder: the column's.
-        place: the directory of the new one.
-        candidates: the rows, with the vectors that they have.
-        wrong: keys of the hard negatives of each question that is learned from.
-        before: nDCG@k of each question kept back with the column's own encoder.
-    """
+    """Questions to learn from and to be judged by; ``before`` is nDCG with the column's encoder."""
 
     rows: Rows
     encoder: Any
@@ -280,14 +255,7 @@ class Task:
         after: npt.NDArray[np.float64],
         **facts: Any,
     ) -> Tuning:
-        """What the questions kept back say of a fitted encoder.
-
-        Args:
-            encoder: its dimensions and similarity.
-            before: nDCG@k of each question with the encoder that it is compared with.
-            after: the same with the fitted one.
-            facts: further fields of ``Tuning``.
-        """
+        """What nDCG of the questions kept back, before and after, says of a fitted encoder."""
         was, is_, gain = self.figures(before, after)
         return Tuning(
             column=self.rows.name,
@@ -307,11 +275,7 @@ class Task:
         )
 
     def record(self, tuning: Tuning, examples: int) -> dict[str, Any]:
-        """How an encoder came about, for its manifest: digests of texts and no text.
-
-        Args:
-            examples: questions, or made ones, that it was learned from.
-        """
+        """How an encoder came about, for its manifest: digests of texts and no text."""
         spec, rows = self.encoder.spec, hashlib.sha256(self.candidates.vectors.tobytes())
         rows.update(json.dumps(list(self.candidates.keys)).encode())
         return {

@@ -28,12 +28,7 @@ _PURPOSE = "train an encoder"
 
 
 class Example(NamedTuple):
-    """A question to train with.
-
-    Attributes:
-        negatives: texts that are near it and do not; one is drawn in each pass.
-        group: examples of one group are never in one batch, since they may share an answer.
-    """
+    """A question to train with; those of one group may share an answer: never in one batch."""
 
     question: str
     answer: str
@@ -99,21 +94,10 @@ def distil(
     epochs: int,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Train a model to give certain vectors, by cosine, and write it.
+    """Train a model to give certain vectors, by cosine, and write it; returns the settings.
 
-    Args:
-        source: a sentence-transformers directory; or a ``tokenizer.json`` and the vectors of its
-            tokens to begin with, for a static model.
-        place: where the trained one is written.
-        texts: what it reads; as documents.
-        vectors: what it shall give for them, in its own dimensions.
-        epochs: passes over the texts; 0 writes the model as it is.
-
-    Returns:
-        The settings, and the versions that it was made with.
-
-    Raises:
-        MissingExtraError: torch or sentence-transformers is missing.
+    The source is a sentence-transformers directory; or a ``tokenizer.json`` and the vectors of its
+    tokens to begin with, for a static model. No epochs write it as it is.
     """
     with needing("torch", "train", _PURPOSE):
         import torch
@@ -139,11 +123,7 @@ def distil(
 
 
 class _Model:
-    """A model being trained, with torch's random numbers in a state of their own.
-
-    Args:
-        source: as for ``distil``.
-    """
+    """A model being trained, with torch's random numbers in a state of their own."""
 
     def __init__(self, source: Path | tuple[Path, Vectors], seed: int) -> None:
         with needing("sentence-transformers", "train", _PURPOSE):

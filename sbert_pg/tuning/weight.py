@@ -29,17 +29,10 @@ WEIGHTS = tuple(round(i / 20, 2) for i in range(21))
 
 @dataclass(frozen=True, slots=True)
 class FittedWeight:
-    """The weight that labelled questions ask for; printed, it is the curve.
+    """The weight that labelled questions ask for; printed, it is the curve of nDCG@k.
 
-    Attributes:
-        weight: what to give to ``hybrid``: ``None`` where the default, which follows the question,
-            does as well on questions that the weight was not fitted on.
-        best: the best fixed weight on all questions.
-        questions: how many.
-        k: rows of an answer that count.
-        curve: nDCG@k of each weight.
-        default: nDCG@k of the default.
-        held_out: nDCG@k of fitted weights on questions that they were not fitted on.
+    ``weight`` is ``None`` where the default, which follows the question, does as well on questions
+    that the weight was not fitted on; ``best`` is the best fixed one on all.
     """
 
     weight: float | None

@@ -69,11 +69,7 @@ def kept_model(place: Path) -> Path:
 
 
 def _source(encoder: Encoder, base: Path | str | None) -> Path:
-    """The directory of the model to train.
-
-    Raises:
-        EncoderNotFoundError: it is not on this machine.
-    """
+    """The directory of the model to train."""
     from sbert_pg.encoder.directory import is_converted
     from sbert_pg.encoder.hub import find, home_of
 
@@ -213,16 +209,7 @@ def _publish(
     examples: int,
     facts: Mapping[str, Any],
 ) -> Tuning:
-    """Convert a trained model, judge it, and put both where they belong if it is proven.
-
-    Args:
-        before: nDCG@k of each question kept back with the encoder that it is compared with.
-        examples: how many it was learned from.
-        facts: further ones of the tuning.
-
-    Raises:
-        NoGainError: it is not proven.
-    """
+    """Convert a trained model, judge it, and put both where they belong if it is proven."""
     from sbert_pg.encoder import Encoder
     from sbert_pg.encoder import directory as converted
     from sbert_pg.encoder.conversion import convert

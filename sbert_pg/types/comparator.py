@@ -143,18 +143,7 @@ def apply_operator(
 
 
 def operand(left: sa.ColumnElement[Any], other: Any, type_: Any = None) -> sa.ColumnElement[Any]:
-    """The right-hand side of an operator: an expression as it is, anything else as a parameter.
-
-    Args:
-        left: what it is compared with.
-        other: the vector, text or expression.
-        type_: type of the parameter, where ``left`` has one of another library's.
-
-    Raises:
-        DeclarationError: it is ``None``, or a text where no encoder is declared.
-        EncoderMismatchError: it is a column of another encoder.
-        VectorError: it is not a vector that ``left`` can be compared with.
-    """
+    """The right-hand side of an operator: an expression as it is, anything else as a parameter."""
     other = clause_of(other)
     if isinstance(other, sa.BindParameter) and isinstance(other.type, NullType):
         return sa.type_coerce(other, type_ or query_type(left))

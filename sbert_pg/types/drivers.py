@@ -120,12 +120,7 @@ def sending(dialect: Dialect) -> Callable[[WireVector], Any]:
 def parameter(
     dialect: Dialect, storage: Storage, checked: Callable[[Any], Array]
 ) -> Callable[[Any], Any]:
-    """A bind processor: check a value, and turn it into what the driver takes.
-
-    Args:
-        dialect: the engine's dialect.
-        checked: from a value to the array that is stored; raises an error of this project's tree.
-    """
+    """A bind processor: check a value, and turn it into what the driver takes."""
     prepare(dialect)
     send = sending(dialect)
 

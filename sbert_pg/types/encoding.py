@@ -39,18 +39,7 @@ def _encoded(spec: EncoderSpec, encoder: TextEncoder, texts: list[str]) -> dict[
 
 
 def query_vectors(spec: EncoderSpec, texts: Sequence[str]) -> list[Vectors]:
-    """The vectors of queries, from the cache or encoded now, in one batch.
-
-    Args:
-        spec: the encoder, as the column declares it.
-
-    Returns:
-        Read-only float32 arrays of shape ``(dimensions,)``.
-
-    Raises:
-        EncoderError: the encoder cannot be loaded or refuses a text.
-        DimensionError: its vectors are of another width than the column declares.
-    """
+    """The vectors of queries, read-only float32, from the cache or encoded now in one batch."""
     encoder = find_encoder(spec) or off_loop(lambda: get_encoder(spec))
     vectors: dict[str, Vectors] = {}
     with _lock:
@@ -72,11 +61,7 @@ def query_vectors(spec: EncoderSpec, texts: Sequence[str]) -> list[Vectors]:
 
 
 def off_loop(work: Callable[[], T]) -> T:
-    """Call ``work`` here; from a statement of an ``AsyncSession``, in a thread of the loop's.
-
-    Encoding takes milliseconds to minutes and releases the interpreter lock meanwhile, so other
-    requests of an asynchronous application are served while it lasts.
-    """
+    """Call ``work`` here; from a statement of an ``AsyncSession``, in a thread, beside its loop."""
     if not _in_coroutine():
         return work()
     from sqlalchemy.util import await_only

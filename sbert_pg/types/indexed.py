@@ -57,13 +57,7 @@ class VectorIndex:
     """How a vector index is made.
 
     Attributes:
-        schema: schema of both, ``None`` for the search path's.
-        column: name of the vector column, which is indexed itself or within an expression.
-        form: what is indexed: the column, its cast to ``halfvec``, its first dimensions, or its
-            signs.
-        opclass: operator class, ``None`` for the type's default.
         element: the indexed expression, as SQL or as SQLAlchemy has it; ``None`` for the column.
-        tablespace: tablespace, where it is not the default one.
         dimensions: width of the column, 0 where unknown.
         cast_to: type of a declared index's cast, for the forms ``halfvec`` and ``subvector``.
         centre: what is taken from vectors before their signs are, as a declared index has it.
@@ -172,14 +166,7 @@ class VectorIndex:
         table: tuple[str | None, str] | None = None,
         concurrently: bool = False,
     ) -> sa.Index:
-        """An ``Index`` for ``CREATE INDEX``, on a table that has no other column.
-
-        Args:
-            concurrently: whether it is built beside reads and writes.
-
-        Raises:
-            DeclarationError: an operator class or an option is not a name.
-        """
+        """An ``Index`` for ``CREATE INDEX``, on a table that has no other column."""
         self._check()
         schema, table_name = table or (self.schema, self.table)
         column = sa.Column(self.column or "embedding", sa.types.NullType())
@@ -288,11 +275,7 @@ def description_of(index: sa.Index) -> VectorIndex | None:
 
 
 def declared_index(index: sa.Index, name: str, schema: str | None) -> VectorIndex:
-    """What a declared index is, by its name after naming conventions.
-
-    Raises:
-        DeclarationError: it has more than one expression, which vector indexes cannot have.
-    """
+    """What a declared index is, by its name after naming conventions."""
     description = description_of(index)
     if description is None:
         assert index.table is not None

@@ -78,11 +78,7 @@ class VectorType(SchemaEventTarget, UserDefinedType[Array]):
         return np.ndarray
 
     def checked(self, value: Any) -> Array:
-        """The value as an array that this type can store.
-
-        Raises:
-            VectorError: one of its kinds; see ``wire.check_vector``.
-        """
+        """The value as an array that this type can store."""
         array = wire.as_float32(value, what="the vector")
         wire.check_vector(array, self.dimensions, self.storage, "the vector")
         return array
@@ -203,12 +199,7 @@ class _Sent(FunctionElement[Any]):
 
 
 def sent(vector: sa.ColumnElement[Any], storage: Storage) -> sa.ColumnElement[bytes]:
-    """A vector as the bytes of pgvector's binary form, which ``wire.from_wire`` reads.
-
-    Args:
-        vector: a column or an expression.
-        storage: the type that it has in the database.
-    """
+    """A vector as the bytes of pgvector's binary form, which ``wire.from_wire`` reads."""
     return sa.type_coerce(_Sent(vector, plain_type(storage, None)), sa.LargeBinary())
 
 

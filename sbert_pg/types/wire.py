@@ -52,15 +52,7 @@ def shape_of(type_: Any) -> tuple[Storage, int | None] | None:
 
 
 def as_float32(value: Any, *, what: str = "a vector") -> Array:
-    """Take anything that is a sequence of numbers as a contiguous float32 array of one axis.
-
-    Args:
-        value: an array, a sequence of numbers, or an object with a method ``to_numpy``, as
-            ``pgvector.Vector`` and ``pgvector.HalfVector`` are.
-
-    Raises:
-        VectorError: it is text or bytes, or not a flat sequence of numbers.
-    """
+    """A sequence of numbers, or what has ``to_numpy``, as a float32 array of one axis."""
     if isinstance(value, (str, bytes, bytearray)):
         raise VectorError(
             f"{what} was given as {type(value).__name__} {value[:40]!r}. Text is encoded where it "
@@ -80,12 +72,7 @@ def as_float32(value: Any, *, what: str = "a vector") -> Array:
 
 
 def check_vector(array: Array, dimensions: int | None, storage: Storage, what: str) -> None:
-    """Refuse a vector that the server would refuse, or that would silently rank wrongly.
-
-    Raises:
-        DimensionError: its width is not ``dimensions``.
-        NonFiniteError: it holds NaN, an infinity, or a value beyond half precision in ``halfvec``.
-    """
+    """Refuse a vector that the server would refuse, or that would silently rank wrongly."""
     if dimensions is not None and array.shape[0] != dimensions:
         raise DimensionError(
             f"{what} has {array.shape[0]} dimensions and {dimensions} are expected; it comes from "
@@ -160,17 +147,7 @@ def to_text(array: Array) -> str:
 
 
 def vector_in(text: str, dimensions: int) -> Array | None:
-    """The vector that a text spells, where it is pgvector's text form of that many numbers.
-
-    SQL gives a vector as such a text where the driver does not know its type, as with
-    ``func.avg()`` or in textual SQL.
-
-    Returns:
-        float32 array of shape ``(dimensions,)``; ``None`` for any other text.
-
-    Raises:
-        DimensionError: it is a vector of another width, of more numbers than anybody writes.
-    """
+    """The vector that a text spells in pgvector's form, as ``func.avg()`` gives it; or ``None``."""
     stripped = text.strip()
     if not (stripped.startswith("[") and stripped.endswith("]")):
         return None
