@@ -241,8 +241,13 @@ def _norm_last(
     epsilon = config.number("layer_norm_eps", 1e-12, above=0, below=1)
     reader = Reader(weights, config, table, epsilon, biases=biases)
     theta, slower = _scaled(config, config.object("rope_parameters"), theta, reader.head)
+    words, types = reader.words(tensors.WORDS), None
+    if rows := config.integer("type_vocab_size", 0, least=0):
+        types = weights.get(tensors.TYPES, (rows, reader.width))
+        words = words + types[0]
     return Transformer(
-        words=reader.words(tensors.WORDS, typed=True),
+        words=words,
+        types=types,
         norm=reader.norm(names[0]),
         blocks=reader.blocks(names[1], theta=theta),
         heads=reader.heads,

@@ -41,7 +41,7 @@ _FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _INTEGERS = {"I8": "|i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
 
 #: What a checkpoint of a task model puts before the names of its transformer.
-_PREFIX = re.compile(r"^(?:bert|roberta|distilbert|mpnet|camembert|electra|albert|model|new)\.")
+_PREFIX = re.compile(r"^(?:bert|roberta|distilbert|mpnet|camembert|electra|albert|model|new|gte)\.")
 _REQUIRED: Any = object()
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)

@@ -19,7 +19,14 @@ from sbert_pg.encoder import architectures, transformer
 from sbert_pg.encoder.description import STATIC, Description
 from sbert_pg.encoder.files import Array
 from sbert_pg.encoder.kinds import SAMPLE_PAIRS, table
-from sbert_pg.encoder.layers import DENSE_ACTIVATIONS, Layer, Normalize, PoolingMode, Transformer
+from sbert_pg.encoder.layers import (
+    DENSE_ACTIVATIONS,
+    Layer,
+    Norm,
+    Normalize,
+    PoolingMode,
+    Transformer,
+)
 from sbert_pg.encoder.products import Floats, Int8, Products, Watched, observe, ranges, smooth
 from sbert_pg.encoder.runner import (
     ATTENTION_MASK,
@@ -194,6 +201,8 @@ def add_layers(writer: Writer, vector: str, layers: Sequence[Layer]) -> str:
         if isinstance(layer, Normalize):
             length = writer.node("ReduceL2", vector, [1], keepdims=1)
             vector = writer.node("Div", vector, writer.node("Max", length, _LEAST_LENGTH))
+        elif isinstance(layer, Norm):
+            vector = transformer.write_norm(writer, vector, layer)
         else:
             bias = () if layer.bias is None else (layer.bias,)
             dense = writer.node("Gemm", vector, layer.weight, *bias, transB=1)

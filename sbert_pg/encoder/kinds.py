@@ -7,8 +7,8 @@ tokens, and of a text only so many characters as these have by the median of the
 leaves out tokens that are unknown.
 
 A cross-encoder is a transformer with a classifier, which scores a pair of texts. A classifier is
-what follows pooling, as the layers of an encoder are: dense layers over the first token. So it is a
-``Description`` too, whose "vector" are its scores.
+what follows pooling, as the layers of an encoder are: dense layers over the first token or the mean
+of all. So it is a ``Description`` too, whose "vector" are its scores.
 
 Sources: ``sentence_transformer/modules/static_embedding.py`` and ``cross_encoder/model.py`` of
 sentence-transformers 6.2, ``model.py`` of model2vec 0.10; ``*ForSequenceClassification`` in
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sbert_pg.encoder.custom_code import without_code
 from sbert_pg.encoder.description import (
     IN_SPEC,
     MODULES_LIMIT,
@@ -51,7 +52,7 @@ from sbert_pg.encoder.files import (
     read_list,
     require_model,
 )
-from sbert_pg.encoder.layers import Dense, read_layers, torch_class
+from sbert_pg.encoder.layers import Dense, Layer, Norm, PoolingMode, read_layers, torch_class
 from sbert_pg.encoder.tokenizer_files import is_model2vec, tokenizer_class
 from sbert_pg.errors import DamagedEncoderError, UnsupportedEncoderError
 from sbert_pg.probes import SAMPLE_TEXTS
@@ -66,7 +67,7 @@ SAMPLE_PAIRS: tuple[tuple[str, str], ...] = tuple(
 )
 
 _PROJECTED = ("classifier.dense", "Tanh", "classifier.out_proj")
-#: Over the first token, by ``model_type``: a dense layer, its activation, and the classifier.
+#: Over what is pooled, by ``model_type``: a dense layer, if any, its activation, the classifier.
 _HEADS: Mapping[str, tuple[str, str, str]] = {
     "bert": ("pooler.dense", "Tanh", "classifier"),
     "distilbert": ("pre_classifier", "ReLU", "classifier"),
@@ -76,7 +77,12 @@ _HEADS: Mapping[str, tuple[str, str, str]] = {
     "mpnet": _PROJECTED,
     "albert": ("pooler", "Tanh", "classifier"),
     "electra": ("classifier.dense", "GELU", "classifier.out_proj"),
+    "gte": ("pooler.dense", "Tanh", "classifier"),
+    "modernbert": ("head.dense", "", "classifier"),
+    "qwen3": ("", "", "score"),
 }
+#: Activations of ModernBERT's head, by transformers' names.
+_HEAD_ACTIVATIONS = {"gelu": "GELU", "relu": "ReLU", "silu": "SiLU", "tanh": "Tanh"}
 #: Activations of a score, by the name of torch's class.
 _ACTIVATIONS = ("Identity", "Sigmoid")
 
@@ -148,11 +154,11 @@ def describe_reranker(path: str | Path) -> Description:
     root = Path(path)
     require_model(root)
     _require_lone_transformer(root / "modules.json")
-    config, general = read_json(root / "config.json"), _general(root)
+    written, general = read_json(root / "config.json"), _general(root)
+    config = without_code(written)
     tokenizer = read_if_there(root / "tokenizer_config.json")
+    tokenizer.refuse_code()
     settings = read_if_there(root / TRANSFORMER_FILES[0])
-    for file in (config, tokenizer):
-        file.refuse_code()
     settings.only("transformer_task", ["sequence-classification"], "sequence-classification")
     require_harmless(settings)
     architecture = architecture_of(config)
@@ -164,6 +170,9 @@ def describe_reranker(path: str | Path) -> Description:
             "with Encoder.load."
         )
     weights = find_weights(root)
+    pooling: PoolingMode = "lasttoken" if architecture == "qwen3" else "cls"
+    if architecture == "modernbert":
+        pooling = config.only("classifier_pooling", ["cls", "mean"], "cls")
     activation = _activation(general, config)
     layers = _classifier(Weights(weights), config, _HEADS[architecture], activation)
     return Description(
@@ -172,11 +181,11 @@ def describe_reranker(path: str | Path) -> Description:
         architecture=architecture,
         config=config,
         configuration={
-            "config": plain(config), "tokenizer": plain(tokenizer), "settings": plain(settings),
+            "config": plain(written), "tokenizer": plain(tokenizer), "settings": plain(settings),
             "general": plain(general), "modules": ["Transformer", "Classifier"],
         },
         weights=weights,
-        pooling=("cls",),
+        pooling=(pooling,),
         layers=layers,
         max_seq_length=max_seq_length(settings, tokenizer, config),
         do_lower_case=settings.flag("do_lower_case", False),
@@ -222,9 +231,13 @@ def _activation(general: Settings, config: Settings) -> str | None:
 
 def _classifier(
     weights: Weights, config: Settings, head: tuple[str, str, str], activation: str | None
-) -> tuple[Dense, Dense]:
+) -> tuple[Layer, ...]:
     width, (first, first_activation, last) = hidden_size(config), head
-    dense = _dense(weights, first, first_activation, width, width)
+    layers: list[Layer] = []
+    if first_activation:
+        layers = [_dense(weights, first, first_activation, width, width)]
+    elif first:
+        layers = _normed_head(weights, config, width)
     shape = weights.shape(f"{last}.weight")
     labels = shape[0] if len(shape) == 2 else 0
     listed = config.object("id2label")
@@ -233,12 +246,25 @@ def _classifier(
             f"{config.path} names {len(listed)} labels; the classifier has the shape {shape}."
         )
     activation = activation or ("Sigmoid" if labels == 1 else "Identity")
-    return dense, _dense(weights, last, activation, width, labels)
+    return *layers, _dense(weights, last, activation, width, labels, last != "score")
 
 
-def _dense(weights: Weights, name: str, activation: str, inputs: int, outputs: int) -> Dense:
+def _normed_head(weights: Weights, config: Settings, width: int) -> list[Layer]:
+    """ModernBERT's: a dense layer and a layer normalisation, whose biases are settings."""
+    name = _HEAD_ACTIVATIONS[config.only("classifier_activation", _HEAD_ACTIVATIONS, "gelu")]
+    dense = _dense(weights, "head.dense", name, width, width, config.flag("classifier_bias", False))
+    scale, offset = weights.get("head.norm.weight", (width,)), np.zeros(width, np.float32)
+    if config.flag("norm_bias", False):
+        offset = weights.get("head.norm.bias", (width,))
+    return [dense, Norm(scale, offset, config.number("norm_eps", 1e-5, above=0, below=1))]
+
+
+def _dense(
+    weights: Weights, name: str, activation: str, inputs: int, outputs: int, biased: bool = True
+) -> Dense:
     weight = weights.get(f"{name}.weight", (outputs, inputs))
-    return Dense(inputs, outputs, activation, weight, weights.get(f"{name}.bias", (outputs,)))
+    bias = weights.get(f"{name}.bias", (outputs,)) if biased else None
+    return Dense(inputs, outputs, activation, weight, bias)
 
 
 def _token_types(config: Settings, tokenizer: Settings) -> bool:

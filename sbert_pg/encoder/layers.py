@@ -91,9 +91,6 @@ class Normalize:
     """Division by the Euclidean length, at least 1e-12 (``torch.nn.functional.normalize``)."""
 
 
-Layer = Dense | Normalize
-
-
 def _pooling_modes(settings: Settings) -> list[Any]:
     modes = settings.get("pooling_mode")
     if modes is None:
@@ -146,11 +143,14 @@ def layer_settings(root: Path, modules: Sequence[tuple[str, str]]) -> list[dict[
 
 def layer_text(layer: Layer) -> str:
     """A layer as text, with a digest of its weights."""
-    if not isinstance(layer, Dense):
+    if isinstance(layer, Normalize):
         return "Normalize"
-    digest = hashlib.sha256(np.ascontiguousarray(layer.weight, dtype="<f4").tobytes())
+    weight = layer.scale if isinstance(layer, Norm) else layer.weight
+    digest = hashlib.sha256(np.ascontiguousarray(weight, dtype="<f4").tobytes())
     if layer.bias is not None:
         digest.update(np.ascontiguousarray(layer.bias, dtype="<f4").tobytes())
+    if isinstance(layer, Norm):
+        return f"LayerNorm({layer.epsilon}, {digest.hexdigest()[:16]})"
     size = f"{layer.in_features}->{layer.out_features}"
     return f"Dense({size}, {layer.activation}, {digest.hexdigest()[:16]})"
 
@@ -211,6 +211,10 @@ class Norm:
     centred: bool = True
 
 
+#: What may follow pooling; ``Norm`` in the head of a cross-encoder.
+Layer = Dense | Normalize | Norm
+
+
 @dataclass(slots=True)
 class Block:
     """One layer of the transformer.
@@ -248,6 +252,8 @@ class Transformer:
             first position.
         padding_id: token that is not counted as a position (RoBERTa and MPNet), or ``None`` where
             every token has the position it stands at.
+        types: embeddings of the token types, ``(types, width)``; row 0 is in ``words`` where there
+            are no ``positions``.
         bias: added to the scores by head and distance, ``(heads, 2 * most + 1)``, the middle being
             distance 0; what is farther away than ``most`` counts as that. Or ``None``.
         blocked: whether attention without a window goes through the queries in blocks, and not

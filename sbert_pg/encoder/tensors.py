@@ -225,11 +225,9 @@ class Reader:
         """The activation of the feed-forward part."""
         return self.config.only(self._key(key), ACTIVATIONS, default)
 
-    def words(self, name: str, width: int | None = None, *, typed: bool = False) -> Array:
-        """The word embeddings, with the row of token type 0 where they are ``typed``."""
-        words = self.weights.get(name, (self.config.integer("vocab_size"), width or self.width))
-        rows = self.config.integer("type_vocab_size", 0, least=0) if typed else 0
-        return words + self.weights.get(TYPES, (rows, self.width))[0] if rows else words
+    def words(self, name: str, width: int | None = None) -> Array:
+        """The word embeddings."""
+        return self.weights.get(name, (self.config.integer("vocab_size"), width or self.width))
 
     def norm(self, name: str, width: int | None = None) -> Norm:
         """A normalisation, by default of the model's width."""

@@ -124,6 +124,9 @@ def write(
     x = products.embed(writer, model.words, INPUT_IDS)
     if model.positions is not None:
         x = _placed(writer, model, model.positions, x, length, typed)
+    elif model.types is not None and typed:
+        types = writer.node("Gather", model.types - model.types[0], TOKEN_TYPE_IDS)
+        x = writer.node("Add", x, types)
     # From here on a batch is one matrix of tokens: a product with a bias is then one node.
     x = writer.node("Reshape", write_norm(writer, x, model.norm), [-1, model.words.shape[1]])
     half = products.dtype == np.float16

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from encoder_models import SMALL, TEXTS, Make, Wish, edit, worst
+from encoder_models import SMALL, TEXTS, Make, Wish, edit, worst, write_cross_encoder
 
-from sbert_pg.encoder import Encoder
+from sbert_pg.encoder import Encoder, Reranker
 from sbert_pg.errors import UnsupportedEncoderError
 
 #: Settings of the repositories, beside those that say a size.
@@ -78,6 +79,23 @@ def test_vectors_are_those_of_transformers_form(
     ours = Encoder.load(path, precision="fp32", cache_dir=tmp_path / "cache")
     assert ours.manifest.exporter == "graph"
     assert worst(ours.encode(TEXTS), reference(native).encode(TEXTS))[1] <= 1e-5
+
+
+def test_a_cross_encoder_of_gte(tmp_path: Path) -> None:
+    """As gte-multilingual-reranker-base, whose tensors are called otherwise too."""
+    from safetensors.numpy import load_file, save_file
+    from sentence_transformers import CrossEncoder
+
+    write_cross_encoder(MODELS["new"], tmp_path / "native")
+    kind = ["NewForSequenceClassification"]
+    path = as_published(tmp_path / "native", tmp_path / "model", "new", architectures=kind)
+    weights = load_file(path / "model.safetensors")
+    renamed = {name.replace("gte.", "new."): tensor for name, tensor in weights.items()}
+    save_file(renamed, path / "model.safetensors", {"format": "pt"})
+    pairs = list(zip(TEXTS, TEXTS[::-1], strict=True))
+    expected = CrossEncoder(str(tmp_path / "native"), device="cpu").predict(pairs)
+    ours = Reranker.load(path, precision="fp32", cache_dir=tmp_path / "cache").score_pairs(pairs)
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
 def test_the_scaling_of_gte(make_model: Make, reference: Reference, tmp_path: Path) -> None:

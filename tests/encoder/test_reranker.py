@@ -39,6 +39,18 @@ MODELS: dict[str, tuple[Wish, dict[str, Any]]] = {
     "albert": (Wish("albert", config={**SMALL, "embedding_size": 16}), {}),
     "electra": (Wish("electra", config={**SMALL, "embedding_size": 16}),
                 {"kind": "ElectraTokenizer"}),
+    "modernbert": (Wish("modernbert", config=SMALL), {}),
+    "modernbert, mean and biases": (
+        Wish("modernbert", seed=1, config={
+            **SMALL, "classifier_pooling": "mean", "classifier_bias": True, "norm_bias": True,
+            "classifier_activation": "silu",
+        }), {"labels": 3},
+    ),
+    "qwen3": (
+        Wish("qwen3", config={**SMALL, "num_key_value_heads": 2, "head_dim": 16}), {"labels": 2}
+    ),
+    "gte": (Wish("gte", config={**SMALL, "type_vocab_size": 2}), {"kind": "BertTokenizer"}),
+    "gte, no token types": (Wish("gte", seed=1, config={**SMALL, "type_vocab_size": 0}), {}),
 }  # fmt: skip
 
 Made = Callable[[str], Path]
@@ -153,6 +165,7 @@ HOSTILE: dict[str, tuple[str, dict[str, Any]]] = {
     "a language model": ("config.json", {"architectures": ["BertForCausalLM"]}),
     "another architecture": ("config.json", {"model_type": "gpt2"}),
     "no architecture": ("config.json", {"architectures": None}),
+    "code of another model": ("config.json", {"model_type": "new", "pack_qkv": True}),
     "labels": ("config.json", {"id2label": {"0": "a", "1": "b"}}),
     "labels that are none": ("config.json", {"id2label": 3}),
     "heads": ("config.json", {"num_attention_heads": 5}),

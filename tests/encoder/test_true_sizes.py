@@ -88,7 +88,19 @@ RERANKERS = {
     "crossencoder-camembert-base": Wish(
         "camembert", config=dict(BASE), vocabulary=32_005, max_seq_length=128, scale=0.03
     ),
-}
+    "gte-reranker-modernbert-base": Wish(
+        "modernbert",
+        config={**BASE, "num_hidden_layers": 22, "intermediate_size": 1152,
+                "classifier_pooling": "mean"},
+        vocabulary=50_368,
+        max_seq_length=512,
+        scale=0.03,
+    ),
+    "gte-multilingual-reranker-base": Wish(
+        "gte", config={**BASE, "type_vocab_size": 1}, vocabulary=250_048, max_seq_length=512,
+        scale=0.03,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.slow
