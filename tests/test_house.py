@@ -69,7 +69,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "catalog": (9, 2636),
     "cli": (16, 4392),
     "clustering": (16, 5131),
-    "encoder": (23, 6656),
+    "encoder": (23, 6680),
     "freshness": (17, 5266),
     "indexes": (6, 1283),
     "loading": (5, 1235),

@@ -17,6 +17,7 @@ import queue
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -235,6 +236,16 @@ def able(precision: str, providers: Providers) -> list[str]:
 def installed(engine: str) -> bool:
     """Whether an engine can be imported."""
     return find_spec(engine) is not None
+
+
+def versions() -> dict[str, str]:
+    """The engines that are installed and their versions: another one may have another speed."""
+    # onnxruntime is in several packages, and imported in any case.
+    found = {ONNXRUNTIME: str(load_onnxruntime().__version__)}
+    if installed(OPENVINO):
+        with contextlib.suppress(PackageNotFoundError):  # A build of one's own.
+            found[OPENVINO] = version(OPENVINO)
+    return found
 
 
 def asked_for(engine: str | None, precision: str, providers: Providers) -> str | None:

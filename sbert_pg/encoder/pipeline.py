@@ -26,7 +26,16 @@ import numpy as np
 
 from sbert_pg.encoder import directory as converted
 from sbert_pg.encoder.directory import Manifest
-from sbert_pg.encoder.engines import CPU, Provider, Providers, able, asked_for, installed, processor
+from sbert_pg.encoder.engines import (
+    CPU,
+    Provider,
+    Providers,
+    able,
+    asked_for,
+    installed,
+    processor,
+    versions,
+)
 from sbert_pg.encoder.runner import OUTPUT, Runner
 from sbert_pg.encoder.tokenizing import TextTokenizer, Tokens
 from sbert_pg.errors import EncoderError, EncodingError
@@ -250,7 +259,9 @@ def engine_for(
         return asked
     engines = able(manifest.precision, chosen)
     remembered = _read(directory).get(processor(), {}) if len(engines) > 1 else {}
-    fastest = remembered.get("fastest") if isinstance(remembered, dict) else None
+    if not isinstance(remembered, dict) or remembered.get("versions") != versions():
+        return engines[0]
+    fastest = remembered.get("fastest")
     return fastest if fastest in engines and installed(fastest) else engines[0]
 
 
@@ -266,7 +277,9 @@ def measure(directory: Path, manifest: Manifest) -> dict[str, Speeds]:
     if len(engines) < 2:
         return {}
     speeds = _speeds(directory, manifest, engines)
-    _remember(directory, {"fastest": fastest_of(speeds), "tokens_per_cpu_second": speeds})
+    fastest = fastest_of(speeds)
+    measured = {"fastest": fastest, "versions": versions(), "tokens_per_cpu_second": speeds}
+    _remember(directory, measured)
     return speeds
 
 

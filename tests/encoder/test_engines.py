@@ -32,6 +32,7 @@ from sbert_pg.encoder.engines import (
     able,
     installed,
     processor,
+    versions,
 )
 from sbert_pg.errors import DeclarationError, MissingExtraError, ProviderError
 from sbert_pg.probes import agreement_of, compatible
@@ -117,7 +118,7 @@ def test_no_engine_changes_the_precision(model: Path, tmp_path: Path) -> None:
 
 
 def remember(directory: Path, engine: object, kind: str | None = None) -> None:
-    data = {kind or processor(): {"fastest": engine}}
+    data = {kind or processor(): {"fastest": engine, "versions": versions()}}
     (directory / "engines.json").write_text(json.dumps(data))
 
 
@@ -133,6 +134,17 @@ class TestChoice:
 
     def test_what_was_fastest_elsewhere_is_not(self, converted: Path) -> None:
         remember(converted, OPENVINO, "another processor avx2")
+        assert Encoder.open(converted).engine == ONNXRUNTIME
+
+    @pytest.mark.parametrize("other", [{ONNXRUNTIME: "1.0"}, {OPENVINO: "2020.1"}, None])
+    def test_what_was_fastest_in_another_version_is_not(
+        self, converted: Path, monkeypatch: pytest.MonkeyPatch, other: dict[str, str] | None
+    ) -> None:
+        remember(converted, OPENVINO)
+        installed_now = versions()
+        assert installed_now.keys() == {ONNXRUNTIME, OPENVINO}
+        changed = None if other is None else installed_now | other
+        monkeypatch.setattr(pipeline, "versions", lambda: changed)
         assert Encoder.open(converted).engine == ONNXRUNTIME
 
     @pytest.mark.parametrize("engine", ["tensorrt", 7, None, [OPENVINO], {"a": 1}])
