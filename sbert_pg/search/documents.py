@@ -9,7 +9,8 @@ import sqlalchemy as sa
 
 from sbert_pg.errors import DeclarationError
 from sbert_pg.passages.declaring import Declared
-from sbert_pg.search.statement import Call, Nearest, Search, statement_of
+from sbert_pg.search.criteria import Call
+from sbert_pg.search.statement import Nearest, Search, statement_of
 from sbert_pg.search.target import columns_of, table_behind
 
 

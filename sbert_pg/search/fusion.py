@@ -22,9 +22,10 @@ import sqlalchemy as sa
 from sqlalchemy.orm import LoaderCriteriaOption
 
 from sbert_pg.errors import DeclarationError
+from sbert_pg.search.criteria import Call
 from sbert_pg.search.entry import nearest
 from sbert_pg.search.passages import MOST_BY_INDEX, DocumentSearch
-from sbert_pg.search.statement import Call, Changeable, Nearest, is_number, replayed, replayed_of
+from sbert_pg.search.statement import Changeable, Nearest, is_number, replayed, replayed_of
 from sbert_pg.search.words import (
     WordSearch,
     check_page,

@@ -16,17 +16,10 @@ from sqlalchemy.dialects import postgresql
 
 from sbert_pg.errors import DeclarationError
 from sbert_pg.passages.declaring import Declared
+from sbert_pg.search.criteria import Call
 from sbert_pg.search.documents import PassageSearch, join_of, narrows
-from sbert_pg.search.statement import (
-    Call,
-    Changeable,
-    Nearest,
-    Search,
-    replayed,
-    statement_of,
-    tables_of,
-)
-from sbert_pg.search.target import Target, target_of
+from sbert_pg.search.statement import Changeable, Nearest, Search, replayed, statement_of
+from sbert_pg.search.target import Target, tables_of, target_of
 
 Score = Literal["best", "sum", "auto"]
 

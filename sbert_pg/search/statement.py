@@ -6,28 +6,26 @@ finds keys by the ways of ``ways.Ways``; and around it the caller's select, of t
 keys. The page knows the other parts by name, so it is built once for each column and shape and not
 for each search.
 
-The module is long, since a statement and the search that makes it know each other.
+The module is long: what a search passes is to be few modules. ``criteria`` has what most do not.
 """
 
 from __future__ import annotations
 
-import enum
 import math
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import LoaderCriteriaOption
-from sqlalchemy.sql import functions, operators, visitors
-from sqlalchemy.sql.selectable import FromGrouping
+from sqlalchemy.sql import visitors
 
 from sbert_pg.errors import DeclarationError
+from sbert_pg.search.criteria import Call, aggregated, once, partners, spelled_out
 from sbert_pg.search.looks import Shape, number, size_for
-from sbert_pg.search.target import Target, columns_of, name_beside, table_behind
+from sbert_pg.search.target import Target, columns_of, name_beside, tables_of
 from sbert_pg.search.ways import (
     DISTANCE,
     KEY,
@@ -41,16 +39,6 @@ from sbert_pg.search.ways import (
     named,
 )
 from sbert_pg.types.comparator import clause_of
-
-#: A method of ``Select`` that was called, and its arguments.
-Call = tuple[str, tuple[Any, ...], dict[str, Any]]
-#: Types of columns, and of values that become literals of them.
-_SPELLED = ((sa.Enum, enum.Enum), (sa.String, str), (sa.Integer, int), (sa.Boolean, bool))
-_UUID = re.compile(r"[0-9A-Fa-f-]{32,36}")
-#: Functions of many rows: a subquery with one is computed whole, however few rows are asked for.
-_AGGREGATES = frozenset(
-    ["avg", "sum", "min", "max", "count", "array_agg", "string_agg", "bool_and", "bool_or"]
-)
 
 
 class Changeable:
@@ -106,7 +94,7 @@ class Changeable:
 
     def shaped(self, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Nearest:
         """The search, with one more call that shapes its rows."""
-        if name in ("add_columns", "with_only_columns") and any(map(_aggregated, arguments)):
+        if name in ("add_columns", "with_only_columns") and any(map(aggregated, arguments)):
             return self.refused(name, arguments, options)
         return self._with(shaping=(*self.shaping, (name, arguments, options)))
 
@@ -208,21 +196,6 @@ class Search(Changeable):
         return [] if self.many else tables_of(self.right)
 
 
-def _aggregated(element: Any) -> bool:
-    """Whether a column is one value of many rows, as ``count()`` is without ``OVER``."""
-    element = clause_of(element)
-    if isinstance(element, functions.FunctionElement):
-        return element.name in _AGGREGATES or any(map(_aggregated, element.get_children()))
-    if not isinstance(element, sa.ColumnElement) or isinstance(element, (sa.ScalarSelect, sa.Over)):
-        return False
-    return any(map(_aggregated, element.get_children()))
-
-
-def tables_of(element: Any) -> list[Any]:
-    """Tables that the columns of an expression are of, each once."""
-    return list({id(column.table): column.table for column in columns_of(element)}.values())
-
-
 def _shape(search: Search) -> Shape | None:
     """What the text of the statement depends on; ``None`` where every row is to be compared."""
     target = search.target
@@ -251,7 +224,10 @@ def _criteria_of(search: Search) -> tuple[bool, bool]:
     inner = [column for column in columns if not any(column.table is one for one in outer)]
     others = len(own) < len(inner) and not target.narrows
     joined = not search.single if search.joins else others
-    own += filter(target.owns, [*_joining(search), *_asked_about(search)])
+    exists = [one for one in _subqueries(search) if isinstance(one, sa.Exists)]
+    # By columns of the row's own in EXISTS the planner finds what it is there for.
+    asked_about = (element for one in exists for element in visitors.iterate(one))
+    own += filter(target.owns, [*_joining(search), *asked_about])
     return joined, any(column.name in target.leading for column in own)
 
 
@@ -264,11 +240,10 @@ def _joining(search: Search) -> list[Any]:
     return [*columns_of(said)] or [key.parent for key in keys]
 
 
-def _asked_about(search: Search) -> Iterator[Any]:
-    """Columns in ``EXISTS``: by those of the row's own the planner finds what it is there for."""
-    for element in visitors.iterate(sa.and_(sa.true(), *map(clause_of, search.criteria))):
-        if isinstance(element, sa.Exists):
-            yield from visitors.iterate(element)
+def _subqueries(search: Search) -> list[Any]:
+    """Subqueries and ``EXISTS`` in the criteria."""
+    inner = visitors.iterate(sa.and_(sa.true(), *map(clause_of, search.criteria)))
+    return [element for element in inner if isinstance(element, (sa.Exists, sa.Select))]
 
 
 def _shape_of(search: Search, size: int, joined: bool, indexed: bool) -> Shape:
@@ -391,57 +366,14 @@ def _joined_page(search: Search) -> Any:
 
 
 def _partners(search: Search) -> list[Any]:
-    """What tells the partners apart that a row may have by joins, for an order of all pairs.
+    """What orders the partners that a row may have by joins."""
+    return partners(search.target, _chosen(search)) if _criteria_of(search)[0] else []
 
-    Keys of the other tables, or what can be ordered of their columns: pairs that are equal in these
-    differ in nothing that pages could repeat or miss.
-    """
+
+def _chosen(search: Search) -> Any:
+    """A select of the rows with their partners, as joins have chosen them."""
     target = search.target
-    if not _criteria_of(search)[0]:
-        return []
-    order: list[Any] = []
-    for one in _joined_tables(search):
-        if one not in tables_of(target.column):
-            # A subquery has the key of its table, whose rows may be in it more than once.
-            key = list(one.primary_key) if isinstance(table_behind(one), sa.Table) else []
-            order += key or [c for c in one.c if _orderable(c.type)]
-    return order
-
-
-def _joined_tables(search: Search) -> list[Any]:
-    """Tables, and what stands for such, that a row and its partners are of.
-
-    Not the table between the two ends of a relationship: SQLAlchemy gives it another name whenever
-    a statement is compiled, so that nothing can mean it.
-    """
-    target = search.target
-    origin = target.key[0] if target.key else target.column
-    select = replayed(sa.select(origin), search.narrowing)
-    froms = _froms_of(select)
-    if not any(isinstance(one, sa.Alias) for one in froms):
-        return froms
-    again = _froms_of(select)
-    return [one for one in froms if one in again]
-
-
-def _froms_of(select: Any) -> list[Any]:
-    """What a select is from, the sides of joins one by one."""
-    froms, alone = list(select.get_final_froms()), []
-    while froms:
-        one = froms.pop(0)
-        if isinstance(one, FromGrouping):
-            froms.append(one.element)
-        elif isinstance(one, sa.Join):
-            froms += [one.left, one.right]
-        else:
-            alone.append(one)
-    return alone
-
-
-def _orderable(type_: Any) -> bool:
-    """Whether PostgreSQL surely orders the values of a type; ``json`` and shapes it does not."""
-    plain = (sa.String, sa.Numeric, sa.Integer, sa.Boolean, sa.Date, sa.DateTime, sa.Uuid)
-    return isinstance(getattr(type_, "impl_instance", type_), plain)
+    return replayed(sa.select(target.key[0] if target.key else target.column), search.narrowing)
 
 
 def _others(search: Search) -> list[sa.ColumnElement[bool]]:
@@ -492,124 +424,12 @@ def _within_part(search: Search, *criteria: Any) -> sa.CTE:
     if target.entity is not None:
         rows = rows.select_from(target.entity)
     # The caller's criteria first, since the vector is far behind in the row.
-    narrowing = _spelled_out(search) if target.dividing else search.narrowing
+    narrowing = search.narrowing
+    if target.dividing:
+        narrowing = spelled_out(target, narrowing)
     rows = replayed(rows, narrowing).where(*target.present, *criteria)
     part: sa.CTE = _correlated(rows, search).cte("nearest_within").prefix_with("NOT MATERIALIZED")
     return part
-
-
-def _whole(subquery: Any, known: list[Any]) -> bool:
-    """Whether a subquery is computed whole, and the same for all rows of some tables."""
-    inner = list(visitors.iterate(subquery))
-    called = (e.name for e in inner if isinstance(e, functions.FunctionElement))
-    return not _AGGREGATES.isdisjoint(called) and not any(_may_be_of(e, known) for e in inner)
-
-
-def _may_be_of(element: Any, known: list[Any]) -> bool:
-    """Whether a part of a subquery is about one of some tables; names alone do not say it."""
-    table = getattr(element, "table", None)
-    if table is None and isinstance(element, sa.ColumnClause):
-        return re.search(r"[^\W\d]", element.name) is not None
-    return table in known or isinstance(element, sa.TextClause)
-
-
-def _once(search: Search) -> tuple[Search, list[sa.CTE]]:
-    """A search whose aggregated subqueries are parts of their own, and these.
-
-    Within the criteria each would be computed once more for every part that asks them. Not those
-    that the row's key is to be in: PostgreSQL asks them of that key alone.
-    """
-    parts: list[sa.CTE] = []
-    known: list[Any] = []
-    own = [column.name for column in search.target.row_key]
-
-    def apart(element: Any, **_: Any) -> Any:
-        if isinstance(element, sa.BinaryExpression) and element.operator is operators.in_op:
-            left: Any = element.left
-            return element if search.target.owns(left) and left.name in own else None
-        if not isinstance(element, sa.Select):
-            return None
-        if not known:
-            known.extend([search.target.column.table, *search.outer(), *_joined_tables(search)])
-        if not _whole(element, known):
-            # What is within it may be about its rows.
-            known.extend(_froms_of(element))
-            return None
-        name = f"nearest_set_{len(parts)}"
-        part = element.cte(name)
-        parts.append(part.prefix_with("MATERIALIZED"))
-        types = {column.key: column.type for column in part.c}
-        return sa.select(*named(name, **types).c)
-
-    def parted(criterion: Any) -> Any:
-        clause, traverse = clause_of(criterion), cast("Any", visitors.replacement_traverse)
-        is_clause = isinstance(clause, sa.ClauseElement)
-        return traverse(clause, {}, apart) if is_clause else criterion
-
-    calls = [
-        (name, tuple(map(parted, all_)) if name == "where" else all_, options)
-        for name, all_, options in search.narrowing
-    ]
-    return (replace(search, narrowing=tuple(calls)) if parts else search), parts
-
-
-def _literal(target: Target, column: str, value: Any) -> sa.BindParameter[Any] | None:
-    """A value as part of the text, where a partial index may need it there.
-
-    Those that indexes are declared for decide, and are written as they are there. Where predicates
-    say it in other words, a value is written that is what it will be and whose literal nothing in
-    it can end: not every release of SQLAlchemy looks at what it writes as a number or a UUID.
-    """
-    # A parameter with a name may be given another value for each execution, and so may one of a
-    # lambda_stmt(), which is a copy: the lambda is called once for all values.
-    if not isinstance(value, sa.BindParameter) or not value.unique or value.callable is not None:
-        return None
-    if value._is_clone_of is not None:
-        return None
-    own = value.effective_value
-    declared = target.divided.get(column)
-    if declared is not None:
-        value = next((one for one in declared if one.effective_value == own), None)
-    elif not _can_be_spelled(value.type, own):
-        return None
-    if value is None:
-        return None
-    return sa.bindparam(None, value.effective_value, type_=value.type, literal_execute=True)
-
-
-def _can_be_spelled(type_: Any, own: Any) -> bool:
-    type_ = getattr(type_, "impl_instance", type_)
-    if isinstance(type_, sa.Uuid):
-        return _UUID.fullmatch(str(own)) is not None
-    return any(isinstance(type_, t) and isinstance(own, kind) for t, kind in _SPELLED)
-
-
-def _spelled_out(search: Search) -> tuple[Call, ...]:
-    """The calls that choose rows, with values that choose a partial index as part of the text.
-
-    A plan made once for all values, as of a prepared statement, cannot use an index of one of them.
-    """
-
-    def spelled(criterion: Any) -> Any:
-        criterion = clause_of(criterion)
-        if isinstance(criterion, sa.BooleanClauseList) and criterion.operator is operators.and_:
-            return sa.and_(*map(spelled, criterion.clauses))
-        if not isinstance(criterion, sa.BinaryExpression) or criterion.operator is not operators.eq:
-            return criterion
-        column: Any = criterion.left
-        if getattr(column, "name", None) not in search.target.dividing:
-            return criterion
-        text = _literal(search.target, column.name, criterion.right)
-        if text is None:
-            return criterion
-        return sa.BinaryExpression(column, text, operators.eq, type_=criterion.type)
-
-    calls = []
-    for name, criteria, options in search.narrowing:
-        if name == "where":
-            criteria = tuple(map(spelled, criteria))
-        calls.append((name, criteria, options))
-    return tuple(calls)
 
 
 def _passes(search: Search, row: sa.FromClause) -> Any:
@@ -694,8 +514,10 @@ def _parts(search: Search, shape: Shape, query: sa.Select[Any] | None = None) ->
     ways = _prepared(search.target, shape)[0]
     parts = [(_asked(search) if query is None else query).cte("nearest_query")]
     if shape.filtered:
-        search, sets = (search, []) if search.joins else _once(search)
-        parts += [*sets, _within_part(search)]
+        if not search.joins and _subqueries(search):
+            narrowing, sets = once(search.target, search.outer(), search.narrowing, _chosen(search))
+            search, parts = replace(search, narrowing=narrowing), [*parts, *sets]
+        parts.append(_within_part(search))
     return parts + ways.parts(lambda row: _passes(search, row))
 
 

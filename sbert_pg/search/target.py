@@ -108,7 +108,7 @@ class Target:
         self.narrows = self.mapper.inherits is not None and not self.mapper.concrete
         if inspected.is_mapper:
             return list(self.mapper.tables)
-        return _tables_of(inspected.selectable)
+        return _table_in(inspected.selectable)
 
     def _from_table(self, column: Any) -> list[Any]:
         """Take selected columns and key from a table or what stands for one; its tables."""
@@ -119,7 +119,7 @@ class Target:
         self.origin = table
         self.selected = readable_columns(table)
         self.key = list(table.primary_key)
-        return _tables_of(table)
+        return _table_in(table)
 
     def _attribute(self, column: sa.Column[Any]) -> Any:
         return getattr(self.entity, self.mapper.get_property_by_column(column).key)
@@ -309,7 +309,7 @@ def _require_direction(vector: WireVector) -> None:
         )
 
 
-def _tables_of(selectable: Any) -> list[Any]:
+def _table_in(selectable: Any) -> list[Any]:
     """The table of a selectable that is one, by its own name or another; else none."""
     table = table_behind(selectable)
     return [table] if isinstance(table, sa.Table) else []
@@ -363,6 +363,11 @@ def columns_of(element: Any) -> Iterator[Any]:
     if isinstance(element, sa.ClauseElement):
         for child in element.get_children():
             yield from columns_of(child)
+
+
+def tables_of(element: Any) -> list[Any]:
+    """Tables that the columns of an expression are of, each once."""
+    return list({id(column.table): column.table for column in columns_of(element)}.values())
 
 
 def table_behind(selectable: Any) -> Any:

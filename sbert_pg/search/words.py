@@ -29,14 +29,8 @@ from sqlalchemy.sql import visitors
 from sbert_pg.catalog import guard
 from sbert_pg.errors import DeclarationError
 from sbert_pg.search.bm25 import PAGES, PAGES_OF_SOME, looked_up, ranking
-from sbert_pg.search.statement import (
-    Call,
-    Changeable,
-    Nearest,
-    criteria_of,
-    replayed,
-    replayed_of,
-)
+from sbert_pg.search.criteria import Call
+from sbert_pg.search.statement import Changeable, Nearest, criteria_of, replayed, replayed_of
 from sbert_pg.search.target import readable_columns
 from sbert_pg.types.comparator import base_of, clause_of
 from sbert_pg.types.text import Configuration, TextSearch
