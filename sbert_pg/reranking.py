@@ -80,7 +80,7 @@ def rerank(
 
     Raises:
         DeclarationError: ``text`` is not known to the rows or gives something that is not a text,
-            or the reranker gives several numbers for a text, or NaN.
+            the reranker gives several numbers for a text, or NaN, or the limit is below 0.
         EncodingError: a text cannot be encoded.
     """
     return _ranked(rows, _texts(rows, text), question, reranker, limit, at_most)
@@ -108,6 +108,8 @@ def _ranked(
     limit: int | None,
     at_most: float | None,
 ) -> list[Ranked[T]]:
+    if limit is not None and limit < 0:
+        raise DeclarationError(f"rerank() was given limit={limit!r}; it is 0 or more rows.")
     scored: list[Ranked[T]] = []
     done: set[int] = set()
     with_text = [position for position, some in enumerate(texts) if some]

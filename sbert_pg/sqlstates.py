@@ -41,6 +41,7 @@ INSUFFICIENT_PRIVILEGE = "42501"
 _UNDEFINED_FUNCTION = "42883"
 _INVALID_SCHEMA = "3F000"
 FEATURE_NOT_SUPPORTED = "0A000"
+UNDEFINED_OBJECT = "42704"
 
 
 def sqlstate_of(error: BaseException | None) -> str | None:
@@ -139,6 +140,12 @@ def as_error(error: sa.exc.DBAPIError) -> SbertPgError | None:
             "An index is declared on what is a view in this database, or a foreign table, and a "
             "search with criteria tries rows of the table that holds the index. Declare the index "
             "on that table and search it; without an index the rows of a view are compared."
+        )
+    if state == UNDEFINED_OBJECT:
+        return DeclarationError(
+            f"The language of a search by words is one of the database's text search "
+            f"configurations: {message}. The catalog pg_ts_config lists them (\\dF in psql); every "
+            "server has 'simple' and 'english', and CREATE TEXT SEARCH CONFIGURATION makes others."
         )
     if state == INSUFFICIENT_PRIVILEGE:
         return CatalogError(

@@ -41,6 +41,7 @@ from sbert_pg.spec import EncoderSpec
 from sbert_pg.sqlstates import (
     FEATURE_NOT_SUPPORTED,
     INSUFFICIENT_PRIVILEGE,
+    UNDEFINED_OBJECT,
     as_error,
     sqlstate_of,
     words_of,
@@ -54,6 +55,8 @@ UNBOUND_RECHECK = 30.0
 TRACE_EVERY = 10.0
 _MISMATCH = "SB001"
 _FENCE = "sbert.fence_v1("
+#: What every search by words begins with: its language.
+_LANGUAGE = "words_search AS MATERIALIZED"
 #: The schema in a message of the server, in whatever language, and no longer name.
 _OURS = re.compile(r"(?<![\w.-])sbert(?![\w.-])", re.ASCII)
 #: Dollar quote around a table's name; a name cannot hold it, since it cannot be guessed.
@@ -349,6 +352,7 @@ class _Relation(sa.ColumnElement[Any]):
 
 @compiles(_Relation)
 def _write_relation(element: _Relation, compiler: SQLCompiler, **_: Any) -> str:
+    watch(compiler.dialect)
     # By the preparer, so that a schema_translate_map is followed here as in the statement itself.
     return f"{_QUOTE}{compiler.preparer.format_table(element.table)}{_QUOTE}::regclass"
 
@@ -653,7 +657,9 @@ def _on_error(context: Any) -> None:
     ours = lacks and _OURS.search(words_of(context.original_exception)) is not None
     # A search tried rows of what is no table.
     sampled = state == FEATURE_NOT_SUPPORTED and "TABLESAMPLE" in (context.statement or "")
-    if state != _MISMATCH and not ours and not sampled:
+    # A search by words was to be in a language that the database has not.
+    language = state == UNDEFINED_OBJECT and _LANGUAGE in (context.statement or "")
+    if state != _MISMATCH and not (ours or sampled or language):
         return
     forget(context.dialect)
     error = as_error(context.sqlalchemy_exception)

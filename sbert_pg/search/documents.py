@@ -48,6 +48,15 @@ def narrows(declared: Declared) -> bool:
     return document.mapper.single or not (own and whole)
 
 
+def named_criteria(first: Any, second: Any, options: dict[str, Any]) -> Call:
+    """The call with criteria by their names, which are the first entity's, or else the second's."""
+    own = sa.inspect(first).mapper.attrs
+    criteria = (
+        getattr(first if key in own else second, key) == value for key, value in options.items()
+    )
+    return ("where", tuple(criteria), {})
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PassageSearch(Search):
     """A search for passages; its criteria may be on their documents, which it joins for these.
@@ -106,13 +115,7 @@ class PassageSearch(Search):
         name, _, options = call
         if name != "filter_by" or any(not _reaches(one, self.declared) for one in self.joining):
             return Search.said(self, call)
-        passage, document = self.declared.passage, self.declared.document
-        own = sa.inspect(passage).attrs
-        criteria = (
-            getattr(passage if key in own else document, key) == value
-            for key, value in options.items()
-        )
-        return ("where", tuple(criteria), {})
+        return named_criteria(self.declared.passage, self.declared.document, options)
 
 
 def _reaches(call: Call, declared: Declared) -> bool:

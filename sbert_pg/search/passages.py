@@ -17,9 +17,9 @@ from sqlalchemy.dialects import postgresql
 from sbert_pg.errors import DeclarationError
 from sbert_pg.passages.declaring import Declared
 from sbert_pg.search.criteria import Call
-from sbert_pg.search.documents import PassageSearch, join_of, narrows
+from sbert_pg.search.documents import PassageSearch, join_of, named_criteria, narrows
 from sbert_pg.search.statement import Changeable, Nearest, Search, replayed, statement_of
-from sbert_pg.search.target import Target, tables_of, target_of
+from sbert_pg.search.target import Target, name_beside, tables_of, target_of
 
 Score = Literal["best", "sum", "auto"]
 
@@ -64,6 +64,17 @@ class DocumentSearch(Changeable):
     def statement(self) -> Nearest:
         """The statement of the search."""
         return _statement(self)
+
+    def called(self, name: str) -> str:
+        """See ``Changeable.called``: rows are of documents and passages."""
+        beside = name_beside(self.declared.document, self.function, name)
+        return name_beside(self.declared.passage, self.function, beside)
+
+    def said(self, call: Call) -> Call:
+        """See ``Changeable.said``: names are the document's, or else its passage's."""
+        if call[0] != "filter_by" or self.joins:
+            return call
+        return named_criteria(self.declared.document, self.declared.passage, call[2])
 
 
 def nearest_documents(
@@ -132,11 +143,12 @@ def _statement(search: DocumentSearch) -> Nearest:
         )
         rows: Any = _answer(search, target, queries.c.vector, names).lateral("passages_answer")
         number = [queries.c.number]
-        query = [(queries.c.number - sa.literal_column("1")).label("query")]
+        query = [(queries.c.number - sa.literal_column("1")).label(search.called("query"))]
     else:
         rows = _answer(search, target, right, names).subquery("passages_answer")
         number, query = [], []
-    statement: Any = Nearest(document, passage, rows.c.similarity, rows.c.score, *query)
+    own = [rows.c[name].label(search.called(name)) for name in ("similarity", "score")]
+    statement: Any = Nearest(document, passage, *own, *query)
     if asked.many:
         statement = statement.select_from(queries).join_from(queries, rows, sa.true())
     same = [key == rows.c[name] for key, name in zip(_document_keys(declared), names, strict=True)]

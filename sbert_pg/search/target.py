@@ -14,7 +14,7 @@ from sqlalchemy.sql.operators import sub
 from sbert_pg.catalog import guard
 from sbert_pg.catalog.embedding import companion_of
 from sbert_pg.distance import HAMMING, Metric
-from sbert_pg.errors import DeclarationError, ZeroVectorError
+from sbert_pg.errors import DeclarationError, VectorError, ZeroVectorError
 from sbert_pg.types.comparator import apply_operator, base_of, clause_of, metric_for, operand
 from sbert_pg.types.indexed import VectorIndex, description_of, index_on
 from sbert_pg.types.text import TextSearch
@@ -272,7 +272,9 @@ class Target:
         # Its vector never leaves the server.
         other = aliased(self.mapper.class_)
         base: Any = base_of(self.column)
-        vector = getattr(other, self.mapper.get_property_by_column(base).key)
+        name = self.mapper.get_property_by_column(base).key
+        _require_vector(query, name)
+        vector = getattr(other, name)
         own = zip(self.mapper.primary_key, self.identity(query), strict=True)
         keys = [getattr(other, self.mapper.get_property_by_column(c).key) == v for c, v in own]
         return sa.select(vector).where(*keys).scalar_subquery()
@@ -299,6 +301,17 @@ def _is_of_few(criterion: sa.BinaryExpression[Any], outer: list[Any]) -> bool:
         return isinstance(values, (list, tuple)) and len(values) <= NAMED
     others = [column for column in columns_of(criterion.right) if column.table not in outer]
     return criterion.operator is operators.eq and not others
+
+
+def _require_vector(query: Any, name: str) -> None:
+    """Refuse an object that is known to have no vector; mostly only the database knows."""
+    state: Any = sa.inspect(query)
+    if state.dict.get(name, state) is None:
+        raise VectorError(
+            f"nearest() was given {query!r}, whose {name} is None: it waits to be embedded. Search "
+            f"with its text, or refresh the object once it has its vector (session.refresh(it, "
+            f"[{name!r}]))."
+        )
 
 
 def _require_direction(vector: WireVector) -> None:

@@ -57,6 +57,7 @@ class File(Base):
     org: Mapped[int] = mapped_column(sa.ForeignKey("owner.id"))
     kind: Mapped[str]
     body: Mapped[str]
+    score: Mapped[int] = mapped_column(default=-1)
     owner: Mapped[Owner] = relationship()
     passages = passages_of(
         "deterministic", source="body", dimensions=32, chunker=CHUNKER,
@@ -145,6 +146,21 @@ def test_criteria_on_documents_hold_however_they_are_given(session: Session, of:
             if of == "passage":
                 keys = [row[0] for row in session.execute(statement)]
                 assert keys == [row[0] for row in session.execute(argument)]
+
+
+def test_names_beside_those_of_documents_and_passages(session: Session) -> None:
+    search = nearest(File.passages, QUESTION, limit=12)
+    row = session.execute(search).first()
+    assert row is not None
+    assert row._fields[2:] == ("similarity", "nearest_score")
+    assert row.File.score == -1
+    assert row.nearest_score == pytest.approx(row.similarity, abs=0.5)
+    best = sa.select(sa.func.max(search.subquery().c.nearest_score))
+    assert session.scalar(best) == row.nearest_score
+    # Both have an id.
+    for named, criterion in (({"id": 7}, File.id == 7), ({"ordinal": 1}, Part.ordinal == 1)):
+        rows = session.execute(search.filter_by(**named)).all()
+        assert rows == session.execute(search.where(criterion)).all() != []
 
 
 def test_they_are_the_nearest_of_those_that_pass(session: Session) -> None:

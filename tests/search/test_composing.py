@@ -7,11 +7,26 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, aliased, contains_eager, mapped_column
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    Session,
+    aliased,
+    contains_eager,
+    mapped_column,
+    undefer,
+)
 from sqlalchemy.orm import relationship as related
 
-from sbert_pg import create_all, embed_on_flush, embedding_column, evaluate, hnsw_index
-from sbert_pg.errors import DeclarationError
+from sbert_pg import (
+    create_all,
+    embed_on_flush,
+    embedding_column,
+    evaluate,
+    explain_search,
+    hnsw_index,
+)
+from sbert_pg.errors import DeclarationError, VectorError
 from sbert_pg.search import hybrid, matching, nearest
 from sbert_pg.testing import DeterministicEncoder
 from sbert_pg.types.text import text_column, text_index
@@ -103,6 +118,17 @@ def test_a_join_to_many_by_a_table_between(session: Session, options: Any) -> No
     # Each row with each of its partners, in the order of these.
     pairs = session.execute(search.limit(4).join(Story.labels).add_columns(Label.id)).all()
     assert [label for *_, label in pairs] == [0, 1, *sorted((every[1] % 3, (every[1] + 1) % 3))]
+
+
+def test_an_object_that_is_known_to_have_no_vector(session: Session) -> None:
+    session.execute(sa.update(Story).where(Story.id == 3).values(embedding=None))
+    story = session.get_one(Story, 3, options=[undefer(Story.embedding)], populate_existing=True)
+    with pytest.raises(VectorError, match="waits to be embedded"):
+        nearest(Story.embedding, story)
+    session.expire(story)
+    search = nearest(Story.embedding, story)
+    assert session.execute(search).all() == []
+    assert "has no vector yet" in explain_search(session, search).reason
 
 
 def test_both_arms_join_to_many(session: Session) -> None:

@@ -88,6 +88,12 @@ def test_a_score_that_is_no_number_is_refused() -> None:
         rerank(ROWS, "one", Failing(), text=by_text)
 
 
+def test_a_limit_below_zero_is_refused() -> None:
+    with pytest.raises(DeclarationError, match="limit=-1"):
+        rerank(ROWS, "one", Words(), text=by_text, limit=-1)
+    assert rerank(ROWS, "one", Words(), text=by_text, limit=0) == []
+
+
 def test_time_is_spent_on_the_first_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second a text by a clock of the test's own: what is left keeps its order behind."""
     clock = [0.0]

@@ -392,6 +392,11 @@ def test_a_language_for_each_row(session: Session) -> None:
     assert [row[0].id for row in german] == [2]
 
 
+def test_a_language_that_the_database_has_not(session: Session) -> None:
+    with pytest.raises(DeclarationError, match=r'"klingon" does not exist.*pg_ts_config'):
+        session.execute(matching(Note.search, "nuqneH", language="klingon"))
+
+
 def test_words_of_a_language_are_counted_in_its_rows(library: Session) -> None:
     """A language of few rows, whose words the other rows have too; its own partial index."""
     texts = [entry.docstring for entry in documented(1000)]
