@@ -309,8 +309,7 @@ def _require_vector(query: Any, name: str) -> None:
     if state.dict.get(name, state) is None:
         raise VectorError(
             f"nearest() was given {query!r}, whose {name} is None: it waits to be embedded. Search "
-            f"with its text, or refresh the object once it has its vector (session.refresh(it, "
-            f"[{name!r}]))."
+            f"with its text, or, once it has a vector, session.refresh(it, [{name!r}]) first."
         )
 
 
