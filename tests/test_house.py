@@ -66,7 +66,7 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (10, 1925),
     "alembic": (9, 2839),
-    "catalog": (9, 2636),
+    "catalog": (9, 2643),
     "cli": (16, 4392),
     "clustering": (16, 5131),
     "encoder": (23, 6680),
@@ -76,14 +76,14 @@ ROOMS: dict[str, tuple[int, int]] = {
     "orm": (5, 910),
     "passages": (5, 1123),
     "reembed": (11, 3055),
-    "search": (14, 4562),
+    "search": (15, 4611),
     "serving": (15, 3512),
     "sql": (1, 24),
     "tuning": (15, 4079),
     "types": (8, 1752),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3512
+MOST_LINES_OF_THE_REST = 3521
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60

@@ -651,15 +651,16 @@ def _leave_trace(
 
 def _on_error(context: Any) -> None:
     """Forget what has changed, and raise the library's own error where it has one."""
-    state = sqlstate_of(context.original_exception)
-    lacks = state == INSUFFICIENT_PRIVILEGE and _FENCE in (context.statement or "")
-    # Not of an application's table whose name has the word in it: no grant of ours helps there.
-    ours = lacks and _OURS.search(words_of(context.original_exception)) is not None
-    # A search tried rows of what is no table.
-    sampled = state == FEATURE_NOT_SUPPORTED and "TABLESAMPLE" in (context.statement or "")
-    # A search by words was to be in a language that the database has not.
-    language = state == UNDEFINED_OBJECT and _LANGUAGE in (context.statement or "")
-    if state != _MISMATCH and not (ours or sampled or language):
+    error, statement = context.original_exception, context.statement or ""
+    ours = {
+        _MISMATCH: True,
+        # Not of an application's table whose name has the word in it: no grant of ours helps there.
+        INSUFFICIENT_PRIVILEGE: _FENCE in statement and _OURS.search(words_of(error)) is not None,
+        # A search tried rows of what is no table.
+        FEATURE_NOT_SUPPORTED: "TABLESAMPLE" in statement,
+        UNDEFINED_OBJECT: _LANGUAGE in statement,
+    }
+    if not ours.get(sqlstate_of(error) or ""):
         return
     forget(context.dialect)
     error = as_error(context.sqlalchemy_exception)

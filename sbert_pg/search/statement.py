@@ -224,10 +224,7 @@ def _criteria_of(search: Search) -> tuple[bool, bool]:
     inner = [column for column in columns if not any(column.table is one for one in outer)]
     others = len(own) < len(inner) and not target.narrows
     joined = not search.single if search.joins else others
-    exists = [one for one in _subqueries(search) if isinstance(one, sa.Exists)]
-    # By columns of the row's own in EXISTS the planner finds what it is there for.
-    asked_about = (element for one in exists for element in visitors.iterate(one))
-    own += filter(target.owns, [*_joining(search), *asked_about])
+    own += filter(target.owns, [*_joining(search), *_asked_about(search)])
     return joined, any(column.name in target.leading for column in own)
 
 
@@ -238,6 +235,12 @@ def _joining(search: Search) -> list[Any]:
     said = sa.and_(sa.true(), *(one for one in given if isinstance(one, sa.ColumnElement)))
     keys = () if not calls else getattr(search.target.table, "foreign_keys", ())
     return [*columns_of(said)] or [key.parent for key in keys]
+
+
+def _asked_about(search: Search) -> list[Any]:
+    """Columns in ``EXISTS``: by those of the row's own the planner finds what it is there for."""
+    exists = (one for one in _subqueries(search) if isinstance(one, sa.Exists))
+    return [element for one in exists for element in visitors.iterate(one)]
 
 
 def _subqueries(search: Search) -> list[Any]:
