@@ -54,13 +54,12 @@ from soak_writers import (
 )
 
 from sbert_pg import catalog, create_all
-from sbert_pg.catalog.rows import array_label
 from sbert_pg.embedded import EmbeddedServer
 from sbert_pg.freshness import WorkerSettings, claims, counts, refresh, retry
 from sbert_pg.freshness.queue import CHANGED
 from sbert_pg.freshness.rows import rows_of
 from sbert_pg.sqlstates import sqlstate_of
-from sbert_pg.system import ColumnIdentity
+from sbert_pg.system import ColumnIdentity, array_label
 from sbert_pg.types.wire import from_text, to_wire
 
 SETTINGS = {"fsync": "off", "max_connections": "60", "shared_buffers": "128MB"}

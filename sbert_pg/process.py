@@ -20,10 +20,6 @@ def usable_cores(cgroup: Path = _CGROUP, own: Path = _OWN_CGROUP) -> int:
 
     ``OMP_NUM_THREADS`` limits them as it limits other numerical libraries; Ray and batch systems
     set it to what a process was given.
-
-    Args:
-        cgroup: where control groups are mounted.
-        own: the file that names the groups of this process.
     """
     try:
         cores = len(os.sched_getaffinity(0))
@@ -96,11 +92,7 @@ class ProcessLock:
 
 
 class PerProcess(Generic[T]):
-    """A value that each process makes for itself, at its first use.
-
-    Args:
-        make: makes it; called once in a process, whatever number of threads ask at a time.
-    """
+    """A value that each process makes for itself, once, at its first use."""
 
     def __init__(self, make: Callable[[], T]) -> None:
         self._make = make

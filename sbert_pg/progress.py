@@ -28,13 +28,7 @@ def duration(seconds: float) -> str:
 def bar(step: str = "") -> Iterator[Callable[..., None]]:
     """A bar on standard error while the block runs; nothing where that is not a terminal.
 
-    Results are to be printed after the block.
-
-    Args:
-        step: what is shown before the work tells anything.
-
-    Yields:
-        An ``Advance``; what is done and of how much may be left out.
+    ``step`` is shown before the work tells anything. Results are to be printed after the block.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn

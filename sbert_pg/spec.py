@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from sbert_pg.distance import MAX_DIMENSIONS, Similarity, metric_of
+from sbert_pg.distance import MAX_DIMENSIONS, METRICS, Similarity, metric_of
 from sbert_pg.errors import DeclarationError, DimensionError, NonFiniteError, VectorError
 
 Vectors = npt.NDArray[np.float32]
@@ -237,7 +237,8 @@ class EncoderSpec:
                 f"Encoder {self.name!r} cannot have {self.dimensions} dimensions; "
                 f"pgvector stores 1 to {MAX_DIMENSIONS}."
             )
-        metric_of(self.similarity)
+        if self.similarity not in METRICS:
+            metric_of(self.similarity)
 
     @classmethod
     def of(

@@ -91,11 +91,8 @@ _FAULTS: tuple[tuple[Fault, tuple[str, ...]], ...] = (
 
 
 def fault_of(error: BaseException) -> Fault:
-    """Classify what a statement raised.
-
-    Args:
-        error: an error of SQLAlchemy, the driver or this library. Others are the column's: they are
-            not about one row, and waiting a little does no harm.
+    """Classify what a statement raised. Errors of neither SQLAlchemy, driver nor library are the
+    column's: they are not about one row, and waiting a little does no harm.
     """
     if isinstance(error, (sa.exc.TimeoutError, TimeoutError, ConnectionError)):
         return Fault.BUSY

@@ -1,17 +1,28 @@
-"""The server's own catalogs and statistics, as far as this package reads them, and its names."""
+"""The server as this package uses it: catalogs, names, settings, and locks on tables in use.
+
+A statement that waits for ``ACCESS EXCLUSIVE`` makes every later reader and writer of the table
+wait behind it. So DDL waits a moment only, gives way, and tries again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+import json
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import ARRAY, OID
 from sqlalchemy.ext.compiler import compiles
 
-from sbert_pg.errors import DeclarationError
+from sbert_pg.errors import DeclarationError, TableBusyError
 from sbert_pg.source import NOT_STORED, UNSTORABLE
+from sbert_pg.sqlstates import DEADLOCK_DETECTED, LOCK_NOT_AVAILABLE, sqlstate_of
+
+T = TypeVar("T")
 
 
 def _catalog(name: str, **types: Any) -> sa.TableClause:
@@ -77,11 +88,7 @@ def identity_behind(column: sa.ColumnElement[Any]) -> ColumnIdentity | None:
 
 
 def identity_of(column: ColumnIdentity | sa.Column[Any]) -> ColumnIdentity:
-    """Schema, table and column of a column of a table.
-
-    Raises:
-        DeclarationError: it is neither, or its names are none of PostgreSQL's.
-    """
+    """Schema, table and column of a column of a table."""
     if isinstance(column, ColumnIdentity):
         return _required(column)
     table = getattr(column, "table", None)
@@ -110,6 +117,25 @@ def array(values: Iterable[Any], type_: Any = sa.Text) -> sa.ColumnElement[Any]:
     return sa.cast(sa.literal([*values], ARRAY(type_)), ARRAY(type_))
 
 
+def array_label(columns: Sequence[sa.ColumnElement[Any]]) -> sa.ColumnElement[str]:
+    """What leases and failures call a row: its key as text, a JSON array."""
+    return sa.cast(sa.func.jsonb_build_array(*(sa.cast(c, sa.Text) for c in columns)), sa.Text)
+
+
+def array_of(parts: Iterable[Any]) -> str:
+    """What ``array_label`` gives for a row whose key has these parts."""
+    return json.dumps([str(part) for part in parts], ensure_ascii=False)
+
+
+def parts_of(label: str) -> list[Any] | None:
+    """The parts of a key that an array names; ``None`` of any other text."""
+    try:
+        parts = json.loads(label)
+    except ValueError:
+        return None
+    return parts if isinstance(parts, list) else None
+
+
 def oid_of(relation: str) -> sa.ColumnElement[int]:
     """The oid of a table given as text, quoted where it has to be; ``NULL`` where there is none."""
     return sa.cast(sa.func.to_regclass(relation), OID)
@@ -134,11 +160,7 @@ def name_in(connection: sa.Connection, schema: str | None, table: str) -> str:
 
 
 def require_connection(function: str, connection: Any, *, or_engine: bool = False) -> None:
-    """Refuse an engine, or what is asynchronous, where a connection or a session is expected.
-
-    Raises:
-        DeclarationError: it is one of these.
-    """
+    """Refuse an engine, or what is asynchronous, where a connection or a session is expected."""
     # sync_engine and sync_session are what an asynchronous engine, connection or session has.
     asynchronous = hasattr(connection, "sync_engine") or hasattr(connection, "sync_session")
     if asynchronous or (isinstance(connection, sa.Engine) and not or_engine):
@@ -150,11 +172,7 @@ def require_connection(function: str, connection: Any, *, or_engine: bool = Fals
 
 
 def require_engine(what: str, engine: Any) -> None:
-    """Refuse what is no synchronous engine.
-
-    Raises:
-        DeclarationError: it is none.
-    """
+    """Refuse what is no synchronous engine."""
     if not isinstance(engine, sa.Engine):
         raise DeclarationError(
             f"{what} needs a synchronous engine, and got {type(engine).__name__}. Create one with "
@@ -175,11 +193,7 @@ def ddl_name(compiler: Any, schema: str | None, name: str) -> str:
 
 
 class Statement(sa.schema.ExecutableDDLElement):
-    """DDL that SQLAlchemy has no construct for.
-
-    Args:
-        write: writes it, given the compiler; see ``ddl_name``.
-    """
+    """DDL that SQLAlchemy has no construct for, as a function of the compiler; see ``ddl_name``."""
 
     # Not ``sa.DDL``, which doubles the percent signs of a name that the compiler has doubled.
     def __init__(self, write: Callable[[Any], str]) -> None:
@@ -194,3 +208,170 @@ def _write(element: Statement, compiler: Any, **_: Any) -> str:
 def ddl(statement: str, table: sa.Table) -> Statement:
     """A statement about a table, which is ``%(fullname)s`` in it."""
     return Statement(lambda c: statement % {"fullname": c.preparer.format_table(table)})
+
+
+#: Seconds that DDL waits for a lock before it gives way to those who queue behind it.
+LOCK_TIMEOUT = 1.0
+#: Attempts before the step is given up; with the pauses between them about two minutes.
+ATTEMPTS = 40
+#: What a role or database may have for web requests, and would end a step that takes its time; a
+#: shorter one than the lock's would also hide that it was the lock that was waited for.
+_TIMEOUTS = (
+    "statement_timeout",
+    "lock_timeout",
+    "idle_in_transaction_session_timeout",
+    "transaction_timeout",
+)
+_RETRIED = frozenset({LOCK_NOT_AVAILABLE, DEADLOCK_DETECTED})
+
+
+def retried(attempt: Callable[[], T], *, busy: Callable[[], str], attempts: int = ATTEMPTS) -> T:
+    """Call a function again where its lock cannot be had, at last ``TableBusyError(busy())``."""
+    pause = Pause(0.2, 3.0)
+    while True:
+        attempts -= 1
+        try:
+            return attempt()
+        except sa.exc.DBAPIError as error:
+            if sqlstate_of(error) not in _RETRIED:
+                raise
+            if attempts < 1:
+                raise TableBusyError(busy()) from error
+        pause.sleep()
+
+
+def in_short_transactions(
+    engine: sa.Engine,
+    step: Callable[[sa.Connection], T],
+    *,
+    relation: str | None = None,
+    lock_timeout: float = LOCK_TIMEOUT,
+    attempts: int = ATTEMPTS,
+) -> T:
+    """Run a step, again where a lock cannot be had, in a transaction that never waits long for one.
+
+    Other time-outs than the lock's, of a role or database, are set aside meanwhile. ``relation`` is
+    the table that it locks, as text for ``to_regclass``, for the message of ``TableBusyError``.
+    """
+
+    def attempt() -> T:
+        with engine.begin() as connection:
+            set_timeouts_aside(connection)
+            configure(connection, {"lock_timeout": milliseconds(lock_timeout)})
+            return step(connection)
+
+    def busy() -> str:
+        with engine.connect() as connection:
+            return busy_message(connection, relation, attempts, lock_timeout)
+
+    return retried(attempt, busy=busy, attempts=attempts)
+
+
+def milliseconds(seconds: float) -> str:
+    """A time-out as the server's settings spell it."""
+    return f"{round(seconds * 1000)}ms"
+
+
+def configure(connection: sa.Connection, values: Mapping[str, str]) -> None:
+    """Server settings until the transaction ends."""
+    _set(connection, values, local=True)
+
+
+def set_timeouts_aside(connection: sa.Connection) -> None:
+    """Set the time-outs that a role or database may have aside until the transaction ends."""
+    known = sa.table("pg_settings", sa.column("name", sa.Text), schema="pg_catalog")
+    statement = sa.select(sa.func.set_config(known.c.name, "0", True))
+    connection.execute(statement.where(known.c.name.in_(_TIMEOUTS))).all()
+
+
+@contextmanager
+def settings(connection: sa.Connection, values: Mapping[str, str]) -> Iterator[None]:
+    """Server settings of the session for a while; it has its own again afterwards."""
+    before = {
+        name: connection.execute(sa.select(sa.func.current_setting(name))).scalar_one()
+        for name in values
+    }
+    _set(connection, values)
+    try:
+        yield
+    finally:
+        # A transaction that has failed takes its settings with it.
+        if not connection.invalidated and not _failed(connection):
+            _set(connection, before)
+
+
+def _set(connection: sa.Connection, values: Mapping[str, str], *, local: bool = False) -> None:
+    for name, value in values.items():
+        connection.execute(sa.select(sa.func.set_config(name, value, local)))
+
+
+def _failed(connection: sa.Connection) -> bool:
+    try:
+        connection.execute(sa.select(sa.literal(1)))
+    except sa.exc.DBAPIError:
+        return True
+    return False
+
+
+class Pause:
+    """Waits that double from first to longest, in seconds, and are never in step with anybody's."""
+
+    def __init__(self, first: float = 0.1, longest: float = 30.0) -> None:
+        self._first = self._next = first
+        self._longest = longest
+
+    def next(self) -> float:
+        """The wait to take now."""
+        wait = self._next
+        self._next = min(self._next * 2, self._longest)
+        return wait * random.uniform(0.75, 1.25)
+
+    def sleep(self) -> None:
+        """Take it."""
+        time.sleep(self.next())
+
+    def reset(self) -> None:
+        """Begin with the first again."""
+        self._next = self._first
+
+
+def holders(connection: sa.Connection, relation: str) -> list[str]:
+    """Who else has a lock on a table now, the longest transaction first, one line each."""
+    locks, activity = LOCKS, ACTIVITY
+    statement = (
+        sa.select(
+            activity.c.pid,
+            activity.c.usename,
+            activity.c.application_name,
+            activity.c.state,
+            sa.extract("epoch", sa.func.now() - activity.c.xact_start).label("seconds"),
+        )
+        .join_from(locks, activity, locks.c.pid == activity.c.pid)
+        .where(
+            locks.c.relation == oid_of(relation),
+            locks.c.granted,
+            activity.c.pid != sa.func.pg_backend_pid(),
+        )
+        .group_by(*activity.c["pid", "usename", "application_name", "state", "xact_start"])
+        .order_by(activity.c.xact_start)
+    )
+    return [_line(row) for row in connection.execute(statement)]
+
+
+def _line(row: Any) -> str:
+    name = row.application_name or row.usename or "unnamed"
+    age = f"{float(row.seconds):.0f} s" if row.seconds is not None else "an unknown time"
+    return f"process {row.pid} ({name}, {row.state or 'state hidden'}, in a transaction for {age})"
+
+
+def busy_message(
+    connection: sa.Connection, relation: str | None, attempts: int, lock_timeout: float
+) -> str:
+    """What to say where a lock could not be had: who holds it, and what to do."""
+    lines = [] if relation is None else holders(connection, relation)
+    held = "; ".join(lines[:5]) or "no other session now, so trying again may do"
+    return (
+        f"The lock on {relation or 'the table'} could not be had in {attempts} attempts of "
+        f"{lock_timeout:g} s. It is held by: {held}. Nothing was changed; end the long transaction "
+        "and run the same command again."
+    )

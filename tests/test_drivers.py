@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from sbert_pg import sqlstates
 from sbert_pg.errors import CatalogMissingError, EncoderMismatchError, SbertPgError, TableBusyError
-from sbert_pg.locks import in_short_transactions
+from sbert_pg.system import in_short_transactions
 
 DRIVERS = ("psycopg", "psycopg2", "pg8000", "asyncpg")
 RAISE = (

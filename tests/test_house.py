@@ -25,7 +25,7 @@ PACKAGE = Path(sbert_pg.__file__).parent
 #: not import each other; floor 0 is excepted, whose modules are small and stand on each other.
 FLOORS: dict[str, float] = {
     "errors": 0, "distance": 0, "source": 0, "spec": 0, "process": 0, "progress": 0,
-    "probes": 0, "system": 0, "sqlstates": 0, "locks": 0,
+    "probes": 0, "system": 0, "sqlstates": 0,
     "encoder": 1,
     # The encoders of this process: loads one that a column names, and imports its wing then.
     "registry": 1.1,

@@ -22,9 +22,8 @@ from sbert_pg.catalog import Binding
 from sbert_pg.errors import DeclarationError, SbertPgError, needing
 from sbert_pg.freshness.running import Index, Watch, beside_indexes, fill
 from sbert_pg.freshness.settings import Database, worker_name
-from sbert_pg.locks import Pause
 from sbert_pg.sqlstates import Fault, fault_of
-from sbert_pg.system import ColumnIdentity
+from sbert_pg.system import ColumnIdentity, Pause
 
 #: Seconds between looks at the actors.
 _LOOK = 0.5

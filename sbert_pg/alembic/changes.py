@@ -44,12 +44,7 @@ class ChangedColumnError(EncoderMismatchError, CommandError):
 
 @dataclass(frozen=True, slots=True)
 class RefusedChange:
-    """One change that is refused.
-
-    Attributes:
-        column: the column as it is declared now.
-        same_width: whether the vectors have the same width, so that the encoders may be compatible.
-    """
+    """One change that is refused; of the ``same_width`` the encoders may be compatible."""
 
     binding: Binding
     column: sa.Column[Any]
@@ -71,12 +66,7 @@ def compatible_names(connection: sa.Connection) -> dict[uuid.UUID, set[str]]:
 def refused_change(
     binding: Binding, column: sa.Column[Any], names: set[str]
 ) -> RefusedChange | None:
-    """The first difference that makes another vector space or another column, if there is one.
-
-    Args:
-        column: the column as it is declared now.
-        names: names of encoders proven compatible with the column's.
-    """
+    """The first difference that makes another vector space or another column, if there is one."""
     type_ = column.type
     assert isinstance(type_, Embedding)
     spec, declared = type_.encoder, binding.declared
@@ -129,24 +119,13 @@ def same_source(a: Source, b: Source) -> bool:
 
 
 def refuse(changes: list[RefusedChange]) -> None:
-    """Refuse changed columns, with the lines to write instead.
-
-    Raises:
-        ChangedColumnError: there is one.
-    """
+    """Refuse changed columns, with the lines to write instead."""
     if changes:
         raise ChangedColumnError("\n\n".join(_message(change) for change in changes))
 
 
 def refuse_two(table: sa.Table, replaced: Mapping[str, str | None]) -> None:
-    """Refuse two columns that replace the same one: which of them is to be complete at its end?
-
-    Args:
-        replaced: what each embedding column replaces.
-
-    Raises:
-        ChangedColumnError: there are two such columns.
-    """
+    """Refuse two columns that replace the same one: which of them is to be complete at its end?"""
     seen: dict[str, str] = {}
     for name, old in replaced.items():
         if old is not None and seen.setdefault(old, name) != name:
@@ -158,11 +137,7 @@ def refuse_two(table: sa.Table, replaced: Mapping[str, str | None]) -> None:
 
 
 def refuse_width(place: tuple[str | None, str, str], old: Any, new: Any) -> NoReturn:
-    """Refuse to change the type of a vector column to another width.
-
-    Raises:
-        ChangedColumnError: always.
-    """
+    """Refuse to change the type of a vector column to another width."""
     name = ".".join(part for part in place if part is not None)
     raise ChangedColumnError(
         f"{name} has type {old!r} and is declared as {new!r}. Vectors of one width cannot become "

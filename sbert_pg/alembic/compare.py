@@ -50,11 +50,7 @@ Place = tuple[str | None, str, str]
 
 
 def rewrite(context: AutogenContext, upgrade_ops: UpgradeOps) -> None:
-    """Rewrite Alembic's operations, in place.
-
-    Raises:
-        ChangedColumnError: an encoder, source or storage was changed under its column's name.
-    """
+    """Rewrite Alembic's operations, in place."""
     if context.dialect.name != "postgresql" or context.connection is None:
         return
     comparison = Comparison(context, context.connection)

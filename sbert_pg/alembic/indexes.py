@@ -139,12 +139,8 @@ class CreateVectorIndexOp(IndexOperation):
     def of(
         cls, definition: VectorIndex, *, name: str | None = None, **options: Any
     ) -> CreateVectorIndexOp:
-        """The operation that builds an index.
-
-        Args:
-            definition: the index.
-            name: its name as Alembic has it, marked where a naming convention has been applied.
-            options: further arguments.
+        """The operation that builds an index; ``name`` as Alembic has it, marked where conventions
+        apply.
         """
         expression = definition.expression
         create = cls(

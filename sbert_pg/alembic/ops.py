@@ -174,11 +174,7 @@ class DowngradeSchemaOp(SbertOperation):
 
 @dataclass(eq=False)
 class ColumnOperation(SbertOperation):
-    """An operation on one column.
-
-    Args:
-        schema: schema of the table, ``None`` for the search path's.
-    """
+    """An operation on one column; ``schema`` is ``None`` for the search path's."""
 
     table_name: str
     column_name: str
@@ -197,10 +193,6 @@ class DeclaringOperation(ColumnOperation):
 
     A migration is read years after it was written, so it repeats what the mapped class said at the
     time and imports nothing of the application.
-
-    Args:
-        encoder, source, separator, storage, dimensions, similarity: as in ``embedding_column``.
-        replaces: the embedding column of the same table that this one is to replace.
     """
 
     _: KW_ONLY

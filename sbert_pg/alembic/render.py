@@ -236,9 +236,6 @@ def in_drop_order(
 
     Alembic sorts the tables that it creates; those that are gone from the models it drops in no
     particular order. A clustering has three tables that refer to one another, so it counts.
-
-    Args:
-        key: names a table by its schema and name.
     """
     drops = {key(op.schema, op.table_name): op for op in operations if isinstance(op, DropTableOp)}
     ordered = _sorted({table: _referred(op, key) & set(drops) for table, op in drops.items()})

@@ -20,9 +20,16 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sbert_pg import system
 from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.errors import ReembeddingError
-from sbert_pg.locks import ATTEMPTS, LOCK_TIMEOUT, busy_message, milliseconds, retried, settings
 from sbert_pg.sqlstates import translated
-from sbert_pg.system import ColumnIdentity
+from sbert_pg.system import (
+    ATTEMPTS,
+    LOCK_TIMEOUT,
+    ColumnIdentity,
+    busy_message,
+    milliseconds,
+    retried,
+    settings,
+)
 from sbert_pg.types.vector import VectorType
 
 
@@ -87,11 +94,7 @@ def require_valid(index: str, schema: str | None) -> sa.Select[Any]:
 
 
 class AlterColumn(ExecutableDDLElement):
-    """``ALTER TABLE ... ADD | DROP | RENAME COLUMN``; adding and dropping may be done before.
-
-    Args:
-        type_: of a column that is added; it takes ``NULL``.
-    """
+    """``ALTER TABLE ... ADD | DROP | RENAME COLUMN``; adding and dropping may be done before."""
 
     def __init__(
         self,
@@ -133,14 +136,10 @@ def write_text(operations: Operations, text: str) -> None:
 
 
 class Online:
-    """Statements of one operation.
+    """Statements of one operation on a table, given as text for ``regclass``.
 
-    Attributes:
-        operations: Alembic's, of the running migration.
-        relation: the table, as text for ``regclass``.
-        enclosed: whether everything happens in a transaction that the application began itself, and
-            which cannot be left.
-        lock_timeout: seconds that a statement waits for a lock at an attempt.
+    ``enclosed``: everything happens in a transaction that the application began, and which cannot
+    be left. ``lock_timeout``: seconds that a statement waits for a lock at an attempt.
     """
 
     def __init__(
@@ -167,11 +166,7 @@ class Online:
         return self.operations.get_bind()
 
     def execute(self, statement: Any, *, attempts: int = ATTEMPTS) -> None:
-        """Execute a statement, again where its lock cannot be had.
-
-        Raises:
-            TableBusyError: the lock was not to be had; the message says who holds it.
-        """
+        """Execute a statement, again where its lock cannot be had."""
         if self.as_sql:
             write(self.operations, statement)
             return
@@ -200,10 +195,6 @@ def online(
     Where ``env.py`` was given a connection in a transaction that Alembic did not begin, that one is
     not left: each statement is protected by a savepoint instead. The session's
     ``statement_timeout`` is set aside meanwhile.
-
-    Args:
-        relation: the table, as text for ``regclass``.
-        lock_timeout: seconds that a statement waits for a lock at an attempt.
     """
     values = {"lock_timeout": milliseconds(lock_timeout), "statement_timeout": "0"}
     enclosed = is_enclosed(operations)
@@ -221,9 +212,6 @@ def within(operations: Operations, relation: str) -> Iterator[Online]:
     """Stay in the migration's transaction, and yet wait for a lock no longer than a moment.
 
     Each attempt is taken back to a savepoint, so whoever queues behind it has its turn.
-
-    Args:
-        relation: the table, as text for ``regclass``.
     """
     runner = Online(operations, relation, enclosed=True)
     if runner.as_sql:
@@ -235,10 +223,8 @@ def within(operations: Operations, relation: str) -> Iterator[Online]:
 
 
 def is_enclosed(operations: Operations) -> bool:
-    """Whether the connection was in a transaction before Alembic was given it.
-
-    Raises:
-        ReembeddingError: this release of Alembic does not say so.
+    """Whether the connection was in a transaction before Alembic was given it; refused where
+    unknown.
     """
     context = operations.migration_context
     if context.as_sql:
@@ -255,11 +241,7 @@ def is_enclosed(operations: Operations) -> bool:
 
 
 def require_left(operations: Operations, what: str) -> None:
-    """Refuse what cannot happen inside a transaction.
-
-    Raises:
-        ReembeddingError: the application's own transaction encloses the migration.
-    """
+    """Refuse what cannot happen inside a transaction."""
     if is_enclosed(operations):
         raise ReembeddingError(
             f"{what} happens outside of transactions, and the connection that env.py gives to "
@@ -270,11 +252,7 @@ def require_left(operations: Operations, what: str) -> None:
 
 @contextmanager
 def setting(runner: Online, values: Mapping[str, str]) -> Iterator[None]:
-    """Server settings for a while, in a script as well; the session has its own again afterwards.
-
-    Args:
-        values: settings by name; the names are constants of this package.
-    """
+    """Server settings for a while, in a script as well; the session gets its own back."""
     if not runner.as_sql:
         with settings(runner.connection, values):
             yield

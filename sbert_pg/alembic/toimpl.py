@@ -42,7 +42,6 @@ from sbert_pg.errors import (
 from sbert_pg.freshness import Progress, backfill, counts
 from sbert_pg.freshness.queue import COUNTED
 from sbert_pg.indexes.partitioned import is_partitioned
-from sbert_pg.locks import settings
 from sbert_pg.progress import bar
 from sbert_pg.reembed.change import begun_change, holds_vectors
 from sbert_pg.reembed.finish import require_droppable, require_finishable
@@ -50,7 +49,7 @@ from sbert_pg.reembed.status import change_of
 from sbert_pg.registry import get_encoder
 from sbert_pg.source import companion_name
 from sbert_pg.spec import EncoderSpec
-from sbert_pg.system import ColumnIdentity
+from sbert_pg.system import ColumnIdentity, settings
 from sbert_pg.types.vector import plain_type
 
 log = logging.getLogger("sbert_pg.alembic")

@@ -319,13 +319,10 @@ def default_of(column: sa.Column[Any]) -> Any:
 
 
 def digest_for(binding: Binding, text: Text, vector: Any) -> uuid.UUID | None:
-    """What the companion says of a vector that is about to be written.
+    """What the companion says of a vector, as numbers or in binary, that is about to be written.
 
-    Args:
-        binding: the column's, as ``guard.binding_for_write`` gives it.
-        text: the text that the vector was made from; ``None`` for none, ``NOT_KNOWN`` where this
-            process does not know it: the vector is proven then, and the row pending.
-        vector: the vector, as numbers or in pgvector's binary form, or ``None``.
+    ``text`` is what it was made from; ``NOT_KNOWN`` where this process does not know it: the vector
+    is proven then, and the row pending.
     """
     if text is None and vector is None:
         return None
@@ -349,11 +346,7 @@ def digest_for(binding: Binding, text: Text, vector: Any) -> uuid.UUID | None:
 class QueryVector(VectorType):
     """A parameter compared with an embedding column: a vector, or a text to be encoded as a query.
 
-    Args:
-        encoder: the column's encoder.
-        storage: the column's storage.
-        column: schema, table and column that the parameter is compared with, where known.
-        fenced: whether the parameter asks for the column's encoder, and not its statement.
+    ``fenced``: the parameter asks for the column's encoder, and not its statement.
     """
 
     cache_ok = True
@@ -372,12 +365,7 @@ class QueryVector(VectorType):
         self.dimensions = encoder.dimensions
 
     def checked(self, value: Any) -> Array:
-        """The value as an array that the column can be compared with.
-
-        Raises:
-            VectorError: one of its kinds.
-            EncoderError: it is a text, and the encoder cannot be loaded or refuses it.
-        """
+        """The value as an array that the column can be compared with."""
         what = f"the query vector for encoder {self.encoder.name!r}"
         if isinstance(value, str):
             vector = wire.vector_in(value, self.encoder.dimensions)

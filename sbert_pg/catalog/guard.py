@@ -140,18 +140,7 @@ def binding_for_write(
     """The binding that a vector of this encoder may be written for; compares and seals it first.
 
     Costs one round trip in each transaction, since one name may mean another table in the next (a
-    search path), or the same table under another binding.
-
-    Args:
-        spec: the encoder as the code declares it.
-
-    Returns:
-        ``None`` where the column is not bound, or there is no catalog.
-
-    Raises:
-        EncoderMismatchError: the column belongs to another encoder.
-        EncoderError: the encoder is there and cannot be loaded.
-        CatalogError: this role may not use the catalog.
+    search path), or the same table under another binding. ``None`` where the column is not bound.
     """
     if connection.dialect.name != "postgresql":
         return None
@@ -180,21 +169,15 @@ def fenced(
     spec: EncoderSpec,
     type_: TypeEngine[Any],
 ) -> sa.ColumnElement[Any]:
-    """A vector that is compared with a column, or an error where the column has changed hands.
-
-    Args:
-        column: the column that it is compared with, where known.
-    """
+    """A vector that is compared with a column, or an error where the column has changed hands."""
     return value if column is None else _Fenced(value, column, spec, type_)
 
 
 class Fence(NamedTuple):
     """How a statement asks once for what it needs of a column's binding, and not each parameter.
 
-    Attributes:
-        rows: one row with ``id``, never ``NULL``; an error where the column has changed hands.
-        id: the same as the identity of the binding, ``NULL`` where the column has none.
-        type: type of a parameter that does not ask by itself.
+    ``rows`` is one row with ``id``, never ``NULL``, or an error where the column has changed hands;
+    ``id`` is the binding's, ``NULL`` without one; ``type`` that of parameters that do not ask.
     """
 
     rows: sa.Subquery
@@ -223,10 +206,6 @@ def proven(
 
     For the few rows that a search is about to answer. A vector that came where no trigger ran, by
     replication or with an attached partition, is not proven until a worker has seen it.
-
-    Args:
-        column: the embedding column, of a table, alias or subquery.
-        binding_id: identity of the column's binding, where the statement knows it.
     """
     if identity_behind(column) is None:
         return sa.true()
@@ -485,11 +464,7 @@ def _require_still_theirs(context: Any, compared: list[tuple[_Use, uuid.UUID]]) 
 
 
 def _values_of(context: Any) -> dict[str, Any]:
-    """Values of the caller's own parameters for a statement that only reads.
-
-    Raises:
-        CatalogError: it is another one, or a value went into the text, or is a list of rows.
-    """
+    """Values of the caller's own parameters for a statement that only reads."""
     if not _may_be_repeated(context):
         raise unwrapped(_not_repeated())
     (row,), values = context.compiled_parameters, {}
@@ -569,10 +544,8 @@ def _stored(compiled: Any) -> Iterator[_Use]:
 
 
 def _check(memory: _Memory, connection: Connection, use: _Use, fence: bool) -> Held | None:
-    """Compare this process with a column, unless that was done and the statement asks itself.
-
-    Returns:
-        What it was compared with, where the statement does not ask.
+    """Compare this process with a column, unless that was done; with what, if the statement does
+    not ask.
     """
     key = (mapped(connection, use.identity), use.spec)
     name = (use.identity, use.spec)

@@ -132,20 +132,12 @@ def rebind(
 
 
 def compatibility(connection: Connection, binding: Binding, encoder: TextEncoder) -> Compatibility:
-    """Compare an encoder with the one that a column is sealed with, by spec and probe vectors.
-
-    Raises:
-        EncoderMismatchError: the column is not sealed, or not bound any more.
-    """
+    """Compare an encoder with the one that a column is sealed with, by spec and probe vectors."""
     return _compared(connection, binding, encoder)[1]
 
 
 def recorded_encoder(connection: Connection, binding: Binding) -> tuple[str, EncoderSpec, Vectors]:
-    """Fingerprint, spec and probe vectors ``(probes, dimensions)`` of a column's encoder.
-
-    Raises:
-        EncoderMismatchError: the column is not sealed, or not bound any more.
-    """
+    """Fingerprint, spec and probe vectors ``(probes, dimensions)`` of a column's encoder."""
     encoder, c = tables.encoder.c, tables.binding.c
     row = connection.execute(
         sa.select(encoder.fingerprint, encoder.spec, encoder.probes)

@@ -94,11 +94,7 @@ def _expressions_of(binding_id: sa.ColumnElement[Any]) -> sa.ScalarSelect[Any]:
 
 
 class Named(UserDefinedType[object]):
-    """A column type by the name that ``format_type`` gives it.
-
-    Args:
-        name: SQL name of the type, quoted where it has to be, as the server spelt it.
-    """
+    """A column type by the name that ``format_type`` gives it, as the server spelt it."""
 
     cache_ok = True
 

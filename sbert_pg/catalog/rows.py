@@ -5,7 +5,6 @@ Keys travel as they are, in columns of their own types; as text they only name r
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -22,11 +21,7 @@ _DRAWN = 8
 
 
 def after(columns: Sequence[sa.ColumnElement[Any]], last: Sequence[Any]) -> sa.ColumnElement[bool]:
-    """Whether a row comes after a key, as one comparison that the key's index serves.
-
-    Args:
-        last: their values in the last row of the page before.
-    """
+    """Whether a row comes after a key, as one comparison that the key's index serves."""
     values = [sa.literal(value, c.type) for c, value in zip(columns, last, strict=True)]
     if len(columns) == 1:
         return columns[0] > values[0]
@@ -38,26 +33,7 @@ def label(columns: Sequence[sa.ColumnElement[Any]]) -> sa.ColumnElement[str]:
 
     For people; nothing is decided by it.
     """
-    return sa.cast(columns[0], sa.Text) if len(columns) == 1 else array_label(columns)
-
-
-def array_label(columns: Sequence[sa.ColumnElement[Any]]) -> sa.ColumnElement[str]:
-    """As ``label``, an array also of one part: what leases and failures call a row."""
-    return sa.cast(sa.func.jsonb_build_array(*(sa.cast(c, sa.Text) for c in columns)), sa.Text)
-
-
-def array_of(parts: Iterable[Any]) -> str:
-    """What ``array_label`` gives for a row whose key has these parts."""
-    return json.dumps([str(part) for part in parts], ensure_ascii=False)
-
-
-def parts_of(label: str) -> list[Any] | None:
-    """The parts of a key that an array names; ``None`` of any other text."""
-    try:
-        parts = json.loads(label)
-    except ValueError:
-        return None
-    return parts if isinstance(parts, list) else None
+    return sa.cast(columns[0], sa.Text) if len(columns) == 1 else system.array_label(columns)
 
 
 def is_one_of(label: sa.ColumnElement[str], keys: Iterable[str]) -> sa.ColumnElement[bool]:
@@ -68,11 +44,7 @@ def is_one_of(label: sa.ColumnElement[str], keys: Iterable[str]) -> sa.ColumnEle
 def require_one_of(
     connection: sa.Connection, label: sa.ColumnElement[str], keys: Iterable[str]
 ) -> None:
-    """Refuse keys of labelled questions of which not one is a row of the table: all would score 0.
-
-    Raises:
-        LoadError: there is no such row.
-    """
+    """Refuse keys of labelled questions of which none is a row of the table: all would score 0."""
     names = sorted(keys)
     rows = sa.select(label)
     if connection.scalar(rows.where(is_one_of(label, names)).limit(1)) is None:
@@ -84,11 +56,7 @@ def require_one_of(
 
 
 def estimated_rows(connection: sa.Connection, table: sa.TableClause) -> float:
-    """Rows of a table as the planner estimates them, with those of its partitions.
-
-    Returns:
-        0 for a table that was never analysed.
-    """
+    """Rows of a table and its partitions as the planner estimates them; 0 where never analysed."""
     relation = system.name_in(connection, table.schema, table.name)
     # A table that is not partitioned is not a tree to this function, so it is named beside it.
     tree = sa.func.pg_partition_tree(sa.func.to_regclass(relation)).table_valued("relid")
@@ -122,16 +90,7 @@ def sample(
     size: int,
     seed: int = 0,
 ) -> list[Any]:
-    """Random rows of a table: the columns asked for, the same rows for the same seed.
-
-    Args:
-        connection: where.
-        keys: names of the columns that name a row.
-        columns: what to read; expressions over this table.
-        where: criteria of the rows to choose from.
-        size: rows wanted; fewer come where fewer meet the criteria.
-        seed: another seed gives other rows.
-    """
+    """Random rows of a table that meet criteria, at most ``size``: the same for the same seed."""
     key_columns = [table.c[name] for name in keys]
     order = _hashed(label(key_columns), seed)
     statement = sa.select(*columns).select_from(table).where(*where).order_by(order).limit(size)

@@ -148,11 +148,7 @@ err = Console(stderr=True)
 
 
 def normalized_url(url: str) -> sa.URL:
-    """A URL for psycopg 3, whatever dialect name the variable holds.
-
-    Raises:
-        DeclarationError: it is not a PostgreSQL URL.
-    """
+    """A URL for psycopg 3, whatever dialect name the variable holds."""
     try:
         url.encode()
         parsed = sa.make_url(url)
@@ -180,12 +176,8 @@ def database(
     """An engine on the given database, or on the embedded server while the block runs.
 
     The embedded database is the user's own and gets the schema ``sbert`` at once; a given one is
-    only changed by commands that say so.
-
-    Args:
-        url: the database; ``None`` for the one that PGHOST and the like name, else the embedded.
-        lasting: whether the command may run for months; see ``LASTING``.
-        variables: whether PGHOST and the like are asked.
+    only changed by commands that say so. ``variables``: whether PGHOST and the like are asked
+    first; ``lasting``: whether the command may run for months (``LASTING``).
     """
     if url is None and variables and any(os.environ.get(name) for name in _OF_LIBPQ):
         url = "postgresql://"  # libpq takes the rest from its variables too
@@ -224,7 +216,7 @@ def prepare(
     Raises:
         DeclarationError: there is no such level, module or attribute, or it holds no metadata.
     """
-    from sbert_pg.freshness.monitoring import configure_logs
+    from sbert_pg.freshness.settings import configure_logs
 
     log = log or os.environ.get("SBERT_PG_LOG") or usual
     name, _, form = log.partition(":")
@@ -258,11 +250,7 @@ def _application(app: str) -> sa.MetaData | None:
 
 
 def load_metadata(app: str) -> sa.MetaData:
-    """The metadata of an application, where a command needs it; see ``prepare``.
-
-    Raises:
-        DeclarationError: it cannot be found, or only a module is named.
-    """
+    """The metadata of an application, where a command needs it; see ``prepare``."""
     metadata = prepare(app)
     if metadata is None:
         raise DeclarationError(f"--app {app!r} has to be of the form package.module:Base.")
@@ -280,11 +268,7 @@ def criteria(where: str | None) -> list[Any]:
 
 
 def address_of(text: str) -> tuple[str, int]:
-    """Host and port of ``HOST:PORT``.
-
-    Raises:
-        BadParameter: it is none.
-    """
+    """Host and port of ``HOST:PORT``."""
     host, colon, port = text.rpartition(":")
     if not colon or not port.isdigit():
         raise typer.BadParameter(f"{text!r} is not HOST:PORT", param_hint="--http")
@@ -378,9 +362,7 @@ def stoppable(
 ) -> Iterator[threading.Event]:
     """An event that the first SIGTERM or Ctrl-C sets; the second does not wait.
 
-    Args:
-        stop: called as well by the first one.
-        say: says that it was heard, given the signal's name; a note by default.
+    The first one also calls ``stop``, and ``say`` with the signal's name, in place of a note.
     """
     event = threading.Event()
 

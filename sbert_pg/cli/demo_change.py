@@ -34,12 +34,9 @@ _ROUNDING = 1e-3
 
 
 class Answered(NamedTuple):
-    """What one version asked in one phase of the change.
-
-    Attributes:
-        wrong: answers with a similarity that is not that of its row in the version's own space.
-        recall: share of the exact nearest rows that the answers had.
-        median: milliseconds that a question took, encoding included.
+    """What one version asked in one phase of the change: ``wrong`` are answers with a similarity
+    that is not that of its row in the version's own space; ``median`` is in milliseconds, encoding
+    included.
     """
 
     questions: int

@@ -43,11 +43,7 @@ _LEAST_CHARACTERS = 20
 
 
 class Documented(NamedTuple):
-    """A function, method or class of the standard library.
-
-    Attributes:
-        signature: its parameters as written, empty for a class without ``__init__``.
-    """
+    """A function, method or class of the standard library; ``signature`` as written, or empty."""
 
     module: str
     name: str
@@ -127,11 +123,7 @@ def documents(entries: list[Documented]) -> dict[str, str]:
 
 
 def use_old_encoder() -> bool:
-    """Have the old encoder in use: from the hub or its cache, else from the package.
-
-    Returns:
-        Whether there is one; the demo then shows a change of source instead.
-    """
+    """Have the old encoder in use, from the hub, its cache or the package; whether there is one."""
     if find_named(OLD_ENCODER) is not None:
         return True
     from sbert_pg.encoder import Encoder
@@ -209,11 +201,8 @@ def _weights(exported: Path) -> dict[str, Any]:
     """BERT's weights by their names in safetensors, from a graph that torch has exported.
 
     Embeddings, norms and biases keep their names there. A product does not: it is the one whose
-    result the bias of that name is added to, and its matrix is transposed.
-
-    Raises:
-        EncoderNotFoundError: it is not a graph of three layers, with five tensors for the
-            embeddings and sixteen for each layer.
+    result the bias of that name is added to, and its matrix is transposed. Refused unless it is a
+    graph of three layers: five tensors for the embeddings and sixteen for each layer.
     """
     import onnx
     from onnx import numpy_helper

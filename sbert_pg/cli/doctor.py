@@ -98,12 +98,7 @@ def _workers(connection: sa.Connection) -> tuple[str, dict[str, Any] | None]:
 
 
 def diagnose(connection: sa.Connection, *, large: int = LARGE) -> Iterator[Finding]:
-    """What is wrong with a database, server first.
-
-    Args:
-        connection: a connection; it only reads.
-        large: rows from which a column should have an index.
-    """
+    """What is wrong with a database, server first; ``large`` rows should have an index."""
     try:
         catalog.require_current(connection)
     except SbertPgError as error:

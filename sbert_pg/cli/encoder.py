@@ -250,11 +250,7 @@ def encoder_named(name: str) -> Encoder:
 
 
 def spec_named(name: str) -> EncoderSpec:
-    """What a class would declare for an encoder given by name; it is loaded where need be.
-
-    Raises:
-        EncoderError: it is not a known name, not registered, and cannot be loaded.
-    """
+    """What a class would declare for an encoder given by name; it is loaded where need be."""
     name, precision = split_name(name)
     try:
         spec = EncoderSpec.of(name)

@@ -118,11 +118,7 @@ def _run_once(
 
 
 def _settings(values: Sequence[str] | None, **chosen: Any) -> WorkerSettings:
-    """Settings from ``--set name=value``; durations are in seconds.
-
-    Raises:
-        DeclarationError: there is no such setting, or its value makes no sense.
-    """
+    """Settings from ``--set name=value``; durations are in seconds."""
     from sbert_pg.freshness import WorkerSettings
 
     default = WorkerSettings()
@@ -157,11 +153,7 @@ def _value(default: object, text: str) -> object:
 def _companions(
     engine: sa.Engine, app: str | None, metadata: sa.MetaData | None
 ) -> Sequence[Companion]:
-    """What keeps the clusterings current that an application declares.
-
-    Raises:
-        DeclarationError: its base is named, and declares none.
-    """
+    """What keeps the clusterings current that an application declares."""
     if metadata is None:
         return ()
     from sbert_pg.clustering import ClusterKeeper, declared_clusterings

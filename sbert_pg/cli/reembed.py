@@ -244,11 +244,7 @@ def adopt(
 
 
 def _thresholds_of(path: Path | None) -> lib.Thresholds:
-    """Thresholds from a JSON object in a file; those that it does not name are the defaults.
-
-    Raises:
-        DeclarationError: it is not such an object.
-    """
+    """Thresholds from a JSON object in a file; those that it does not name are the defaults."""
     if path is None:
         return lib.Thresholds()
     try:

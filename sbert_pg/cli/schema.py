@@ -133,15 +133,7 @@ def _remarks(column: ColumnStatus) -> Iterator[str]:
 
 
 def prepare_alembic(directory: Path, *, write: bool) -> None:
-    """Print what an application's ``env.py`` needs, or write it.
-
-    Args:
-        directory: the Alembic directory, or its ``env.py``.
-        write: edit the file; else print the change.
-
-    Raises:
-        DeclarationError: there is no ``env.py``, or nothing in it calls ``context.configure``.
-    """
+    """Print what the ``env.py`` of an Alembic directory needs, or write it."""
     path = directory if directory.is_file() else directory / "env.py"
     if not path.is_file():
         raise DeclarationError(
@@ -165,11 +157,7 @@ def prepare_alembic(directory: Path, *, write: bool) -> None:
 
 
 def edited(source: str, name: str = "env.py") -> str:
-    """The source of an ``env.py`` that registers the plugin; the same where it does already.
-
-    Raises:
-        DeclarationError: it is not Python, or nothing in it calls ``context.configure``.
-    """
+    """The source of an ``env.py`` that registers the plugin; the same where it does already."""
     tree = _parsed(source, name)
     calls = [
         node

@@ -239,11 +239,7 @@ def _serve_mcp(
 
 
 def _all_bound(connection: sa.Connection) -> list[str]:
-    """All embedding columns of a database, as targets, each as short as it can be.
-
-    Raises:
-        DeclarationError: there are none.
-    """
+    """All embedding columns of a database, as targets, each as short as it can be."""
     bindings = catalog.all_bindings(connection)
     # What a change is filling comes last, and leaves the table's name to the column before it.
     bindings = sorted(bindings, key=lambda binding: (binding.replaces is not None, str(binding)))
@@ -290,11 +286,7 @@ def _clusterings(
 
 
 def _declared(metadata: sa.MetaData) -> list[str]:
-    """The embedding columns of an application, as targets.
-
-    Raises:
-        DeclarationError: it declares none.
-    """
+    """The embedding columns of an application, as targets."""
     columns = [embedding.column for embedding in embedding_columns(metadata)]
     if not columns:
         raise DeclarationError("The application declares no embedding columns.")
@@ -311,11 +303,7 @@ def looking(targets: Sequence[str]) -> Callable[[sa.Connection], list[Exposed]]:
 
 
 def _exposed(connection: sa.Connection, target: str) -> Exposed:
-    """A table as it is now.
-
-    Raises:
-        DeclarationError: it has no embedding column, or lacks a column that is listed.
-    """
+    """A table as it is now."""
     from sbert_pg.serving.exposed import Exposed
 
     name, _, listed = target.partition(":")

@@ -39,13 +39,8 @@ from sbert_pg.types.text import TextSearch
 def resolve(connection: sa.Connection, name: str) -> Side:
     """The embedding column that a name means, on its reflected table.
 
-    Args:
-        name: ``table``, ``schema.table``, ``table.column`` or ``schema.table.column``; a table
-            alone stands for its only embedding column, and in the middle of a change for the one
-            that it had before, so that the name means until *finish* what it meant.
-
-    Raises:
-        DeclarationError: no column that is bound here has the name, or several have.
+    A table alone stands for its only embedding column, and in the middle of a change for the one
+    that it had before, so that the name means until *finish* what it meant.
     """
     bindings = catalog.all_bindings(connection)
     matching = _called(connection, bindings, name)
@@ -81,11 +76,7 @@ def _called(connection: sa.Connection, bindings: Sequence[Binding], name: str) -
 
 
 def change_or_column(engine: sa.Engine, target: str) -> Binding:
-    """The bound column that a target names; of a table in the middle of a change, the new one.
-
-    Raises:
-        DeclarationError: no column has the name, or several have.
-    """
+    """The bound column that a target names; of a table in the middle of a change, the new one."""
     for new in changes(engine):
         if target in (new.table, f"{new.schema}.{new.table}"):
             return new
@@ -110,11 +101,7 @@ def unbound(target: str) -> ColumnIdentity | None:
 
 
 def declared_change(app: str, metadata: sa.MetaData, target: str) -> tuple[Request, list[sa.Index]]:
-    """The change that an application declares, and the indexes of its new column.
-
-    Raises:
-        DeclarationError: it declares no such column.
-    """
+    """The change that an application declares, and the indexes of its new column."""
     declared = [embedding.column for embedding in embedding_columns(metadata)]
     columns = [
         c for c in declared
@@ -129,11 +116,7 @@ def declared_change(app: str, metadata: sa.MetaData, target: str) -> tuple[Reque
 
 
 def table_named(connection: sa.Connection, name: str) -> sa.Table:
-    """The table ``table`` or ``schema.table``, its bound columns typed as their bindings say.
-
-    Raises:
-        DeclarationError: there is no such table.
-    """
+    """The table ``table`` or ``schema.table``, its bound columns typed as their bindings say."""
     schema, _, table = name.rpartition(".")
     try:
         return reflect(connection, schema or None, table)
@@ -148,9 +131,6 @@ def embedding_or_texts(connection: sa.Connection, name: str) -> list[sa.Column[A
     """An embedding column, as ``resolve``; or ``article.body`` and ``article.title,body``, texts.
 
     The latter need nothing of this library in the database.
-
-    Raises:
-        DeclarationError: no column has the name.
     """
     if installed(connection) and _called(connection, catalog.all_bindings(connection), name):
         return [resolve(connection, name).column]
@@ -167,11 +147,7 @@ def embedding_or_texts(connection: sa.Connection, name: str) -> list[sa.Column[A
 
 
 def text_column_of(table: sa.Table) -> sa.Column[Any]:
-    """The text column of a reflected table.
-
-    Raises:
-        DeclarationError: there is none, or several.
-    """
+    """The text column of a reflected table."""
     columns = []
     for column in table.columns:
         if column.computed is not None:
@@ -238,11 +214,7 @@ def beginnings(
 def create_documents(
     connection: sa.Connection, table: sa.Table, source: Source, encoder: EncoderSpec
 ) -> None:
-    """A table of documents with its passages: those of the last source column, bound.
-
-    Raises:
-        DeclarationError: the source is a template, whose text nothing could cut.
-    """
+    """A table of documents with its passages: those of the last source column, bound."""
     if source.pattern is not None:
         raise DeclarationError(
             "--passages cuts a column: name it by --source, after those that are headings, and "

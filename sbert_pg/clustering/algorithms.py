@@ -190,17 +190,9 @@ def fit_in_memory(
     max_memory: int,
     progress: Advance | None = None,
 ) -> Fit:
-    """Cluster vectors with any of the algorithms.
+    """Cluster float32 vectors of shape ``(n, dimensions)``, normalised in place where spherical.
 
-    Args:
-        vectors: float32 array of shape ``(n, dimensions)``; normalised in place where spherical.
-        spherical: whether vectors count by their direction.
-        max_memory: bytes that may be taken beside the vectors.
-        progress: called with what is done, how much of it, and of how much.
-
-    Raises:
-        ClusteringError: the algorithm needs more memory than it may take.
-        MissingExtraError: scikit-learn is needed and not installed.
+    ``max_memory`` are the bytes that may be taken beside the vectors.
     """
     if spherical:
         normalize(vectors)
@@ -254,20 +246,12 @@ def _same_for_equal_rows(vectors: Vectors, labels: Labels) -> Labels:
 
 
 def find_communities(vectors: Vectors, threshold: float, min_size: int) -> Labels:
-    """Number the communities of unit vectors, from the largest, by blocks of matrix products.
+    """Number the communities of unit vectors, from the largest, by blocks; -1 for rows in none.
 
     The same as sentence-transformers' ``util.community_detection``: rows with at least ``min_size``
     rows above the threshold are centres, larger communities come first, a row goes to the first
-    that has it, and a centre that is taken does not make a community. Takes memory for the
-    pairs above the threshold: 4 bytes each, both ways.
-
-    Args:
-        vectors: float32 array of shape ``(n, dimensions)``, rows of length one.
-        threshold: least cosine similarity to the central row.
-        min_size: rows that make a community, at least.
-
-    Returns:
-        The community of each row, or -1.
+    that has it, and a centre that is taken does not make a community. Takes memory for the pairs
+    above the threshold: 4 bytes each, both ways.
     """
     n = len(vectors)
     communities: list[tuple[int, npt.NDArray[np.int32]]] = []

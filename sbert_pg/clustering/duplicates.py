@@ -30,7 +30,7 @@ from sbert_pg.clustering.rows import (
 )
 from sbert_pg.clustering.tables import identifier, map_beside, table_of
 from sbert_pg.errors import ClusteringError, DeclarationError
-from sbert_pg.locks import configure
+from sbert_pg.system import configure
 from sbert_pg.types.comparator import apply_operator, served_distance
 from sbert_pg.types.indexed import index_on
 
@@ -494,11 +494,7 @@ def _pairs_between(
 
 
 def _set_up_index(connection: sa.Connection, rows: RowSet, neighbours: int) -> None:
-    """Set what the index scan needs, for the transaction.
-
-    Raises:
-        ClusteringError: no index that can rank by itself is declared.
-    """
+    """Set what the index scan needs, for the transaction."""
     index = index_on(rows.column)
     if index is None or index.quantized:
         raise ClusteringError(

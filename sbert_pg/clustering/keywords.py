@@ -105,13 +105,7 @@ def class_tfidf(
     Grootendorst 2022, "BERTopic"). Where there are others, terms are left out that only one text of
     a class has, that are not twice as frequent in it as elsewhere (four times, if every class has
     them, as articles are in any language), and proper names that few of its texts have. No two
-    terms of a class share a word, or a form of it.
-
-    Args:
-        counts: for each class in how many of its texts each term is, as ``count_words`` gives it.
-        number: terms for each class, at most.
-        stems: what forms of a word have in common; a word stands for itself where it is not named.
-        names: words that are proper names, in lower case.
+    terms of a class share a word, or a form of it (``stems``).
     """
     stems = stems or {}
     folded, forms = _folded(counts, stems)
@@ -235,11 +229,8 @@ def count_words(
 ) -> dict[int, Counter[str]]:
     """In how many texts of each class each word is, and each pair of neighbours, in lower case.
 
-    Args:
-        texts: a class and a text, in any order.
-        stop_words: words to leave out, which part their neighbours; ``"english"`` is
-            scikit-learn's list but for words that often say what a text is about, and more verbs.
-        capitals: is shown each text.
+    Stop words part their neighbours; ``"english"`` is scikit-learn's list but for words that often
+    say what a text is about, and more verbs. ``capitals`` is shown each text.
     """
     stop: Collection[str] = frozenset(stop_words)
     if stop_words == "english":

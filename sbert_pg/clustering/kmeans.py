@@ -62,8 +62,6 @@ class Fit:
         distances: distance of each row to its centroid, of outliers to the nearest: cosine where
             spherical, else euclidean.
         inertia: sum of squared euclidean distances to the centroids, outliers left out.
-        score: value of the criterion, where the number of clusters was chosen by it.
-        details: what a run records beside the parameters.
     """
 
     labels: Labels
@@ -76,11 +74,7 @@ class Fit:
 
 
 def need(module: str, purpose: str, extra: str = "clustering") -> Any:
-    """Import a module of an optional dependency, at its first use.
-
-    Raises:
-        MissingExtraError: it is not installed; the message names the extra that brings it.
-    """
+    """Import a module of an optional dependency, at its first use."""
     root = module.partition(".")[0]
     with needing(_PACKAGES.get(root, root), extra, purpose):
         return importlib.import_module(module)
@@ -125,13 +119,8 @@ def sample_positions(random: np.random.Generator, rows: int, n_clusters: int) ->
 def choose_seeds(
     random: np.random.Generator, sample: int, n_clusters: int, distances: Distances
 ) -> Positions:
-    """Rows of the sample that the clusters start from.
-
-    Args:
-        random: where every draw comes from.
-
-    Returns:
-        Positions in the sample; fewer than asked where the sample has no more different rows.
+    """Rows of the sample that the clusters start from; fewer where there are no more different
+    ones.
     """
     trials = 2 + int(math.log(n_clusters))
     first = int(random.integers(sample))
@@ -181,16 +170,9 @@ def fit_kmeans(
 ) -> Fit:
     """Cluster vectors; the best of several starts.
 
-    Args:
-        vectors: float32 array of shape ``(n, dimensions)``, rows of length one where spherical. The
-            result depends on their order, so it should be that of their keys.
-        n_clusters: how many; fewer are found where there are fewer different rows.
-        n_init: starts; the one with the least inertia wins.
-        max_iter: iterations of a start at most.
-        tol: a start ends when the squared shift of the centroids falls below this share of the mean
-            variance of the columns.
-        spherical: whether centroids are kept at length one.
-        progress: called with what is done, how much of it, and of how much.
+    The result depends on the rows' order, so it should be that of their keys; fewer clusters are
+    found where there are fewer different rows. A start ends when the squared shift of the centroids
+    falls below ``tol`` of the mean variance of the columns, or after ``max_iter`` iterations.
     """
     best: Fit | None = None
     for start in range(n_init):

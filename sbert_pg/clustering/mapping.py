@@ -240,11 +240,7 @@ def mapped_rows(clustering: Clustering) -> sa.Select[Any]:
 def _rows_of(
     connection: sa.Connection, clustering: Clustering, run: sa.Row[Any], rows: int
 ) -> Block:
-    """Keys and vectors of at most so many rows of a run.
-
-    Raises:
-        ClusteringError: it has none left.
-    """
+    """Keys and vectors of at most so many rows of a run; refused where it has none left."""
     keys, vectors = read_rows(connection, _shown(clustering, run, rows))
     if len(keys) == 0:
         raise ClusteringError(f"The current run of {clustering.column} has no rows left to show.")
@@ -279,12 +275,7 @@ def _between(
 def project(
     vectors: npt.NDArray[np.float32], projection: Projection, seed: int
 ) -> tuple[npt.NDArray[np.float64], str]:
-    """Vectors on the unit square, and how they came there.
-
-    Raises:
-        DeclarationError: a projection of another name.
-        MissingExtraError: the library is not installed.
-    """
+    """Vectors on the unit square, and how they came there."""
     if projection not in ("auto", "tsne", "umap", "pca"):
         raise DeclarationError(
             f"The projection is {projection!r}; use 'auto', 'tsne', 'umap' or 'pca'."

@@ -38,21 +38,10 @@ def choose_number(
     progress: Advance | None,
     **options: Any,
 ) -> Fit:
-    """The best of several numbers of clusters, and the clusters of all rows.
+    """The best of several numbers of clusters, and the clusters of all rows, with the curve.
 
     The numbers are compared on a sample of 5,000 rows. ``"auto"`` tries 2, 3, 4, 7, 10, 15... until
     two of them are not better than the best so far, and then those near the best.
-
-    Args:
-        vectors: float32 array of shape ``(n, dimensions)``, rows of length one where spherical.
-        criterion: what is the best, see ``KMeans``.
-        seed: seed of the sample and the fits.
-        spherical: whether vectors count by their direction.
-        progress: called with what is done, how much of it, and of how much.
-        options: of ``fit_kmeans``.
-
-    Returns:
-        The clusters, with the criterion's value and the curve.
     """
     sample = vectors
     if len(vectors) > CHOICE_ROWS:

@@ -32,9 +32,9 @@ from sbert_pg.clustering.kmeans import (
     sample_positions,
 )
 from sbert_pg.clustering.rows import Keys, RowSet, fetch_binary, read_blocks, read_rows
-from sbert_pg.locks import configure
 from sbert_pg.progress import Advance
 from sbert_pg.spec import Vectors
+from sbert_pg.system import configure
 from sbert_pg.types import Vector
 
 #: Rows of the sample that blocks begin with, at least.
@@ -80,14 +80,8 @@ def fit_in_database(
 ) -> tuple[sa.Table, int]:
     """Cluster rows by statements inside the server.
 
-    Args:
-        connection: the run's transaction.
-        algorithm: its parameters, with one number of clusters.
-        progress: called with what is done, how much of it, and of how much.
-
-    Returns:
-        A temporary table with ``number`` and ``centroid``, which lives as long as the transaction,
-        and the number of iterations made.
+    Returns a temporary table with ``number`` and ``centroid``, which lives as long as the run's
+    transaction, and the number of iterations made.
     """
     # Compiling costs more than it saves where one statement is run with ever new tables.
     configure(connection, {"jit": "off"})
@@ -253,13 +247,8 @@ def fit_in_blocks(
 ) -> tuple[Keys, Fit]:
     """Cluster a sample in memory, then iterate over all rows block by block; arguments as above.
 
-    Where the number of clusters is to be chosen, the sample decides.
-
-    Memory is that of the sample, of a block, and of a key, a label and a distance for each row.
-
-    Returns:
-        Keys of the rows, and their clusters; ``passes``, the ``sample``'s rows and
-        ``excess_bound`` (see the function) among the details.
+    Where the number of clusters is to be chosen, the sample decides. Memory is that of the sample,
+    of a block, and of a key, a label and a distance for each row.
     """
     numbers = algorithm.n_clusters
     # The number is chosen on fewer rows than the least sample has.
@@ -295,14 +284,8 @@ def excess_bound(inertia: float, of_sample: float, sample: int, total: int) -> f
     own fit is at least as near to it as they are, so far as k-means, which finds local optima,
     found one that is. Chance alone is bounded, then, and not what better starts would do.
 
-    Args:
-        inertia: mean squared distance of all rows to the centroids that the bound is for.
-        of_sample: that of the sample to the centroids that were fitted to it.
-        sample, total: how many rows.
-
-    Returns:
-        A share, such as .03; 0 where the sample is everything, and ``None`` where it is too small
-        to say anything.
+    Inertias are mean squared distances, ``of_sample`` to the centroids that were fitted to it. The
+    share is ``None`` where the sample is too small to say anything.
     """
     if sample >= total:
         return 0.0

@@ -154,7 +154,7 @@ def insert_referring(
     columns: Sequence[sa.Column[Any]],
     values: Sequence[Iterable[Any]],
 ) -> int:
-    """Insert rows that refer to others by keys, but for those whose row is gone.
+    """Insert rows that refer to others by keys, but for those whose row is gone; how many.
 
     They are copied to where they belong. Where a row is gone, or keys are of a type that is not
     copied as it travels, they are copied aside and joined to the rows that are there.
@@ -163,9 +163,6 @@ def insert_referring(
         references: for each row that is referred to, the columns that hold its key.
         keys: their values as they travel, as many arrays as there are columns in ``references``.
         columns: the other columns.
-
-    Returns:
-        How many were inserted.
     """
     own = [column for reference in references for column in reference]
     table, data = own[0].table, [*keys, *values]
@@ -217,13 +214,8 @@ def _copied_at_once(
 def insert_or_retry(
     connection: sa.Connection, statement: sa.Insert, otherwise: sa.Insert | None = None
 ) -> int:
-    """Insert rows that refer to others; where one is deleted meanwhile, insert what still can be.
-
-    Args:
-        otherwise: what to execute when rows vanish under the first; the same again by default.
-
-    Returns:
-        How many were inserted.
+    """Insert rows that refer to others; where one is deleted meanwhile, insert what still can be,
+    by ``otherwise`` if given. Returns how many were inserted.
     """
     for attempt in range(_ATTEMPTS):
         try:

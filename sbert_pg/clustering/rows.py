@@ -46,11 +46,7 @@ def criteria_list(where: Criteria | None) -> list[sa.ColumnElement[bool]]:
 
 
 def vector_column(column: Any) -> sa.Column[Any]:
-    """The column of a vector attribute, or of a column that is given as it is.
-
-    Raises:
-        DeclarationError: it is not a vector column.
-    """
+    """The column of a vector attribute, or of a column that is given as it is."""
     clause = clause_of(column)
     if not isinstance(getattr(clause, "type", None), VectorType):
         raise DeclarationError(
@@ -63,12 +59,7 @@ def vector_column(column: Any) -> sa.Column[Any]:
 
 @dataclass(frozen=True)
 class RowSet:
-    """Rows of a table, and the vector column by which they are compared.
-
-    Attributes:
-        filters: criteria that a row has to meet, beside having a vector.
-        spherical: whether vectors count by their direction only, as under cosine.
-    """
+    """Rows with a vector that meet filters; spherical where vectors count by their direction."""
 
     column: sa.Column[Any]
     filters: Sequence[sa.ColumnElement[bool]] = ()
@@ -130,11 +121,7 @@ class RowSet:
         return RowSet(self.column, [*self.filters, *criteria], self.spherical)
 
     def sample(self, rows: int, total: int, seed: int = 0) -> RowSet:
-        """About so many of the rows, chosen by a hash of their keys: the same on every machine.
-
-        Args:
-            rows: size of the sample; all where there are no more.
-        """
+        """About so many of the rows, chosen by a hash of their keys: the same on every machine."""
         if total <= rows:
             return self
         return self.only(catalog_rows.drawn(catalog_rows.label(self.keys), rows, total, seed))
@@ -193,11 +180,7 @@ class RowSet:
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """Keys of rows, column by column: integers as int64, everything else as objects, its text.
-
-    Attributes:
-        columns: an array for each key column, all of one length.
-    """
+    """Keys of rows, an array a column: integers as int64, everything else as objects, its text."""
 
     columns: tuple[npt.NDArray[Any], ...]
 
@@ -243,15 +226,11 @@ def wire_key(column: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
 
 
 def read_rows(connection: sa.Connection, rows: RowSet) -> Block:
-    """Read keys and vectors of all rows into one matrix.
+    """Read keys and vectors of all rows, in the order of their keys, into one matrix.
 
     Takes ``4 * dimensions`` bytes a row, and its key; for a moment 4 bytes for each of
-    ``_SORT_COLUMNS`` more, where the server gives the rows in another order than that of their
-    keys. All rows are seen at one moment, whatever the isolation level. They come out in the order
-    of their keys.
-
-    Raises:
-        ClusteringError: the connection is not a psycopg connection.
+    ``_SORT_COLUMNS`` more, where the server gives the rows in another order. All rows are seen at
+    one moment, whatever the isolation level.
     """
     vectors = np.empty((rows.count(connection), rows.dimensions), dtype=np.float32)
     parts: list[Keys] = []
@@ -339,11 +318,7 @@ def _literal(connection: sa.Connection, statement: sa.Select[Any]) -> str:
 
 
 def binary_cursor(connection: sa.Connection) -> psycopg.Cursor[Any]:
-    """A cursor of the driver's, for COPY and for results in binary.
-
-    Raises:
-        ClusteringError: the driver is not psycopg 3, or an asynchronous connection of it.
-    """
+    """A cursor of the driver's, psycopg 3, for COPY and for results in binary."""
     driver = connection.connection.driver_connection
     if not isinstance(driver, psycopg.Connection):
         raise ClusteringError(

@@ -26,9 +26,8 @@ from sbert_pg.clustering.rows import Criteria, RowSet, read_rows
 from sbert_pg.clustering.summary import number_clusters, previous_run, summarize
 from sbert_pg.clustering.tables import ClusterRun
 from sbert_pg.errors import ClusteringError
-from sbert_pg.locks import configure
 from sbert_pg.progress import Advance
-from sbert_pg.system import require_engine
+from sbert_pg.system import configure, require_engine
 
 logger = logging.getLogger("sbert_pg.clustering")
 
@@ -136,11 +135,7 @@ def cluster(
 
 
 def run_of(engine: sa.Engine, clustering: Clustering, run_id: int) -> ClusterRun:
-    """A run by its number, detached from any session.
-
-    Raises:
-        ClusteringError: there is none.
-    """
+    """A run by its number, detached from any session."""
     with Session(engine, expire_on_commit=False) as session:
         run = session.get(clustering.Run, run_id)
         if run is None:

@@ -23,9 +23,7 @@ MIN_OVERLAP = 0.3
 def summarize(connection: sa.Connection, clustering: Clustering, run_id: int) -> dict[str, Any]:
     """Fill in sizes, cohesion, radius and exemplars; drop clusters without rows; sum up the run.
 
-    Returns:
-        Values of the run: ``rows``, ``n_clusters``, ``outliers``, ``inertia``, ``mean_distance``,
-        ``far_distance``; and ``largest``, the size of its largest cluster.
+    Returns columns of the run, and ``largest``, the size of its largest cluster.
     """
     cluster, assignment = clustering.cluster_table, clustering.assignment_table
     mine = assignment.c.run_id == run_id
@@ -107,14 +105,7 @@ def number_clusters(
 
     Old and new clusters are paired so that they share as many rows as can be (linear assignment),
     and a pair counts where the shared rows are at least ``MIN_OVERLAP`` of the rows in either
-    cluster. A name given by a user goes with the number.
-
-    Args:
-        connection: the run's transaction.
-        previous: the run to continue, or ``None``.
-
-    Returns:
-        How many clusters took over a number.
+    cluster. A name given by a user goes with the number. Returns how many took over a number.
     """
     cluster = clustering.cluster_table
     known = sa.select(*cluster.c["id", "number", "label", "is_named"])

@@ -170,15 +170,7 @@ class Assignment:
 
 
 def map_classes(mapper: Mapper[Any], rows: sa.Table, prefix: str) -> Classes:
-    """Map the three classes of a clustering, with relationships among them and to the rows.
-
-    Args:
-        mapper: mapper of the rows' class.
-        prefix: what the tables' names begin with.
-
-    Raises:
-        DeclarationError: a name is longer than PostgreSQL keeps.
-    """
+    """Map the three classes of a clustering, with relationships among them and to the rows."""
     run = map_beside(ClusterRun, mapper, rows, f"{prefix}_run")
     runs = table_of(run)
     # What makes the switch atomic: there is no moment with two current runs.
@@ -240,11 +232,8 @@ def map_beside(
 ) -> type[T]:
     """Map a subclass of a class above, in the metadata and the schema of the rows' table.
 
-    Args:
-        mapper: mapper of the rows' class.
-        references: relationships to a row, by name, and what becomes of each when the row is
-            deleted. Their columns are called after the row's key: ``exemplar_id``.
-        members: more columns and relationships.
+    ``references`` are relationships to a row, by name, and what becomes of each when the row is
+    deleted. Their columns are called after the row's key: ``exemplar_id``.
     """
     constraints = list(arguments)
     for reference, ondelete in references.items():
@@ -286,11 +275,7 @@ def is_row(table: sa.Table, rows: sa.Table) -> sa.ColumnElement[bool]:
 
 
 def identifier(name: str) -> str:
-    """The name, unless the server would cut it.
-
-    Raises:
-        DeclarationError: it is longer than PostgreSQL keeps.
-    """
+    """The name, unless the server would cut it."""
     if len(name.encode()) > MAX_IDENTIFIER:
         raise DeclarationError(
             f"The identifier {name!r} is longer than {MAX_IDENTIFIER} bytes; give clusters_of() a "
@@ -302,11 +287,7 @@ def identifier(name: str) -> str:
 def extend_entity(
     mapper: Mapper[Any], attribute: str, column_name: str, classes: Classes, rows: sa.Table
 ) -> None:
-    """Give the row's class its current clusters, and its assignments in every run.
-
-    Raises:
-        DeclarationError: the class has such an attribute already.
-    """
+    """Give the row's class its current clusters, and its assignments in every run."""
     run, cluster, assignment = map(table_of, classes)
     all_runs = f"{attribute.removesuffix('s')}_assignments"
     for name in (attribute, all_runs):

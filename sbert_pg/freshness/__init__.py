@@ -5,10 +5,9 @@ Whether a row is fresh is a state of the row, and a partial index is the queue o
 """
 
 from sbert_pg.freshness.audit import Audit, Finding, audit
-from sbert_pg.freshness.monitoring import Tally
 from sbert_pg.freshness.queue import Counts, counts
 from sbert_pg.freshness.running import Filled, Filler, Progress, backfill, worker_thread
-from sbert_pg.freshness.settings import Companion, WorkerSettings
+from sbert_pg.freshness.settings import Companion, Tally, WorkerSettings
 from sbert_pg.freshness.status import ColumnStatus, Failure, failures, retry, skip, status
 from sbert_pg.freshness.worker import Health, Refreshed, Worker, refresh
 

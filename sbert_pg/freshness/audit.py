@@ -38,10 +38,8 @@ from sbert_pg.types.vector import sent
 class Comparison:
     """How stored vectors agree with those of their texts, row by row.
 
-    Attributes:
-        keys: what each row is called.
-        cosines: float64 array of shape ``(rows,)``; 0 where the widths differ.
-        agrees: whether each stored vector is its text's, within the error of quantisation.
+    ``cosines`` is a float64 array of shape ``(rows,)``, 0 where the widths differ; ``agrees``
+    allows for the error of quantisation.
     """
 
     keys: tuple[Any, ...]
@@ -111,16 +109,11 @@ def compare(
     min_cosine: float = PRECISION_MIN_COSINE,
     by_length: bool = False,
 ) -> Comparison:
-    """Compare stored vectors with those of the same texts.
+    """Compare stored vectors, of whatever width, with those of the same texts.
 
-    Args:
-        keys: what each row is called.
-        stored: the rows' vectors, of whatever width they have.
-        encoded: the vectors of their texts, shape ``(rows, dimensions)``.
-        min_cosine: least cosine of two vectors that count as the same. The default allows another
-            precision of the same weights; another pooling, prompt or encoder stays below it.
-        by_length: whether the lengths have to agree too, as they do for encoders whose similarity
-            is not the cosine.
+    The default cosine allows another precision of the same weights; another pooling, prompt or
+    encoder stays below it. ``by_length`` compares the lengths too, for encoders whose similarity is
+    not the cosine.
     """
     cosines, ratios = np.zeros(len(keys)), np.full(len(keys), np.inf)
     same = [i for i, vector in enumerate(stored) if vector.shape == encoded.shape[1:]]
@@ -140,10 +133,6 @@ def compare_rows(
 
     Rows that are pending or have failed are left out: they say so themselves. Between reading and
     the return the transaction stays open, while the texts are encoded.
-
-    Args:
-        size: rows to compare; fewer where the column has fewer.
-        seed: another seed compares other rows.
     """
     table = binding.clause()
     vector, text = table.c[binding.column], binding.expressions.on(table, "text")

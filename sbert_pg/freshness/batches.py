@@ -22,11 +22,10 @@ from sbert_pg.freshness import claims
 from sbert_pg.freshness.claims import Claimed
 from sbert_pg.freshness.columns import Column, Shared, Work
 from sbert_pg.freshness.encoding import Embedded
-from sbert_pg.freshness.monitoring import LOGGER, say
 from sbert_pg.freshness.queue import COUNTED, Row, Written, counts, shown
-from sbert_pg.freshness.settings import Database
-from sbert_pg.locks import Pause
+from sbert_pg.freshness.settings import LOGGER, Database, say
 from sbert_pg.sqlstates import Fault, fault_of, words_of
+from sbert_pg.system import Pause
 
 logger = logging.getLogger(LOGGER)
 
@@ -44,14 +43,8 @@ _LEFT_OUT = "a trigger of the table keeps the vector from being written"
 class Patience:
     """Runs transactions until the database lets them through.
 
-    Args:
-        logger: where waiting is reported.
-        stop: once it is set, there is little patience left.
-        after_stop: how much, in seconds.
-        on_trouble: called whenever a try fails for the database's sake.
-
-    Attributes:
-        trouble: what is wrong with the database, while something is.
+    Once ``stop`` is set, patience lasts ``after_stop`` seconds. ``trouble`` is what is wrong with
+    the database, while something is; ``on_trouble`` is called whenever a try fails for its sake.
     """
 
     def __init__(
@@ -72,15 +65,7 @@ class Patience:
         self.trouble: str | None = None
 
     def run(self, what: str, do: Callable[[sa.Connection], T]) -> T:
-        """Do something in a transaction, again and again while the database is away.
-
-        Args:
-            what: what it is, to be read after "Cannot".
-            do: what to do; may be called several times.
-
-        Raises:
-            Exception: what it raised, where waiting does not help or patience is out.
-        """
+        """Do something, whose name follows "Cannot", again and again while the database is away."""
         pause = Pause()
         while True:
             try:
@@ -109,12 +94,8 @@ class Patience:
 
 @dataclass(slots=True)
 class Pieces(Generic[T]):
-    """What became of a batch that was written in one piece or several.
-
-    Attributes:
-        results: what each piece that was written returned.
-        reasons: why a row was refused, by label.
-        error: what ended the writing, where the batch as a whole could not go on.
+    """What became of a batch: what each piece that was written returned, why rows were refused, by
+    label, and what ended the writing where the batch as a whole could not go on.
     """
 
     results: list[T] = field(default_factory=list)
@@ -151,11 +132,7 @@ def _writing(write: Callable[[sa.Connection, Payloads], T], piece: Payloads) -> 
 
 
 class Keeper:
-    """A thread that renews the leases of what is being worked on, and looks at the backlog.
-
-    Attributes:
-        watch_backlog: whether the backlog is to be looked at, since it is read.
-    """
+    """A thread that renews leases of what is worked on, and looks at the backlog if it is read."""
 
     def __init__(self, shared: Shared) -> None:
         self._database = shared.database
@@ -223,11 +200,7 @@ class Keeper:
 
 
 class Store:
-    """Writes batches; called in one thread.
-
-    Args:
-        stop: set when the worker is to stop.
-    """
+    """Writes batches; called in one thread."""
 
     def __init__(self, shared: Shared, keeper: Keeper, stop: threading.Event) -> None:
         self._settings = shared.settings
@@ -366,8 +339,7 @@ class Store:
     def _write_failed(self, column: Column, rows: Sequence[Row]) -> None:
         """Write into rows that their text failed, so that the queue is rid of them.
 
-        A column that is ``NOT NULL``, or a row that the database refuses to change at all, has only
-        the record of its failure.
+        A column that is ``NOT NULL``, or a row that cannot be changed at all, has only the record.
         """
         if not rows or column.rows.required:
             return

@@ -67,19 +67,11 @@ def claim(
     lease: timedelta,
     after: Key | None = None,
 ) -> list[Candidate]:
-    """Take a lease on pending rows that are free; the caller commits.
+    """Take a lease on pending rows that are free, in the order of their keys; the caller commits.
 
-    Args:
-        connection: a connection in a new transaction at READ COMMITTED.
-        class_: new and changed rows, or the backfill.
-        token: names the lease; used once.
-        most: most rows to claim.
-        after: begin after this key, or after what others have claimed beyond it: a claim that
-            walks over what a fleet has in hand takes the longer the larger the fleet is, and the
-            others wait for it.
-
-    Returns:
-        The rows, in the order of their keys.
+    It begins after a key, or after what others have claimed beyond it: a claim that walks over what
+    a fleet has in hand takes the longer the larger the fleet is, and the others wait for it. The
+    transaction is new, at READ COMMITTED; a token is used once.
     """
     rows.prepare(connection)
     lock(connection, rows.binding)
@@ -95,11 +87,9 @@ def claim_again(
 ) -> list[Candidate]:
     """Take a lease on rows that failed before, or were in hand when a process came to an end.
 
-    Records of rows that are gone, or not pending any more, are removed on the way.
-
-    Args:
-        most: one row alone, or the most of those that were in hand once, of which there have to be
-            two: they were another's victims, all or all but one, and alone each costs as much.
+    ``most`` is one, or the most of those that were in hand once, of which there have to be two:
+    they were another's victims, all or all but one, and alone each costs as much. Records of rows
+    that are gone, or not pending any more, are removed on the way.
     """
     rows.prepare(connection)
     lock(connection, rows.binding)
@@ -190,8 +180,7 @@ def expire(
 ) -> list[str]:
     """Have the rows of leases that have ended tried again; the caller commits.
 
-    Returns:
-        Labels of rows that ended a process each time they were tried; ``conclude`` is to follow.
+    Returns labels of rows that ended a process each time they were tried, for ``conclude``.
     """
     ended = (
         sa.select(_claim.c.worker)
@@ -217,10 +206,8 @@ def expire(
 
 
 def conclude(connection: Connection, rows: Rows, labels: Sequence[str]) -> list[Row]:
-    """Note which texts it was that failed for good; the caller commits, and writes the rows so.
-
-    Returns:
-        The rows that are still pending.
+    """Note which texts failed for good, and return the rows that are still pending; the caller
+    commits, and writes the rows so.
     """
     rows.prepare(connection)
     read = rows.read(connection, _named(connection, rows, labels))
@@ -245,16 +232,8 @@ def fail(
     """Record that rows could not be embedded: tried again later, and failed after the last attempt.
 
     The next attempt comes after ``backoff`` times two to the power of the attempts so far. Attempts
-    count by the row, not by its text, which a trigger may change at every write.
-
-    Args:
-        connection: a connection; the caller commits.
-        texts: the half of the digest that names the text that failed, by label.
-        max_attempts: attempts after which a row is failed for good, until its text changes.
-        backoff: time before the second attempt.
-
-    Returns:
-        Labels of the rows that are failed for good.
+    count by the row, not by its text, which a trigger may change at every write; ``texts`` are the
+    halves of the digests that name them. Returns labels of the rows that are failed for good.
     """
     if not reasons:
         return []
@@ -358,11 +337,9 @@ def skip(connection: Connection, rows: Rows, labels: Sequence[str]) -> int:
 
 
 def end_waits(connection: Connection, bindings: Sequence[Binding]) -> tuple[bool, bool]:
-    """Remove the records of rows that were only put off, if it is time; the caller commits.
+    """Remove records of rows that were only put off, if it is time; the caller commits.
 
-    Returns:
-        Whether there were such rows, which are in the queue again, and whether there are rows to
-        be claimed alone now.
+    Returns whether there were any, now in the queue, and whether there are rows to claim alone.
     """
     f = _failure.c
     mine = f.binding_id.in_([binding.id for binding in bindings])

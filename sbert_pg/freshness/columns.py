@@ -19,7 +19,6 @@ from sbert_pg.freshness import claims
 from sbert_pg.freshness.claims import Claimed
 from sbert_pg.freshness.cutting import Cutter
 from sbert_pg.freshness.encoding import held_encoder
-from sbert_pg.freshness.monitoring import LOGGER, Tally, say
 from sbert_pg.freshness.queue import (
     CHANGED,
     Candidate,
@@ -30,7 +29,7 @@ from sbert_pg.freshness.queue import (
     queue_fault,
 )
 from sbert_pg.freshness.rows import Rows, rows_of
-from sbert_pg.freshness.settings import Database, WorkerSettings
+from sbert_pg.freshness.settings import LOGGER, Database, Tally, WorkerSettings, say
 from sbert_pg.freshness.vector_cache import CachedEncoder
 from sbert_pg.spec import TextEncoder
 from sbert_pg.sqlstates import Fault, fault_of, words_of
@@ -48,11 +47,8 @@ _SHARE_OF_RESTARTS = 0.05
 
 @dataclass(slots=True)
 class Cursor:
-    """Where the next claim of a class begins, so that claims of a long queue stay equally fast.
-
-    Attributes:
-        after: key of the last row that was claimed; ``None`` for the beginning of the queue.
-        again_at: when claims begin at the beginning again, for what is new before ``after``.
+    """Where the next claim of a class begins, so that claims of a long queue stay equally fast:
+    after the last row that was claimed, until it is time (``again_at``) for what is new before it.
     """
 
     after: Key | None = None
@@ -76,11 +72,8 @@ class Cursor:
 class Column:
     """A column that is kept fresh; claims of it are made by one thread.
 
-    Attributes:
-        cutter: what cuts its rows, where they are documents with passages.
-        cursors: where claims go on, by class.
-        backfill_at: when to look at the backfill, which is not heard of.
-        caught_up_at: when it was last noted that nothing new was pending.
+    ``backfill_at`` is when to look at the backfill, which is not heard of; ``caught_up_at`` when it
+    was last noted that nothing new was pending.
     """
 
     rows: Rows
@@ -115,12 +108,7 @@ class Blocked:
 
 
 class Columns:
-    """The columns of a worker; looked up again from time to time.
-
-    Args:
-        columns: names or identities of columns; all where it is empty.
-        cache_rows: vectors kept in the cache of the database; 0 for no cache.
-    """
+    """The columns of a worker, all where it names none; looked up again from time to time."""
 
     def __init__(self, columns: Collection[str | UUID], cache_rows: int = 0) -> None:
         self._names = tuple(columns)
@@ -178,12 +166,7 @@ class Columns:
             say(logger, logging.ERROR, f"Cannot keep {name} fresh: {reason}", fields)
 
     def rescan(self, database: Database) -> None:
-        """Look at the catalog again, and whether each column's queue is what it should be.
-
-        Raises:
-            NotBoundError: a column that is named is not bound.
-            sqlalchemy.exc.DBAPIError: the database is away.
-        """
+        """Look at the catalog again, and whether each column's queue is what it should be."""
         with database.begin() as connection:
             bindings = _chosen(catalog.all_bindings(connection), self._names)
             faults = {binding.id: queue_fault(connection, binding) for binding in bindings}
@@ -238,13 +221,7 @@ class Columns:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What the threads of one worker share.
-
-    Attributes:
-        settings: the worker's.
-        tally: where everything is counted.
-        columns: the columns that it keeps fresh.
-    """
+    """What the threads of one worker share."""
 
     database: Database
     settings: WorkerSettings
@@ -263,8 +240,7 @@ class Work:
 class Claimer:
     """Claims batches in one transaction and reads them in another; used by one thread.
 
-    Args:
-        hold, drop: called with the token of a lease, to renew it from now on, and no longer.
+    ``hold`` and ``drop`` are called with a lease's token, to renew it from now on, and no longer.
     """
 
     def __init__(
@@ -319,11 +295,8 @@ class Claimer:
     def look_for_ended(
         self, columns: Sequence[Column]
     ) -> tuple[list[tuple[Column, list[str]]], bool, bool]:
-        """What has come to an end, leases and waits.
-
-        Returns:
-            Rows that ended a process at each attempt, whether rows that were put off are in the
-            queue again, and whether rows are due to be tried again.
+        """Rows that ended a process at each attempt, whether rows that were put off are in the
+        queue again, and whether rows are due to be tried again.
         """
         settings = self._settings
         ended = []

@@ -25,12 +25,7 @@ _TEXTS, _READ, _BATCH = 1_024, 1 << 20, 32 << 20
 
 @dataclass(frozen=True, slots=True)
 class Cutter:
-    """Cuts and encodes the documents of a column.
-
-    Attributes:
-        chunker: where to cut.
-        encoder: the encoder of the documents as a whole.
-    """
+    """Cuts and encodes the documents of a column."""
 
     database: Database
     rows: Rows
@@ -56,11 +51,7 @@ class Cutter:
         return self.rows.passages
 
     def embed(self, batch: Sequence[Row]) -> Embedded:
-        """Cut and encode documents; rows that are left out are pending still.
-
-        Raises:
-            EncoderError: an encoder fails whatever the text.
-        """
+        """Cut and encode documents; rows that are left out are pending still."""
         work = _Work(self)
         for row, columns, digests in self._documents(batch):
             work.add(row, columns, digests)
@@ -100,11 +91,7 @@ class Cutter:
 
 
 def is_cut_as(rows: Rows, columns: Sequence[str | None], stored: list[Any] | None) -> bool:
-    """Whether a document has the passages that it should have.
-
-    Args:
-        stored: what it has, by ``StoredPassages.as_json``.
-    """
+    """Whether a document has the passages that it should have, by ``StoredPassages.as_json``."""
     assert rows.passages is not None
     settings = rows.passages.settings
     *titles, body = columns

@@ -34,14 +34,8 @@ from sbert_pg.types import wire
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """The vectors of a batch of rows.
-
-    Attributes:
-        vectors: vectors in pgvector's binary format by the row's label; ``None`` where the row has
-            no text.
-        failures: why a row has no vector, by its label.
-        texts: number of texts that were encoded; a text that several rows share counts once.
-        cuts: passages that documents are to have, by the row's label.
+    """The vectors of a batch in pgvector's binary format by label, ``None`` where a row has no
+    text; why others have none; how many different texts were encoded; and passages of documents.
     """
 
     vectors: dict[str, bytes | None] = field(default_factory=dict)
@@ -64,9 +58,7 @@ def held_encoder(database: Database, binding: Binding) -> TextEncoder:
 def embed(binding: Binding, encoder: TextEncoder, batch: Sequence[Row]) -> Embedded:
     """Encode the texts of rows, each different text once.
 
-    Raises:
-        EncoderError: the encoder fails whatever the text, so the texts are not to blame.
-        DimensionError: its vectors do not have the column's width.
+    ``EncoderError`` where it fails whatever the text, so that the texts are not to blame.
     """
     labels_of: dict[str, list[str]] = {}
     result = Embedded()
@@ -106,17 +98,10 @@ def encode_for(
 
 
 def encode_each(encoder: TextEncoder, texts: Sequence[str]) -> tuple[Vectors, dict[int, str]]:
-    """Encode all texts that can be encoded.
+    """Encode all texts that can be encoded; reasons by position for the rows that mean nothing.
 
     An encoder that says which text it refuses is asked again without it; else the batch is halved
-    until the bad ones stand alone.
-
-    Returns:
-        float32 array of shape ``(len(texts), dimensions)``, and reasons by position for the rows of
-        it that mean nothing.
-
-    Raises:
-        EncoderError: it fails whatever the text.
+    until the bad ones stand alone. ``EncoderError`` where it fails whatever the text.
     """
     vectors: Vectors = np.zeros((len(texts), encoder.spec.dimensions), dtype=np.float32)
     faults: dict[int, str] = {}

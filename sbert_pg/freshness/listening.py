@@ -26,8 +26,8 @@ from sqlalchemy.engine import Connection
 from sbert_pg import catalog, system
 from sbert_pg.catalog import PENDING_CHANNEL, installed, tables
 from sbert_pg.errors import DeclarationError
-from sbert_pg.freshness.monitoring import LOGGER, say
 from sbert_pg.freshness.queue import driver_connection
+from sbert_pg.freshness.settings import LOGGER, say
 from sbert_pg.freshness.status import ColumnStatus
 from sbert_pg.sqlstates import words_of
 
@@ -54,13 +54,8 @@ _claim, _session = tables.claim.c, system.ACTIVITY.c
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Rows that one worker has in hand.
-
-    Attributes:
-        worker: its name.
-        rows: how many rows.
-        left: seconds until others may take them; below zero the worker came to an end, as it renews
-            its leases, and no other has taken over.
+    """Rows that one worker has in hand; ``left`` are seconds until others may take them, below zero
+    where the worker came to an end, as it renews its leases, and no other has taken over.
     """
 
     worker: str
@@ -70,12 +65,8 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class SeenWorkers:
-    """The workers of a database.
-
-    Attributes:
-        listening: names of those that wait for notifications, cut to 47 characters. Those that poll
-            (behind a pooler, or ``--once``) are seen by their leases alone.
-        leases: by column, as ``ColumnStatus`` names it.
+    """The workers of a database: names, cut to 47 characters, of those that wait for notifications,
+    and leases by column. Those that poll (behind a pooler, or ``--once``) have leases alone.
     """
 
     listening: tuple[str, ...]
@@ -103,11 +94,7 @@ class SeenWorkers:
 
 
 def seen_workers(connection: Connection) -> SeenWorkers:
-    """The workers that a database sees, none without a catalog; it only reads.
-
-    Raises:
-        CatalogError: this role may not use the catalog.
-    """
+    """The workers that a database sees, none without a catalog; it only reads."""
     if not installed(connection):
         return SeenWorkers((), {})
     listening = sa.select(_session.application_name).where(
@@ -133,11 +120,7 @@ class _UnavailableError(Exception):
 class Listener:
     """A thread with its own connection that is not returned to the engine's pool.
 
-    Args:
-        engine: where to listen.
-        name: the worker's.
-        on_notify: called, in the thread, for what is heard.
-        on_state: called with whether it listens, whenever that changes.
+    It calls ``on_notify`` for what is heard, and ``on_state`` when it begins or ends to listen.
     """
 
     def __init__(

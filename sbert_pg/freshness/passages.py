@@ -33,11 +33,7 @@ _NUMBERS = pg.ARRAY(sa.BigInteger)
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """What a document is to have.
-
-    Attributes:
-        body: the text of its source column, where passages have copies of it.
-    """
+    """What a document is to have; ``body`` is its text, where passages have copies of it."""
 
     passages: Sequence[Passage]
     body: str | None = None
@@ -56,12 +52,7 @@ def _by_digest(rows: Iterable[Any], vectors: Mapping[str, bytes]) -> defaultdict
 
 
 class StoredPassages:
-    """Statements on the passage table of one column of documents; made by ``stored_passages``.
-
-    Attributes:
-        binding: the binding of the passages' own embedding column.
-        settings: how documents are cut, as the documents' source says.
-    """
+    """Statements on the passage table of one column of documents; made by ``stored_passages``."""
 
     def __init__(
         self, documents: Binding, binding: Binding, vector: tuple[int, str], settings: Any
@@ -142,15 +133,10 @@ class StoredPassages:
     def exchange(
         self, connection: Connection, key: Key, cut: Cut, vectors: Mapping[str, bytes]
     ) -> None:
-        """Give a document the passages that it is to have.
+        """Give a document, whose row is locked, the passages that it is to have.
 
         A passage without a vector, here or there, is written without one, and is pending by what
-        its own row says.
-
-        Args:
-            connection: a connection in the transaction that holds the document's row locked.
-            key: the document's key.
-            vectors: vectors in pgvector's binary format, by digest.
+        its own row says. ``vectors`` are in pgvector's binary format, by digest.
         """
         own = self._key(key)
         before = _by_digest(connection.execute(self._stored, own), vectors)
@@ -216,11 +202,7 @@ class StoredPassages:
 
 
 def stored_passages(connection: Connection, documents: Binding) -> StoredPassages:
-    """The passages of a bound column of documents.
-
-    Raises:
-        NotBoundError: their table is not there, or its embedding column is not bound.
-    """
+    """The passages of a bound column of documents."""
     settings = json.loads(documents.source.passages or "{}")
     referring = set(
         connection.execute(

@@ -19,8 +19,8 @@ from sqlalchemy.types import UserDefinedType
 
 from sbert_pg import system
 from sbert_pg.catalog import Binding, health, tables
-from sbert_pg.catalog.rows import array_of, parts_of
 from sbert_pg.errors import BindingError, DeclarationError, NotBoundError
+from sbert_pg.system import array_of, parts_of
 from sbert_pg.types.wire import TextArray, TextArrayDumper, WireArray, WireDumper
 
 #: New and changed rows, and rows of the backfill. Claims take them in this order.
@@ -41,11 +41,8 @@ Key = tuple[Part, ...]
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A pending row as the queue has it.
-
-    Attributes:
-        label: what the row is called: a JSON array of its key's parts as text.
-        failed_before: whether there is a record of a failure under this label.
+    """A pending row as the queue has it; ``label`` is a JSON array of its key's parts as text,
+    under which there may be a record of a failure (``failed_before``).
     """
 
     key: Key
@@ -55,12 +52,8 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Row(Candidate):
-    """A pending row as it was read.
-
-    Attributes:
-        text: what is to be embedded; ``None`` where the row has no text, and is to have no vector.
-        of: the half of its digest that names the text, as the server computes it; ``None`` without
-            a text.
+    """A pending row as it was read, without a text where it is to have no vector; ``of`` is the
+    half of its digest that names the text, as the server computes it.
     """
 
     text: str | None = None
@@ -69,14 +62,9 @@ class Row(Candidate):
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What became of rows that were to be written.
-
-    Attributes:
-        rows: labels of the rows that are fresh now.
-        changed: labels of rows that are gone or have another text; pending, or none of ours.
-        busy: labels of rows that someone else held locked; they stay pending.
-        again: labels of rows that were written and are pending again, by a trigger.
-        left_out: labels of rows that a trigger left out of the write; they stay pending.
+    """What became of rows that were to be written, by label: fresh now (``rows``); gone or with
+    another text (``changed``); locked by someone else (``busy``); written and pending again by a
+    trigger (``again``); kept from the write by a trigger (``left_out``).
     """
 
     rows: tuple[str, ...]
@@ -108,10 +96,8 @@ def label_from(text: str) -> str:
 
 
 class ArrayOf(UserDefinedType[Any]):
-    """The type of a parameter that is a ``WireArray`` or ``TextArray``.
-
-    Args:
-        element: SQL name of the element's type, as ``format_type`` spells it on this server.
+    """The type of a parameter that is a ``WireArray`` or ``TextArray`` of elements whose type is so
+    called by ``format_type`` on this server.
     """
 
     cache_ok = True
@@ -130,11 +116,7 @@ class ArrayOf(UserDefinedType[Any]):
 
 
 def driver_connection(connection: Connection) -> psycopg.Connection[Any]:
-    """The psycopg connection beneath.
-
-    Raises:
-        DeclarationError: the engine uses another driver.
-    """
+    """The psycopg connection beneath; ``DeclarationError`` for another driver."""
     driver = connection.connection.driver_connection
     if not isinstance(driver, psycopg.Connection):
         raise _other_driver(connection.dialect)
@@ -142,11 +124,7 @@ def driver_connection(connection: Connection) -> psycopg.Connection[Any]:
 
 
 def require_psycopg(engine: sa.Engine) -> None:
-    """Refuse an engine that a worker cannot use, before anything is started.
-
-    Raises:
-        DeclarationError: it is asynchronous, or uses another driver than psycopg 3.
-    """
+    """Refuse an engine that a worker cannot use, before anything is started."""
     system.require_engine("A worker", engine)
     if (engine.dialect.name, engine.dialect.driver) != ("postgresql", "psycopg"):
         raise _other_driver(engine.dialect)
@@ -161,11 +139,7 @@ def _other_driver(dialect: Dialect) -> DeclarationError:
 
 
 def vector_of(connection: Connection, binding: Binding) -> tuple[int, str, bool]:
-    """OID and name of the type of a bound column, and whether it is ``NOT NULL``.
-
-    Raises:
-        NotBoundError: the column is gone.
-    """
+    """OID and name of the type of a bound column, and whether it is ``NOT NULL``."""
     a = system.ATTRIBUTE.c
     row = connection.execute(
         sa.select(a.atttypid, sa.func.format_type(a.atttypid, None), a.attnotnull).where(
@@ -271,13 +245,8 @@ def _count(
 class Coverage:
     """How many rows of a column are as they should be, by what the rows themselves say.
 
-    Attributes:
-        rows: rows of the table; ``None`` where they were not counted.
-        backfill: rows that were there before the column and wait for their first vector.
-        pending: new and changed rows that wait for their vector.
-        failed: rows whose text could not be encoded, skipped ones included.
-        capped: whether the last three stopped at ``CHECKED``.
-        faults: what is wrong with the column's queue and binding, in words.
+    ``rows`` of the table is ``None`` where they were not counted; ``failed`` includes skipped ones;
+    counts are ``capped`` at ``CHECKED``; ``faults`` are those of queue and binding, in words.
     """
 
     rows: int | None
@@ -323,11 +292,8 @@ class Coverage:
         return words if self.rows is None else f"{words} of {self.rows:,}"
 
     def reasons(self, max_pending: int | None = 0, max_failed: int | None = 0) -> Iterator[str]:
-        """Why the column is not complete, in words; nothing where it is.
-
-        Args:
-            max_pending: new and changed rows that may wait; any number for ``None``.
-            max_failed: rows that may have failed; any number for ``None``.
+        """Why the column is not complete, in words; any number may wait or have failed for
+        ``None``.
         """
         yield from self.faults
         if self.backfill:
@@ -344,9 +310,7 @@ class Coverage:
 def coverage_of(connection: Connection, binding: Binding, *, whole: bool = True) -> Coverage:
     """Count a column's rows by their state.
 
-    Args:
-        whole: count everything, the table's rows too; otherwise only what is missing, up to
-            ``CHECKED`` rows, which reads nothing but two small indexes.
+    Unless ``whole``, only what is missing, up to ``CHECKED`` rows, from two small indexes.
     """
     faults = tuple(health(connection, binding))
     counted = counts(connection, binding, None if whole else CHECKED)
@@ -380,11 +344,7 @@ def queue_fault(connection: Connection, binding: Binding) -> str | None:
 
 
 def require_all_rows(connection: Connection, binding: Binding) -> None:
-    """Refuse to speak of a table of which this role sees a part.
-
-    Raises:
-        BindingError: row-level security hides rows from this role.
-    """
+    """Refuse to speak of a table of which this role sees a part, by row-level security."""
     active = sa.func.row_security_active(sa.cast(binding.relation, pg.OID))
     if connection.execute(sa.select(active)).scalar_one():
         raise BindingError(

@@ -20,7 +20,6 @@ from sqlalchemy.engine import Connection
 
 from sbert_pg.catalog import tables
 from sbert_pg.catalog.record import Binding, Named
-from sbert_pg.catalog.rows import array_label, parts_of
 from sbert_pg.freshness.passages import Cut, StoredPassages, stored_passages
 from sbert_pg.freshness.queue import (
     BACKFILL,
@@ -36,7 +35,7 @@ from sbert_pg.freshness.queue import (
     vector_of,
 )
 from sbert_pg.source import proof
-from sbert_pg.system import array
+from sbert_pg.system import array, array_label, parts_of
 from sbert_pg.types.wire import UUID_OID, TextArray, WireArray, element_of
 
 #: How long a row that failed for good is left alone, whatever its text is now.
@@ -74,10 +73,8 @@ SET_FORMATS, _SET_BOTH = _setting(_FORMATS), _setting(_FORMATS | _PLANS)
 class Rows:
     """Statements on the table of one binding; made by ``rows_of``.
 
-    Attributes:
-        required: whether the vector column is ``NOT NULL``.
-        of: the half of a row's digest that names its text, as an expression over ``table``.
-        passages: the passages of its rows, where these are documents that are cut.
+    ``required``: the vector column is ``NOT NULL``. ``of``: the half of a row's digest that names
+    its text, over ``table``. ``passages``: those of its rows, where these are documents.
     """
 
     def __init__(
@@ -187,10 +184,8 @@ class Rows:
         )
 
     def _named(self, names: sa.FromClause, *where: sa.ColumnElement[bool]) -> sa.FromClause:
-        """The row that each of some names in JSON stands for.
-
-        Looked up one by one, whatever the planner takes the table for: it has never been analysed
-        where its rows have just come.
+        """The row that each of some names in JSON stands for, looked up one by one, whatever the
+        planner takes the table for: it has never been analysed where its rows have just come.
         """
         same = [
             key == sa.cast(names.c[_LABEL][i].astext, Named(type_))
@@ -277,14 +272,8 @@ class Rows:
     def candidates(
         self, connection: Connection, class_: Class, most: int, after: Key | None = None
     ) -> list[Candidate]:
-        """Pending rows in the order of their keys, without those that wait for another attempt or
-        are in hand.
-
-        Args:
-            connection: a connection after ``prepare``.
-            class_: new and changed rows, or the backfill.
-            most: most rows to return.
-            after: begin after this key.
+        """Pending rows in the order of their keys, after ``prepare``, without those that wait for
+        another attempt or are in hand.
         """
         values: dict[str, Any] = {"sbert__most": most}
         if after is not None:
@@ -298,19 +287,13 @@ class Rows:
 
     def furthest(self, connection: Connection, class_: Class, after: Key) -> Key:
         """Where the rows of a class end that anybody has in hand, or ``after`` where that is later.
-
-        Raises:
-            sqlalchemy.exc.DBAPIError: the name of a row in hand cannot be read as a key any more.
+        Names that are not keys any more are the driver's errors, here and below.
         """
         row = connection.execute(self._furthest[class_], self._key_arrays([after])).first()
         return after if row is None else tuple(map(element_of, row))
 
     def find_all(self, connection: Connection, labels: Sequence[str]) -> list[Candidate]:
-        """The rows of these names, as far as there are any, in one statement.
-
-        Raises:
-            sqlalchemy.exc.DBAPIError: one of the names cannot be read as a key any more.
-        """
+        """The rows of these names, as far as there are any, in one statement."""
         text = sa.func.unnest(array(labels)).column_valued("sbert__text")
         names = sa.select(text.label("sbert__name"), sa.cast(text, pg.JSONB).label(_LABEL)).cte()
         # What is no name of a row of this table may be read as another's.
@@ -323,11 +306,7 @@ class Rows:
         ]
 
     def find(self, connection: Connection, label: str) -> Candidate | None:
-        """The row of this name, or ``None`` where there is none, or it names nothing.
-
-        Raises:
-            sqlalchemy.exc.DBAPIError: the name cannot be read as a key any more.
-        """
+        """The row of this name, or ``None`` where there is none, or it names nothing."""
         values = parts_of(label) or ()
         if len(values) != len(self.keys) or not all(isinstance(value, str) for value in values):
             return None
@@ -341,10 +320,8 @@ class Rows:
     def read(
         self, connection: Connection, claimed: Sequence[Candidate], *, to_skip: bool = False
     ) -> list[Row]:
-        """Those of the rows that are still pending, with their texts.
-
-        Args:
-            to_skip: rows that failed as well, and all locked; waits for whoever holds one.
+        """Those of the rows that are still pending, with their texts; ``to_skip`` also takes failed
+        ones, and locks all, waiting for whoever holds one.
         """
         if not claimed:
             return []
@@ -380,16 +357,13 @@ class Rows:
         cuts: Mapping[str, Cut] = _NOTHING,
         passages: Mapping[str, bytes] = _NOTHING,
     ) -> Written:
-        """Write vectors and digests where the text is still the one that was read.
+        """Write vectors and digests where the text is still the one that was read, at READ
+        COMMITTED.
 
         A row without a vector is written as *failed for this text*, or where it has no text as
-        fresh. Nothing is waited for, so this cannot be part of a deadlock. Rows that are documents
-        get the passages of their text with it, and without a vector none.
-
-        Args:
-            connection: a connection in a transaction at READ COMMITTED.
-            vectors: vectors in pgvector's binary format by label; other rows are left alone.
-            cuts: the passages that documents are to have, by label.
+        fresh; rows that are not in ``vectors`` are left alone. Nothing is waited for, so this
+        cannot be part of a deadlock. Documents get the passages of their text with it, and without
+        a vector none.
         """
         chosen = [row for row in rows if row.label in vectors]
         if not chosen:
@@ -471,13 +445,8 @@ class Rows:
         size: int,
         after: Key | None = None,
     ) -> tuple[Sequence[sa.Row[Any]], Key | None]:
-        """Rows of the table in the order of their keys, and the key of the last one.
-
-        Args:
-            connection: a connection after ``prepare``.
-            columns: what to read; expressions over ``table``.
-            size: most rows.
-            after: begin after this key.
+        """A page of rows in the order of their keys, after ``prepare``, and the key of the last
+        one.
         """
         sent = [part.label(f"sbert__k{i}") for i, part in enumerate(self._sent)]
         statement = sa.select(*columns, *sent).order_by(*self.keys).limit(size)
@@ -491,9 +460,8 @@ class Rows:
         return page, tuple(map(element_of, page[-1][len(columns) :]))
 
     def requeue(self, connection: Connection, *where: sa.ColumnElement[bool]) -> int:
-        """Make rows pending whose vector is wrong or is to be made again; the caller commits.
-
-        Their vector stays where it is until the new one is written. Returns how many there are.
+        """Make rows pending whose vector is wrong or to be made again, which stays until the new
+        one is written; returns how many. The caller commits.
         """
         companion = self.table.c[self.binding.companion]
         locked = (
@@ -525,12 +493,7 @@ class Rows:
 
 
 def rows_of(connection: Connection, binding: Binding) -> Rows:
-    """The rows of a bound column.
-
-    Raises:
-        NotBoundError: the column is gone.
-        BindingError: row-level security hides rows from this role.
-    """
+    """The rows of a bound column."""
     oid, name, required = vector_of(connection, binding)
     require_all_rows(connection, binding)
     rows = Rows(binding, name, oid, required=required)

@@ -18,10 +18,9 @@ from sbert_pg.catalog import Binding
 from sbert_pg.errors import BackfillError
 from sbert_pg.freshness.claims import retrying
 from sbert_pg.freshness.encoding import held_encoder
-from sbert_pg.freshness.monitoring import LOGGER, say
 from sbert_pg.freshness.queue import Counts, counts, queue_fault, require_psycopg
 from sbert_pg.freshness.rows import rows_of
-from sbert_pg.freshness.settings import Companion, Database, WorkerSettings
+from sbert_pg.freshness.settings import LOGGER, Companion, Database, WorkerSettings, say
 from sbert_pg.freshness.worker import Worker
 from sbert_pg.loading.aside import building_aside, set_aside
 from sbert_pg.sqlstates import words_of
@@ -270,14 +269,7 @@ def _stopping(worker: Worker, stop: threading.Event | None) -> Iterator[None]:
 class Watch:
     """A thread that looks at how far a backfill has come, by all processes together.
 
-    Args:
-        on_progress: called every second or so, in the thread.
-        paused: says why this process holds back, if it does.
-
-    Attributes:
-        total: rows that were to be done at the beginning.
-        last: what was seen last.
-        waiting: rows that are put off, to be tried again by a worker.
+    ``waiting`` are rows that are put off, to be tried again by a worker.
     """
 
     def __init__(

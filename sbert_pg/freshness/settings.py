@@ -1,25 +1,34 @@
-"""What a worker is given: its settings, and a database that it uses with consideration.
+"""What a worker is given and what it says: settings, a database, its counts and its log.
 
-A backfill is held back by a rate, and while replicas fall behind.
+A backfill is held back by a rate, and while replicas fall behind. A log line is a sentence for
+people and fields for machines, one record a line. Names of columns, keys and errors are data: what
+is not printable in them is written as an escape, so that no row can end a line, begin another, or
+drive a terminal.
 """
 
 from __future__ import annotations
 
+import bisect
+import json
+import logging
 import os
 import socket
+import sys
+import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import Protocol
+from datetime import datetime, timedelta, timezone
+from typing import Any, Protocol
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from sbert_pg import system
 from sbert_pg.errors import CatalogError, DeclarationError
+from sbert_pg.freshness.queue import Counts
 
 
 def worker_name() -> str:
@@ -102,12 +111,6 @@ class Database:
 
     Each statement has to see what was committed before it: the check that a text is unchanged comes
     after the row is locked. The isolation level goes back with the connection to the pool.
-
-    Args:
-        engine: the application's engine.
-
-    Attributes:
-        engine: the same.
     """
 
     def __init__(self, engine: sa.Engine) -> None:
@@ -133,13 +136,7 @@ _INTERVAL = 1.0
 class Throttle:
     """Asked by the thread that claims, before it claims rows of a backfill.
 
-    Args:
-        rows_per_second: most rows a second, in bursts of at most one second's worth; ``None`` for
-            no limit.
-        max_replica_lag: seconds that the slowest replica may be behind; ``None`` for no limit.
-
-    Attributes:
-        reason: why the backfill is paused, while it is.
+    Bursts are of at most one second's worth. ``reason`` is why the backfill is paused, while it is.
     """
 
     def __init__(
@@ -152,11 +149,7 @@ class Throttle:
         self.reason: str | None = None
 
     def wait(self) -> float:
-        """Seconds until rows may be claimed; 0 where they may be now.
-
-        Raises:
-            CatalogError: this role cannot see how far the replicas are behind.
-        """
+        """Seconds until rows may be claimed; 0 where they may be now."""
         now = time.monotonic()
         if self._lag is not None and now >= self._look_at:
             with self._database.begin() as connection:
@@ -175,11 +168,7 @@ class Throttle:
 
 
 def replica_lag(connection: Connection) -> float:
-    """Seconds that the slowest replica is behind in replaying; 0 where there is none.
-
-    Raises:
-        CatalogError: this role may not see it.
-    """
+    """Seconds that the slowest replica is behind in replaying; 0 where there is none."""
     c = system.REPLICATION.c
     total, visible, lag = connection.execute(
         sa.select(
@@ -194,3 +183,172 @@ def replica_lag(connection: Connection) -> float:
             "pg_read_all_stats), or run without a limit on the lag."
         )
     return float(lag)
+
+
+#: Upper bounds of the buckets of all durations, in seconds.
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+@dataclass(slots=True)
+class Durations:
+    """A histogram of durations, in seconds: a count for each of ``BUCKETS``, one for what is
+    longer.
+    """
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS) + 1))
+    total: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count one duration."""
+        self.counts[bisect.bisect_left(BUCKETS, seconds)] += 1
+        self.total += seconds
+
+    @property
+    def count(self) -> int:
+        """Number of durations."""
+        return sum(self.counts)
+
+
+@dataclass(slots=True)
+class ColumnTally:
+    """Counts of one column. Rows of one text count once a batch in ``texts``; ``errors`` are
+    attempts; the text of ``changed`` ones changed meanwhile; ``busy`` ones someone else held
+    locked.
+    """
+
+    embedded: int = 0
+    texts: int = 0
+    errors: int = 0
+    failed: int = 0
+    changed: int = 0
+    busy: int = 0
+    batches: int = 0
+    claim: Durations = field(default_factory=Durations)
+    encode: Durations = field(default_factory=Durations)
+    write: Durations = field(default_factory=Durations)
+
+
+class Tally:
+    """All counts of a worker; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._columns: dict[str, ColumnTally] = {}
+        self._backlog: dict[str, Counts] = {}
+        self.started = time.time()
+        self.database_errors = 0
+        self.listening = False
+
+    @contextmanager
+    def of(self, column: str) -> Iterator[ColumnTally]:
+        """The counts of a column, to change them."""
+        with self._lock:
+            yield self._columns.setdefault(column, ColumnTally())
+
+    def set_backlog(self, backlog: dict[str, Counts]) -> None:
+        """Take note of what is pending, counted up to 100,000 a column."""
+        with self._lock:
+            self._backlog = backlog
+
+    def count_database_error(self) -> None:
+        """Count one loss of the database."""
+        with self._lock:
+            self.database_errors += 1
+
+    def columns(self) -> dict[str, ColumnTally]:
+        """The counts by column."""
+        with self._lock:
+            return dict(self._columns)
+
+    def backlog(self) -> dict[str, Counts]:
+        """What is pending by column, as last looked at."""
+        with self._lock:
+            return dict(self._backlog)
+
+    def total(self, name: str) -> int:
+        """One count, summed over the columns."""
+        return sum(int(getattr(column, name)) for column in self.columns().values())
+
+
+#: Logger of everything a worker says.
+LOGGER = "sbert_pg.worker"
+
+
+def say(
+    logger: logging.Logger, level: int, message: str, fields: Mapping[str, Any] | None = None
+) -> None:
+    """Log a sentence with fields; they are ``record.fields`` for handlers of the application's."""
+    # The sentence may hold a per cent sign, and is not a format.
+    logger.log(level, "%s", message, extra={"fields": dict(fields or {})})
+
+
+def printable(text: str) -> str:
+    r"""The text with everything that is not printable as ``\x1b``, ``\u2028`` and so on."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
+
+
+class TextFormatter(logging.Formatter):
+    """``2026-01-31T12:00:00.000Z INFO message (name=value ...)``.
+
+    A value with a blank, a quote or an equals sign in it is quoted as in JSON.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line, and further ones for a traceback only."""
+        fields = getattr(record, "fields", {})
+        shown = " ".join(f"{printable(str(name))}={_value(v)}" for name, v in fields.items())
+        line = f"{_time(record)} {record.levelname} {printable(record.getMessage())}"
+        line += f" ({shown})" if shown else ""
+        if record.exc_info is None:
+            return line
+        trace = [f"  {printable(one)}" for one in _traceback(self, record)]
+        return "\n".join([line, *trace])
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: ``time``, ``level``, ``logger``, ``message``, and the fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        data: dict[str, Any] = {
+            **getattr(record, "fields", {}),
+            "time": _time(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info is not None:
+            data["traceback"] = "\n".join(_traceback(self, record))
+        line = json.dumps(data, ensure_ascii=False, default=str)
+        # JSON leaves line separators and characters of control beyond ASCII as they are.
+        return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line)
+
+
+def configure_logs(*, as_json: bool = False, level: int = logging.INFO) -> None:
+    """Send what workers say to standard error; for processes that are workers and nothing else."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
+    logger = logging.getLogger("sbert_pg")
+    logger.handlers[:] = [handler]
+    logger.setLevel(level)
+    logger.propagate = False
+
+
+def _value(value: object) -> str:
+    text = str(value)
+    plain = text.isprintable() and not any(c in ' "=\\' for c in text) and text != ""
+    return text if plain else printable(json.dumps(text, ensure_ascii=False))
+
+
+def _traceback(formatter: logging.Formatter, record: logging.LogRecord) -> list[str]:
+    # Not splitlines(), which also ends lines at characters that data may hold.
+    return [] if record.exc_info is None else formatter.formatException(record.exc_info).split("\n")
+
+
+def _time(record: logging.LogRecord) -> str:
+    at = datetime.fromtimestamp(record.created, timezone.utc)
+    return at.isoformat(timespec="milliseconds").replace("+00:00", "Z")

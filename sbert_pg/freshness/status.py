@@ -12,7 +12,6 @@ from sqlalchemy.engine import Connection
 
 from sbert_pg import catalog
 from sbert_pg.catalog import Binding, tables
-from sbert_pg.catalog.rows import array_label
 from sbert_pg.freshness import claims
 from sbert_pg.freshness.queue import (
     COUNTED,
@@ -26,6 +25,7 @@ from sbert_pg.freshness.queue import (
 from sbert_pg.freshness.rows import SET_FORMATS, rows_of
 from sbert_pg.registry import token_counter
 from sbert_pg.row_vectors import count_cut
+from sbert_pg.system import array_label
 
 IndexState = Literal["ready", "not ready", "none"]
 #: About half as many texts as ``status`` counts the tokens of, to say how many are cut.

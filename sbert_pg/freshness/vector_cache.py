@@ -32,15 +32,9 @@ class CachedEncoder:
 
     A restored row, the same paragraph in two tables, a column that is filled again: a look-up of a
     thousand texts costs milliseconds, encoding them seconds. Each call uses connections of its own
-    and holds none while encoding. A text that the encoder refuses is refused as without a cache.
-
-    Args:
-        engine: an engine of the database whose cache is used.
-        max_rows: rows kept of this role, over all encoders; the least recently used go first. A
-            row of 384 dimensions takes about 1.7 kB.
-
-    Attributes:
-        hits: texts that were not encoded, being there or twice in one call.
+    and holds none while encoding. A text that the encoder refuses is refused as without a cache. Of
+    this role ``max_rows`` are kept, over all encoders; the least recently used go first. A row of
+    384 dimensions takes about 1.7 kB. ``hits`` were there, or twice in one call.
     """
 
     measures_its_probes: ClassVar[bool] = True
@@ -72,11 +66,7 @@ class CachedEncoder:
         return self._encoder.encode_query(texts)
 
     def encode_document(self, texts: Sequence[str]) -> Vectors:
-        """Vectors of texts, float32 of shape ``(len(texts), dimensions)``.
-
-        Raises:
-            EncodingError: a text cannot be encoded; ``index`` is its position.
-        """
+        """Vectors of texts, float32 of shape ``(len(texts), dimensions)``."""
         with self._engine.begin() as connection:
             known = self._get(connection, texts)
         missing = list(dict.fromkeys(text for text in texts if text not in known))

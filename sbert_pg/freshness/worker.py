@@ -28,11 +28,18 @@ from sbert_pg.freshness.batches import Keeper, Store
 from sbert_pg.freshness.columns import Claimer, Column, Columns, Shared, Work
 from sbert_pg.freshness.encoding import Embedded, Flow, embed
 from sbert_pg.freshness.listening import Listener
-from sbert_pg.freshness.monitoring import LOGGER, Tally, say
 from sbert_pg.freshness.queue import BACKFILL, CHANGED, Class, require_psycopg
-from sbert_pg.freshness.settings import Companion, Database, Throttle, WorkerSettings
-from sbert_pg.locks import Pause
+from sbert_pg.freshness.settings import (
+    LOGGER,
+    Companion,
+    Database,
+    Tally,
+    Throttle,
+    WorkerSettings,
+    say,
+)
 from sbert_pg.sqlstates import Fault, fault_of, words_of
+from sbert_pg.system import Pause
 
 logger = logging.getLogger(LOGGER)
 

@@ -23,7 +23,8 @@ from sbert_pg import system
 from sbert_pg.errors import DeclarationError, StepStoppedError, TableBusyError
 from sbert_pg.indexes.partitioned import build_on_partitions, create_as, create_only, is_partitioned
 from sbert_pg.indexes.read import StoredIndex, index_state, same_index, vector_indexes
-from sbert_pg.locks import (
+from sbert_pg.progress import Advance
+from sbert_pg.system import (
     ATTEMPTS,
     LOCK_TIMEOUT,
     busy_message,
@@ -32,7 +33,6 @@ from sbert_pg.locks import (
     retried,
     settings,
 )
-from sbert_pg.progress import Advance
 from sbert_pg.types.indexed import VectorIndex
 
 T = TypeVar("T")

@@ -22,10 +22,9 @@ from sbert_pg import catalog
 from sbert_pg.catalog import Binding
 from sbert_pg.errors import BackfillError
 from sbert_pg.indexes import build_index, index_builder, vector_indexes
-from sbert_pg.locks import ATTEMPTS, LOCK_TIMEOUT, Pause
 from sbert_pg.progress import Advance
 from sbert_pg.sqlstates import Fault, fault_of, words_of
-from sbert_pg.system import ColumnIdentity, Statement
+from sbert_pg.system import ATTEMPTS, LOCK_TIMEOUT, ColumnIdentity, Pause, Statement
 from sbert_pg.types.indexed import VectorIndex
 
 log = logging.getLogger("sbert_pg.loading")

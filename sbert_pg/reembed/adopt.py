@@ -19,7 +19,6 @@ from sbert_pg.catalog import Binding, rows
 from sbert_pg.catalog.record import qualified
 from sbert_pg.errors import AlreadyBoundError, NotProvenError
 from sbert_pg.freshness.audit import compare
-from sbert_pg.locks import ATTEMPTS, LOCK_TIMEOUT, in_short_transactions
 from sbert_pg.probes import measured
 from sbert_pg.reembed.candidates import (
     Candidate,
@@ -35,7 +34,7 @@ from sbert_pg.reembed.digests import adopt_rows, current_snapshot
 from sbert_pg.registry import find_encoder
 from sbert_pg.source import Source
 from sbert_pg.spec import PRECISIONS, EncoderSpec, TextEncoder, Vectors, known_encoder
-from sbert_pg.system import ColumnIdentity
+from sbert_pg.system import ATTEMPTS, LOCK_TIMEOUT, ColumnIdentity, in_short_transactions
 from sbert_pg.types.vector import VectorType
 
 #: Rows that the proof looks at.

@@ -238,12 +238,8 @@ def rebind(
 
 
 class Way(NamedTuple):
-    """How a change gets its new vectors.
-
-    Attributes:
-        need: ``"re-embedding"``, ``"retype"`` (they can be computed from the old ones) or
-            ``"rebind"`` (the space is the same).
-        scaling: how they are computed, ``None`` where they cannot be.
+    """How a change gets its new vectors: by ``"re-embedding"``; ``"retype"``, computed from the old
+    ones with ``scaling``; or ``"rebind"``, where the space is the same.
     """
 
     need: str
@@ -252,11 +248,7 @@ class Way(NamedTuple):
 
 
 def need_of(engine: sa.Engine, request: Request) -> Way:
-    """What a change needs; nothing is written.
-
-    Raises:
-        NotBoundError: the old column is not bound.
-    """
+    """What a change needs; nothing is written."""
     with engine.connect() as connection:
         old = catalog.require_binding(connection, request.old)
         encoder = encoder_of(request.encoder)[0]
@@ -311,16 +303,9 @@ def copy_vectors(
 ) -> int:
     """Fill a new column from the old one without encoding a text; digests are computed with it.
 
-    Args:
-        old: the old column; only its fresh vectors are copied.
-        new: the new column, which the server computes.
-        encoder: the new column's encoder; for fewer dimensions the truncated one.
-        scaling: see ``scaling_of``.
-        progress: called with the number of rows copied so far, between two transactions.
-
-    Returns:
-        How many rows were copied. Rows that lack an old vector, have a stale one, or were locked
-        are left to be encoded.
+    Rows that lack an old vector, have a stale one, or were locked are left to be encoded.
+    ``encoder`` is the new column's, for fewer dimensions the truncated one; returns how many were
+    copied.
     """
     with engine.begin() as connection:
         catalog.hold_encoder(connection, new, encoder)

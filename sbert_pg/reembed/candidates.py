@@ -24,11 +24,8 @@ MOST_JOINED = 5
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A way to make a row's text, from values that were read together.
-
-    Attributes:
-        source: the source that it is, ``None`` where no source can be it.
-        remedy: what turns it into something that can be a source.
+    """A way to make a row's text, from values that were read together; ``remedy`` is what turns it
+    into something that can be a source, where no source can be it.
     """
 
     source: Source | None
@@ -44,11 +41,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An encoder and a way to make the text, and how they agree with the sampled rows.
-
-    Attributes:
-        comparison: the rows' vectors, against those of the text.
-    """
+    """An encoder and a way to make the text, and how the sampled rows agree with them."""
 
     encoder: TextEncoder
     text: Text
@@ -116,12 +109,7 @@ def _from_json(key: str) -> Callable[[Sequence[Any]], str]:
 
 
 def texts_of_sources(table: sa.Table, keys: Sequence[str], sources: Iterable[Source]) -> list[Text]:
-    """The sources that a caller names.
-
-    Raises:
-        SourceError: one names a column that the table lacks, or one that is not a text, or is that
-            of documents that are cut into passages.
-    """
+    """The sources that a caller names; refused where one is not of texts, or cut into passages."""
     names = [column.name for column in readable_columns(table, keys)]
     texts = []
     for source in sources:

@@ -19,12 +19,11 @@ from sbert_pg.catalog.record import relation_of
 from sbert_pg.distance import STORAGES, Storage
 from sbert_pg.errors import AlreadyBoundError, DimensionError, ReembeddingError
 from sbert_pg.indexes import StoredIndex, build_index, index_like, index_name, vector_indexes
-from sbert_pg.locks import ATTEMPTS, LOCK_TIMEOUT, in_short_transactions
 from sbert_pg.progress import Advance
 from sbert_pg.reembed.status import operations_on, replacement_of, sides_of
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
-from sbert_pg.system import ColumnIdentity
+from sbert_pg.system import ATTEMPTS, LOCK_TIMEOUT, ColumnIdentity, in_short_transactions
 from sbert_pg.types.comparator import clause_of
 from sbert_pg.types.vector import VectorType, plain_type
 
@@ -79,12 +78,7 @@ def request_of(column: Any) -> Request:
 
 @dataclass(frozen=True)
 class Side:
-    """A bound column: its binding, and itself on a reflected table with its valid indexes.
-
-    Attributes:
-        column: the column, of type ``Embedding``.
-        indexes: its vector indexes, valid or not.
-    """
+    """A bound column: its binding, and itself on a reflected table with all of its indexes."""
 
     binding: Binding
     column: sa.Column[Any]
@@ -136,11 +130,7 @@ class Pair:
 
 
 def pair_of(connection: sa.Connection, column: ColumnIdentity) -> Pair:
-    """As ``sides_of``, with the columns themselves and their indexes.
-
-    Raises:
-        NotBoundError: the column is not bound.
-    """
+    """As ``sides_of``, with the columns themselves and their indexes."""
     new, old = sides_of(connection, column)
     table = reflect(connection, new.schema, new.table)
     return Pair(
@@ -167,9 +157,6 @@ def reflect(connection: sa.Connection, schema: str | None, name: str) -> sa.Tabl
 
     Bound ones are of type ``Embedding``, as declared: encoders are registered and compared with the
     binding under that name.
-
-    Raises:
-        NoSuchTableError: there is no such table.
     """
     attribute, type_ = system.ATTRIBUTE.c, system.TYPE.c
     relation = system.name_of(schema, name)
@@ -265,11 +252,7 @@ def begin(
 
 
 def begun_change(connection: sa.Connection, old: Binding, new: str) -> Binding | None:
-    """The new column of a change that has begun, ``None`` where none has.
-
-    Raises:
-        AlreadyBoundError: a column of another name than ``new`` replaces the old one.
-    """
+    """The new column of a change that has begun; refused where it has another name than ``new``."""
     begun = replacement_of(connection, old)
     if begun is not None and begun.column != new:
         raise AlreadyBoundError(

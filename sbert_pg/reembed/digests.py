@@ -13,8 +13,8 @@ import sqlalchemy as sa
 
 from sbert_pg.catalog import Binding, rows
 from sbert_pg.catalog.record import Named
-from sbert_pg.locks import Pause
 from sbert_pg.sqlstates import sqlstate_of
+from sbert_pg.system import Pause
 
 #: Rows of one transaction.
 BLOCK = 2_000
@@ -58,14 +58,8 @@ def adopt_rows(
 ) -> int:
     """Write the digest of each row that belongs to a snapshot, for the vector that it has.
 
-    Args:
-        binding: the column; its vectors are proven to be its encoder's.
-        snapshot: of the moment at which that was so. A row written since may have another text.
-        apart: keys of rows that are left out.
-        progress: called with the number of rows written so far.
-
-    Returns:
-        How many rows have their digest now.
+    The vectors are proven to be the encoder's as of the snapshot; a row written since may have
+    another text. Rows whose keys stand ``apart`` are left out. Returns how many have their digest.
     """
     table = binding.clause()
     xmin: sa.ColumnClause[Any] = sa.column("xmin")
@@ -97,16 +91,8 @@ def write_digests(
 ) -> int:
     """Write vector and digest of all rows that meet some criteria, computed by the server.
 
-    Rows that others hold locked are tried again, some times, and then left.
-
-    Args:
-        table: its table, with all columns that the other arguments read.
-        vector: the vector, of the column's type.
-        criteria: which rows; a row that was written does not meet them any more.
-        progress: called with the number of rows written so far, between two transactions.
-
-    Returns:
-        How many rows were written.
+    A row that was written does not meet them any more. Rows that others hold locked are tried
+    again, some times, and then left. Returns how many were written.
     """
     walk = _Walk(engine, binding, table, vector, criteria, block)
     written = 0

@@ -12,7 +12,6 @@ from sbert_pg import catalog, system
 from sbert_pg.catalog import Binding
 from sbert_pg.catalog.record import qualified
 from sbert_pg.errors import BackfillIncompleteError, ReembeddingError, StillInUseError
-from sbert_pg.locks import ATTEMPTS, LOCK_TIMEOUT, in_short_transactions
 from sbert_pg.reembed.status import (
     QUIET,
     operations_on,
@@ -22,7 +21,7 @@ from sbert_pg.reembed.status import (
     use_of,
 )
 from sbert_pg.sqlstates import translated
-from sbert_pg.system import ColumnIdentity
+from sbert_pg.system import ATTEMPTS, LOCK_TIMEOUT, ColumnIdentity, in_short_transactions
 
 
 def finish(
@@ -105,13 +104,7 @@ def require_finishable(
     max_pending: int | None = 0,
     max_failed: int | None = 0,
 ) -> None:
-    """Do nothing where a change can be finished now; its arguments are those of ``finish``.
-
-    Raises:
-        BackfillIncompleteError: the new column is not complete, or lacks its index.
-        ReembeddingError: a view or another object of the server's depends on the old column.
-        StillInUseError: the old column is still read or written, and ``force`` was not given.
-    """
+    """Do nothing where a change can be finished now; its arguments and errors are ``finish``'s."""
     stands = status_of(connection, new, old, whole=False)
     reasons = stands.reasons(max_pending, max_failed)
     if reasons:
@@ -151,11 +144,7 @@ _DEPENDENT = sa.text(
 
 
 def require_droppable(connection: sa.Connection, binding: Binding) -> None:
-    """Do nothing where no view, trigger or other object of the application's needs a column.
-
-    Raises:
-        ReembeddingError: there is one; dropping it with the column is not ours to decide.
-    """
+    """Refuse to drop a column that a view, trigger or other object of the application's needs."""
     dependents = connection.scalars(
         _DEPENDENT,
         {"relation": binding.relation, "column": binding.column, "companion": binding.companion},

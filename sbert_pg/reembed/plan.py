@@ -13,12 +13,12 @@ from sbert_pg import system
 from sbert_pg.catalog import Binding, rows
 from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.indexes import index_like, index_name
-from sbert_pg.locks import holders
 from sbert_pg.progress import duration
 from sbert_pg.reembed.backfill import encoder_of, way_of
 from sbert_pg.reembed.change import Pair, Request, Side, missing_indexes, pair_of
 from sbert_pg.source import companion_name
 from sbert_pg.spec import TextEncoder
+from sbert_pg.system import holders
 from sbert_pg.types.vector import plain_type
 
 #: Texts that are encoded to estimate the time.

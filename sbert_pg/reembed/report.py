@@ -44,12 +44,7 @@ class Thresholds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexRecall:
-    """Recall@k of the index under one filter.
-
-    Attributes:
-        filter: the filter's name, ``None`` for no filter.
-        selectivity: share of the embedded rows that meet it.
-    """
+    """Recall@k of the index under one filter, if any, that this share of the rows meets."""
 
     filter: str | None
     selectivity: float

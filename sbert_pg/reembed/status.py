@@ -59,14 +59,7 @@ def replacement_of(connection: sa.Connection, old: Binding) -> Binding | None:
 
 
 def sides_of(connection: sa.Connection, column: ColumnIdentity) -> tuple[Binding, Binding | None]:
-    """The change that a column takes part in, named by its old or its new column.
-
-    Returns:
-        The new column, and the one that it replaces, ``None`` where there is none any more.
-
-    Raises:
-        NotBoundError: the column is not bound.
-    """
+    """The new column of a change that a column takes part in, and the old one if still there."""
     binding = catalog.require_binding(connection, column)
     new = replacement_of(connection, binding) or binding
     if new.replaces is None:
@@ -75,12 +68,7 @@ def sides_of(connection: sa.Connection, column: ColumnIdentity) -> tuple[Binding
 
 
 def change_of(connection: sa.Connection, column: ColumnIdentity) -> tuple[Binding, Binding]:
-    """As ``sides_of``, where both columns have to be there.
-
-    Raises:
-        NotBoundError: the column is not bound.
-        ReembeddingError: it replaces nothing, and nothing replaces it.
-    """
+    """As ``sides_of``, where both columns have to be there."""
     new, old = sides_of(connection, column)
     if old is None:
         raise ReembeddingError(
@@ -242,10 +230,8 @@ def use_of(
 ) -> tuple[str, ...]:
     """What was seen of the old column's use, in words; empty where none was seen.
 
-    Args:
-        connection: where. Inside a transaction too, statistics are read afresh.
-        watch: seconds to watch; at least ``WATCH`` before PostgreSQL 16, which does not say when
-            an index was last scanned.
+    Before PostgreSQL 16, which does not say when an index was last scanned, it is watched for
+    ``WATCH`` seconds. Inside a transaction too, statistics are read afresh.
     """
     if not knows_last_scan(connection):
         watch = max(watch, WATCH)

@@ -19,14 +19,13 @@ from sbert_pg.distance import similarity_matrix
 from sbert_pg.errors import EncoderError
 from sbert_pg.freshness.audit import Comparison, compare_rows
 from sbert_pg.freshness.queue import coverage_of
-from sbert_pg.locks import set_timeouts_aside
 from sbert_pg.reembed.change import Pair, Side, pair_of
 from sbert_pg.reembed.report import IndexRecall, Quality, Thresholds, Verification, judge
 from sbert_pg.registry import get_encoder
 from sbert_pg.search import exact, nearest
 from sbert_pg.search.exact import LabelledQuery, Nearest
 from sbert_pg.spec import Vectors
-from sbert_pg.system import ColumnIdentity
+from sbert_pg.system import ColumnIdentity, set_timeouts_aside
 
 #: Rows of the new column that are searched for.
 SAMPLE = 200

@@ -35,11 +35,7 @@ OnBatch = Callable[[int, int], None]
 
 
 def require_room(waiting: int) -> None:
-    """Refuse texts with which too many would wait.
-
-    Raises:
-        RefusedError: so many are too many.
-    """
+    """Refuse texts with which too many would wait."""
     if waiting > MOST_WAITING:
         raise busy("Too many texts wait to be encoded")
 
@@ -76,9 +72,7 @@ class _Part:
 class Batcher:
     """Joins the texts of requests of one event loop.
 
-    Args:
-        encode: the encoder's function; called in a thread of the executor, one batch at a time.
-        on_batch: called after each batch.
+    ``encode`` is called in a thread of the executor, one batch at a time, ``on_batch`` after each.
     """
 
     def __init__(
@@ -98,17 +92,10 @@ class Batcher:
         return self._waiting
 
     async def encode(self, texts: Sequence[Any]) -> Vectors:
-        """Vectors of some texts, float32 of shape ``(len(texts), dimensions)``.
+        """Vectors of some texts, at least one, float32 of shape ``(len(texts), dimensions)``.
 
-        A caller that is cancelled takes its texts out of the queue.
-
-        Args:
-            texts: at least one.
-
-        Raises:
-            RefusedError: too much waits.
-            EncodingError: one of *these* texts cannot be encoded; ``index`` says which.
-            EncoderError: the encoder gave no vectors.
+        A caller that is cancelled takes its texts out of the queue. ``EncodingError.index`` is a
+        place among *these* texts.
         """
         require_room(self._waiting + len(texts))
         request = _Request(texts, asyncio.get_running_loop().create_future())

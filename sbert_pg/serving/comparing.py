@@ -41,13 +41,8 @@ Where = Mapping[str, Mapping[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """What one kind of search has given.
-
-    Attributes:
-        hits: its rows, best first.
-        milliseconds: what they took, without the explanation.
-        lexemes: words of the question as PostgreSQL knows them.
-        error: what went wrong instead.
+    """What one kind of search has given: rows, best first, the time that they took, the words of
+    the question as PostgreSQL knows them, or what went wrong instead.
     """
 
     kind: str
@@ -78,11 +73,9 @@ def compared(
     title: str | None = None,
     reranker: Scorer | None = None,
 ) -> Iterator[Html]:
-    """A column for each kind of search that the table has.
+    """A column for each kind of search that the table has, or of ``only``.
 
-    Args:
-        only: kinds to ask; all by default.
-        reranker: chooses its own column, of the first rows by both, or by meaning.
+    A reranker chooses its own column, of the first rows by both, or by meaning.
     """
     kinds = only or [kind for kind in KINDS if _is_had(kind, exposed, reranker)]
     answers = [_asked(shown, exposed.name, kind, question, where, reranker) for kind in kinds]

@@ -97,11 +97,9 @@ def _texts(value: Any) -> list[str]:
 
 
 class Embeddings:
-    """Encoders, by the names under which clients ask for them.
+    """Encoders, loaded already, by the names under which clients ask for them.
 
-    Args:
-        encoders: by name; the encoders are loaded already.
-        executor: one thread; a batch takes all cores, and two at once take longer than in turn.
+    The executor has one thread; a batch takes all cores, and two at once take longer than in turn.
     """
 
     def __init__(
@@ -125,12 +123,7 @@ class Embeddings:
         return 200, json_bytes({"object": "list", "data": data}), "application/json"
 
     async def answer(self, body: dict[str, Any]) -> bytes:
-        """The answer of ``/v1/embeddings``.
-
-        Raises:
-            RefusedError: the request makes no sense, or too much waits.
-            EncodingError: a text cannot be encoded.
-        """
+        """The answer of ``/v1/embeddings``."""
         asked = _Asked.read(body)
         name = by_name(self._encoders, asked.model)
         encoder = self._encoders[name]
@@ -157,11 +150,7 @@ async def _naming(field: str, work: Awaitable[T], verb: str = "encoded") -> T:
 
 
 def by_name(served: Iterable[str], asked: Any) -> str:
-    """The name of what is asked for, or of which it is the last part, where that is one's only.
-
-    Raises:
-        RefusedError: nothing that is served is called that.
-    """
+    """The name of what is asked for, or of which it is the last part, where that is one's only."""
     if not isinstance(asked, str):
         raise wrong("model", "has to be the name of a model, a text.")
     for name in served:
@@ -277,14 +266,7 @@ def _documents(value: Any) -> list[str]:
 
 
 class Reranking:
-    """Rerankers, by the names under which clients ask for them.
-
-    Args:
-        rerankers: by name, at least one, with one score of a pair each.
-
-    Raises:
-        DeclarationError: one gives several scores of a pair.
-    """
+    """Rerankers with one score of a pair each, by the names under which clients ask for them."""
 
     def __init__(
         self, rerankers: Mapping[str, Reranks], executor: Executor, on_batch: OnBatch
@@ -301,11 +283,7 @@ class Reranking:
         }
 
     async def answer(self, body: dict[str, Any]) -> bytes:
-        """The answer of ``/rerank``.
-
-        Raises:
-            RefusedError: the request makes no sense, or too much waits.
-        """
+        """The answer of ``/rerank``."""
         asked = _Ranking.read(body)
         # With one reranker there is no doubt which is meant.
         name = (

@@ -46,8 +46,7 @@ class Explorer:
     Args:
         shown: the tables; its engine's transactions should be read-only.
         topics: the clustering of a table, or ``None`` where it has none.
-        diagnose: what is wrong with a database: findings with ``level``, ``subject``, ``what`` and
-            ``remedy``.
+        diagnose: what is wrong with a database.
         reranker: scores the rows of another column of answers, by the text that is shown.
         queries: labelled questions, by which the encoders of a change are compared.
     """

@@ -17,9 +17,7 @@ from typing import Any, Literal, TypeVar
 import sqlalchemy as sa
 from sqlalchemy.types import NullType
 
-from sbert_pg.catalog.rows import array_of, parts_of
 from sbert_pg.errors import BindingError, DeclarationError
-from sbert_pg.locks import configure, milliseconds
 from sbert_pg.passages import declared_passages
 from sbert_pg.passages.declaring import text_of
 from sbert_pg.search import hybrid, matching, nearest
@@ -27,6 +25,7 @@ from sbert_pg.search.filters import compare
 from sbert_pg.search.statement import Nearest
 from sbert_pg.search.target import readable_columns
 from sbert_pg.spec import EncoderSpec
+from sbert_pg.system import array_of, configure, milliseconds, parts_of
 
 By = Literal["meaning", "words", "both"]
 T = TypeVar("T")
@@ -46,13 +45,10 @@ _OPERATORS = {"=": "$eq", "!=": "$ne", "<": "$lt", "<=": "$lte", ">": "$gt", ">=
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked of a table.
+    """What is asked of a table: a text in words, or the rows like the one with a ``key``.
 
-    Attributes:
-        text: the question, in words; ``None`` for the rows like ``key``.
-        where: by column, a value, a list of values, or operators with a value each.
-        key: primary key of a row, a value for each of its columns.
-        exact: whether a search by meaning compares every row, and leaves indexes aside.
+    ``where`` holds by column a value, a list of values, or operators with a value each. ``exact``
+    compares every row and leaves indexes aside.
     """
 
     text: str | None
@@ -80,13 +76,10 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A row of an answer.
+    """A row of an answer, with its key as one text, which ``Exposed.rows`` reads.
 
-    Attributes:
-        key: its primary key as one text, which ``Exposed.rows`` reads.
-        passage: of a document that was found by its passages, the nearest one: ``start`` and
-            ``stop`` in its text; ``heading`` and ``text`` where the columns are listed that they
-            are made of.
+    Of a document that was found by its passages also the nearest one: ``start`` and ``stop`` in its
+    text; ``heading`` and ``text`` where the columns are listed that they are made of.
     """
 
     scores: dict[str, float | None]
@@ -102,14 +95,10 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class Exposed:
-    """A table that is shown.
+    """A table that is shown, with the columns that clients see and filter by.
 
-    Attributes:
-        bound: name of its embedding column in the catalog, with schema and table.
-        encoder: the encoder that it was declared with.
-        text: its column for searches by words, or ``None``.
-        columns: the columns that clients see and filter by.
-        passages: of a table of documents, the attribute of their passages, by which they are found.
+    ``bound`` is the name of its embedding column in the catalog, ``text`` its column for searches
+    by words, ``passages`` the attribute by which documents are found.
     """
 
     name: str
@@ -127,21 +116,11 @@ class Exposed:
         return [c for c in (source.columns if source is not None else ()) if c in self.columns]
 
     def hits(self, connection: sa.Connection, question: Question) -> list[Hit]:
-        """The rows that answer a question, best first.
-
-        Raises:
-            DeclarationError: the question cannot be asked of this table.
-            sqlalchemy.exc.DataError: a value of a filter does not fit its column.
-        """
+        """The rows that answer a question, best first."""
         return self.read(connection, self.statement(connection, question))
 
     def rows(self, connection: sa.Connection, keys: Sequence[str]) -> list[Hit]:
-        """Rows by their keys, in their order; those that are gone are left out.
-
-        Raises:
-            DeclarationError: a key is none of this table.
-            sqlalchemy.exc.DataError: a value of one does not fit its column.
-        """
+        """Rows by their keys, in their order; those that are gone are left out."""
         columns = list(self.embedding.table.primary_key)
         parts = [_parts(key, len(columns)) for key in keys]
         criteria = [
@@ -180,11 +159,7 @@ class Exposed:
         return rows
 
     def statement(self, connection: sa.Connection, question: Question) -> Any:
-        """The search that a question means.
-
-        Raises:
-            DeclarationError: the question cannot be asked of this table.
-        """
+        """The search that a question means."""
         options: dict[str, Any] = {"limit": question.limit, "where": self._criteria(question.where)}
         if question.text is None:
             return self._like(connection, question, options)
@@ -324,16 +299,7 @@ def _plain(value: Any) -> Any:
 
 
 class Shown:
-    """The tables that are shown, looked at again from time to time.
-
-    Args:
-        engine: an engine with the driver psycopg 3.
-        look: the tables by name, as they are now.
-        timeout: seconds that a statement may take.
-
-    Raises:
-        DeclarationError: ``look`` does, since a table or column that is listed is not there.
-    """
+    """The tables that ``look`` gives by name, looked at again from time to time."""
 
     def __init__(
         self,
@@ -359,20 +325,11 @@ class Shown:
             return self._tables
 
     def ask(self, name: Any, question: Question) -> list[Hit]:
-        """The rows of a table that answer a question.
-
-        Raises:
-            DeclarationError: there is no such table, or it cannot be asked so.
-            BindingError: the column has no encoder that this process has.
-        """
+        """The rows of a table that answer a question."""
         return self.within(name, lambda connection, table: table.hits(connection, question))
 
     def within(self, name: Any, work: Callable[[sa.Connection, Exposed], T]) -> T:
-        """What some work on a table gives, in a transaction whose statements are ended in time.
-
-        Raises:
-            DeclarationError: there is no such table.
-        """
+        """What some work on a table gives, in a transaction whose statements are ended in time."""
         try:
             return self._within(name, work, afresh=False)
         except BindingError:

@@ -25,12 +25,10 @@ class Html(str):
 
 
 def h(tag: str, *children: Any, **attributes: Any) -> Html:
-    """An element.
+    """An element. Children are texts, which are escaped, elements, or several of either.
 
-    Args:
-        children: texts, which are escaped, elements, or several of either; ``None`` for nothing.
-        attributes: by name, with ``_`` for ``-`` and at the end of Python's words (``class_``);
-            ``True`` for one without a value, ``None`` or ``False`` for none.
+    Attributes have ``_`` for ``-`` and at the end of Python's words (``class_``); ``True`` for one
+    without a value, ``None`` or ``False`` for none.
     """
     written = "".join(
         f" {name.rstrip('_').replace('_', '-')}"
@@ -65,12 +63,7 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[Any]]) -> Html:
 def page(
     title: str, *body: Any, head: Any = None, status: int = 200, styled: bool = False
 ) -> Response:
-    """A whole page.
-
-    Args:
-        head: more of its head.
-        styled: whether a script draws in it that brings styles of its own.
-    """
+    """A whole page; ``styled`` where a script draws in it that brings styles of its own."""
     document = h(
         "html",
         h(

@@ -62,12 +62,7 @@ JSON = "application/json"
 
 
 class RefusedError(SbertPgError):
-    """An answer that is an error, in OpenAI's shape.
-
-    Args:
-        message: what is wrong, and what to do.
-        param: the field of the body that is wrong.
-    """
+    """An answer that is an error, in OpenAI's shape; ``param`` is the wrong field of the body."""
 
     def __init__(
         self,
@@ -109,16 +104,10 @@ def busy(what: str) -> RefusedError:
 
 @dataclass(slots=True)
 class Service:
-    """What a server answers, and to whom.
+    """What a server answers by path, and to whom.
 
-    Attributes:
-        posts: handlers of ``POST`` by path.
-        pages: handlers of ``GET`` and ``HEAD`` by path.
-        views: the same for browsers, which may send the token as HTTP's basic password, too.
-        open_pages: paths that need no token, such as probes of an orchestrator.
-        token: what clients have to send, as ``Authorization: Bearer TOKEN``; ``None`` for none.
-        limits: see ``Limits``.
-        observe: called after each answer.
+    ``views`` are for browsers, which may send the token as HTTP's basic password, too;
+    ``open_pages`` need no token, such as probes of an orchestrator.
     """
 
     posts: dict[str, Handler] = field(default_factory=dict)
@@ -132,11 +121,7 @@ class Service:
 
 
 def require_safe(host: str, token: str | None) -> None:
-    """Refuse an address that others reach, unless they need a token.
-
-    Raises:
-        DeclarationError: the address is not the loopback one, or the token can be guessed.
-    """
+    """Refuse an address that others reach, unless they need a token that cannot be guessed."""
     if token is None and not _is_loopback(host):
         raise DeclarationError(
             f"Without a token this serves on this machine alone, and {host!r} is an address that "
@@ -298,15 +283,7 @@ def _password(credentials: str) -> str:
 
 
 async def _read(service: Service, request: Request, body: bytearray) -> dict[str, Any]:
-    """The body of a request, a JSON object.
-
-    Args:
-        service: counts the bytes that are held.
-        body: takes the bytes, so that the caller can give them back.
-
-    Raises:
-        RefusedError: it is no JSON object, too large, or too slow.
-    """
+    """The body of a request, a JSON object; ``service`` counts bytes, ``body`` takes them."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
         raise RefusedError(415, f"Send the body as 'Content-Type: {JSON}'.", "invalid_content_type")
     limits = service.limits
@@ -347,11 +324,7 @@ async def _read(service: Service, request: Request, body: bytearray) -> dict[str
 
 
 def parsed(body: bytes) -> dict[str, Any]:
-    """A JSON object of numbers that are numbers and of texts that can be stored.
-
-    Raises:
-        RefusedError: it is none.
-    """
+    """A JSON object of numbers that are numbers and of texts that can be stored."""
     try:
         data = json.loads(body.decode("utf-8"), parse_constant=_no_number)
         if b"\\u" in body:
@@ -391,11 +364,7 @@ async def _unless_gone(request: Request, answer: Awaitable[bytes]) -> bytes:
 
 
 def only_known(body: dict[str, Any], known: Sequence[str]) -> None:
-    """Refuse fields that mean nothing, which a client would think are followed.
-
-    Raises:
-        RefusedError: there are some.
-    """
+    """Refuse fields that mean nothing, which a client would think are followed."""
     for name in body:
         if name not in known:
             raise RefusedError(

@@ -37,10 +37,6 @@ def embed_here(
         encoders: a directory of converted encoders (``sbert-pg encoder convert --out``), which
             the server's user may read.
         target: ``table.column`` or ``schema.table.column``, as for ``sbert.embed``.
-
-    Raises:
-        EncoderNotFoundError: nobody has used the column yet, or the directory lacks its encoder.
-        EncodingError: the question cannot be embedded.
     """
     plan = memory.get("sbert_pg.column")
     if plan is None:

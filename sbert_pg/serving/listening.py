@@ -55,18 +55,7 @@ class Limits:
 
 @contextmanager
 def listening(app: Any, limits: Limits, host: str, port: int) -> Iterator[int]:
-    """Serve while the block runs, in a thread; requests under way are finished on leaving.
-
-    Args:
-        limits: what is taken at most.
-        port: port; 0 takes a free one.
-
-    Yields:
-        The port.
-
-    Raises:
-        DeclarationError: the address cannot be listened on.
-    """
+    """Serve in a thread while the block runs, and yield the port; what is under way is finished."""
     bound = _bound(host, port)
     protocol = type("Guarded", (_Guarded,), {"limits": limits, "waiting": {}})
     config = uvicorn.Config(

@@ -49,11 +49,7 @@ Where = Annotated[
 
 
 def mcp_server(shown: Shown) -> MCPServer[Any]:
-    """The server of some tables; ``run()`` serves it on standard input and output.
-
-    Args:
-        shown: the tables; its engine's transactions should be read-only.
-    """
+    """The server of some tables; ``run()`` serves it on standard input and output."""
     server: MCPServer[Any] = MCPServer(
         "sbert-pg", version=version("sbert-pg"), instructions=_INSTRUCTIONS, log_level="WARNING"
     )

@@ -24,15 +24,14 @@ from sbert_pg import catalog
 from sbert_pg.catalog.holding import hold_encoder
 from sbert_pg.catalog.tables import QUESTION_CHANNEL
 from sbert_pg.errors import EncodingError
-from sbert_pg.freshness.monitoring import LOGGER, say
 from sbert_pg.freshness.queue import driver_connection
-from sbert_pg.freshness.settings import Database
-from sbert_pg.locks import Pause
+from sbert_pg.freshness.settings import LOGGER, Database, say
 from sbert_pg.probes import measured
 from sbert_pg.registry import get_encoder
 from sbert_pg.serving.inside import text_of
 from sbert_pg.spec import TextEncoder
 from sbert_pg.sqlstates import words_of
+from sbert_pg.system import Pause
 
 logger = logging.getLogger(LOGGER)
 
@@ -60,9 +59,8 @@ _ANSWER = (
 class Answers:
     """Answers questions beside a worker; one of its companions.
 
-    Args:
-        engine: an engine with the driver psycopg 3. One connection, outside the pool, listens and
-            answers; another is used when a column's encoder is loaded.
+    One connection, outside the pool, listens and answers; another is used when a column's encoder
+    is loaded.
     """
 
     def __init__(self, engine: sa.Engine) -> None:

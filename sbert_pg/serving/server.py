@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import sqlalchemy as sa
 
 from sbert_pg.errors import needing
-from sbert_pg.freshness.monitoring import BUCKETS, Durations, Tally
+from sbert_pg.freshness.settings import BUCKETS, Durations, Tally
 from sbert_pg.freshness.worker import Worker
 from sbert_pg.serving.embeddings import Embeddings, Reranking, Reranks
 from sbert_pg.serving.exposed import Question, Shown
@@ -81,19 +81,12 @@ def serving(
     Args:
         encoders: encoders by the names under which clients ask for them.
         shown: tables that are searched; ``None`` for none.
-        host: address to listen on; this machine alone by default.
+        host: address to listen on; others than this machine need a token.
         port: port; 0 takes a free one.
-        token: what clients have to send; needed for other addresses.
-        limits: see ``Limits``.
         views: pages for browsers by path, such as ``Explorer.views``: query to response.
 
     Yields:
         The port.
-
-    Raises:
-        DeclarationError: the address needs a token, or cannot be listened on; or a reranker gives
-            several scores of a pair.
-        MissingExtraError: the extra ``serve`` is not installed.
     """
     require_safe(host, token)
     metrics = ServerMetrics()
@@ -133,22 +126,11 @@ def serving(
 def serving_http(
     worker: Worker, host: str = "127.0.0.1", port: int = 9187, *, limits: Limits | None = None
 ) -> Iterator[int]:
-    """Serve a worker's health and metrics while the block runs.
+    """Serve a worker's health and metrics while the block runs, and yield the port.
 
     ``/health`` is 200 while the process works and 503 when it is to be restarted; ``/ready`` is 200
     while it reaches the database and serves every column that it should, else 503; ``/metrics`` is
     for Prometheus. They need no token, since orchestrators have none, and show no text of a row.
-
-    Args:
-        host: address to listen on; the default is this machine alone.
-        port: port; 0 takes a free one.
-        limits: see ``Limits``.
-
-    Yields:
-        The port.
-
-    Raises:
-        DeclarationError: the address cannot be listened on.
     """
     metrics = ServerMetrics(WorkerMetrics(worker.tally))
 
@@ -191,11 +173,7 @@ class _Turns:
         self._under_way = 0
 
     async def take(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """What some work gives, when its turn comes.
-
-        Raises:
-            RefusedError: too many wait.
-        """
+        """What some work gives, when its turn comes; refused where too many wait."""
         if self._under_way >= MOST_SEARCHES:
             raise busy("Too many searches wait")
         self._under_way += 1

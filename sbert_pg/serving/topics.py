@@ -186,16 +186,8 @@ def _label(cluster: tuple[int, str] | None) -> str:
 def points(
     connection: sa.Connection, exposed: Exposed, topics: Clustering, by: str = ""
 ) -> dict[str, Any]:
-    """A group for each colour: keys, and places in the unit square, as base64 of floats.
-
-    Args:
-        connection: a connection in a transaction.
-        exposed: the table.
-        topics: its clustering, which has a current run.
-        by: the column whose values decide; the clusters by default.
-
-    Raises:
-        DeclarationError: it is not a column that is shown.
+    """A group for each colour, of the clusters or of a column's values: keys, and places in the
+    unit square, as base64 of floats.
     """
     statement = mapped_rows(topics)
     if by:

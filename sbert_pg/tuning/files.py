@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from sbert_pg.catalog import rows as catalog_rows
 from sbert_pg.errors import LoadError
 from sbert_pg.search.exact import LabelledQuery
-from sbert_pg.system import require_engine
+from sbert_pg.system import array_of, require_engine
 from sbert_pg.tuning.pairs import CLICK_COLUMNS, is_click_log, of_click_log
 
 #: Keys of the rows that a search found, best first, with their scores; by name of the question.
@@ -105,7 +105,7 @@ def _text(value: Any) -> str:
     if value is None:
         raise ValueError("a question or key is missing")
     if isinstance(value, (list, tuple)):
-        return catalog_rows.array_of(value)
+        return array_of(value)
     return str(value)
 
 

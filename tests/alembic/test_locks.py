@@ -21,8 +21,7 @@ from sbert_pg.alembic import statements
 from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.errors import TableBusyError
 from sbert_pg.freshness import backfill
-from sbert_pg.locks import LOCK_TIMEOUT
-from sbert_pg.system import ColumnIdentity
+from sbert_pg.system import LOCK_TIMEOUT, ColumnIdentity
 from sbert_pg.testing import DeterministicEncoder
 from sbert_pg.types import Vector
 from sbert_pg.types.indexed import VectorIndex

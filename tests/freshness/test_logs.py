@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sbert_pg.freshness.monitoring import JsonFormatter, TextFormatter, say
+from sbert_pg.freshness.settings import JsonFormatter, TextFormatter, say
 
 HOSTILE = "note\n2026-01-01T00:00:00Z INFO all is well\x1b[2J\u2028\x85\r"
 
