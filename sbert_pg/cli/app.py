@@ -27,15 +27,15 @@ from sbert_pg.errors import SbertPgError, StepStoppedError
 #: Commands in the order of ``--help``, and those of the groups.
 COMMANDS: tuple[Callable[..., None], ...] = (
     demo.demo, schema.migrate, schema.status, doctor.doctor,
-    data.load, data.search, data.duplicates, data.passages, tuning.evaluate, tuning.tune,
+    data.load, data.search, data.passages, tuning.evaluate, tuning.tune,
     freshness.worker, freshness.backfill, freshness.failed, freshness.audit, reembed.adopt,
-    serve.serve, serve.explore, serve.serve_postgres,
+    serve.serve, serve.serve_postgres,
 )  # fmt: skip
 GROUPS: dict[str, tuple[str, tuple[Callable[..., None], ...]]] = {
     "index": ("Vector indexes, measured.", (tuning.advise,)),
     "encoder": (
-        "Convert, look at and choose encoders.",
-        (encoder.convert, encoder.show, encoder.measure, encoder.choose),
+        "Convert, look at, measure and choose encoders.",
+        (encoder.convert, encoder.show, encoder.choose),
     ),
     "reembed": (
         "A change of encoder: begin, backfill, verify, switch, finish.",
@@ -47,6 +47,14 @@ GROUPS: dict[str, tuple[str, tuple[Callable[..., None], ...]]] = {
     ),
 }
 
+#: Where commands went that were once called so.
+MOVED = {
+    "mcp": "It is 'sbert-pg serve --mcp'",
+    "duplicates": "It is duplicate_pairs() of sbert_pg.clustering in Python",
+    "encoder limits": "It is 'sbert-pg encoder show --limits'",
+    "encoder measure": "It is 'sbert-pg encoder show --speed'",
+    "explore": "It is 'sbert-pg serve --explore'",
+}
 EPILOG = (
     "Without --database (or SBERT_PG_DATABASE_URL), commands start the embedded server in your "
     "user data directory and stop it after. Exit codes: 0 done, 1 failed or a check did not hold, "
@@ -100,6 +108,11 @@ def _interrupted(error: BaseException | None) -> bool:
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    for name in words[:1], words[:2]:
+        if moved := MOVED.get(" ".join(name)):
+            common.note(f"There is no command '{' '.join(name)}' any more. {moved}.")
+            return common.EXIT_USAGE
     try:
         result = build_app()(args=arguments, standalone_mode=False)
         return result if isinstance(result, int) else common.EXIT_OK

@@ -162,7 +162,7 @@ def map_(
         Path | None,
         typer.Argument(
             help="File to write: .html or .png. Without it, places are stored beside the clusters, "
-            "where 'sbert-pg explore' reads them."
+            "where 'sbert-pg serve --explore' reads them."
         ),
     ] = None,
     database: common.DatabaseOption = None,
@@ -183,7 +183,7 @@ def map_(
         if file is None:
             with bar("placing rows"), engine.begin() as connection:
                 placed = lib.store_map(connection, topics)
-            common.note(f"{placed:,} rows have their place; 'sbert-pg explore' shows them.")
+            common.note(f"{placed:,} rows have their place; 'sbert-pg serve --explore' shows them.")
             return
         with bar("placing rows"), engine.connect() as connection:
             plane = lib.cluster_map(connection, topics)

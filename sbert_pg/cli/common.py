@@ -111,6 +111,7 @@ _PAIRS: Any = typer.Option(
 )
 PairsOption = Annotated[str, _PAIRS]
 SomePairsOption = Annotated[str | None, _PAIRS]
+ExploreOption = Annotated[bool, typer.Option("--explore", help="Show pages in a browser instead.")]
 HttpOption = Annotated[
     str | None, typer.Option("--http", help="HOST:PORT to listen on.", envvar="SBERT_PG_HTTP")
 ]

@@ -1,4 +1,4 @@
-"""``load``, ``search``, ``duplicates`` and ``passages``: rows in, answers out."""
+"""``load``, ``search`` and ``passages``: rows in, answers out."""
 
 from __future__ import annotations
 
@@ -17,12 +17,10 @@ import typer
 from rich.markup import escape
 from sqlalchemy.orm import Session
 
-from sbert_pg import clustering as lib
 from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.cli import common
 from sbert_pg.cli.encoder import spec_named
 from sbert_pg.cli.target import (
-    beginnings,
     create_documents,
     cut_all,
     document_rows,
@@ -32,7 +30,6 @@ from sbert_pg.cli.target import (
     table_named,
     text_column_of,
 )
-from sbert_pg.clustering.duplicates import Grouping, key_parts
 from sbert_pg.errors import DeclarationError, LoadError
 from sbert_pg.indexes import hnsw_index
 from sbert_pg.progress import bar
@@ -169,65 +166,6 @@ def _search_of(side: Side, embedding: Any, by: By, query: str, options: dict[str
     if embedding is not side.column:
         text = getattr(embedding.class_, text.key)
     return hybrid(embedding, text, query, **options)
-
-
-def duplicates(
-    target: common.TargetArgument,
-    database: common.DatabaseOption = None,
-    threshold: Annotated[float, typer.Option(min=-1, max=1, help="Least similarity.")] = 0.9,
-    where: common.WhereOption = None,
-    groups: Annotated[
-        Grouping | None,
-        typer.Option(
-            help="Show groups instead of pairs: of a row and those like it (centred), or of all "
-            "rows that hang together by pairs (chained)."
-        ),
-    ] = None,
-    limit: common.LimitOption = 20,
-    json: common.JsonOption = False,
-) -> None:
-    """Find rows that are nearly the same, comparing all with all.
-
-    Of some hundred thousand rows and more the vector index does it faster and misses some:
-    duplicate_pairs(..., method="index") in Python.
-
-    [b]sbert-pg duplicates article --threshold 0.95[/]
-    [b]sbert-pg duplicates article --groups centred --json[/]
-    """
-    with common.database(database) as engine, engine.connect() as connection:
-        column = resolve(connection, target)
-        with bar("comparing rows"):
-            pairs = list(
-                lib.duplicate_pairs(
-                    connection, column.column, threshold=threshold, where=common.criterion(where)
-                )
-            )
-        if groups is not None:
-            grouped = lib.groups_of(pairs, groups)
-            shown = [{"rows": len(group), "keys": group} for group in grouped]
-        else:
-            pairs.sort(key=lambda pair: -pair.similarity)
-            shown = _pairs(connection, column, pairs if json else pairs[:limit], texts=not json)
-    if not json:
-        common.note(f"{len(pairs):,} pairs above {threshold}.")
-    common.show_records(shown if json else shown[:limit], json)
-
-
-def _pairs(
-    connection: sa.Connection, target: Side, pairs: list[lib.Pair], *, texts: bool
-) -> list[dict[str, Any]]:
-    """Pairs as plain data; with the beginning of both texts, if asked."""
-    rows: list[dict[str, Any]] = [
-        {"similarity": round(pair.similarity, 4), "a": pair.a, "b": pair.b} for pair in pairs
-    ]
-    if texts:
-        keys = {key_parts(key) for pair in pairs for key in (pair.a, pair.b)}
-        text_of = beginnings(
-            connection, target.table, target.binding.source.expression(target.table), keys
-        )
-        for row in rows:
-            row["texts"] = "\n".join(text_of.get(key_parts(row[end]), "") for end in "ab")
-    return rows
 
 
 def passages(

@@ -99,9 +99,7 @@ def demo(
         str | None, typer.Argument(help="What to look for; without it, a tour.")
     ] = None,
     database: common.DatabaseOption = None,
-    explore: Annotated[
-        bool, typer.Option("--explore", help="Open the pages of its database in a browser instead.")
-    ] = False,
+    explore: common.ExploreOption = False,
 ) -> None:
     """A tour on Python's standard library: search, passages, topics, a change of encoder.
 

@@ -1,4 +1,4 @@
-"""``encoder``: convert, show, measure, choose; and what a name of one means."""
+"""``encoder``: convert, show, choose; and what a name of one means."""
 
 from __future__ import annotations
 
@@ -61,15 +61,37 @@ def convert(
 
 
 def show(
-    name: Annotated[
-        str | None, typer.Argument(help=f"{_NAME} Without it, the well-known ones.")
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME]...",
+            help=f"{_NAME} Without it, the well-known ones; several for --speed and --limits.",
+        ),
     ] = None,
     check: common.CheckOption = False,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Measure how fast each engine that is installed is.")
+    ] = False,
+    limits: Annotated[bool, typer.Option("--limits", help="Measure where it breaks.")] = False,
+    texts: Annotated[
+        str | None,
+        typer.Option(
+            help="With --limits, your own texts too: a file, one a line, or a table or column of "
+            "the database."
+        ),
+    ] = None,
+    database: common.DatabaseOption = None,
     json: common.JsonOption = False,
 ) -> None:
     """What an encoder is: dimensions, limits, prompts, fingerprint, agreement with fp32.
 
     With --check its probes are computed on this machine, and have to agree with the stored ones.
+
+    --speed: tokens per second of one core's time. What is fastest is kept beside the encoder for
+    this kind of processor, and used from then on; engine= and $SBERT_PG_ENGINE go before it.
+
+    --limits: word order, negation, numbers, names, languages, length. On texts that come with the
+    library and, where given, on your own.
 
     Without a name, the well-known encoders: "retrieval" is the mean nDCG@10 of MTEB's ten English
     retrieval tasks, "cost" the multiplications of a token, all-MiniLM-L6-v2 being 1. Any other
@@ -77,10 +99,26 @@ def show(
 
     [b]sbert-pg encoder show[/]
     [b]sbert-pg encoder show all-MiniLM-L6-v2 --check[/]
+    [b]sbert-pg encoder show all-MiniLM-L6-v2:int8 all-MiniLM-L6-v2:fp32 --speed[/]
+    [b]sbert-pg encoder show all-MiniLM-L6-v2 ./models/other --limits --texts article[/]
     """
-    if name is None:
+    if (speed or limits or texts) and not names:
+        raise DeclarationError("Name the encoder that is to be measured.")
+    if texts is not None and not limits:
+        raise DeclarationError("--texts are what limits are measured on: add --limits.")
+    if not names:
         _show_known(json)
-        return
+    elif limits:
+        _show_limits(names, [] if texts is None else _own_texts(texts, database), json)
+    elif speed:
+        _show_speeds(names, json)
+    elif len(names) > 1:
+        raise DeclarationError("Several encoders are seen side by side with --speed or --limits.")
+    else:
+        _show_facts(names[0], check, json)
+
+
+def _show_facts(name: str, check: bool, json: bool) -> None:
     encoder = encoder_named(name)
     facts = _facts(encoder)
     if check:
@@ -110,41 +148,7 @@ def _show_known(json: bool) -> None:
     )  # fmt: skip
 
 
-def measure(
-    names: Annotated[
-        list[str],
-        typer.Argument(help="An encoder, or several to see side by side; as NAME or NAME:fp32."),
-    ],
-    limits: Annotated[
-        bool, typer.Option("--limits", help="Measure where it breaks instead of how fast it is.")
-    ] = False,
-    texts: Annotated[
-        str | None,
-        typer.Option(
-            help="With --limits, your own texts too: a file, one a line, or a table or column of "
-            "the database."
-        ),
-    ] = None,
-    database: common.DatabaseOption = None,
-    json: common.JsonOption = False,
-) -> None:
-    """How fast each engine that is installed runs an encoder here; or with --limits, its limits.
-
-    In tokens per second of one core's time. What is fastest is kept beside the encoder for this
-    kind of processor, and used from then on; engine= and $SBERT_PG_ENGINE go before it.
-
-    --limits: word order, negation, numbers, names, languages, length. On texts that come with the
-    library and, where given, on your own.
-
-    [b]sbert-pg encoder measure all-MiniLM-L6-v2[/]
-    [b]sbert-pg encoder measure all-MiniLM-L6-v2 ./models/other --limits --texts article[/]
-    """
-    if not limits:
-        if texts is not None:
-            raise DeclarationError("--texts are what limits are measured on: add --limits.")
-        _measure_speeds(names, json)
-        return
-    own = [] if texts is None else _own_texts(texts, database)
+def _show_limits(names: Sequence[str], own: list[str], json: bool) -> None:
     with bar("measuring"):
         reports = [lib.limits_of(encoder_named(name), own) for name in names]
     if len(reports) == 1:
@@ -153,16 +157,15 @@ def measure(
         common.show(beside(reports), [report.to_json() for report in reports], json)
 
 
-def _measure_speeds(names: Sequence[str], json: bool) -> None:
-    from sbert_pg.encoder.pipeline import fastest_of
-    from sbert_pg.encoder.pipeline import measure as measure_engines
+def _show_speeds(names: Sequence[str], json: bool) -> None:
+    from sbert_pg.encoder.pipeline import fastest_of, measure
 
     measured: dict[str, dict[str, Any]] = {}
     with bar() as advance:
         for name in names:
             advance(f"measuring {name}")
             encoder = encoder_named(name)
-            speeds = measure_engines(encoder.directory, encoder.manifest)
+            speeds = measure(encoder.directory, encoder.manifest)
             fastest = fastest_of(speeds) if speeds else encoder.engine
             measured[name] = {"fastest": fastest, "tokens_per_cpu_second": speeds}
             if not (speeds or json):
@@ -174,10 +177,6 @@ def _measure_speeds(names: Sequence[str], json: bool) -> None:
     if json:
         common.print_json(measured[names[0]] if len(names) == 1 else measured)
         return
-    _print_speeds(measured)
-
-
-def _print_speeds(measured: dict[str, dict[str, Any]]) -> None:
     common.show_records(
         [
             ({"encoder": name} if len(measured) > 1 else {})

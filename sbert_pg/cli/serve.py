@@ -1,4 +1,4 @@
-"""``serve`` and ``explore``: embeddings and searches for other programs, and pages.
+"""``serve``: embeddings and searches for other programs, and pages for people.
 
 ``serve-postgres`` gives them the embedded database.
 """
@@ -38,7 +38,6 @@ TablesArgument = Annotated[
 ]
 
 
-_RERANKER: Any = typer.Option("--reranker", help="A cross-encoder, by name or directory.")
 ADDRESS = "127.0.0.1:8080"
 
 
@@ -47,9 +46,14 @@ def serve(
     database: common.DatabaseOption = None,
     app: common.AppOption = None,
     encoder: common.EncodersOption = None,
-    reranker: Annotated[list[str] | None, _RERANKER] = None,
+    reranker: Annotated[
+        list[str] | None,
+        typer.Option("--reranker", help="A cross-encoder, by name or directory."),
+    ] = None,
     http: common.HttpOption = ADDRESS,
     token: common.TokenOption = None,
+    explore: common.ExploreOption = False,
+    pairs: common.SomePairsOption = None,
     mcp: Annotated[
         bool,
         typer.Option(
@@ -59,11 +63,15 @@ def serve(
         ),
     ] = False,
 ) -> None:
-    """Serve embeddings as OpenAI's API does, reranking, and searches of tables, over HTTP or MCP.
+    """Serve embeddings as OpenAI's API does, reranking, and searches of tables; or pages, or MCP.
 
     Until it is stopped; SIGTERM or Ctrl-C finishes the requests under way. With --app MODULE:BASE
     it searches the tables with embeddings that the application declares; TABLE narrows that.
     --encoder and --reranker may be repeated.
+
+    --explore shows a database in a browser: search, topics, map, change of encoder, health. All
+    tables with embeddings, or those that are named, with the clusterings that MODULE:BASE declares;
+    nothing is ever written. With --pairs a change of encoder is held against labelled questions.
 
     --mcp is for the configuration of Claude Desktop, Claude Code, Cursor and others: a server of
     the Model Context Protocol, read-only, with the tools search, similar, tables and status. It
@@ -71,12 +79,27 @@ def serve(
 
     [b]sbert-pg serve --encoder all-MiniLM-L6-v2[/]
     [b]sbert-pg serve article:id,title,lang -d postgresql://localhost/shop[/]
+    [b]sbert-pg serve --explore -d postgresql://reader@localhost/shop[/]
     [b]sbert-pg serve --mcp article:id,title,body -d postgresql://reader@localhost/shop[/]
     """
     if mcp:
         _serve_mcp(tables or (), database, app, [*(encoder or ()), *(reranker or ())])
         return
     from sbert_pg.encoder import Reranker
+
+    if explore:
+        if encoder:
+            raise DeclarationError("--explore shows tables: leave --encoder out.")
+        metadata = common.prepare(app)
+        scorer = Reranker.load(reranker[0]) if reranker else None
+        with common.database(database, lasting=True) as engine:
+            labelled = [] if pairs is None else queries_of(engine, pairs)
+            show_pages(
+                engine, list(tables or ()), metadata, http, token, reranker=scorer, queries=labelled
+            )
+        return
+    if pairs is not None:
+        raise DeclarationError("--pairs are for the pages: add --explore.")
     from sbert_pg.serving.exposed import Shown
     from sbert_pg.serving.server import serving
 
@@ -108,35 +131,6 @@ def _require_some(served: list[str]) -> None:
         raise DeclarationError(
             "There is nothing to serve; name an encoder with --encoder, a reranker with "
             "--reranker, or tables."
-        )
-
-
-def explore(
-    tables: TablesArgument = None,
-    database: common.DatabaseOption = None,
-    app: common.AppOption = None,
-    http: common.HttpOption = ADDRESS,
-    token: common.TokenOption = None,
-    reranker: Annotated[str | None, _RERANKER] = None,
-    pairs: common.SomePairsOption = None,
-) -> None:
-    """See a database in a browser: search, topics, map, change of encoder, health.
-
-    All tables with embeddings, or those that are named; nothing is ever written. With --app
-    MODULE:BASE the clusterings that the application declares are shown; with --pairs a change of
-    encoder is held against labelled questions.
-
-    [b]sbert-pg explore -d postgresql://localhost/shop[/]
-    [b]sbert-pg explore article:id,title,lang -d postgresql://reader@localhost/shop[/]
-    """
-    from sbert_pg.encoder import Reranker
-
-    metadata = common.prepare(app)
-    scorer = None if reranker is None else Reranker.load(reranker)
-    with common.database(database, lasting=True) as engine:
-        labelled = [] if pairs is None else queries_of(engine, pairs)
-        show_pages(
-            engine, list(tables or ()), metadata, http, token, reranker=scorer, queries=labelled
         )
 
 

@@ -19,13 +19,12 @@ from sbert_pg.clustering.kmeans import (
     normalize,
     squared_distances,
 )
-from sbert_pg.clustering.number import Criterion, choose_number
+from sbert_pg.clustering.number import choose_number
 from sbert_pg.errors import ClusteringError, DeclarationError
 from sbert_pg.progress import Advance
 from sbert_pg.spec import Vectors
 
 Method = Literal["auto", "memory", "database", "blocks"]
-Linkage = Literal["average", "complete", "single"]
 
 #: Elements of one block's matrix of similarities.
 _BLOCK_ELEMENTS = 1 << 25
@@ -38,8 +37,10 @@ class KMeans:
     """k-means, spherical under cosine.
 
     Attributes:
-        n_clusters: how many; or several numbers, or ``"auto"``, among which the criterion
-            chooses, on a sample of 5,000 rows. ``"auto"`` tries 2, 3, 4, 7, 10, 15... until that
+        n_clusters: how many; or several numbers, or ``"auto"``, of which the one is
+            chosen that describes a sample of 5,000 rows best: how much better than one cluster of
+            all does, in nats, less what each further cluster takes to be described (the Bayesian
+            information criterion). ``"auto"`` tries 2, 3, 4, 7, 10, 15... until that
             is in vain, and then the numbers near the best.
         method: where it is computed. ``"memory"`` reads the vectors into this process;
             ``"database"`` leaves them in the server; ``"blocks"`` clusters a sample and reads them
@@ -48,10 +49,6 @@ class KMeans:
         n_init: starts, of which the one with the least inertia wins.
         max_iter: iterations of a start at most; passes over the table for blocks.
         tol: a start ends when the centroids' squared shift falls below this share of the variance.
-        criterion: ``"bic"``, how much better the clusters describe a row than one cluster of all
-            does, in nats, less what each further cluster takes to be described; ``"silhouette"``,
-            the mean of the sample, which likes ever smaller clusters of sentences; or
-            ``"calinski_harabasz"``.
     """
 
     name: ClassVar[str] = "kmeans"
@@ -61,11 +58,11 @@ class KMeans:
     n_init: int = 1
     max_iter: int = 300
     tol: float = 1e-4
-    criterion: Criterion = "bic"
 
     def __post_init__(self) -> None:
-        _one_of(self, "method", get_args(Method))
-        _one_of(self, "criterion", get_args(Criterion))
+        if self.method not in get_args(Method):
+            methods = ", ".join(get_args(Method))
+            raise DeclarationError(f"KMeans: method is {self.method!r}; use one of {methods}.")
         _at_least(self, "n_init", 1)
         _at_least(self, "max_iter", 1)
         _at_least(self, "tol", 0)
@@ -101,7 +98,6 @@ class HDBSCAN:
         components: principal components that the vectors are reduced to first, or ``None``. In
             hundreds of dimensions distances differ too little for densities to be distinguished.
             Where vectors count by their direction, that of the components does too.
-        selection: ``"eom"`` prefers few large clusters, ``"leaf"`` many small ones.
     """
 
     name: ClassVar[str] = "hdbscan"
@@ -109,13 +105,11 @@ class HDBSCAN:
     min_cluster_size: int = 10
     min_samples: int = 2
     components: int | None = 15
-    selection: Literal["eom", "leaf"] = "eom"
 
     def __post_init__(self) -> None:
         _at_least(self, "min_cluster_size", 2)
         _at_least(self, "min_samples", 1)
         _at_least(self, "components", 1)
-        _one_of(self, "selection", ("eom", "leaf"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,29 +142,19 @@ class Agglomerative:
     """Agglomerative clustering up to a distance. Memory grows with the square of the rows.
 
     Attributes:
-        distance_threshold: distance above which clusters are not joined, in the run's metric.
-        linkage: ``"average"``, ``"complete"`` or ``"single"`` distance of two clusters' rows.
+        distance_threshold: mean distance of their rows above which clusters are not joined, in the
+            run's metric.
     """
 
     name: ClassVar[str] = "agglomerative"
 
     distance_threshold: float = 0.6
-    linkage: Linkage = "average"
 
     def __post_init__(self) -> None:
         _at_least(self, "distance_threshold", 0)
-        _one_of(self, "linkage", get_args(Linkage))
 
 
 Algorithm = KMeans | HDBSCAN | Communities | Agglomerative
-
-
-def _one_of(algorithm: Any, name: str, allowed: Sequence[str]) -> None:
-    value = getattr(algorithm, name)
-    if value not in allowed:
-        raise DeclarationError(
-            f"{type(algorithm).__name__}: {name} is {value!r}; use one of {', '.join(allowed)}."
-        )
 
 
 def _at_least(algorithm: Any, name: str, least: float) -> None:
@@ -201,7 +185,7 @@ def fit_in_memory(
         options |= {name: getattr(algorithm, name) for name in ("n_init", "max_iter", "tol")}
         if isinstance(algorithm.n_clusters, int):
             return fit_kmeans(vectors, algorithm.n_clusters, **options)
-        return choose_number(vectors, algorithm.n_clusters, algorithm.criterion, **options)
+        return choose_number(vectors, algorithm.n_clusters, **options)
     if isinstance(algorithm, HDBSCAN):
         labels = _hdbscan(vectors, algorithm, seed, spherical)
     elif isinstance(algorithm, Communities):
@@ -225,7 +209,6 @@ def _hdbscan(vectors: Vectors, algorithm: HDBSCAN, seed: int, spherical: bool) -
     model = cluster.HDBSCAN(
         min_cluster_size=algorithm.min_cluster_size,
         min_samples=algorithm.min_samples,
-        cluster_selection_method=algorithm.selection,
         copy=False,
     ).fit(reduced)
     labels = np.where(model.labels_ < 0, -1, model.labels_).astype(np.int32)
@@ -301,7 +284,7 @@ def _agglomerative(
     model = cluster.AgglomerativeClustering(
         n_clusters=None,
         distance_threshold=algorithm.distance_threshold,
-        linkage=algorithm.linkage,
+        linkage="average",
         metric="cosine" if spherical else "euclidean",
     ).fit(vectors)
     return np.asarray(model.labels_, dtype=np.int32)

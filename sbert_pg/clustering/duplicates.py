@@ -8,7 +8,7 @@ of keys.
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -36,7 +36,6 @@ from sbert_pg.types.indexed import index_on
 
 Key = Any
 DuplicateMethod = Literal["exact", "index"]
-Grouping = Literal["chained", "centred"]
 
 #: Elements of one block's matrix of similarities.
 _BLOCK_ELEMENTS = 1 << 23
@@ -73,7 +72,7 @@ class Duplicate:
     Attributes:
         similarity: cosine similarity.
         group_number: number of the group that both rows belong to, numbered from the largest;
-            ``None`` where they are in different ones, which ``"chained"`` groups never are.
+            ``None`` where they are in different ones.
         a: the one row.
         b: the other row.
     """
@@ -200,7 +199,6 @@ def find_duplicates(
     where: Criteria | None = None,
     method: DuplicateMethod = "exact",
     neighbours: int = NEIGHBOURS,
-    grouping: Grouping = "centred",
 ) -> DuplicateReport:
     """Find near-duplicates and store them in place of those that were stored before.
 
@@ -228,7 +226,7 @@ def find_duplicates(
         recall = index_recall(
             connection, duplicates.column, threshold=threshold, where=where, neighbours=neighbours
         )
-    groups = groups_of(pairs, grouping)
+    groups = groups_of(pairs)
     number = {key: number for number, group in enumerate(groups, 1) for key in group}
     connection.execute(sa.delete(duplicates.table))
     stored = _store(connection, duplicates.table, rows, pairs, number) if pairs else 0
@@ -260,54 +258,26 @@ def _store(
     )
 
 
-def groups_of(pairs: Iterable[Pair], grouping: Grouping = "centred") -> list[list[Key]]:
+def groups_of(pairs: Iterable[Pair]) -> list[list[Key]]:
     """Groups of rows that are nearly the same, as sorted lists of keys, largest group first.
 
-    Args:
-        grouping: ``"centred"`` forms a group of a row and those that it makes a pair with, so that
-            each is above the threshold to it, beginning with the row that has the most; a row goes
-            to the first that has it, and one whose partners are all taken is in no group.
-            ``"chained"`` puts rows together that hang together by pairs, however unlike the ends of
-            a chain are.
+    A group is a row and those that it makes a pair with, so that each is above the threshold to it,
+    beginning with the row that has the most; a row goes to the first that has it, and one whose
+    partners are all taken is in no group.
     """
-    partners: dict[Hashable, list[Hashable]] = {}
+    partners: dict[Any, list[Any]] = {}
     for pair in pairs:
         partners.setdefault(pair.a, []).append(pair.b)
         partners.setdefault(pair.b, []).append(pair.a)
-    if grouping == "chained":
-        groups = _chains(partners)
-    elif grouping == "centred":
-        groups = _stars(partners)
-    else:
-        raise DeclarationError(f"The grouping is {grouping!r}; use 'chained' or 'centred'.")
-    ordered: list[list[Key]] = [sorted(group) for group in groups]
-    return sorted(ordered, key=lambda group: (-len(group), group[0]))
-
-
-def _chains(partners: dict[Any, list[Any]]) -> Iterator[list[Any]]:
-    seen = set()
-    for start in partners:
-        if start in seen:
-            continue
-        seen.add(start)
-        group = [start]
-        for key in group:
-            fresh = [partner for partner in partners[key] if partner not in seen]
-            # A row can be among them twice where a pair was given twice.
-            seen.update(fresh)
-            group += dict.fromkeys(fresh)
-        yield group
-
-
-def _stars(partners: dict[Any, list[Any]]) -> Iterator[list[Any]]:
-    taken = set()
+    groups, taken = [], set()
     for centre in sorted(partners, key=lambda key: (-len(partners[key]), key)):
         if centre in taken:
             continue
         free = [partner for partner in dict.fromkeys(partners[centre]) if partner not in taken]
         if free:
             taken.update([centre, *free])
-            yield [centre, *free]
+            groups.append(sorted([centre, *free]))
+    return sorted(groups, key=lambda group: (-len(group), group[0]))
 
 
 def index_recall(

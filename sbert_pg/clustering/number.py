@@ -10,11 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sbert_pg.clustering.kmeans import Fit, fit_kmeans, need
+from sbert_pg.clustering.kmeans import Fit, fit_kmeans
 from sbert_pg.progress import Advance
 from sbert_pg.spec import Vectors
-
-Criterion = Literal["bic", "silhouette", "calinski_harabasz"]
 
 #: Rows that the number is chosen by. More of them bear out ever finer clusters, too many to read.
 CHOICE_ROWS = 5_000
@@ -31,7 +29,6 @@ _ROUNDING = 1e-6
 def choose_number(
     vectors: Vectors,
     numbers: Sequence[int] | Literal["auto"],
-    criterion: Criterion,
     *,
     seed: int,
     spherical: bool,
@@ -48,7 +45,7 @@ def choose_number(
         chosen = np.random.default_rng(seed).choice(len(vectors), CHOICE_ROWS, replace=False)
         sample = vectors[np.sort(chosen)]
     options |= {"seed": seed, "spherical": spherical}
-    choice = _Choice(sample, criterion, options, progress)
+    choice = _Choice(sample, options, progress)
     if numbers == "auto":
         choice.climb()
         choice.refine()
@@ -68,12 +65,10 @@ class _Choice:
     def __init__(
         self,
         vectors: Vectors,
-        criterion: Criterion,
         options: dict[str, Any],
         progress: Advance | None,
     ) -> None:
-        self._vectors, self._criterion = vectors, criterion
-        self._options, self._progress = options, progress
+        self._vectors, self._options, self._progress = vectors, options, progress
         self._whole = fit_kmeans(vectors, 1, **options)
         self.curve: dict[int, dict[str, Any]] = {}
         self.number = 0
@@ -82,7 +77,7 @@ class _Choice:
     def attempt(self, number: int, total: int | None = None) -> bool:
         """Try a number of clusters; whether it is the best so far."""
         fit = fit_kmeans(self._vectors, number, **self._options)
-        score = self._score(fit)
+        score = _gain(fit, self._whole, self._options["spherical"])
         is_best = not self.curve or score > self.curve[self.number]["score"]
         if is_best:
             self.number, self.best = number, fit
@@ -110,17 +105,6 @@ class _Choice:
                 return
             for number in middles:
                 self.attempt(number)
-
-    def _score(self, fit: Fit) -> float:
-        if self._criterion == "bic":
-            return _gain(fit, self._whole, self._options["spherical"])
-        if not 1 < len(fit.centroids) < len(self._vectors):
-            return -1.0 if self._criterion == "silhouette" else 0.0
-        metrics = need("sklearn.metrics", "choose the number of clusters")
-        if self._criterion == "calinski_harabasz":
-            return float(metrics.calinski_harabasz_score(self._vectors, fit.labels))
-        metric = "cosine" if self._options["spherical"] else "euclidean"
-        return float(metrics.silhouette_score(self._vectors, fit.labels, metric=metric))
 
 
 def _gain(fit: Fit, whole: Fit, spherical: bool) -> float:

@@ -256,12 +256,12 @@ def _warnings_about_number(
         fewer = isinstance(algorithm.n_clusters, int) and n_clusters < algorithm.n_clusters
         return [f"there are no more than {n_clusters} different rows"] if fewer else []
     warnings = []
-    if algorithm.criterion == "bic" and results["score"] <= 0:
+    if results["score"] <= 0:
         warnings.append(f"one cluster describes the rows as well as {n_clusters} do")
     elif curve[-1]["score"] == results["score"] and len(curve) > 1:
         most = curve[-1]["n_clusters"]
         warnings.append(
-            f"{most} clusters, the most that were tried, have the best {algorithm.criterion}: "
+            f"{most} clusters, the most that were tried, describe the rows best: "
             "give larger numbers as n_clusters"
         )
     if len(curve) == 1 and algorithm.n_clusters == "auto":

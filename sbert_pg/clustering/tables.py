@@ -52,7 +52,7 @@ class ClusterRun:
         inertia: sum of squared euclidean distances to the centroids; of unit vectors under cosine.
         pending: rows among them whose vector was not that of their text at the time.
         warnings: what speaks against the result, in sentences; mostly nothing.
-        score: value of the criterion by which the number of clusters was chosen, if it was.
+        score: by what the number of clusters was chosen, if it was; see ``KMeans``.
         curve: what was tried for that: a list of ``{"n_clusters", "score", "inertia"}``.
         mean_distance: mean distance of the clustered rows to their centroids.
         far_distance: distance that 1 in 100 of them exceeded.

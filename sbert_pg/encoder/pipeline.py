@@ -1,9 +1,9 @@
 """Tokenizer, session and counts of a converted directory; and which engine runs it fastest.
 
-An engine is measured where a conversion is made and by ``sbert-pg encoder measure``, never while an
-application loads an encoder. What was measured is in ``engines.json`` beside the model, by kind of
-processor, so that a directory may be copied to other machines; nothing of the encoder itself
-depends on it. A processor that is not in it uses the usual engine of the form.
+An engine is measured where a conversion is made and by ``sbert-pg encoder show --speed``, never
+while an application loads an encoder. What was measured is in ``engines.json`` beside the model, by
+kind of processor, so that a directory may be copied to other machines; nothing of the encoder
+itself depends on it. A processor that is not in it uses the usual engine of the form.
 """
 
 from __future__ import annotations

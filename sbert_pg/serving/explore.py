@@ -1,4 +1,4 @@
-"""``sbert-pg explore``: pages on a database, for the people who build on it.
+"""``sbert-pg serve --explore``: pages on a database, for the people who build on it.
 
 Search, topics, map, a running change of encoder, and health. Nothing here owns a fact:
 rows come from the tables that are shown, everything else from its owner. The pages work without

@@ -27,7 +27,7 @@ print("result")
 """
 #: Commands that answer at once, or that speak for themselves as long as they run.
 QUICK = {
-    "migrate", "status", "doctor", "worker", "failed", "serve", "explore", "show",
+    "migrate", "status", "doctor", "worker", "failed", "serve", "show",
     "finish", "abort", "passages", "demo", "serve_postgres",
 }  # fmt: skip
 

@@ -157,15 +157,6 @@ def test_the_commands(engine: sa.Engine, tmp_path: Path, fake_encoder: Any) -> N
     assert again.returncode == 0, again.stderr
     (only,) = json.loads(command(engine, "cluster", "show", "note", "--runs", "--json").stdout)
     assert only["id"] == json.loads(again.stdout)["run"]["id"]
-    pairs = json.loads(
-        command(engine, "duplicates", "note", "--threshold", "0.999", "--json").stdout
-    )
-    # Texts come in twos that are equal.
-    assert len(pairs) == 30
-    table_of_pairs = command(engine, "duplicates", "note", "--threshold", "0.999", "-n", "3")
-    assert "30 pairs" in table_of_pairs.stderr
-    chained = command(engine, "duplicates", "note", "--threshold", "-1", "--groups", "chained")
-    assert "60" in chained.stdout, "every two rows are a pair"
     wrong = command(engine, "cluster", "run", "note", "--clusters", "many")
     assert wrong.returncode == 1
     assert "10,20,40" in wrong.stderr

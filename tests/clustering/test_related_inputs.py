@@ -254,7 +254,6 @@ def test_keys_of_other_types_come_back_as_the_application_knows_them(
 
 def test_groups_that_do_not_chain() -> None:
     chain = [cl.Pair(0.9, n, n + 1) for n in range(6)]
-    assert cl.groups_of(chain, "chained") == [[0, 1, 2, 3, 4, 5, 6]]
     centred = cl.groups_of(chain)
     pairs = {(pair.a, pair.b) for pair in chain}
     for group in centred:
@@ -270,8 +269,6 @@ def test_stored_groups_that_do_not_chain(engine: sa.Engine, app: Any) -> None:
     app.fill(engine, vectors)
     with engine.begin() as connection:
         arguments: dict[str, Any] = {"threshold": 0.93}
-        chained = cl.find_duplicates(connection, app.duplicates, grouping="chained", **arguments)
-        assert (chained.pairs, chained.groups, chained.rows) == (6, 1, 7)
         centred = cl.find_duplicates(connection, app.duplicates, **arguments)
         assert (centred.pairs, centred.groups, centred.rows) == (6, 3, 7)
         numbers = sa.select(sa.func.count()).where(app.duplicates.table.c.group_number.is_(None))

@@ -203,7 +203,7 @@ class TestChoice:
             Encoder.open(converted, engine=OPENVINO)
 
     def test_the_command(self, converted: Path) -> None:
-        result = sbert_pg("encoder", "measure", str(converted), "--json")
+        result = sbert_pg("encoder", "show", "--speed", str(converted), "--json")
         assert result.returncode == 0, result.stderr
         measured = json.loads(result.stdout)
         assert measured["tokens_per_cpu_second"].keys() == {ONNXRUNTIME, OPENVINO}

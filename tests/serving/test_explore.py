@@ -1,4 +1,4 @@
-"""``sbert-pg explore`` in a real browser: what is seen, and that no row is ever read as markup."""
+"""``sbert-pg serve --explore`` in a real browser: what is seen, and no row is read as markup."""
 
 from __future__ import annotations
 

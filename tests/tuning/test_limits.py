@@ -106,7 +106,7 @@ def test_ones_own_texts(minilm: Any, database_url: sa.URL, tmp_path: Path) -> No
         limits_of(minilm, [" "])
     file = tmp_path / "texts.txt"
     file.write_text("\n".join(texts), encoding="utf-8")
-    measure = ("encoder", "measure", minilm.spec.name, "--limits", "--texts")
+    measure = ("encoder", "show", minilm.spec.name, "--limits", "--texts")
     shown = sbert_pg(*measure, str(file), "--json")
     assert shown.returncode == 0, shown.stderr
     assert json.loads(shown.stdout)["own"]["texts"] == 17
