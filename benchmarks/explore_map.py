@@ -1,4 +1,4 @@
-"""How long the map of ``sbert-pg serve --explore`` takes to appear in headless Chromium, part by part.
+"""How long the map of ``serve --explore`` takes to appear in headless Chromium, part by part.
 
     python benchmarks/explore_map.py [--rows 100000] [--times 3] [--url postgresql://...]
 

@@ -1,7 +1,8 @@
 """How the operations are carried out, and written for ``--sql``.
 
 What is refused is refused before the migration's transaction is committed: then all that the
-migration did is taken back, and it can be run again as a whole.
+migration did is taken back, and it can be run again as a whole. Other databases, such as SQLite,
+where models are tested, get and lose the columns alone. Long, since it has a part for each.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import sqlalchemy as sa
 from alembic.operations import Operations
@@ -20,7 +22,6 @@ from alembic.util import CommandError
 
 from sbert_pg import catalog, reembed, system
 from sbert_pg.alembic import ops, statements
-from sbert_pg.alembic.elsewhere import carry_out_elsewhere
 from sbert_pg.alembic.statements import (
     AlterColumn,
     Online,
@@ -32,7 +33,7 @@ from sbert_pg.alembic.statements import (
     write_text,
 )
 from sbert_pg.catalog import Binding, guard
-from sbert_pg.catalog.embedding import Embedding
+from sbert_pg.catalog.embedding import Embedding, companion_column
 from sbert_pg.errors import (
     BackfillIncompleteError,
     EncoderMismatchError,
@@ -389,3 +390,50 @@ def _forget(operations: Operations) -> None:
     """Have this process look at the bindings afresh."""
     if not operations.migration_context.as_sql:
         guard.forget(operations.get_bind().dialect)
+
+
+def carry_out_elsewhere(operation: ops.SbertOperation, operations: Operations) -> None:
+    """Carry an operation out as far as it is about columns, and pass over the rest."""
+    dialect = operations.migration_context.dialect.name
+    log.warning("op.%s: on %s columns come and go, and no more.", operation.name, dialect)
+    if not isinstance(operation, ops.ColumnOperation):
+        return
+    table, schema = operation.table_name, operation.schema
+    for name, change in _columns_elsewhere(operation).items():
+        if isinstance(change, sa.Column):
+            if not _is_there(name, operation, operations):
+                operations.add_column(table, change, schema=schema)
+        elif _is_there(name, operation, operations):
+            if change is None:
+                operations.drop_column(table, name, schema=schema)
+            else:
+                operations.alter_column(table, name, new_column_name=change, schema=schema)
+
+
+def _is_there(name: str, operation: ops.ColumnOperation, operations: Operations) -> bool:
+    """Whether the table has a column of a name."""
+    if operations.migration_context.as_sql:
+        # A script cannot look: a table that it creates has the columns that it binds.
+        return not isinstance(operation, ops.AddEmbeddingColumnOp)
+    inspector = sa.inspect(operations.get_bind())
+    columns = inspector.get_columns(operation.table_name, schema=operation.schema)
+    return name in {column["name"] for column in columns}
+
+
+def _columns_elsewhere(operation: ops.ColumnOperation) -> dict[str, Any]:
+    """By name a column that a table gets, ``None`` for one that it loses, or another's new name."""
+    name = operation.column_name
+    companion = companion_name(name)
+    if isinstance(operation, ops.DeclaringOperation):
+        columns: dict[str, Any] = {companion: companion_column(name)}
+        if isinstance(operation, ops.AddEmbeddingColumnOp):
+            declared = operation.declared
+            columns[name] = sa.Column(name, plain_type(declared.storage, declared.dimensions))
+        return columns
+    if isinstance(operation, ops.DropEmbeddingColumnOp):
+        return dict.fromkeys((companion, name))
+    if isinstance(operation, ops.UnbindEmbeddingColumnOp):
+        return {companion: None}
+    if isinstance(operation, ops.RenameBoundColumnOp):
+        return {name: operation.new_name, companion: companion_name(operation.new_name)}
+    return {}

@@ -18,7 +18,7 @@ from sbert_pg.errors import BindingError, NotBoundError
 from sbert_pg.freshness import claims
 from sbert_pg.freshness.claims import Claimed
 from sbert_pg.freshness.cutting import Cutter
-from sbert_pg.freshness.encoding import held_encoder
+from sbert_pg.freshness.encoding import CachedEncoder, held_encoder
 from sbert_pg.freshness.queue import (
     CHANGED,
     Candidate,
@@ -30,7 +30,6 @@ from sbert_pg.freshness.queue import (
 )
 from sbert_pg.freshness.rows import Rows, rows_of
 from sbert_pg.freshness.settings import LOGGER, Database, Tally, WorkerSettings, say
-from sbert_pg.freshness.vector_cache import CachedEncoder
 from sbert_pg.spec import TextEncoder
 from sbert_pg.sqlstates import Fault, fault_of, words_of
 

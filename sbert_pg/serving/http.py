@@ -3,7 +3,7 @@
 What is answered is given as handlers; everything
 that has to hold for all of them is here:
 
-- **connections and time** are bounded by ``listening``.
+- **connections and time** are bounded by ``server.listening``.
 - **bytes** are bounded for a head, for a body, and for all bodies that are held at once.
 - **who may ask**: whoever has the token; without one, this machine alone, and no web page in a
   browser on it (names that lead to the loopback address are refused, as are bodies of forms).
@@ -36,7 +36,6 @@ from sbert_pg.errors import (
     VectorError,
     needing,
 )
-from sbert_pg.serving.listening import Limits
 from sbert_pg.sqlstates import Fault, fault_of, words_of
 
 with needing("starlette", "serve", "serve over HTTP"):
@@ -59,6 +58,37 @@ _Answer = Callable[["Request"], Awaitable["Response"]]
 Observer = Callable[[str, int, float], None]
 
 JSON = "application/json"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one server takes at most; seconds and bytes.
+
+    Attributes:
+        connections: open connections.
+        head: seconds for the head of a request, from the connection or its first byte on.
+        body: seconds for its body.
+        request: seconds from its head to the last byte of the answer.
+        idle: seconds that a connection is kept between two requests; more than the 60 that load
+            balancers usually keep theirs.
+        head_bytes: bytes of a head.
+        body_bytes: bytes of a body.
+        refused_bytes: bytes of a larger one that are read and forgotten before it is refused, so
+            that its client reads why; beyond that its connection is closed while it sends.
+        held_bytes: bytes of all bodies that are being read or answered.
+        stopping: seconds that requests under way have when the server is stopped.
+    """
+
+    connections: int = 512
+    head: float = 10.0
+    body: float = 30.0
+    request: float = 120.0
+    idle: float = 75.0
+    head_bytes: int = 16_384
+    body_bytes: int = 8_388_608
+    refused_bytes: int = 67_108_864
+    held_bytes: int = 67_108_864
+    stopping: float = 30.0
 
 
 class RefusedError(SbertPgError):

@@ -53,7 +53,7 @@ def clustered(vectors: np.ndarray, algorithm: Any) -> Any:
 
 
 def test_the_best_number_is_none_of_the_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sbert_pg.clustering.number.CHOICE_ROWS", 600)
+    monkeypatch.setattr("sbert_pg.clustering.algorithms.CHOICE_ROWS", 600)
     fit = clustered(topics(1_800, 12, 0.1), KMeans())
     numbers = [point["n_clusters"] for point in fit.curve]
     assert numbers == sorted(set(numbers))

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from sbert_pg.catalog import tables
 from sbert_pg.errors import DeclarationError, EncodingError
-from sbert_pg.freshness.vector_cache import CachedEncoder
+from sbert_pg.freshness.encoding import CachedEncoder
 from sbert_pg.spec import TextEncoder
 from sbert_pg.testing import DeterministicEncoder
 

@@ -17,9 +17,8 @@ import pytest
 
 from sbert_pg.errors import DeclarationError
 from sbert_pg.freshness import worker_thread
-from sbert_pg.serving.http import JSON, Service, application
-from sbert_pg.serving.listening import Limits, listening
-from sbert_pg.serving.server import serving_http
+from sbert_pg.serving.http import JSON, Limits, Service, application
+from sbert_pg.serving.server import listening, serving_http
 
 from .conftest import wait_for
 

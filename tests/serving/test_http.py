@@ -18,7 +18,7 @@ import pytest
 from command_line import process, sbert_pg
 
 from sbert_pg.errors import DeclarationError
-from sbert_pg.serving.listening import Limits
+from sbert_pg.serving.http import Limits
 from sbert_pg.serving.server import serving
 from sbert_pg.testing import DeterministicEncoder
 
