@@ -72,6 +72,8 @@ class SbertOperation(MigrateOperation):
     """What the operations of this library share."""
 
     name: ClassVar[str] = "nothing"
+    #: Fields that tell its difference from others of its kind, beside the place.
+    telling: ClassVar[tuple[str, ...]] = ()
     #: Whether it always commits what came before, and works in its own short transactions.
     always_online: ClassVar[bool] = False
 
@@ -85,13 +87,9 @@ class SbertOperation(MigrateOperation):
         """What it is done to."""
         return ()
 
-    def details(self) -> tuple[Any, ...]:
-        """What else tells its difference from others of its kind."""
-        return ()
-
     def to_diff_tuple(self) -> tuple[Any, ...]:
         """The difference that it removes, for ``compare_metadata`` and ``check``."""
-        return (self.name, *self.place, *self.details())
+        return (self.name, *self.place, *(str(getattr(self, name)) for name in self.telling))
 
     def reverse(self) -> MigrateOperation:
         """Nothing, unless a class knows better."""
@@ -136,16 +134,13 @@ class UpgradeSchemaOp(SbertOperation):
         revision: a revision of this library's own history; the newest by default.
     """
 
+    telling = ("revision",)
     revision: str = field(default="head", kw_only=False)
     previous: str | None = field(default=None, metadata=MEMORY)
 
     def reverse(self) -> MigrateOperation:
         """Back to the revision that was there before; ``"base"`` where there was none."""
         return DowngradeSchemaOp(self.previous or "base", following=self.revision)
-
-    def details(self) -> tuple[Any, ...]:
-        """The revision."""
-        return (self.revision,)
 
 
 @operation("downgrade_sbert_schema")
@@ -160,16 +155,13 @@ class DowngradeSchemaOp(SbertOperation):
         revision: a revision of this library's own history, or ``"base"``.
     """
 
+    telling = ("revision",)
     revision: str = field(kw_only=False)
     following: str = field(default="head", metadata=MEMORY)
 
     def reverse(self) -> MigrateOperation:
         """Up again."""
         return UpgradeSchemaOp(self.following, previous=self.revision)
-
-    def details(self) -> tuple[Any, ...]:
-        """The revision."""
-        return (self.revision,)
 
 
 @dataclass(eq=False)
@@ -232,9 +224,9 @@ class DeclaringOperation(ColumnOperation):
             **options,
         )
 
-    def details(self) -> tuple[Any, ...]:
-        """Encoder and source."""
-        return self.declared.encoder.name, str(self.declared.source)
+    def to_diff_tuple(self) -> tuple[Any, ...]:
+        """Place, encoder and source."""
+        return (self.name, *self.place, self.declared.encoder.name, str(self.declared.source))
 
 
 @operation("add_embedding_column")
@@ -377,11 +369,8 @@ class ResumeReembeddingOp(ColumnOperation):
     """
 
     always_online = True
+    telling = ("replaces",)
     replaces: str
-
-    def details(self) -> tuple[Any, ...]:
-        """The old column."""
-        return (self.replaces,)
 
 
 @operation("bind_embedding_column")
@@ -461,16 +450,14 @@ class RebindEmbeddingColumnOp(ColumnOperation):
     """
 
     always_online = True
+    telling = ("encoder_name",)
     encoder: str | EncoderSpec
     dimensions: InitVar[int | None] = None
     similarity: InitVar[Similarity | None] = None
 
     def __post_init__(self, dimensions: int | None, similarity: Similarity | None) -> None:
         self.encoder = EncoderSpec.of(self.encoder, dimensions=dimensions, similarity=similarity)
-
-    def details(self) -> tuple[Any, ...]:
-        """The encoder."""
-        return (EncoderSpec.of(self.encoder).name,)
+        self.encoder_name = self.encoder.name
 
 
 @operation("rename_bound_column")
@@ -486,6 +473,7 @@ class RenameBoundColumnOp(ColumnOperation):
         new_name: its new name.
     """
 
+    telling = ("new_name",)
     new_name: str = field(kw_only=False)
 
     def reverse(self) -> MigrateOperation:
@@ -493,10 +481,6 @@ class RenameBoundColumnOp(ColumnOperation):
         return RenameBoundColumnOp(
             self.table_name, self.new_name, self.column_name, schema=self.schema
         )
-
-    def details(self) -> tuple[Any, ...]:
-        """The new name."""
-        return (self.new_name,)
 
 
 @operation("require_backfill")

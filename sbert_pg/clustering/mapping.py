@@ -94,18 +94,10 @@ class ClusterMap:
         """Write the page."""
         Path(path).write_text(self.html(), encoding="utf-8")
 
-    def save_png(self, path: Path | str, *, size: float = 10.0) -> None:
-        """Draw a picture with the labels of the largest clusters at their middle.
-
-        Args:
-            path: file to write.
-            size: width and height in inches, at 150 dots an inch.
-
-        Raises:
-            MissingExtraError: matplotlib is not installed.
-        """
+    def save_png(self, path: Path | str) -> None:
+        """Draw a picture of 1,500 dots, the largest clusters with their labels at their middle."""
         figures = need("matplotlib.figure", "draw a map", "map")
-        figure = figures.Figure(figsize=(size, size), layout="constrained")
+        figure = figures.Figure(figsize=(10, 10), layout="constrained")
         axes = figure.add_subplot()
         numbers = np.array([-1 if number is None else number for number in self.numbers])
         dot = max(2.0, 20_000 / max(len(numbers), 1) ** 1.05)
@@ -138,7 +130,6 @@ def cluster_map(
     projection: Projection = "auto",
     text: sa.ColumnElement[str] | None = None,
     title: str | None = None,
-    seed: int = 0,
 ) -> ClusterMap:
     """Project the rows of the current run onto a plane.
 
@@ -150,7 +141,6 @@ def cluster_map(
             it is installed, else t-SNE.
         text: the text of a row; the source of an embedding column by default, else its key.
         title: title of the map.
-        seed: seed of the projection.
 
     Raises:
         ClusteringError: there is no current run.
@@ -159,7 +149,7 @@ def cluster_map(
     """
     run = clustering.require_current(connection)
     keys, vectors = _rows_of(connection, clustering, run, rows)
-    points, name = project(vectors, projection, seed)
+    points, name = project(vectors, projection)
     by_key = _places(connection, clustering, run.id, _shown(clustering, run, rows), text)
     c = clustering.Cluster
     clusters = connection.execute(
@@ -183,7 +173,6 @@ def store_map(
     *,
     rows: int = STORED_ROWS,
     projection: Projection = "auto",
-    seed: int = 0,
 ) -> int:
     """Project the rows of the current run onto a plane, and keep their places with the run.
 
@@ -195,7 +184,6 @@ def store_map(
         clustering: what is clustered.
         rows: rows to place at most, a sample by a hash of the keys.
         projection: as in ``cluster_map``.
-        seed: seed of the projection.
 
     Returns:
         Rows that were placed.
@@ -207,8 +195,8 @@ def store_map(
     """
     run = clustering.require_current(connection)
     keys, vectors = _rows_of(connection, clustering, run, rows)
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(keys))[:SAMPLE_ROWS])
-    points, name = project(vectors[chosen], projection, seed)
+    chosen = np.sort(np.random.default_rng(0).permutation(len(keys))[:SAMPLE_ROWS])
+    points, name = project(vectors[chosen], projection)
     places = _between(vectors, vectors[chosen], points)
     places[chosen] = points
     assignment, runs = clustering.assignment_table, clustering.run_table
@@ -273,7 +261,7 @@ def _between(
 
 
 def project(
-    vectors: npt.NDArray[np.float32], projection: Projection, seed: int
+    vectors: npt.NDArray[np.float32], projection: Projection
 ) -> tuple[npt.NDArray[np.float64], str]:
     """Vectors on the unit square, and how they came there."""
     if projection not in ("auto", "tsne", "umap", "pca"):
@@ -290,16 +278,16 @@ def project(
     components = min(2 if projection == "pca" else _COMPONENTS, *vectors.shape)
     reduced = np.zeros((1, 2))
     if len(vectors) > 1:
-        reduced = decomposition.PCA(components, random_state=seed).fit_transform(vectors)
+        reduced = decomposition.PCA(components, random_state=0).fit_transform(vectors)
     if projection == "umap":
         umap = need("umap", "project rows onto a map by UMAP", "map")
-        reduced = umap.UMAP(metric="euclidean", random_state=seed).fit_transform(reduced)
+        reduced = umap.UMAP(metric="euclidean", random_state=0).fit_transform(reduced)
     elif projection == "tsne":
         manifold = need("sklearn.manifold", "project rows onto a map", "map")
         perplexity = min(30.0, (len(vectors) - 1) / 3)
-        reduced = manifold.TSNE(
-            2, init="pca", perplexity=perplexity, random_state=seed
-        ).fit_transform(reduced)
+        reduced = manifold.TSNE(2, init="pca", perplexity=perplexity, random_state=0).fit_transform(
+            reduced
+        )
     plane = np.zeros((len(vectors), 2))
     plane[:, : reduced.shape[1]] = reduced[:, :2]
     low, high = plane.min(axis=0), plane.max(axis=0)

@@ -106,21 +106,20 @@ def compare(
     stored: Sequence[Vectors],
     encoded: Vectors,
     *,
-    min_cosine: float = PRECISION_MIN_COSINE,
     by_length: bool = False,
 ) -> Comparison:
     """Compare stored vectors, of whatever width, with those of the same texts.
 
-    The default cosine allows another precision of the same weights; another pooling, prompt or
-    encoder stays below it. ``by_length`` compares the lengths too, for encoders whose similarity is
-    not the cosine.
+    ``PRECISION_MIN_COSINE`` allows another precision of the same weights; another pooling, prompt
+    or encoder stays below it. ``by_length`` compares the lengths too, for encoders whose similarity
+    is not the cosine.
     """
     cosines, ratios = np.zeros(len(keys)), np.full(len(keys), np.inf)
     same = [i for i, vector in enumerate(stored) if vector.shape == encoded.shape[1:]]
     if same:
         rows = np.stack([stored[i] for i in same])
         cosines[same], ratios[same] = agreement_by_row(rows, encoded[same])
-    agrees = cosines >= min_cosine
+    agrees = cosines >= PRECISION_MIN_COSINE
     if by_length:
         agrees &= ratios <= MAX_LENGTH_RATIO
     return Comparison(tuple(keys), cosines, agrees)
@@ -232,13 +231,14 @@ def audit(
     *,
     sample: int | None = 1_000,
     requeue: bool = False,
-    min_cosine: float = PRECISION_MIN_COSINE,
     batch: int = 512,
     progress: Callable[[Audit], None] | None = None,
 ) -> Audit:
     """Encode texts again and compare with the stored vectors.
 
-    Reads in short transactions, holds none while encoding, and changes nothing unless asked to.
+    Reads in short transactions, holds none while encoding, and changes nothing unless asked to. A
+    cosine of .97 is enough, as another precision of the same weights has it; a text with one word
+    changed usually stays below it, one with a comma changed may not.
 
     Args:
         engine: an engine; its role sees every row.
@@ -247,9 +247,6 @@ def audit(
         sample: rows to look at, chosen by chance; ``None`` for all, which takes as long as a
             backfill.
         requeue: make what is wrong pending, for a worker to mend.
-        min_cosine: least cosine with the right vector. The default, .97, allows another precision
-            of the same weights; a text with one word changed usually stays below it, one with a
-            comma changed may not. With the precision that made the vectors, use .999.
         batch: rows encoded at once.
         progress: called after each batch with the result so far.
 
@@ -263,7 +260,7 @@ def audit(
     result = Audit(str(binding), whole=sample is None)
     before = cut_so_far(encoder)
     for page in _pages(engine, rows, sample, batch):
-        findings = _compare(page, rows, encoder, min_cosine, result)
+        findings = _compare(page, rows, encoder, result)
         if requeue and findings:
             labels = [label for label, _ in findings]
             with engine.begin() as connection:
@@ -347,7 +344,7 @@ def _texts_of(
 
 
 def _compare(
-    page: Sequence[sa.Row[Any]], rows: Rows, encoder: TextEncoder, min_cosine: float, result: Audit
+    page: Sequence[sa.Row[Any]], rows: Rows, encoder: TextEncoder, result: Audit
 ) -> list[tuple[str, Finding]]:
     """Compare one page; returns and counts what is wrong, by label."""
     binding = rows.binding
@@ -363,7 +360,7 @@ def _compare(
         else:
             good.append(position)
     stored = [wire.from_wire(texts[i][2], binding.storage) for i in good]  # type: ignore[arg-type]
-    compared = compare([texts[i][0] for i in good], stored, encoded[good], min_cosine=min_cosine)
+    compared = compare([texts[i][0] for i in good], stored, encoded[good])
     for label, cosine, agrees in zip(
         compared.keys, compared.cosines.tolist(), compared.agrees, strict=True
     ):

@@ -170,14 +170,11 @@ class Worker:
         }
         return Health(alive, alive and not blocked and trouble is None, details)
 
-    def run(
-        self, *, until_empty: bool = False, timeout: float | None = None, await_others: bool = False
-    ) -> Tally:
+    def run(self, *, until_empty: bool = False, await_others: bool = False) -> Tally:
         """Work until ``stop`` is called.
 
         Args:
             until_empty: return as well when nothing is left that can be claimed now.
-            timeout: with ``until_empty``, seconds after which no more is claimed.
             await_others: with ``until_empty``, wait for rows that other workers have in hand, in
                 case they come to an end.
 
@@ -186,7 +183,6 @@ class Worker:
             CatalogError: the catalog is missing, or of another version, at the start.
             sqlalchemy.exc.DBAPIError: with ``until_empty``, the database cannot be reached.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
         self._running = True
         try:
             self._begin(patient=not until_empty)
@@ -206,7 +202,7 @@ class Worker:
                     Flow(self._encode, self._store.store, encoders=self.settings.encoders)
                 )
                 if until_empty:
-                    self._drain(self._flow, deadline, await_others)
+                    self._drain(self._flow, await_others)
                 else:
                     self._loop(self._flow)
             for companion in self.companions if until_empty else ():
@@ -248,14 +244,12 @@ class Worker:
             if not took:
                 self._wait()
 
-    def _drain(self, flow: _Flow, deadline: float | None, await_others: bool) -> None:
-        """Turn until nothing is left, or it is time."""
+    def _drain(self, flow: _Flow, await_others: bool) -> None:
+        """Turn until nothing is left."""
         pause = Pause()
         done = False
         while not done and not self._stop.is_set():
             self._beat = time.monotonic()
-            if deadline is not None and self._beat > deadline:
-                return
             try:
                 done = self._turn_to_empty(flow, await_others)
                 pause.reset()
@@ -457,7 +451,6 @@ def refresh(
     engine: sa.Engine,
     settings: WorkerSettings | None = None,
     *,
-    timeout: float | None = None,
     companions: Sequence[Companion] = (),
 ) -> Refreshed:
     """Embed what is pending now, and return.
@@ -465,7 +458,6 @@ def refresh(
     Args:
         engine: an engine with the driver psycopg 3.
         settings: see ``WorkerSettings``.
-        timeout: seconds after which no more rows are claimed.
         companions: what is brought up to date at the end, such as clusters.
 
     Raises:
@@ -474,7 +466,7 @@ def refresh(
         CatalogError: the catalog is missing or of another version.
     """
     worker = Worker(engine, settings, companions)
-    tally = worker.run(until_empty=True, timeout=timeout)
+    tally = worker.run(until_empty=True)
     left = worker._columns.left(Database(engine))
     embedded, errors, failed = map(tally.total, ("embedded", "errors", "failed"))
     return Refreshed(embedded, errors, failed, left, worker.blocked())

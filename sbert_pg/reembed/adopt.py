@@ -119,9 +119,7 @@ class Adoption:
 class _Column:
     """The column that is to be adopted, and a sample of it."""
 
-    def __init__(
-        self, connection: sa.Connection, identity: ColumnIdentity, size: int, seed: int
-    ) -> None:
+    def __init__(self, connection: sa.Connection, identity: ColumnIdentity, size: int) -> None:
         self.table = reflect(connection, identity.schema, identity.table)
         column = self.table.c.get(identity.column)
         if column is None or not isinstance(column.type, VectorType):
@@ -142,7 +140,6 @@ class _Column:
             [rows.label(key_columns), column, *key_columns, *self.readable],
             where=[column.is_not(None)],
             size=size,
-            seed=seed,
         )
         self.labels = [row[0] for row in drawn]
         self.vectors: list[Vectors] = [row[1] for row in drawn]
@@ -198,7 +195,6 @@ def examine(
     *,
     sample: int = SAMPLE,
     min_share: float = MIN_SHARE,
-    seed: int = 0,
 ) -> Proof:
     """Find out which of some encoders and sources made a column's vectors; changes nothing.
 
@@ -212,14 +208,13 @@ def examine(
         sample: rows to encode again.
         min_share: least share of them that has to agree: cosine at least .97, which int8 keeps to
             and another pooling, prompt or model does not.
-        seed: another seed samples other rows.
 
     Raises:
         NotProvenError: it is not a vector column, or its rows have no key.
         SourceError: a source names a column that is not there.
     """
     with engine.connect() as connection:
-        sampled = _Column(connection, column, sample, seed)
+        sampled = _Column(connection, column, sample)
     return _examine(sampled, encoders, sources, min_share)
 
 
@@ -316,7 +311,6 @@ def adopt(
     *,
     sample: int = SAMPLE,
     min_share: float = MIN_SHARE,
-    seed: int = 0,
     lock_timeout: float = LOCK_TIMEOUT,
     attempts: int = ATTEMPTS,
     progress: Callable[[int], None] | None = None,
@@ -346,7 +340,7 @@ def adopt(
     with engine.connect() as connection:
         bound = catalog.binding_of(connection, column)
         if bound is None:
-            sampled = _Column(connection, column, sample, seed)
+            sampled = _Column(connection, column, sample)
     if bound is not None:
         # An adoption that was killed has left it without its queue; workers do the rest.
         build_queue(engine, bound)

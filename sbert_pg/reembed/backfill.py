@@ -201,9 +201,7 @@ class Rebinding:
         return f"{self.column} accepts {self.encoder}: {self.probes.reason}; {self.rows}"
 
 
-def rebind(
-    engine: sa.Engine, column: ColumnIdentity, encoder: TextEncoder, *, sample: int = SAMPLE
-) -> Rebinding:
+def rebind(engine: sa.Engine, column: ColumnIdentity, encoder: TextEncoder) -> Rebinding:
     """Accept a further encoder for a column if it shares the column's space: int8 beside fp32.
 
     The document sides decide: two encoders whose document sides agree share a column's vectors,
@@ -215,7 +213,6 @@ def rebind(
     Args:
         column: the column; it has an encoder already.
         encoder: the further encoder.
-        sample: rows to encode again.
 
     Raises:
         NotBoundError: the column is not bound.
@@ -224,7 +221,7 @@ def rebind(
     """
     with engine.begin() as connection:
         binding = catalog.require_binding(connection, column)
-        rows = compare_rows(connection, binding, encoder, size=sample)
+        rows = compare_rows(connection, binding, encoder, size=SAMPLE)
         verdict = catalog.rebind(connection, binding, encoder, stored=rows.figures())
         # A stale row or two may disagree; a different space disagrees throughout. Raised within the
         # transaction, so that nothing of the verdict stays.

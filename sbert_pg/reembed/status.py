@@ -180,15 +180,8 @@ class Status:
         yield f"  next       {self.next_step}"
 
 
-def status(
-    engine: sa.Engine, column: ColumnIdentity, *, quiet: dt.timedelta = QUIET, watch: float = 0.0
-) -> Status:
-    """Where a change stands, and what to do next.
-
-    Args:
-        column: the new column, or the old one.
-        quiet: how far back the use of the old column counts.
-        watch: seconds to watch it now; at least ten before PostgreSQL 16.
+def status(engine: sa.Engine, column: ColumnIdentity) -> Status:
+    """Where a change stands, named by its new or its old column, and what to do next.
 
     Raises:
         NotBoundError: the column is not bound.
@@ -196,7 +189,7 @@ def status(
     """
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         new, old = change_of(connection, column)
-        use = use_of(connection, old, quiet, watch)
+        use = use_of(connection, old)
         return status_of(connection, new, old, in_use=use, unseen=tuple(_unseen(connection)))
 
 
