@@ -360,7 +360,6 @@ class Comparison:
         self.required.add(place)
 
     def _superfluous(self, key: Key, found: dict[str, StoredIndex]) -> None:
-        """Indexes that the models do not have any more."""
         for definition in found.values():
             reflected = sa.Index(definition.name)
             if not self.context.run_object_filters(reflected, definition.name, "index", True, None):

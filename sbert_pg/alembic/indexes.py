@@ -273,7 +273,6 @@ def _is_small_and_enclosed(operations: Operations, relation: str) -> bool:
 
 @carry_out.register
 def _drop_vector_index(operation: DropVectorIndexOp, operations: Operations) -> None:
-    """Drop an index, if it is there."""
     name = str(operation.index_name)
     if not operation.concurrently or is_enclosed(operations):
         with within(operations, operation.relation) as runner:

@@ -81,7 +81,6 @@ def refusing() -> Iterator[None]:
 
 
 def _as_command_error(error: SbertPgError) -> SbertPgError:
-    """The same error, and a ``CommandError``."""
     kind = type(error)
     both = type(kind.__name__, (kind, CommandError), {"__module__": kind.__module__})
     twin: SbertPgError = both.__new__(both, *error.args)
@@ -360,7 +359,6 @@ def _require_backfill(operation: ops.RequireBackfillOp, operations: Operations) 
 
 @carry_out.register
 def _backfill_embeddings(operation: ops.BackfillEmbeddingsOp, operations: Operations) -> None:
-    """Fill the column in place."""
     if operations.migration_context.as_sql:
         write_text(operations, f"-- Run: sbert-pg backfill {identity_of(operation)}")
         return
@@ -411,7 +409,6 @@ def carry_out_elsewhere(operation: ops.SbertOperation, operations: Operations) -
 
 
 def _is_there(name: str, operation: ops.ColumnOperation, operations: Operations) -> bool:
-    """Whether the table has a column of a name."""
     if operations.migration_context.as_sql:
         # A script cannot look: a table that it creates has the columns that it binds.
         return not isinstance(operation, ops.AddEmbeddingColumnOp)

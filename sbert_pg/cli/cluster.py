@@ -274,7 +274,6 @@ def _name(engine: sa.Engine, topics: lib.Clustering, number: int | None, label: 
 def _clusters(
     engine: sa.Engine, topics: lib.Clustering, limit: int | None = None
 ) -> list[dict[str, Any]]:
-    """The current clusters, largest first."""
     with engine.connect() as connection:
         clusters = Session(connection).scalars(topics.clusters().limit(limit)).all()
         exemplars = [topics.exemplar_of(cluster) for cluster in clusters]
@@ -295,7 +294,6 @@ def _clusters(
 def _members(
     engine: sa.Engine, topics: lib.Clustering, number: int, limit: int
 ) -> list[dict[str, Any]]:
-    """Rows of a current cluster, nearest to its centroid first."""
     statement = topics.members(number).limit(limit)
     statement = statement.with_only_columns(*topics.keys, topics.Assignment.distance)
     with engine.connect() as connection:

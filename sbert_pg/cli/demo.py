@@ -211,7 +211,6 @@ def _fill(engine: sa.Engine, mapped: Any, entries: list[Documented]) -> None:
 
 
 def _drop(connection: sa.Connection) -> None:
-    """Drop what an earlier tour made."""
     clusters = [f"{TABLE}_cluster{end}" for end in ("_assignment", "", "_run")]
     for name in (*clusters, f"{DOCUMENTS}_passage", DOCUMENTS, TABLE):
         connection.execute(sa.schema.DropTable(sa.Table(name, sa.MetaData()), if_exists=True))

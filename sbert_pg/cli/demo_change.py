@@ -176,7 +176,6 @@ def change_encoder(engine: sa.Engine, old: Any, new: Any, questions: Sequence[st
 
 
 def _firsts(engine: sa.Engine, column: Any, questions: Sequence[str]) -> dict[str, str]:
-    """The first answer to each question."""
     with Session(engine) as session:
         nearest_of = {q: session.execute(nearest(column, q, limit=1)).one()[0] for q in questions}
         return {question: f"{row.module}.{row.name}" for question, row in nearest_of.items()}

@@ -153,7 +153,6 @@ def _value(default: object, text: str) -> object:
 def _companions(
     engine: sa.Engine, app: str | None, metadata: sa.MetaData | None
 ) -> Sequence[Companion]:
-    """What keeps the clusterings current that an application declares."""
     if metadata is None:
         return ()
     from sbert_pg.clustering import ClusterKeeper, declared_clusterings

@@ -280,7 +280,6 @@ def _clusterings(
 
 
 def _declared(metadata: sa.MetaData) -> list[str]:
-    """The embedding columns of an application, as targets."""
     columns = [embedding.column for embedding in embedding_columns(metadata)]
     if not columns:
         raise DeclarationError("The application declares no embedding columns.")
@@ -297,7 +296,6 @@ def looking(targets: Sequence[str]) -> Callable[[sa.Connection], list[Exposed]]:
 
 
 def _exposed(connection: sa.Connection, target: str) -> Exposed:
-    """A table as it is now."""
     from sbert_pg.serving.exposed import Exposed
 
     name, _, listed = target.partition(":")

@@ -172,7 +172,6 @@ def tune(
 
 
 def _show_next(report: lib.Tuning, side: Side, json: bool) -> None:
-    """Print what was proven, and the steps from here."""
     binding = side.binding
     declared = Embedding(report.spec, binding.source, storage=binding.storage)
     if report.side == "query":

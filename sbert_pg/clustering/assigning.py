@@ -246,7 +246,6 @@ def _forget_changed(connection: sa.Connection, clustering: Clustering, run_id: i
 
 
 def _place(connection: sa.Connection, clustering: Clustering, run: Any, rows: RowSet) -> int:
-    """Assign the rows that have no place."""
     assignment, cluster = clustering.assignment_table, clustering.cluster_table
     unplaced = rows.only(sa.not_(clustering.is_placed(run.id).correlate(clustering.rows)))
     statement = assign_statement(clustering, unplaced, run.id, is_fitted=False)

@@ -241,7 +241,6 @@ def _store(
     pairs: list[Pair],
     number: dict[Key, int],
 ) -> int:
-    """Store pairs, each with the number of the group that both rows are in."""
     ends = [[table.c[f"{end}_{key.name}"] for key in rows.keys] for end in "ab"]
     parts = zip(*(key_parts(pair.a) + key_parts(pair.b) for pair in pairs), strict=True)
     both = ((number.get(pair.a), number.get(pair.b)) for pair in pairs)
@@ -464,7 +463,6 @@ def _pairs_between(
 
 
 def _set_up_index(connection: sa.Connection, rows: RowSet, neighbours: int) -> None:
-    """Set what the index scan needs, for the transaction."""
     index = index_on(rows.column)
     if index is None or index.quantized:
         raise ClusteringError(

@@ -131,7 +131,6 @@ def centroids_of(clustering: Clustering, run_id: int) -> sa.CTE:
 
 
 def _aside(keys: Sequence[sa.Column[Any]], columns: Sequence[sa.Column[Any]]) -> sa.Table:
-    """A temporary table for rows whose keys are as they travel."""
     return sa.Table(
         "sbert_pg_staged",
         sa.MetaData(),

@@ -308,5 +308,4 @@ def extend_entity(
 
 
 def _add(mapped: Any, name: str, other: Any, **arguments: Any) -> None:
-    """Add a relationship to a class that is mapped already."""
     sa.inspect(mapped).add_property(name, relationship(other, **arguments))

@@ -358,7 +358,6 @@ class Claimer:
 
 
 def _same(a: Binding, b: Binding) -> bool:
-    """Whether everything that statements are made of is still the same."""
     names = ("relation", "schema", "table", "column", "expressions", "key_columns", "key_types")
     return all(getattr(a, name) == getattr(b, name) for name in names)
 

@@ -245,7 +245,6 @@ class Worker:
                 self._wait()
 
     def _drain(self, flow: _Flow, await_others: bool) -> None:
-        """Turn until nothing is left."""
         pause = Pause()
         done = False
         while not done and not self._stop.is_set():

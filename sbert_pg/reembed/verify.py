@@ -146,7 +146,6 @@ class _Measuring:
         return [row[0] for row in drawn], vectors
 
     def _encoded(self, queries: Sequence[LabelledQuery]) -> list[Vectors | None]:
-        """The labelled queries' vectors in each column's space."""
         if not queries:
             return [None for _ in self.sides]
         rows.require_one_of(self.connection, self.label, {k for q in queries for k in q.gains})

@@ -265,7 +265,6 @@ def _introduction(exposed: Exposed) -> str:
 
 @cache
 def _bokeh(name: str) -> bytes:
-    """One of Bokeh's scripts, as its package brings them."""
     spec = importlib.util.find_spec("bokeh")
     if spec is None or spec.origin is None:
         raise MissingExtraError("bokeh", "explore", "draw the map")
