@@ -64,26 +64,26 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 
 #: Most modules and lines of each room: a new capability raises its own, and nobody else's.
 ROOMS: dict[str, tuple[int, int]] = {
-    "adapters": (10, 1925),
-    "alembic": (9, 2839),
-    "catalog": (9, 2643),
-    "cli": (16, 4392),
-    "clustering": (16, 5131),
+    "adapters": (10, 1924),
+    "alembic": (8, 2715),
+    "catalog": (9, 2551),
+    "cli": (16, 4222),
+    "clustering": (15, 4884),
     "encoder": (23, 6680),
-    "freshness": (17, 5266),
+    "freshness": (15, 4959),
     "indexes": (6, 1283),
-    "loading": (5, 1235),
+    "loading": (5, 1234),
     "orm": (5, 910),
     "passages": (5, 1123),
-    "reembed": (11, 3055),
+    "reembed": (11, 2940),
     "search": (15, 4611),
-    "serving": (15, 3512),
+    "serving": (14, 3325),
     "sql": (1, 24),
     "tuning": (15, 4079),
     "types": (8, 1752),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3521
+MOST_LINES_OF_THE_REST = 3469
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60

@@ -26,6 +26,7 @@ from sbert_pg.search.target import readable_columns
 if TYPE_CHECKING:
     from sbert_pg.clustering import Clustering
     from sbert_pg.embedded import EmbeddedServer
+    from sbert_pg.encoder import Reranker
     from sbert_pg.serving.exposed import Exposed
 
 TablesArgument = Annotated[
@@ -90,13 +91,8 @@ def serve(
     if explore:
         if encoder:
             raise DeclarationError("--explore shows tables: leave --encoder out.")
-        metadata = common.prepare(app)
         scorer = Reranker.load(reranker[0]) if reranker else None
-        with common.database(database, lasting=True) as engine:
-            labelled = [] if pairs is None else queries_of(engine, pairs)
-            show_pages(
-                engine, list(tables or ()), metadata, http, token, reranker=scorer, queries=labelled
-            )
+        _explore(list(tables or ()), database, app, http, token, scorer, pairs)
         return
     if pairs is not None:
         raise DeclarationError("--pairs are for the pages: add --explore.")
@@ -132,6 +128,21 @@ def _require_some(served: list[str]) -> None:
             "There is nothing to serve; name an encoder with --encoder, a reranker with "
             "--reranker, or tables."
         )
+
+
+def _explore(
+    tables: list[str],
+    database: str | None,
+    app: str | None,
+    http: str | None,
+    token: str | None,
+    scorer: Reranker | None,
+    pairs: str | None,
+) -> None:
+    metadata = common.prepare(app)
+    with common.database(database, lasting=True) as engine:
+        queries = [] if pairs is None else queries_of(engine, pairs)
+        show_pages(engine, tables, metadata, http, token, reranker=scorer, queries=queries)
 
 
 def show_pages(
