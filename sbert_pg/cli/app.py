@@ -106,13 +106,17 @@ def _interrupted(error: BaseException | None) -> bool:
     return error is not None
 
 
+def _moved(words: list[str]) -> str | None:
+    """Where a command of this name went."""
+    names = [name for name in (" ".join(words[:1]), " ".join(words[:2])) if name in MOVED]
+    return f"There is no command '{names[0]}' any more. {MOVED[names[0]]}." if names else None
+
+
 def run(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    words = sys.argv[1:] if arguments is None else arguments
-    for name in words[:1], words[:2]:
-        if moved := MOVED.get(" ".join(name)):
-            common.note(f"There is no command '{' '.join(name)}' any more. {moved}.")
-            return common.EXIT_USAGE
+    if moved := _moved(sys.argv[1:] if arguments is None else arguments):
+        common.note(moved)
+        return common.EXIT_USAGE
     try:
         result = build_app()(args=arguments, standalone_mode=False)
         return result if isinstance(result, int) else common.EXIT_OK

@@ -102,20 +102,24 @@ def show(
     [b]sbert-pg encoder show all-MiniLM-L6-v2:int8 all-MiniLM-L6-v2:fp32 --speed[/]
     [b]sbert-pg encoder show all-MiniLM-L6-v2 ./models/other --limits --texts article[/]
     """
-    if (speed or limits or texts) and not names:
-        raise DeclarationError("Name the encoder that is to be measured.")
-    if texts is not None and not limits:
-        raise DeclarationError("--texts are what limits are measured on: add --limits.")
+    _require_names(names or (), speed or limits, limits, texts)
     if not names:
         _show_known(json)
     elif limits:
         _show_limits(names, [] if texts is None else _own_texts(texts, database), json)
     elif speed:
         _show_speeds(names, json)
-    elif len(names) > 1:
-        raise DeclarationError("Several encoders are seen side by side with --speed or --limits.")
     else:
         _show_facts(names[0], check, json)
+
+
+def _require_names(names: Sequence[str], measured: bool, limits: bool, texts: str | None) -> None:
+    if texts is not None and not limits:
+        raise DeclarationError("--texts are what limits are measured on: add --limits.")
+    if measured and not names:
+        raise DeclarationError("Name the encoder that is to be measured.")
+    if len(names) > 1 and not measured:
+        raise DeclarationError("Several encoders are seen side by side with --speed or --limits.")
 
 
 def _show_facts(name: str, check: bool, json: bool) -> None:
@@ -177,6 +181,10 @@ def _show_speeds(names: Sequence[str], json: bool) -> None:
     if json:
         common.print_json(measured[names[0]] if len(names) == 1 else measured)
         return
+    _print_speeds(measured)
+
+
+def _print_speeds(measured: dict[str, dict[str, Any]]) -> None:
     common.show_records(
         [
             ({"encoder": name} if len(measured) > 1 else {})

@@ -26,7 +26,6 @@ from sbert_pg.search.target import readable_columns
 if TYPE_CHECKING:
     from sbert_pg.clustering import Clustering
     from sbert_pg.embedded import EmbeddedServer
-    from sbert_pg.encoder import Reranker
     from sbert_pg.serving.exposed import Exposed
 
 TablesArgument = Annotated[
@@ -83,43 +82,50 @@ def serve(
     [b]sbert-pg serve --explore -d postgresql://reader@localhost/shop[/]
     [b]sbert-pg serve --mcp article:id,title,body -d postgresql://reader@localhost/shop[/]
     """
-    if mcp:
-        _serve_mcp(tables or (), database, app, [*(encoder or ()), *(reranker or ())])
-        return
-    from sbert_pg.encoder import Reranker
-
-    if explore:
-        if encoder:
-            raise DeclarationError("--explore shows tables: leave --encoder out.")
-        scorer = Reranker.load(reranker[0]) if reranker else None
-        _explore(list(tables or ()), database, app, http, token, scorer, pairs)
-        return
-    if pairs is not None:
+    listed, encoders, rerankers = list(tables or ()), list(encoder or ()), list(reranker or ())
+    if pairs is not None and not explore:
         raise DeclarationError("--pairs are for the pages: add --explore.")
+    if mcp:
+        _serve_mcp(listed, database, app, [*encoders, *rerankers])
+    elif explore:
+        if encoders:
+            raise DeclarationError("--explore shows tables: leave --encoder out.")
+        _explore(listed, database, app, http, token, rerankers, pairs)
+    else:
+        _serve_http(listed, database, app, http, token, encoders, rerankers)
+
+
+def _serve_http(
+    tables: list[str],
+    database: str | None,
+    app: str | None,
+    http: str | None,
+    token: str | None,
+    encoders: list[str],
+    rerankers: list[str],
+) -> None:
+    from sbert_pg.encoder import Reranker
     from sbert_pg.serving.exposed import Shown
     from sbert_pg.serving.server import serving
 
-    address = common.address_of(http or ADDRESS)
+    host, port = common.address_of(http or ADDRESS)
     metadata = common.prepare(app, usual="info")
     with ExitStack() as stack:
-        names = list(tables or (() if metadata is None else _declared(metadata)))
+        names = tables or ([] if metadata is None else _declared(metadata))
         shown = None
         if names:
             engine = stack.enter_context(common.database(database, lasting=True))
             shown = Shown(engine, looking(names))
         declared = [t.encoder for t in shown.tables().values()] if shown else []
         loaded = {spec.name: get_encoder(spec) for spec in declared}
-        loaded |= {name: get_encoder(name) for name in encoder or ()}
-        rerankers = {name: Reranker.load(name) for name in reranker or ()}
-        _require_some([*loaded, *rerankers])
+        loaded |= {name: get_encoder(name) for name in encoders}
+        scorers = {name: Reranker.load(name) for name in rerankers}
+        _require_some([*loaded, *scorers])
         port = stack.enter_context(
-            serving(
-                loaded, shown, rerankers=rerankers, host=address[0], port=address[1], token=token
-            )
+            serving(loaded, shown, rerankers=scorers, host=host, port=port, token=token)
         )
-        common.note(f"Serving {', '.join([*loaded, *rerankers])} on http://{address[0]}:{port}")
-        stop = stack.enter_context(common.stoppable())
-        stop.wait()
+        common.note(f"Serving {', '.join([*loaded, *scorers])} on http://{host}:{port}")
+        stack.enter_context(common.stoppable()).wait()
 
 
 def _require_some(served: list[str]) -> None:
@@ -136,10 +142,13 @@ def _explore(
     app: str | None,
     http: str | None,
     token: str | None,
-    scorer: Reranker | None,
+    rerankers: list[str],
     pairs: str | None,
 ) -> None:
+    from sbert_pg.encoder import Reranker
+
     metadata = common.prepare(app)
+    scorer = Reranker.load(rerankers[0]) if rerankers else None
     with common.database(database, lasting=True) as engine:
         queries = [] if pairs is None else queries_of(engine, pairs)
         show_pages(engine, tables, metadata, http, token, reranker=scorer, queries=queries)
