@@ -106,17 +106,21 @@ def _interrupted(error: BaseException | None) -> bool:
     return error is not None
 
 
-def _moved(words: list[str]) -> str | None:
-    """Where a command of this name went."""
-    names = [name for name in (" ".join(words[:1]), " ".join(words[:2])) if name in MOVED]
-    return f"There is no command '{names[0]}' any more. {MOVED[names[0]]}." if names else None
+def _moved(words: list[str]) -> int:
+    """Say where a command of this name went; 0 where none did."""
+    for name in (" ".join(words[:1]), " ".join(words[:2])):
+        if name in MOVED:
+            common.note(f"There is no command '{name}' any more. {MOVED[name]}.")
+            return common.EXIT_USAGE
+    return 0
 
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    if moved := _moved(sys.argv[1:] if arguments is None else arguments):
-        common.note(moved)
-        return common.EXIT_USAGE
+    return _moved(sys.argv[1:] if arguments is None else arguments) or _run(arguments)
+
+
+def _run(arguments: list[str] | None) -> int:
     try:
         result = build_app()(args=arguments, standalone_mode=False)
         return result if isinstance(result, int) else common.EXIT_OK
