@@ -1,4 +1,4 @@
-"""The pictures of ``sbert-pg serve --explore`` in docs/images, taken of the demo's database by Chromium.
+"""The pictures of ``serve --explore`` in docs/images, taken of the demo's database by Chromium.
 
     sbert-pg demo --explore        # in one terminal; it fills the database, and prints the address
     python docs/screenshots.py http://127.0.0.1:8080 docs/images
