@@ -76,7 +76,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "orm": (5, 910),
     "passages": (5, 1123),
     "reembed": (11, 2940),
-    "search": (15, 4611),
+    "search": (15, 4632),
     "serving": (14, 3325),
     "sql": (1, 24),
     "tuning": (15, 4079),

@@ -200,5 +200,8 @@ def _refused(row: Any, counts: str, looked: int, ways: Ways) -> str:
         return late
     if row["head"] > HEAD * looked or row["passed"] < LOCAL * row["share"] * looked:
         return f"{counts}, the first at place {row['head']}: fewer or later than in the whole table"
-    missed = f"{counts}, but a row of the sample is nearer, which the index has not found"
+    missed = (
+        f"{counts}, but a row of the sample is nearer, which the index has not found, or all are "
+        "nearly as far: nothing is near the question"
+    )
     return f"{missed}, or {late}" if ways.coarse else missed

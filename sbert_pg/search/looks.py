@@ -25,8 +25,6 @@ OVERFETCHED_FAR = 2000
 #: Rows taken at least without a filter, the nearer half of the candidates. That there are fewer is
 #: the sign of deleted rows among them, and that all are equal that of an island.
 LEAST = 50
-#: The same under a filter, which leaves fewer of them to find the nearest among.
-UNKNOWN = 75
 #: What one candidate of HNSW costs, in rows compared exactly.
 CANDIDATE_COST = 15
 #: What reading a row to see whether it passes costs, in rows compared. Where an index finds those
@@ -81,7 +79,7 @@ class Shape:
 class Look:
     """One look at an index: rows taken at least and at most, and asked of the index.
 
-    Without ``ef_search`` HNSW keeps ``CANDIDATES`` for each row taken.
+    Without ``ef_search`` HNSW keeps ``OF_PASSING`` for each row taken, or more.
     """
 
     least: int
@@ -98,11 +96,14 @@ class Look:
             return rows * sa.literal_column(f"{part:g}", sa.Float())
         if self.ef_search is not None:
             return sa.literal_column(f"{CANDIDATE_COST * self.ef_search:d}", sa.Float())
-        return looked * sa.literal_column(f"{CANDIDATE_COST * CANDIDATES:d}", sa.Float())
+        return looked * sa.literal_column(f"{CANDIDATE_COST * OF_PASSING:g}", sa.Float())
 
 
 #: Candidates for each row taken: the last of those that HNSW keeps are less well chosen.
 CANDIDATES = 2
+#: The same where twice as many rows are taken as have the wanted ones among them: these are then
+#: the nearer third of what is kept. No fewer in all than without a filter.
+OF_PASSING = 1.5
 
 
 def size_for(limit: int, quantized: bool, filtered: bool) -> int | None:
@@ -125,7 +126,7 @@ def near_look(index: VectorIndex, shape: Shape) -> Look:
         kept = shape.ef_search or min(MAX_EF_SEARCH, max(DEFAULT_EF_SEARCH, fetched))
         return Look(taken, taken, fetched, kept, probes, index.lists)
     unknown = shape.filtered and not index.partial
-    least = max(UNKNOWN, CANDIDATES * size) if unknown else max(LEAST, size)
+    least = max(LEAST, CANDIDATES * size if unknown else size)
     most = MAX_EF_SEARCH // CANDIDATES if unknown else least
     ef_search: int | None = shape.ef_search
     if ef_search is not None:
@@ -244,7 +245,9 @@ def _values(index: VectorIndex, look: Look, looked: Any) -> dict[str, Any]:
     """Settings of an access method by their names: SQL as text, or expressions."""
     candidates: Any = f"'{look.ef_search}'"
     if look.ef_search is None:
-        candidates = sa.cast(looked * sa.literal_column(f"{CANDIDATES:d}"), sa.Text)
+        kept = sa.cast(sa.func.ceil(looked * sa.literal_column(f"{OF_PASSING:g}")), sa.Integer)
+        least = sa.literal_column(f"{DEFAULT_EF_SEARCH:d}", sa.Integer())
+        candidates = sa.cast(sa.func.greatest(least, kept, type_=sa.Integer()), sa.Text)
     if index.method == "diskann":
         # It continues by itself while rows are asked for; what is rescored comes in its true order.
         return {"query_search_list_size": candidates, "query_rescore": candidates}

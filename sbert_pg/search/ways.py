@@ -50,6 +50,10 @@ HEAD = 0.3
 LOCAL = 0.5
 #: One row in so many of a sample is compared where its vector is stored apart.
 EIGHTH = 8
+#: Times as far as the row at a fifth of its place that the last row of a look has to be. Where it
+#: is less, the nearest are nearly equally far, as where nothing is like the query, and a graph is
+#: likely to miss some. Under cosine, whose distances are squares; of others the root of it.
+APART, FIFTH = 1.11, 5
 #: Spread of distances below which all rows are taken for one island.
 ISLAND = 1e-6
 
@@ -413,9 +417,19 @@ class Ways:
         return [
             sa.cast(seen, sa.Integer()).label("seen"),
             spread.label("spread"),
+            *self._told_apart(near[DISTANCE], in_order(near[DISTANCE])),
             places.label("places"),
             *(in_order(near[name]).filter(near[PASSES]).label(name) for name in names),
         ]
+
+    def _told_apart(self, distance: Any, distances: Any) -> list[sa.ColumnElement[bool]]:
+        """Whether the rows of a look are not nearly equally far; inner products have no measure."""
+        metric = self.target.metric.similarity
+        if self.plan is None or self.index.method != "hnsw" or self.coarse or metric == "dot":
+            return []
+        times = number(APART if metric == "cosine" else APART**0.5)
+        place = sa.cast(sa.func.count() / number(FIFTH) + number(1), sa.Integer())
+        return [(sa.func.max(distance) >= times * distances[place]).label("apart")]
 
     def _judged(self) -> list[Any]:
         """Whether these rows are an answer, and their keys."""
@@ -476,6 +490,7 @@ class Ways:
                     closest == sa.any_(counts[DISTANCE]),
                 ),
             ]
+        near += [counts["apart"]] if "apart" in counts else []
         deep = self._deep_enough()
         if self.second is None:
             return [counts["spread"], counts["seen"] >= whole, *near, *deep]
