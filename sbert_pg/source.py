@@ -39,8 +39,11 @@ class NotKnown:
 NIL = uuid.UUID(int=0)
 #: Dimensions of a vector that its proof covers.
 PROVEN_DIMENSIONS = 8
+_PROVEN_HEADER = HEADER.pack(PROVEN_DIMENSIONS, 0)
 #: Hexadecimal digits of either half.
 HALF = 16
+#: Types of plain values of a source.
+PLAIN = frozenset({str, type(None)})
 #: Bytes of the longest name that PostgreSQL keeps whole.
 _LONGEST_NAME = 63
 
@@ -175,15 +178,16 @@ class Source:
             return lambda values: NOT_KNOWN
 
         def make(values: Sequence[Any]) -> Text:
-            if any(value is NOT_KNOWN or isinstance(value, sa.ClauseElement) for value in values):
-                return NOT_KNOWN
-            for name, value in zip(self.columns, values, strict=True):
-                if value is not None and not isinstance(value, str):
-                    raise SourceError(
-                        f"{value!r} ({type(value).__name__}) stands in {name!r}, of which an "
-                        "embedding is made, and is no text. Assign a str, or None."
-                    )
-            if null_text and all(value is None for value in values):
+            if not PLAIN.issuperset(map(type, values)):
+                if any(value is NOT_KNOWN or isinstance(value, sa.ClauseElement) for value in values):
+                    return NOT_KNOWN
+                for name, value in zip(self.columns, values, strict=True):
+                    if value is not None and not isinstance(value, str):
+                        raise SourceError(
+                            f"{value!r} ({type(value).__name__}) stands in {name!r}, of which an "
+                            "embedding is made, and is no text. Assign a str, or None."
+                        )
+            if null_text and values.count(None) == len(values):
                 return None
             return join(values)
 
@@ -330,12 +334,23 @@ def digest(
     """
     if text is None:
         return None
-    return uuid.UUID(bytes=_proof(binding_id, wire, storage) + _hash(binding_id, text.encode()))
+    return uuid.UUID(bytes=digests(binding_id, [text], [wire], storage)[0])
+
+
+def digests(
+    binding_id: uuid.UUID, texts: Sequence[str], wires: Sequence[bytes | None], storage: Storage
+) -> list[bytes]:
+    """As ``digest``, of many rows that have a text, 16 bytes each."""
+    seed = _seed(binding_id.int)
+    return [
+        _hash(seed, _proven(wire, storage)) + _hash(seed, text.encode())
+        for text, wire in zip(texts, wires, strict=True)
+    ]
 
 
 def proof(binding_id: uuid.UUID, wire: bytes | None, storage: Storage) -> str:
     """The half that proves a vector: 16 hexadecimal digits over its first eight dimensions."""
-    return _proof(binding_id, wire, storage).hex()
+    return _hash(_seed(binding_id.int), _proven(wire, storage)).hex()
 
 
 def companion_name(column: str) -> str:
@@ -349,24 +364,21 @@ def companion_name(column: str) -> str:
     return f"of_{hashlib.sha256(encoded).hexdigest()[:HALF]}"
 
 
-def _proof(binding_id: uuid.UUID, wire: bytes | None, storage: Storage) -> bytes:
-    return _hash(binding_id, b"-" if wire is None else _leading(wire, storage).hex().encode())
+def _proven(wire: bytes | None, storage: Storage) -> bytes:
+    """What the proof of a vector covers: its first dimensions, in the same format."""
+    if wire is None:
+        return b"-"
+    end = HEADER.size + PROVEN_DIMENSIONS * ELEMENT[storage].itemsize
+    if len(wire) > end:
+        wire = _PROVEN_HEADER + wire[HEADER.size : end]
+    return wire.hex().encode()
 
 
-def _leading(wire: bytes, storage: Storage) -> bytes:
-    """The first dimensions of a vector, in the same format."""
-    if len(wire) < HEADER.size:
-        return wire  # which is not a vector, and is refused when it is sent
-    width = min(HEADER.unpack_from(wire)[0], PROVEN_DIMENSIONS)
-    end = HEADER.size + width * ELEMENT[storage].itemsize
-    return HEADER.pack(width, 0) + wire[HEADER.size : end]
-
-
-def _hash(binding_id: uuid.UUID, content: bytes) -> bytes:
-    return hashlib.sha256(_seed(binding_id) + content).digest()[: HALF // 2]
+def _hash(seed: bytes, content: bytes) -> bytes:
+    return hashlib.sha256(seed + content).digest()[: HALF // 2]
 
 
 @cache
-def _seed(binding_id: uuid.UUID) -> bytes:
-    """The identity as text, which every hash begins with; made once, as it costs more than one."""
-    return str(binding_id).encode()
+def _seed(number: int) -> bytes:
+    """An identity as text, which every hash begins with; made once, as it costs more than one."""
+    return str(uuid.UUID(int=number)).encode()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from typing import Any
 
@@ -37,6 +37,8 @@ with needing("ray", "ray", "read and write tables by Ray Data"):
 
 #: Rows of a block: some megabytes of vectors.
 _BLOCK_ROWS = 4096
+#: Bytes of a task's share, at least: a task and its connection cost as much as some megabytes.
+_LEAST_BYTES = 8 << 20
 #: Arrow's types of PostgreSQL's; everything else travels as text.
 _ARROW = {
     "bool": pa.bool_(), "int2": pa.int16(), "int4": pa.int32(), "int8": pa.int64(),
@@ -216,9 +218,10 @@ class TableDatasource(Datasource):  # type: ignore[misc]
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[Any]:
-        """Tasks that read a range of pages each; about as many as are asked for."""
+        """Tasks that read a range of pages each, at most about as many as are asked for."""
         total = sum(part.pages for part in self._parts)
-        step = max(1, -(-total // max(1, parallelism)))
+        number = min(parallelism, self.estimate_inmemory_data_size() // _LEAST_BYTES)
+        step = max(1, -(-total // max(1, number)))
         tasks = []
         for part in self._parts:
             for first in range(0, part.pages, step):
@@ -235,12 +238,17 @@ class TableDatasource(Datasource):  # type: ignore[misc]
         return tasks
 
 
+@cache
+def _engine(url: str) -> sa.Engine:
+    """One for all tasks of a process, which asks once what server there is; no pool."""
+    return sa.create_engine(url, poolclass=sa.NullPool)
+
+
 def _blocks(
     url: str, snapshot: str, columns: tuple[_Column, ...], part: _Part, first: int, last: int
 ) -> Iterator[Any]:
     """The rows of some pages, as tables of Arrow's."""
-    engine = sa.create_engine(url, poolclass=sa.NullPool)
-    with engine.connect() as connection:
+    with _engine(url).connect() as connection:
         driver: Any = connection.connection.driver_connection
         driver.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         driver.read_only = True
@@ -318,17 +326,22 @@ class TableDatasink(Datasink[int]):  # type: ignore[misc]
         """Load blocks; returns their rows."""
         if self._setup is not None:
             self._setup()
-        engine = sa.create_engine(self._url, poolclass=sa.NullPool)
         rows = 0
-        for block in blocks:
-            table = BlockAccessor.for_block(block).to_arrow()
-            values = zip(*(_values(table, name) for name in table.column_names), strict=True)
-            names = [self._keys.get(name, name) for name in table.column_names]
-            with engine.begin() as connection:
-                rows += load(
-                    connection, self._table, values, columns=names, existing=self._existing
-                )
+        with _engine(self._url).connect() as connection:
+            for block in blocks:
+                table = BlockAccessor.for_block(block).to_arrow()
+                values = zip(*(_values(table, name) for name in table.column_names), strict=True)
+                names = [self._keys.get(name, name) for name in table.column_names]
+                with connection.begin():
+                    rows += load(
+                        connection, self._table, values, columns=names, existing=self._existing
+                    )
         return rows
+
+    @property
+    def min_bytes_per_write(self) -> int:
+        """What Ray puts together for a task."""
+        return _LEAST_BYTES
 
     def on_write_complete(self, write_result: Any) -> None:
         """Note how many rows there were."""

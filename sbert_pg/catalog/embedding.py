@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 import sqlalchemy as sa
@@ -32,6 +33,7 @@ from sbert_pg.source import (
     Text,
     companion_name,
     digest,
+    digests,
     proof,
 )
 from sbert_pg.spec import PRECISIONS, EncoderSpec
@@ -341,6 +343,17 @@ def digest_for(binding: Binding, text: Text, vector: Any) -> uuid.UUID | None:
     if vector is None:
         return NIL
     return uuid.UUID(proof(binding.id, vector, storage) + "0" * HALF)
+
+
+def digests_for(
+    binding: Binding, texts: Sequence[Text], vectors: Sequence[bytes | None]
+) -> Sequence[bytes | uuid.UUID | None]:
+    """As ``digest_for`` for many rows, in the form in which COPY sends it where all are whole."""
+    whole = set(map(type, texts)) == {str} and None not in vectors
+    if whole and binding.utf8 and binding.source.passages is None:
+        with suppress(UnicodeEncodeError):
+            return digests(binding.id, cast("Sequence[str]", texts), vectors, binding.storage)
+    return [digest_for(binding, *row) for row in zip(texts, vectors, strict=True)]
 
 
 class QueryVector(VectorType):

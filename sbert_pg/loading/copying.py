@@ -64,12 +64,14 @@ def _is_json(type_: Any) -> bool:
 
 
 class _BytesDumper(Dumper):
-    """Vectors arrive in their wire form already."""
+    """Vectors and digests arrive in their wire form already; identities may be objects."""
 
     format = Format.BINARY
 
     def dump(self, obj: Any) -> Any:
-        return obj.payload if isinstance(obj, WireVector) else obj
+        if isinstance(obj, bytes):
+            return obj
+        return obj.payload if isinstance(obj, WireVector) else obj.bytes
 
 
 class Writer:
@@ -99,13 +101,14 @@ class Writer:
         self._driver: Any = connection.connection.driver_connection
         self._dumpers: list[type[Dumper]] = []
         self._oids = None if inserts or not self._is_psycopg() else self._find_types()
-        schema = system.schema_in(connection, table.schema)
-        names = [table.name] if schema is None else [schema, table.name]
-        self._staging = self._staged(schema) if existing != "refuse" and self.copies else None
-        if self._staging is not None:
-            names = ["pg_temp", self._staging.name]
-        self._statement = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT BINARY)").format(
-            sql.Identifier(*names), sql.SQL(", ").join(sql.Identifier(c.name) for c in columns)
+        self._schema = system.schema_in(connection, table.schema)
+        self._staging: sa.TableClause | None = None
+        self._statement = self._copying(self._schema, table.name)
+
+    def _copying(self, schema: str | None, name: str) -> sql.Composed:
+        return sql.SQL("COPY {} ({}) FROM STDIN (FORMAT BINARY)").format(
+            sql.Identifier(*([name] if schema is None else [schema, name])),
+            sql.SQL(", ").join(sql.Identifier(column.name) for column in self._columns),
         )
 
     def _is_psycopg(self) -> bool:
@@ -123,6 +126,19 @@ class Writer:
         if self._oids is None:
             self._insert(rows, first)
             return
+        if self._staging is None and self._existing != "refuse":
+            try:
+                with self._connection.begin_nested():
+                    self._copied(rows, first)
+                return
+            except LoadError:
+                # A key that is there, or something that is said again below.
+                self._staging = self._staged()
+        self._copied(rows, first)
+        if self._staging is not None:
+            self._merge(self._staging, first, first + len(rows) - 1)
+
+    def _copied(self, rows: Sequence[Sequence[Any]], first: int) -> None:
         at = [first]
         try:
             if isinstance(self._driver, psycopg.AsyncConnection):
@@ -138,14 +154,13 @@ class Writer:
             if self._driver.info.transaction_status == psycopg.pq.TransactionStatus.ACTIVE:
                 self._connection.invalidate()
             raise
-        if self._staging is not None:
-            self._merge(self._staging, first, first + len(rows) - 1)
 
-    def _staged(self, schema: str | None) -> sa.TableClause:
-        """A temporary table for blocks."""
+    def _staged(self) -> sa.TableClause:
+        """A temporary table, into which blocks are copied from now on."""
         name = f"sbert_load_{uuid.uuid4().hex[:12]}"
         written = [column.name for column in self._columns]
-        self._connection.execute(_create_staging(name, schema, self._table.name, written))
+        self._connection.execute(_create_staging(name, self._schema, self._table.name, written))
+        self._statement = self._copying("pg_temp", name)
         columns = (sa.column(column.name, column.type) for column in self._columns)
         return sa.table(name, *columns, schema="pg_temp")
 
@@ -259,7 +274,7 @@ class Writer:
 
     def _sendable(self, row: Any) -> int | None:
         """The type whose binary form a value is sent in."""
-        if row.typname in ("vector", "halfvec"):
+        if row.typname in ("vector", "halfvec", "uuid"):
             self._dumpers.append(type("VectorDumper", (_BytesDumper,), {"oid": row.oid}))
             return int(row.oid)
         if row.typname in _NOT_BY_VALUE:

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
-from sbert_pg.catalog.embedding import digest_for
+from sbert_pg.catalog.embedding import digest_for, digests_for
 from sbert_pg.catalog.record import Binding
 from sbert_pg.errors import DeclarationError, LoadError
 from sbert_pg.indexes import vector_indexes
@@ -336,7 +336,7 @@ class _Encoding:
         does not, and a second thread would only take turns with the one that writes.
         """
         if any(
-            isinstance(text, str) and vector is None
+            vector is None and isinstance(text, str)
             for texts, given in zip(block.texts, block.given, strict=True)
             for text, vector in zip(texts, given, strict=True)
         ):
@@ -352,8 +352,12 @@ class _Encoding:
             vectors = self._vectors(position, block)
             columns.append(vectors)
             if binding is not None:
-                pairs = zip(block.texts[position], vectors, strict=True)
-                companions.append([digest_for(binding, text, vector) for text, vector in pairs])
+                texts = block.texts[position]
+                if self.copies:
+                    companions.append(list(digests_for(binding, texts, vectors)))
+                else:
+                    rows = zip(texts, vectors, strict=True)
+                    companions.append([digest_for(binding, *row) for row in rows])
         return [*columns, *companions]
 
     def _vectors(self, position: int, block: _Block) -> list[Any]:

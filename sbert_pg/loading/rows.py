@@ -17,12 +17,10 @@ from sqlalchemy.engine import Dialect
 from sbert_pg.catalog.embedding import default_of
 from sbert_pg.errors import LoadError, SourceError, VectorError
 from sbert_pg.row_vectors import EmbeddingColumn, columns_filled
-from sbert_pg.source import Text
+from sbert_pg.source import PLAIN, Text
 from sbert_pg.spec import Vectors
 from sbert_pg.types import wire
 
-#: Types of plain values of a source.
-_TEXTS = frozenset({str, type(None)})
 _TRUTH = {"true": True, "t": True, "1": True, "yes": True, "on": True} | {
     "false": False, "f": False, "0": False, "no": False, "off": False,
 }  # fmt: skip
@@ -169,7 +167,7 @@ class Plan:
             for place, absent in self._sources[position]
         ]
         text_of = self.embedded[position].text_of
-        if all(_TEXTS.issuperset(map(type, column)) for column in values):
+        if all(PLAIN.issuperset(map(type, column)) for column in values):
             return [text_of(row) for row in zip(*values, strict=True)]
         return [
             self._text(position, row, number)

@@ -99,6 +99,24 @@ def test_the_same_rows_again_are_not_written(notes: sa.Engine) -> None:
     assert stored(notes) == before
 
 
+def test_only_rows_that_are_there_cost_a_temporary_table(notes: sa.Engine) -> None:
+    statements: list[str] = []
+    with notes.begin() as connection:
+        sa.event.listen(
+            connection, "before_cursor_execute", lambda *given: statements.append(given[2])
+        )
+        load(connection, Note, rows(range(100, 3100), "new"), existing="keep")
+        assert not any("TEMPORARY" in statement for statement in statements)
+        # Two blocks, of which the second ends with a row that is there.
+        given = rows(range(4000, 7000), "new") + rows([3], "new")
+        load(connection, Note, given, existing="replace")
+        assert sum("TEMPORARY" in statement for statement in statements) == 1
+    texts = [row.body for row in stored(notes)]
+    assert len(texts) == 4 + 3000 + 3000
+    assert texts[3] == "new 3"
+    assert pending(notes) == 0
+
+
 def test_with_vectors_and_in_portions(notes: sa.Engine) -> None:
     vectors = np.eye(384, dtype=np.float32)
     given = ({"id": n, "body": f"row {n}", "embedding": vectors[n]} for n in range(384))
