@@ -179,7 +179,9 @@ class Source:
 
         def make(values: Sequence[Any]) -> Text:
             if not PLAIN.issuperset(map(type, values)):
-                if any(value is NOT_KNOWN or isinstance(value, sa.ClauseElement) for value in values):
+                if any(
+                    value is NOT_KNOWN or isinstance(value, sa.ClauseElement) for value in values
+                ):
                     return NOT_KNOWN
                 for name, value in zip(self.columns, values, strict=True):
                     if value is not None and not isinstance(value, str):

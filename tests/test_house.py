@@ -64,15 +64,15 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 
 #: Most modules and lines of each room: a new capability raises its own, and nobody else's.
 ROOMS: dict[str, tuple[int, int]] = {
-    "adapters": (10, 1924),
+    "adapters": (10, 1946),
     "alembic": (8, 2715),
-    "catalog": (9, 2551),
+    "catalog": (9, 2564),
     "cli": (16, 4258),
     "clustering": (15, 4884),
     "encoder": (23, 6680),
     "freshness": (15, 4959),
     "indexes": (6, 1283),
-    "loading": (5, 1234),
+    "loading": (5, 1251),
     "orm": (5, 910),
     "passages": (5, 1123),
     "reembed": (11, 2940),
@@ -83,7 +83,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "types": (8, 1752),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3469
+MOST_LINES_OF_THE_REST = 3483
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60

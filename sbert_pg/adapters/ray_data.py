@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -279,8 +279,8 @@ def _blocks(
 class TableDatasink(Datasink[int]):  # type: ignore[misc]
     """Writes a dataset into a table, for ``Dataset.write_datasink``.
 
-    Each block is loaded in its own transaction, as ``load`` does it: vectors that come along
-    are stored with their proof, texts without one are encoded where the task runs. Rows are known
+    Each task loads its blocks in one transaction, as ``load`` does it: vectors that come along are
+    stored with their proof, texts without one are encoded where the task runs. Rows are known
     by their primary key, so that a task that Ray tries again changes nothing.
 
     ::
@@ -323,20 +323,18 @@ class TableDatasink(Datasink[int]):  # type: ignore[misc]
         self.rows = 0
 
     def write(self, blocks: Iterable[Any], ctx: Any) -> int:
-        """Load blocks; returns their rows."""
+        """Load blocks in one transaction; returns their rows."""
         if self._setup is not None:
             self._setup()
-        rows = 0
-        with _engine(self._url).connect() as connection:
-            for block in blocks:
-                table = BlockAccessor.for_block(block).to_arrow()
-                values = zip(*(_values(table, name) for name in table.column_names), strict=True)
-                names = [self._keys.get(name, name) for name in table.column_names]
-                with connection.begin():
-                    rows += load(
-                        connection, self._table, values, columns=names, existing=self._existing
-                    )
-        return rows
+        tables = (BlockAccessor.for_block(block).to_arrow() for block in blocks)
+        filled = (table for table in tables if table.num_rows)
+        first = next(filled, None)
+        if first is None:
+            return 0
+        names = [self._keys.get(name, name) for name in first.column_names]
+        rows = _rows(chain([first], filled), first.column_names)
+        with _engine(self._url).begin() as connection:
+            return load(connection, self._table, rows, columns=names, existing=self._existing)
 
     @property
     def min_bytes_per_write(self) -> int:
@@ -346,6 +344,17 @@ class TableDatasink(Datasink[int]):  # type: ignore[misc]
     def on_write_complete(self, write_result: Any) -> None:
         """Note how many rows there were."""
         self.rows = sum(write_result.write_returns)
+
+
+def _rows(tables: Iterable[Any], names: list[str]) -> Iterator[Sequence[Any]]:
+    for table in tables:
+        if set(table.column_names) != set(names):
+            raise DeclarationError(
+                f"TableDatasink: a block has the columns {', '.join(table.column_names)}, and the "
+                f"first of its task has {', '.join(names)}. Give all rows the same, as "
+                "Dataset.select_columns() does."
+            )
+        yield from zip(*(_values(table, name) for name in names), strict=True)
 
 
 def _values(table: Any, name: str) -> Sequence[Any]:

@@ -68,7 +68,13 @@ def vectors_of(table: Any, name: str = "embedding") -> Any:
     return BlockAccessor.for_block(table.select([name])).to_numpy(name)
 
 
-def test_ranges_are_the_table_at_one_moment(notes: sa.Engine) -> None:
+def test_ranges_are_the_table_at_one_moment(
+    notes: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with table_source(notes, Note) as source:
+        (task,) = source.get_read_tasks(200)  # A small table is not worth more.
+        assert task.metadata.size_bytes == source.estimate_inmemory_data_size()
+    monkeypatch.setattr("sbert_pg.adapters.ray_data._LEAST_BYTES", 1)
     with table_source(notes, Note) as source:
         with notes.begin() as connection:
             connection.execute(sa.text("DELETE FROM note WHERE id < 500"))
@@ -167,6 +173,16 @@ def test_blocks_are_written_once_however_often(notes: sa.Engine, given: str) -> 
         np.stack([row.embedding for row in after[:1000]]), vectors, atol=1e-6
     )
     assert (column.pending, column.failed) == (0, 0)
+
+
+def test_blocks_of_a_task_have_the_same_columns(notes: sa.Engine) -> None:
+    sink = TableDatasink(notes, Note, setup=register)
+    first, second = blocks([f"new {n}" for n in range(701)])
+    empty = first.slice(0, 0).select(["id"])
+    assert sink.write([empty, first, second.select(["text_", "id"])], None) == 701
+    assert sink.write([empty], None) == 0
+    with pytest.raises(DeclarationError, match="the first of its task has id, text_"):
+        sink.write([first, second.select(["id"])], None)
 
 
 def test_a_sink_says_what_becomes_of_rows(notes: sa.Engine) -> None:
