@@ -69,7 +69,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "catalog": (9, 2564),
     "cli": (16, 4258),
     "clustering": (15, 4884),
-    "encoder": (23, 6680),
+    "encoder": (23, 6804),
     "freshness": (15, 4959),
     "indexes": (6, 1283),
     "loading": (5, 1251),

@@ -111,12 +111,7 @@ def _absolute(
     if typed:
         config.only("position_embedding_type", ["absolute"], "absolute")
         config.only("is_decoder", [False], False)
-        types = reader.weights.get(tensors.TYPES)
-        if types.ndim != 2 or types.shape[1] != width or not len(types):
-            raise DamagedEncoderError(
-                f"{config.path}: the token type embeddings have the shape {types.shape} in a model "
-                f"of width {width}."
-            )
+        types = reader.weights.get(tensors.TYPES, (config.integer("type_vocab_size", 2), width))
     return Transformer(
         words=reader.words(tensors.WORDS, width),
         positions=_positions(reader, width, padding),

@@ -314,7 +314,10 @@ def require_harmless(settings: Settings) -> None:
 def _pooling_settings(root: Path, modules: Sequence[tuple[str, str]], config: Settings) -> Settings:
     """The pooling module's configuration, or what sentence-transformers does without one."""
     if len(modules) > 1:
-        return read_json(inside(root, modules[1][1]) / "config.json")
+        settings = read_json(inside(root, modules[1][1]) / "config.json")
+        if "include_prompt" in settings:  # null is true for nobody
+            settings.only("include_prompt", [True, False])
+        return settings
     causal = first_architecture(config).endswith("ForCausalLM") and config.flag("is_causal", True)
     return Settings({"pooling_mode": "lasttoken" if causal else "mean"}, config.path)
 

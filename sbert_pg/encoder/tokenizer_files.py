@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -33,17 +33,34 @@ _BERT_KEYS = {
     "tokenize_chinese_chars": "handle_chinese_chars",
     "strip_accents": "strip_accents",
 }
-#: Classes that rebuild the pre-tokenizer from ``add_prefix_space`` there: with ``ByteLevel``, and
-#: with ``Metaspace`` (``models/roberta/tokenization_roberta.py``, ``models/xlm_roberta``...).
+#: Classes that rebuild a ``ByteLevel`` from ``add_prefix_space`` there.
 _BYTE_LEVEL = ("RobertaTokenizer", "GPT2Tokenizer", "DebertaTokenizer", "LukeTokenizer",
                "Qwen2Tokenizer", "BartTokenizer", "LEDTokenizer", "LongformerTokenizer",
                "MvpTokenizer")  # fmt: skip
-_METASPACE = ("XLMRobertaTokenizer", "CamembertTokenizer", "AlbertTokenizer", "BarthezTokenizer",
-              "RemBertTokenizer", "DebertaV2Tokenizer", "BigBirdTokenizer")  # fmt: skip
 #: Classes that, from transformers 5 on, build normaliser and pre-tokenizer again and take nothing
 #: but the table of characters from ``tokenizer.json``. transformers 4 took the file as it is, and
 #: some of its files differ: blanks in a row and at the ends of a text were tokens of their own.
-_SENTENCEPIECE = ("XLMRobertaTokenizer", "CamembertTokenizer", "T5Tokenizer")
+_SENTENCEPIECE = ("XLMRobertaTokenizer", "CamembertTokenizer", "T5Tokenizer", "AlbertTokenizer",
+                  "DebertaV2Tokenizer")  # fmt: skip
+#: The unknown token of these, whatever the file says.
+_UNKNOWN = MappingProxyType({"XLMRobertaTokenizer": 3, "T5Tokenizer": 2, "AlbertTokenizer": 1})
+#: The normaliser of other classes, whatever the file says.
+_NORMALIZERS = MappingProxyType(
+    {"Qwen2Tokenizer": {"type": "NFC"},
+     "GemmaTokenizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}}
+)  # fmt: skip
+_BRACKETS = (("cls_token", "[CLS]"), ("sep_token", "[SEP]"))
+_ANGLES = (("cls_token", "<s>"), ("sep_token", "</s>"))
+_ENDS = (("bos_token", "<s>"), ("eos_token", "</s>"))
+#: The tokens around a text by these classes, whatever the file says: settings and their defaults.
+_AROUND = MappingProxyType(
+    {**dict.fromkeys(("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer"), _BRACKETS),
+     **dict.fromkeys(("RobertaTokenizer", "MPNetTokenizer"), _ANGLES),
+     **dict.fromkeys(("XLMRobertaTokenizer", "CamembertTokenizer"), _ENDS),
+     "T5Tokenizer": _ENDS[1:]}
+)  # fmt: skip
+#: Settings that name several tokens, beside those that end in "_token".
+_NAMED = ("additional_special_tokens", "extra_special_tokens", "added_tokens.json")
 #: Classes that take ``tokenizer.json`` as it is.
 _GENERIC = ("", "PreTrainedTokenizer", "TokenizersBackend")
 #: Classes by ``model_type``, where no file names one.
@@ -51,12 +68,15 @@ _BY_ARCHITECTURE = MappingProxyType(
     {**dict.fromkeys(("bert", "distilbert", "electra", "nomic_bert"), "BertTokenizer"),
      **dict.fromkeys(("xlm-roberta", "gte"), "XLMRobertaTokenizer"),
      "albert": "AlbertTokenizer", "camembert": "CamembertTokenizer", "mpnet": "MPNetTokenizer",
+     "deberta-v2": "DebertaV2Tokenizer", "gemma3_text": "GemmaTokenizer",
      "qwen3": "Qwen2Tokenizer", "roberta": "RobertaTokenizer", "t5": "T5Tokenizer"}
 )  # fmt: skip
 
 
 def tokenizer_class(tokenizer: Settings, config: Settings) -> str:
     """The class that transformers takes, without ``Fast``; empty where that is a general one."""
+    if config.get("model_type") in ("modernbert", "mistral"):
+        return ""  # whatever the files name
     named = tokenizer.text("tokenizer_class", None) or config.text("tokenizer_class", None)
     default = _BY_ARCHITECTURE.get(str(config.get("model_type")), "")
     return (named or default).removesuffix("Fast")
@@ -65,7 +85,7 @@ def tokenizer_class(tokenizer: Settings, config: Settings) -> str:
 def tokenizer_content(description: Description) -> dict[str, Any]:
     """The tokenizer that transformers would use, as the content of a ``tokenizer.json``."""
     directory = description.transformer_path
-    config = read_if_there(directory / "tokenizer_config.json")
+    config = _token_settings(directory)
     path = directory / "tokenizer.json"
     if description.architecture == STATIC:
         content = _static(description)
@@ -121,22 +141,26 @@ def _static(description: Description) -> dict[str, Any]:
 
 
 def _require_vocabulary(content: Mapping[str, Any], description: Description, path: Path) -> None:
-    """Refuse a tokenizer that knows no words, or words that the model has no vectors for.
+    """Refuse a tokenizer that knows no words, or tokens that the model has no vectors for.
 
     transformers makes one without words where the files that list them are missing.
     """
-    words = content["model"]["vocab"]
-    ids = words.values() if isinstance(words, dict) else range(len(words))
-    names = set(words) if isinstance(words, dict) else {word for word, _ in words}
-    if not names.difference(token["content"] for token in content.get("added_tokens") or ()):
+    words, added = content["model"]["vocab"], content.get("added_tokens") or ()
+    ids = (
+        dict(words) if isinstance(words, dict) else {word: at for at, (word, _) in enumerate(words)}
+    )
+    if not ids.keys() - {token["content"] for token in added}:
         raise DamagedEncoderError(
             f"{path.parent} has no vocabulary: {path.name} or the files that it is made from "
             "(vocab.txt, a sentencepiece model...) are missing or empty. Copy them too."
         )
-    rows = description.config.get("vocab_size")
-    if description.architecture != STATIC and isinstance(rows, int) and max(ids) >= rows:
+    rows, last = (
+        description.config.get("vocab_size"),
+        max([*ids.values(), *(t["id"] for t in added)]),
+    )
+    if description.architecture != STATIC and isinstance(rows, int) and last >= rows:
         raise DamagedEncoderError(
-            f"{path}: 'vocab' has the id {max(ids)}, and the model has vectors for {rows} tokens, "
+            f"{path} has a token with the id {last}, and the model has vectors for {rows} tokens, "
             "0 to the last; the tokenizer is of another model."
         )
 
@@ -156,57 +180,159 @@ def truncation_side(description: Description) -> str:
 
 
 def _as_configured(
-    content: dict[str, Any], name: str, config: Mapping[str, Any], path: Path
+    content: dict[str, Any], name: str, config: Settings, path: Path
 ) -> dict[str, Any]:
+    _require_same_tokens(content, name, config, path)
     normalizer = content.get("normalizer") or {}
+    if normalizer != _NORMALIZERS.get(name, normalizer):
+        raise UnsupportedEncoderError(
+            f"{path}: {name} has another normaliser in transformers, {_NORMALIZERS[name]}."
+        )
     if normalizer.get("type") == "BertNormalizer" and name in _BERT_LIKE:
         changes = {
             key: config.get(setting, _BERT_DEFAULTS[setting]) for setting, key in _BERT_KEYS.items()
         }
         content["normalizer"] = {**normalizer, **changes}
-    prefix = config.get("add_prefix_space")
     if name in _SENTENCEPIECE and content["model"]["type"] == "Unigram":
-        return {**content, **_sentencepiece(normalizer, name == "T5Tokenizer" or prefix)}
+        return {**content, **_rebuilt(content, name, config)}
     for part in _pre_tokenizers(content.get("pre_tokenizer")):
-        _follow_prefix(part, name, prefix, path)
+        _follow_prefix(part, name, config.get("add_prefix_space"), path)
     return content
 
 
-def _sentencepiece(normalizer: Mapping[str, Any], prefix: Any) -> dict[str, Any]:
+def _rebuilt(content: Mapping[str, Any], name: str, config: Settings) -> dict[str, Any]:
+    """The parts that the classes of ``_SENTENCEPIECE`` build."""
+    if name == "DebertaV2Tokenizer":
+        return _deberta(config)
+    before = _albert(config) if name == "AlbertTokenizer" else []
+    prefix = name == "T5Tokenizer" or config.get("add_prefix_space")
+    unknown = _UNKNOWN.get(name, content["model"].get("unk_id"))
+    rebuilt = _sentencepiece(content.get("normalizer") or {}, before, prefix)
+    return {**rebuilt, "model": {**content["model"], "unk_id": unknown}}
+
+
+def _require_same_tokens(
+    content: Mapping[str, Any], name: str, config: Settings, path: Path
+) -> None:
+    """Refuse tokens of ``tokenizer_config.json`` that are others in the file.
+
+    transformers adds them: a text is divided where one stands, and some classes put them around it.
+
+    Raises:
+        UnsupportedEncoderError: there are some.
+    """
+    config.only("split_special_tokens", [False], False)
+    wrong = _other_tokens(content.get("added_tokens") or (), config)
+    around = [_contents(config.get(key) or default)[0] for key, default in _AROUND.get(name, ())]
+    if around and around != _around(content):
+        wrong.update(around)
+    if wrong:
+        raise UnsupportedEncoderError(
+            f"{path.with_name('tokenizer_config.json')} names the tokens "
+            f"{', '.join(sorted(wrong))[:200]}, which {path.name} does not have, or otherwise. "
+            "Make them agree."
+        )
+
+
+def _other_tokens(added: Collection[Mapping[str, Any]], config: Settings) -> set[str]:
+    """Tokens that settings name and that are not ``added``, or are with other flags."""
+    known = {token["content"]: _flags(token) for token in added}
+    named = [config[key] for key in config if key in _NAMED or key.endswith("_token")]
+    listed = config.object("added_tokens_decoder").values()
+    other = {each["content"] for each in listed if known.get(each["content"]) != _flags(each)}
+    return other.union(*map(_contents, named)) - (known.keys() - other)
+
+
+def _flags(token: Mapping[str, Any]) -> list[bool]:
+    """How a text is divided at an added token."""
+    return [bool(token.get(key)) for key in ("lstrip", "rstrip", "single_word", "normalized")]
+
+
+def _token_settings(directory: Path) -> Settings:
+    """``tokenizer_config.json``, with the older files that are read where it lists no tokens."""
+    config = read_if_there(directory / "tokenizer_config.json")
+    if "added_tokens_decoder" in config:
+        return config
+    older = read_if_there(directory / "special_tokens_map.json")
+    added = {"added_tokens.json": list(read_if_there(directory / "added_tokens.json"))}
+    return Settings({**config, **older, **added}, config.path)
+
+
+def _contents(value: Any) -> list[str]:
+    """The tokens that a setting names: one, as text or with its flags, several, or none."""
+    if isinstance(value, dict):
+        value = value["content"] if "content" in value else list(value.values())
+    values = value if isinstance(value, list) else [value]
+    return [
+        v["content"] if isinstance(v, dict) else v for v in values if isinstance(v, (dict, str))
+    ]
+
+
+def _around(content: Mapping[str, Any]) -> list[str]:
+    """The tokens that the file puts around a text."""
+    from tokenizers import Tokenizer
+
+    empty = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {}, "unk_token": ""},
+             "post_processor": content.get("post_processor")}  # fmt: skip
+    return list(Tokenizer.from_str(json.dumps(empty)).encode("").tokens)
+
+
+def _albert(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What ``AlbertTokenizer`` does before anything else."""
+    quotes: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": quote}, "content": '"'} for quote in ("``", "''")
+    ]
+    plain = [] if config.get("keep_accents", False) else ["NFKD", "StripAccents"]
+    plain += ["Lowercase"] if config.get("do_lower_case", True) else []
+    return [*quotes, *({"type": kind} for kind in plain)]
+
+
+def _deberta(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Normaliser and pre-tokenizer of ``DebertaV2Tokenizer``."""
+    lower = [{"type": "Lowercase"}] if config.get("do_lower_case", False) else []
+    blanks = {"type": "Replace", "pattern": {"Regex": r"\s{2,}|[\n\r\t]"}, "content": " "}
+    strip = {"type": "Strip", "strip_left": False, "strip_right": True}
+    scheme = "always" if config.get("add_prefix_space", True) else "first"
+    metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme,
+                 "split": True}  # fmt: skip
+    split = config.get("split_by_punct", False)
+    punctuation = [{"type": "Punctuation", "behavior": "Isolated"}] if split else []
+    parts = [*lower, blanks, {"type": "NFC"}, strip]
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": parts},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*punctuation, metaspace]},
+    }
+
+
+def _sentencepiece(
+    normalizer: Mapping[str, Any], before: Sequence[Mapping[str, Any]], prefix: Any
+) -> dict[str, Any]:
     """Normaliser and pre-tokenizer as the classes of ``_SENTENCEPIECE`` build them."""
     parts = normalizer.get("normalizers", [normalizer])
-    characters = [part for part in parts if part.get("type") == "Precompiled"]
+    characters = [*before, *(part for part in parts if part.get("type") == "Precompiled")]
     scheme = "always" if prefix is None or prefix else "never"
     metaspace = {"replacement": "\u2581", "prepend_scheme": scheme, "split": True}
     split = [{"type": "WhitespaceSplit"}, {"type": "Metaspace", **metaspace}]
     return {
-        "normalizer": characters[0] if characters else None,
+        "normalizer": {"type": "Sequence", "normalizers": characters} if characters else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": split},
     }
 
 
 def _follow_prefix(part: dict[str, Any], name: str, prefix: Any, path: Path) -> None:
     """Whether a blank is put before a text: by the class, where it builds this part again."""
-    rebuilt: tuple[str, ...]
-    is_byte_level = part["type"] == "ByteLevel"
-    if is_byte_level:
-        stored, rebuilt, default = part.get("add_prefix_space", True), _BYTE_LEVEL, False
-    elif part["type"] == "Metaspace":
-        stored, rebuilt, default = part.get("prepend_scheme") != "never", _METASPACE, True
-    else:
-        return
-    asked = default if prefix is None else bool(prefix)
-    if asked == stored:
-        return
-    if name in rebuilt:
-        scheme = {"prepend_scheme": "always" if asked else "never"}
-        part.update({"add_prefix_space": asked} if is_byte_level else scheme)
-    elif name not in _GENERIC and prefix is not None:
-        raise UnsupportedEncoderError(
-            f"{path.with_name('tokenizer_config.json')}: 'add_prefix_space' is {prefix!r}, "
-            f"which {path.name} contradicts, and which of them {name} follows is not known. "
-            "Make them agree."
-        )
+    kind = part["type"]
+    if kind == "ByteLevel" and name in _BYTE_LEVEL:
+        part["add_prefix_space"] = bool(prefix)
+    elif kind in ("ByteLevel", "Metaspace") and prefix is not None and name not in _GENERIC:
+        always = part.get("add_prefix_space", True)
+        stored = always if kind == "ByteLevel" else part.get("prepend_scheme") != "never"
+        if bool(prefix) != stored:
+            raise UnsupportedEncoderError(
+                f"{path.with_name('tokenizer_config.json')}: 'add_prefix_space' is {prefix!r}, "
+                f"which {path.name} contradicts, and which of them {name} follows is not known. "
+                "Make them agree."
+            )
 
 
 def _pre_tokenizers(pre_tokenizer: dict[str, Any] | None) -> Iterator[dict[str, Any]]:

@@ -177,7 +177,7 @@ CASES: dict[str, tuple[Change, str]] = {
                      r"model\.safetensors"),
     "type": (header(lambda h: h[NORM].update(dtype=["F32"])), r"model\.safetensors"),
     "tensor missing": (header(lambda h: h.pop(TYPES)), r"model\.safetensors"),
-    "tensor of one axis": (header(lambda h: h[TYPES].update(shape=[16])), CONFIG),
+    "tensor of one axis": (header(lambda h: h[TYPES].update(shape=[16])), "token_type_embeddings"),
     "weights of a layer": (header(at("linear.bias", "shape", [3, 2]), "2_Dense/model.safetensors"),
                            r"linear\.bias"),
     "header list": (written("model.safetensors", struct.pack("<Q", 2) + b"[]"),
@@ -211,7 +211,15 @@ CASES: dict[str, tuple[Change, str]] = {
     "no words": (in_tokenizer(model={**TOKENIZER["model"], "vocab": {}}), "no vocabulary"),
     "words of another model": (
         in_tokenizer(model={**TOKENIZER["model"], "vocab": {**VOCABULARY, "other": 9999}}),
-        "'vocab' has the id 9999"),
+        "the id 9999"),
+    "an added token of another model": (
+        in_tokenizer(added_tokens=[{"id": 9999, "content": "x", "special": True, **dict.fromkeys(
+            ("single_word", "lstrip", "rstrip", "normalized"), False)}]),
+        "the id 9999"),
+    "a token that is not there": (written("special_tokens_map.json", b'{"cls_token": "zq"}'), "zq"),
+    "another one": (written("added_tokens.json", b'{"zq": 5}'), "zq"),
+    "whether pooling sees the prompt": (in_file(POOLING, include_prompt=None), "'include_prompt'"),
+    "token types": (in_file("config.json", type_vocab_size=9), "token_type_embeddings"),
     "a prompt that leaves no room": (in_file(GENERAL, prompts={"document": "the " * 40}),
                                      "every document the same"),
     "a prompt that leaves questions no room": (in_file(GENERAL, prompts={"query": "a" * 10**6}),
@@ -406,6 +414,7 @@ def test_whatever_the_name_is(tmp_path_factory: pytest.TempPathFactory, name: st
 
 def test_a_text_without_tokens_is_named(copy: Path) -> None:
     edit(copy / "tokenizer.json", post_processor=None)
+    edit(copy / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     encoder = load(copy)
     for texts in (["hello", ""], ["hello", "hello", "", "world"], ["", " "]):
         with pytest.raises(EncodingError, match="no tokens") as caught:

@@ -390,6 +390,7 @@ def swapped_words(path: Path) -> None:
 def no_last_token(path: Path) -> None:
     content = json.loads((path / "tokenizer.json").read_text())["post_processor"]
     tokenizer(path, "post_processor", single=content["single"][:-1])
+    edit(path / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
 
 
 def cut_at_the_left(path: Path) -> None:

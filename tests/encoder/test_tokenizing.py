@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from sbert_pg.encoder.files import read_json
+from sbert_pg.encoder.files import Settings, read_json
 from sbert_pg.encoder.tokenizer_files import _as_configured, tokenizer_class
 from sbert_pg.encoder.tokenizing import TextTokenizer, clean
 from sbert_pg.errors import DamagedEncoderError, EncodingError, UnsupportedEncoderError
@@ -207,43 +207,6 @@ def test_a_panic_of_the_binding_is_an_error_of_ours() -> None:
         tokenizer.encode(["b" * 10_000])
 
 
-CLASSES = [
-    ("byte level", "RobertaTokenizer"), ("byte level", "GPT2Tokenizer"),
-    ("byte level", "PreTrainedTokenizerFast"), ("unigram", "XLMRobertaTokenizer"),
-    ("unigram", "CamembertTokenizer"), ("unigram", "PreTrainedTokenizerFast"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("kind", "name"), CLASSES)
-@pytest.mark.parametrize("asked", [True, False, None])
-@pytest.mark.parametrize("stored", [True, False])
-def test_a_leading_blank_is_put_where_transformers_puts_it(
-    tmp_path: Path, kind: str, name: str, asked: bool | None, stored: bool
-) -> None:
-    transformers = pytest.importorskip("transformers", reason="it is what is followed")
-    if not hasattr(transformers, "TokenizersBackend"):
-        pytest.skip("transformers 4 takes more from tokenizer.json")
-    content = json.loads(CONTENT[kind])
-    part = content["pre_tokenizer"]
-    if kind == "byte level":
-        part["add_prefix_space"] = stored
-    else:
-        part["pretokenizers"][1]["prepend_scheme"] = "always" if stored else "never"
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    special = dict.fromkeys(("bos_token", "cls_token", "unk_token", "pad_token"), "<s>")
-    config = {"tokenizer_class": name, **special, "eos_token": "</s>", "sep_token": "</s>"}
-    if asked is not None:
-        config["add_prefix_space"] = asked
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    followed = getattr(transformers, name).from_pretrained(str(tmp_path))
-    ours = _as_configured(content, name.removesuffix("Fast"), config, tmp_path / "tokenizer.json")
-    tokenizer = TextTokenizer(json.dumps(ours), None)
-    for text in ("Apple pie", "hello world", " fox"):
-        theirs = followed.backend_tokenizer.encode(text, add_special_tokens=False).ids
-        mine = tokenizer._tokenizer.encode(text, add_special_tokens=False).ids
-        assert mine == theirs
-
-
 def contradicted(kind: str) -> dict[str, Any]:
     """A ``tokenizer.json`` of which the class that belongs to it takes another part."""
     content: dict[str, Any] = json.loads(CONTENT[kind])
@@ -256,78 +219,98 @@ def contradicted(kind: str) -> dict[str, Any]:
     return content
 
 
-@pytest.mark.parametrize(
-    ("architecture", "kind", "named"),
-    [
-        ("bert", "wordpiece", {}), ("electra", "wordpiece", {}), ("nomic_bert", "wordpiece", {}),
-        ("distilbert", "wordpiece", {}), ("mpnet", "wordpiece", {}), ("roberta", "byte level", {}),
-        ("xlm-roberta", "unigram", {}), ("gte", "unigram", {}), ("camembert", "unigram", {}),
-        ("modernbert", "byte level", {}), ("bert", "byte level", {"config": "RobertaTokenizer"}),
-        ("squeezebert", "wordpiece", {"tokenizer": "SqueezeBertTokenizer"}),
-        ("longformer", "byte level", {"tokenizer": "LongformerTokenizer"}),
-        ("bert", "wordpiece", {"tokenizer": "PreTrainedTokenizerFast", "config": "BertTokenizer"}),
-    ],
-)  # fmt: skip
-def test_the_class_is_the_one_that_transformers_takes(
+#: Settings that are followed, or that change nothing.
+FOLLOWED: list[dict[str, Any]] = [
+    {}, {"do_lower_case": True}, {"do_lower_case": False},
+    {"strip_accents": True}, {"strip_accents": False}, {"tokenize_chinese_chars": False},
+    {"keep_accents": True}, {"keep_accents": False}, {"remove_space": False}, {"legacy": False},
+    {"add_prefix_space": True}, {"add_prefix_space": False}, {"split_by_punct": True},
+    {"mask_token": {"content": "<s>", "lstrip": True, "__type": "AddedToken"}},
+]  # fmt: skip
+#: Tokens that ``tokenizer.json`` does not have, or otherwise.
+REFUSED: list[dict[str, Any]] = [
+    {"unk_token": "zq"}, {"additional_special_tokens": ["zq"]}, {"extra_special_tokens": ["zq"]},
+    {"extra_special_tokens": {"a": "zq"}}, {"split_special_tokens": True},
+    {"added_tokens_decoder": {"1": {"content": "</s>", "lstrip": True}}},
+    {"added_tokens_decoder": {"900": {"content": "zq"}}},
+]  # fmt: skip
+MADE = [
+    ("bert", "wordpiece", {}), ("electra", "wordpiece", {}), ("nomic_bert", "wordpiece", {}),
+    ("distilbert", "wordpiece", {}), ("mpnet", "wordpiece", {}), ("roberta", "byte level", {}),
+    ("xlm-roberta", "unigram", {}), ("gte", "unigram", {}), ("camembert", "unigram", {}),
+    ("albert", "unigram", {}), ("t5", "unigram", {}), ("deberta-v2", "unigram", {}),
+    ("t5", "unigram", {"tokenizer": "PreTrainedTokenizerFast"}), ("modernbert", "byte level", {}),
+    ("modernbert", "byte level", {"tokenizer": "RobertaTokenizer"}),
+    ("bert", "byte level", {"config": "RobertaTokenizer"}), ("mistral", "unigram", {}),
+    ("bert", "byte level", {"tokenizer": "GPT2Tokenizer"}),
+    ("qwen3", "byte level", {"tokenizer": "PreTrainedTokenizerFast"}),
+    ("squeezebert", "wordpiece", {"tokenizer": "SqueezeBertTokenizer"}),
+    ("longformer", "byte level", {"tokenizer": "LongformerTokenizer"}),
+    ("bert", "wordpiece", {"tokenizer": "PreTrainedTokenizerFast", "config": "BertTokenizer"}),
+]  # fmt: skip
+ODD = ["Apple  pie ", " The Fox", "a\tb\nc", "", " ", "Caf\u00e9 \u4eca\u5929", "``so'' it's, ok",
+       "<s> a </s>b zq", "\ufb01 \uff21 e\u0301", "\u2581x"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("architecture", "kind", "named"), MADE)
+def test_tokens_are_those_of_transformers(
     tmp_path: Path, architecture: str, kind: str, named: dict[str, str]
 ) -> None:
-    """Where no file names one, that of the architecture; it decides what of a file is followed."""
+    """Classes build parts again from ``tokenizer_config.json``, whatever ``tokenizer.json`` says.
+
+    The class is the architecture's where no file names one.
+    """
     transformers = pytest.importorskip("transformers", reason="it is what is followed")
     if not hasattr(transformers, "TokenizersBackend"):
         pytest.skip("transformers 4 takes more from tokenizer.json")
-    content = contradicted(kind)
-    unknown = "<unk>" if kind == "wordpiece" else "<s>"
-    special = dict.fromkeys(("bos_token", "cls_token", "unk_token", "pad_token"), unknown)
-    files: dict[str, dict[str, Any]] = {
-        "tokenizer.json": content, "config.json": {"model_type": architecture},
-        "tokenizer_config.json": {**special, "eos_token": unknown, "sep_token": unknown},
-    }  # fmt: skip
-    for file, name in named.items():
-        key = "config.json" if file == "config" else "tokenizer_config.json"
-        files[key]["tokenizer_class"] = name
-    for name, value in files.items():
-        (tmp_path / name).write_text(json.dumps(value))
-    followed = transformers.AutoTokenizer.from_pretrained(str(tmp_path)).backend_tokenizer
-    config, tokenizer = (
-        read_json(tmp_path / name) for name in ("config.json", "tokenizer_config.json")
-    )
-    kind_of = tokenizer_class(tokenizer, config)
-    ours = _as_configured(dict(content), kind_of, tokenizer, tmp_path / "tokenizer.json")
-    mine = TextTokenizer(json.dumps(ours), None)._tokenizer
-    for text in ("Apple  pie ", " The Fox", "hello world"):
-        theirs = followed.encode(text, add_special_tokens=False).ids
-        assert mine.encode(text, add_special_tokens=False).ids == theirs
+    written = {"model_type": architecture}
+    special = {**dict.fromkeys(("bos_token", "cls_token", "pad_token", "mask_token"), "<s>"),
+               **dict.fromkeys(("eos_token", "sep_token"), "</s>")}  # fmt: skip
+    special["unk_token"] = "<s>" if kind == "byte level" else "<unk>"
+    if "config" in named:
+        written["tokenizer_class"] = named["config"]
+    if "tokenizer" in named:
+        special["tokenizer_class"] = named["tokenizer"]
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    config = read_json(tmp_path / "config.json")
+    path = tmp_path / "tokenizer.json"
+    for content in (json.loads(CONTENT[kind]), contradicted(kind)):
+        if architecture == "t5":
+            content["post_processor"]["single"] = content["post_processor"]["single"][1:]
+        path.write_text(json.dumps(content))
+        for extra in (*FOLLOWED, *REFUSED):
+            (tmp_path / "tokenizer_config.json").write_text(json.dumps({**special, **extra}))
+            tokenizer = read_json(tmp_path / "tokenizer_config.json")
+            name = tokenizer_class(tokenizer, config)
+            if extra in REFUSED:
+                with pytest.raises(UnsupportedEncoderError, match=r"tokenizer_config\.json"):
+                    _as_configured(dict(content), name, tokenizer, path)
+                continue
+            ours = _as_configured(json.loads(json.dumps(content)), name, tokenizer, path)
+            theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+            mine = TextTokenizer(json.dumps(ours), None).encode(ODD).ids
+            assert mine == [theirs(text)["input_ids"] for text in ODD], extra
 
 
-@pytest.mark.parametrize("name", ["XLMRobertaTokenizer", "CamembertTokenizer", "T5Tokenizer"])
-def test_sentencepiece_is_what_transformers_5_makes_of_it(tmp_path: Path, name: str) -> None:
-    """transformers 4 wrote another normaliser and pre-tokenizer; version 5 reads neither."""
-    transformers = pytest.importorskip("transformers", reason="it is what is followed")
-    if not hasattr(transformers, "TokenizersBackend"):
-        pytest.skip("transformers 4 takes more from tokenizer.json")
-    content = json.loads(CONTENT["unigram"])
-    # As transformers 4.57 saves it, with a pass over the text that tells the two from each other.
-    blanks = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
-    content["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, blanks]}
-    content["pre_tokenizer"] = {"type": "Metaspace", "replacement": "\u2581",
-                                "prepend_scheme": "always", "split": True}  # fmt: skip
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    special = dict.fromkeys(("bos_token", "cls_token", "unk_token", "pad_token"), "<s>")
-    config = {"tokenizer_class": name, **special, "eos_token": "</s>", "sep_token": "</s>"}
+@pytest.mark.parametrize(
+    ("name", "kind", "extra"),
+    [("BertTokenizer", "wordpiece", {"cls_token": "</s>"}), ("T5Tokenizer", "unigram", {}),
+     ("XLMRobertaTokenizer", "unigram", {"eos_token": "<s>"}),
+     ("Qwen2Tokenizer", "byte level", {}), ("GemmaTokenizer", "byte level", {})],
+)  # fmt: skip
+def test_what_a_class_builds_otherwise_is_refused(
+    tmp_path: Path, name: str, kind: str, extra: dict[str, Any]
+) -> None:
+    """Tokens around a text, and normalisers."""
+    config = {"cls_token": "<s>", "sep_token": "</s>", **extra}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    followed = getattr(transformers, name).from_pretrained(str(tmp_path))
-    ours = _as_configured(dict(content), name, config, tmp_path / "tokenizer.json")
-    as_stored, as_built = (TextTokenizer(json.dumps(c), None)._tokenizer for c in (content, ours))
-    differ = 0
-    for text in ("Apple  pie ", " the fox", "a\tb\nc", "The fox", "plain words"):
-        theirs = followed.backend_tokenizer.encode(text, add_special_tokens=False).ids
-        assert as_built.encode(text, add_special_tokens=False).ids == theirs
-        differ += as_stored.encode(text, add_special_tokens=False).ids != theirs
-    assert differ, "the file as it is would be another tokenizer"
+    tokenizer = read_json(tmp_path / "tokenizer_config.json")
+    with pytest.raises(UnsupportedEncoderError, match=r"tokenizer\.json"):
+        _as_configured(json.loads(CONTENT[kind]), name, tokenizer, tmp_path / "tokenizer.json")
 
 
 def test_a_contradiction_that_nobody_is_known_to_settle_is_refused(tmp_path: Path) -> None:
     content = json.loads(CONTENT["byte level"])
-    config = {"add_prefix_space": True}
+    config = Settings({"add_prefix_space": True}, tmp_path / "tokenizer_config.json")
     with pytest.raises(UnsupportedEncoderError, match=r"'add_prefix_space'.*CohereTokenizer"):
         _as_configured(content, "CohereTokenizer", config, tmp_path / "tokenizer.json")
