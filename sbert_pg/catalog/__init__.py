@@ -26,7 +26,9 @@ from sbert_pg.catalog.record import (
     binding_of,
     health,
     installed,
+    missing_columns,
     require_binding,
+    require_columns,
 )
 from sbert_pg.catalog.tables import PENDING_CHANNEL, SCHEMA
 
@@ -50,9 +52,11 @@ __all__ = [
     "hold",
     "hold_encoder",
     "installed",
+    "missing_columns",
     "queue_indexes",
     "rebind",
     "require_binding",
+    "require_columns",
     "require_current",
     "script_location",
     "unbind",

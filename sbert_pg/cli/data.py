@@ -35,6 +35,7 @@ from sbert_pg.indexes import hnsw_index
 from sbert_pg.progress import bar
 from sbert_pg.reembed.change import Side
 from sbert_pg.search import explain_search, explain_words, hybrid, matching, nearest
+from sbert_pg.source import companion_name
 from sbert_pg.tuning.files import csv_rows, numbered_lines
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
@@ -211,8 +212,15 @@ def _create(
     """A table of text columns with an embedding column, bound; its index is left to the caller."""
     from sbert_pg import catalog
 
+    catalog.require_current(connection)
     if not columns:
         raise LoadError("--create: there are no rows, so the columns are not known.")
+    for column in columns:
+        if not 0 < len(column.encode()) < 64 or column in (EMBEDDING, companion_name(EMBEDDING)):
+            raise LoadError(
+                f"--create: a column cannot be called {column!r}. A name has 1 to 63 bytes, and "
+                f"{EMBEDDING!r} is the new column for vectors. Rename it in the file."
+            )
     text = source_of(source)
     if text is None:
         raise DeclarationError(

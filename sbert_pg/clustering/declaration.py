@@ -277,8 +277,9 @@ def clusters_of(
     """
     base, mapper = _base_column(column), column.parent
     rows = base.table
+    names = tables.free_attributes(mapper, attribute)  # before anything is declared
     classes = tables.map_classes(mapper, rows, prefix or f"{rows.name}_cluster")
-    tables.extend_entity(mapper, attribute, base.name, classes, rows)
+    tables.extend_entity(mapper, names, base.name, classes, rows)
     criteria = criteria_list(where)
     clustering = Clustering(
         mapper.class_,

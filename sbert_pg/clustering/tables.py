@@ -235,6 +235,11 @@ def map_beside(
     ``references`` are relationships to a row, by name, and what becomes of each when the row is
     deleted. Their columns are called after the row's key: ``exemplar_id``.
     """
+    if any((t.schema, t.name) == (rows.schema, name) for t in rows.metadata.tables.values()):
+        raise DeclarationError(
+            f"There is a table {name!r} in the metadata already; give clusters_of() another "
+            "prefix=, or duplicates_of() another name=."
+        )
     constraints = list(arguments)
     for reference, ondelete in references.items():
         keys = list(rows.primary_key)
@@ -284,21 +289,31 @@ def identifier(name: str) -> str:
     return name
 
 
-def extend_entity(
-    mapper: Mapper[Any], attribute: str, column_name: str, classes: Classes, rows: sa.Table
-) -> None:
-    """Give the row's class its current clusters, and its assignments in every run."""
-    run, cluster, assignment = map(table_of, classes)
-    all_runs = f"{attribute.removesuffix('s')}_assignments"
-    for name in (attribute, all_runs):
+def free_attributes(mapper: Mapper[Any], attribute: str) -> tuple[str, str]:
+    """What the row's class calls its current clusters, and its assignments in every run."""
+    names = (attribute, f"{attribute.removesuffix('s')}_assignments")
+    for name in names:
         if mapper.has_property(name) or hasattr(mapper.class_, name):
             raise DeclarationError(
                 f"{mapper.class_.__name__} has an attribute {name!r} already; give clusters_of() "
                 "another one with attribute=."
             )
+    return names
+
+
+def extend_entity(
+    mapper: Mapper[Any],
+    names: tuple[str, str],
+    column_name: str,
+    classes: Classes,
+    rows: sa.Table,
+) -> None:
+    """Give the row's class both of them."""
+    run, cluster, assignment = map(table_of, classes)
+    current, all_runs = names
     joined = is_row(assignment, rows)
     _add(
-        mapper, attribute, classes[1], viewonly=True,
+        mapper, current, classes[1], viewonly=True,
         secondary=sa.join(assignment, run, assignment.c.run_id == run.c.id),
         primaryjoin=sa.and_(joined, run.c.is_current, run.c.column_name == column_name),
         secondaryjoin=foreign(assignment.c.cluster_id) == cluster.c.id,

@@ -18,7 +18,7 @@ from sqlalchemy.engine import Connection, Dialect
 from sqlalchemy.types import UserDefinedType
 
 from sbert_pg import system
-from sbert_pg.catalog import Binding, health, tables
+from sbert_pg.catalog import Binding, health, require_columns, tables
 from sbert_pg.errors import BindingError, DeclarationError, NotBoundError
 from sbert_pg.system import array_of, parts_of
 from sbert_pg.types.wire import TextArray, TextArrayDumper, WireArray, WireDumper
@@ -344,7 +344,8 @@ def queue_fault(connection: Connection, binding: Binding) -> str | None:
 
 
 def require_all_rows(connection: Connection, binding: Binding) -> None:
-    """Refuse to speak of a table of which this role sees a part, by row-level security."""
+    """Refuse to speak of a table of which this role sees a part, or which lacks bound columns."""
+    require_columns(connection, binding)
     active = sa.func.row_security_active(sa.cast(binding.relation, pg.OID))
     if connection.execute(sa.select(active)).scalar_one():
         raise BindingError(

@@ -107,8 +107,10 @@ def status(connection: Connection, *, exact: bool = False) -> list[ColumnStatus]
 def _status(
     connection: Connection, binding: Binding, row: sa.Row[Any], exact: bool
 ) -> ColumnStatus:
-    # Without its index a count would read the whole table.
-    lost = queue_fault(connection, binding) is not None and not exact
+    # Without its index a count would read the whole table; without a column there is none.
+    lost = queue_fault(connection, binding) is not None and (
+        not exact or bool(catalog.missing_columns(connection, binding))
+    )
     counted = (
         Counts(0, 0, 0, 0, True, None)
         if lost
@@ -133,9 +135,9 @@ def _status(
         truncated=_truncated(connection, binding, row),
         problems=tuple(row.problems or ()),
         index=index,
-        counted=exact,
+        counted=exact and not lost,
     )
-    if not exact:
+    if not status.counted:
         return status
     table = binding.clause()
     whole = sa.select(sa.func.count(), sa.func.count(table.c[binding.column])).select_from(table)

@@ -145,6 +145,8 @@ _DEPENDENT = sa.text(
 
 def require_droppable(connection: sa.Connection, binding: Binding) -> None:
     """Refuse to drop a column that a view, trigger or other object of the application's needs."""
+    if {binding.column, binding.companion} & set(catalog.missing_columns(connection, binding)):
+        catalog.require_columns(connection, binding)
     dependents = connection.scalars(
         _DEPENDENT,
         {"relation": binding.relation, "column": binding.column, "companion": binding.companion},

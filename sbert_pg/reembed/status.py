@@ -61,10 +61,11 @@ def replacement_of(connection: sa.Connection, old: Binding) -> Binding | None:
 def sides_of(connection: sa.Connection, column: ColumnIdentity) -> tuple[Binding, Binding | None]:
     """The new column of a change that a column takes part in, and the old one if still there."""
     binding = catalog.require_binding(connection, column)
-    new = replacement_of(connection, binding) or binding
+    new = catalog.require_columns(connection, replacement_of(connection, binding) or binding)
     if new.replaces is None:
         return new, None
-    return new, catalog.binding_of(connection, ColumnIdentity(new.schema, new.table, new.replaces))
+    old = catalog.binding_of(connection, ColumnIdentity(new.schema, new.table, new.replaces))
+    return new, old and catalog.require_columns(connection, old)
 
 
 def change_of(connection: sa.Connection, column: ColumnIdentity) -> tuple[Binding, Binding]:

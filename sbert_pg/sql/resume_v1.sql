@@ -18,6 +18,16 @@ BEGIN
                 resume_v1.relation::text, resume_v1.column_name, resume_v1.replaces),
             HINT = 'Bind both before the change goes on.';
     END IF;
+    -- Else a change could lead back to its own beginning, and either column be dropped as the old one.
+    IF v_new = v_old OR EXISTS (SELECT FROM sbert.binding b WHERE b.id = v_old AND b.replaces_id IS NOT NULL
+                                    OR b.replaces_id = v_old AND b.id <> v_new)
+    THEN
+        RAISE EXCEPTION USING ERRCODE = 'SB002',
+            MESSAGE = format('column %I of table %s cannot be what %I replaces: it is that column itself, '
+                'replaces one, or is being replaced by another', resume_v1.replaces,
+                resume_v1.relation::text, resume_v1.column_name),
+            HINT = 'Name the new column first, then the old one. Finish or abort another change before.';
+    END IF;
     UPDATE sbert.binding AS b SET replaces_id = v_old
      WHERE b.id = v_new AND b.replaces_id IS DISTINCT FROM v_old;
 END

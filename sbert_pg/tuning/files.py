@@ -297,6 +297,9 @@ def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             if not reader.fieldnames:
                 raise LoadError(f"{path} is empty; the first line has to name the columns.")
+            if len(set(reader.fieldnames)) < len(reader.fieldnames):
+                names = ", ".join(reader.fieldnames)
+                raise LoadError(f"{path}: the header names a column twice: {names}.")
             for row in reader:
                 yield reader.line_num, row
         except csv.Error as error:

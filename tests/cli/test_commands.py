@@ -371,6 +371,31 @@ def test_a_bad_row_leaves_nothing(database_url: sa.URL, tmp_path: Path, minilm: 
 
 
 @pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ("title,title", "names a column twice"),
+        ("title,embedding", "cannot be called 'embedding'"),
+        ("title,embedding_of", "cannot be called 'embedding_of'"),
+        ("title,", "cannot be called ''"),
+        (f"title,{'é' * 32}", "1 to 63 bytes"),
+    ],
+)
+def test_headers_that_make_no_table(
+    header: str, words: str, database_url: sa.URL, tmp_path: Path
+) -> None:
+    path = tmp_path / "odd.csv"
+    path.write_text(f"{header}\na,b\n")
+    result = sbert_pg("load", "a", str(path), "--create", "-s", "title", url=database_url)
+    assert (result.returncode, "Traceback" in result.stderr) == (1, False)
+    assert words in " ".join(result.stderr.split())
+
+
+def test_a_table_needs_the_catalog(bare_database_url: sa.URL, articles: Path) -> None:
+    result = sbert_pg("load", "a", str(articles), "--create", "-s", "title", url=bare_database_url)
+    assert (result.returncode, "sbert-pg migrate" in result.stderr) == (1, True), result.stderr
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
         (["search", "nowhere", "x"], 1, "is not an embedding column"),

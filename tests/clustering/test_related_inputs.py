@@ -16,7 +16,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sbert_pg import catalog, registry
 from sbert_pg import clustering as cl
 from sbert_pg.clustering.kmeans import normalize
-from sbert_pg.errors import ClusteringError
+from sbert_pg.errors import ClusteringError, DeclarationError
 from sbert_pg.indexes import hnsw_index
 from sbert_pg.orm import embed_on_flush, embedding_column
 from sbert_pg.testing import DeterministicEncoder
@@ -133,6 +133,29 @@ def odd_app() -> tuple[Any, Any, Any, Any]:
 
     topics = cl.clusters_of(Odd.vector, where=Odd.label != r"50%\ off: it's %s")
     return Base, Odd, topics, cl.duplicates_of(Odd.vector)
+
+
+def test_a_second_clustering_of_a_table_needs_names_of_its_own() -> None:
+    class Base(DeclarativeBase):
+        pass
+
+    class Note(Base):
+        __tablename__ = "note"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        first: Mapped[Any] = mapped_column(Vector(3))
+        second: Mapped[Any] = mapped_column(Vector(3))
+
+    cl.clusters_of(Note.first)
+    declared = set(Base.metadata.tables)
+    with pytest.raises(DeclarationError, match="attribute="):
+        cl.clusters_of(Note.second, prefix="second")
+    with pytest.raises(DeclarationError, match="prefix="):
+        cl.clusters_of(Note.second, attribute="seconds")
+    assert set(Base.metadata.tables) == declared, "nothing is half declared"
+    cl.clusters_of(Note.second, prefix="second", attribute="seconds")
+    cl.duplicates_of(Note.first)
+    with pytest.raises(DeclarationError, match="name="):
+        cl.duplicates_of(Note.second)
 
 
 def test_odd_names_composite_keys_and_partitions(engine: sa.Engine) -> None:

@@ -13,7 +13,7 @@ from ways import modules_of
 from sbert_pg import catalog, create_all, errors
 from sbert_pg import reembed as ree
 from sbert_pg.alembic import register
-from sbert_pg.freshness import backfill, refresh
+from sbert_pg.freshness import backfill, refresh, status
 from sbert_pg.indexes import vector_indexes
 from sbert_pg.reembed.finish import drop_bound_column, require_droppable
 from sbert_pg.search import nearest
@@ -501,6 +501,27 @@ def test_a_change_taken_back_goes_on(world):
     assert ree.status(world.engine, world.new_column).old == "embedding"
     with pytest.raises(errors.NotBoundError), world.engine.begin() as connection:
         ree.resume(connection, world.new_column, "nothing")
+    for new, old in (("embedding", "embedding_new"), ("embedding", "embedding")):
+        with pytest.raises(errors.AlreadyBoundError), world.engine.begin() as connection:
+            ree.resume(connection, ColumnIdentity(None, "articles", new), old)
+
+
+@pytest.mark.parametrize("name", ["embedding", "embedding_new", "embedding_of", "body", "id"])
+def test_a_column_that_was_renamed_without_the_catalog(world, name):
+    world.create(3)
+    ree.begin(world.engine, request(world))
+    world.fill()
+    with world.engine.begin() as connection:
+        connection.execute(sa.text(f"alter table articles rename {name} to renamed"))
+    for step in (ree.backfill, ree.verify, ree.status, ree.finish):
+        with pytest.raises(errors.BindingError, match=rf"no column {name}, .*rename_v1"):
+            step(world.engine, world.new_column)
+    with world.engine.begin() as connection:
+        shown = {one.column: one for one in status(connection, exact=True)}
+        assert any(name in problem for one in shown.values() for problem in one.problems)
+        connection.execute(sa.text(f"select sbert.rename_v1('articles', '{name}', 'renamed')"))
+    new = "renamed" if name == "embedding_new" else "embedding_new"
+    assert ree.verify(world.engine, ColumnIdentity(None, "articles", new)).coverage.fresh == 3
 
 
 class TestWays:
