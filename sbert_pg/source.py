@@ -286,9 +286,8 @@ def _part_of_document(table: sa.FromClause, place: Mapping[str, Any]) -> sa.Colu
         schema, _, name = keys[0].target_fullname.rpartition(".")[0].rpartition(".")
     columns: list[Any] = [sa.column(column) for column in (*names, place["column"])]
     document = sa.table(name, *columns, schema=schema or None).alias("passage_document")
-    part = sa.func.substr(
-        document.c[place["column"]], table.c.start + 1, table.c.stop - table.c.start
-    )
+    whole = sa.func.coalesce(document.c[place["column"]], "")
+    part = sa.func.substr(whole, table.c.start + 1, table.c.stop - table.c.start)
     text = sa.func.concat_ws(GAP, sa.func.nullif(table.c.heading, ""), part, type_=sa.Text())
     same = [table.c[ours] == document.c[n] for ours, n in zip(place["key"], names, strict=True)]
     return sa.select(text).where(*same).correlate(table).scalar_subquery()

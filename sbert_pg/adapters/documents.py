@@ -264,6 +264,8 @@ class Documents:
     def field(self, name: str) -> sa.ColumnElement[Any]:
         """The column of a field of the metadata, or its value within the JSON attribute.
 
+        There ``a.b`` is the field of that name, else ``b`` of the object ``a``.
+
         Raises:
             DeclarationError: there is neither.
         """
@@ -273,7 +275,10 @@ class Documents:
         if self.metadata is None:
             raise DeclarationError(self._unknown(name))
         whole = sa.cast(getattr(self.class_, self.metadata), JSONB)
-        return sa.func.nullif(whole[name], sa.cast(sa.literal("null"), JSONB), type_=JSONB())
+        value = whole[name]
+        if "." in name:
+            value = sa.func.coalesce(value, whole[tuple(name.split("."))])
+        return sa.func.nullif(value, sa.cast(sa.literal("null"), JSONB), type_=JSONB())
 
     def _unknown(self, name: str) -> str:
         return (

@@ -364,7 +364,9 @@ def text_of(declared: Declared) -> sa.ColumnElement[str]:
     """
     passage: Any = sa.inspect(declared.passage).local_table.c
     body: Any = sa.inspect(declared.document).columns[declared.source_keys[-1]]
-    part = sa.func.substr(body, passage.start + 1, passage.stop - passage.start)
+    part = sa.func.substr(
+        sa.func.coalesce(body, ""), passage.start + 1, passage.stop - passage.start
+    )
     whole = sa.func.concat_ws(GAP, sa.func.nullif(passage.heading, ""), part)
     hashed = sa.func.encode(sa.func.sha256(sa.func.convert_to(whole, "UTF8")), "hex")
     return sa.case((sa.func.substr(hashed, 1, DIGITS) == passage.digest, part))

@@ -209,6 +209,11 @@ def _typed(field: sa.ColumnElement[Any], value: Any) -> Any:
             f"{field} is of {type_!r}: compare it with a list, or look into it by $any or $all; "
             f"this is {value!r}."
         )
+    if isinstance(type_, sa.String) and isinstance(value, (list, tuple, set, dict)):
+        raise DeclarationError(
+            f"{field} is of {type_!r}: compare it with one value, or with several by $in; this is "
+            f"{value!r}."
+        )
     kind = _kind(type_)
     if kind is None:
         return value

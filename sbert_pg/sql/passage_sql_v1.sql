@@ -31,7 +31,7 @@ BEGIN
     RETURN format(
         '(SELECT CASE WHEN substr(encode(sha256(convert_to(sbert_p.text, ''UTF8'')), ''hex''), 1, 32) '
         '= %1$s%2$I THEN sbert_p.text END FROM (SELECT concat_ws(E''\n\n'', nullif(%1$s%3$I, ''''), '
-        'substr(sbert_d.%4$I, %1$s%5$I + 1, %1$s%6$I - %1$s%5$I)) AS text FROM %7$s AS sbert_d '
+        'substr(coalesce(sbert_d.%4$I, ''''), %1$s%5$I + 1, %1$s%6$I - %1$s%5$I)) AS text FROM %7$s AS sbert_d '
         'WHERE %8$s) AS sbert_p)',
         qualifier, 'digest', 'heading', source -> 'document' ->> 'column', 'start', 'stop',
         v_document, v_same);

@@ -404,6 +404,7 @@ def test_a_table_needs_the_catalog(bare_database_url: sa.URL, articles: Path) ->
         (["no-such-command"], 2, "No such command"),
         (["migrate", "--check"], 0, ""),
         (["search", "a", "b", "--limit", "0"], 2, "limit"),
+        (["serve", "--http", "127.0.0.1:99999"], 2, "up to 65535"),
     ],
 )
 def test_exit_codes(database_url: sa.URL, arguments: list[str], code: int, words: str) -> None:

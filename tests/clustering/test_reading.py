@@ -151,6 +151,9 @@ def test_the_commands(engine: sa.Engine, tmp_path: Path, fake_encoder: Any) -> N
     drawn = command(engine, "cluster", "map", "note", str(page))
     assert drawn.returncode == 0, drawn.stderr
     assert "rain storm clouds" in page.read_text()
+    nowhere = command(engine, "cluster", "map", "note", str(tmp_path / "nowhere" / "map.html"))
+    assert (nowhere.returncode, "Traceback" in nowhere.stderr) == (1, False)
+    assert "No such file" in nowhere.stderr
     again = command(
         engine, "cluster", "run", "note.embedding", "--clusters", "3", "--keep", "0", "--json"
     )

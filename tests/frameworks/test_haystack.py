@@ -113,6 +113,16 @@ def test_filters_on_id_and_content(document_store: SbertDocumentStore) -> None:
         assert "1" not in [d.id for d in found]
 
 
+def test_filters_on_what_an_object_of_the_metadata_holds(
+    document_store: SbertDocumentStore,
+) -> None:
+    meta: dict[str, Any] = {"person": {"name": "Ada", "born": {"year": 1815}}, "a.b": 1}
+    document_store.write_documents([Document(id="1", content="a", meta=meta), *DOCUMENTS[1:]])
+    for field, value in (("person.name", "Ada"), ("person.born.year", 1815), ("a.b", 1)):
+        equal = {"field": f"meta.{field}", "operator": "==", "value": value}
+        assert [d.id for d in document_store.filter_documents(equal)] == ["1"]
+
+
 def test_attributes_are_updated_as_json_is(document_store: SbertDocumentStore) -> None:
     document_store.write_documents(DOCUMENTS)
     food = {"field": "meta.topic", "operator": "==", "value": "food"}

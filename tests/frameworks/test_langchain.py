@@ -221,6 +221,7 @@ def test_filters(store: SbertVectorStore, conditions: Any, found: str) -> None:
         ({"day": {"$in": ["3 January"]}}, "ISO 8601; this is '3 January'"),
         ({"day": 3}, "ISO 8601"),
         ({"tags": "a"}, r"a list, or look into it by \$any"),
+        ({"topic": ["fruit", "tools"]}, r"several by \$in"),
         ({"stars": {1, 2}}, "within JSON"),
         ({"stars": float("nan")}, "within JSON"),
         ("topic", "a mapping"),

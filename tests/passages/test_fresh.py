@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from passage_documents import CHUNKER, Document, Passage, require_whole, text, work
 from sqlalchemy.orm import Session
 
-from sbert_pg.catalog import require_binding
+from sbert_pg.catalog import all_bindings, require_binding
 from sbert_pg.errors import DeclarationError
 from sbert_pg.freshness import audit, counts
 from sbert_pg.testing import DeterministicEncoder
@@ -135,6 +135,8 @@ def test_little_text(
     work(session.get_bind())
     assert len(stored(session)) == number
     require_whole(session.get_bind(), encoder)
+    for binding in all_bindings(session.connection()):
+        assert audit(session.get_bind(), binding, encoder, sample=None).wrong == 0, binding
 
 
 def test_a_text_that_goes_takes_its_passages(session: Session, plain: psycopg.Connection) -> None:
