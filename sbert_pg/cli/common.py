@@ -272,7 +272,9 @@ def address_of(text: str) -> tuple[str, int]:
     """Host and port of ``HOST:PORT``."""
     host, colon, port = text.rpartition(":")
     if not colon or not port.isascii() or not port.isdigit() or int(port) > 65_535:
-        raise typer.BadParameter(f"{text!r} is not HOST:PORT, of a port up to 65535", param_hint="--http")
+        raise typer.BadParameter(
+            f"{text!r} is not HOST:PORT, of a port up to 65535", param_hint="--http"
+        )
     return host.strip("[]") or "127.0.0.1", int(port)
 
 

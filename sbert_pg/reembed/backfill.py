@@ -220,9 +220,7 @@ def rebind(engine: sa.Engine, column: ColumnIdentity, encoder: TextEncoder) -> R
             ``sbert-pg reembed begin``.
     """
     with engine.begin() as connection:
-        binding = catalog.require_columns(
-            connection, catalog.require_binding(connection, column)
-        )
+        binding = catalog.require_columns(connection, catalog.require_binding(connection, column))
         rows = compare_rows(connection, binding, encoder, size=SAMPLE)
         verdict = catalog.rebind(connection, binding, encoder, stored=rows.figures())
         # A stale row or two may disagree; a different space disagrees throughout. Raised within the
