@@ -64,26 +64,26 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 
 #: Most modules and lines of each room: a new capability raises its own, and nobody else's.
 ROOMS: dict[str, tuple[int, int]] = {
-    "adapters": (10, 1946),
+    "adapters": (10, 1951),
     "alembic": (8, 2715),
-    "catalog": (9, 2564),
-    "cli": (16, 4258),
-    "clustering": (15, 4884),
+    "catalog": (9, 2594),
+    "cli": (16, 4271),
+    "clustering": (15, 4900),
     "encoder": (23, 6804),
-    "freshness": (15, 4959),
+    "freshness": (15, 4962),
     "indexes": (6, 1283),
     "loading": (5, 1251),
     "orm": (5, 910),
-    "passages": (5, 1123),
-    "reembed": (11, 2940),
-    "search": (15, 4632),
+    "passages": (5, 1125),
+    "reembed": (11, 2943),
+    "search": (15, 4637),
     "serving": (14, 3325),
     "sql": (1, 24),
-    "tuning": (15, 4079),
+    "tuning": (15, 4082),
     "types": (8, 1752),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3483
+MOST_LINES_OF_THE_REST = 3482
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60

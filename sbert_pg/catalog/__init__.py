@@ -5,7 +5,9 @@ from sbert_pg.catalog.binding import (
     bind,
     build_queue,
     create_all,
+    missing_columns,
     queue_indexes,
+    require_columns,
     unbind,
 )
 from sbert_pg.catalog.holding import Held, hold, hold_encoder, rebind
@@ -26,9 +28,7 @@ from sbert_pg.catalog.record import (
     binding_of,
     health,
     installed,
-    missing_columns,
     require_binding,
-    require_columns,
 )
 from sbert_pg.catalog.tables import PENDING_CHANNEL, SCHEMA
 

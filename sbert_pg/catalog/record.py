@@ -22,7 +22,7 @@ from sqlalchemy.types import UserDefinedType
 from sbert_pg import system
 from sbert_pg.catalog import tables
 from sbert_pg.distance import Storage
-from sbert_pg.errors import BindingError, CatalogError, NotBoundError
+from sbert_pg.errors import CatalogError, NotBoundError
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
 from sbert_pg.system import ColumnIdentity, identity_of
@@ -265,32 +265,6 @@ def require_binding(connection: Connection, column: ColumnIdentity | sa.Column[A
             f"Column {identity_of(column)} is not bound to an encoder in this database. A "
             "migration binds it (alembic revision --autogenerate), or sbert_pg.catalog.bind(). A "
             "table in a tenant's schema needs the schema_translate_map or search path of that."
-        )
-    return binding
-
-
-def missing_columns(connection: Connection, binding: Binding) -> list[str]:
-    """Columns that a binding names and its table lacks: renamed without rename_v1, or dropped."""
-    attribute = system.ATTRIBUTE.c
-    present = sa.select(attribute.attname).where(
-        attribute.attrelid == binding.relation, ~attribute.attisdropped
-    )
-    named = (binding.column, binding.companion, *binding.source.columns, *binding.key_columns)
-    there = set(connection.scalars(present))
-    return [name for name in dict.fromkeys(named) if name not in there]
-
-
-def require_columns(connection: Connection, binding: Binding) -> Binding:
-    """The same binding, where its table has the columns that it names.
-
-    Raises:
-        BindingError: it lacks one.
-    """
-    if missing := missing_columns(connection, binding):
-        raise BindingError(
-            f"The table of {binding} has no column {', '.join(missing)}, which the binding names. "
-            "Where it was renamed call sbert.rename_v1(table, old name, new name); where it was "
-            "dropped the binding is of no use: unbind it, or abort the change."
         )
     return binding
 
