@@ -141,15 +141,15 @@ def _run(arguments: list[str] | None) -> int:
             return common.EXIT_INTERRUPTED
         common.err.print(f"[bold red]Database error[/]: {escape(str(error.orig).strip())}")
         return common.EXIT_UNREACHABLE if unreachable else common.EXIT_FAILED
-    except OSError as error:  # a file that cannot be read or written, a port that is taken
+    except Exception as error:
+        return _from_elsewhere(error)
+
+
+def _from_elsewhere(error: Exception) -> int:
+    """What click raises without its standalone mode, and files that cannot be read or written."""
+    if isinstance(error, OSError):
         common.err.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}")
         return common.EXIT_FAILED
-    except Exception as error:
-        return _from_click(error)
-
-
-def _from_click(error: Exception) -> int:
-    """What click raises without its standalone mode: usage errors, aborts and exits."""
     show = getattr(error, "show", None)
     if callable(show):
         show()

@@ -215,12 +215,7 @@ def _create(
     catalog.require_current(connection)
     if not columns:
         raise LoadError("--create: there are no rows, so the columns are not known.")
-    for column in columns:
-        if not 0 < len(column.encode()) < 64 or column in (EMBEDDING, companion_name(EMBEDDING)):
-            raise LoadError(
-                f"--create: a column cannot be called {column!r}. A name has 1 to 63 bytes, and "
-                f"{EMBEDDING!r} is the new column for vectors. Rename it in the file."
-            )
+    _require_names(columns)
     text = source_of(source)
     if text is None:
         raise DeclarationError(
@@ -251,6 +246,16 @@ def _create(
     connection.execute(sa.schema.CreateTable(table))
     catalog.bind(connection, table.c[EMBEDDING])
     return table
+
+
+def _require_names(columns: Sequence[str]) -> None:
+    """Refuse names of columns that a new table cannot have."""
+    for column in columns:
+        if not 0 < len(column.encode()) < 64 or column in (EMBEDDING, companion_name(EMBEDDING)):
+            raise LoadError(
+                f"--create: a column cannot be called {column!r}. A name has 1 to 63 bytes, and "
+                f"{EMBEDDING!r} is the new column for vectors. Rename it in the file."
+            )
 
 
 def _rows_of(file: str) -> Iterator[Row]:
