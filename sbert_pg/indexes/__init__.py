@@ -1,8 +1,15 @@
 """Vector indexes: declare them, read them off a server, build them beside live traffic."""
 
 from sbert_pg.indexes.build import build_index, index_builder
-from sbert_pg.indexes.declare import hnsw_index, index_like, index_name, indexes_per, ivfflat_index
-from sbert_pg.indexes.others import diskann_index, vchordrq_index
+from sbert_pg.indexes.declare import (
+    diskann_index,
+    hnsw_index,
+    index_like,
+    index_name,
+    indexes_per,
+    ivfflat_index,
+    vchordrq_index,
+)
 from sbert_pg.indexes.read import StoredIndex, index_state, same_index, vector_indexes
 
 __all__ = [

@@ -7,6 +7,7 @@ Alembic sees them. ``distance`` and ``nearest`` read off them which expression t
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,7 +27,7 @@ from sbert_pg.distance import (
     metric_of,
 )
 from sbert_pg.errors import DeclarationError
-from sbert_pg.types.indexed import Form, VectorIndex, quoted, signs, subvector
+from sbert_pg.types.indexed import PROBED_FAR, Form, VectorIndex, quoted, signs, subvector
 from sbert_pg.types.vector import HalfVector, VectorType, plain_type, vector_type
 
 VectorColumn = sa.Column[Any] | MappedColumn[Any] | str
@@ -113,11 +114,9 @@ def ivfflat_index(
     """An IVFFlat index on a vector column; build it after the table has its rows.
 
     Args:
-        name: name of the index, or ``None`` for the metadata's naming convention.
-        column: the column: its name, a ``Column``, or the result of ``embedding_column``.
+        name, column, form, similarity, where: as for ``hnsw_index``.
         lists: inverted lists, 1 to 32768; pgvector advises ``rows / 1000`` up to a million rows and
             ``sqrt(rows)`` beyond.
-        form, similarity, where: as for ``hnsw_index``.
 
     Raises:
         DeclarationError: as ``hnsw_index``; or for manhattan distance, which IVFFlat lacks.
@@ -125,6 +124,82 @@ def ivfflat_index(
     if not 1 <= lists <= 32_768:
         raise DeclarationError(f"ivfflat_index: lists is {lists}; pgvector takes 1 to 32768.")
     return vector_index("ivfflat", name, column, FormOf(form), similarity, {"lists": lists}, where)
+
+
+def diskann_index(
+    name: str | None,
+    column: VectorColumn,
+    *,
+    similarity: Similarity | None = None,
+    where: Predicate | None = None,
+    **options: float | str,
+) -> sa.Index:
+    """A StreamingDiskANN index of pgvectorscale (extension ``vectorscale``).
+
+    Its syntax and settings are taken from pgvectorscale 0.9; it was not tried on such a server.
+
+    Args:
+        name, column, similarity, where: as for ``hnsw_index``; no ``halfvec`` is indexed.
+        **options: pgvectorscale's own, which its server judges: ``storage_layout``,
+            ``num_neighbors``, ``search_list_size`` and ``max_alpha``.
+
+    Raises:
+        DeclarationError: as ``hnsw_index``; or for manhattan distance, which it lacks.
+    """
+
+    def stored(type_: VectorType, _: Metric) -> Mapping[str, int | str]:
+        if type_.storage != "vector":
+            raise DeclarationError(f"diskann_index: pgvectorscale has no index on {type_.storage}.")
+        return {key: str(value) for key, value in options.items()}
+
+    return vector_index("diskann", name, column, FormOf("column"), similarity, stored, where)
+
+
+def vchordrq_index(
+    name: str | None,
+    column: VectorColumn,
+    *,
+    lists: Sequence[int] = (),
+    probes: Sequence[int] | None = None,
+    form: Form = "column",
+    similarity: Similarity | None = None,
+    where: Predicate | None = None,
+) -> sa.Index:
+    """A vchordrq index of VectorChord (extension ``vchord``, 1.1 or newer).
+
+    Its syntax and settings are taken from VectorChord 1.1; it was not tried on such a server.
+    Centroids are spherical for cosine and dot products, and residuals are quantised for euclidean
+    distance, as VectorChord advises. ``probes`` are stored with the index, since VectorChord reads
+    them while it plans, before a search can say anything.
+
+    Args:
+        name, column, similarity, where: as for ``hnsw_index``.
+        lists: inverted lists at each level, fewer first; none up to some 100,000 rows.
+        probes: lists to look into at each level; by default ``lists ** 0.9``.
+        form: ``"column"``, or ``"halfvec"``.
+
+    Raises:
+        DeclarationError: as ``hnsw_index``; or for manhattan distance, which it lacks.
+    """
+    looked = [math.ceil(n**PROBED_FAR) for n in lists] if probes is None else list(probes)
+    if len(looked) != len(lists):
+        raise DeclarationError(
+            f"vchordrq_index: probes is {looked!r}; give a number for each of the {len(lists)} "
+            "levels of lists."
+        )
+
+    def options(_: VectorType, metric: Metric) -> Mapping[str, int | str]:
+        residual = metric.similarity == "euclidean"
+        text = ["residual_quantization = true"] if residual else []
+        if lists:
+            spherical = "false" if residual else "true"
+            numbers = ", ".join(map(str, lists))
+            text += ["[build.internal]", f"lists = [{numbers}]"]
+            text.append(f"spherical_centroids = {spherical}")
+        storage: dict[str, int | str] = {"options": "\n".join(text)} if text else {}
+        return {**storage, "probes": ",".join(map(str, looked))} if looked else storage
+
+    return vector_index("vchordrq", name, column, FormOf(form), similarity, options, where)
 
 
 def indexes_per(
@@ -313,8 +388,8 @@ def index_like(index: VectorIndex, column: sa.Column[Any], name: str) -> sa.Inde
     own = column.name == index.column
     form: Form = "column" if index.form == "subvector" and not own else index.form
     where = None if index.where is None else sa.literal_column(index.where, sa.Boolean())
-    options = index.effective_options
     if index.method == "hnsw":
+        options = index.effective_options
         m = int(options["m"])
         return hnsw_index(
             name,
@@ -326,7 +401,7 @@ def index_like(index: VectorIndex, column: sa.Column[Any], name: str) -> sa.Inde
             mean=index.mean if own else None,
             where=where,
         )
-    return vector_index(index.method, name, column, FormOf(form), None, options, where)
+    return vector_index(index.method, name, column, FormOf(form), None, index.options, where)
 
 
 def index_name(existing: str, old: str, new: str, table: str) -> str:
