@@ -245,12 +245,10 @@ class LoadError(SbertPgError, ValueError):
 
     Attributes:
         row: number of the row, the first being 0, or ``None``.
-        committed: rows that are in the database in spite of the error.
     """
 
-    def __init__(self, message: str, *, row: int | None = None, committed: int = 0) -> None:
+    def __init__(self, message: str, *, row: int | None = None) -> None:
         self.row = row
-        self.committed = committed
         super().__init__(message)
 
 

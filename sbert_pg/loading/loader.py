@@ -75,7 +75,6 @@ def load(
     *,
     columns: Sequence[str] | None = None,
     existing: Existing = "refuse",
-    commit_every: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Loaded:
     """Load rows of any number with their embeddings, in bounded memory.
@@ -86,8 +85,6 @@ def load(
     text a ``BEFORE INSERT`` trigger changes on its way is pending, for a worker to follow.
 
     All rows or none: after an error the transaction is as it was before the call, and can go on.
-    With ``commit_every`` the rows are committed as they come; ``LoadError.committed``, or the last
-    number that ``progress`` was given, says with which row a second call is to begin.
 
     Args:
         connection: a connection or session; for an asynchronous one
@@ -101,8 +98,6 @@ def load(
             ``"keep"`` leaves the table's as it is, ``"replace"`` writes the columns of the new one
             where they differ; those it lacks stay as they are. With either the same rows can be
             loaded again, as after a failure; a block may not have one key twice.
-        commit_every: rows after which the transaction is committed; never by default. Needs a
-            connection that is in no transaction yet, as from ``engine.connect()``.
         progress: is called with the number of rows written so far, after each block.
 
     Returns:
@@ -113,7 +108,7 @@ def load(
         LoadError: a row cannot be loaded; the message and ``LoadError.row`` say which.
         EncodingError: a text cannot be encoded; the message says which.
         EncoderMismatchError: the column belongs to another encoder.
-        DeclarationError: no table or connection, or no ``commit_every`` or ``existing`` here.
+        DeclarationError: no table or connection, or there is no such ``existing``.
     """
     require_connection("load", connection)
     if existing not in get_args(Existing):
@@ -121,27 +116,14 @@ def load(
             f"load: existing is {existing!r}; it is 'refuse', 'keep' or 'replace'."
         )
     target, names = target_of(table)
-    if commit_every is not None:
-        _require_committable(connection, commit_every)
     if isinstance(connection, Session):
         # What lets a session with several engines find the table's.
         clause = {"clause": target} if table is target else {"mapper": sa.inspect(table)}
         connection = connection.connection(bind_arguments=clause)
-    loading = _Loading(connection, target, names, existing, commit_every, progress)
+    loading = _Loading(connection, target, names, existing, progress)
     with loading.all_or_nothing():
         loading.run(cast("Iterable[Row]", rows) if columns is None else _named(rows, columns))
     return Loaded(loading.written, loading.cut)
-
-
-def _require_committable(connection: Connection | Session, commit_every: int) -> None:
-    if commit_every < 1:
-        raise DeclarationError(f"load: commit_every is {commit_every}; it starts at 1.")
-    if isinstance(connection, Session) or connection.in_transaction():
-        raise DeclarationError(
-            "load: commit_every commits again and again, and the transaction that is open here is "
-            "the caller's to commit. Give a connection that is in none, as from "
-            "engine.connect()."
-        )
 
 
 def _named(rows: Iterable[Any], columns: Sequence[str]) -> Iterator[Row]:
@@ -165,32 +147,17 @@ class _Loading:
     table: sa.Table
     names: dict[str, sa.Column[Any]]
     existing: Existing
-    commit_every: int | None
     progress: Callable[[int], None] | None
     written: int = 0
-    committed: int = 0
     cut: dict[str, int] = field(default_factory=dict)
 
     def all_or_nothing(self) -> AbstractContextManager[Any]:
         """What is undone if the load fails."""
-        if self.commit_every is not None:
-            return self._rolled_back()
         driver: Any = self.connection.connection.dbapi_connection
         # Not merely true: sqlite3 has -1 there for its own way, from Python 3.12 on.
         if getattr(driver, "autocommit", False) is True:
             return _own_transaction(self.connection)
         return self.connection.begin_nested()
-
-    @contextmanager
-    def _rolled_back(self) -> Iterator[None]:
-        """Undo what was written since the last commit, so that ``committed`` is the truth."""
-        try:
-            yield
-        except BaseException as error:
-            self.connection.rollback()
-            if isinstance(error, LoadError):
-                error.committed = self.committed
-            raise
 
     def run(self, rows: Iterable[Row]) -> None:
         """Read, encode and write, the latter two at the same time."""
@@ -199,7 +166,7 @@ class _Loading:
         if not first:
             return
         plan = Plan(self.table, self.names, first[0])
-        bindings = self._bindings(plan)
+        bindings = [embedded.binding(self.connection) for embedded in plan.embedded]
         companions = (
             embedded.companion
             for embedded, binding in zip(plan.embedded, bindings, strict=True)
@@ -219,50 +186,25 @@ class _Loading:
             for block in _blocks(plan, bindings, itertools.chain(first, iterator)):
                 waiting.append((block, encoding.begin(executor, block)))
                 if len(waiting) > AHEAD:
-                    self._write(encoding, writer, *waiting.popleft())
+                    self._write(writer, *waiting.popleft())
             while waiting:
-                self._write(encoding, writer, *waiting.popleft())
+                self._write(writer, *waiting.popleft())
             writer.close()
-            if self.commit_every is not None:
-                self._commit()
         finally:
             executor.shutdown(wait=True, cancel_futures=True)
 
-    def _write(
-        self, encoding: _Encoding, writer: Writer, block: _Block, future: Future[list[list[Any]]]
-    ) -> None:
-        vectors = wait_for(future)
-        if _ids(self._bindings(encoding.plan)) != _ids(encoding.bindings):
-            raise LoadError(
-                f"A column of {self.table.fullname!r} was bound, or bound again, while rows were "
-                f"loaded; {self.committed} rows are committed. Load the others with a new call.",
-                row=block.first,
-            )
-        rows = list(zip(*block.columns, *vectors, strict=True))
+    def _write(self, writer: Writer, block: _Block, future: Future[list[list[Any]]]) -> None:
+        rows = list(zip(*block.columns, *wait_for(future), strict=True))
         writer.write(rows, block.first)
         if self.written < MANY <= self.written + len(rows):
             self._say_how_to_be_fast()
         self.written += len(rows)
-        if self.commit_every is not None and self.written - self.committed >= self.commit_every:
-            self._commit()
         if self.progress is not None:
             self.progress(self.written)
 
     def _say_how_to_be_fast(self) -> None:
         for index in vector_indexes(self.connection, self.table.name, schema=self.table.schema):
             log.warning(_SLOW, MANY, index.name, self.table.fullname)
-
-    def _bindings(self, plan: Plan) -> list[Binding | None]:
-        """The bindings of the embedding columns; asked for once in each transaction."""
-        return [embedded.binding(self.connection) for embedded in plan.embedded]
-
-    def _commit(self) -> None:
-        self.connection.commit()
-        self.committed = self.written
-
-
-def _ids(bindings: list[Binding | None]) -> list[Any]:
-    return [None if binding is None else binding.id for binding in bindings]
 
 
 @contextmanager

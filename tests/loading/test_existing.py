@@ -117,11 +117,11 @@ def test_only_rows_that_are_there_cost_a_temporary_table(notes: sa.Engine) -> No
     assert pending(notes) == 0
 
 
-def test_with_vectors_and_in_portions(notes: sa.Engine) -> None:
+def test_with_vectors(notes: sa.Engine) -> None:
     vectors = np.eye(384, dtype=np.float32)
     given = ({"id": n, "body": f"row {n}", "embedding": vectors[n]} for n in range(384))
-    with notes.connect() as connection:
-        assert load(connection, Note, given, existing="replace", commit_every=100) == 384
+    with notes.begin() as connection:
+        assert load(connection, Note, given, existing="replace") == 384
         tables = connection.scalar(
             sa.text("SELECT count(*) FROM pg_class WHERE relname LIKE 'sbert_load_%'")
         )

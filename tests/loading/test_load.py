@@ -35,7 +35,7 @@ from write_models import (
     require_true_or_pending,
 )
 
-from sbert_pg import Embedding, catalog, create_all, load, registry
+from sbert_pg import Embedding, create_all, load, registry
 from sbert_pg.errors import (
     DeclarationError,
     EncoderMismatchError,
@@ -306,33 +306,7 @@ def test_an_interrupt_within_a_copy_ends_its_connection(
     assert count(tables, Article) == 0
 
 
-class TestCommits:
-    def test_commit_every(self, tables: sa.Engine, encoder: Any) -> None:
-        seen = []
-        with tables.connect() as connection:
-            rows = [*titles(9000), {"title": "a", "views": "many"}]
-            with pytest.raises(LoadError, match="Row 9000") as raised:
-                load(connection, Article, rows, commit_every=3000,
-                     progress=lambda n: seen.append((n, count(tables, Article))))  # fmt: skip
-            committed = raised.value.committed
-            assert not connection.in_transaction()
-        assert 3000 <= committed < 9000
-        assert count(tables, Article) == committed
-        assert seen[-1][0] >= committed
-        assert require_true_or_pending(tables, encoder, Article) == (committed, 0)
-        with tables.connect() as connection:
-            load(connection, Article, rows[committed:9000], commit_every=3000)
-        assert count(tables, Article) == 9000
-
-    def test_where_it_cannot_be(self, tables: sa.Engine, encoder: Any) -> None:
-        with Session(tables) as session, pytest.raises(DeclarationError, match=r"engine\.connect"):
-            load(session, Article, titles(1), commit_every=1)
-        with tables.begin() as connection:
-            with pytest.raises(DeclarationError, match=r"engine\.connect"):
-                load(connection, Article, titles(1), commit_every=1)
-            with pytest.raises(DeclarationError, match="starts at 1"):
-                load(connection, Article, titles(1), commit_every=0)
-
+class TestProgress:
     def test_progress(self, tables: sa.Engine, encoder: Any) -> None:
         seen: list[int] = []
         with tables.begin() as connection:
@@ -552,20 +526,6 @@ class TestBeforeTriggers:
             load(connection, Article, titles(3))
         assert require_true_or_pending(tables, encoder, Article) == (3, 0)
 
-    def test_trigger_made_between_two_commits(
-        self, tables: sa.Engine, encoder: RecordingEncoder, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(loader, "BLOCK_ROWS", 256)
-
-        def progress(written: int) -> None:
-            if written == 256:
-                self.trigger(tables, "article", "INSERT")
-
-        rows = ({"title": f" t{i} "} for i in range(1024))
-        with tables.connect() as connection:
-            load(connection, Article, rows, commit_every=256, progress=progress)
-        assert require_true_or_pending(tables, encoder, Article) == (256, 768)
-
     def test_vector_that_has_to_be_there(
         self, tables: sa.Engine, encoder: RecordingEncoder
     ) -> None:
@@ -591,25 +551,6 @@ class TestCompanion:
             row = connection.execute(sa.select(table.c.embedding, table.c.embedding_of)).one()
         assert np.allclose(row.embedding, encoder._vector("a"))
         assert row.embedding_of == uuid.UUID(int=0), "its default"
-
-    def test_bound_anew_between_two_commits(
-        self, tables: sa.Engine, encoder: Any, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(loader, "BLOCK_ROWS", 256)
-
-        def progress(written: int) -> None:
-            if written == 256:
-                with tables.begin() as other:
-                    catalog.unbind(other, Article.__table__.c.embedding)
-                    create_all(other, Article.metadata)
-
-        with (
-            tables.connect() as connection,
-            pytest.raises(LoadError, match="256 rows are") as raised,
-        ):
-            load(connection, Article, titles(1024), commit_every=256, progress=progress)
-        assert raised.value.committed == 256
-        assert require_true_or_pending(tables, encoder, Article) == (0, 256)
 
     def test_defaults_of_the_server(self, engine: sa.Engine, encoder: RecordingEncoder) -> None:
         """A text that only the server knows is not taken for none."""
