@@ -28,7 +28,7 @@ import numpy as np
 
 from sbert_pg.probes import agreement_of
 from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors
-from sbert_pg.tuning.quality import score_pairs, score_retrieval
+from sbert_pg.tuning.evaluation import score_pairs, score_retrieval
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 #: Published for all-MiniLM-L6-v2 (MTEB results, CC0), with the tolerance of a reproduction.
@@ -83,7 +83,7 @@ def score_xquad(encoder: TextEncoder, data: Path, language: str) -> float:
         encoder.encode_document(paragraphs),
         relevant,
         encoder.spec.similarity,
-    ).ndcg_at_10
+    )["ndcg@10"]
 
 
 def score_banking77(encoder: TextEncoder, data: Path) -> float:

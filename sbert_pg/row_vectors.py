@@ -19,12 +19,11 @@ from sbert_pg.catalog import guard
 from sbert_pg.catalog.embedding import Embedding, companion_of, default_of
 from sbert_pg.catalog.record import Binding
 from sbert_pg.errors import DeclarationError, EncodingError
-from sbert_pg.registry import get_encoder
+from sbert_pg.registry import get_encoder, off_loop
 from sbert_pg.source import NOT_KNOWN, Text
 from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors, vectors_of
 from sbert_pg.system import ColumnIdentity, identity_of
 from sbert_pg.types.comparator import clause_of
-from sbert_pg.types.encoding import off_loop
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from sbert_pg.adapters.running import Runner, Work
 from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.errors import DeclarationError
 from sbert_pg.orm.declaring import attributes_of, plain_attributes
+from sbert_pg.registry import query_vector
 from sbert_pg.reranking import diverse
 from sbert_pg.row_vectors import embed_rows
 from sbert_pg.search import hybrid, matching, nearest
 from sbert_pg.search.filters import condition
 from sbert_pg.spec import EncoderSpec
-from sbert_pg.types.encoding import query_vector
 from sbert_pg.types.wire import VectorValue
 
 

@@ -24,6 +24,7 @@ from sbert_pg.catalog import guard
 from sbert_pg.catalog.record import Binding
 from sbert_pg.distance import STORAGES, Similarity, Storage
 from sbert_pg.errors import DeclarationError, SbertPgError, ZeroVectorError
+from sbert_pg.registry import query_vector
 from sbert_pg.source import (
     HALF,
     NIL,
@@ -39,7 +40,6 @@ from sbert_pg.source import (
 from sbert_pg.spec import PRECISIONS, EncoderSpec
 from sbert_pg.system import ColumnIdentity, identity_behind, identity_of
 from sbert_pg.types import drivers, wire
-from sbert_pg.types.encoding import query_vector
 from sbert_pg.types.vector import VectorType
 from sbert_pg.types.wire import Array
 

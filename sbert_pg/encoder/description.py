@@ -20,7 +20,6 @@ from typing import Any
 
 from sbert_pg.distance import SIMILARITIES, Similarity
 from sbert_pg.encoder import layers as after_pooling
-from sbert_pg.encoder.custom_code import without_code
 from sbert_pg.encoder.files import (
     Settings,
     find_weights,
@@ -32,6 +31,7 @@ from sbert_pg.encoder.files import (
     require_model,
 )
 from sbert_pg.encoder.layers import Dense, Layer, Normalize, PoolingMode, read_layers, read_pooling
+from sbert_pg.encoder.tensors import without_code
 from sbert_pg.errors import DamagedEncoderError, UnsupportedEncoderError
 
 logger = logging.getLogger("sbert_pg.encoder")

@@ -21,13 +21,12 @@ from sbert_pg.errors import DeclarationError, LoadError
 from sbert_pg.indexes import vector_indexes
 from sbert_pg.loading.copying import Existing, Writer
 from sbert_pg.loading.rows import Loaded, Plan, checked
-from sbert_pg.registry import get_encoder
+from sbert_pg.registry import get_encoder, wait_for
 from sbert_pg.row_vectors import EmbeddingColumn, count_cut, cut_so_far, encode_documents, target_of
 from sbert_pg.source import Text
 from sbert_pg.spec import Vectors
 from sbert_pg.system import require_connection
 from sbert_pg.types import wire
-from sbert_pg.types.encoding import wait_for
 
 #: Rows encoded and written together. Enough to sort texts by length and to make the cost of a
 #: statement small; few enough that two blocks of vectors are a few megabytes.

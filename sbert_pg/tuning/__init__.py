@@ -1,7 +1,7 @@
 """Measured on one's own questions: evaluate searches, fit weights and encoders, choose an index.
 
 ``pairs`` and ``files`` give labelled questions, ``searches`` what is asked of them. ``evaluation``
-compares searches, ``choosing`` encoders, ``quality`` those on lists of texts, ``advise`` indexes;
+compares searches, and encoders on lists of texts, ``choosing`` encoders, ``advise`` indexes;
 ``weight`` fits that of ``hybrid``, ``limits`` shows where an encoder breaks. ``fitting`` fits an
 encoder: a ``task`` says to what and proves it, ``adapters`` learn a matrix for queries, ``whole``
 and ``training`` a model.

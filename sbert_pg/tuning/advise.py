@@ -23,12 +23,12 @@ from sbert_pg.catalog import rows as catalog_rows
 from sbert_pg.errors import DeclarationError
 from sbert_pg.indexes import hnsw_index, vector_indexes
 from sbert_pg.indexes.read import copy_table
+from sbert_pg.registry import query_vectors
 from sbert_pg.search import nearest
 from sbert_pg.search.exact import mean, recall
 from sbert_pg.tuning.files import in_columns
 from sbert_pg.tuning.searches import on_copy
 from sbert_pg.types.comparator import base_of, clause_of
-from sbert_pg.types.encoding import query_vectors
 from sbert_pg.types.indexed import description_of
 from sbert_pg.types.vector import VectorType, plain_type, shown
 

@@ -3,6 +3,9 @@
 nDCG has linear gains and ``1 / log2(rank + 1)``, as in BEIR and MTEB. Intervals are by bootstrap
 over the questions (Efron, 1979), with the same draws for every search, so that the interval of a
 difference is that of paired questions.
+
+Of an encoder on given texts, without a table: Spearman's correlation for pairs with scores, and the
+same measures for questions with answers, as MTEB has them.
 """
 
 from __future__ import annotations
@@ -11,15 +14,18 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import sqlalchemy as sa
 
+from sbert_pg.distance import similarity_matrix
 from sbert_pg.errors import DeclarationError, LoadError
 from sbert_pg.search import exact
 from sbert_pg.search.exact import LabelledQuery
+from sbert_pg.spec import TextEncoder, Vectors
+from sbert_pg.tuning.adapters import Candidates
 from sbert_pg.tuning.files import Run, in_columns, names_of, pairs_of
 from sbert_pg.tuning.searches import (
     Answer,
@@ -30,6 +36,9 @@ from sbert_pg.tuning.searches import (
     require_rows,
     with_answers,
 )
+
+if TYPE_CHECKING:
+    from sbert_pg.encoder import Encoder
 
 #: Draws of the bootstrap; its share that an interval holds.
 DRAWS, CONFIDENCE = 1000, 0.95
@@ -294,3 +303,80 @@ def grouped_figures(
     np.add.at(sums, group, values)
     draws = _draws(len(names), np.random.default_rng(seed))
     return _figures(values, (draws @ sums) / (draws @ np.bincount(group))[:, None])
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's rank correlation; ``nan`` where one side is constant."""
+    x, y = (_ranks(np.asarray(side, dtype=np.float64)) for side in (a, b))
+    x, y = x - x.mean(), y - y.mean()
+    length = float(np.sqrt((x**2).sum() * (y**2).sum()))
+    return float((x * y).sum() / length) if length else float("nan")
+
+
+def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Ranks from 1, ties at their mean."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return np.asarray((last - (counts - 1) / 2)[place])
+
+
+def score_pairs(
+    encoder: TextEncoder, left: Sequence[str], right: Sequence[str], scores: Sequence[float]
+) -> float:
+    """Spearman's correlation of given scores and the encoder's own similarity of each pair."""
+    pairs = zip(encoder.encode_document(left), encoder.encode_document(right), strict=True)
+    kind = encoder.spec.similarity
+    alike = [float(similarity_matrix(a[None], b[None], kind)[0, 0]) for a, b in pairs]
+    return spearman(alike, scores)
+
+
+def score_retrieval(
+    questions: Vectors, texts: Vectors, relevant: Sequence[set[int]], similarity: str
+) -> dict[str, float]:
+    """Mean measures of finding the relevant texts, by their positions, of each question."""
+    rows = Candidates([str(number) for number in range(len(texts))], texts, similarity)
+    sums = np.zeros(4)
+    for keys, answers in zip(rows.ranked(questions, 10), relevant, strict=True):
+        gains = dict.fromkeys(map(str, answers), 1.0)
+        measures = exact.ndcg, exact.recall_of, exact.reciprocal_rank
+        of_ten = [measure(keys, gains, 10) for measure in measures]
+        sums += (of_ten[0], float(keys[0] in gains), *of_ten[1:])
+    names = ("ndcg@10", "recall@1", "recall@10", "mrr")
+    return dict(zip(names, map(float, sums / max(1, len(questions))), strict=True))
+
+
+def compare_on_pairs(
+    name: str, encoder: Encoder, rows: Sequence[tuple[str, str, float]]
+) -> dict[str, Any]:
+    """Spearman's correlation with given scores, and speed."""
+    started = time.perf_counter()
+    quality = {"spearman": score_pairs(encoder, *zip(*rows, strict=True))}
+    return _row(name, encoder, quality, 2 * len(rows) / (time.perf_counter() - started))
+
+
+def compare_on_questions(
+    name: str, encoder: Encoder, rows: Sequence[tuple[str, str]]
+) -> dict[str, Any]:
+    """How well each question finds its answer among all different answers, and speed."""
+    positions = {answer: n for n, answer in enumerate(dict.fromkeys(a for _, a in rows))}
+    relevant: dict[str, set[int]] = {}
+    for question, answer in rows:
+        relevant.setdefault(question, set()).add(positions[answer])
+    started = time.perf_counter()
+    questions, texts = encoder.encode_query(list(relevant)), encoder.encode_document([*positions])
+    speed = (len(questions) + len(texts)) / (time.perf_counter() - started)
+    kind = encoder.spec.similarity
+    quality = score_retrieval(questions, texts, list(relevant.values()), kind)
+    return _row(name, encoder, quality, speed)
+
+
+def _row(name: str, encoder: Encoder, quality: dict[str, float], speed: float) -> dict[str, Any]:
+    return {
+        "encoder": name,
+        "precision": encoder.manifest.precision,
+        "dimensions": encoder.dimensions,
+        **quality,
+        "texts/s": speed,
+        "truncated": encoder.statistics.truncated,
+        "MB": round(encoder.megabytes, 1),
+    }

@@ -12,6 +12,7 @@ from sbert_pg.catalog import rows as catalog_rows
 from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.errors import DeclarationError
 from sbert_pg.indexes import index_like, vector_indexes
+from sbert_pg.registry import query_vectors
 from sbert_pg.search import hybrid, matching, nearest
 from sbert_pg.search.exact import LabelledQuery
 from sbert_pg.search.fusion import HybridSearch
@@ -19,7 +20,6 @@ from sbert_pg.search.statement import Nearest
 from sbert_pg.spec import TextEncoder
 from sbert_pg.tuning.adapters import Candidates
 from sbert_pg.types.comparator import base_of, clause_of
-from sbert_pg.types.encoding import query_vectors
 from sbert_pg.types.indexed import index_on, method_of
 from sbert_pg.types.text import TextSearch
 

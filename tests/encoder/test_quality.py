@@ -11,7 +11,7 @@ from scipy import stats
 
 from sbert_pg.encoder import Encoder
 from sbert_pg.testing import DeterministicEncoder
-from sbert_pg.tuning.quality import (
+from sbert_pg.tuning.evaluation import (
     compare_on_pairs,
     compare_on_questions,
     ranks,

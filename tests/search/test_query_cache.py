@@ -13,15 +13,15 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 import sbert_pg
 from sbert_pg import EncoderSpec, nearest
+from sbert_pg.registry import RECENT, query_vector
 from sbert_pg.testing import DeterministicEncoder
-from sbert_pg.types.encoding import SIZE, query_vector
 from tests.search.conftest import Shop
 
 SPEC = EncoderSpec.of("deterministic", dimensions=384)
 
 
 def test_the_most_recent_are_kept(fake_encoder: DeterministicEncoder) -> None:
-    for number in range(SIZE):
+    for number in range(RECENT):
         query_vector(SPEC, f"query {number}")
     query_vector(SPEC, "query 0")
     query_vector(SPEC, "one more")
