@@ -248,7 +248,8 @@ def embed_rows(
                 [_written_out(row, key_of[c], c) for c in column.source_columns]
             )
             if isinstance(text, str):
-                jobs.append(_row_job(column, text, row, key, first + number))
+                of = f"row {first + number} of {target}"
+                jobs.append(row_job(column, text, row, key, of))
     encode_jobs(jobs)
     return embedded
 
@@ -263,12 +264,8 @@ def _written_out(row: dict[str, Any], key: str, column: sa.Column[Any]) -> Any:
     return default
 
 
-def _row_job(
-    column: EmbeddingColumn, text: str, row: dict[str, Any], key: str, number: int
-) -> TextJob:
+def row_job(column: EmbeddingColumn, text: str, row: dict[str, Any], key: str, of: str) -> TextJob:
+    """The job whose vector goes into a row, under a key; ``of`` says in errors which it is."""
     return TextJob(
-        column,
-        text,
-        lambda vector: row.__setitem__(key, vector),
-        lambda: f"{key} of row {number} of {column.column.table}",
+        column, text, lambda vector: row.__setitem__(key, vector), lambda: f"{key} of {of}"
     )

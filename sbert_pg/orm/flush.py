@@ -1,18 +1,28 @@
-"""Encode in the flush, and in bulk statements: one batch, written together with its rows."""
+"""Encode in the flush, and in bulk statements: one batch, written together with its rows.
+
+The module is long, since both decide alike which rows ask for a vector.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import sys
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import sqlalchemy as sa
 from sqlalchemy import event
-from sqlalchemy.orm import InstanceState, ORMExecuteState, Session, scoped_session, sessionmaker
+from sqlalchemy.orm import (
+    InstanceState,
+    Mapper,
+    ORMExecuteState,
+    Session,
+    scoped_session,
+    sessionmaker,
+)
 from sqlalchemy.orm.attributes import set_attribute
 from sqlalchemy.orm.base import PassiveFlag
 
@@ -20,9 +30,8 @@ from sbert_pg.catalog.embedding import digest_for
 from sbert_pg.errors import DeclarationError
 from sbert_pg.orm.declaring import EmbeddingAttribute, Key, attributes_of
 from sbert_pg.orm.passages import cut_before_flush
-from sbert_pg.orm.statements import embed_statement
-from sbert_pg.row_vectors import TextJob, encode_jobs
-from sbert_pg.source import HALF, NOT_KNOWN, Text
+from sbert_pg.row_vectors import TextJob, encode_jobs, row_job
+from sbert_pg.source import HALF, NIL, NOT_KNOWN, Text
 from sbert_pg.spec import Vectors
 from sbert_pg.types.wire import as_value
 
@@ -97,10 +106,6 @@ def leave_to_workers(target: SessionTarget) -> None:
     listened = _listened(target)
     setattr(listened, _EMBEDS, False)
     setattr(listened, _CUTS, False)
-
-
-def _before_statement(state: ORMExecuteState) -> Any:
-    return embed_statement(state) if getattr(state.session, _EMBEDS, False) else None
 
 
 def _listened(target: Any) -> Any:
@@ -366,3 +371,109 @@ def _row_key(write: _Write) -> Key:
     return tuple(
         known[key] if key in known else getattr(instance, key) for key in write.attribute.row_keys
     )
+
+
+# ---------------------------------------------------------------- bulk statements
+
+Row = dict[str, Any]
+#: Strategies that take column names and leave attributes alone; so does this module.
+_OTHER_STRATEGIES = frozenset({"raw", "core_only"})
+
+
+def _before_statement(state: ORMExecuteState) -> Any:
+    """Encode for a bulk statement before it runs.
+
+    Parts of a text that the statement itself sets, by ``values()`` or ``ON CONFLICT``, are not
+    looked at. Such a row has another text than was encoded, and is pending.
+    """
+    mapper = _mapper_of(state) if getattr(state.session, _EMBEDS, False) else None
+    attributes = () if mapper is None else attributes_of(mapper)
+    if mapper is None or not attributes:
+        return None
+    parameters: Any = state.parameters
+    rows = [dict(row) for row in ([parameters] if isinstance(parameters, Mapping) else parameters)]
+    for attribute in attributes:
+        texts = (_inserted if state.is_insert else _updated)(state.session, mapper, attribute, rows)
+        _fill(state, mapper, attribute, rows, texts)
+    return state.invoke_statement(params=rows[0] if isinstance(parameters, Mapping) else rows)
+
+
+def _mapper_of(state: ORMExecuteState) -> Mapper[Any] | None:
+    """The class of a bulk statement that names its values by attributes."""
+    if not (state.is_insert or state.is_update) or not state.parameters:
+        return None
+    # Parameters of the other strategies are named by columns and not by attributes.
+    named = state.execution_options.get("dml_strategy") not in _OTHER_STRATEGIES
+    return state.bind_mapper if state.is_orm_statement and named else None
+
+
+def _inserted(
+    session: Session, mapper: Mapper[Any], attribute: EmbeddingAttribute, rows: list[Row]
+) -> list[Text]:
+    """The text of each row."""
+    return [
+        attribute.column.text_of_new([row.get(key, NOT_KNOWN) for key in attribute.source_keys])
+        for row in rows
+    ]
+
+
+def _updated(
+    session: Session, mapper: Mapper[Any], attribute: EmbeddingAttribute, rows: list[Row]
+) -> list[Text]:
+    """The text of each row that brings a part of it; what it does not bring is read."""
+    keys = attribute.source_keys
+    partial = {
+        number: tuple(row.get(key) for key in attribute.row_keys)
+        for number, row in enumerate(rows)
+        if _touches(attribute, row) and not row.keys() >= set(keys)
+    }
+    readable = [key for key in partial.values() if None not in key]
+    stored = attribute.stored_sources(session, mapper, readable) if readable else {}
+    texts: list[Text] = []
+    for number, row in enumerate(rows):
+        values = stored.get(partial.get(number, ()), {}) | row
+        texts.append(attribute.column.text_of([values.get(key, NOT_KNOWN) for key in keys]))
+    return texts
+
+
+def _touches(attribute: EmbeddingAttribute, row: Row) -> bool:
+    """Whether a row of an update asks for a vector: a source is new, or the vector is removed."""
+    if row.get(attribute.key) is not None:
+        return any(key in row for key in attribute.source_keys)
+    # ``None`` is not a vector, as in the flush.
+    return any(key in row for key in (*attribute.source_keys, attribute.key))
+
+
+def _fill(
+    state: ORMExecuteState,
+    mapper: Mapper[Any],
+    attribute: EmbeddingAttribute,
+    rows: list[Row],
+    texts: list[Text],
+) -> None:
+    """Put vectors into the rows that bring none, and beside each from which text it was made."""
+    key, of = attribute.key, mapper.class_.__name__
+    lacking = [
+        (number, row, text)
+        for number, (row, text) in enumerate(zip(rows, texts, strict=True))
+        if row.get(key) is None and text is not NOT_KNOWN
+    ]
+    for _, row, _ in lacking:
+        row[key] = None
+    if all(key not in row for row in rows):
+        return
+    binding = attribute.binding(state.session, mapper)  # which refuses another encoder's
+    jobs = [
+        row_job(attribute.column, text, row, key, f"row {number} of {of}")
+        for number, row, text in lacking
+        if isinstance(text, str)
+    ]
+    encode_jobs(jobs)
+    if binding is None:
+        return
+    for row, text in zip(rows, texts, strict=True):
+        vector = row.get(key)
+        if vector is not None or (text is None and key in row):
+            row[attribute.companion_key] = digest_for(binding, text, vector)
+        elif state.is_insert:
+            row[attribute.companion_key] = NIL

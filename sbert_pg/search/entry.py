@@ -12,9 +12,15 @@ from sqlalchemy.orm import InstanceState, RelationshipProperty
 from sbert_pg.distance import Metric
 from sbert_pg.errors import DeclarationError
 from sbert_pg.passages import declared_passages
-from sbert_pg.search.documents import of_entity, require_no_document
 from sbert_pg.search.looks import MAX_EF_SEARCH
-from sbert_pg.search.passages import Asked, Score, nearest_documents, nearest_passages
+from sbert_pg.search.passages import (
+    Asked,
+    Score,
+    nearest_documents,
+    nearest_passages,
+    of_entity,
+    require_no_document,
+)
 from sbert_pg.search.statement import Nearest, Search, criteria_of, is_number, statement_of
 from sbert_pg.search.target import Target, target_of
 
@@ -112,7 +118,7 @@ def nearest(
     if declared is not None:
         asked = Asked(query, _are_many(query), furthest, overrides, exact, per_document, score)
         find = nearest_passages if of == "passage" else nearest_documents
-        return find(declared, asked, limit, offset, criteria)
+        return find(declared, asked, limit, offset, (("where", criteria, {}),) if criteria else ())
     itself: tuple[Any, ...] = ()
     right: Any
     if _are_many(query):

@@ -3,6 +3,7 @@
 The nearest passages are looked up as in any search, twice as deep or further where they belong to
 too few documents, and at last all that pass. Whether that is needed is decided inside the
 statement. The documents found are ranked, and each gets its best passages by comparing its own.
+Criteria may speak of documents in any search over their passages.
 """
 
 from __future__ import annotations
@@ -17,9 +18,15 @@ from sqlalchemy.dialects import postgresql
 from sbert_pg.errors import DeclarationError
 from sbert_pg.passages.declaring import Declared
 from sbert_pg.search.criteria import Call
-from sbert_pg.search.documents import PassageSearch, join_of, named_criteria, narrows
 from sbert_pg.search.statement import Changeable, Nearest, Search, replayed, statement_of
-from sbert_pg.search.target import Target, name_beside, tables_of, target_of
+from sbert_pg.search.target import (
+    Target,
+    columns_of,
+    name_beside,
+    table_behind,
+    tables_of,
+    target_of,
+)
 
 Score = Literal["best", "sum", "auto"]
 
@@ -77,12 +84,124 @@ class DocumentSearch(Changeable):
         return named_criteria(self.declared.document, self.declared.passage, call[2])
 
 
+def of_entity(declared: Declared, attribute: Any) -> Declared:
+    """The declaration, about the class or alias that an attribute of passages was taken from."""
+    entity = attribute.parent.entity
+    return declared if entity is declared.document else replace(declared, document=entity)
+
+
+def require_no_document(declared: Declared, query: Any) -> None:
+    """Refuse a document as the query, which has as many vectors as passages."""
+    class_ = sa.inspect(declared.document).mapper.class_
+    if isinstance(query, class_):
+        name = class_.__name__
+        raise DeclarationError(
+            f"nearest({name}.{declared.name}, ...) was given an object of {name}, which has many "
+            f"passages. Documents like it are nearest({name}.{declared.whole}, ...), by their "
+            "wholes; or give one of its passages."
+        )
+
+
+def join_of(declared: Declared) -> Call:
+    """The call that joins passages to their documents."""
+    relation, document = declared.passage.document, declared.document
+    if document is not relation.property.mapper.class_:
+        relation = relation.of_type(document)
+    return ("join", (relation,), {})
+
+
+def narrows(declared: Declared) -> bool:
+    """Whether there may be passages of other documents: of a superclass, or out of a subquery."""
+    document: Any = sa.inspect(declared.document)
+    own = document.mapper is declared.passage.document.property.mapper
+    whole = document.is_mapper or isinstance(table_behind(document.selectable), sa.Table)
+    return document.mapper.single or not (own and whole)
+
+
+def named_criteria(first: Any, second: Any, options: dict[str, Any]) -> Call:
+    """The call with criteria by their names, which are the first entity's, or else the second's."""
+    own = sa.inspect(first).mapper.attrs
+    criteria = (
+        getattr(first if key in own else second, key) == value for key, value in options.items()
+    )
+    return ("where", tuple(criteria), {})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PassageSearch(Search):
+    """A search for passages; its criteria may be on their documents, which it joins for these.
+
+    The rows found are joined to their documents always, so that criteria of a statement around it,
+    as ``with_loader_criteria`` has for tenants, meet the documents there.
+    """
+
+    declared: Any = None
+
+    def statement(self) -> Nearest:
+        """The statement of the search."""
+        return statement_of(self._joined())
+
+    @property
+    def single(self) -> bool:
+        """See ``Search.single``: a passage has one document."""
+        if not self._joins_first or any(name != "where" for name, _, _ in self.narrowing[1:]):
+            return False
+        tables = {self.target.table, *self._tables}
+        columns = [column for criterion in self.criteria for column in columns_of(criterion)]
+        return all(column.table in tables for column in columns)
+
+    @property
+    def finishing(self) -> tuple[Call, ...]:
+        """See ``Search.finishing``."""
+        return self.shaping if self._outside else (join_of(self.declared), *self.shaping)
+
+    @property
+    def _joins_first(self) -> bool:
+        return bool(self.narrowing) and _reaches(self.narrowing[0], self.declared)
+
+    @property
+    def _tables(self) -> list[Any]:
+        """The tables of documents, or what an alias has in their place."""
+        document: Any = sa.inspect(self.declared.document)
+        return list(document.mapper.tables) if document.is_mapper else [document.selectable]
+
+    @property
+    def _outside(self) -> bool:
+        """Whether the query's vector is a document's of an enclosing statement: no own ones."""
+        return any(table in self._tables for table in self.outer())
+
+    def _joined(self) -> PassageSearch:
+        """The search, with its documents where criteria may be on these."""
+        if self._outside or any(_reaches(call, self.declared) for call in self.narrowing):
+            return self
+        calls, table = self.narrowing, self.target.table
+        others = any(self.target.about(table, one) is None for one in self.criteria)  # type: ignore[arg-type]
+        if self.joins or others or self.loader_criteria or narrows(self.declared):
+            calls = (join_of(self.declared), *calls)
+        return replace(self, narrowing=calls)
+
+    def said(self, call: Call) -> Call:
+        """See ``Changeable.said``: names are the passage's, or else its document's."""
+        name, _, options = call
+        if name != "filter_by" or any(not _reaches(one, self.declared) for one in self.joining):
+            return Search.said(self, call)
+        return named_criteria(self.declared.passage, self.declared.document, options)
+
+
+def _reaches(call: Call, declared: Declared) -> bool:
+    """Whether a call joins documents."""
+    name, arguments, options = call
+    if name not in ("join", "join_from"):
+        return False
+    to = [*arguments, options.get("target")][name == "join_from"]
+    document: Any = sa.inspect(declared.document)
+    tables = (declared.document, document.selectable)
+    relation = declared.passage.document.property
+    return any(to is one for one in tables) or getattr(to, "property", None) is relation
+
+
 def nearest_documents(
-    declared: Declared,
-    asked: Asked,
-    limit: int | None,
-    offset: int,
-    where: Sequence[sa.ColumnElement[bool]],
+    declared: Declared, asked: Asked, limit: int | None, offset: int, narrowing: tuple[Call, ...]
 ) -> Nearest:
     """A select of documents, their best passages, the passages' similarities and the scores."""
     if asked.per_document < 1 or asked.score not in ("best", "sum", "auto"):
@@ -90,29 +209,19 @@ def nearest_documents(
             f"nearest() was given per_document={asked.per_document!r} and score={asked.score!r}; "
             'it takes a number from 1 on, and "best", "sum" or "auto".'
         )
-    narrowing: tuple[Call, ...] = (("where", tuple(where), {}),) if where else ()
     return _statement(DocumentSearch(declared, asked, limit, offset, narrowing))
 
 
 def nearest_passages(
-    declared: Declared,
-    asked: Asked,
-    limit: int | None,
-    offset: int,
-    where: Sequence[sa.ColumnElement[bool]],
+    declared: Declared, asked: Asked, limit: int | None, offset: int, narrowing: tuple[Call, ...]
 ) -> Nearest:
     """A select of passages, each with its similarity; its criteria may be on documents too."""
     target, query = target_of(declared.passage.embedding), asked.query
     itself = target.identity(query) if target.is_row(query) else ()
-    narrowing: tuple[Call, ...] = (("where", tuple(where), {}),) if where else ()
     return PassageSearch(
         target, _operand(target, asked), limit, offset, asked.furthest, itself, asked.overrides,
         asked.exact, narrowing, declared=declared,
     ).statement()  # fmt: skip
-
-
-def _search(target: Target, asked: Asked, right: Any, limit: int | None) -> Search:
-    return Search(target, right, limit, 0, asked.furthest, (), asked.overrides, asked.exact)
 
 
 def _operand(target: Target, asked: Asked) -> Any:
@@ -227,8 +336,9 @@ def first_look(search: DocumentSearch) -> Nearest:
 
 
 def _passages(search: DocumentSearch, target: Target, right: Any, size: int | None) -> Nearest:
-    near = _search(target, search.asked, right, size)
-    return statement_of(replace(near, narrowing=_narrowing(search)))
+    asked = search.asked
+    options = (asked.furthest, (), asked.overrides, asked.exact, _narrowing(search))
+    return statement_of(Search(target, right, size, 0, *options))
 
 
 def _near(
