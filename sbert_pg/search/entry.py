@@ -21,7 +21,14 @@ from sbert_pg.search.passages import (
     of_entity,
     require_no_document,
 )
-from sbert_pg.search.statement import Nearest, Search, criteria_of, is_number, statement_of
+from sbert_pg.search.statement import (
+    Nearest,
+    Search,
+    criteria_of,
+    is_number,
+    require_page,
+    statement_of,
+)
 from sbert_pg.search.target import Target, target_of
 
 Criteria = sa.ColumnElement[bool] | Sequence[sa.ColumnElement[bool]]
@@ -167,9 +174,7 @@ def _check(
     probes: int | None,
     overfetch: int | None,
 ) -> None:
-    if limit is not None:
-        _require_whole("limit", limit, ", or None for all rows.")
-    _require_whole("offset", offset, ".")
+    require_page("nearest", limit, offset)
     for name, number, most in (("ef_search", ef_search, MAX_EF_SEARCH), ("probes", probes, 32_768)):
         if number is not None and not (_is_whole(number) and 1 <= number <= most):
             raise DeclarationError(f"nearest(): {name} is {number!r}; pgvector takes 1 to {most}.")
@@ -179,13 +184,6 @@ def _check(
 
 def _is_whole(number: Any) -> bool:
     return isinstance(number, (int, np.integer))
-
-
-def _require_whole(name: str, number: Any, end: str) -> None:
-    if not _is_whole(number) or number < 0:
-        raise DeclarationError(
-            f"nearest() was given {name}={number!r}; it takes a whole number from 0 on{end}"
-        )
 
 
 def _furthest(

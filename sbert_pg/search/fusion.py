@@ -25,10 +25,16 @@ from sbert_pg.errors import DeclarationError
 from sbert_pg.search.criteria import Call
 from sbert_pg.search.entry import nearest
 from sbert_pg.search.passages import MOST_BY_INDEX, DocumentSearch
-from sbert_pg.search.statement import Changeable, Nearest, is_number, replayed, replayed_of
+from sbert_pg.search.statement import (
+    Changeable,
+    Nearest,
+    is_number,
+    replayed,
+    replayed_of,
+    require_page,
+)
 from sbert_pg.search.words import (
     WordSearch,
-    check_page,
     is_text_column,
     word_search,
     words_page,
@@ -80,10 +86,6 @@ class HybridSearch(Changeable):
     def statement(self) -> Nearest:
         """The statement of the search."""
         return _statement(self)
-
-    def require_page(self, limit: Any, offset: Any) -> None:
-        """See ``Changeable.require_page``."""
-        _check_page(limit, offset or 0)
 
     @property
     def origin(self) -> Any:
@@ -162,7 +164,7 @@ def hybrid(
     _check_weight(weight)
     if depth is not None and (not isinstance(depth, int) or depth < 1):
         raise DeclarationError(f"hybrid() was given depth={depth!r}; it is 1 or more rows.")
-    _check_page(limit, offset)
+    require_page("hybrid", limit, offset)
     if not is_text_column(words):
         swapped = " They stand the other way round here." if is_text_column(column) else ""
         raise DeclarationError(
@@ -181,12 +183,6 @@ def hybrid(
 def _check_weight(weight: Any) -> None:
     if weight is not None and not (is_number(weight) and 0 <= weight <= 1):
         raise DeclarationError(f"hybrid() was given weight={weight!r}; it is 0 to 1.")
-
-
-def _check_page(limit: Any, offset: Any) -> None:
-    if limit is None:
-        raise DeclarationError("hybrid() needs a limit: it fuses the best rows of both arms.")
-    check_page("hybrid", limit, offset)
 
 
 def _statement(search: HybridSearch) -> Nearest:

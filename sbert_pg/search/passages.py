@@ -144,7 +144,10 @@ class PassageSearch(Search):
     @property
     def single(self) -> bool:
         """See ``Search.single``: a passage has one document."""
-        if not self._joins_first or any(name != "where" for name, _, _ in self.narrowing[1:]):
+        first = self.narrowing[:1]
+        if not any(_reaches(call, self.declared) for call in first) or any(
+            name != "where" for name, _, _ in self.narrowing[1:]
+        ):
             return False
         tables = {self.target.table, *self._tables}
         columns = [column for criterion in self.criteria for column in columns_of(criterion)]
@@ -154,10 +157,6 @@ class PassageSearch(Search):
     def finishing(self) -> tuple[Call, ...]:
         """See ``Search.finishing``."""
         return self.shaping if self._outside else (join_of(self.declared), *self.shaping)
-
-    @property
-    def _joins_first(self) -> bool:
-        return bool(self.narrowing) and _reaches(self.narrowing[0], self.declared)
 
     @property
     def _tables(self) -> list[Any]:

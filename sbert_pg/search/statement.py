@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, ClassVar
 
+import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import LoaderCriteriaOption
@@ -110,17 +111,8 @@ class Changeable:
 
     def paged(self, limit: Any, offset: Any) -> Nearest:
         """The search with another page."""
-        self.require_page(limit, offset)
+        require_page(self.function, limit, offset or 0)
         return self._with(limit=limit, offset=offset or 0)
-
-    def require_page(self, limit: Any, offset: Any) -> None:
-        """Refuse a page that is given by something else than numbers."""
-        for given in (limit, offset):
-            if given is not None and (not isinstance(given, int) or given < 0):
-                raise DeclarationError(
-                    f"The limit or offset of a search is {given!r}; it takes a whole number from "
-                    "0 on, since the number decides how the search is made."
-                )
 
     def _with(self, **changes: Any) -> Nearest:
         search: Any = self
@@ -299,6 +291,17 @@ def criteria_of(where: Any) -> tuple[Any, ...]:
     if not isinstance(where, Iterable | None):
         raise DeclarationError(f"where={where!r} is no criterion, such as Article.lang == 'en'.")
     return () if where is None else tuple(where)
+
+
+def require_page(function: str, limit: Any, offset: Any) -> None:
+    """Refuse a limit or offset that is no whole number from 0 on; no limit is all rows."""
+    for name, given in (("limit", limit), ("offset", offset)):
+        every = given is None and name == "limit" and function != "hybrid"
+        if not every and (not isinstance(given, (int, np.integer)) or given < 0):
+            raise DeclarationError(
+                f"{function}() was given {name}={given!r}; it takes a whole number from 0 on, "
+                "which decides how the search is made."
+            )
 
 
 def is_number(given: Any) -> bool:

@@ -29,8 +29,14 @@ from sqlalchemy.sql import visitors
 from sbert_pg.catalog import guard
 from sbert_pg.errors import DeclarationError
 from sbert_pg.search.bm25 import PAGES, PAGES_OF_SOME, looked_up, ranking
-from sbert_pg.search.criteria import Call
-from sbert_pg.search.statement import Changeable, Nearest, criteria_of, replayed, replayed_of
+from sbert_pg.search.statement import (
+    Changeable,
+    Nearest,
+    criteria_of,
+    replayed,
+    replayed_of,
+    require_page,
+)
 from sbert_pg.search.target import readable_columns
 from sbert_pg.types.comparator import base_of, clause_of
 from sbert_pg.types.text import Configuration, TextSearch
@@ -98,10 +104,6 @@ class WordSearch(Changeable):
     def statement(self) -> Nearest:
         """The statement of the search."""
         return _statement(self)
-
-    def require_page(self, limit: Any, offset: Any) -> None:
-        """See ``Changeable.require_page``."""
-        check_page(self.function, limit, offset or 0)
 
     @property
     def table(self) -> Any:
@@ -188,7 +190,7 @@ def word_search(
         raise DeclarationError(
             f"matching() takes a question in words, or a list of them, not {type(question)!r}."
         )
-    check_page("matching", limit, offset)
+    require_page("matching", limit, offset)
     parent = getattr(column, "parent", None)
     search = WordSearch(
         clause,
@@ -217,17 +219,6 @@ def is_text_column(column: Any) -> bool:
     """Whether it is a column made with ``text_column``."""
     clause = clause_of(column)
     return isinstance(clause, sa.ColumnElement) and isinstance(clause.type, TextSearch)
-
-
-def check_page(function: str, limit: Any, offset: Any) -> None:
-    """Refuse a limit or offset that is not a whole number from 0 on."""
-    for name, number in (("limit", limit), ("offset", offset)):
-        if number is None and name == "limit":
-            continue
-        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-            raise DeclarationError(
-                f"{function}() was given {name}={number!r}; it takes a whole number from 0 on."
-            )
 
 
 # ---------------------------------------------------------------- the statement
