@@ -25,7 +25,7 @@ PACKAGE = Path(sbert_pg.__file__).parent
 #: not import each other; floor 0 is excepted, whose modules are small and stand on each other.
 FLOORS: dict[str, float] = {
     "errors": 0, "distance": 0, "source": 0, "spec": 0, "process": 0, "progress": 0,
-    "probes": 0, "system": 0, "sqlstates": 0,
+    "probes": 0, "system": 0, "sqlstates": 0, "locks": 0,
     "encoder": 1,
     # The encoders of this process: loads one that a column names, and imports its wing then.
     "registry": 1.1,
@@ -64,26 +64,26 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 
 #: Most modules and lines of each room: a new capability raises its own, and nobody else's.
 ROOMS: dict[str, tuple[int, int]] = {
-    "adapters": (10, 1951),
-    "alembic": (8, 2715),
-    "catalog": (9, 2595),
-    "cli": (16, 4276),
-    "clustering": (15, 4900),
-    "encoder": (23, 6804),
-    "freshness": (15, 4962),
-    "indexes": (6, 1283),
-    "loading": (5, 1251),
-    "orm": (5, 910),
-    "passages": (5, 1125),
-    "reembed": (11, 2943),
-    "search": (15, 4637),
-    "serving": (14, 3325),
+    "adapters": (10, 1925),
+    "alembic": (9, 2839),
+    "catalog": (9, 2636),
+    "cli": (16, 4392),
+    "clustering": (16, 5131),
+    "encoder": (22, 6565),
+    "freshness": (17, 5266),
+    "indexes": (5, 1223),
+    "loading": (5, 1176),
+    "orm": (4, 890),
+    "passages": (5, 1123),
+    "reembed": (11, 3055),
+    "search": (13, 4525),
+    "serving": (15, 3512),
     "sql": (1, 24),
-    "tuning": (15, 4082),
-    "types": (8, 1752),
+    "tuning": (14, 4022),
+    "types": (7, 1663),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3482
+MOST_LINES_OF_THE_REST = 3542
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60

@@ -127,7 +127,7 @@ class Manifest:
                 truncation_side=str(data["truncation_side"]),
                 exporter=str(data["exporter"]),
                 agreement={key: Agreement(**value) for key, value in data["agreement"].items()},
-                files={_plain_name(key): str(value) for key, value in data["files"].items()},
+                files={str(key): str(value) for key, value in data["files"].items()},
                 training=dict(data.get("training") or {}),
             )
         # Its digest is right, so this is not an accident of a disk.
@@ -137,24 +137,9 @@ class Manifest:
             ) from error
 
 
-def _plain_name(name: str) -> str:
-    if Path(name).name != name:
-        raise ValueError(f"{name!r} is not a file of the directory")
-    return name
-
-
 def is_converted(path: Path) -> bool:
     """Whether a directory was made by this project."""
     return os.path.isfile(path / MANIFEST) and not os.path.isfile(path / "modules.json")
-
-
-def require_kind(directory: Path, manifest: Manifest, kind: str) -> None:
-    """Refuse a directory that holds something else than a caller expects."""
-    if manifest.kind != kind:
-        loader = {"encoder": "Encoder.load", "reranker": "Reranker.load"}.get(manifest.kind, "")
-        raise UnsupportedEncoderError(
-            f"{directory} holds a converted {manifest.kind} and no {kind}; load it with {loader}."
-        )
 
 
 def verify_files(directory: Path, manifest: Manifest) -> None:
@@ -164,7 +149,7 @@ def verify_files(directory: Path, manifest: Manifest) -> None:
             raise DamagedEncoderError(f"{directory / MANIFEST} names no {name}.")
     for name, digest in manifest.files.items():
         path = directory / name
-        if not path.is_file():
+        if Path(name).name != name or not path.is_file():
             raise DamagedEncoderError(
                 f"{path} is missing; the directory is incomplete. Convert the encoder again."
             )

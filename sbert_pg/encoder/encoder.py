@@ -199,7 +199,9 @@ class Encoder(Converted):
         cleaned = clean(texts)
         chosen = self._prompt(prompt_name, prompt)
         pipeline = self._pipeline.get()
-        unique, inverse = _unique(cleaned)
+        positions: dict[str, int] = {}
+        inverse = [positions.setdefault(text, len(positions)) for text in cleaned]
+        unique = list(positions)
         blocks, done = [], 0
         chunks = (unique[i : i + CHUNK] for i in range(0, len(unique), CHUNK))
         output = self._output(prompt_name)
@@ -376,10 +378,3 @@ def load_declared(encoder: EncoderSpec | str) -> Encoder:
         )
     # A directory may have been made under another name; columns know it by the declared one.
     return loaded._named(spec.name)
-
-
-def _unique(texts: Sequence[str]) -> tuple[list[str], list[int]]:
-    """Each text once, and where each of ``texts`` stands among them."""
-    positions: dict[str, int] = {}
-    inverse = [positions.setdefault(text, len(positions)) for text in texts]
-    return list(positions), inverse

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sbert_pg.errors import (
     DamagedEncoderError,
@@ -211,19 +211,6 @@ _FORMS: Mapping[str, frozenset[str]] = {
 }
 
 
-class Session(Protocol):
-    """A graph that is ready to run; onnxruntime's own class has this shape."""
-
-    def run(self, names: Sequence[str], feeds: Mapping[str, Any]) -> Sequence[Any]:
-        """The outputs of these names; any number of threads may call it."""
-
-    def get_inputs(self) -> Sequence[Any]:
-        """Inputs of the graph, each with a ``name``."""
-
-    def get_outputs(self) -> Sequence[Any]:
-        """Outputs of the graph, each with a ``name`` and a ``shape``."""
-
-
 def able(precision: str, providers: Providers) -> list[str]:
     """Engines that run a form, installed or not, the first of them the usual one.
 
@@ -267,12 +254,11 @@ def asked_for(engine: str | None, precision: str, providers: Providers) -> str |
 
 def compile_graph(
     engine: str, path: Path, precision: str, threads: int, providers: Providers
-) -> Session:
+) -> Compiled | onnxruntime.InferenceSession:
     """A graph made ready by an engine for so many calls at a time, each in its caller's thread."""
     if engine == OPENVINO:
         return Compiled(path, precision, threads)
-    session: Session = providers.open(path)
-    return session
+    return providers.open(path)
 
 
 def load_openvino() -> Any:
@@ -321,7 +307,7 @@ class Compiled:
         self._lock = threading.Lock()
 
     def run(self, names: Sequence[str], feeds: Mapping[str, Any]) -> list[Any]:
-        """See ``Session``."""
+        """As of onnxruntime's session."""
         request = self._take()
         try:
             request.infer(dict(feeds), share_inputs=True, share_outputs=True)
@@ -330,11 +316,11 @@ class Compiled:
             self._idle.put(request)
 
     def get_inputs(self) -> list[Value]:
-        """See ``Session``."""
+        """As of onnxruntime's session."""
         return [_value(port) for port in self._graph.inputs]
 
     def get_outputs(self) -> list[Value]:
-        """See ``Session``."""
+        """As of onnxruntime's session."""
         return [_value(port) for port in self._graph.outputs]
 
     def _take(self) -> Any:

@@ -17,6 +17,7 @@ from sbert_pg.encoder.directory import Manifest
 from sbert_pg.encoder.engines import Provider, Providers
 from sbert_pg.encoder.pipeline import Pipeline, Statistics, engine_for
 from sbert_pg.encoder.tokenizing import TextTokenizer, clean
+from sbert_pg.errors import UnsupportedEncoderError
 from sbert_pg.process import PerProcess
 
 T = TypeVar("T", bound="Converted")
@@ -52,7 +53,11 @@ class Converted:
         """As ``open``, of a directory of this kind."""
         path = Path(directory)
         manifest = Manifest.read(path)
-        converted.require_kind(path, manifest, kind)
+        if manifest.kind != kind:
+            loader = {"encoder": "Encoder.load", "reranker": "Reranker.load"}.get(manifest.kind, "")
+            raise UnsupportedEncoderError(
+                f"{path} holds a converted {manifest.kind} and no {kind}; load it with {loader}."
+            )
         Providers.of(options["providers"]).require_suited(path, manifest.precision)
         return converted.verified(path, manifest, lambda: cls(path, manifest, **options))
 

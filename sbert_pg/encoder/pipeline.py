@@ -187,7 +187,11 @@ class Pipeline:
                 vectors = running.result()
                 running = pool.submit(self._counted, tokens, prompt, output)
                 yield vectors
-                _require_process(process)
+                if os.getpid() != process:
+                    raise EncodingError(
+                        "These vectors are made by a thread of the process that began with them, "
+                        "which a fork does not take along. Begin again in the child."
+                    )
             yield running.result()
 
     def _some_tokens(
@@ -238,15 +242,6 @@ class Pipeline:
         vectors = np.zeros((len(texts), self.runner.dimensions), np.float32)
         vectors[some] = self._run(Tokens([tokens.ids[position] for position in some], []), prompt)
         return vectors
-
-
-def _require_process(process: int) -> None:
-    """Refuse to go on with what a thread of another process was making."""
-    if os.getpid() != process:
-        raise EncodingError(
-            "These vectors are made by a thread of the process that began with them, which a fork "
-            "does not take along. Begin again in the child."
-        )
 
 
 def engine_for(

@@ -27,6 +27,7 @@ from sqlalchemy.orm.attributes import set_attribute
 from sqlalchemy.orm.base import PassiveFlag
 
 from sbert_pg.catalog.embedding import digest_for
+from sbert_pg.catalog.record import Binding
 from sbert_pg.errors import DeclarationError
 from sbert_pg.orm.declaring import EmbeddingAttribute, Key, attributes_of
 from sbert_pg.orm.passages import cut_before_flush
@@ -453,11 +454,8 @@ def _fill(
 ) -> None:
     """Put vectors into the rows that bring none, and beside each from which text it was made."""
     key, of = attribute.key, mapper.class_.__name__
-    lacking = [
-        (number, row, text)
-        for number, (row, text) in enumerate(zip(rows, texts, strict=True))
-        if row.get(key) is None and text is not NOT_KNOWN
-    ]
+    numbered = zip(range(len(rows)), rows, texts, strict=True)
+    lacking = [one for one in numbered if one[1].get(key) is None and one[2] is not NOT_KNOWN]
     for _, row, _ in lacking:
         row[key] = None
     if all(key not in row for row in rows):
@@ -469,11 +467,21 @@ def _fill(
         if isinstance(text, str)
     ]
     encode_jobs(jobs)
+    for row, text in zip(rows, texts, strict=True):
+        _add_digest(state, attribute, binding, row, text)
+
+
+def _add_digest(
+    state: ORMExecuteState,
+    attribute: EmbeddingAttribute,
+    binding: Binding | None,
+    row: Row,
+    text: Text,
+) -> None:
+    vector = row.get(attribute.key)
     if binding is None:
         return
-    for row, text in zip(rows, texts, strict=True):
-        vector = row.get(key)
-        if vector is not None or (text is None and key in row):
-            row[attribute.companion_key] = digest_for(binding, text, vector)
-        elif state.is_insert:
-            row[attribute.companion_key] = NIL
+    if vector is not None or (text is None and attribute.key in row):
+        row[attribute.companion_key] = digest_for(binding, text, vector)
+    elif state.is_insert:
+        row[attribute.companion_key] = NIL

@@ -125,7 +125,7 @@ def nearest(
     if declared is not None:
         asked = Asked(query, _are_many(query), furthest, overrides, exact, per_document, score)
         find = nearest_passages if of == "passage" else nearest_documents
-        return find(declared, asked, limit, offset, (("where", criteria, {}),) if criteria else ())
+        return find(declared, asked, limit, offset, criteria)
     itself: tuple[Any, ...] = ()
     right: Any
     if _are_many(query):

@@ -200,7 +200,7 @@ def _reaches(call: Call, declared: Declared) -> bool:
 
 
 def nearest_documents(
-    declared: Declared, asked: Asked, limit: int | None, offset: int, narrowing: tuple[Call, ...]
+    declared: Declared, asked: Asked, limit: int | None, offset: int, where: tuple[Any, ...]
 ) -> Nearest:
     """A select of documents, their best passages, the passages' similarities and the scores."""
     if asked.per_document < 1 or asked.score not in ("best", "sum", "auto"):
@@ -208,19 +208,19 @@ def nearest_documents(
             f"nearest() was given per_document={asked.per_document!r} and score={asked.score!r}; "
             'it takes a number from 1 on, and "best", "sum" or "auto".'
         )
-    return _statement(DocumentSearch(declared, asked, limit, offset, narrowing))
+    return DocumentSearch(declared, asked, limit, offset).narrowed("where", where, {})
 
 
 def nearest_passages(
-    declared: Declared, asked: Asked, limit: int | None, offset: int, narrowing: tuple[Call, ...]
+    declared: Declared, asked: Asked, limit: int | None, offset: int, where: tuple[Any, ...]
 ) -> Nearest:
     """A select of passages, each with its similarity; its criteria may be on documents too."""
     target, query = target_of(declared.passage.embedding), asked.query
     itself = target.identity(query) if target.is_row(query) else ()
     return PassageSearch(
         target, _operand(target, asked), limit, offset, asked.furthest, itself, asked.overrides,
-        asked.exact, narrowing, declared=declared,
-    ).statement()  # fmt: skip
+        asked.exact, declared=declared,
+    ).narrowed("where", where, {})  # fmt: skip
 
 
 def _operand(target: Target, asked: Asked) -> Any:

@@ -125,7 +125,7 @@ def read_pairs(path: Path | str, topics: Path | str | None = None) -> list[Label
     if suffix in (".csv", ".tsv"):
         return _together(_each_of(path, csv_rows(path), lambda row: [row]))
     if suffix in (".jsonl", ".ndjson"):
-        return _together(read_lines(path))
+        return _together(_each_of(path, numbered_lines(path), _of_json))
     if topics is None:
         topics = path.parent / f"{path.stem}.topics"
         # These ask without raising, whatever was passed for a path.
@@ -161,11 +161,6 @@ def read_topics(path: Path | str) -> dict[str, str]:
 def _together(pairs: list[LabelledQuery]) -> list[LabelledQuery]:
     """Pairs of one question as one question; those of a click log as what it says of them."""
     return of_click_log(pairs) if is_click_log(pairs) else labelled(pairs)
-
-
-def read_lines(path: Path) -> list[LabelledQuery]:
-    """Labelled questions from JSON lines, one of each line; see ``read_pairs``."""
-    return _each_of(path, numbered_lines(path), _of_json)
 
 
 def _each_of(
