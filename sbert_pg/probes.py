@@ -192,12 +192,6 @@ def measured(encoder: TextEncoder) -> Vectors:
     be, so the probes are encoded here, once for each encoder. Classes whose ``probe_vectors`` are
     certainly their own say so by the attribute ``measures_its_probes`` of the class itself; it is
     not inherited, nor seen through a wrapper.
-
-    Returns:
-        float32 of shape ``(len(PROBES), dimensions)``.
-
-    Raises:
-        EncoderMismatchError: it gives vectors of another shape than its spec says, or not finite.
     """
     own = vars(type(encoder)).get("measures_its_probes", False)
     if own and "encode_document" not in getattr(encoder, "__dict__", {}):

@@ -322,16 +322,10 @@ def _table_name(table: sa.FromClause) -> str:
 def digest(
     binding_id: uuid.UUID, text: str | None, wire: bytes | None, storage: Storage
 ) -> uuid.UUID | None:
-    """What the companion column of a fresh row holds.
+    """What the companion of a fresh row holds; ``None`` where there is no text.
 
-    Args:
-        text: the text that the vector was made from, as the source gives it.
-        wire: the vector in pgvector's binary format, ``None`` for "failed for this text".
-        storage: ``"vector"`` or ``"halfvec"``, the type of the column.
-
-    Returns:
-        ``None`` where there is no text. The server hashes texts in its own encoding, so the value
-        is of use only where that is UTF8.
+    Without a vector it says "failed for this text". The server hashes texts in its own encoding, so
+    this is of use only where that is UTF8.
     """
     if text is None:
         return None

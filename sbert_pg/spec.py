@@ -349,16 +349,7 @@ class TextEncoder(Protocol):
 
 
 def vectors_of(spec: EncoderSpec, output: Any, texts: int, *, finite: bool = False) -> Vectors:
-    """What an encoder gave for some texts, as float32 of shape ``(texts, dimensions)``.
-
-    Args:
-        spec: the encoder's, or that by which a column declares it.
-
-    Raises:
-        DimensionError: it has another shape.
-        NonFiniteError: it holds NaN or an infinity.
-        VectorError: it is no array of numbers.
-    """
+    """What an encoder gave for some texts, as float32 of shape ``(texts, dimensions)``."""
     try:
         vectors = np.asarray(output, dtype=np.float32)
     except (TypeError, ValueError) as error:

@@ -64,26 +64,26 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 
 #: Most modules and lines of each room: a new capability raises its own, and nobody else's.
 ROOMS: dict[str, tuple[int, int]] = {
-    "adapters": (10, 1925),
+    "adapters": (10, 1889),
     "alembic": (9, 2839),
     "catalog": (9, 2636),
     "cli": (16, 4392),
     "clustering": (16, 5131),
-    "encoder": (22, 6565),
+    "encoder": (22, 6447),
     "freshness": (17, 5266),
     "indexes": (5, 1223),
     "loading": (5, 1176),
     "orm": (4, 890),
-    "passages": (5, 1123),
+    "passages": (5, 1111),
     "reembed": (11, 3055),
-    "search": (13, 4525),
+    "search": (13, 4497),
     "serving": (15, 3512),
     "sql": (1, 24),
-    "tuning": (14, 4022),
+    "tuning": (14, 3985),
     "types": (7, 1663),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3542
+MOST_LINES_OF_THE_REST = 3521
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60

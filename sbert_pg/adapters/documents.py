@@ -40,19 +40,9 @@ class Row:
 
 
 class Documents:
-    """A mapped class with an embedding as a collection of documents.
+    """A mapped class with an embedding as a collection of documents; arguments as of ``Store``.
 
     Every function works within a session of the caller's, and commits nothing.
-
-    Args:
-        column: the embedding column of the class, as in ``Article.embedding``.
-        content: name of the attribute that is the text; the embedding's source by default.
-        metadata: name of a JSON attribute for metadata that has no attribute of its own.
-        words: name of a text column's attribute, for searches by words or both.
-
-    Raises:
-        DeclarationError: the column is no embedding column of a mapped class with a primary key of
-            one column, or a name is not one of its attributes.
     """
 
     def __init__(
@@ -182,11 +172,7 @@ class Documents:
         return work
 
     def delete(self, ids: Iterable[str] | None, conditions: Any = None) -> Work[int]:
-        """Delete the rows of some ids that meet conditions; ids that no row has are passed over.
-
-        Raises:
-            DeclarationError: neither is given, which would be every row of the application's table.
-        """
+        """Delete the rows of some ids that meet conditions; ids that no row has are passed over."""
         if ids is None and conditions is None:
             raise DeclarationError(
                 "A store was given no ids and no filters to delete by, which is every row of the "
@@ -204,19 +190,10 @@ class Documents:
         vectors: bool = False,
         **how: Any,
     ) -> Work[list[Row]]:
-        """The rows nearest to a text or vector, nearest first.
+        """The rows nearest to a text or vector, nearest first; by ``"meaning"``, ``"words"`` or
+        ``"both"``.
 
-        Args:
-            query: a text or a vector.
-            limit: how many.
-            conditions: as ``filters.condition`` takes them, or ``None``.
-            by: ``"meaning"``; or ``"words"`` or ``"both"``, whose scores are in the place of
-                similarities.
-            vectors: whether to read their vectors as well.
-            **how: further arguments of the search.
-
-        Raises:
-            DeclarationError: words are asked for, and there are none.
+        Scores of the latter are in the place of similarities; ``how`` are arguments of the search.
         """
         how |= {"limit": limit, "where": () if conditions is None else self.where(conditions)}
         statement: Any
@@ -265,9 +242,6 @@ class Documents:
         """The column of a field of the metadata, or its value within the JSON attribute.
 
         There ``a.b`` is the field of that name, else ``b`` of the object ``a``.
-
-        Raises:
-            DeclarationError: there is neither.
         """
         if name in self.own:
             column: sa.ColumnElement[Any] = getattr(self.class_, name)

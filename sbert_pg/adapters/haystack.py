@@ -117,11 +117,7 @@ class SbertDocumentStore(Store):
     update_by_filter, update_by_filter_async = both(_update_by_filter)
 
     def translated(self, filters: dict[str, Any] | None) -> Condition | None:
-        """Haystack's filters as SQL; ``None`` for none.
-
-        Raises:
-            FilterError: they are malformed.
-        """
+        """Haystack's filters as SQL; ``None`` for none."""
         return condition(_translated(filters), self._field) if filters else None
 
     def _field(self, name: str) -> sa.ColumnElement[Any]:

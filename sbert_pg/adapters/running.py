@@ -75,12 +75,7 @@ def then(work: Work[T], function: Callable[[T], R]) -> Work[R]:
 
 
 class Lists:
-    """An encoder's vectors as lists of numbers, as other libraries take them.
-
-    Args:
-        encoder: a name or path as ``Encoder.load`` takes it, the spec of a column, or an encoder.
-            A name is loaded at the first text.
-    """
+    """An encoder's vectors as lists of numbers; a name is loaded at the first text."""
 
     def __init__(self, encoder: str | EncoderSpec | TextEncoder) -> None:
         self._encoder = encoder

@@ -26,12 +26,7 @@ _BUCKETS = 32
 
 
 def read(description: Description) -> Transformer:
-    """The transformer of a description.
-
-    Raises:
-        UnsupportedEncoderError: its configuration asks for something that is not implemented.
-        DamagedEncoderError: its weights are missing or do not fit the configuration.
-    """
+    """The transformer of a description."""
     model = _READERS[description.architecture](Weights(description.weights), description.config)
     if model.positions is None:
         return model

@@ -79,18 +79,8 @@ def prepare(
     """The converted directory of a name or path, made now where it is not there yet.
 
     Processes that ask for the same one at the same time convert it once. Arguments are those of
-    ``Encoder.load``, and:
-
-    Args:
-        providers: they decide which precision is the default.
-        output: put it here, where nothing may be yet, and not into the cache.
-        again: convert again even where it is there.
-        kind: ``"encoder"``, or ``"reranker"`` for a cross-encoder.
-
-    Raises:
-        DeclarationError: ``output`` exists.
-        EncoderError: it cannot be found, is damaged, cannot be converted (see ``Encoder.load``), or
-            the cache cannot be written to.
+    ``Encoder.load``, of which the providers decide the usual precision; ``output`` is a place that
+    does not exist yet, instead of the cache, and ``kind`` that of ``Manifest``.
     """
     name = str(name_or_path)
     path = home_of(name)
@@ -154,19 +144,7 @@ def _convert_to(place: Path, name: str, revision: str | None, precision: str, ki
 def convert(
     folder: Path, files: ModelFiles, name: str, precision: str, kind: str = "encoder"
 ) -> Manifest:
-    """Convert a model into the empty directory ``folder``.
-
-    Args:
-        files: the model's files.
-        precision: ``"fp32"`` or one of the quantised forms.
-        kind: as for ``prepare``.
-
-    Raises:
-        UnsupportedEncoderError: the model asks for something that is not implemented.
-        MissingExtraError: a package of the extra ``convert`` or ``export`` is needed, or of
-            ``openvino`` for ``bf16``.
-        ConversionError: the result disagrees with the fp32 reference by more than its floor.
-    """
+    """Convert a model into the empty ``folder``; precision and kind are those of ``prepare``."""
     if precision not in PRECISIONS:
         raise DeclarationError(
             f"There is no precision {precision!r}; there are {', '.join(PRECISIONS)}."
@@ -319,11 +297,7 @@ def _unbounded(scores: Vectors) -> Vectors:
 
 
 def require(agreement: Mapping[str, Agreement], floor: Floor, what: str) -> None:
-    """Refuse a conversion that is below its floor.
-
-    Raises:
-        ConversionError: it is.
-    """
+    """Refuse a conversion that is below its floor."""
     mean = agreement["samples"].mean_cosine
     worst = min(value.min_cosine for value in agreement.values())
     if not (mean >= floor.mean and worst >= floor.worst):

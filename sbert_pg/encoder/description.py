@@ -86,11 +86,9 @@ class Description:
     Attributes:
         configuration: everything that the directory's configuration files say and the other
             attributes do not, what is ignored on purpose included; part of the encoder's identity.
-        include_prompt: whether pooling sees the tokens of the prompt.
         max_seq_length: tokens read of a text, special tokens included; never more than the
             transformer has positions for. ``None`` where neither the model nor its tokenizer
             names a limit.
-        pairs: whether it scores pairs of texts: a cross-encoder.
         token_types: whether the transformer is given which tokens are of a pair's second text.
     """
 
@@ -352,12 +350,10 @@ def _default_prompt(general: Settings, prompts: Mapping[str, str]) -> str | None
 
 
 def max_seq_length(settings: Settings, tokenizer: Settings, config: Settings) -> int | None:
-    """The limit of a text in tokens, special tokens included.
+    """The limit of a text in tokens: as in sentence-transformers its own, else the tokenizer's.
 
-    As sentence-transformers: its own setting, else the tokenizer's capped by the positions.
-
-    Beyond that, a limit above what the transformer has positions for is lowered to it, where they
-    are a table: sentence-transformers fails on such a text with an index error.
+    But a limit above what the transformer has positions for is lowered to it, where they are a
+    table: sentence-transformers fails on such a text with an index error.
     """
     nested = [settings.object(key) for key in ("processor_kwargs", "tokenizer_args")]
     places = [(place, "model_max_length") for place in nested]

@@ -254,11 +254,7 @@ def state_of(path: Path) -> str:
 
 @contextmanager
 def locked(place: Path) -> Iterator[None]:
-    """Hold the lock of one place among all processes of this machine.
-
-    Raises:
-        EncoderError: the directory cannot be written to.
-    """
+    """Hold the lock of one place among all processes of this machine."""
     from filelock import FileLock
 
     try:

@@ -38,13 +38,7 @@ _MOST_MADE_UP = 1.02
 
 
 def export(description: Description, precision: str) -> onnx.ModelProto:
-    """The ONNX model of a description, by torch.
-
-    Raises:
-        MissingExtraError: torch or sentence-transformers is not installed.
-        UnsupportedEncoderError: a precision that this road does not have.
-        ConversionError: torch cannot export the architecture.
-    """
+    """The ONNX model of a description, by torch."""
     if precision not in ("fp32", "fp32-plain", "bf16"):  # torch writes plain operators in any case
         raise UnsupportedEncoderError(
             f"{description.config.path}: architecture {description.architecture!r} is exported by "

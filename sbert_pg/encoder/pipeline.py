@@ -125,12 +125,7 @@ class Counter:
 
 
 class Pipeline:
-    """What has to be made again after a fork: a child uses nothing of it that its parent made.
-
-    Args:
-        threads: threads of inference; as many as the process may use by default.
-        providers: see ``Encoder.load``.
-    """
+    """What has to be made again after a fork: a child uses nothing of it that its parent made."""
 
     def __init__(
         self,
@@ -157,16 +152,10 @@ class Pipeline:
         place: Callable[[int], int] = int,
         output: str = OUTPUT,
     ) -> Iterator[Vectors]:
-        """Vectors of each chunk; while one is encoded, the next is read and tokenized.
+        """Vectors of each chunk of clean texts; while one is encoded, the next is read and
+        tokenized.
 
-        Args:
-            chunks: clean texts, read in the caller's thread.
-            prompt: put before each.
-            place: where a text of this number stands in the caller's call, for messages.
-            output: which of the model's outputs to take.
-
-        Raises:
-            EncodingError: a text has no tokens.
+        ``place`` says for messages where a text stands in the caller's call.
         """
         first = next(chunks, None)
         if first is None:
@@ -264,9 +253,7 @@ def measure(directory: Path, manifest: Manifest) -> dict[str, Speeds]:
     """Speeds of the engines that are installed, on one thread, remembered where it is possible.
 
     An engine that cannot run the encoder, or whose vectors are others, is left out and logged.
-
-    Returns:
-        By engine; empty where fewer than two are installed that run this form.
+    Nothing is measured where fewer than two run this form.
     """
     engines = list(filter(installed, able(manifest.precision, Providers.of([CPU]))))
     if len(engines) < 2:

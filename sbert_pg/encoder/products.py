@@ -85,11 +85,7 @@ def integers(weight: Array, axis: int) -> tuple[npt.NDArray[np.int8], Array]:
 
 
 class Products:
-    """How matrices are stored and multiplied: in fp32, fp16 or int8.
-
-    Attributes:
-        dtype: what goes from layer to layer, numpy's float32 or float16; "real" below.
-    """
+    """How matrices are multiplied; ``dtype``, "real" below, is what goes from layer to layer."""
 
     dtype: type[np.floating[Any]] = np.float32
 

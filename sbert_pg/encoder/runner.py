@@ -60,13 +60,9 @@ _STEP = 8
 
 
 def plan(lengths: Sequence[int], budget: int = TOKEN_BUDGET) -> list[list[int]]:
-    """Positions of the texts in each batch, longest batch first.
+    """Positions of the texts in each batch, longest first, by their tokens and a budget of such.
 
     A text longer than the budget is a batch by itself.
-
-    Args:
-        lengths: tokens of each text.
-        budget: tokens in a batch, padding included.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     batches: list[list[int]] = []

@@ -189,9 +189,8 @@ def require_known(config: Settings, more: Collection[str]) -> None:
 class Reader:
     """Reads the tensors of one family.
 
-    Args:
-        biases: fields of a layer that have a bias, ``"norm"`` for all normalisations; zeros else.
-        free: whether the heads may be wider or narrower, together, than the model.
+    ``biases`` are the fields of a layer that have one, zeros else; ``free`` heads may be wider or
+    narrower, together, than the model.
     """
 
     def __init__(

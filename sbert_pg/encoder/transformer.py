@@ -108,10 +108,8 @@ def in_heads(writer: Writer, batch: Batch, x: str) -> str:
 def write(
     writer: Writer, model: Transformer, products: Products, attention: Attention, *, typed: bool
 ) -> str:
-    """Token vectors, float32 ``(batch, tokens, width)``, from the inputs of the graph.
-
-    Args:
-        typed: whether token types are among them; type 0 everywhere otherwise.
+    """Token vectors, float32 ``(batch, tokens, width)``, from the inputs; ``typed`` with token
+    types.
     """
     sizes = writer.node("Shape", INPUT_IDS)
     shape = writer.node("Concat", sizes, [model.width], axis=0)

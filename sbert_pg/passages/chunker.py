@@ -22,13 +22,7 @@ _WORD = re.compile(r"\S+")
 
 
 class Part(NamedTuple):
-    """A part of a document.
-
-    Attributes:
-        start: first character, in the document's text.
-        stop: character behind the last one.
-        headings: headings that it stands under, outermost first.
-    """
+    """A part of a document, and the headings that it stands under, the outermost first."""
 
     start: int
     stop: int

@@ -90,13 +90,7 @@ def _path(
 def cut(
     titles: Sequence[str | None], body: str, chunker: Chunker, encoder: TextEncoder
 ) -> Iterator[Passage]:
-    """The passages of a document, in order.
-
-    Args:
-        titles: what the document's heading columns hold, outermost first.
-        chunker: where to cut.
-        encoder: whose tokens count, and how many it reads: no passage is longer.
-    """
+    """The passages of a document, in order, none longer than the encoder reads."""
     tokens, limit = counter(encoder), limit_of(encoder)
     title = [" ".join(words.split()) for words in titles if words and words.strip()]
 

@@ -219,11 +219,7 @@ def looked_up() -> tuple[sa.CTE, ...]:
 
 @cache
 def ranking(keys: int, weights: tuple[tuple[str, float], ...], exhaustive: bool) -> Any:
-    """The rows of one question, best first: ``key_0``.., ``score`` and ``held``.
-
-    Args:
-        exhaustive: whether every row that has any of the words is scored at once.
-    """
+    """The rows of one question, best first: ``key_0``.., ``score`` and ``held``."""
     names = tuple(f"key_{n}" for n in range(keys))
     vectors, tf = ["setweight(w.vector, 'D') AS whole"], [_TF.format(vector="whole")]
     if weights:

@@ -74,12 +74,7 @@ def blocks(
     where: sa.ColumnElement[bool],
     flags: Sequence[sa.ColumnElement[bool]] = (),
 ) -> Iterator[Block]:
-    """The vectors of all rows that meet a criterion, streamed block by block.
-
-    Args:
-        connection: where, in a transaction.
-        flags: criteria to evaluate for each of them.
-    """
+    """The vectors of rows that meet a criterion, block by block, and which others they meet."""
     met = [sa.func.coalesce(flag, False) for flag in flags]
     vectors = [sent(column, getattr(column.type, "storage", "vector")) for column in columns]
     statement = sa.select(label, *vectors, *met).where(where)
@@ -135,14 +130,10 @@ class Nearest:
 
 
 def recall(answer: Sequence[float], exact: Floats, k: int) -> float | None:
-    """Share of the ``k`` exact neighbours that an index found, ties counted as found.
+    """Share of the ``k`` exact neighbours, by similarities, that an index found; ties count as
+    found.
 
-    Args:
-        answer: similarities of the rows that the index returned, at most ``k``.
-        exact: similarities of the exact neighbours, most similar first.
-
-    Returns:
-        Between 0 and 1, or ``None`` where no row can be found at all.
+    ``None`` where no row can be found at all.
     """
     known = exact[np.isfinite(exact)][:k]
     if known.size == 0:

@@ -23,12 +23,10 @@ class SearchExplanation:
     """How a search finds its rows.
 
     Attributes:
-        way: ``"index"`` where the index's own rows are the answer, ``"exact"`` where the rows that
-            pass are compared one by one.
+        way: ``"index"`` where the index's own rows are the answer, else ``"exact"``.
         certain: whether the answer is exact. An index is approximate: with the defaults recall@10
             is .98 or more on average.
-        share: estimated part of the table's rows that pass the criteria; ``None`` where a sample
-            of the table has no rows, or nothing was estimated.
+        share: estimated part of the table's rows that pass the criteria, where it was estimated.
         looked: nearest rows of the index that were looked at, 0 where it was not asked.
     """
 

@@ -167,12 +167,7 @@ def _probes(index: VectorIndex, shape: Shape) -> int | None:
 
 
 def planned(sample: sa.FromClause, look: Look, shape: Shape) -> sa.Select[Any]:
-    """What a sample says: the share that passes, rows to look at, whether the index is worth it.
-
-    Args:
-        sample: rows tried and those of them that pass, and times as many rows that there are.
-        look: the first look.
-    """
+    """What a sample says: the share that passes, rows to look at, whether the index is worth it."""
     share = sample.c.hits / sa.func.nullif(sample.c.tried, number(0), type_=sa.Float())
     rows = sample.c.tried * sample.c.times
     columns: list[Any] = [sample.c.closest, share.label("share"), rows.label("rows")]
@@ -201,13 +196,7 @@ def planned(sample: sa.FromClause, look: Look, shape: Shape) -> sa.Select[Any]:
 def settings(
     index: VectorIndex, look: Look, looked: Any, second: Look | None = None, again: Any = None
 ) -> sa.ColumnElement[str]:
-    """What makes the settings that an index reads when its scan begins, for this transaction.
-
-    Args:
-        looked: rows that it takes, as an expression.
-        second: the look that follows, where the same scan takes that one too.
-        again: that it is the second.
-    """
+    """What makes the settings of a look, and of a second by the same scan, for this transaction."""
     values = _values(index, look, looked)
     later = {} if second is None else _values(index, second, looked)
     for name, value in later.items():

@@ -92,10 +92,8 @@ def key_names(prefix: str, count: int) -> list[str]:
 
 
 def named(name: str, *columns: str, **typed: Any) -> sa.TableClause:
-    """A part of the statement that is made elsewhere, by its name.
-
-    Args:
-        columns: names of its columns, whose type does not matter but for ``PASSES``.
+    """A part of the statement that is made elsewhere, by its name; types matter for ``PASSES``
+    alone.
     """
     types = {PASSES: sa.Boolean(), **typed}
     names = (*columns, *typed)

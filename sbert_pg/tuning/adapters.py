@@ -151,13 +151,7 @@ class Learned:
 def learn(
     method: Method, examples: Examples, candidates: Candidates, *, k: int, seed: int
 ) -> Learned:
-    """Learn a matrix, its settings chosen by cross-validation, from all of the questions.
-
-    Args:
-        method: ``"linear"`` or ``"contrastive"``.
-        candidates: the rows that they are ranked against.
-        seed: of the order in which questions are seen.
-    """
+    """Learn a matrix, its settings chosen by cross-validation, from all of the questions."""
     candidates = candidates.some(examples.labelled, _ROWS, seed)
     fit = _ridges if method == "linear" else _contrasted(seed)
     scores: dict[tuple[float, ...], list[npt.NDArray[np.float64]]] = {}

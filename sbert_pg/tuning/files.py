@@ -193,11 +193,7 @@ def _of_json(line: str) -> list[Any]:
 
 
 def read_run(path: Path | str) -> Run:
-    """The rankings of a TREC run: lines of question, ``Q0``, key, rank, score and tag.
-
-    Raises:
-        LoadError: there is no such file, or a line is not of this form.
-    """
+    """The rankings of a TREC run: lines of question, ``Q0``, key, rank, score and tag."""
     run: Run = {}
     for _, line in numbered_lines(Path(path)):
         name, _, key, _, score, _ = _fields(Path(path), line, 6)

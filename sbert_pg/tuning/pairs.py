@@ -56,14 +56,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Which questions are learned from, and which are kept back.
-
-    Attributes:
-        learning: positions of the questions to learn from.
-        held_out: positions of those kept back.
-        groups: for every question the number of its group; a group is on one side.
-        by: ``"document"``, or ``"document and time"``.
-    """
+    """Positions of questions to learn from and of those kept back; every group is on one side."""
 
     learning: Positions
     held_out: Positions

@@ -26,12 +26,7 @@ from sbert_pg.tuning.pairs import Split, hard_negatives, of_keys, split_pairs
 
 
 class Rows:
-    """The rows that questions are ranked against: their keys, vectors and texts.
-
-    Args:
-        engine: where they are.
-        most: rows to rank against; of a larger table a sample, labelled rows in any case.
-    """
+    """The rows that questions are ranked against; of more than ``most`` a sample."""
 
     def __init__(
         self, engine: sa.Engine, base: Any, where: Sequence[sa.ColumnElement[bool]], most: int
@@ -67,11 +62,7 @@ class Rows:
         return catalog_rows.is_one_of(self.label, keys)
 
     def known(self, queries: Sequence[LabelledQuery]) -> list[LabelledQuery]:
-        """The questions, each with those of its answers that are there and have a vector.
-
-        Raises:
-            TooFewPairsError: no question has one.
-        """
+        """The questions, each with those of its answers that are there and have a vector."""
         labels, vectors = self.read(self.among({key for query in queries for key in query.gains}))
         self.digests = {k: v.tobytes() for k, v in zip(labels, vectors, strict=True)}
         there = [self._there(query) for query in queries]

@@ -47,18 +47,7 @@ def train(
 ) -> dict[str, Any]:
     """Train a model to find answers, on a GPU where torch has one, and write it.
 
-    Args:
-        place: where the trained one is written.
-        examples: what it is trained with.
-        matryoshka: dimensions below its own at which its vectors shall be good, too.
-        seed: of the order, the negatives and the dropout.
-
-    Returns:
-        The settings, and the versions that it was made with.
-
-    Raises:
-        MissingExtraError: torch or sentence-transformers is missing.
-        DeclarationError: the model does not have so many dimensions.
+    Returns the settings, and the versions that it was made with.
     """
     with needing("sentence-transformers", "train", _PURPOSE):
         from sentence_transformers.sentence_transformer import losses
