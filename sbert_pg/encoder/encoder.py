@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,11 @@ from sbert_pg.encoder.tokenizing import clean, clean_chunks
 from sbert_pg.errors import DeclarationError, EncoderMismatchError, EncodingError, ProviderError
 from sbert_pg.probes import PRECISION_MIN_COSINE, PROBES, agreement_of
 from sbert_pg.spec import DOCUMENT, QUERY, EncoderSpec, Vectors, known_encoder
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from sbert_pg.encoder.loaded import Running
 
 Vector = npt.NDArray[np.float32]
 
@@ -48,11 +53,9 @@ class Encoder(Converted):
         manifest: Manifest,
         *,
         dimensions: int | None = None,
-        threads: int | None = None,
-        providers: Sequence[Provider] | None = None,
-        engine: str | None = None,
+        **options: Unpack[Running],
     ) -> None:
-        super().__init__(directory, manifest, threads=threads, providers=providers, engine=engine)
+        super().__init__(directory, manifest, **options)
         self._spec = manifest.truncated(dimensions)
         probes = converted.read_probes(directory, manifest.full_dimensions)
         self._probes = np.ascontiguousarray(probes[:, : self._spec.dimensions])
@@ -124,9 +127,7 @@ class Encoder(Converted):
         directory: str | Path,
         *,
         dimensions: int | None = None,
-        threads: int | None = None,
-        providers: Sequence[Provider] | None = None,
-        engine: str | None = None,
+        **options: Unpack[Running],
     ) -> Encoder:
         """Open a converted directory, verified against its digests; options as for ``load``.
 
@@ -135,7 +136,6 @@ class Encoder(Converted):
             ProviderError: an execution provider is missing, or not made for this form.
             DeclarationError: the model does not have so many dimensions.
         """
-        options: dict[str, Any] = {"threads": threads, "providers": providers, "engine": engine}
         return cls._opened(directory, "encoder", dimensions=dimensions, **options)
 
     @property

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,17 @@ from sbert_pg.encoder.tokenizing import TextTokenizer, clean
 from sbert_pg.errors import UnsupportedEncoderError
 from sbert_pg.process import PerProcess
 
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict, Unpack
+
+    class Running(TypedDict, total=False):
+        """How a converted model is run; see ``Encoder.load``."""
+
+        threads: int | None
+        providers: Sequence[Provider] | None
+        engine: str | None
+
+
 T = TypeVar("T", bound="Converted")
 Scores = npt.NDArray[np.float32]
 
@@ -31,17 +42,11 @@ class Converted:
         self,
         directory: Path,
         manifest: Manifest,
-        *,
-        threads: int | None = None,
-        providers: Sequence[Provider] | None = None,
-        engine: str | None = None,
+        **options: Unpack[Running],
     ) -> None:
-        self._directory = directory
-        self._manifest = manifest
-        self._arguments: dict[str, Any] = {
-            "threads": threads, "providers": providers, "engine": engine
-        }  # fmt: skip
-        self._engine = engine_for(directory, manifest, engine, providers)
+        self._directory, self._manifest, self._arguments = directory, manifest, options
+        threads, providers = options.get("threads"), options.get("providers")
+        self._engine = engine_for(directory, manifest, options.get("engine"), providers)
         self._pipeline = PerProcess(
             lambda: Pipeline(directory, manifest, threads, providers, self._engine)
         )
@@ -58,7 +63,7 @@ class Converted:
             raise UnsupportedEncoderError(
                 f"{path} holds a converted {manifest.kind} and no {kind}; load it with {loader}."
             )
-        Providers.of(options["providers"]).require_suited(path, manifest.precision)
+        Providers.of(options.get("providers")).require_suited(path, manifest.precision)
         return converted.verified(path, manifest, lambda: cls(path, manifest, **options))
 
     @property
@@ -108,10 +113,8 @@ class Reranker(Converted):
         *,
         precision: str | None = None,
         revision: str | None = None,
-        threads: int | None = None,
-        providers: Sequence[Provider] | None = None,
-        engine: str | None = None,
         cache_dir: str | Path | None = None,
+        **options: Unpack[Running],
     ) -> Reranker:
         """Load a cross-encoder, converting it at the first time; options as for ``Encoder.load``.
 
@@ -132,22 +135,14 @@ class Reranker(Converted):
             precision=precision,
             revision=revision,
             cache_dir=cache_dir,
-            providers=providers,
+            providers=options.get("providers"),
             kind="reranker",
         )
-        return cls.open(path, threads=threads, providers=providers, engine=engine)
+        return cls.open(path, **options)
 
     @classmethod
-    def open(
-        cls,
-        directory: str | Path,
-        *,
-        threads: int | None = None,
-        providers: Sequence[Provider] | None = None,
-        engine: str | None = None,
-    ) -> Reranker:
+    def open(cls, directory: str | Path, **options: Unpack[Running]) -> Reranker:
         """Open a converted directory, as ``Encoder.open`` does."""
-        options = {"threads": threads, "providers": providers, "engine": engine}
         return cls._opened(directory, "reranker", **options)
 
     @property

@@ -110,10 +110,8 @@ def compare(field: sa.ColumnElement[Any], operator: str, value: Any) -> Conditio
         if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, set, frozenset)):
             raise DeclarationError(f"{operator} takes a list, and was given {value!r}.")
         return _among(field, operator, list(value))
-    simple = {"$eq": _equal, "$ne": _unequal, "$exists": _there, "$empty": _empty,
-              "$like": _like, "$ilike": _ilike}  # fmt: skip
-    if operator in simple:
-        return simple[operator](field, value)
+    if operator in _SIMPLE:
+        return _SIMPLE[operator](field, value)
     if operator not in _ORDER:
         raise DeclarationError(
             f"A filter has no operator {operator!r}; it has $eq, $ne, $lt, $lte, $gt, $gte, $in, "
@@ -128,30 +126,10 @@ def compare(field: sa.ColumnElement[Any], operator: str, value: Any) -> Conditio
     return ordered
 
 
-def _equal(field: sa.ColumnElement[Any], value: Any) -> Condition:
-    return field.is_(None) if value is None else field == _operand(field, value)
-
-
-def _unequal(field: sa.ColumnElement[Any], value: Any) -> Condition:
-    return field.is_not(None) if value is None else field.is_distinct_from(_operand(field, value))
-
-
-def _there(field: sa.ColumnElement[Any], value: Any) -> Condition:
-    return field.is_not(None) if value else field.is_(None)
-
-
 def _empty(field: sa.ColumnElement[Any], value: Any) -> Condition:
     array = isinstance(field.type, (JSONB, sa.ARRAY))
     empty = _one_of(field, [None, []] if array else [None])
     return empty if value else sa.not_(sa.func.coalesce(empty, sa.false()))
-
-
-def _like(field: sa.ColumnElement[Any], value: Any) -> Condition:
-    return _text(field).like(value)
-
-
-def _ilike(field: sa.ColumnElement[Any], value: Any) -> Condition:
-    return _text(field).ilike(value)
 
 
 def _text(field: sa.ColumnElement[Any]) -> sa.ColumnElement[str]:
@@ -271,6 +249,18 @@ def _json_type(value: Any) -> str:
     if isinstance(value, str):
         return "string"
     raise DeclarationError(f"{value!r} has no order within JSON; numbers and texts have.")
+
+
+_SIMPLE: dict[str, Callable[[Any, Any], Condition]] = {
+    "$eq": lambda field, v: field.is_(None) if v is None else field == _operand(field, v),
+    "$ne": lambda field, v: (
+        field.is_not(None) if v is None else field.is_distinct_from(_operand(field, v))
+    ),
+    "$exists": lambda field, v: field.is_not(None) if v else field.is_(None),
+    "$empty": _empty,
+    "$like": lambda field, v: _text(field).like(v),
+    "$ilike": lambda field, v: _text(field).ilike(v),
+}
 
 
 __all__ = ["SIGNS", "Condition", "Fields", "combined", "compare", "condition"]

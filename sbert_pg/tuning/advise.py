@@ -136,10 +136,7 @@ def advise_index(
     sample: int = 20_000,
     queries: int = 50,
     k: int = 10,
-    m: int = 16,
-    ef_construction: int = 256,
     least: float = LEAST,
-    seed: int = 0,
 ) -> Advice:
     """Measure which form of HNSW index suits a column.
 
@@ -156,10 +153,7 @@ def advise_index(
         sample: rows to index.
         queries: rows to search for, where there are no questions.
         k: neighbours compared.
-        m: of every index.
-        ef_construction: of every index.
         least: recall to reach.
-        seed: another seed takes another sample.
 
     Raises:
         DeclarationError: it is not a vector column of a table, or has too few vectors.
@@ -173,9 +167,9 @@ def advise_index(
         )
     with engine.connect() as connection:
         try:
-            bench = _Bench(connection, base, sample, questions, queries, k, seed)
+            bench = _Bench(connection, base, sample, questions, queries, k)
             bench.filters.update(filters or bench.usual_filters())
-            forms = bench.forms(m, ef_construction)
+            forms = bench.forms()
             existing = vector_indexes(
                 connection, base.table.name, base.name, schema=base.table.schema
             )
@@ -216,7 +210,6 @@ class _Bench:
         questions: Sequence[str],
         queries: int,
         k: int,
-        seed: int,
     ) -> None:
         self.connection, self.base, self.k = connection, base, k
         #: Criteria by name, and the answers of exact search under each.
@@ -236,7 +229,7 @@ class _Bench:
         key_columns = [table.c[name] for name in keys]
         drawn = catalog_rows.sample(
             connection, table, keys, [*key_columns, base], where=[base.is_not(None)],
-            size=sample + queries, seed=seed,
+            size=sample + queries, seed=0,
         )  # fmt: skip
         self.vectors = [np.asarray(row[-1], dtype=np.float32) for row in drawn[:queries]]
         chosen = [tuple(row[:-1]) for row in drawn[queries:]]
@@ -259,14 +252,17 @@ class _Bench:
             connection.execute(sa.insert(copy).from_select([c.name for c in copy.c], part))
         connection.execute(system.ddl("ANALYZE %(fullname)s", copy))
 
-    def table(self, **options: Any) -> sa.Table:
+    def table(self, options: Mapping[str, Any] | None = None) -> sa.Table:
         """The temporary table, with an index declared where there are options of one."""
         columns = [
             sa.Column(c.name, self.own if c is self.base else c.type, primary_key=c.primary_key)
             for c in self.columns()
         ]
-        index = (hnsw_index(f"{self.name}_index", self.base.name, **options),) if options else ()
-        return sa.Table(self.name, sa.MetaData(), *columns, *index, schema="pg_temp")
+        table = sa.Table(self.name, sa.MetaData(), *columns, schema="pg_temp")
+        if options is not None:
+            name, own = f"{self.name}_index", {"similarity": self.similarity, **options}
+            hnsw_index(name, table.c[self.base.name], **own)
+        return table
 
     def columns(self) -> list[sa.Column[Any]]:
         """The table's columns without its other vectors."""
@@ -310,17 +306,14 @@ class _Bench:
         )
         return list(rows.scalars())
 
-    def forms(self, m: int, ef_construction: int) -> list[FormFigures]:
+    def forms(self) -> list[FormFigures]:
         """Every form, exact search first."""
         options = self._options()
-        common: dict[str, Any] = {"m": m, "ef_construction": ef_construction}
-        if self.similarity is not None:
-            common["similarity"] = self.similarity
-        plain = self.table(**next(iter(options.values())), **common)
+        plain = self.table(next(iter(options.values())))
         measured = tuple(self._measured(plain, name, exact=True) for name in self.filters)
         figures = [FormFigures(name="exact", measured=measured)]
         for name, own in options.items():
-            figures.append(self._figures(name, own, common, figures))
+            figures.append(self._figures(name, own, figures))
         return figures
 
     def _options(self) -> dict[str, dict[str, Any]]:
@@ -347,11 +340,10 @@ class _Bench:
         self,
         form: str,
         options: Mapping[str, Any],
-        common: Mapping[str, Any],
         before: Sequence[FormFigures],
     ) -> FormFigures:
         connection, base = self.connection, self.base
-        table = self.table(**options, **common)
+        table = self.table(options)
         (index,) = table.indexes
         started = time.perf_counter()
         connection.execute(sa.schema.CreateIndex(index))

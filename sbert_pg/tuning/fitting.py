@@ -109,74 +109,21 @@ def tune(
     started = clock.perf_counter()
     place = Path(out)
     beside = place.with_name(f"{place.name}-held-out.jsonl")
-    for taken in (place, beside):
-        refuse_taken(taken)
-    _require_fitting(method, base, epochs, matryoshka)
-    task = _task(
-        engine, base_of(clause_of(column)), pairs, method, place, where, document, time, held_out,
-        k, seed,
-    )  # fmt: skip
-    if method in adapters.METHODS:
-        tuning = _matrix(task, method)
-    else:
-        tuning = whole.fit(task, method, base, epochs, matryoshka)
-    write_queries(beside, task.judged)
-    return replace(tuning, pairs=str(beside), seconds=clock.perf_counter() - started)
-
-
-def _require_fitting(
-    method: str, base: Path | str | None, epochs: int | None, matryoshka: Sequence[int]
-) -> None:
-    """Refuse settings that the method does not have."""
-    if method not in get_args(Method):
-        raise DeclarationError(
-            f"There is no method {method!r}; there are {', '.join(get_args(Method))}."
-        )
-    settings = {
-        "base": base is not None,
-        "epochs": epochs is not None,
-        "matryoshka": bool(matryoshka),
-    }
-    unknown = [name for name, there in settings.items() if there and method in adapters.METHODS]
-    if matryoshka and method == "distill":
-        unknown.append("matryoshka")
-    if unknown:
-        raise DeclarationError(
-            f"Method {method!r} has no {', '.join(unknown)}: a matrix is learned in its own way, "
-            "and a distilled model gives the vectors of the one it learns from."
-        )
-    if epochs is not None and epochs < 1:
-        raise DeclarationError(f"epochs={epochs}: give a whole number from 1.")
-
-
-def _task(
-    engine: sa.Engine,
-    base: Any,
-    pairs: Any,
-    method: str,
-    place: Path,
-    where: Sequence[sa.ColumnElement[bool]],
-    document: str | None,
-    time: str | None,
-    held_out: float,
-    k: int,
-    seed: int,
-) -> Task:
-    """Read what there is to learn from and to be judged by."""
-    most = MOST_ROWS if method in adapters.METHODS else MOST_ENCODED
-    rows = Rows(engine, base, where, most)
-    encoder = _fitting_encoder(base)
+    refuse_taken(place)
+    refuse_taken(beside)
+    _require_fitting(method, base, epochs, matryoshka, held_out)
+    source = base_of(clause_of(column))
+    encoder = _fitting_encoder(source)
+    rows = Rows(engine, source, where, MOST_ROWS if method in adapters.METHODS else MOST_ENCODED)
     queries = rows.known(pairs_of(engine, pairs))
     if len(queries) > MOST_QUESTIONS:
         drawn = np.random.default_rng(seed).choice(len(queries), MOST_QUESTIONS, replace=False)
         queries = [queries[i] for i in np.sort(drawn)]
     if method == "unlabelled":
         held_out = 1.0
-    elif not 0 < held_out < 1:
-        raise DeclarationError(f"held_out={held_out}: give a share between 0 and 1.")
     split = rows.split(queries, document, time, held_out, seed)
     wrong = rows.negatives([queries[i] for i in split.learning])
-    return Task(
+    task = Task(
         rows=rows,
         encoder=encoder,
         place=place,
@@ -188,6 +135,43 @@ def _task(
         k=k,
         seed=seed,
     )
+    if method in adapters.METHODS:
+        tuning = _matrix(task, method)
+    else:
+        tuning = whole.fit(task, method, base, epochs, matryoshka)
+    write_queries(beside, task.judged)
+    return replace(tuning, pairs=str(beside), seconds=clock.perf_counter() - started)
+
+
+def _require_fitting(
+    method: str,
+    base: Path | str | None,
+    epochs: int | None,
+    matryoshka: Sequence[int],
+    held_out: float,
+) -> None:
+    """Refuse settings that the method does not have."""
+    if method not in get_args(Method):
+        raise DeclarationError(
+            f"There is no method {method!r}; there are {', '.join(get_args(Method))}."
+        )
+    settings = {
+        "base": base is not None,
+        "epochs": epochs is not None,
+        "matryoshka": bool(matryoshka),
+    }
+    without = {"distill": {"matryoshka"}}.get(method, set())
+    without = set(settings) if method in adapters.METHODS else without
+    unknown = [name for name in settings if settings[name] and name in without]
+    if unknown:
+        raise DeclarationError(
+            f"Method {method!r} has no {', '.join(unknown)}: a matrix is learned in its own way, "
+            "and a distilled model gives the vectors of the one it learns from."
+        )
+    if epochs is not None and epochs < 1:
+        raise DeclarationError(f"epochs={epochs}: give a whole number from 1.")
+    if not 0 < held_out < 1:
+        raise DeclarationError(f"held_out={held_out}: give a share between 0 and 1.")
 
 
 def _fitting_encoder(base: Any) -> Any:
