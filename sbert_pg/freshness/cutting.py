@@ -13,8 +13,7 @@ from sbert_pg.freshness.passages import Cut, StoredPassages
 from sbert_pg.freshness.queue import Row, register
 from sbert_pg.freshness.rows import Rows
 from sbert_pg.freshness.settings import Database
-from sbert_pg.passages.chunker import Chunker, chunker_of
-from sbert_pg.passages.cutting import cut, digest_of, embedded_text
+from sbert_pg.passages.cutting import Chunker, chunker_of, cut, digest_of, embedded_text
 from sbert_pg.registry import get_encoder
 from sbert_pg.spec import TextEncoder
 

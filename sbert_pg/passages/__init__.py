@@ -1,6 +1,6 @@
 """Passages: long texts cut into parts that an encoder reads whole; see docs/passages.md."""
 
-from sbert_pg.passages.chunker import (
+from sbert_pg.passages.cutting import (
     Chunker,
     FixedChunker,
     LangChainChunker,

@@ -21,8 +21,7 @@ from sqlalchemy.orm import InstrumentedAttribute, Mapper, deferred, registry, re
 from sbert_pg import system
 from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.errors import DeclarationError
-from sbert_pg.passages.chunker import Chunker, SentenceChunker
-from sbert_pg.passages.cutting import DIGITS, digest_of, embedded_text
+from sbert_pg.passages.cutting import DIGITS, Chunker, SentenceChunker, digest_of, embedded_text
 from sbert_pg.passages.structure import sentences
 from sbert_pg.registry import get_encoder
 from sbert_pg.source import GAP, Source, companion_name

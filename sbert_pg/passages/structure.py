@@ -7,11 +7,13 @@ paragraphs. Offsets are characters of the text as it is, markup included.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from sbert_pg.errors import DeclarationError
 
+#: Tokens of each of several texts, special tokens not included.
+Tokens = Callable[[Sequence[str]], list[int]]
 #: Longest block, in characters, that is looked for behind an opening tag or fence; what is longer
 #: is cut anyway.
 _LONGEST = 20_000
@@ -196,7 +198,7 @@ def _trimmed(text: str, start: int, stop: int, headings: tuple[str, ...]) -> Uni
     return Unit(start, stop, headings) if start < stop else None
 
 
-def border_before(text: str, start: int, stop: int) -> int:
+def _border_before(text: str, start: int, stop: int) -> int:
     """A place to cut a span in about its middle: at a line's end, else a blank, else anywhere."""
     middle = (start + stop) // 2
     earliest = start + max(1, (stop - start) // 4)
@@ -205,3 +207,25 @@ def border_before(text: str, start: int, stop: int) -> int:
         if border > 0:
             return border
     return max(middle, start + 1)
+
+
+def pieces(
+    text: str, start: int, stop: int, tokens: Tokens, most: int
+) -> Iterator[tuple[int, int, int]]:
+    """A span in pieces of at most so many tokens: start, stop and tokens of each."""
+    todo = [(start, stop)]
+    while todo:
+        start, stop = todo.pop()
+        longest = 64 * most
+        if stop - start > longest:
+            # Counting a megabyte again at every halving would take minutes.
+            end = _border_before(text, start, start + longest)
+            todo += [(end, stop), (start, end)]
+            continue
+        count = tokens([text[start:stop]])[0]
+        if count <= most or stop - start < 2:
+            if text[start:stop].strip():
+                yield start, stop, count
+            continue
+        middle = _border_before(text, start, stop)
+        todo += [(middle, stop), (start, middle)]

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from sbert_pg.errors import DeclarationError
 from sbert_pg.passages import FixedChunker, LangChainChunker, SentenceChunker, use_chunker
-from sbert_pg.passages.chunker import chunker_of
-from sbert_pg.passages.cutting import counter, cut, embedded_text
+from sbert_pg.passages.cutting import chunker_of, counter, cut, embedded_text
 from sbert_pg.passages.structure import sentences
 from sbert_pg.spec import EncoderSpec
 from sbert_pg.testing import DeterministicEncoder

@@ -311,7 +311,7 @@ def test_chunkers_are_part_of_the_identity(session: Session) -> None:
 
 
 def test_an_unknown_chunker_blocks_its_column_alone(session: Session, documents: sa.Engine) -> None:
-    from sbert_pg.passages.chunker import chunker_of
+    from sbert_pg.passages.cutting import chunker_of
 
     with pytest.raises(DeclarationError, match="use_chunker"):
         chunker_of({"kind": "named", "name": "mine"})
