@@ -24,7 +24,6 @@ _WORD = re.compile(r"\S+")
 _STEP = " > "
 #: Share of the limit that a path may take.
 _PATH_SHARE = 4
-#: Characters that are hashed at once.
 _SLICE = 1 << 20
 _WORD_OR_SIGN = re.compile(r"\w+|[^\w\s]")
 #: Hexadecimal digits of a passage's digest.

@@ -254,8 +254,11 @@ def weight_of(search: HybridSearch) -> sa.Select[Any]:
 def _arms(search: HybridSearch, names: list[str]) -> tuple[sa.CTE, sa.CTE]:
     """What is found by meaning, and by words."""
     near, far = search.fused
+    page = words_page(search.words, search.rows[1])
+    keys = [page.c[f"key_{n}"].label(name) for n, name in enumerate(names)]
+    rows = sa.select(page.c.query, *keys, page.c.score, page.c.held).subquery("words_rows")
     meaning = _arm(_meaning_rows(search, names), "hybrid_meaning", names, near, "similarity")
-    words = _arm(_word_rows(search, names), "hybrid_words", names, far, "score", "held")
+    words = _arm(rows, "hybrid_words", names, far, "score", "held")
     return meaning, words
 
 
@@ -277,13 +280,6 @@ def _meaning_rows(search: HybridSearch, names: list[str]) -> sa.Subquery:
     # Of this very statement: the method of a search would make another, with columns of its own.
     rows = sa.Select.with_only_columns(statement, query.label("query"), *keys, similarity)
     return rows.subquery("meaning_rows")
-
-
-def _word_rows(search: HybridSearch, names: list[str]) -> sa.Subquery:
-    """Questions, keys, scores and held shares of the rows that match best."""
-    page = words_page(search.words, search.rows[1])
-    keys = [page.c[f"key_{n}"].label(name) for n, name in enumerate(names)]
-    return sa.select(page.c.query, *keys, page.c.score, page.c.held).subquery("words_rows")
 
 
 def _arm(rows: sa.Subquery, name: str, names: list[str], fused: int, by: str, *more: str) -> sa.CTE:

@@ -314,7 +314,13 @@ def statement_of(search: Search) -> Nearest:
     shape = _shape(search)
     if shape is not None:
         return _by_ways(search, shape)
-    return _each_compared(search) if search.many else _compared(search)
+    if not search.many:
+        return _compared(search)
+    if not search.limit or not search.target.key:
+        raise DeclarationError(
+            "nearest() with several queries needs a limit and a primary key of the table."
+        )
+    return _each(search, compared_page(search.target, search.furthest is not None), None)
 
 
 def _compared(search: Search) -> Nearest:
@@ -559,15 +565,6 @@ def _order(key: list[Any], rows: Any) -> list[Any]:
 def _ordered(made: Any, target: Target, page: Any) -> Any:
     made = made.join_from(target.origin, page, sa.and_(*_joined(target, page)))
     return made.where(*target.proof).order_by(*_order(target.key, page))
-
-
-def _each_compared(search: Search) -> Nearest:
-    """The nearest of each of several queries, by comparison."""
-    if not search.limit or not search.target.key:
-        raise DeclarationError(
-            "nearest() with several queries needs a limit and a primary key of the table."
-        )
-    return _each(search, compared_page(search.target, search.furthest is not None), None)
 
 
 def _one_asks(search: Search) -> Iterator[Any]:

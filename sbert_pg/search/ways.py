@@ -156,15 +156,22 @@ class Ways:
         # rows that pass are ordered, by the index where the planner finds that it holds them.
         self.partial = self.index.partial and shape.filtered
         self.tested = shape.filtered and not self.partial
-        self.proof = self._proof()
+        column = target.row_column(self.row)
+        self.proof = [] if self.partial else target.proven(column, ASKED)
         self.vector, self.furthest = self._asked("vector"), self._asked("furthest")
         #: Neither pages nor filters: what the index gives is the answer as it is, or none.
         self.plain = shape.keyed and not shape.filtered and self.second is None
         #: Whether what the index gives is in an order of its own, whose depth says something.
         self.coarse = self.index.quantized and not self.plain
         #: What the proof is asked of, where it is asked of a look's rows later.
-        self.carried = self._carried() if self.proof and self.plain else {}
-        self.near = self._rows_of_a_look()
+        companion: dict[str, Any] = {VECTOR: column, COMPANION: companion_of(column)}
+        self.carried = companion if self.proof and self.plain else {}
+        columns = [*self.names, DISTANCE]
+        columns += [] if self.plain else [PASSES]
+        columns += [SEEN, LAST, DEPTH] if self.coarse else []
+        types = {name: column.type for name, column in self.carried.items()}
+        #: The rows of the look that is being taken, by name.
+        self.near = named("nearest_near", *columns, **types)
         #: What a look hands on, each as an array.
         self.arrays = self.names if shape.keyed else [*self.names, DISTANCE]
         self.looks = named("nearest_looks", *self.arrays, **STATE)
@@ -196,21 +203,6 @@ class Ways:
 
     # -- small pieces
 
-    def _proof(self) -> list[sa.ColumnElement[bool]]:
-        return [] if self.partial else self.target.proven(self.target.row_column(self.row), ASKED)
-
-    def _carried(self) -> dict[str, Any]:
-        column = self.target.row_column(self.row)
-        return {VECTOR: column, COMPANION: companion_of(column)}
-
-    def _rows_of_a_look(self) -> sa.TableClause:
-        """The rows of the look that is being taken, by name."""
-        columns = [*self.names, DISTANCE]
-        columns += [] if self.plain else [PASSES]
-        columns += [SEEN, LAST, DEPTH] if self.coarse else []
-        types = {name: column.type for name, column in self.carried.items()}
-        return named("nearest_near", *columns, **types)
-
     def _asked(self, name: str) -> sa.ScalarSelect[Any]:
         return sa.select(self.query.c[name]).scalar_subquery()
 
@@ -233,11 +225,6 @@ class Ways:
             return [column.is_not(None)]
         return self.target.claimed(column)
 
-    def _packed(self) -> int:
-        """How many times as many rows as of 384 dimensions a page of the table holds."""
-        size = 2 if self.target.type.storage == "halfvec" else 4
-        return max(1, 1600 // (size * (self.target.type.dimensions or 384) + 60))
-
     # -- the plan: about how many rows pass, and so whether the index is worth a look
 
     def _sample(self, passes: Any) -> sa.CTE:
@@ -251,7 +238,9 @@ class Ways:
             # Each row is looked up by its key where that costs less than all rows that pass: the
             # planner compares both here, and not within an aggregate, for as many rows as it
             # expects. It expects a tenth of the table, but for a criterion that it takes for rare.
-            packed = self._packed()
+            size = 2 if self.target.type.storage == "halfvec" else 4
+            # How many times as many rows as of 384 dimensions a page of the table holds.
+            packed = max(1, 1600 // (size * (self.target.type.dimensions or 384) + 60))
             some = _one_in(packed, keys)
             rows = sa.select(*keys, vector, passes.label(PASSES)).where(some)
             source = rows.offset(number(0)).subquery("nearest_tries")

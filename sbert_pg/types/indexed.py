@@ -251,8 +251,13 @@ def description_of(index: sa.Index) -> VectorIndex | None:
     name: str = getattr(column, "name", "")
     if column is None:
         # Something that no query of ours is served by; a migration knows its text.
-        element, opclass = _with_opclass(sql_of(element), opclass)
-        name, form = _vector_column(index), form_of(element)
+        # An expression given as text may have the operator class behind it.
+        element = sql_of(element)
+        behind = re.fullmatch(r"(.*\S)\s+(\w+_ops)", element, flags=re.DOTALL)
+        if behind is not None and not opclass:
+            element, opclass = behind[1], behind[2]
+        vectors = [c.name for c in index.columns if shape_of(c.type) is not None]
+        name, form = next(iter([*vectors, *(c.name for c in index.columns), ""])), form_of(element)
     type_ = getattr(column, "type", None)
     spec = getattr(type_, "encoder", None)
     return VectorIndex(
@@ -379,17 +384,6 @@ def unquoted(value: Any) -> str:
     """The same as the server keeps it."""
     match = re.fullmatch(r"('|\$\$)(.*)\1", str(value), flags=re.DOTALL)
     return str(value) if match is None else match[2]
-
-
-def _with_opclass(expression: str, opclass: str | None) -> tuple[str, str | None]:
-    """An expression given as text may have the operator class behind it."""
-    match = re.fullmatch(r"(.*\S)\s+(\w+_ops)", expression, flags=re.DOTALL)
-    return (expression, opclass) if match is None or opclass else (match[1], match[2])
-
-
-def _vector_column(index: sa.Index) -> str:
-    names = [c.name for c in index.columns if shape_of(c.type) is not None]
-    return names[0] if names else next((c.name for c in index.columns), "")
 
 
 def sql_of(expression: Any) -> str:
