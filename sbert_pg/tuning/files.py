@@ -26,7 +26,7 @@ from sbert_pg.tuning.pairs import CLICK_COLUMNS, is_click_log, of_click_log
 Run = dict[str, list[tuple[str, float]]]
 
 #: Names of the columns of pairs; every other column is an attribute of the question.
-_QUESTION, _KEY, _GAIN = ("question", "query"), ("id", "key", "relevant"), ("gain", "relevance")
+_QUESTION, _KEY, _GAIN = ("question", "query"), ("id", "key"), ("gain", "relevance")
 
 #: White space ends a field of TREC's files: in keys and names it is written as ``\u0020``.
 _BLANK, _ESCAPED = re.compile(r"\s|\\(?=u[0-9a-f]{4})"), re.compile(r"\\u([0-9a-f]{4})")
@@ -114,9 +114,9 @@ def read_pairs(path: Path | str, topics: Path | str | None = None) -> list[Label
 
     Args:
         path: ``.csv`` or ``.tsv`` with a header (``question,id`` and perhaps ``gain``; other
-            columns are attributes); ``.jsonl`` with those, or with ``query`` and ``relevant`` (a
-            list of keys) or ``gains`` (key and gain); any other name is a TREC qrels file. With
-            the columns ``position`` and ``clicked`` it is a click log (see ``of_click_log``).
+            columns are attributes); ``.jsonl`` with objects of those; any other name is a TREC
+            qrels file. With the columns ``position`` and ``clicked`` it is a click log (see
+            ``of_click_log``).
         topics: for qrels, the questions: lines of a name, a tab, and the text. By default a file of
             the same name that ends in ``.topics``.
     """
@@ -125,7 +125,7 @@ def read_pairs(path: Path | str, topics: Path | str | None = None) -> list[Label
     if suffix in (".csv", ".tsv"):
         return _together(_each_of(path, csv_rows(path), lambda row: [row]))
     if suffix in (".jsonl", ".ndjson"):
-        return _together(_each_of(path, numbered_lines(path), _of_json))
+        return _together(_each_of(path, numbered_lines(path), lambda line: [json.loads(line)]))
     if topics is None:
         topics = path.parent / f"{path.stem}.topics"
         # These ask without raising, whatever was passed for a path.
@@ -173,23 +173,6 @@ def _each_of(
         except (LoadError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise LoadError(f"{path}, line {number}: {error}") from error
     return pairs
-
-
-def _of_json(line: str) -> list[Any]:
-    try:
-        data = json.loads(line)
-        if "gains" not in data and "relevant" not in data:
-            return [data]
-        if isinstance(data.get("relevant"), str):
-            raise TypeError("'relevant' is a text")
-        gains = data.get("gains") or dict.fromkeys(map(_text, data["relevant"]), 1.0)
-        weights = {_text(key): float(gain) for key, gain in gains.items()}
-        return [LabelledQuery(data.get("query") or data["question"], weights)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LoadError(
-            "expected a JSON object with 'query' and 'relevant' (a list of keys) or 'gains' (key "
-            f"and gain), or with 'question' and 'id': {error!r}"
-        ) from error
 
 
 def read_run(path: Path | str) -> Run:
@@ -240,8 +223,12 @@ def write_run(path: Path | str, run: Run, tag: str) -> None:
 
 def write_queries(path: Path | str, queries: Sequence[LabelledQuery]) -> None:
     """Write labelled questions as JSON lines, which ``read_pairs`` reads."""
-    data = ({"query": query.text, "gains": dict(query.gains)} for query in queries)
-    _write(path, (json.dumps(each, ensure_ascii=False) for each in data))
+    pairs = (
+        {"question": query.text, "id": key, "gain": gain}
+        for query in queries
+        for key, gain in query.gains.items()
+    )
+    _write(path, (json.dumps(each, ensure_ascii=False) for each in pairs))
 
 
 def _write(path: Path | str, lines: Iterable[str]) -> None:

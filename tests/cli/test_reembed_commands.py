@@ -152,9 +152,9 @@ def test_step_by_step(note, plain, engine, database_url, tmp_path):
     assert (again["rows"], again["indexes"]) == (0, ["ix_note_embedding_new"])
     queries = tmp_path / "labelled.jsonl"
     queries.write_text(
-        json.dumps({"query": "stone 7 river 24", "relevant": ["24"]})
+        json.dumps({"query": "stone 7 river 24", "id": "24"})
         + "\n\n"
-        + json.dumps({"query": "stone 0 river 17", "gains": {"17": 2}})
+        + json.dumps({"query": "stone 0 river 17", "id": "17", "gain": 2})
     )
     measured = json.loads(
         command(
