@@ -29,13 +29,12 @@ from sbert_pg.search.statement import (
     Changeable,
     Nearest,
     is_number,
-    replayed,
-    replayed_of,
     require_page,
 )
 from sbert_pg.search.words import (
     WordSearch,
     is_text_column,
+    rows_of,
     word_search,
     words_page,
 )
@@ -75,7 +74,7 @@ class HybridSearch(Changeable):
         name, arguments, options = call = self.words.said((name, arguments, options))
         words = replace(self.words, narrowing=(*self.words.narrowing, call))
         meaning = getattr(self.meaning, name)(*arguments, **options)
-        return _statement(replace(self, meaning=meaning, words=words))
+        return replace(self, meaning=meaning, words=words).statement()
 
     def shaped(self, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Nearest:
         """See ``Changeable.shaped``; criteria of the whole statement's choose rows by meaning."""
@@ -85,7 +84,10 @@ class HybridSearch(Changeable):
 
     def statement(self) -> Nearest:
         """The statement of the search."""
-        return _statement(self)
+        names = [f"hybrid_key_{n}" for n in range(len(self.key))]
+        values = ["score", "similarity", "meaning_rank", "words_score", "words_rank"]
+        page = _fused(self, names).subquery("hybrid_page")
+        return rows_of(self, self.words, page, names, values, _first(page))
 
     @property
     def origin(self) -> Any:
@@ -177,31 +179,13 @@ def hybrid(
             f"hybrid() was given {column!r} and {words!r}; both are of one class or table."
         )
     by_meaning: Any = nearest(column, question, limit=DEPTH, where=where)
-    return _statement(HybridSearch(by_meaning, by_words, limit, offset, fusion, weight, depth))
+    search = HybridSearch(by_meaning, by_words, limit, offset, fusion, weight, depth)
+    return search.statement()
 
 
 def _check_weight(weight: Any) -> None:
     if weight is not None and not (is_number(weight) and 0 <= weight <= 1):
         raise DeclarationError(f"hybrid() was given weight={weight!r}; it is 0 to 1.")
-
-
-def _statement(search: HybridSearch) -> Nearest:
-    words = search.words
-    names = [f"hybrid_key_{n}" for n in range(len(words.key))]
-    page = _fused(search, names).subquery("hybrid_page")
-    values = ["score", "similarity", "meaning_rank", "words_score", "words_rank"]
-    query = [page.c.query] if words.many else []
-    own = [*(page.c[name] for name in values), *query]
-    labels = [column.label(search.called(column.name)) for column in own]
-    statement: Any = Nearest(*words.selected, *labels)
-    if words.joins:
-        statement = replayed_of(statement, words.origin, words.narrowing)
-    on = [key == page.c[name] for key, name in zip(words.key, names, strict=True)]
-    statement = statement.join_from(words.origin, page, sa.and_(*on))
-    statement = statement.order_by(*query, page.c.score.desc(), _first(page), *words.key)
-    statement = replayed(statement, search.shaping)
-    statement.search = search
-    return statement  # type: ignore[no-any-return]
 
 
 def _fused(search: HybridSearch, names: list[str]) -> sa.Select[Any]:

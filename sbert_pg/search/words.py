@@ -103,7 +103,8 @@ class WordSearch(Changeable):
 
     def statement(self) -> Nearest:
         """The statement of the search."""
-        return _statement(self)
+        names = [f"key_{n}" for n in range(len(self.key))]
+        return rows_of(self, self, words_page(self), names, ["score"])
 
     @property
     def table(self) -> Any:
@@ -362,16 +363,19 @@ def _regconfig(language: str) -> sa.ColumnElement[Any]:
     return sa.cast(sa.literal(language, sa.Text(), literal_execute=True), Configuration())
 
 
-def _statement(search: WordSearch) -> Nearest:
-    page = words_page(search)
-    same = [key == page.c[f"key_{n}"] for n, key in enumerate(search.key)]
-    query = [page.c.query] if search.many else []
-    own = [column.label(search.called(column.name)) for column in (page.c.score, *query)]
-    statement: Any = Nearest(*search.selected, *own)
-    if search.joins:
-        statement = replayed_of(statement, search.origin, search.narrowing)
-    statement = statement.join_from(search.origin, page, sa.and_(*same))
-    statement = statement.order_by(*query, page.c.score.desc(), *search.key)
+def rows_of(
+    search: Any, words: WordSearch, page: Any, names: list[str], values: list[str], *ties: Any
+) -> Nearest:
+    """The statement of a search: the rows of its page with its values, best first."""
+    query = [page.c.query] if words.many else []
+    own = [*(page.c[name] for name in values), *query]
+    labels = [column.label(search.called(column.name)) for column in own]
+    statement: Any = Nearest(*words.selected, *labels)
+    if words.joins:
+        statement = replayed_of(statement, words.origin, words.narrowing)
+    on = [key == page.c[name] for key, name in zip(words.key, names, strict=True)]
+    statement = statement.join_from(words.origin, page, sa.and_(*on))
+    statement = statement.order_by(*query, page.c.score.desc(), *ties, *words.key)
     statement = replayed(statement, search.shaping)
     statement.search = search
     return statement  # type: ignore[no-any-return]
