@@ -154,14 +154,9 @@ class SbertVectorStore(Store, VectorStore):
         """A store, with texts added to it; ``afrom_texts`` is its twin.
 
         Args:
-            texts: the texts.
+            texts, metadatas, ids: as for ``add_texts``.
             embedding: ignored, since the column decides its encoder.
-            metadatas: one for each text.
-            ids: one for each text.
             **kwargs: the arguments of the class: ``column`` and ``sessions`` at least.
-
-        Raises:
-            DeclarationError: one of these is missing.
         """
         store = cls(**_of_store(kwargs))
         store.add_texts(texts, metadatas, ids=ids)

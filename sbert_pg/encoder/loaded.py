@@ -116,19 +116,11 @@ class Reranker(Converted):
         cache_dir: str | Path | None = None,
         **options: Unpack[Running],
     ) -> Reranker:
-        """Load a cross-encoder, converting it at the first time; options as for ``Encoder.load``.
+        """Load a cross-encoder, converting it at the first time; all else as ``Encoder.load``.
 
         Args:
             name_or_path: a directory that this project converted, one of a cross-encoder, or a name
                 on the hub, such as ``"cross-encoder/ms-marco-MiniLM-L6-v2"``.
-
-        Raises:
-            EncoderNotFoundError: there is no such directory or repository.
-            UnsupportedEncoderError: it is not a cross-encoder, or asks for something missing here.
-            DamagedEncoderError: files are missing or do not match their digests.
-            ConversionError: scores in the precision correlate with fp32's by less than its floor.
-            ProviderError: an execution provider is missing.
-            EncoderError: the cache cannot be written; see ``$SBERT_PG_CACHE``.
         """
         path = prepare(
             name_or_path,

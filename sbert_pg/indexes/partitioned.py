@@ -53,38 +53,26 @@ def build_on_partitions(
     ).one()
     head, _, body = index[1].partition(" USING ")
     unique = head.startswith("CREATE UNIQUE ")
-    filling = _Filling(connection, body, unique, build, execute)
-    filling.fill((schema, name), index[0], system.oid_of(relation))
 
+    def oid_of(relation: str) -> Any:
+        return connection.execute(sa.select(system.oid_of(relation))).scalar()
 
-class _Filling(NamedTuple):
-    """What the partitions of all levels have in common."""
-
-    connection: sa.Connection
-    body: str
-    unique: bool
-    build: Build
-    execute: Execute
-
-    def fill(self, index: tuple[str | None, str], index_oid: int, table: Any) -> None:
-        """Build and attach what an index of one table lacks."""
-        for part in _without(self.connection, index_oid, table):
+    def fill(index: tuple[str | None, str], index_oid: int, table: Any) -> None:
+        for part in _without(connection, index_oid, table):
             digest = hashlib.blake2s(f"{index_oid} {part.oid}".encode(), digest_size=4).hexdigest()
             name = f"{index[1].encode()[:50].decode(errors='ignore')}_{digest}"
             # As it is: what a driver needs to have percent signs doubled does so itself.
-            relation = system.name_of(part.schema, part.name)
-            definition = f"{relation} USING {self.body}"
+            definition = f"{system.name_of(part.schema, part.name)} USING {body}"
             if part.partitioned:
                 own = system.name_of(part.schema, name)
-                if self._oid(own) is None:
-                    self.execute(create_as(name, "{} ON ONLY", definition, self.unique))
-                self.fill((part.schema, name), self._oid(own) or 0, part.oid)
+                if oid_of(own) is None:
+                    execute(create_as(name, "{} ON ONLY", definition, unique))
+                fill((part.schema, name), oid_of(own) or 0, part.oid)
             else:
-                self.build(part.schema, part.name, name, f"ON {definition}", self.unique)
-            self.execute(_attach(index, (part.schema, name)))
+                build(part.schema, part.name, name, f"ON {definition}", unique)
+            execute(_attach(index, (part.schema, name)))
 
-    def _oid(self, relation: str) -> int | None:
-        return self.connection.execute(sa.select(system.oid_of(relation))).scalar()
+    fill((schema, name), index[0], system.oid_of(relation))
 
 
 def _without(connection: sa.Connection, index_oid: int, table: Any) -> list[_Partition]:

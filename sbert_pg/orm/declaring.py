@@ -181,12 +181,6 @@ class EmbeddingAttribute:
     source_keys: tuple[str, ...]
     row_keys: tuple[str, ...]
 
-    @property
-    def table(self) -> sa.Table:
-        """The table that holds the column; of a joined hierarchy the class's own part."""
-        table: sa.Table = self.column.column.table
-        return table
-
     def binding(self, session: Session, mapper: Mapper[Any]) -> Binding | None:
         """The column's binding in the database that the session writes to; ``None`` for none."""
         return self.column.binding(session.connection(bind_arguments={"mapper": mapper}))
@@ -199,7 +193,8 @@ class EmbeddingAttribute:
         A row that is changed before this session's write has another text then than the one
         that is encoded, which its companion says: it is pending.
         """
-        columns = tuple(self.table.primary_key)
+        # Of a joined hierarchy the class's own part.
+        columns = tuple(self.column.column.table.primary_key)
         width = len(columns)
         names = (*self.source_keys, self.companion_key)
         left = columns[0] if width == 1 else sa.tuple_(*columns)

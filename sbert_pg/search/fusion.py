@@ -149,9 +149,7 @@ def hybrid(
         words: a column of the same class or table made with ``text_column``.
         question: the question, in words; or a list of them, as for ``nearest``: then each has its
             ``limit`` rows, and a last column ``query`` has its number, from 0.
-        limit: rows to return.
-        offset: rows to skip.
-        where: criteria that a row has to meet; the same as ``.where()`` on the result.
+        limit, offset, where: as for ``nearest``; a limit is needed.
         fusion: ``"relative"`` or ``"rrf"``.
         weight: weight of meaning, from 0 to 1, as ``fit_weight`` finds it; by default it follows
             the question.

@@ -147,9 +147,7 @@ def matching(
         column: a column made with ``text_column``.
         question: the question, in words; or a list of them: then each has its ``limit`` rows, and a
             last column ``query`` has its number, from 0.
-        limit: rows to return; ``None`` for all that match.
-        offset: rows to skip; pages neither repeat nor miss rows while the table does not change.
-        where: criteria that a row has to meet; the same as ``.where()`` on the result.
+        limit, offset, where: as for ``nearest``.
         language: text search configuration of the question; the column's by default. Where rows
             have their own, only those of this configuration are found.
         exhaustive: whether to score every row that has any of the words at once; the answer is the
