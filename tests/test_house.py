@@ -64,26 +64,26 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 
 #: Most modules and lines of each room: a new capability raises its own, and nobody else's.
 ROOMS: dict[str, tuple[int, int]] = {
-    "adapters": (10, 1889),
+    "adapters": (10, 1884),
     "alembic": (9, 2839),
-    "catalog": (9, 2636),
+    "catalog": (9, 2643),
     "cli": (16, 4392),
     "clustering": (16, 5131),
-    "encoder": (22, 6442),
+    "encoder": (22, 6505),
     "freshness": (17, 5265),
-    "indexes": (5, 1223),
+    "indexes": (5, 1211),
     "loading": (5, 1176),
-    "orm": (4, 890),
+    "orm": (4, 885),
     "passages": (4, 1088),
     "reembed": (11, 3055),
-    "search": (13, 4469),
+    "search": (14, 4506),
     "serving": (15, 3512),
     "sql": (1, 24),
-    "tuning": (14, 3961),
+    "tuning": (14, 3948),
     "types": (7, 1657),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3521
+MOST_LINES_OF_THE_REST = 3530
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -12,14 +13,13 @@ from sqlalchemy.orm import InstanceState, RelationshipProperty
 from sbert_pg.distance import Metric
 from sbert_pg.errors import DeclarationError
 from sbert_pg.passages import declared_passages
+from sbert_pg.passages.declaring import Declared
 from sbert_pg.search.looks import MAX_EF_SEARCH
 from sbert_pg.search.passages import (
     Asked,
     Score,
     nearest_documents,
     nearest_passages,
-    of_entity,
-    require_no_document,
 )
 from sbert_pg.search.statement import (
     Nearest,
@@ -27,7 +27,6 @@ from sbert_pg.search.statement import (
     criteria_of,
     is_number,
     require_page,
-    statement_of,
 )
 from sbert_pg.search.target import Target, target_of
 
@@ -116,8 +115,10 @@ def nearest(
         target = target_of(declared.passage.embedding)
     _check(limit, offset, ef_search, probes, overfetch)
     if declared is not None:
-        declared = of_entity(declared, column)
-        require_no_document(declared, query)
+        entity: Any = column.parent.entity
+        if entity is not declared.document:
+            declared = replace(declared, document=entity)
+        _require_no_document(declared, query)
     _require_no_other_object(target, query)
     criteria = criteria_of(where)
     furthest = _furthest(target.metric, max_distance, min_similarity)
@@ -134,9 +135,19 @@ def nearest(
         right = target.operand(query)
         itself = target.identity(query) if target.is_row(query) else ()
     search = Search(target, right, limit, offset, furthest, itself, overrides, exact)
-    if criteria:
-        return search.narrowed("where", criteria, {})
-    return statement_of(search)
+    return search.narrowed("where", criteria, {})
+
+
+def _require_no_document(declared: Declared, query: Any) -> None:
+    """Refuse a document as the query, which has as many vectors as passages."""
+    class_ = sa.inspect(declared.document).mapper.class_
+    if isinstance(query, class_):
+        name = class_.__name__
+        raise DeclarationError(
+            f"nearest({name}.{declared.name}, ...) was given an object of {name}, which has many "
+            f"passages. Documents like it are nearest({name}.{declared.whole}, ...), by their "
+            "wholes; or give one of its passages."
+        )
 
 
 def _require_no_other_object(target: Target, query: Any) -> None:

@@ -84,24 +84,6 @@ class DocumentSearch(Changeable):
         return named_criteria(self.declared.document, self.declared.passage, call[2])
 
 
-def of_entity(declared: Declared, attribute: Any) -> Declared:
-    """The declaration, about the class or alias that an attribute of passages was taken from."""
-    entity = attribute.parent.entity
-    return declared if entity is declared.document else replace(declared, document=entity)
-
-
-def require_no_document(declared: Declared, query: Any) -> None:
-    """Refuse a document as the query, which has as many vectors as passages."""
-    class_ = sa.inspect(declared.document).mapper.class_
-    if isinstance(query, class_):
-        name = class_.__name__
-        raise DeclarationError(
-            f"nearest({name}.{declared.name}, ...) was given an object of {name}, which has many "
-            f"passages. Documents like it are nearest({name}.{declared.whole}, ...), by their "
-            "wholes; or give one of its passages."
-        )
-
-
 def join_of(declared: Declared) -> Call:
     """The call that joins passages to their documents."""
     relation, document = declared.passage.document, declared.document

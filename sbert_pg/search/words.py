@@ -29,6 +29,7 @@ from sqlalchemy.sql import visitors
 from sbert_pg.catalog import guard
 from sbert_pg.errors import DeclarationError
 from sbert_pg.search.bm25 import PAGES, PAGES_OF_SOME, looked_up, ranking
+from sbert_pg.search.criteria import Call
 from sbert_pg.search.statement import (
     Changeable,
     Nearest,
