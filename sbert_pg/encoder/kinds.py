@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 
-from sbert_pg.encoder.custom_code import without_code
 from sbert_pg.encoder.description import (
     IN_SPEC,
     MODULES_LIMIT,
@@ -53,6 +52,7 @@ from sbert_pg.encoder.files import (
     require_model,
 )
 from sbert_pg.encoder.layers import Dense, Layer, Norm, PoolingMode, read_layers, torch_class
+from sbert_pg.encoder.tensors import without_code
 from sbert_pg.encoder.tokenizer_files import is_model2vec, tokenizer_class
 from sbert_pg.errors import DamagedEncoderError, UnsupportedEncoderError
 from sbert_pg.probes import SAMPLE_TEXTS
