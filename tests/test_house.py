@@ -25,7 +25,7 @@ PACKAGE = Path(sbert_pg.__file__).parent
 #: not import each other; floor 0 is excepted, whose modules are small and stand on each other.
 FLOORS: dict[str, float] = {
     "errors": 0, "distance": 0, "source": 0, "spec": 0, "process": 0, "progress": 0,
-    "probes": 0, "system": 0, "sqlstates": 0, "locks": 0,
+    "probes": 0, "system": 0, "sqlstates": 0,
     "encoder": 1,
     # The encoders of this process: loads one that a column names, and imports its wing then.
     "registry": 1.1,
@@ -64,26 +64,26 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 
 #: Most modules and lines of each room: a new capability raises its own, and nobody else's.
 ROOMS: dict[str, tuple[int, int]] = {
-    "adapters": (10, 1884),
-    "alembic": (9, 2839),
-    "catalog": (9, 2643),
-    "cli": (16, 4392),
-    "clustering": (16, 5131),
+    "adapters": (10, 1905),
+    "alembic": (8, 2715),
+    "catalog": (9, 2564),
+    "cli": (16, 4258),
+    "clustering": (15, 4884),
     "encoder": (22, 6505),
-    "freshness": (17, 5265),
+    "freshness": (15, 4958),
     "indexes": (5, 1211),
-    "loading": (5, 1176),
+    "loading": (5, 1192),
     "orm": (4, 885),
     "passages": (4, 1088),
-    "reembed": (11, 3055),
-    "search": (14, 4506),
-    "serving": (15, 3512),
+    "reembed": (11, 2940),
+    "search": (14, 4527),
+    "serving": (14, 3325),
     "sql": (1, 24),
     "tuning": (14, 3948),
     "types": (7, 1657),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3530
+MOST_LINES_OF_THE_REST = 3492
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60
