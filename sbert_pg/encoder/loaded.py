@@ -17,7 +17,7 @@ from sbert_pg.encoder.directory import Manifest
 from sbert_pg.encoder.engines import Provider, Providers
 from sbert_pg.encoder.pipeline import Pipeline, Statistics, engine_for
 from sbert_pg.encoder.tokenizing import TextTokenizer, clean
-from sbert_pg.errors import UnsupportedEncoderError
+from sbert_pg.errors import DamagedEncoderError, UnsupportedEncoderError
 from sbert_pg.process import PerProcess
 
 if TYPE_CHECKING:
@@ -45,13 +45,21 @@ class Converted:
         **options: Unpack[Running],
     ) -> None:
         self._directory, self._manifest, self._arguments = directory, manifest, options
-        threads, providers = options.get("threads"), options.get("providers")
+        providers = options.get("providers")
         self._engine = engine_for(directory, manifest, options.get("engine"), providers)
-        self._pipeline = PerProcess(
-            lambda: Pipeline(directory, manifest, threads, providers, self._engine)
-        )
+        self._pipeline = PerProcess(self._new_pipeline)
         # Whatever is wrong with the directory is said now and not at the first text.
         self._pipeline.get()
+
+    def _new_pipeline(self) -> Pipeline:
+        """Of this process; a forked child finds what is in the directory by then."""
+        if Manifest.read(self._directory) != self._manifest:
+            raise DamagedEncoderError(
+                f"{self._directory} holds something else than when it was loaded, before this "
+                "process was forked. Load it again."
+            )
+        threads, providers = self._arguments.get("threads"), self._arguments.get("providers")
+        return Pipeline(self._directory, self._manifest, threads, providers, self._engine)
 
     @classmethod
     def _opened(cls: type[T], directory: str | Path, kind: str, **options: Any) -> T:

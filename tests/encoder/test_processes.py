@@ -21,7 +21,12 @@ from tiny_model import edit, write_tiny
 
 from sbert_pg import registry
 from sbert_pg.encoder import Encoder, directory
-from sbert_pg.errors import EncoderError, EncoderMismatchError, EncodingError
+from sbert_pg.errors import (
+    DamagedEncoderError,
+    EncoderError,
+    EncoderMismatchError,
+    EncodingError,
+)
 from sbert_pg.process import PerProcess, ProcessLock, usable_cores
 from sbert_pg.spec import EncoderSpec
 
@@ -181,6 +186,26 @@ def test_another_encoder_in_the_directory_of_a_pickled_one(tiny: Encoder, tmp_pa
     shutil.copytree(other.directory, place)
     with pytest.raises(EncoderMismatchError, match="another encoder"):
         pickle.loads(pickled)
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_child_refuses_what_its_parent_did_not_load(tmp_path: Path, replaced: bool) -> None:
+    """Another encoder has been put in its place since, or nothing: no vectors of another space."""
+    model = write_tiny(tmp_path / "model")
+    encoder = Encoder.load(model, precision="fp32", threads=1, cache_dir=tmp_path / "cache")
+    before = encoder.encode(["hello"])
+    shutil.rmtree(encoder.directory)
+    if replaced:
+        edit(model / "config.json", layer_norm_eps=0.1)
+        other = Encoder.load(model, precision="fp32", threads=1, cache_dir=tmp_path / "cache")
+        shutil.copytree(other.directory, encoder.directory)
+
+    def work() -> None:
+        with pytest.raises(DamagedEncoderError, match=r"manifest\.json|something else"):
+            encoder.encode(["hello"])
+
+    assert in_a_child(work)
+    np.testing.assert_array_equal(encoder.encode(["hello"]), before)
 
 
 def test_a_value_is_made_once_in_a_process() -> None:
