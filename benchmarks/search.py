@@ -2,7 +2,7 @@
 
     python benchmarks/search.py [--rows N] [--queries N] [--vectors FILE.npy] [--database URL]
                                 [--index column|halfvec|binary|ivfflat] [--ef-construction N]
-                                [--held-out] [--json FILE]
+                                [--held-out] [--filters NAME ...] [--json FILE]
 
 Every way asks the same queries for the ten nearest of the same rows by an HNSW index with the same
 ``m``, ``ef_construction`` and ``ef_search``, one after the other in one process, in turns. Bare
@@ -613,7 +613,12 @@ def unfiltered(engine: sa.Engine, queries: np.ndarray) -> list[Row]:
 
 
 def filtered(
-    engine: sa.Engine, made: Rows, queries: np.ndarray, timed: int, autocommit: bool
+    engine: sa.Engine,
+    made: Rows,
+    queries: np.ndarray,
+    timed: int,
+    autocommit: bool,
+    names: tuple[str, ...],
 ) -> list[Row]:
     """Recall of all queries, and the server's processor time of the first ``timed``."""
     related = Related(made)
@@ -636,7 +641,7 @@ def filtered(
             for name, calls, keep in related.of(query, number):
                 kept = np.flatnonzero(keep)
                 best = min(10, len(kept))
-                if not best:
+                if not best or not name.startswith(names):
                     continue
                 truth = set(kept[np.argsort(-similarity[kept])[:best]].tolist())
                 ways = {"nearest": narrowed(nearest(Item.embedding, query), calls)}
@@ -783,10 +788,13 @@ def run(url: sa.URL, options: argparse.Namespace) -> Row:
     if not options.only_filters:
         results["ways"] = beside_others(engine, vectors, queries, options.keep)
         queries = queries[: max(10, options.queries // 8)]
-    results["unfiltered"] = unfiltered(engine, queries)
-    filters = filtered(engine, made, queries, options.timed, options.autocommit)
+    names = tuple(options.filters)
+    if not names:
+        results["unfiltered"] = unfiltered(engine, queries)
+    filters = filtered(engine, made, queries, options.timed, options.autocommit, names or ("",))
     results["filtered"] = filters
-    results["never short"] = never_short(engine, made, queries[: options.timed])
+    if not names:
+        results["never short"] = never_short(engine, made, queries[: options.timed])
     engine.dispose()
     return results
 
@@ -833,6 +841,9 @@ def main() -> None:
     parser.add_argument("--held-out", action="store_true", help="queries that are not in the table")
     parser.add_argument("--near", action="store_true", help="mix rows of one topic, not of any two")
     parser.add_argument("--only-filters", action="store_true", help="the second table, all queries")
+    parser.add_argument(
+        "--filters", nargs="+", default=[], help="those whose names begin so, alone"
+    )
     parser.add_argument("--island", type=float, default=0, help="part of the rows with one vector")
     parser.add_argument("--timed", type=int, default=10, help="queries by which filters are timed")
     parser.add_argument(
