@@ -76,7 +76,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "orm": (4, 885),
     "passages": (4, 1090),
     "reembed": (11, 2943),
-    "search": (14, 4532),
+    "search": (14, 4536),
     "serving": (14, 3325),
     "sql": (1, 24),
     "tuning": (14, 3951),

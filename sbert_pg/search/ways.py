@@ -410,9 +410,13 @@ class Ways:
         ]
 
     def _told_apart(self, distance: Any, distances: Any) -> list[sa.ColumnElement[bool]]:
-        """Whether the rows of a look are not nearly equally far; inner products have no measure."""
-        metric = self.target.metric.similarity
-        if self.plan is None or self.index.method != "hnsw" or self.coarse or metric == "dot":
+        """Whether the rows of a look are not nearly equally far; inner products have no measure.
+
+        Not asked where the caller says how many candidates there are to be.
+        """
+        metric, index = self.target.metric.similarity, self.index
+        of_graph = self.plan is not None and index.method == "hnsw" and not index.quantized
+        if not of_graph or metric == "dot" or self.shape.ef_search is not None:
             return []
         times = number(APART if metric == "cosine" else APART**0.5)
         place = sa.cast(sa.func.count() / number(FIFTH) + number(1), sa.Integer())
