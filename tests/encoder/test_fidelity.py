@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -211,34 +209,6 @@ def test_casing(both: Both, architecture: str, lower: bool) -> None:
     assert_same(ours.encode(FEW), theirs.encode(FEW))
     pair = ours.encode(["Apple PIE", "apple pie"])
     assert bool(np.allclose(pair[0], pair[1], atol=1e-6)) is lower
-
-
-@pytest.mark.parametrize("tokenizer_class", ["BertTokenizer", "BertTokenizerFast"])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"do_lower_case": False},
-        {"do_lower_case": True, "strip_accents": False},
-        {},
-    ],
-    ids=str,
-)
-def test_tokenizer_config_overrides_tokenizer_json(
-    make_model: Make,
-    reference: Reference,
-    tmp_path: Path,
-    tokenizer_class: str,
-    settings: dict[str, Any],
-) -> None:
-    source = make_model(Wish(cased=True, seed=3))
-    path = tmp_path / "model"
-    shutil.copytree(source, path)
-    config_path = path / "tokenizer_config.json"
-    config = json.loads(config_path.read_text())
-    config = {k: v for k, v in config.items() if k != "do_lower_case"}
-    config_path.write_text(json.dumps({**config, **settings, "tokenizer_class": tokenizer_class}))
-    ours = Encoder.load(path, precision="fp32", cache_dir=tmp_path / "cache")
-    assert_same(ours.encode(FEW), reference(path).encode(FEW))
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean", "manhattan"])
