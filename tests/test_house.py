@@ -74,12 +74,12 @@ ROOMS: dict[str, tuple[int, int]] = {
     "indexes": (5, 1211),
     "loading": (5, 1192),
     "orm": (4, 885),
-    "passages": (4, 1090),
+    "passages": (4, 1088),
     "reembed": (11, 2943),
     "search": (14, 4536),
     "serving": (14, 3325),
     "sql": (1, 24),
-    "tuning": (14, 3951),
+    "tuning": (14, 3942),
     "types": (7, 1657),
 }
 #: All rooms that are one module.

@@ -129,7 +129,6 @@ def passages_of(
     heading: str | Sequence[str] = (),
     chunker: Chunker | None = None,
     copy_text: bool = False,
-    class_name: str | None = None,
     table_name: str | None = None,
     table_args: Sequence[sa.schema.SchemaItem] = (),
     replaces: str | None = None,
@@ -150,7 +149,6 @@ def passages_of(
         chunker: where texts are cut; ``SentenceChunker()`` by default. It is part of the column's
             identity: another one is another attribute beside this, which ``replaces`` it.
         copy_text: whether passages also hold their text, in the column ``content``.
-        class_name: name of the mapped class, by default made of class and attribute.
         table_name: name of its table, by default made of table and attribute.
         table_args: further arguments of the passages' table, such as
             ``[hnsw_index("document_passage_hnsw", "embedding")]``.
@@ -174,7 +172,7 @@ def passages_of(
         Source((*titles, source)).columns,
         chunker or SentenceChunker(),
         copy_text,
-        (class_name, table_name),
+        table_name,
         tuple(table_args),
         replaces,
         options.get("storage", "vector"),
@@ -207,7 +205,7 @@ class _Passages:
     columns: tuple[str, ...]
     chunker: Chunker
     copy_text: bool
-    names: tuple[str | None, str | None]
+    table_name: str | None
     table_args: tuple[Any, ...]
     replaces: str | None
     storage: Storage
@@ -233,10 +231,10 @@ class _Passages:
                 "passages refer to a table by its primary key."
             )
         singular = name[:-1] if name.endswith("s") else name
-        class_name = self.names[0] or mapper.class_.__name__ + "".join(
+        class_name = mapper.class_.__name__ + "".join(
             word.capitalize() for word in singular.split("_")
         )
-        table_name = self.names[1] or f"{table.name}_{singular}"
+        table_name = self.table_name or f"{table.name}_{singular}"
         passage_table = self._table(table, table_name)
         whole = self._whole(mapper, table, name, passage_table)
         passage = type(class_name, (Passage,), {"__module__": mapper.class_.__module__})

@@ -126,7 +126,6 @@ def choose_encoder(
     where: Sequence[sa.ColumnElement[bool]] = (),
     sample: int = SAMPLE,
     k: int = 10,
-    seed: int = 0,
 ) -> Choice:
     """Compare encoders on a table's own texts and questions, and say which to use.
 
@@ -145,7 +144,6 @@ def choose_encoder(
         where: criteria of the rows.
         sample: rows to rank against, and all that are labelled.
         k: rows of an answer that count.
-        seed: of sample and bootstrap.
 
     Raises:
         DeclarationError: there is no encoder to compare, or no primary key that names rows.
@@ -161,13 +159,13 @@ def choose_encoder(
             "There is no encoder to compare: none has been converted on this machine. Name some, "
             "or convert one: sbert-pg encoder convert all-MiniLM-L6-v2."
         )
-    rows = _texts(engine, columns, pairs_of(engine, pairs), where, sample, seed)
+    rows = _texts(engine, columns, pairs_of(engine, pairs), where, sample)
     results = [_measure(encoder, rows, k) for encoder in compared]
     best = _baseline(own, [values for values, _ in results])
     measured = []
     for encoder, (values, cost) in zip(compared, results, strict=True):
         both = np.stack([values, values - results[best][0]], axis=1)
-        quality, difference = grouped_figures(both, np.arange(len(rows.queries)), seed)
+        quality, difference = grouped_figures(both, np.arange(len(rows.queries)), 0)
         measured.append(
             Choosable(
                 encoder=f"{encoder.spec.name}:{encoder.manifest.precision}",
@@ -235,7 +233,6 @@ def _texts(
     queries: Sequence[LabelledQuery],
     where: Sequence[sa.ColumnElement[bool]],
     most: int,
-    seed: int,
 ) -> _Texts:
     """A sample of the rows, with all that are labelled."""
     table, embedding = columns[0].table, columns[0]
@@ -252,7 +249,7 @@ def _texts(
     with engine.connect() as connection:
         total = connection.execute(sa.select(sa.func.count()).where(*present)).scalar_one()
         labelled = catalog_rows.is_one_of(label, {key for query in queries for key in query.gains})
-        chosen = sa.or_(catalog_rows.drawn(label, most, total, seed), labelled)
+        chosen = sa.or_(catalog_rows.drawn(label, most, total), labelled)
         rows = connection.execute(sa.select(label, text).where(*present, chosen).order_by(label))
         texts = dict(rows.all())
     kept = [replace(q, gains=gains) for q in queries if (gains := q.answers_in(texts))]

@@ -139,7 +139,6 @@ def evaluate(
     *,
     k: int = 10,
     slices: str | None = None,
-    seed: int = 0,
 ) -> Evaluation:
     """Measure how well searches answer labelled questions.
 
@@ -155,7 +154,6 @@ def evaluate(
             gives; or a select or ``text()`` with the columns ``question`` and ``id``.
         k: rows of an answer that count.
         slices: name of an attribute of the pairs; each of its values is reported by itself.
-        seed: of the bootstrap.
 
     Raises:
         LoadError: the pairs are not readable, or there are none; a run answers none of them.
@@ -175,7 +173,7 @@ def evaluate(
                 connection = stack.enter_context(opened)
             answers[name], seconds = _answers(connection, name, search, queries)
             times[name] = 1000 * seconds / len(queries)
-    scores = _scores(queries, answers, times, k, slices, np.random.default_rng(seed))
+    scores = _scores(queries, answers, times, k, slices, np.random.default_rng(0))
     return Evaluation(k, tuple(queries), tuple(scores), answers)
 
 

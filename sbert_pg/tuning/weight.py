@@ -66,7 +66,6 @@ def fit_weight(
     k: int = 10,
     weights: Sequence[float] = WEIGHTS,
     language: str | None = None,
-    seed: int = 0,
 ) -> FittedWeight:
     """Fit ``hybrid``'s weight to labelled questions.
 
@@ -78,7 +77,6 @@ def fit_weight(
         k: rows of an answer that count.
         weights: weights to try.
         language: as for ``hybrid``.
-        seed: of the split into parts.
 
     Raises:
         LoadError: the pairs are not readable, or there are none.
@@ -98,7 +96,7 @@ def fit_weight(
         ]
     )
     default = np.array([_ndcg(o.score, o, q, k) for o, q in zip(rows, queries, strict=True)])
-    held_out = _held_out(curves, queries, seed)
+    held_out = _held_out(curves, queries)
     best = _best(curves)
     wins = bool(held_out.mean() > default.mean() + 1e-9)
     return FittedWeight(
@@ -178,7 +176,7 @@ def _best(curves: npt.NDArray[np.float64]) -> int:
 
 
 def _held_out(
-    curves: npt.NDArray[np.float64], queries: Sequence[LabelledQuery], seed: int
+    curves: npt.NDArray[np.float64], queries: Sequence[LabelledQuery]
 ) -> npt.NDArray[np.float64]:
     """NDCG of each question by the weight that the other parts' questions ask for.
 
@@ -186,9 +184,7 @@ def _held_out(
     """
     first = [min(query.gains, default="") for query in queries]
     rows = sorted(set(first))
-    part_of = dict(
-        zip(rows, np.random.default_rng(seed).permutation(len(rows)) % FOLDS, strict=True)
-    )
+    part_of = dict(zip(rows, np.random.default_rng(0).permutation(len(rows)) % FOLDS, strict=True))
     parts = np.array([part_of[row] for row in first])
     values = np.zeros(len(queries))
     for part in set(parts.tolist()):
