@@ -20,6 +20,7 @@ from sbert_pg.catalog.record import installed
 from sbert_pg.cli import common
 from sbert_pg.errors import DeclarationError
 from sbert_pg.freshness import Progress
+from sbert_pg.freshness.columns import names_of
 from sbert_pg.indexes import hnsw_index
 from sbert_pg.passages import add_passages, declared_passages, passages_of
 from sbert_pg.passages.declaring import passages_between
@@ -67,7 +68,7 @@ def column_of(engine: sa.Engine, name: str) -> Side:
 
 def _called(connection: sa.Connection, bindings: Sequence[Binding], name: str) -> list[Binding]:
     """The bindings of a name; one without its schema means what it means in SQL."""
-    matching = [binding for binding in bindings if name in _spellings(binding)]
+    matching = [binding for binding in bindings if name in names_of(binding)]
     if len(matching) < 2:
         return matching
     visible = (sa.func.pg_table_is_visible(b.relation) for b in matching)
@@ -185,12 +186,6 @@ def queries_of(engine: sa.Engine, pairs: str) -> list[LabelledQuery]:
     if re.match(r"\s*(SELECT|VALUES|WITH)[\s(*'\"]", pairs, re.IGNORECASE):
         return pairs_of(engine, sa.text(pairs.replace(":", r"\:")))
     return read_pairs(pairs)
-
-
-def _spellings(binding: Binding) -> set[str]:
-    table, column = binding.table, binding.column
-    short = {table, f"{table}.{column}"}
-    return short | {f"{binding.schema}.{name}" for name in short}
 
 
 def beginnings(

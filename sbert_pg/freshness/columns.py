@@ -274,16 +274,9 @@ class Claimer:
         # What lies before the cursor was not looked at.
         return work, bool(chosen) or not at_beginning
 
-    def claim_alone(self, column: Column) -> Work | None:
-        """One row that failed before, or was in hand when a process came to an end."""
-        return self._claim_again(column, 1)
+    def claim_again(self, column: Column, most: int) -> Work | None:
+        """Rows that failed before, or were in hand when a process ended; see ``claims``."""
 
-    def claim_few(self, column: Column) -> Work | None:
-        """Rows that were in hand when a process came to an end, for the first time."""
-        few = self._settings.batch_size // 4
-        return self._claim_again(column, few) if few > 1 else None
-
-    def _claim_again(self, column: Column, most: int) -> Work | None:
         def claim(connection: sa.Connection, token: str) -> list[Candidate]:
             return claims.claim_again(
                 connection, column.rows, token=token, lease=self._settings.lease, most=most

@@ -355,10 +355,13 @@ class Worker:
             return back
         now = time.monotonic()
         until = now + _RETRY_INTERVAL
-        took, more = self._repeat(partial(self._take_few, flow), until)
+        few = self.settings.batch_size // 4
+        took = more = False
+        if few > 1:
+            took, more = self._repeat(partial(self._take_again, flow, few), until)
         if not more and not (busy and now < self._next_alone):
             self._next_alone = now + _ALONE_INTERVAL
-            took |= self._repeat(partial(self._take_alone, flow), until)[0]
+            took |= self._repeat(partial(self._take_again, flow, 1), until)[0]
         return took or back
 
     def _repeat(self, take: Callable[[Column], bool], until: float) -> tuple[bool, bool]:
@@ -371,22 +374,18 @@ class Worker:
                     return True, True
         return took, False
 
-    def _take_few(self, flow: _Flow, column: Column) -> bool:
-        """Some rows of a process that came to an end, beside all that is in hand."""
-        work = self._claimer.claim_few(column)
+    def _take_again(self, flow: _Flow, most: int, column: Column) -> bool:
+        """Some rows of a process that came to an end, beside all that is in hand; or one alone,
+        which may be what ended it.
+        """
+        if most == 1:
+            flow.drain()
+        work = self._claimer.claim_again(column, most)
         if work is None:
             return False
         flow.put(work)
-        return True
-
-    def _take_alone(self, flow: _Flow, column: Column) -> bool:
-        """One row that may be what ended a process: nothing else is in hand meanwhile."""
-        flow.drain()
-        work = self._claimer.claim_alone(column)
-        if work is None:
-            return False
-        flow.put(work)
-        flow.drain()
+        if most == 1:
+            flow.drain()
         return True
 
     def _encode(self, work: Work) -> Embedded | Exception:
