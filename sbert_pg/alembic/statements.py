@@ -14,7 +14,6 @@ import sqlalchemy as sa
 from alembic.operations import Operations
 from sqlalchemy.dialects.postgresql import JSONB, REGCLASS
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.schema import ExecutableDDLElement
 from sqlalchemy.sql.compiler import SQLCompiler
 
 from sbert_pg import system
@@ -93,35 +92,27 @@ def require_valid(index: str, schema: str | None) -> sa.Select[Any]:
     ).where(stored.indexrelid == system.oid_of(system.name_of(schema, index)))
 
 
-class AlterColumn(ExecutableDDLElement):
+def alter_column(
+    identity: ColumnIdentity,
+    action: Literal["add", "drop", "rename"],
+    *,
+    type_: VectorType | None = None,
+    new_name: str = "",
+) -> system.Statement:
     """``ALTER TABLE ... ADD | DROP | RENAME COLUMN``; adding and dropping may be done before."""
 
-    def __init__(
-        self,
-        identity: ColumnIdentity,
-        action: Literal["add", "drop", "rename"],
-        *,
-        type_: VectorType | None = None,
-        new_name: str = "",
-    ) -> None:
-        self.identity = identity
-        self.action = action
-        self.type_ = "" if type_ is None else type_.get_col_spec()
-        self.new_name = new_name
+    def write(compiler: Any) -> str:
+        quote = compiler.preparer.quote
+        column = quote(identity.column)
+        done = {
+            "add": f"ADD COLUMN IF NOT EXISTS {column} {type_ and type_.get_col_spec()}",
+            "drop": f"DROP COLUMN IF EXISTS {column}",
+            "rename": f"RENAME COLUMN {column} TO {quote(new_name)}",
+        }
+        table = system.ddl_name(compiler, identity.schema, identity.table)
+        return f"ALTER TABLE {table} {done[action]}"
 
-
-@compiles(AlterColumn)
-def _alter_column(element: AlterColumn, compiler: Any, **_: Any) -> str:
-    identity, quote = element.identity, compiler.preparer.quote
-    table = system.ddl_name(compiler, identity.schema, identity.table)
-    column = quote(identity.column)
-    if element.action == "rename":
-        done = f"RENAME COLUMN {column} TO {quote(element.new_name)}"
-    elif element.action == "drop":
-        done = f"DROP COLUMN IF EXISTS {column}"
-    else:
-        done = f"ADD COLUMN IF NOT EXISTS {column} {element.type_}"
-    return f"ALTER TABLE {table} {done}"
+    return system.Statement(write)
 
 
 def write(operations: Operations, statement: Any) -> None:

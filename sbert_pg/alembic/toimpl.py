@@ -23,8 +23,8 @@ from alembic.util import CommandError
 from sbert_pg import catalog, reembed, system
 from sbert_pg.alembic import ops, statements
 from sbert_pg.alembic.statements import (
-    AlterColumn,
     Online,
+    alter_column,
     call,
     online,
     require_left,
@@ -170,7 +170,7 @@ def _add_embedding_column(operation: ops.AddEmbeddingColumnOp, operations: Opera
         if old is not None:
             begun_change(connection, old, identity.column)
     with online(operations, _relation(operation)) as runner:
-        runner.execute(AlterColumn(identity, "add", type_=type_))
+        runner.execute(alter_column(identity, "add", type_=type_))
         _bind(runner, identity, declared)
     _forget(operations)
 
@@ -198,8 +198,8 @@ def _drop_embedding_column(operation: ops.DropEmbeddingColumnOp, operations: Ope
             require_droppable(operations.get_bind(), binding)
     with online(operations, _relation(operation)) as runner:
         runner.execute(call("unbind_v1", identity))
-        runner.execute(AlterColumn(companion, "drop"))
-        runner.execute(AlterColumn(identity, "drop"))
+        runner.execute(alter_column(companion, "drop"))
+        runner.execute(alter_column(identity, "drop"))
     _forget(operations)
 
 
@@ -278,7 +278,7 @@ def _unbind_embedding_column(
     around = online if operation.concurrently else within
     with around(operations, _relation(operation)) as runner:
         runner.execute(call("unbind_v1", identity_of(operation)))
-        runner.execute(AlterColumn(companion, "drop"))
+        runner.execute(alter_column(companion, "drop"))
     _forget(operations)
 
 
@@ -302,7 +302,7 @@ def _rename_bound_column(operation: ops.RenameBoundColumnOp, operations: Operati
     with within(operations, _relation(operation)) as runner:
         for old, new in names:
             column = ColumnIdentity(identity.schema, identity.table, old)
-            runner.execute(AlterColumn(column, "rename", new_name=new))
+            runner.execute(alter_column(column, "rename", new_name=new))
             runner.execute(call("rename_v1", column, new))
     _forget(operations)
 

@@ -12,7 +12,6 @@ from itertools import chain
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.ext.compiler import compiles
 
 from sbert_pg import system
 from sbert_pg.clustering.declaration import OPERATORS, Clustering, ClusterMetric
@@ -95,18 +94,18 @@ class ClusterViews:
         """Statements that drop them where they exist."""
         for name, types in (("nearest_of", (*self.keys.values(),)), ("nearest", ("vector",))):
             arguments = ", ".join((*types, "integer"))
-            yield _Statement("DROP FUNCTION IF EXISTS ", *self._name(name), f"({arguments})")
-        yield _Statement("DROP VIEW IF EXISTS ", *self._name("member"))
-        yield _Statement("DROP VIEW IF EXISTS ", *self._name("current"))
+            yield _statement("DROP FUNCTION IF EXISTS ", *self._name(name), f"({arguments})")
+        yield _statement("DROP VIEW IF EXISTS ", *self._name("member"))
+        yield _statement("DROP VIEW IF EXISTS ", *self._name("current"))
 
-    def _view(self, suffix: str, query: sa.Select[Any]) -> _Statement:
-        return _Statement("CREATE OR REPLACE VIEW ", *self._name(suffix), " AS ", query)
+    def _view(self, suffix: str, query: sa.Select[Any]) -> system.Statement:
+        return _statement("CREATE OR REPLACE VIEW ", *self._name(suffix), " AS ", query)
 
     def _function(
         self, suffix: str, arguments: Mapping[str, str], query: sa.Select[Any]
-    ) -> _Statement:
+    ) -> system.Statement:
         typed = ((sa.quoted_name(name, None), f" {type_}, ") for name, type_ in arguments.items())
-        return _Statement(
+        return _statement(
             "CREATE OR REPLACE FUNCTION ", *self._name(suffix), "(", *chain(*typed),
             "n integer DEFAULT 5) RETURNS TABLE (number integer, label text, distance double "
             "precision) LANGUAGE sql STABLE AS $sbert_pg$", query, "$sbert_pg$",
@@ -200,20 +199,14 @@ def drop_views(connection: sa.Connection, clustering: Clustering) -> None:
         connection.execute(statement)
 
 
-class _Statement(sa.schema.ExecutableDDLElement):
-    """A statement of texts, names (``quoted_name``), and a query whose values are written out."""
+def _statement(*parts: str | sa.Select[Any]) -> system.Statement:
+    """Of texts, names (``quoted_name``), and a query whose values are written out."""
 
-    def __init__(self, *parts: str | sa.Select[Any]) -> None:
-        self.parts = parts
+    def written(compiler: Any, part: str | sa.Select[Any]) -> str:
+        if isinstance(part, sa.quoted_name):
+            return str(compiler.preparer.quote(part))
+        if isinstance(part, str):
+            return part
+        return str(compiler.sql_compiler.process(part, literal_binds=True))
 
-
-@compiles(_Statement)
-def _compile_statement(element: _Statement, compiler: Any, **_: Any) -> str:
-    return "".join(
-        compiler.preparer.quote(part)
-        if isinstance(part, sa.quoted_name)
-        else part
-        if isinstance(part, str)
-        else compiler.sql_compiler.process(part, literal_binds=True)
-        for part in element.parts
-    )
+    return system.Statement(lambda compiler: "".join(written(compiler, part) for part in parts))

@@ -361,7 +361,7 @@ REPLACEMENT = Embedding("other", "title", dimensions=64, replaces="old")
 STATEMENTS: dict[tuple[str, str], tuple[Callable[[sa.Engine], None], Any]] = {
     ("add_embedding_column, begin_reembedding", "ALTER TABLE ADD COLUMN"): (
         nothing,
-        statements.AlterColumn(OLD, "add", type_=Vector(384)),
+        statements.alter_column(OLD, "add", type_=Vector(384)),
     ),
     ("add_embedding_column, begin_reembedding", "sbert.bind_v1 (companion, triggers)"): (
         column,
@@ -383,7 +383,7 @@ STATEMENTS: dict[tuple[str, str], tuple[Callable[[sa.Engine], None], Any]] = {
     ("drop_embedding_column", "DROP TRIGGER"): (bound, statements.call("unbind_v1", OLD)),
     ("drop_embedding_column", "ALTER TABLE DROP COLUMN"): (
         column,
-        statements.AlterColumn(OLD, "drop"),
+        statements.alter_column(OLD, "drop"),
     ),
     ("finish_reembedding", "LOCK TABLE, the same two, in one transaction"): (
         replaced,
