@@ -21,13 +21,11 @@ import sqlalchemy as sa
 from psycopg import sql
 
 from sbert_pg import catalog
-from sbert_pg.catalog.holding import hold_encoder
 from sbert_pg.catalog.tables import QUESTION_CHANNEL
 from sbert_pg.errors import EncodingError
+from sbert_pg.freshness.encoding import held_encoder
 from sbert_pg.freshness.queue import driver_connection
 from sbert_pg.freshness.settings import LOGGER, Database, say
-from sbert_pg.probes import measured
-from sbert_pg.registry import get_encoder
 from sbert_pg.serving.inside import text_of
 from sbert_pg.spec import TextEncoder
 from sbert_pg.sqlstates import words_of
@@ -175,10 +173,6 @@ class Answers:
         known = self._encoders.get(binding_id)
         if known is None:
             with self._database.begin() as connection:
-                bindings = {binding.id: binding for binding in catalog.all_bindings(connection)}
-                binding = bindings[binding_id]
-                known = get_encoder(binding.declared)
-                measured(known)
-                hold_encoder(connection, binding, known)
-            self._encoders[binding_id] = known
+                binding = {b.id: b for b in catalog.all_bindings(connection)}[binding_id]
+            known = self._encoders[binding_id] = held_encoder(self._database, binding)
         return known
