@@ -69,7 +69,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "catalog": (9, 2595),
     "cli": (16, 4271),
     "clustering": (15, 4893),
-    "encoder": (22, 6637),
+    "encoder": (22, 6669),
     "freshness": (15, 4953),
     "indexes": (5, 1211),
     "loading": (5, 1192),

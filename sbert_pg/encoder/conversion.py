@@ -36,7 +36,7 @@ from sbert_pg.encoder.files import Weights, require_model
 from sbert_pg.encoder.hub import ModelFiles, find, home_of, is_path, repository_of
 from sbert_pg.encoder.kinds import SAMPLE_PAIRS, describe_encoder, describe_reranker
 from sbert_pg.encoder.layers import layer_text
-from sbert_pg.encoder.pipeline import Pipeline
+from sbert_pg.encoder.pipeline import Pipeline, agreement_of_scores
 from sbert_pg.encoder.pipeline import measure as measure_engines
 from sbert_pg.encoder.tokenizer_files import tokenizer_content, truncation_side
 from sbert_pg.errors import ConversionError, DeclarationError, EncoderError, needing
@@ -284,16 +284,8 @@ def measure(vectors: Vectors, reference: Vectors) -> Mapping[str, Agreement]:
 
 
 def measure_scores(scores: Vectors, reference: Vectors) -> Mapping[str, Agreement]:
-    """Agreement of the scores of the sample pairs, a label at a time: their correlation."""
-    a, b = ((side - side.mean(axis=0)).T for side in (_unbounded(scores), _unbounded(reference)))
-    return {"samples": agreement_of(np.asarray(a), np.asarray(b))}
-
-
-def _unbounded(scores: Vectors) -> Vectors:
-    """Scores before their sigmoid, where they have one."""
-    if scores.min() <= 0 or scores.max() >= 1:
-        return scores
-    return np.asarray(np.log(scores / (1 - scores)), np.float32)
+    """Agreement of the scores of the sample pairs, the worst label's."""
+    return {"samples": agreement_of_scores(scores, reference)}
 
 
 def require(agreement: Mapping[str, Agreement], floor: Floor, what: str) -> None:

@@ -14,10 +14,18 @@ import numpy.typing as npt
 from sbert_pg.encoder import directory as converted
 from sbert_pg.encoder.conversion import prepare
 from sbert_pg.encoder.directory import Manifest
-from sbert_pg.encoder.engines import Provider, Providers
-from sbert_pg.encoder.pipeline import Pipeline, Statistics, engine_for
+from sbert_pg.encoder.engines import ONNXRUNTIME, Provider, Providers
+from sbert_pg.encoder.kinds import SAMPLE_PAIRS
+from sbert_pg.encoder.pipeline import (
+    SAME_SCORES,
+    Pipeline,
+    Statistics,
+    agreement_of_scores,
+    engine_for,
+)
 from sbert_pg.encoder.tokenizing import TextTokenizer, clean
-from sbert_pg.errors import DamagedEncoderError, UnsupportedEncoderError
+from sbert_pg.errors import DamagedEncoderError, ProviderError, UnsupportedEncoderError
+from sbert_pg.probes import Agreement
 from sbert_pg.process import PerProcess
 
 if TYPE_CHECKING:
@@ -60,6 +68,14 @@ class Converted:
             )
         threads, providers = self._arguments.get("threads"), self._arguments.get("providers")
         return Pipeline(self._directory, self._manifest, threads, providers, self._engine)
+
+    def _require_same(self, agreement: Agreement, least: float) -> None:
+        """Refuse an engine that computes something else than conversion did."""
+        if agreement.min_cosine < least:
+            raise ProviderError(
+                f"{self.engine} computes something else of {self._directory} than it was converted "
+                f"with ({agreement}). Load it with engine={ONNXRUNTIME!r}, and please report this."
+            )
 
     @classmethod
     def _opened(cls: type[T], directory: str | Path, kind: str, **options: Any) -> T:
@@ -113,6 +129,13 @@ class Reranker(Converted):
     run of the transformer for each text. Made by ``Reranker.load``. Safe to share between threads,
     to fork and to pickle, as ``Encoder`` is. In ``statistics`` a pair counts as one text.
     """
+
+    def __init__(self, directory: Path, manifest: Manifest, **options: Unpack[Running]) -> None:
+        super().__init__(directory, manifest, **options)
+        if self.engine != ONNXRUNTIME:
+            stored = converted.read_probes(directory, manifest.full_dimensions)
+            scores, _ = self._pipeline.get().scores_any(SAMPLE_PAIRS[: len(stored)])
+            self._require_same(agreement_of_scores(scores, stored), SAME_SCORES)
 
     @classmethod
     def load(

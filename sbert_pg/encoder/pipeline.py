@@ -39,7 +39,13 @@ from sbert_pg.encoder.engines import (
 from sbert_pg.encoder.runner import OUTPUT, Runner
 from sbert_pg.encoder.tokenizing import TextTokenizer, Tokens
 from sbert_pg.errors import EncoderError, EncodingError
-from sbert_pg.probes import EXPORT_MIN_COSINE, PRECISION_MIN_COSINE, SAMPLE_TEXTS, agreement_of
+from sbert_pg.probes import (
+    EXPORT_MIN_COSINE,
+    PRECISION_MIN_COSINE,
+    SAMPLE_TEXTS,
+    Agreement,
+    agreement_of,
+)
 from sbert_pg.spec import Vectors
 
 logger = logging.getLogger("sbert_pg.encoder")
@@ -60,6 +66,9 @@ _ROUNDS = 4
 _SECONDS = 10.0
 #: By how much another engine has to be faster than the usual one: less is noise.
 _ENOUGH = 1.05
+
+#: Least correlation of a cross-encoder's scores by two engines.
+SAME_SCORES = 0.99
 
 #: Tokens per second of CPU time, by case.
 Speeds = Mapping[str, float]
@@ -341,12 +350,28 @@ def _calls(directory: Path, manifest: Manifest) -> dict[str, list[list[list[int]
 
 def _agree(vectors: Sequence[Vectors], usual: Sequence[Vectors], manifest: Manifest) -> bool:
     """Whether two engines compute the same but for rounding."""
-    least = PRECISION_MIN_COSINE if manifest.precision == "int8" else EXPORT_MIN_COSINE
-    # A cross-encoder's scores are compared over all texts.
-    pairs = list(zip(vectors, usual, strict=True))
     if manifest.kind != "encoder":
-        pairs = [(a.T, b.T) for a, b in pairs]
+        agreement = agreement_of_scores(np.concatenate(vectors), np.concatenate(usual))
+        return agreement.min_cosine >= SAME_SCORES
+    least = PRECISION_MIN_COSINE if manifest.precision == "int8" else EXPORT_MIN_COSINE
+    pairs = zip(vectors, usual, strict=True)
     return all(agreement_of(a, b).min_cosine >= least for a, b in pairs)
+
+
+def agreement_of_scores(scores: Vectors, reference: Vectors) -> Agreement:
+    """Agreement of a cross-encoder's scores, a label at a time: their correlation.
+
+    What they are for is an order, which neither their height nor their scale decides.
+    """
+    a, b = ((side - side.mean(axis=0)).T for side in (_unbounded(scores), _unbounded(reference)))
+    return agreement_of(np.asarray(a), np.asarray(b))
+
+
+def _unbounded(scores: Vectors) -> Vectors:
+    """Scores before their sigmoid, where they have one."""
+    if scores.min() <= 0 or scores.max() >= 1:
+        return scores
+    return np.asarray(np.log(scores / (1 - scores)), np.float32)
 
 
 def _read(directory: Path) -> dict[str, Any]:

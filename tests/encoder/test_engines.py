@@ -271,6 +271,17 @@ def test_scores_of_a_reranker(tmp_path: Path, architecture: str) -> None:
 
 
 @needs_openvino
+def test_an_engine_that_scores_otherwise(tmp_path: Path) -> None:
+    """OpenVINO computes something else of ModernBERT in int8."""
+    pytest.importorskip("sentence_transformers", reason="it writes the model")
+    write_cross_encoder(Wish("modernbert", config=dict(SMALL)), tmp_path / "model")
+    ours = Reranker.load(tmp_path / "model", cache_dir=tmp_path)
+    assert (ours.engine, ours.manifest.precision) == (ONNXRUNTIME, "int8")
+    with pytest.raises(ProviderError, match="engine='onnxruntime'"):
+        Reranker.open(ours.directory, engine=OPENVINO)
+
+
+@needs_openvino
 class TestProcesses:
     """Threads, forks, pickles."""
 
