@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from sbert_pg import catalog
 from sbert_pg.catalog import Binding
-from sbert_pg.errors import BackfillError
+from sbert_pg.errors import BackfillError, DeclarationError
 from sbert_pg.freshness.claims import retrying
 from sbert_pg.freshness.encoding import held_encoder
 from sbert_pg.freshness.queue import Counts, counts, queue_fault, require_psycopg
@@ -194,6 +194,8 @@ def beside_indexes(
 
     At the end those are built that were set aside by anybody, unless ``stop`` is set.
     """
+    if index not in ("keep", "aside"):
+        raise DeclarationError(f"A backfill was given index={index!r}; it takes 'keep' or 'aside'.")
     binding = _bound(engine, column)
     with Database(engine).begin() as connection:
         indexes = _indexes_of_many(connection, binding)

@@ -83,12 +83,16 @@ class WorkerSettings:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "encoders", "max_attempts"):
-            if getattr(self, name) < 1:
-                raise DeclarationError(f"{name} of a worker is at least 1.")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise DeclarationError(f"{name} of a worker is a whole number from 1 on.")
         for name in ("poll_interval", "rescan_interval", "rows_per_second"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise DeclarationError(f"{name} of a worker is more than 0.")
+            if value is not None and not (isinstance(value, (int, float)) and value > 0):
+                raise DeclarationError(f"{name} of a worker is a number above 0.")
+        for name in ("lease", "backoff", "busy_wait"):
+            if not isinstance(getattr(self, name), timedelta):
+                raise DeclarationError(f"{name} of a worker is a timedelta(seconds=...).")
         if self.lease < timedelta(seconds=1):
             raise DeclarationError("The lease of a worker is at least one second.")
 

@@ -428,6 +428,28 @@ def test_a_lag_that_cannot_be_seen_is_no_licence(engine, plain, monkeypatch):
         assert replica_lag(connection) == 7.0
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batch_size", "10"),
+        ("batch_size", 1.5),
+        ("encoders", 0),
+        ("poll_interval", float("nan")),
+        ("rows_per_second", "500"),
+        ("lease", 60),
+        ("lease", timedelta(0)),
+    ],
+)
+def test_settings_that_are_none(name, value):
+    with pytest.raises(DeclarationError, match=name):
+        WorkerSettings(**{name: value})
+
+
+def test_what_becomes_of_indexes_is_one_of_two(engine):
+    with pytest.raises(DeclarationError, match="'keep' or 'aside'"):
+        backfill(engine, IDENTITY, index="away")
+
+
 @pytest.mark.parametrize("driver", ["postgresql+psycopg2", "sqlite"])
 def test_other_drivers_are_refused_at_once(driver):
     pytest.importorskip("psycopg2")
