@@ -5,12 +5,17 @@ from sbert_pg.catalog.binding import (
     bind,
     build_queue,
     create_all,
-    missing_columns,
     queue_indexes,
-    require_columns,
     unbind,
 )
-from sbert_pg.catalog.holding import Held, hold, hold_encoder, rebind
+from sbert_pg.catalog.holding import (
+    Held,
+    hold,
+    hold_encoder,
+    missing_columns,
+    rebind,
+    require_columns,
+)
 from sbert_pg.catalog.migrate import (
     current,
     downgrade,

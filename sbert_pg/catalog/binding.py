@@ -12,7 +12,6 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.engine import Connection
 
-from sbert_pg import system
 from sbert_pg.catalog.migrate import upgrade
 from sbert_pg.catalog.record import Binding, binding_by_id, qualified
 from sbert_pg.errors import BindingError, DeclarationError, NotBoundError
@@ -201,29 +200,3 @@ def build_queue(
             if index.existing is not None and unquoted(index.existing)[-1] != index.name:
                 builder.drop(unquoted(index.existing)[-1])
             builder.create_as(index.name, index.definition)
-
-
-def missing_columns(connection: Connection, binding: Binding) -> list[str]:
-    """Columns that a binding names and its table lacks: renamed without rename_v1, or dropped."""
-    attribute = system.ATTRIBUTE.c
-    present = sa.select(attribute.attname).where(
-        attribute.attrelid == binding.relation, ~attribute.attisdropped
-    )
-    named = (binding.column, binding.companion, *binding.source.columns, *binding.key_columns)
-    there = set(connection.scalars(present))
-    return [name for name in dict.fromkeys(named) if name not in there]
-
-
-def require_columns(connection: Connection, binding: Binding) -> Binding:
-    """The same binding, where its table has the columns that it names.
-
-    Raises:
-        BindingError: it lacks one.
-    """
-    if missing := missing_columns(connection, binding):
-        raise BindingError(
-            f"The table of {binding} has no column {', '.join(missing)}, which the binding names. "
-            "Where it was renamed call sbert.rename_v1(table, old name, new name); where it was "
-            "dropped the binding is of no use: unbind it, or abort the change."
-        )
-    return binding

@@ -11,9 +11,10 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.engine import Connection
 
+from sbert_pg import system
 from sbert_pg.catalog import tables
 from sbert_pg.catalog.record import Binding, binding_of, installed, relation_of
-from sbert_pg.errors import EncoderMismatchError, EncoderNotFoundError
+from sbert_pg.errors import BindingError, EncoderMismatchError, EncoderNotFoundError
 from sbert_pg.probes import Compatibility, compatible_specs, from_bytes, measured, to_bytes
 from sbert_pg.registry import find_encoder, get_encoder
 from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors, same_encoder_name
@@ -262,3 +263,29 @@ def _mismatch(
         "Vectors of the two must not be mixed or compared. Use the column's own encoder, or add a "
         "column for the new one beside it (replaces=...) and re-embed."
     )
+
+
+def missing_columns(connection: Connection, binding: Binding) -> list[str]:
+    """Columns that a binding names and its table lacks: renamed without rename_v1, or dropped."""
+    attribute = system.ATTRIBUTE.c
+    present = sa.select(attribute.attname).where(
+        attribute.attrelid == binding.relation, ~attribute.attisdropped
+    )
+    named = (binding.column, binding.companion, *binding.source.columns, *binding.key_columns)
+    there = set(connection.scalars(present))
+    return [name for name in dict.fromkeys(named) if name not in there]
+
+
+def require_columns(connection: Connection, binding: Binding) -> Binding:
+    """The same binding, where its table has the columns that it names.
+
+    Raises:
+        BindingError: it lacks one.
+    """
+    if missing := missing_columns(connection, binding):
+        raise BindingError(
+            f"The table of {binding} has no column {', '.join(missing)}, which the binding names. "
+            "Where it was renamed call sbert.rename_v1(table, old name, new name); where it was "
+            "dropped the binding is of no use: unbind it, or abort the change."
+        )
+    return binding
