@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
@@ -82,19 +82,32 @@ class WorkerSettings:
     name: str = field(default_factory=worker_name)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "encoders", "max_attempts"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise DeclarationError(f"{name} of a worker is a whole number from 1 on.")
-        for name in ("poll_interval", "rescan_interval", "rows_per_second"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and value > 0):
-                raise DeclarationError(f"{name} of a worker is a number above 0.")
-        for name in ("lease", "backoff", "busy_wait"):
-            if not isinstance(getattr(self, name), timedelta):
-                raise DeclarationError(f"{name} of a worker is a timedelta(seconds=...).")
+        for words, fits, names in _RULES:
+            for name in names:
+                if not fits(getattr(self, name)):
+                    raise DeclarationError(f"{name} of a worker is {words}.")
         if self.lease < timedelta(seconds=1):
             raise DeclarationError("The lease of a worker is at least one second.")
+
+
+#: What settings are, whether a value is that, and which settings.
+_RULES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
+    (
+        "a whole number from 1 on",
+        lambda value: isinstance(value, int) and value >= 1,
+        ("batch_size", "encoders", "max_attempts"),
+    ),
+    (
+        "a number above 0",
+        lambda value: value is None or (isinstance(value, (int, float)) and value > 0),
+        ("poll_interval", "rescan_interval", "rows_per_second"),
+    ),
+    (
+        "a timedelta(seconds=...)",
+        lambda value: isinstance(value, timedelta),
+        ("lease", "backoff", "busy_wait"),
+    ),
+)
 
 
 class Companion(Protocol):
