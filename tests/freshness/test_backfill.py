@@ -445,7 +445,8 @@ def test_settings_that_are_none(name, value):
         WorkerSettings(**{name: value})
 
 
-def test_what_becomes_of_indexes_is_one_of_two(engine):
+def test_what_becomes_of_indexes_is_one_of_two(engine, plain, encoder):
+    make(engine, plain, "SELECT 1, 'x'")
     with pytest.raises(DeclarationError, match="'keep' or 'aside'"):
         backfill(engine, IDENTITY, index="away")
 
