@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -19,6 +20,7 @@ from sbert_pg import catalog
 from sbert_pg.adapters.ray import _Actor, backfill
 from sbert_pg.errors import DeclarationError, EncoderMismatchError
 from sbert_pg.freshness import WorkerSettings
+from sbert_pg.registry import use_encoder
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
 from sbert_pg.system import ColumnIdentity
@@ -151,6 +153,75 @@ def test_an_actor_that_starts_while_the_server_is_away_waits_for_it(notes, reque
     with notes.connect() as connection:
         missing = "SELECT count(*) FROM note WHERE embedding IS NULL"
         assert connection.exec_driver_sql(missing).scalar_one() == 0
+
+
+class Slow(DeterministicEncoder):
+    """Takes ten milliseconds a text, so that much happens while rows are in hand."""
+
+    def encode_document(self, texts):
+        time.sleep(0.01 * len(texts))
+        return super().encode_document(texts)
+
+
+def counted(engine: sa.Engine, statement: sa.TextClause) -> int:
+    with engine.connect() as connection:
+        return connection.execute(statement).scalar_one()
+
+
+def test_two_fleets_while_rows_move_and_the_server_crashes(engine, request):
+    """Keys that change partitions, tables that are written anew, deletes, a partition attached."""
+    server = request.getfixturevalue("embedded")
+    whole = DeterministicEncoder(dimensions=32)
+
+    def run(*statements: str) -> None:
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            for statement in statements:
+                connection.exec_driver_sql(statement)
+
+    rows = "(id bigint PRIMARY KEY, body text, embedding vector(32))"
+    run(f"CREATE TABLE note {rows} PARTITION BY RANGE (id)")
+    for first in (0, 1000, 2000):
+        bounds = f"FOR VALUES FROM ({first}) TO ({first + 1000})"
+        run(f"CREATE TABLE note_{first} PARTITION OF note {bounds}")
+    run("INSERT INTO note SELECT i, 'text number ' || i FROM generate_series(0, 1999) i")
+    with engine.begin() as connection:
+        spec = EncoderSpec(name="deterministic", dimensions=32)
+        catalog.bind(connection, IDENTITY, spec, Source.of("body"))
+    url = engine.url.render_as_string(hide_password=False)
+
+    def actor() -> _Actor:
+        return _Actor(url, IDENTITY, SETTINGS, lambda: use_encoder(Slow(dimensions=32)))
+
+    missing = sa.text("SELECT count(*) FROM note WHERE embedding IS NULL")
+    with ThreadPoolExecutor(4) as pool:
+        filling = [pool.submit(actor().fill) for _ in range(4)]
+        while counted(engine, missing) > 1900 and not any(each.done() for each in filling):
+            time.sleep(0.05)
+        run(
+            "UPDATE note SET body = 'another text ' || id WHERE mod(id, 7) = 0",
+            "DELETE FROM note WHERE mod(id, 11) = 0",
+            "UPDATE note SET id = id + 1000 WHERE id BETWEEN 1000 AND 1999 AND mod(id, 13) = 0",
+            "VACUUM FULL note_0",
+        )
+        engine.dispose()
+        server.control("restart", "immediate")
+        run(
+            "CREATE TABLE late (LIKE note INCLUDING DEFAULTS)",
+            "INSERT INTO late (id, body) SELECT i, 'late ' || i FROM generate_series(3000, 3199) i",
+            "ALTER TABLE note ATTACH PARTITION late FOR VALUES FROM (3000) TO (4000)",
+            "CLUSTER note_1000 USING note_1000_pkey",
+        )
+        for each in filling:
+            each.result(timeout=120)
+    # As a driver that is started again: what a fleet that had ended did not see.
+    actor().fill()
+    with engine.connect() as connection:
+        stored = connection.exec_driver_sql("SELECT body, embedding::text FROM note").all()
+        assert connection.exec_driver_sql("SELECT count(*) FROM sbert.claim").scalar() == 0
+    assert len(stored) == 2000 - 182 + 200
+    expected = whole.encode_document([row.body for row in stored])
+    vectors = np.stack([from_text(row.embedding) for row in stored])
+    np.testing.assert_allclose(vectors, expected, atol=1e-6)
 
 
 def test_a_fleet_has_actors(notes):
