@@ -40,6 +40,8 @@ def cluster() -> Iterator[None]:
     """One cluster for all tests of this file; none reports its use."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray starts its processes at 15, where beside other tests they hardly run.
+        patch.setenv("RAY_worker_niceness", "0")
         path = os.pathsep.join([str(MODULES), os.environ.get("PYTHONPATH", "")])
         patch.setenv("PYTHONPATH", path)
         ray.init(

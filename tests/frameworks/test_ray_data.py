@@ -198,6 +198,8 @@ def test_a_sink_says_what_becomes_of_rows(notes: sa.Engine) -> None:
 def cluster() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray starts its processes at 15, where beside other tests they hardly run.
+        patch.setenv("RAY_worker_niceness", "0")
         path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
         patch.setenv("PYTHONPATH", path)
         ray.init(
