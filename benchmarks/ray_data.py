@@ -6,8 +6,9 @@
 Each way reads every row with its vector as numbers, and writes every row with its vector and its
 proof. ``ray.data.read_sql`` gets vectors as text, which a ``map_batches`` makes into arrays;
 ``write_sql`` is an INSERT that does nothing where the key is there, into an unbound table, since a
-bound one refuses vectors without their proof. Interleaved, twice each;
-the medians are shown. A first round of each starts Ray's processes and does not count.
+bound one refuses vectors without their proof. Interleaved, twice each; the medians are shown, and
+the CPU time of this process, Ray's and the server's (``/proc``, so on Linux). A first round of each
+starts Ray's processes and does not count.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -54,6 +56,26 @@ def spelled(batch):
     return batch
 
 
+def cpu(*roots: int) -> float:
+    """CPU seconds so far of processes and all that descend from them, ended ones included."""
+    parents, spent = {}, {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # It has just ended.
+        number = int(stat.parent.name)
+        parents[number] = int(fields[1])
+        spent[number] = sum(map(int, fields[11:15]))
+
+    def belongs(number: int) -> bool:
+        while number not in roots and number in parents:
+            number = parents[number]
+        return number in roots
+
+    return sum(spent[number] for number in spent if belongs(number)) / os.sysconf("SC_CLK_TCK")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=int, default=20_000)
@@ -80,11 +102,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="sbert-pg-ray-") as folder:
         os.chmod(folder, 0o755)
         with embedded(Path(folder) / "data") as engine:
-            measure(engine, Item, encoder, options.rows)
+            postmaster = (Path(folder) / "data" / "postmaster.pid").read_text().split()[0]
+            roots = os.getpid(), int(postmaster)
+            measure(engine, Item, encoder, options.rows, roots)
 
 
-def measure(engine: sa.Engine, item, encoder: DeterministicEncoder, rows: int) -> None:
-    """Each way in turn."""
+def measure(
+    engine: sa.Engine, item, encoder: DeterministicEncoder, rows: int, roots: tuple[int, int]
+) -> None:
+    """Each way in turn; ``roots`` are the processes whose CPU counts."""
     dsn = engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
     vectors = np.random.default_rng(1).standard_normal(
         (rows, encoder.spec.dimensions), dtype=np.float32
@@ -116,19 +142,22 @@ def measure(engine: sa.Engine, item, encoder: DeterministicEncoder, rows: int) -
         data.map_batches(spelled).write_sql(INSERT, lambda: psycopg.connect(dsn))
         return rows
 
-    spent: dict[str, list[float]] = {}
+    spent: dict[str, list[tuple[float, float]]] = {}
     for _ in range(ROUNDS):
         for way in (read, read_sql, write, write_sql):
             table = {write: "item", write_sql: "plain"}.get(way)
             if table is not None:
                 with engine.begin() as connection:
                     connection.exec_driver_sql(f"TRUNCATE {table}")
-            started = time.perf_counter()
+            started, before = time.perf_counter(), cpu(*roots)
             assert way() == rows
-            spent.setdefault(way.__name__, []).append(time.perf_counter() - started)
-    print("| | rows a second |\n|---|---|")
-    for name, seconds in spent.items():
-        print(f"| {name} | {rows / statistics.median(seconds[1:]):,.0f} |", flush=True)
+            took = time.perf_counter() - started, cpu(*roots) - before
+            spent.setdefault(way.__name__, []).append(took)
+            print(f"{way.__name__}: {took[0]:.2f} s, CPU {took[1]:.2f} s", file=sys.stderr)
+    print("| | rows a second | microseconds of CPU a row |\n|---|---|---|")
+    for name, took in spent.items():
+        seconds, busy = (statistics.median(some) for some in zip(*took[1:], strict=True))
+        print(f"| {name} | {rows / seconds:,.0f} | {1e6 * busy / rows:,.1f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sqlalchemy as sa
+from replica import replica_of
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from sbert_pg import Vector, create_all, embedding_column, hnsw_index, load
@@ -173,6 +174,18 @@ def test_blocks_are_written_once_however_often(notes: sa.Engine, given: str) -> 
         np.stack([row.embedding for row in after[:1000]]), vectors, atol=1e-6
     )
     assert (column.pending, column.failed) == (0, 0)
+
+
+def test_a_replica_is_read(notes: sa.Engine, request: pytest.FixtureRequest) -> None:
+    with replica_of(request) as replica:
+        replica.follow(notes)
+        standby = sa.create_engine(replica.url(notes.url), poolclass=sa.NullPool)
+        with table_source(standby, Note, ["id", "text_"]) as source:
+            with notes.begin() as connection:
+                connection.execute(sa.text("DELETE FROM note WHERE id < 500"))
+            replica.follow(notes)
+            _, table = read(source, 3)
+    assert sorted(table["id"].to_pylist()) == list(range(ROWS))
 
 
 def test_blocks_of_a_task_have_the_same_columns(notes: sa.Engine) -> None:
