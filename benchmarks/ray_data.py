@@ -6,9 +6,9 @@
 Each way reads every row with its vector as numbers, and writes every row with its vector and its
 proof. ``ray.data.read_sql`` gets vectors as text, which a ``map_batches`` makes into arrays;
 ``write_sql`` is an INSERT that does nothing where the key is there, into an unbound table, since a
-bound one refuses vectors without their proof. Interleaved, twice each; the medians are shown, and
-the CPU time of this process, Ray's and the server's (``/proc``, so on Linux). A first round of each
-starts Ray's processes and does not count.
+bound one refuses vectors without their proof. Interleaved; the medians of three rounds are shown,
+and the CPU time of this process, Ray's and the server's (by ``/proc``, so on Linux). Two rounds
+before them start Ray's processes and do not count.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from sbert_pg import create_all, embedding_column, load, use_encoder
 from sbert_pg.adapters.ray_data import TableDatasink, table_source
 from sbert_pg.testing import DeterministicEncoder
 
-ROUNDS = 3
+#: Rounds, of which the first do not count: not each process of Ray's has a task in each.
+ROUNDS, COLD = 5, 2
 INSERT = "INSERT INTO plain (id, body, embedding) VALUES (%s, %s, %s) ON CONFLICT (id) DO NOTHING"
 
 
@@ -156,7 +157,7 @@ def measure(
             print(f"{way.__name__}: {took[0]:.2f} s, CPU {took[1]:.2f} s", file=sys.stderr)
     print("| | rows a second | microseconds of CPU a row |\n|---|---|---|")
     for name, took in spent.items():
-        seconds, busy = (statistics.median(some) for some in zip(*took[1:], strict=True))
+        seconds, busy = (statistics.median(some) for some in zip(*took[COLD:], strict=True))
         print(f"| {name} | {rows / seconds:,.0f} | {1e6 * busy / rows:,.1f} |", flush=True)
 
 

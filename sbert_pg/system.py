@@ -141,6 +141,16 @@ def oid_of(relation: str) -> sa.ColumnElement[int]:
     return sa.cast(sa.func.to_regclass(relation), OID)
 
 
+def stored_types(connection: sa.Connection, relation: str) -> dict[str, Any]:
+    """Of each column of a table, given as text, its ``atttypmod`` and the row of its type."""
+    statement = (
+        sa.select(ATTRIBUTE.c.attname, ATTRIBUTE.c.atttypmod, *TYPE.c)
+        .join(TYPE, TYPE.c.oid == ATTRIBUTE.c.atttypid)
+        .where(ATTRIBUTE.c.attrelid == oid_of(relation), sa.not_(ATTRIBUTE.c.attisdropped))
+    )
+    return {row.attname: row for row in connection.execute(statement)}
+
+
 def name_of(schema: str | None, table: str) -> str:
     """A table's name as text that ``to_regclass`` reads, every part quoted."""
     # Not format_table, which doubles percents for the driver: this is data, not SQL.

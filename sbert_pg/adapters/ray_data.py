@@ -134,14 +134,8 @@ def table_source(
 def _columns(
     connection: sa.Connection, table: sa.Table, chosen: dict[str, sa.Column[Any]]
 ) -> tuple[_Column, ...]:
-    attribute, type_ = system.ATTRIBUTE.c, system.TYPE.c
     name = system.name_of(table.schema, table.name)
-    statement = (
-        sa.select(attribute.attname, type_.typname, type_.oid)
-        .join(system.TYPE, type_.oid == attribute.atttypid)
-        .where(attribute.attrelid == system.oid_of(name), sa.not_(attribute.attisdropped))
-    )
-    stored = {row.attname: row for row in connection.execute(statement)}
+    stored = system.stored_types(connection, name)
     read = []
     for key, column in chosen.items():
         if column.name not in stored:

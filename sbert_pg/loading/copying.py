@@ -100,7 +100,8 @@ class Writer:
             _require_key(table, columns)
         self._driver: Any = connection.connection.driver_connection
         self._dumpers: list[type[Dumper]] = []
-        self._oids = None if inserts or not self._is_psycopg() else self._find_types()
+        copies = isinstance(self._driver, (psycopg.Connection, psycopg.AsyncConnection))
+        self._oids = self._find_types() if copies and not inserts else None
         self._schema = system.schema_in(connection, table.schema)
         self._staging: sa.TableClause | None = None
         self._statement = self._copying(self._schema, table.name)
@@ -110,9 +111,6 @@ class Writer:
             sql.Identifier(*([name] if schema is None else [schema, name])),
             sql.SQL(", ").join(sql.Identifier(column.name) for column in self._columns),
         )
-
-    def _is_psycopg(self) -> bool:
-        return isinstance(self._driver, (psycopg.Connection, psycopg.AsyncConnection))
 
     @property
     def copies(self) -> bool:
@@ -244,22 +242,7 @@ class Writer:
         """Types of the columns in the database; ``None`` where one cannot be sent in binary."""
         identity = ColumnIdentity(self._table.schema, self._table.name, "")
         name = qualified(self._connection, identity)
-        of_attribute = (
-            sa.select(
-                system.ATTRIBUTE.c.attname,
-                system.TYPE.c.oid,
-                system.TYPE.c.typname,
-                system.TYPE.c.typtype,
-                system.TYPE.c.typcategory,
-                system.TYPE.c.typbasetype,
-            )
-            .join(system.TYPE, system.TYPE.c.oid == system.ATTRIBUTE.c.atttypid)
-            .where(
-                system.ATTRIBUTE.c.attrelid == sa.func.to_regclass(name),
-                sa.not_(system.ATTRIBUTE.c.attisdropped),
-            )
-        )
-        attributes = {row.attname: row for row in self._connection.execute(of_attribute)}
+        attributes = system.stored_types(self._connection, name)
         oids = []
         if not attributes:
             raise LoadError(f"There is no table {name} in this database; create it first.")

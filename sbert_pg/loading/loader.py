@@ -61,11 +61,6 @@ class _Block:
     rows: int = 0
     characters: int = 0
 
-    def extend(self, parts: list[list[Any]]) -> None:
-        """Append further rows, given by column as the block has them."""
-        for whole, part in zip([*self.columns, *self.given, *self.texts], parts, strict=True):
-            whole.extend(part)
-
 
 def load(
     connection: Connection | Session,
@@ -233,7 +228,9 @@ def _blocks(plan: Plan, bindings: list[Binding | None], rows: Iterator[Row]) -> 
         if block is None:
             block = _Block(number, columns, brought, texts)
         else:
-            block.extend([*columns, *brought, *texts])
+            whole = [*block.columns, *block.given, *block.texts]
+            for values, part in zip(whole, [*columns, *brought, *texts], strict=True):
+                values.extend(part)
         number += len(some)
         block.rows += len(some)
         block.characters += sum(

@@ -158,15 +158,11 @@ def reflect(connection: sa.Connection, schema: str | None, name: str) -> sa.Tabl
     Bound ones are of type ``Embedding``, as declared: encoders are registered and compared with the
     binding under that name.
     """
-    attribute, type_ = system.ATTRIBUTE.c, system.TYPE.c
-    relation = system.name_of(schema, name)
-    vectors = connection.execute(
-        sa.select(attribute.attname, type_.typname, attribute.atttypmod)
-        .join_from(system.ATTRIBUTE, system.TYPE, type_.oid == attribute.atttypid)
-        .where(attribute.attrelid == system.oid_of(relation), type_.typname.in_(STORAGES))
-    )
+    stored = system.stored_types(connection, system.name_of(schema, name))
     types: dict[str, VectorType] = {
-        column: plain_type(kind, size if size > 0 else None) for column, kind, size in vectors
+        column: plain_type(row.typname, row.atttypmod if row.atttypmod > 0 else None)
+        for column, row in stored.items()
+        if row.typname in STORAGES
     }
     own = schema or sa.inspect(connection).default_schema_name
     for binding in catalog.all_bindings(connection):
