@@ -52,8 +52,7 @@ class Plan:
         vectors = [each.column for each in self.embedded]
         companions = {each.companion for each in self.embedded}
         _refuse_keys(table, names, companions, first)
-        apart = companions.union(vectors)
-        plain = {key: column for key, column in names.items() if column not in apart}
+        plain = _without(names, companions.union(vectors))
         written = {key: plain[key] for key in plain if key in first or _has_default(plain[key])}
         self.columns = tuple(written.values())
         #: Whether rows have to go through INSERT, since SQLAlchemy computes a default of theirs.
@@ -67,11 +66,11 @@ class Plan:
         self._vector_getters = _getters(self._vector_keys, first)
         self._convert: list[_Conversion] = []
         #: For each embedding column where its source stands, or what an absent column holds.
-        place = {column: i for i, column in enumerate(self.columns)}
-        self._sources = [
-            [(place.get(column), default_of(column)) for column in each.source_columns]
-            for each in self.embedded
-        ]
+        self._sources = [self._places(each.source_columns) for each in self.embedded]
+
+    def _places(self, columns: Sequence[sa.Column[Any]]) -> list[tuple[int | None, Any]]:
+        position = {column: i for i, column in enumerate(self.columns)}
+        return [(position.get(column), default_of(column)) for column in columns]
 
     def replaced(self) -> set[sa.Column[Any] | None]:
         """Columns that are written where a row is there already: those that rows bring.
@@ -214,6 +213,12 @@ def _require_mapping(row: Any, number: int) -> None:
             "tuples give their names with columns=.",
             row=number,
         )
+
+
+def _without(
+    names: Mapping[str, sa.Column[Any]], apart: Set[sa.Column[Any] | None]
+) -> dict[str, sa.Column[Any]]:
+    return {key: column for key, column in names.items() if column not in apart}
 
 
 def _getters(
