@@ -346,10 +346,10 @@ def digest_for(binding: Binding, text: Text, vector: Any) -> uuid.UUID | None:
 
 
 def digests_for(
-    binding: Binding, texts: Sequence[Text], vectors: Sequence[bytes | None]
+    binding: Binding, texts: Sequence[Text], vectors: Sequence[Any]
 ) -> Sequence[bytes | uuid.UUID | None]:
-    """As ``digest_for`` for many rows, in the form in which COPY sends it where all are whole."""
-    whole = set(map(type, texts)) == {str} and None not in vectors
+    """As ``digest_for`` for many rows; as COPY sends it where all are whole and in binary form."""
+    whole = set(map(type, texts)) == {str} and set(map(type, vectors)) == {bytes}
     if whole and binding.utf8 and binding.source.passages is None:
         with suppress(UnicodeEncodeError):
             return digests(binding.id, cast("Sequence[str]", texts), vectors, binding.storage)

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
-from sbert_pg.catalog.embedding import digest_for, digests_for
+from sbert_pg.catalog.embedding import digests_for
 from sbert_pg.catalog.record import Binding
 from sbert_pg.errors import DeclarationError, LoadError
 from sbert_pg.indexes import vector_indexes
@@ -191,14 +191,11 @@ class _Loading:
         rows = list(zip(*block.columns, *wait_for(future), strict=True))
         writer.write(rows, block.first)
         if self.written < MANY <= self.written + len(rows):
-            self._say_how_to_be_fast()
+            for index in vector_indexes(self.connection, self.table.name, schema=self.table.schema):
+                log.warning(_SLOW, MANY, index.name, self.table.fullname)
         self.written += len(rows)
         if self.progress is not None:
             self.progress(self.written)
-
-    def _say_how_to_be_fast(self) -> None:
-        for index in vector_indexes(self.connection, self.table.name, schema=self.table.schema):
-            log.warning(_SLOW, MANY, index.name, self.table.fullname)
 
 
 @contextmanager
@@ -290,12 +287,7 @@ class _Encoding:
             vectors = self._vectors(position, block)
             columns.append(vectors)
             if binding is not None:
-                texts = block.texts[position]
-                if self.copies:
-                    companions.append(list(digests_for(binding, texts, vectors)))
-                else:
-                    rows = zip(texts, vectors, strict=True)
-                    companions.append([digest_for(binding, *row) for row in rows])
+                companions.append(list(digests_for(binding, block.texts[position], vectors)))
         return [*columns, *companions]
 
     def _vectors(self, position: int, block: _Block) -> list[Any]:
