@@ -64,7 +64,7 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 
 #: Most modules and lines of each room: a new capability raises its own, and nobody else's.
 ROOMS: dict[str, tuple[int, int]] = {
-    "adapters": (10, 1911),
+    "adapters": (10, 1905),
     "alembic": (8, 2706),
     "catalog": (9, 2600),
     "cli": (16, 4271),
@@ -72,10 +72,10 @@ ROOMS: dict[str, tuple[int, int]] = {
     "encoder": (22, 6669),
     "freshness": (15, 4972),
     "indexes": (5, 1211),
-    "loading": (5, 1192),
+    "loading": (5, 1164),
     "orm": (4, 885),
     "passages": (4, 1088),
-    "reembed": (11, 2943),
+    "reembed": (11, 2939),
     "search": (14, 4536),
     "serving": (14, 3319),
     "sql": (1, 24),
@@ -83,7 +83,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "types": (7, 1657),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3491
+MOST_LINES_OF_THE_REST = 3501
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60

@@ -61,6 +61,11 @@ class _Block:
     rows: int = 0
     characters: int = 0
 
+    def extend(self, parts: list[list[Any]]) -> None:
+        """Append further rows, given by column as the block has them."""
+        for whole, part in zip([*self.columns, *self.given, *self.texts], parts, strict=True):
+            whole.extend(part)
+
 
 def load(
     connection: Connection | Session,
@@ -225,9 +230,7 @@ def _blocks(plan: Plan, bindings: list[Binding | None], rows: Iterator[Row]) -> 
         if block is None:
             block = _Block(number, columns, brought, texts)
         else:
-            whole = [*block.columns, *block.given, *block.texts]
-            for values, part in zip(whole, [*columns, *brought, *texts], strict=True):
-                values.extend(part)
+            block.extend([*columns, *brought, *texts])
         number += len(some)
         block.rows += len(some)
         block.characters += sum(
