@@ -48,9 +48,20 @@ Where = Annotated[
 ]
 
 
+class _Server(MCPServer[Any]):
+    async def call_tool(self, name: str, arguments: dict[str, Any], *context: Any) -> Any:
+        """Refuse what a tool does not take: the SDK drops it, and a filter with it."""
+        for tool in await self.list_tools():
+            known = tool.input_schema.get("properties", {})
+            if tool.name == name and not arguments.keys() <= known.keys():
+                others = ", ".join(map(repr, sorted(arguments.keys() - known.keys())))
+                raise ToolError(f"{name!r} takes no {others}; it takes {', '.join(known) or 'none'}.")
+        return await super().call_tool(name, arguments, *context)
+
+
 def mcp_server(shown: Shown) -> MCPServer[Any]:
     """The server of some tables; ``run()`` serves it on standard input and output."""
-    server: MCPServer[Any] = MCPServer(
+    server = _Server(
         "sbert-pg", version=version("sbert-pg"), instructions=_INSTRUCTIONS, log_level="WARNING"
     )
     reads = ToolAnnotations(read_only_hint=True, open_world_hint=False)

@@ -57,6 +57,8 @@ async def test_a_client_finds_rows_and_nothing_else(articles):
         [state] = rows(await client.call_tool("status"))
         assert (state["not_found_yet"], state["failed"]) == (0, 0)
         for name, arguments, says in [
+            ("search", {"table": "article", "query": "x", "filter": {"id": 1}}, "no 'filter'; it"),
+            ("tables", {"limit": 1}, "takes no 'limit'; it takes none"),
             ("search", {"table": "pg_authid", "query": "x"}, "'table' is one of article"),
             ("search", {"table": "article", "query": " "}, "not blank"),
             ("search", {"table": "article", "query": "x", "where": {"secret": 1}}, "no column"),
