@@ -101,7 +101,7 @@ def tokenizer_content(description: Description) -> dict[str, Any]:
     else:
         content = _converted_by_transformers(directory)
     with own_errors(DamagedEncoderError, f"{path} cannot be read"):
-        _require_vocabulary(content, description, path)
+        _fit_vocabulary(content, description, path)
     content["truncation"] = content["padding"] = None
     if description.do_lower_case:
         content["normalizer"] = _with_lower_case(content.get("normalizer"))
@@ -140,8 +140,8 @@ def _static(description: Description) -> dict[str, Any]:
     return content
 
 
-def _require_vocabulary(content: Mapping[str, Any], description: Description, path: Path) -> None:
-    """Refuse a tokenizer that knows no words, or tokens that the model has no vectors for.
+def _fit_vocabulary(content: dict[str, Any], description: Description, path: Path) -> None:
+    """Refuse a tokenizer that knows no words, or words that the model has no vectors for.
 
     transformers makes one without words where the files that list them are missing.
     """
@@ -154,15 +154,28 @@ def _require_vocabulary(content: Mapping[str, Any], description: Description, pa
             f"{path.parent} has no vocabulary: {path.name} or the files that it is made from "
             "(vocab.txt, a sentencepiece model...) are missing or empty. Copy them too."
         )
-    rows, last = (
-        description.config.get("vocab_size"),
-        max([*ids.values(), *(t["id"] for t in added)]),
-    )
-    if description.architecture != STATIC and isinstance(rows, int) and last >= rows:
+    rows = description.config.get("vocab_size")
+    if description.architecture == STATIC or not isinstance(rows, int):
+        return
+    last = max(*ids.values(), _without_tokens_beyond(content, rows))
+    if last >= rows:
         raise DamagedEncoderError(
             f"{path} has a token with the id {last}, and the model has vectors for {rows} tokens, "
             "0 to the last; the tokenizer is of another model."
         )
+
+
+def _without_tokens_beyond(content: dict[str, Any], rows: int) -> int:
+    """Leave out added tokens behind the model's last vector; the last id that every text has, or 0.
+
+    transformers adds special tokens there that a class has and a vocabulary lacks (``[MASK]``). A
+    text that has one ends there as an ``IndexError``; here it is read as words.
+    """
+    added, template = content.get("added_tokens") or [], json.dumps(content.get("post_processor"))
+    if any(token["id"] >= rows for token in added):
+        content["added_tokens"] = [token for token in added if token["id"] < rows]
+    ids: list[int] = [t["id"] for t in added if json.dumps(t["content"]) in template]
+    return max(ids, default=0)
 
 
 def truncation_side(description: Description) -> str:

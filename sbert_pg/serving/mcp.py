@@ -55,7 +55,9 @@ class _Server(MCPServer[Any]):
             known = tool.input_schema.get("properties", {})
             if tool.name == name and not arguments.keys() <= known.keys():
                 others = ", ".join(map(repr, sorted(arguments.keys() - known.keys())))
-                raise ToolError(f"{name!r} takes no {others}; it takes {', '.join(known) or 'none'}.")
+                raise ToolError(
+                    f"{name!r} takes no {others}; it takes {', '.join(known) or 'none'}."
+                )
         return await super().call_tool(name, arguments, *context)
 
 

@@ -97,8 +97,8 @@ def test_a_map_is_one_page(engine: sa.Engine, app: Any, tmp_path: Path, projecti
 
 def test_projections_that_do_not_exist() -> None:
     with pytest.raises(DeclarationError, match="use 'auto'"):
-        project(np.ones((5, 3), dtype=np.float32), "mercator", 0)  # type: ignore[arg-type]
-    points, name = project(np.ones((1, 3), dtype=np.float32), "tsne", 0)
+        project(np.ones((5, 3), dtype=np.float32), "mercator")  # type: ignore[arg-type]
+    points, name = project(np.ones((1, 3), dtype=np.float32), "tsne")
     assert (points.tolist(), name) == ([[0.0, 0.0]], "principal components")
 
 

@@ -644,7 +644,7 @@ def test_what_is_refused() -> None:
         cl.clusters_of("embedding")
     app = make_app()
     with pytest.raises(DeclarationError, match="longer than 63 bytes"):
-        cl.clusters_of(app.row.embedding, prefix="p" * 60)
+        cl.clusters_of(app.row.embedding, prefix="p" * 60, attribute="others")
     with pytest.raises(DeclarationError, match="has an attribute 'clusters' already"):
         cl.clusters_of(app.row.embedding, prefix="other")
 

@@ -105,6 +105,10 @@ REPLACE = {"type": "Replace", "pattern": {"String": "l"}, "content": "ll"}
 SLOW = {"type": "Replace", "pattern": {"Regex": r"(a|aa|a\w)+(\s+)+$"}, "content": ""}
 
 #: What is done to the directory, and what the message names.
+#: As transformers adds [MASK] behind the last row where a vocabulary has none.
+BEYOND = {"id": 9999, "content": "hello", "special": True, **dict.fromkeys(
+    ("single_word", "lstrip", "rstrip", "normalized"), False)}  # fmt: skip
+
 CASES: dict[str, tuple[Change, str]] = {
     "deep config": (written(CONFIG, b"[" * 100_000), CONFIG),
     "deep modules": (written("modules.json", b'{"a":' * 50_000), "modules.json"),
@@ -212,9 +216,10 @@ CASES: dict[str, tuple[Change, str]] = {
     "words of another model": (
         in_tokenizer(model={**TOKENIZER["model"], "vocab": {**VOCABULARY, "other": 9999}}),
         "the id 9999"),
-    "an added token of another model": (
-        in_tokenizer(added_tokens=[{"id": 9999, "content": "x", "special": True, **dict.fromkeys(
-            ("single_word", "lstrip", "rstrip", "normalized"), False)}]),
+    "a token of every text, of another model": (
+        both(in_tokenizer(added_tokens=[BEYOND], post_processor={
+            "type": "BertProcessing", "sep": ["hello", 9999], "cls": ["[CLS]", 2]}),
+            in_file("tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")),
         "the id 9999"),
     "a token that is not there": (written("special_tokens_map.json", b'{"cls_token": "zq"}'), "zq"),
     "another one": (written("added_tokens.json", b'{"zq": 5}'), "zq"),
@@ -410,6 +415,12 @@ def test_whatever_the_name_is(tmp_path_factory: pytest.TempPathFactory, name: st
     with pytest.raises(EncoderError):
         Encoder.load(f"./{name}", precision="fp32", cache_dir=cache)
     assert list(cache.iterdir()) == []
+
+
+def test_an_added_token_without_a_vector_is_read_as_words(copy: Path) -> None:
+    before = load(copy).encode("hello world")
+    in_tokenizer(added_tokens=[*TOKENIZER["added_tokens"], BEYOND])(copy)
+    np.testing.assert_array_equal(load(copy).encode("hello world"), before)
 
 
 def test_a_text_without_tokens_is_named(copy: Path) -> None:

@@ -327,7 +327,7 @@ def test_another_user_reads_what_is_converted(tmp_path: Path) -> None:
     """A read-only cache serves what is in it, without a home and without a lock."""
     model, cache = write_tiny(tmp_path / "model"), tmp_path / "cache"
     Encoder.load(model, precision="fp32", cache_dir=cache)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
+    for folder in (tmp_path, *tmp_path.parents[:3]):
         folder.chmod(0o755)
     subprocess.run(["chmod", "-R", "a+rX", str(tmp_path)], check=True)
     code = (
