@@ -107,7 +107,7 @@ def alter_column(
         done = {
             "add": f"ADD COLUMN IF NOT EXISTS {column} {type_ and type_.get_col_spec()}",
             "drop": f"DROP COLUMN IF EXISTS {column}",
-            "rename": f"RENAME COLUMN {column} TO {quote(new_name)}",
+            "rename": f"RENAME COLUMN {column} TO {new_name and quote(new_name)}",
         }
         table = system.ddl_name(compiler, identity.schema, identity.table)
         return f"ALTER TABLE {table} {done[action]}"
