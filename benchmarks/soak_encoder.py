@@ -134,18 +134,27 @@ def _only_what_is_heard(self: Worker, flow: Any, *, thorough: bool) -> bool:
 _TURN = Worker._turn
 
 
+class _Proven(bytes):
+    """What a proof covers, which the hash cannot tell from a text otherwise."""
+
+
 def _sabotage() -> None:
     """The same in this process, and what is Python's alone."""
-    hashed, half = source._hash, source.HALF // 2
+    hashed, proven, seed, half = source._hash, source._proven, source._seed, source.HALF // 2
     if SABOTAGE == "text":
-        source._hash = lambda binding_id, content: b"\0" * half
-        source._proof = lambda binding_id, wire, storage: hashed(
-            binding_id, b"-" if wire is None else source._leading(wire, storage).hex().encode()
+        source._proven = lambda wire, storage: _Proven(proven(wire, storage))
+        source._hash = lambda start, content: (
+            hashed(start, content) if isinstance(content, _Proven) else b"\0" * half
         )
     elif SABOTAGE == "vector":
-        source._proof = lambda binding_id, wire, storage: (b"\0" if wire else b"\x11") * half
+        source._proven = lambda wire, storage: _Proven(wire or b"")
+        source._hash = lambda start, content: (
+            (b"\0" if content else b"\x11") * half
+            if isinstance(content, _Proven)
+            else hashed(start, content)
+        )
     elif SABOTAGE == "seed":
-        source._hash = lambda binding_id, content: hashed(_ONE, content)
+        source._seed = lambda number: seed(_ONE.int)
     elif SABOTAGE == "check":
         Rows._writing = _write_without_looking  # type: ignore[method-assign]
     elif SABOTAGE == "lease":
