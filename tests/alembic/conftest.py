@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from alembic_application import Application
 
 from sbert_pg.testing import DeterministicEncoder
+from tests.conftest import Databases
 
 
 @pytest.fixture
@@ -32,6 +33,39 @@ def make_app(tmp_path: Path) -> Iterator[Callable[..., Application]]:
 def app(make_app: Callable[..., Application], bare_database_url: sa.URL) -> Application:
     """An application on a database that has pgvector and nothing else."""
     return make_app(bare_database_url)
+
+
+@pytest.fixture(scope="session")
+def originals() -> dict[Callable[[Application], None], Application]:
+    return {}
+
+
+@pytest.fixture
+def copy_of(
+    originals: dict[Callable[[Application], None], Application],
+    databases: Databases,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., Application]]:
+    """An application that a function has brought somewhere, once for all tests: a copy of it."""
+    copies: list[Application] = []
+
+    def copied(bring: Callable[[Application], None]) -> Application:
+        name = f"{bring.__module__}.{bring.__qualname__}"
+        if bring not in originals:
+            url = databases.clone("bare")
+            original = Application(tmp_path_factory.mktemp("original"), url)
+            bring(original)
+            databases.templates[name] = str(url.database)
+            originals[bring] = original
+        url = databases.clone(name)
+        copies.append(originals[bring].copied(tmp_path / "app", url))
+        return copies[-1]
+
+    yield copied
+    for app in copies:
+        app.engine.dispose()
+        databases.discard(str(sa.make_url(app.url).database))
 
 
 @pytest.fixture

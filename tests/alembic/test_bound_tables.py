@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,14 +29,17 @@ def models(key: str = "sa.Integer", title: str = "sa.String(100)") -> str:
 
 
 @pytest.fixture
-def filled(app: Any, fake_encoder: DeterministicEncoder) -> Any:
+def filled(copy_of: Callable[..., Any], fake_encoder: DeterministicEncoder) -> Any:
     """An application whose rows have their vectors."""
+    return copy_of(with_vectors)
+
+
+def with_vectors(app: Any) -> None:
     app.models(models())
     app.step("articles")
     app.execute("INSERT INTO article (title) SELECT 'text ' || i FROM generate_series(1, 20) i")
     backfill(app.engine, EMBEDDING)
     assert app.pending() == 0
-    return app
 
 
 def right(app: Any, encoder: DeterministicEncoder) -> bool:

@@ -78,13 +78,16 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.fixture
-def articles(app: Any) -> Any:
+def articles(copy_of: Callable[..., Any]) -> Any:
+    return copy_of(with_articles)
+
+
+def with_articles(app: Any) -> None:
     app.models(models())
     app.step("articles")
     app.execute(
         f"INSERT INTO article (title) SELECT 'text ' || i FROM generate_series(1, {ARTICLES}) i"
     )
-    return app
 
 
 def test_killed_in_the_backfill(articles: Any) -> None:

@@ -234,6 +234,8 @@ def watching(engine: sa.Engine) -> Iterator[Watcher]:
         watcher.thread.join()
 
 
+#: Seconds that these wait for a lock at an attempt, instead of ``LOCK_TIMEOUT``.
+SHORT = 0.3
 #: Those whose way of waiting another operation has as well.
 ALIKE = {
     "begin_reembedding",
@@ -248,10 +250,15 @@ ALIKE = {
     "name",
     [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in OPERATIONS],
 )
-def test_nobody_queues_behind_a_migration_for_long(table: sa.Engine, name: str) -> None:
+def test_nobody_queues_behind_a_migration_for_long(
+    table: sa.Engine, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A long transaction reads the table meanwhile, from before the operation to its end."""
     before, body, wait = OPERATIONS[name]
     before(table)
+    for function in (statements.Online.__init__, statements.online.__wrapped__):
+        monkeypatch.setitem(function.__kwdefaults__, "lock_timeout", SHORT)
+    monkeypatch.setattr(statements, "LOCK_TIMEOUT", SHORT)
     failures: list[BaseException] = []
 
     def work() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,9 +45,13 @@ def models(columns: str = "", indexes: str = "") -> str:
 
 
 @pytest.fixture
-def filled(app: Any, fake_encoder: DeterministicEncoder) -> Any:
+def filled(copy_of: Callable[..., Any], fake_encoder: DeterministicEncoder) -> Any:
     """An application whose 20 rows have their vectors, and another encoder to change to."""
     registry.use_encoder(DeterministicEncoder("other", 64, salt="other"))
+    return copy_of(with_vectors)
+
+
+def with_vectors(app: Any) -> None:
     app.models(models())
     app.step("articles")
     app.execute("INSERT INTO article (title) SELECT 'text ' || i FROM generate_series(1, 20) i")
@@ -54,7 +59,6 @@ def filled(app: Any, fake_encoder: DeterministicEncoder) -> Any:
     app.revision("embedding")
     app.upgrade()
     backfill(app.engine, ColumnIdentity(None, "article", "embedding"))
-    return app
 
 
 def finish_is_forced(app: Any) -> None:
@@ -199,8 +203,8 @@ def test_changed_in_place_at_last_without_replaces(filled: Any) -> None:
 def test_schema_is_installed_once(filled: Any) -> None:
     """Later revisions do not repeat it; a history that lacks it gets it."""
     app = filled
-    versions = app.root / "migrations" / "versions"
-    assert sum("op.upgrade_sbert_schema(" in path.read_text() for path in versions.glob("*")) == 1
+    versions = (app.root / "migrations" / "versions").glob("*.py")
+    assert sum("op.upgrade_sbert_schema(" in path.read_text() for path in versions) == 1
     app.models(models(f"{OLD}\n    {NEW}", OLD_INDEX + NEW_INDEX))
     assert "upgrade_sbert_schema" not in app.revision("other encoder")
 

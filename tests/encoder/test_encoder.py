@@ -161,7 +161,7 @@ def test_a_stream_needs_memory_for_some_chunks_only(encoder: Encoder) -> None:
         return peak
 
     consume(64)
-    assert consume(6400) < 1.5 * consume(640) + 200_000
+    assert consume(1600) < 1.5 * consume(320) + 200_000
 
 
 def test_progress_reaches_the_end(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:

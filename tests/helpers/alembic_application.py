@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -63,6 +65,16 @@ class Application:
         if plugin:
             prepare_alembic(root / "migrations", write=True)
         self.models("")
+
+    def copied(self, root: Path, url: sa.URL) -> Application:
+        """The same application in another directory, with a clone of its database."""
+        shutil.copytree(self.root, root, ignore=shutil.ignore_patterns("__pycache__"))
+        twin = copy.copy(self)
+        twin.root, twin.env = root, root / "migrations" / "env.py"
+        twin.env.write_text(twin.env.read_text().replace(str(self.root), str(root)))
+        twin.url = url.render_as_string(hide_password=False)
+        twin.engine = sa.create_engine(url, poolclass=sa.NullPool)
+        return twin
 
     def models(self, text: str) -> None:
         """Write models.py."""
