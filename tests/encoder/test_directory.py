@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from counted_conversion import counted_conversion
 from filelock import FileLock
+from tiny_model import write_tiny
 
 from sbert_pg.encoder import Encoder, Manifest, writer
 from sbert_pg.encoder.directory import cache_root, publish, slot, state_of
@@ -173,7 +174,8 @@ def test_processes_that_start_together_convert_once(minilm_path: Path, tmp_path:
     assert len({fingerprint for _, fingerprint in results}) == 1
 
 
-def test_a_killed_conversion_leaves_nothing_half(minilm_path: Path, tmp_path: Path) -> None:
+def test_a_killed_conversion_leaves_nothing_half(tmp_path: Path) -> None:
+    model, cache = write_tiny(tmp_path / "model"), tmp_path / "cache"
     code = (
         "import sys, pathlib, time\n"
         "from sbert_pg.encoder import conversion, Encoder\n"
@@ -184,7 +186,7 @@ def test_a_killed_conversion_leaves_nothing_half(minilm_path: Path, tmp_path: Pa
         "Encoder.load(sys.argv[1], precision='fp32', cache_dir=sys.argv[2])\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(minilm_path), str(tmp_path)],
+        [sys.executable, "-c", code, str(model), str(cache)],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -192,12 +194,12 @@ def test_a_killed_conversion_leaves_nothing_half(minilm_path: Path, tmp_path: Pa
     assert process.stdout.readline() == "working\n"
     process.send_signal(signal.SIGKILL)
     process.wait()
-    (lock,) = tmp_path.rglob("*.lock")
+    (lock,) = cache.rglob("*.lock")
     with FileLock(lock, blocking=False):
         pass  # The lock of a dead process is not waited for.
-    encoder = Encoder.load(minilm_path, precision="fp32", cache_dir=tmp_path)
-    assert encoder.encode("text").shape == (384,)
-    places = [path for path in tmp_path.rglob("*") if path.is_dir() and path.name.startswith(".")]
+    encoder = Encoder.load(model, precision="fp32", cache_dir=cache)
+    assert encoder.encode("text").shape == (6,)
+    places = [path for path in cache.rglob("*") if path.is_dir() and path.name.startswith(".")]
     assert places == []
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from tiny_model import write_tiny
 
 from sbert_pg.encoder import Encoder, hub
 from sbert_pg.encoder.hub import MINILM, find, installed_minilm, is_path, repository_of
@@ -63,10 +64,8 @@ def test_a_bare_name_is_one_of_sentence_transformers() -> None:
     assert repository_of("org/name") == "org/name"
 
 
-def test_the_hubs_cache_serves_without_a_connection(
-    hub_cache: Path, minilm_path: Path, tmp_path: Path
-) -> None:
-    snapshot = cached(hub_cache, "org/mine", minilm_path)
+def test_the_hubs_cache_serves_without_a_connection(hub_cache: Path, tmp_path: Path) -> None:
+    snapshot = cached(hub_cache, "org/mine", write_tiny(tmp_path / "model"))
     found = find("org/mine")
     assert found.path == snapshot
     assert found.revision == REVISION

@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from encoder_models import TEXTS, Make, Wish, worst
+from tiny_model import write_tiny
 
 from sbert_pg.encoder import Encoder
 from sbert_pg.encoder.engines import CPU, CUDA, PROVIDERS_VARIABLE, Providers
@@ -58,14 +59,14 @@ def test_int8_is_for_the_cpu(int8: Encoder) -> None:
 
 
 def test_the_environment_reaches_a_load_by_name(
-    minilm_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The form that suits the provider is converted, and then the provider is missed."""
     if CUDA in onnxruntime.get_available_providers():
         pytest.skip("it is not missed here")
     monkeypatch.setenv(PROVIDERS_VARIABLE, CUDA)
     with pytest.raises(ProviderError, match=r"onnxruntime-gpu\[cuda,cudnn\]"):
-        Encoder.load(minilm_path, cache_dir=tmp_path)
+        Encoder.load(write_tiny(tmp_path / "model"), cache_dir=tmp_path)
     assert [path.parent.name[:5] for path in tmp_path.glob("**/manifest.json")] == ["fp16-"]
 
 
