@@ -76,7 +76,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "orm": (4, 885),
     "passages": (4, 1088),
     "reembed": (11, 2939),
-    "search": (14, 4536),
+    "search": (14, 4568),
     "serving": (14, 3332),
     "sql": (1, 24),
     "tuning": (14, 3942),

@@ -154,7 +154,7 @@ def _explained(row: Any, ways: Ways, sql: str) -> SearchExplanation:
         return SearchExplanation("exact", reason, True, share, 0, 0, sql)
     counts = f"{row['passed']} of the nearest {looked} rows pass"
     if row["far"] and ways.second is not None:
-        reason = f"{counts}, enough of the nearest {ways.second.most}"
+        reason = _told_apart(counts, ways)
         return SearchExplanation(
             "index", reason, False, share, ways.second.most, row["passed"], sql
         )
@@ -190,16 +190,34 @@ def _refused(row: Any, counts: str, looked: int, ways: Ways) -> str:
             f"the index gave {row['seen']} of the {looked} rows looked for: there are no more, or "
             "deleted ones stand in their way"
         )
-    late = (
-        f"some of the nearest come late among the {row['seen']:.0f} rows that the "
-        f"{ways.index.form} index gave by its coarse order: nearer ones may lie behind its end"
-    )
+    doubt = _doubt(row, looked, ways)
     if ways.plan is None:
-        return late
+        return doubt
     if row["head"] > HEAD * looked or row["passed"] < LOCAL * row["share"] * looked:
         return f"{counts}, the first at place {row['head']}: fewer or later than in the whole table"
     missed = (
         f"{counts}, but a row of the sample is nearer, which the index has not found, or all are "
         "nearly as far: nothing is near the question"
     )
-    return f"{missed}, or {late}" if ways.coarse else missed
+    return f"{missed}, or {doubt}" if ways.coarse else missed
+
+
+def _told_apart(counts: str, ways: Ways) -> str:
+    """Why the second look is an answer."""
+    assert ways.second is not None
+    if ways.tested or ways.coarse:
+        return f"{counts}, enough of the nearest {ways.second.most}"
+    return (
+        "a first look gave too few rows, or such that are nearly equally far; with "
+        f"{ways.second.ef_search} candidates they are told apart"
+    )
+
+
+def _doubt(row: Any, looked: int, ways: Ways) -> str:
+    """Why there are likely nearer rows than those of the looks, whether they pass or not."""
+    if not ways.coarse:
+        return f"the nearest {looked} rows are nearly equally far: nothing is near the question"
+    return (
+        f"some of the nearest come late among the {row['seen']:.0f} rows that the "
+        f"{ways.index.form} index gave by its coarse order: nearer ones may lie behind its end"
+    )

@@ -137,13 +137,12 @@ def near_look(index: VectorIndex, shape: Shape) -> Look:
 
 
 def far_look(index: VectorIndex, shape: Shape) -> Look | None:
-    """The look for later pages, large filters and coarse answers, where it sees further.
+    """The second look, which sees further: for what the first has not answered, and later pages.
 
     None with IVFFlat, which would look into half of the lists: comparing costs hardly more, and
     misses nothing. The same for each page of a search, so that they follow each other.
     """
-    wide = shape.deep or shape.filtered or index.quantized
-    if index.method != "hnsw" or shape.size > 100 or not wide or index.partial:
+    if index.method != "hnsw" or shape.size > 100 or index.partial:
         return None
     if index.quantized:
         # A search that asks for more at first has as many as there may be.
@@ -152,6 +151,9 @@ def far_look(index: VectorIndex, shape: Shape) -> Look | None:
         rows = max(shape.size, fetched // OVERFETCH_FAR)
         return Look(rows, rows, fetched, MAX_EF_SEARCH)
     rows = MAX_EF_SEARCH // CANDIDATES
+    if shape.keyed and not shape.filtered:
+        # What is no page behind it takes no more rows than the first, by the same scan.
+        rows = near_look(index, shape).least
     return Look(rows, rows, rows, MAX_EF_SEARCH)
 
 

@@ -50,10 +50,13 @@ HEAD = 0.3
 LOCAL = 0.5
 #: One row in so many of a sample is compared where its vector is stored apart.
 EIGHTH = 8
-#: Times as far as the row at a fifth of its place that the last row of a look has to be. Where it
-#: is less, the nearest are nearly equally far, as where nothing is like the query, and a graph is
-#: likely to miss some. Under cosine, whose distances are squares; of others the root of it.
-APART, FIFTH = 1.11, 5
+#: Times the mean distance of the nearest rows of a look that the last of them has to be away: of a
+#: look without a filter, of one under a filter, whose answer is part of it, and of one that keeps
+#: many candidates. Where it is less, these are nearly equally far, as where nothing is like the
+#: query, and a graph is likely to miss some. Of distances that spread as a power law it is one more
+#: than the inverse of the power, the local dimension (Amsaleg et al. 2015,
+#: doi 10.1145/2783258.2783405). Under cosine, whose distances are squares; of others its root.
+APART, APART_PASSING, APART_FAR = 1.05, 1.065, 1.025
 #: Spread of distances below which all rows are taken for one island.
 ISLAND = 1e-6
 
@@ -75,6 +78,8 @@ STATE: dict[str, Any] = {
     **dict.fromkeys(("share", "closest"), sa.Float()),
     **dict.fromkeys(("further", "accepted", "spread", "many"), sa.Boolean()),
 }
+#: The same where each look takes the same number of rows, of which all pass.
+PLAIN = {name: STATE[name] for name in ("look", "seen", "further", "accepted", "spread")}
 
 
 def of_look(name: str) -> Any:
@@ -159,8 +164,9 @@ class Ways:
         column = target.row_column(self.row)
         self.proof = [] if self.partial else target.proven(column, ASKED)
         self.vector, self.furthest = self._asked("vector"), self._asked("furthest")
-        #: Neither pages nor filters: what the index gives is the answer as it is, or none.
-        self.plain = shape.keyed and not shape.filtered and self.second is None
+        #: Neither pages nor filters: what a look gives is the answer as it is, or none.
+        exact = self.second is None or not self.index.quantized
+        self.plain = shape.keyed and not shape.filtered and exact
         #: Whether what the index gives is in an order of its own, whose depth says something.
         self.coarse = self.index.quantized and not self.plain
         #: What the proof is asked of, where it is asked of a look's rows later.
@@ -174,29 +180,29 @@ class Ways:
         self.near = named("nearest_near", *columns, **types)
         #: What a look hands on, each as an array.
         self.arrays = self.names if shape.keyed else [*self.names, DISTANCE]
-        self.looks = named("nearest_looks", *self.arrays, **STATE)
+        self.state = PLAIN if self.plain else STATE
+        self.looks = named("nearest_looks", *self.arrays, **self.state)
         self.plan = self._plan() if self.tested else None
         self.rows = self._rows()
-        if not self.plain:
-            self.begun, self.counted = self._begun(), self._counted()
-            self.judged = self._judged()
-            self.stepped = self._stepped()
-        #: The keys that the looks give, ``NULL`` where they are no answer.
-        self.best: sa.ScalarSelect[Any] | None = None
+        self.begun, self.counted = self._begun(), [] if self.plain else self._counted()
+        self.judged = self._judged_plainly() if self.plain else self._judged()
+        self.stepped = self._stepped()
         self.taken = self._taken() if shape.keyed else None
         self.page = sa.select() if self.taken is not None else self._page()
         self.verdict = self._verdict()
 
     def parts(self, passes: Passes | None) -> list[sa.CTE]:
         """The parts that page and verdict know by name, in their order."""
-        if self.plain:
-            return [self.rows.cte("nearest_near").prefix_with("MATERIALIZED")]
         parts = []
         if self.plan is not None:
             assert passes is not None
             parts = [self._sample(passes(self.tried)), self.plan]
-        counts = sa.select(*self.counted).select_from(self._look(passes))
-        judged = sa.select(*self.judged).select_from(counts.subquery("nearest_counts"))
+        if self.plain:
+            near = self.rows.cte("nearest_near").prefix_with("MATERIALIZED")
+            judged = sa.select(*self.judged).select_from(self.near).add_cte(near, nest_here=True)
+        else:
+            counts = sa.select(*self.counted).select_from(self._look(passes))
+            judged = sa.select(*self.judged).select_from(counts.subquery("nearest_counts"))
         step = sa.join(self.looks, judged.lateral("nearest_judged"), sa.true())
         looks = sa.union_all(self.begun, self.stepped.select_from(step))
         return [*parts, looks.cte("nearest_looks", recursive=True)]
@@ -274,8 +280,7 @@ class Ways:
         order = self.target.index_distance(column, self.index, vector)
         coarse = [order.label(DEPTH)] if self.coarse else []
         present = [column.is_not(None)] if carried else self._present(row, column)
-        if self.plain:
-            present += self._others(row)
+        present += self._others(row)
         fetched = max(look.fetched for look in (self.first, self.second) if look is not None)
         return (
             sa.select(*keys, self.target.distance(column, vector).label(DISTANCE))
@@ -298,7 +303,7 @@ class Ways:
     def _look(self, passes: Passes | None) -> sa.Subquery:
         """The nearer of these rows, and whether they pass."""
         row: Any = self.within if self.partial else self.row
-        criteria: list[Any] = self._others(row)
+        criteria: list[Any] = []
         if self.tested:
             assert passes is not None
             criteria.append(passes(row))
@@ -375,7 +380,7 @@ class Ways:
         else:
             values |= {name: self.plan.c[name] for name in ("looked", "share", "closest", "many")}
             values["further"] = self.plan.c.by_index
-        columns = [value.label(name) for name, value in values.items()]
+        columns = [values[name].label(name) for name in self.state]
         # Arrays of nothing, of the very types and collations; never asked for.
         for column, name in zip(self.target.row_key, self.names, strict=True):
             key = sa.select(self.row.c[column.key]).scalar_subquery()
@@ -404,23 +409,26 @@ class Ways:
         return [
             sa.cast(seen, sa.Integer()).label("seen"),
             spread.label("spread"),
-            *self._told_apart(near[DISTANCE], in_order(near[DISTANCE])),
+            in_order(near[DISTANCE]).label("distances"),
             places.label("places"),
             *(in_order(near[name]).filter(near[PASSES]).label(name) for name in names),
         ]
 
-    def _told_apart(self, distance: Any, distances: Any) -> list[sa.ColumnElement[bool]]:
-        """Whether the rows of a look are not nearly equally far; inner products have no measure.
+    def _apart(self, last: Any, mean: Any) -> list[sa.ColumnElement[bool]]:
+        """That the nearest rows of a look are not nearly equally far, which no inner product says.
 
         Not asked where the caller says how many candidates there are to be.
         """
         metric, index = self.target.metric.similarity, self.index
-        of_graph = self.plan is not None and index.method == "hnsw" and not index.quantized
+        of_graph = index.method == "hnsw" and not index.quantized
         if not of_graph or metric == "dot" or self.shape.ef_search is not None:
             return []
-        times = number(APART if metric == "cosine" else APART**0.5)
-        place = sa.cast(sa.func.count() / number(FIFTH) + number(1), sa.Integer())
-        return [(sa.func.max(distance) >= times * distances[place]).label("apart")]
+        root = 1 if metric == "cosine" else 0.5
+        near = APART_PASSING if self.shape.filtered else APART
+        if (self.first.ef_search or 0) >= MAX_EF_SEARCH // 2:
+            near = APART_FAR
+        first, far = number(near**root), number(APART_FAR**root)
+        return [last >= sa.case((AGAIN, far), else_=first) * mean]
 
     def _judged(self) -> list[Any]:
         """Whether these rows are an answer, and their keys."""
@@ -437,6 +445,27 @@ class Ways:
             *(counts[name] for name in self.arrays),
         ]
 
+    def _judged_plainly(self) -> list[Any]:
+        """The same where there is nothing but the nearest rows."""
+        distance, size = self.near.c[DISTANCE], self.shape.size
+        seen, spread = sa.func.count(), _spread(distance, distance)
+        # First, since what follows a false part may not be asked for.
+        back = settings_back(self.index, self.first).is_not(None)
+        apart = self._apart(sa.func.max(distance), sa.func.avg(distance))
+        accepted = sa.and_(back, seen >= number(max(self.whole(self.first), size)), spread, *apart)
+        (name,) = self.names
+        rows = sa.select(*(self.near.c[n] for n in (name, DISTANCE, *self.carried)))
+        if self.carried:
+            rows = rows.order_by(distance, self.near.c[name]).limit(number(self.first.most))
+        best = self._proven(rows).subquery("nearest_best")
+        keys = sa.func.array(sa.select(best.c[name]).scalar_subquery())
+        return [
+            sa.func.coalesce(accepted, sa.false()).label("accepted"),
+            spread.label("spread"),
+            sa.cast(seen, sa.Integer()).label("seen"),
+            keys.label(name),
+        ]
+
     def _stepped(self) -> sa.Select[Any]:
         """A row for each look that is to be taken, which says what the next is to be."""
         looks: dict[str, Any] = {c.name: c for c in self.looks.c}
@@ -447,7 +476,7 @@ class Ways:
         look = looks["look"]
         values = {**looks, **judged, "look": look + number(1), "further": self._further(judged)}
         values["looked"] = number((self.second or self.first).least)
-        columns = [values[name].label(name) for name in STATE]
+        columns = [values[name].label(name) for name in self.state]
         columns += [sa.case((judged["accepted"], judged[n])).label(n) for n in self.arrays]
         # There are two at most, and the planner expects one where it is said as a range.
         few = look.between(number(0), number(1))
@@ -458,7 +487,7 @@ class Ways:
         if self.second is None:
             return sa.false()
         later: Any = judged["passed"] < self._asked("needed") if self.shape.deep else sa.false()
-        worth: Any = sa.literal(self.coarse) if self.plan is None else self.looks.c.many
+        worth: Any = sa.true() if self.plan is None else self.looks.c.many
         worth = sa.and_(worth, sa.func.coalesce(judged["spread"], sa.true()))
         wanted = sa.case((judged["accepted"], later), else_=worth)
         return sa.and_(self.looks.c.look == number(0), wanted)
@@ -481,10 +510,13 @@ class Ways:
                     closest == sa.any_(counts[DISTANCE]),
                 ),
             ]
-        near += [counts["apart"]] if "apart" in counts else []
+        nearest = sa.literal_column(f"distances[1:{self.first.least:d}]", sa.ARRAY(sa.Float()))
+        mean = sa.func.avg(sa.func.unnest(nearest).column_valued("nearest_some"))
+        last = counts["distances"][number(self.first.least)]
+        apart = self._apart(last, sa.select(mean).scalar_subquery())
         deep = self._deep_enough()
         if self.second is None:
-            return [counts["spread"], counts["seen"] >= whole, *near, *deep]
+            return [counts["spread"], counts["seen"] >= whole, *near, *apart, *deep]
         if self.index.quantized:
             whole = sa.case((AGAIN, number(self.whole(self.second))), else_=whole)
         # As many as are wanted among the nearer half.
@@ -494,6 +526,7 @@ class Ways:
             counts["spread"],
             counts["seen"] >= whole,
             sa.case((AGAIN, far), else_=sa.and_(*near)),
+            *(sa.or_(of_look("accepted"), one) for one in apart),
             *deep,
         ]
 
@@ -580,23 +613,13 @@ class Ways:
         (key,), (name,) = self.target.key, self.names
         type_ = sa.ARRAY(key.type)
         size = number(self.shape.size)
-        if self.plain:
-            found = self.near
-            accepted = sa.select(self._plain_verdict()[0]).select_from(found).scalar_subquery()
-            rows = sa.select(*(found.c[n] for n in (name, DISTANCE, *self.carried)))
-            rows = rows.order_by(found.c[DISTANCE], found.c[name])
-            best = self._proven(rows.limit(number(self.first.most))).subquery("nearest_best")
-            keys = sa.select(sa.func.array_agg(best.c[name], type_=type_)).where(accepted)
-            self.best = keys.having(sa.func.count() >= size).scalar_subquery()
-        else:
-            found = self.looks
-            full = sa.func.cardinality(found.c[name]) >= size
-            keys = sa.select(sa.type_coerce(found.c[name], type_)).where(full)
-            self.best = keys.scalar_subquery()
+        looks = self.looks
+        full = sa.func.cardinality(looks.c[name]) >= size
+        best = sa.select(sa.type_coerce(looks.c[name], type_)).where(full).scalar_subquery()
         rows = self._compared([], number(self.shape.size + self.target.margin))
         exact = self._proven(rows).subquery("nearest_best")
         compared = sa.func.array(sa.select(exact.c[name]).scalar_subquery(), type_=type_)
-        page = sa.func.coalesce(self.best, compared)
+        page = sa.func.coalesce(best, compared)
         return key == sa.any_(page)  # type: ignore[no-any-return]
 
     def _proven(self, rows: sa.Select[Any]) -> sa.Select[Any]:
@@ -618,14 +641,6 @@ class Ways:
         chosen = chosen.order_by(given.c[DISTANCE], given.c[name])
         return chosen.limit(number(self.shape.size))
 
-    def _plain_verdict(self) -> list[sa.ColumnElement[Any]]:
-        full = sa.func.count() >= number(max(self.whole(self.first), self.shape.size))
-        distance = self.near.c[DISTANCE]
-        spread = _spread(distance, distance)
-        # First, since what follows a false part may not be asked for.
-        back = settings_back(self.index, self.first).is_not(None)
-        return [sa.and_(back, full, spread).label("accepted"), spread.label("spread")]
-
     def _page(self) -> sa.Select[Any]:
         way = [WAY] if self.shape.deep else []
         found = self._found(*self.names, DISTANCE)
@@ -639,15 +654,12 @@ class Ways:
         return page.order_by(*(rows.c[name] for name in way), *order)
 
     def _verdict(self) -> sa.Select[Any]:
-        if self.plain:
-            assert self.best is not None
-            found = self.near
-            counts = [*self._plain_verdict(), sa.func.count().label("passed")]
-            counts += [sa.null().label("head"), sa.func.count().label("seen")]
-            counts.append(self.best.is_not(None).label("taken"))
-            return sa.select(*counts, sa.false().label("far")).select_from(found)
         near, far = self.looks.alias("nearest_first"), self.looks.alias("nearest_second")
-        columns: list[Any] = [near.c[n] for n in ("accepted", "passed", "head", "spread", "seen")]
+        columns: list[Any] = [near.c[name] for name in ("accepted", "spread", "seen")]
+        if self.plain:
+            columns += [near.c.seen.label("passed")]
+        else:
+            columns += [near.c.passed, near.c.head]
         for look, name in ((near, "taken"), (far, "far")):
             full: Any = look.c.accepted
             if self.shape.keyed:

@@ -214,33 +214,30 @@ def test_islands_of_equal_vectors(form: str, island: float, engine: sa.Engine) -
     world = World(engine, form, island=island)
     item = world.item
     everything, others = np.ones(ROWS, dtype=bool), ~world.boiler
-    # Forty-eight bits are few to rank by. Where more than half of the rows are equal the graph
-    # itself loses others, by chance, and without a filter nothing notices: see docs/search.md.
-    # Pages are full all the same.
-    few = 5 if form == "binary" else 8
-    least = 0 if island > 0.5 else few
-    right, asked = 0, 0
+    shares: dict[str, list[float]] = {"without the island": [], "all": [], "island deleted": []}
+
+    def ask(name: str, search: Any, query: Any, keep: Any) -> None:
+        found = [row.id for row in connection.execute(search)]
+        assert len({*found}) == 10
+        assert keep[found].all()
+        shares[name].append(len({*found} & {*world.exact(query, keep)}) / 10)
+
     with engine.begin() as connection:
         for topic, query in world.queries(12):
-            found = connection.execute(nearest(item.c.v, query, where=sa.not_(item.c.boiler))).all()
-            assert len(found) == 10
-            assert len({row.id for row in found} & set(world.exact(query, others))) >= few
-            plain = connection.execute(nearest(item.c.v, query)).all()
-            assert len(plain) == 10
+            passing = nearest(item.c.v, query, where=sa.not_(item.c.boiler))
+            ask("without the island", passing, query, others)
             if topic:  # beside the island there is more than one right answer
-                asked += 1
-                right += (
-                    len({row.id for row in plain} & set(world.exact(query, everything))) >= least
-                )
-        assert right >= 0.9 * asked
+                ask("all", nearest(item.c.v, query), query, everything)
         assert len(connection.execute(nearest(item.c.v, world.centers[0], limit=900)).all()) == 900
     with engine.begin() as connection:
         connection.execute(sa.delete(item).where(item.c.boiler))
     with engine.connect() as connection:
-        for _, query in [*world.queries(4), (0, world.centers[0])]:
-            found = connection.execute(nearest(item.c.v, query)).all()
-            assert len(found) == 10
-            assert len({row.id for row in found} & set(world.exact(query, others))) >= least
+        for _, query in [*world.queries(12), (0, world.centers[0])]:
+            ask("island deleted", nearest(item.c.v, query), query, others)
+    # Where more than half of the rows are equal, one in fifty others hangs on no row that a search
+    # comes to, with however many candidates; which ones differs from build to build.
+    least = 0.9 if island < 0.6 else 0.7
+    assert all(np.mean(values) >= least for values in shares.values()), shares
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -458,10 +455,12 @@ def test_what_a_search_says_of_itself(engine: sa.Engine) -> None:
         assert (boiler.way, "island" in boiler.reason) == ("exact", True)
 
 
-def scattered(engine: sa.Engine, width: int, form: str) -> tuple[sa.Table, Any, Any]:
-    """A table of 8,000 rows none of which is near another, their vectors, and eight queries."""
+def scattered(
+    engine: sa.Engine, width: int, form: str, rows: int = 8000
+) -> tuple[sa.Table, Any, Any]:
+    """A table of rows none of which is near another, their vectors, and eight queries."""
     random = np.random.default_rng(7)
-    v, queries = (unit(random.normal(size=(n, width))) for n in (8000, 8))
+    v, queries = (unit(random.normal(size=(n, width))) for n in (rows, 8))
     item = sa.Table(
         "scattered",
         sa.MetaData(),
@@ -473,7 +472,7 @@ def scattered(engine: sa.Engine, width: int, form: str) -> tuple[sa.Table, Any, 
     with engine.begin() as connection:
         connection.execute(sa.text("DROP TABLE IF EXISTS scattered"))
         item.create(connection)
-        load(connection, item, ({"id": n, "part": n % 100, "v": v[n]} for n in range(8000)))
+        load(connection, item, ({"id": n, "part": n % 100, "v": v[n]} for n in range(rows)))
         connection.execute(sa.text("ANALYZE scattered"))
     return item, v, queries
 
@@ -481,19 +480,48 @@ def scattered(engine: sa.Engine, width: int, form: str) -> tuple[sa.Table, Any, 
 @pytest.mark.parametrize("form", ["column", "halfvec"])
 def test_a_graph_where_all_are_nearly_equally_far(engine: sa.Engine, form: str) -> None:
     """It misses some of the nearest, and gives as many rows as it was asked for all the same."""
-    item, v, queries = scattered(engine, 64, form)
-    keep = np.arange(8000) % 100 < 80
-    right = []
+    item, v, queries = scattered(engine, 128, form, 5000)
+    keep = np.arange(5000) % 100 < 80
+    right: dict[str, list[int]] = {"all": [], "some": []}
+    ways: set[tuple[str, bool]] = set()
     with engine.connect() as connection:
         for query in queries:
-            search = nearest(item.c.v, query).where(item.c.part < 80)
-            nearer = np.argsort(np.where(keep, -(v @ query), np.inf))[:10]
-            found = {row.id for row in connection.execute(search)}
-            right.append(len(found & {*nearer.tolist()}))
-            how = explain_search(connection, search)
+            every, some = nearest(item.c.v, query), nearest(item.c.v, query).where(item.c.part < 80)
+            for name, search, passing in (("all", every, keep | True), ("some", some, keep)):
+                nearer = np.argsort(np.where(passing, -(v @ query), np.inf))
+                found = {row.id for row in connection.execute(search)}
+                right[name].append(len(found & {*nearer[:10].tolist()}))
+            how = explain_search(connection, some)
             assert (how.way, how.looked, "nearly as far" in how.reason) == ("exact", 50, True), how
-    assert min(right) >= 9, right
-    assert sum(right) >= 78, right
+            how = explain_search(connection, every)
+            ways.add((how.way, "nearly equally far" in how.reason))
+        for query in queries[:3]:
+            every = nearest(item.c.v, query)
+            pages = [
+                row.id for n in range(0, 80, 10) for row in connection.execute(every.offset(n))
+            ]
+            assert len({*pages}) == 80
+            assert pages[:10] == [row.id for row in connection.execute(every)]
+            assert len({*pages} & {*np.argsort(-(v @ query))[:80].tolist()}) >= 75
+    # The graph with as many candidates as there may be tells most apart, and misses none of these.
+    assert ("index", True) in ways
+    assert all(alike for _, alike in ways), ways
+    for found_of in right.values():
+        assert min(found_of) >= 9, right
+        assert sum(found_of) >= 78, right
+
+
+def test_a_graph_with_all_candidates_where_nothing_is_near(engine: sa.Engine) -> None:
+    """What it keeps then is no nearer to the question than to each other: all are compared."""
+    item, v, queries = scattered(engine, 384, "column", 3000)
+    with engine.connect() as connection:
+        for query in queries:
+            search = nearest(item.c.v, query)
+            assert [row.id for row in connection.execute(search)] == [
+                *np.argsort(-(v @ query))[:10]
+            ]
+            how = explain_search(connection, search)
+            assert (how.way, "nothing is near" in how.reason) == ("exact", True), how
 
 
 def test_few_bits_that_tell_rows_apart_badly(engine: sa.Engine) -> None:
