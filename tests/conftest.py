@@ -6,7 +6,7 @@ import gc
 import importlib.util
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,6 +132,15 @@ class Databases:
             )
         )
         return self.admin_url.set(database=name)
+
+    def prepared(self, kind: str, prepare: Callable[[sa.Engine], None]) -> sa.URL:
+        """A clone of a database that a function has prepared, once in this process."""
+        if kind not in self.templates:
+            url = self.clone("catalog")
+            engine = sa.create_engine(url, poolclass=sa.NullPool)
+            prepare(engine)
+            self.templates[kind] = str(url.database)
+        return self.clone(kind)
 
     def discard(self, name: str) -> None:
         """Drop a database later, when those who have just left it are gone from the server too.

@@ -12,9 +12,10 @@ import sqlalchemy as sa
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 
 import sbert_pg
-from sbert_pg import embedding_column, hnsw_index
+from sbert_pg import embedding_column, hnsw_index, ivfflat_index
 from sbert_pg.cli.demo_data import standard_library
 from sbert_pg.testing import DeterministicEncoder
+from tests.conftest import Databases
 
 
 class Shop(NamedTuple):
@@ -66,12 +67,33 @@ def hnsw(form: Any = "column", **options: Any) -> sa.Index:
     return hnsw_index("article_embedding", "embedding", form=form, **options)
 
 
+FORMS: dict[str, Callable[[], tuple[sa.Index, ...]]] = {
+    "none": lambda: (),
+    "hnsw": lambda: (hnsw(),),
+    "halfvec": lambda: (hnsw("halfvec"),),
+    "binary": lambda: (hnsw("binary"),),
+    "ivfflat": lambda: (ivfflat_index("article_embedding", "embedding", lists=1),),
+}
+
+
+@pytest.fixture
+def database_url(request: pytest.FixtureRequest, databases: Databases) -> Iterator[sa.URL]:
+    """A fresh database, which has its articles where a test has ``shop`` or ``indexed``."""
+    if {"shop", "indexed"}.isdisjoint(request.fixturenames):
+        url = databases.clone("catalog")
+    else:
+        request.getfixturevalue("fake_encoder")
+        form = request.getfixturevalue("form") if "indexed" in request.fixturenames else "hnsw"
+        shop = make_shop(*FORMS[form]())
+        url = databases.prepared(f"shop_{form}", lambda engine: fill(engine, shop))
+    yield url
+    databases.discard(str(url.database))
+
+
 @pytest.fixture
 def shop(engine: sa.Engine, fake_encoder: DeterministicEncoder) -> Shop:
     """Forty articles in the database, some of them with equal texts, and one without a text."""
-    made = make_shop(hnsw())
-    fill(engine, made)
-    return made
+    return make_shop(hnsw())
 
 
 def titles() -> list[str | None]:

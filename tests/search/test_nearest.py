@@ -22,32 +22,28 @@ from sqlalchemy.orm import (
 )
 
 import sbert_pg
-from sbert_pg import hnsw_index, ivfflat_index, nearest
+from sbert_pg import hnsw_index, nearest
 from sbert_pg.errors import DeclarationError, EncoderMismatchError, EncodingError, NonFiniteError
 from sbert_pg.testing import DeterministicEncoder
-from tests.search.conftest import Plan, Shop, fill, hnsw, make_shop, titles
-
-FORMS: dict[str, Any] = {
-    "none": lambda: (),
-    "hnsw": lambda: (hnsw(),),
-    "halfvec": lambda: (hnsw("halfvec"),),
-    "binary": lambda: (hnsw("binary"),),
-    "ivfflat": lambda: (ivfflat_index("article_embedding", "embedding", lists=1),),
-}
+from tests.search.conftest import FORMS, Plan, Shop, fill, hnsw, make_shop, titles
 
 
 @pytest.fixture(params=FORMS)
-def indexed(request: Any, engine: sa.Engine, fake_encoder: DeterministicEncoder) -> Shop:
+def form(request: pytest.FixtureRequest) -> str:
+    """A kind of index."""
+    return str(request.param)
+
+
+@pytest.fixture
+def indexed(form: str, engine: sa.Engine, fake_encoder: DeterministicEncoder) -> Shop:
     """The shop with each kind of index, which small tables would not use unless they are told."""
-    made = make_shop(*FORMS[request.param]())
-    fill(engine, made)
+    made = make_shop(*FORMS[form]())
 
     def use_indexes(connection: Any, _record: Any) -> None:
         connection.execute("SET enable_seqscan = off")
         connection.execute("SET enable_sort = on")
         connection.commit()
 
-    engine.dispose()
     sa.event.listen(engine, "connect", use_indexes)
     return made
 
