@@ -139,7 +139,7 @@ def pages(**limits):
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
 @pytest.mark.parametrize("more", [b"", b"GET /small HTTP/1.1\r\nHost: x\r\n\r\n" * 3])
 def test_a_client_that_never_reads_its_answer_is_given_up(more):
-    with pages(request=5) as port:
+    with pages(request=3) as port:
         before = open_files()
         clients = []
         for _ in range(5):

@@ -208,10 +208,10 @@ def test_behind_pgbouncer_it_says_so_and_polls(pgbouncer, note, plain, encoder, 
     worker = start_worker("--set", "poll_interval=300", url=pgbouncer)
     wait_for(lambda: worker.said("Polling for pending rows"))
     assert worker.said("pooler in transaction mode")
-    for i in range(12):  # More often than psycopg needs to prepare a statement.
+    for i in range(8):  # More often than psycopg needs to prepare a statement.
         plain.execute("INSERT INTO note (body) VALUES (%s)", [f"n{i}"])
         wait_for(lambda: pending_count(plain) == 0)
-    assert embedded(plain) == 12
+    assert embedded(plain) == 8
     assert violations(plain, encoder) == []
 
 

@@ -84,8 +84,9 @@ def database_url(request: pytest.FixtureRequest, databases: Databases) -> Iterat
     else:
         request.getfixturevalue("fake_encoder")
         form = request.getfixturevalue("form") if "indexed" in request.fixturenames else "hnsw"
-        shop = make_shop(*FORMS[form]())
-        url = databases.prepared(f"shop_{form}", lambda engine: fill(engine, shop))
+        url = databases.prepared(
+            f"shop_{form}", lambda engine: fill(engine, make_shop(*FORMS[form]()))
+        )
     yield url
     databases.discard(str(url.database))
 
