@@ -10,6 +10,8 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -83,31 +85,7 @@ def rerank(
             the reranker gives several numbers for a text, or NaN, or the limit is below 0.
         EncodingError: a text cannot be encoded.
     """
-    return _ranked(rows, _texts(rows, text), question, reranker, limit, at_most)
-
-
-async def rerank_async(
-    rows: Sequence[T],
-    question: str,
-    reranker: Scorer,
-    *,
-    text: Any,
-    limit: int | None = None,
-    at_most: float | None = None,
-) -> list[Ranked[T]]:
-    """``rerank`` in a thread, so that an event loop keeps running; texts are read before."""
     texts = _texts(rows, text)
-    return await asyncio.to_thread(_ranked, rows, texts, question, reranker, limit, at_most)
-
-
-def _ranked(
-    rows: Sequence[T],
-    texts: Sequence[list[str]],
-    question: str,
-    reranker: Scorer,
-    limit: int | None,
-    at_most: float | None,
-) -> list[Ranked[T]]:
     if limit is not None and limit < 0:
         raise DeclarationError(f"rerank() was given limit={limit!r}; it is 0 or more rows.")
     scored: list[Ranked[T]] = []
@@ -120,6 +98,23 @@ def _ranked(
     scored.sort(key=lambda ranked: ranked.score or 0.0, reverse=True)
     rest = [Ranked(row, None, None) for number, row in enumerate(rows) if number not in done]
     return [*scored, *rest][:limit]
+
+
+async def rerank_async(
+    rows: Sequence[T],
+    question: str,
+    reranker: Scorer,
+    *,
+    text: Any,
+    limit: int | None = None,
+    at_most: float | None = None,
+) -> list[Ranked[T]]:
+    """``rerank`` in a thread, so that an event loop keeps running; texts are read before."""
+    read = list(zip(rows, _texts(rows, text), strict=True))
+    options: dict[str, Any] = {"text": itemgetter(1), "limit": limit, "at_most": at_most}
+    work = partial(rerank, read, question, reranker, **options)
+    ranked: list[Ranked[Any]] = await asyncio.to_thread(work)
+    return [Ranked(one.row[0], one.score, one.text) for one in ranked]
 
 
 def _best(

@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import sqlalchemy as sa
@@ -25,9 +26,13 @@ from sbert_pg.sqlstates import DEADLOCK_DETECTED, LOCK_NOT_AVAILABLE, sqlstate_o
 T = TypeVar("T")
 
 
-def _catalog(name: str, **types: Any) -> sa.TableClause:
+def clause_of(schema: str, name: str, **types: Any) -> sa.TableClause:
+    """A table or view as far as it is read: its columns with their types."""
     columns: list[Any] = [sa.column(column, type_) for column, type_ in types.items()]
-    return sa.table(name, *columns, schema="pg_catalog")
+    return sa.table(name, *columns, schema=schema)
+
+
+_catalog = partial(clause_of, "pg_catalog")
 
 
 _O, _T, _I, _B, _TS = OID, sa.Text, sa.BigInteger, sa.Boolean, sa.DateTime(timezone=True)
@@ -117,6 +122,17 @@ def array(values: Iterable[Any], type_: Any = sa.Text) -> sa.ColumnElement[Any]:
     return sa.cast(sa.literal([*values], ARRAY(type_)), ARRAY(type_))
 
 
+def unnested(
+    name: str, ordinality: str | None = None, /, **arrays: sa.ColumnElement[Any]
+) -> sa.TableValuedAlias:
+    """Arrays as columns of a table of that name; ``ordinality`` is a column of the row's number."""
+    columns: list[Any] = [
+        sa.column(column, getattr(each.type, "item_type", None)) for column, each in arrays.items()
+    ]
+    rows = sa.func.unnest(*arrays.values())
+    return rows.table_valued(*columns, with_ordinality=ordinality, name=name).render_derived()
+
+
 def array_label(columns: Sequence[sa.ColumnElement[Any]]) -> sa.ColumnElement[str]:
     """What leases and failures call a row: its key as text, a JSON array."""
     return sa.cast(sa.func.jsonb_build_array(*(sa.cast(c, sa.Text) for c in columns)), sa.Text)
@@ -141,12 +157,14 @@ def oid_of(relation: str) -> sa.ColumnElement[int]:
     return sa.cast(sa.func.to_regclass(relation), OID)
 
 
-def stored_types(connection: sa.Connection, relation: str) -> dict[str, Any]:
-    """Of each column of a table, given as text, its ``atttypmod`` and the row of its type."""
+def stored_types(connection: sa.Connection, relation: str | int) -> dict[str, Any]:
+    """Of each column of a table, by text or oid, some of its attribute and the row of its type."""
+    a, type_ = ATTRIBUTE.c, sa.func.format_type(ATTRIBUTE.c.atttypid, None, type_=sa.Text)
+    oid = oid_of(relation) if isinstance(relation, str) else relation
     statement = (
-        sa.select(ATTRIBUTE.c.attname, ATTRIBUTE.c.atttypmod, *TYPE.c)
-        .join(TYPE, TYPE.c.oid == ATTRIBUTE.c.atttypid)
-        .where(ATTRIBUTE.c.attrelid == oid_of(relation), sa.not_(ATTRIBUTE.c.attisdropped))
+        sa.select(a.attname, a.atttypmod, a.attnotnull, type_.label("type"), *TYPE.c)
+        .join(TYPE, TYPE.c.oid == a.atttypid)
+        .where(a.attrelid == oid, sa.not_(a.attisdropped))
     )
     return {row.attname: row for row in connection.execute(statement)}
 
@@ -232,20 +250,32 @@ _TIMEOUTS = (
     "idle_in_transaction_session_timeout",
     "transaction_timeout",
 )
-_RETRIED = frozenset({LOCK_NOT_AVAILABLE, DEADLOCK_DETECTED})
 
 
-def retried(attempt: Callable[[], T], *, busy: Callable[[], str], attempts: int = ATTEMPTS) -> T:
-    """Call a function again where its lock cannot be had, at last ``TableBusyError(busy())``."""
+def _is_locked(error: sa.exc.DBAPIError) -> bool:
+    return sqlstate_of(error) in (LOCK_NOT_AVAILABLE, DEADLOCK_DETECTED)
+
+
+def retried(
+    attempt: Callable[[], T],
+    *,
+    again: Callable[[sa.exc.DBAPIError], bool] = _is_locked,
+    busy: Callable[[], str] | None = None,
+    attempts: int = ATTEMPTS,
+) -> T:
+    """Call a function again after some errors: by default where its lock cannot be had.
+
+    At last the error is raised, or ``TableBusyError(busy())``.
+    """
     pause = Pause(0.2, 3.0)
     while True:
         attempts -= 1
         try:
             return attempt()
         except sa.exc.DBAPIError as error:
-            if sqlstate_of(error) not in _RETRIED:
+            if not again(error) or (attempts < 1 and busy is None):
                 raise
-            if attempts < 1:
+            if attempts < 1 and busy is not None:
                 raise TableBusyError(busy()) from error
         pause.sleep()
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -79,7 +80,7 @@ def backfill(
         raise DeclarationError(f"A fleet has at least one actor; actors is {actors}.")
     started = time.monotonic()
     database = Database(engine)
-    with beside_indexes(engine, column, index, stop) as binding, _Cluster(address) as ray:
+    with beside_indexes(engine, column, index, stop) as binding, _cluster(address) as ray:
         actor = ray.remote(_Actor).options(
             num_cpus=cpus,
             num_gpus=gpus,
@@ -154,37 +155,30 @@ class _Actor:
         self._stop.set()
 
 
-class _Cluster:
+@contextmanager
+def _cluster(address: str) -> Iterator[Any]:
     """Ray, for the length of a block; a cluster that was there stays as it is."""
-
-    def __init__(self, address: str) -> None:
-        self._address = address
-        self._connected = False
-
-    def __enter__(self) -> Any:
-        with needing("ray", "ray", "fill a column by a fleet"):
-            import ray
-        if not ray.is_initialized():
-            options: dict[str, Any] = {"address": self._address}
-            if self._address == "local":
-                # Nobody who asks for a backfill asks for reports to the makers of Ray.
-                os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-                options |= {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
-            try:
-                ray.init(**options, log_to_driver=False, configure_logging=False)
-            except ConnectionError as error:
-                raise DeclarationError(
-                    f"There is no Ray cluster at {self._address!r}: {error}. Start one with "
-                    "`ray start --head`, or take 'local' for one of this machine."
-                ) from error
-            self._connected = True
-        return ray
-
-    def __exit__(self, *_: object) -> None:
-        if self._connected:
-            import ray
-
-            ray.shutdown()
+    with needing("ray", "ray", "fill a column by a fleet"):
+        import ray
+    if ray.is_initialized():
+        yield ray
+        return
+    options: dict[str, Any] = {"address": address}
+    if address == "local":
+        # Nobody who asks for a backfill asks for reports to the makers of Ray.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        options |= {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
+    try:
+        ray.init(**options, log_to_driver=False, configure_logging=False)
+    except ConnectionError as error:
+        raise DeclarationError(
+            f"There is no Ray cluster at {address!r}: {error}. Start one with `ray start --head`, "
+            "or take 'local' for one of this machine."
+        ) from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
 
 
 __all__ = ["backfill"]

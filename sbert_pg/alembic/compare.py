@@ -117,23 +117,21 @@ class Comparison:
         table = self.tables.get(key)
         if table is None:
             return
-        for column in self._embeddings(table):
-            declared = self._declaration(key, column)
-            self.middle.append(
-                ops.BindEmbeddingColumnOp.of(key[1], column.name, declared, schema=op.schema)
-            )
-        for index, definition in self._declared_indexes(table, op.schema):
-            self.middle.append(
-                CreateVectorIndexOp.of(definition, concurrently=False, name=index.name)
-            )
+        own = (op.schema, key[1])
+        self.middle += [
+            self._bind_op(own, column.name, self._declaration(key, column))
+            for column in self._embeddings(table)
+        ]
+        self.middle += [
+            CreateVectorIndexOp.of(definition, concurrently=False, name=index.name)
+            for index, definition in self._declared_indexes(table, op.schema)
+        ]
 
     def _dropped_table(self, op: alembic_ops.DropTableOp) -> None:
         key = self.key(op.schema, op.table_name)
         for (schema, table, column), binding in self.bindings.items():
             if (schema, table) == key:
-                bound = ops.BindEmbeddingColumnOp.of(
-                    table, column, _declared(binding), schema=op.schema
-                )
+                bound = self._bind_op((op.schema, table), column, _declared(binding))
                 self.middle.append(
                     ops.UnbindEmbeddingColumnOp(table, column, schema=op.schema, bound=bound)
                 )
@@ -153,14 +151,11 @@ class Comparison:
             elif not self._column(key, inner):
                 kept.append(inner)
         if is_dropped:
-            self._indexes_of_dropped(key, op.schema)
+            dropped = vector_indexes(self.connection, key[1], schema=op.schema)
+            self.middle += [DropVectorIndexOp.of(each, concurrently=False) for each in dropped]
         if kept:
             op.ops[:] = kept
             self.middle.append(op)
-
-    def _indexes_of_dropped(self, key: Key, schema: str | None) -> None:
-        for definition in vector_indexes(self.connection, key[1], schema=schema):
-            self.middle.append(DropVectorIndexOp.of(definition, concurrently=False))
 
     def _column(self, key: Key, op: MigrateOperation) -> bool:
         """Take an operation on a column over, where it is about an embedding column."""
@@ -266,15 +261,12 @@ class Comparison:
         for key, table in self.tables.items():
             if key in self.created or not self._in_scope(table):
                 continue
-            self._refuse_two(key, table)
+            replaced = {c.name: self._declaration(key, c).replaces for c in self._embeddings(table)}
+            changes.refuse_two(table, replaced)
             self._compare_bindings(key, table)
             self.middle += changes.changed_texts(self.connection, table)
             if key in self.index_tables or any(isinstance(c.type, VectorType) for c in table.c):
                 self._compare_indexes(key, table)
-
-    def _refuse_two(self, key: Key, table: sa.Table) -> None:
-        columns = self._embeddings(table)
-        changes.refuse_two(table, {c.name: self._declaration(key, c).replaces for c in columns})
 
     def _in_scope(self, table: sa.Table) -> bool:
         return self.context.run_object_filters(table, table.name, "table", False, None)
@@ -417,9 +409,11 @@ class Comparison:
         """All operations, in an order in which they work."""
         operations = [*self.before, *self.middle, *self.after]
         declaring = any(isinstance(op, ops.DeclaringOperation) for op in operations)
-        if declaring or self._has_embeddings():
+        if declaring or any(
+            self._in_scope(table) and self._embeddings(table) for table in self.tables.values()
+        ):
             current, head = catalog.current(self.connection), catalog.head()
-            behind = current is None or _is_older(current, head)
+            behind = current is None or (current != head and current in reached(head))
             if behind or (declaring and not self._history_installs()):
                 operations.insert(0, ops.UpgradeSchemaOp(head, previous=current))
         return operations
@@ -437,16 +431,6 @@ class Comparison:
             call in Path(revision.path).read_text(encoding="utf-8", errors="replace")
             for revision in script.walk_revisions()
         )
-
-    def _has_embeddings(self) -> bool:
-        return any(
-            self._in_scope(table) and self._embeddings(table) for table in self.tables.values()
-        )
-
-
-def _is_older(current: str, head: str) -> bool:
-    """Whether a revision of the catalog comes before the newest one that this code knows."""
-    return current != head and current in reached(head)
 
 
 def _is_ours(operation: MigrateOperation) -> bool:

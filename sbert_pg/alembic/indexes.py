@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
@@ -10,7 +11,6 @@ import sqlalchemy as sa
 from alembic.operations import Operations
 from alembic.operations.ops import MigrateOperation
 
-from sbert_pg import system
 from sbert_pg.alembic import statements
 from sbert_pg.alembic.ops import MEMORY, SbertOperation, operation
 from sbert_pg.alembic.statements import is_enclosed, online, require_left, within, write
@@ -54,10 +54,12 @@ class IndexOperation(SbertOperation):
         """Schema, table and name."""
         return self.schema, self.table_name, str(self.index_name)
 
-    @property
-    def relation(self) -> str:
-        """The table, as text for ``regclass``."""
-        return system.name_of(self.schema, self.table_name)
+    def builder(self, connection: sa.Connection, **options: Any) -> AbstractContextManager[Any]:
+        """What builds and drops indexes of the table concurrently."""
+        return index_builder(
+            connection, self.table_name, self.schema,
+            lock_timeout=self.lock_timeout, attempts=INDEX_ATTEMPTS, **options,
+        )  # fmt: skip
 
     def _alike(self) -> dict[str, Any]:
         """What an operation has in common with its inverse."""
@@ -237,14 +239,8 @@ def _create_vector_index(operation: CreateVectorIndexOp, operations: Operations)
         if runner.as_sql:
             _write_index(operation, operations)
             return
-        with index_builder(
-            runner.connection,
-            operation.table_name,
-            operation.schema,
-            lock_timeout=operation.lock_timeout,
-            attempts=INDEX_ATTEMPTS,
-            maintenance_work_mem=operation.maintenance_work_mem,
-        ) as builder:
+        memory = operation.maintenance_work_mem
+        with operation.builder(runner.connection, maintenance_work_mem=memory) as builder:
             names = [definition.name, name_beside(definition.name)]
             builder.wait_for_others(names, operation.lock_timeout)
             builder.replace(definition, keep_valid=not operation.replace)
@@ -282,12 +278,6 @@ def _drop_vector_index(operation: DropVectorIndexOp, operations: Operations) -> 
         if runner.as_sql:
             runner.execute(drop_index(name, operation.schema, concurrently=True))
             return
-        with index_builder(
-            runner.connection,
-            operation.table_name,
-            operation.schema,
-            lock_timeout=operation.lock_timeout,
-            attempts=INDEX_ATTEMPTS,
-        ) as builder:
+        with operation.builder(runner.connection) as builder:
             builder.drop(name)
             builder.drop(name_beside(name))

@@ -14,11 +14,13 @@ from typing import Any, ClassVar, TypeVar
 
 from alembic.operations.ops import MigrateOperation
 
+from sbert_pg import system
 from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.distance import Similarity, Storage
 from sbert_pg.errors import DeclarationError
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
+from sbert_pg.system import ColumnIdentity
 
 #: Marks a field that only the inverse needs; a migration neither says nor writes it.
 MEMORY = {"memory": True}
@@ -84,8 +86,13 @@ class SbertOperation(MigrateOperation):
 
     @property
     def place(self) -> tuple[Any, ...]:
-        """What it is done to."""
+        """What it is done to: schema, table, and what of it."""
         return ()
+
+    @property
+    def relation(self) -> str:
+        """The table, as text for ``regclass``."""
+        return system.name_of(*self.place[:2])
 
     def to_diff_tuple(self) -> tuple[Any, ...]:
         """The difference that it removes, for ``compare_metadata`` and ``check``."""
@@ -174,9 +181,9 @@ class ColumnOperation(SbertOperation):
     schema: str | None = None
 
     @property
-    def place(self) -> tuple[str | None, str, str]:
+    def place(self) -> ColumnIdentity:
         """Schema, table and column."""
-        return self.schema, self.table_name, self.column_name
+        return ColumnIdentity(self.schema, self.table_name, self.column_name)
 
 
 @dataclass(eq=False)

@@ -56,14 +56,11 @@ def _json(value: Mapping[str, Any]) -> sa.ColumnElement[Any]:
     return sa.cast(_Json(value), JSONB)
 
 
-def _regclass(identity: ColumnIdentity) -> sa.ColumnElement[Any]:
-    return sa.cast(sa.literal(system.name_of(identity.schema, identity.table), sa.Text()), REGCLASS)
-
-
 def call(function: str, identity: ColumnIdentity, *arguments: Any) -> sa.Select[Any]:
     """``SELECT sbert.<function>(table, column, ...)``, of the catalog's functions for columns."""
     named = getattr(sa.func.sbert, function)
-    return sa.select(named(_regclass(identity), identity.column, *arguments))
+    table = sa.literal(system.name_of(identity.schema, identity.table), sa.Text())
+    return sa.select(named(sa.cast(table, REGCLASS), identity.column, *arguments))
 
 
 def bind(identity: ColumnIdentity, declared: Embedding, *, build: bool) -> sa.Select[Any]:

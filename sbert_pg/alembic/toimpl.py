@@ -150,26 +150,17 @@ _DROP_SCHEMA_IF_UNUSED = sa.text(
 )
 
 
-def identity_of(operation: ops.ColumnOperation) -> ColumnIdentity:
-    """The column of an operation."""
-    return ColumnIdentity(operation.schema, operation.table_name, operation.column_name)
-
-
-def _relation(operation: ops.ColumnOperation) -> str:
-    return system.name_of(operation.schema, operation.table_name)
-
-
 @carry_out.register
 def _add_embedding_column(operation: ops.AddEmbeddingColumnOp, operations: Operations) -> None:
     """Column, binding with its companion and triggers, queue: each in its own transaction."""
-    identity, declared = identity_of(operation), operation.declared
+    identity, declared = operation.place, operation.declared
     type_ = plain_type(declared.storage, declared.dimensions)
     if declared.replaces is not None and not operations.migration_context.as_sql:
         connection = operations.get_bind()
         old = catalog.binding_of(connection, identity._replace(column=declared.replaces))
         if old is not None:
             begun_change(connection, old, identity.column)
-    with online(operations, _relation(operation)) as runner:
+    with online(operations, operation.relation) as runner:
         runner.execute(alter_column(identity, "add", type_=type_))
         _bind(runner, identity, declared)
     _forget(operations)
@@ -191,26 +182,27 @@ def _bind(runner: Online, identity: ColumnIdentity, declared: Embedding) -> None
 @carry_out.register
 def _drop_embedding_column(operation: ops.DropEmbeddingColumnOp, operations: Operations) -> None:
     """Triggers, queue and binding, then the column and its companion."""
-    identity, companion = identity_of(operation), _companion_of(operation, operations)
-    if not operations.migration_context.as_sql:
-        binding = catalog.binding_of(operations.get_bind(), identity)
-        if binding is not None:
-            require_droppable(operations.get_bind(), binding)
-    with online(operations, _relation(operation)) as runner:
-        runner.execute(call("unbind_v1", identity))
-        runner.execute(alter_column(companion, "drop"))
-        runner.execute(alter_column(identity, "drop"))
+    binding = _binding_of(operation, operations)
+    if binding is not None:
+        require_droppable(operations.get_bind(), binding)
+    with online(operations, operation.relation) as runner:
+        _unbind(runner, operation, binding)
+        runner.execute(alter_column(operation.place, "drop"))
     _forget(operations)
 
 
-def _companion_of(operation: ops.ColumnOperation, operations: Operations) -> ColumnIdentity:
-    """The companion of an embedding column, by the catalog where that can be asked."""
-    identity = identity_of(operation)
-    name = companion_name(identity.column)
-    if not operations.migration_context.as_sql:
-        binding = catalog.binding_of(operations.get_bind(), identity)
-        name = name if binding is None else binding.companion
-    return ColumnIdentity(identity.schema, identity.table, name)
+def _binding_of(operation: ops.ColumnOperation, operations: Operations) -> Binding | None:
+    """The binding of an operation's column, where the catalog can be asked."""
+    if operations.migration_context.as_sql:
+        return None
+    return catalog.binding_of(operations.get_bind(), operation.place)
+
+
+def _unbind(runner: Online, operation: ops.ColumnOperation, binding: Binding | None) -> None:
+    """Unbind a column, and drop its companion."""
+    name = companion_name(operation.column_name) if binding is None else binding.companion
+    runner.execute(call("unbind_v1", operation.place))
+    runner.execute(alter_column(operation.place._replace(column=name), "drop"))
 
 
 @carry_out.register
@@ -223,7 +215,7 @@ def _finish_reembedding(operation: ops.FinishReembeddingOp, operations: Operatio
         write_text(operations, text)
         _drop_embedding_column(operation, operations)
         return
-    identity, connection = identity_of(operation), operations.get_bind()
+    identity, connection = operation.place, operations.get_bind()
     require_left(operations, "finish_reembedding")
     if catalog.binding_of(connection, identity) is None:
         # A first attempt has unbound it.
@@ -233,7 +225,7 @@ def _finish_reembedding(operation: ops.FinishReembeddingOp, operations: Operatio
     with settings(connection, {"statement_timeout": "0"}):
         new, old = change_of(connection, identity)
         require_finishable(connection, new, old, force=operation.force, quiet=quiet)
-    with online(operations, _relation(operation)) as runner:
+    with online(operations, operation.relation) as runner:
         reembed.finish(runner.connection.engine, new.identity, force=operation.force, quiet=quiet)
     _forget(operations)
 
@@ -241,19 +233,19 @@ def _finish_reembedding(operation: ops.FinishReembeddingOp, operations: Operatio
 @carry_out.register
 def _resume_reembedding(operation: ops.ResumeReembeddingOp, operations: Operations) -> None:
     """Have the catalog say which column is replaced."""
-    with online(operations, _relation(operation)) as runner:
-        runner.execute(call("resume_v1", identity_of(operation), operation.replaces))
+    with online(operations, operation.relation) as runner:
+        runner.execute(call("resume_v1", operation.place, operation.replaces))
     _forget(operations)
 
 
 @carry_out.register
 def _bind_embedding_column(operation: ops.BindEmbeddingColumnOp, operations: Operations) -> None:
     """Bind, in the migration's transaction or in a short one."""
-    identity = identity_of(operation)
+    identity = operation.place
     if not operations.migration_context.as_sql and not operation.discard_vectors:
         _refuse_foreign_vectors(operations.get_bind(), identity)
     around = online if operation.concurrently else within
-    with around(operations, _relation(operation)) as runner:
+    with around(operations, operation.relation) as runner:
         _bind(runner, identity, operation.declared)
     _forget(operations)
 
@@ -274,34 +266,26 @@ def _unbind_embedding_column(
     operation: ops.UnbindEmbeddingColumnOp, operations: Operations
 ) -> None:
     """Unbind, in the migration's transaction or in its own short ones."""
-    companion = _companion_of(operation, operations)
+    binding = _binding_of(operation, operations)
     around = online if operation.concurrently else within
-    with around(operations, _relation(operation)) as runner:
-        runner.execute(call("unbind_v1", identity_of(operation)))
-        runner.execute(alter_column(companion, "drop"))
+    with around(operations, operation.relation) as runner:
+        _unbind(runner, operation, binding)
     _forget(operations)
 
 
 @carry_out.register
 def _rename_bound_column(operation: ops.RenameBoundColumnOp, operations: Operations) -> None:
     """Rename the column, and its companion where it has one; bindings follow."""
-    identity = identity_of(operation)
     names = [(operation.column_name, operation.new_name)]
     if not operations.migration_context.as_sql:
-        connection = operations.get_bind()
-        binding = catalog.binding_of(connection, identity)
+        binding = _binding_of(operation, operations)
         if binding is not None:
             names.append((binding.companion, companion_name(operation.new_name)))
-        attribute = system.ATTRIBUTE.c
-        columns = sa.select(attribute.attname).where(
-            attribute.attrelid == system.oid_of(_relation(operation)),
-            sa.not_(attribute.attisdropped),
-        )
-        there = set(connection.execute(columns).scalars())
+        there = system.stored_types(operations.get_bind(), operation.relation)
         names = [(old, new) for old, new in names if old in there]
-    with within(operations, _relation(operation)) as runner:
+    with within(operations, operation.relation) as runner:
         for old, new in names:
-            column = ColumnIdentity(identity.schema, identity.table, old)
+            column = operation.place._replace(column=old)
             runner.execute(alter_column(column, "rename", new_name=new))
             runner.execute(call("rename_v1", column, new))
     _forget(operations)
@@ -318,7 +302,7 @@ def _rebind_embedding_column(
             "as a script; run this migration against the database."
         )
     require_left(operations, "rebind_embedding_column")
-    identity = identity_of(operation)
+    identity = operation.place
     binding = catalog.require_binding(operations.get_bind(), identity)
     if binding.fingerprint is None:
         raise EncoderMismatchError(
@@ -327,7 +311,7 @@ def _rebind_embedding_column(
             "encoder; then run this migration again."
         )
     encoder = get_encoder(EncoderSpec.of(operation.encoder))
-    with online(operations, _relation(operation)) as runner:
+    with online(operations, operation.relation) as runner:
         log.info("%s", reembed.rebind(runner.connection.engine, binding.identity, encoder))
     _forget(operations)
 
@@ -335,9 +319,9 @@ def _rebind_embedding_column(
 @carry_out.register
 def _require_backfill(operation: ops.RequireBackfillOp, operations: Operations) -> None:
     """Count the rows without a vector, and fail where they are too many."""
-    identity = identity_of(operation)
+    identity = operation.place
     if operations.migration_context.as_sql:
-        with online(operations, _relation(operation)) as runner:
+        with online(operations, operation.relation) as runner:
             runner.execute(call("require_filled_v1", identity, operation.max_missing))
         return
     connection = operations.get_bind()
@@ -360,11 +344,11 @@ def _require_backfill(operation: ops.RequireBackfillOp, operations: Operations) 
 @carry_out.register
 def _backfill_embeddings(operation: ops.BackfillEmbeddingsOp, operations: Operations) -> None:
     if operations.migration_context.as_sql:
-        write_text(operations, f"-- Run: sbert-pg backfill {identity_of(operation)}")
+        write_text(operations, f"-- Run: sbert-pg backfill {operation.place}")
         return
     require_left(operations, "backfill_embeddings")
-    with online(operations, _relation(operation)) as runner:
-        binding = catalog.require_binding(runner.connection, identity_of(operation))
+    with online(operations, operation.relation) as runner:
+        binding = catalog.require_binding(runner.connection, operation.place)
         _fill_column(runner.connection.engine, binding)
 
 

@@ -1,7 +1,6 @@
 """The library's own schema ``sbert``: its history, its tables, and the bindings in them."""
 
 from sbert_pg.catalog.binding import (
-    QueueIndex,
     bind,
     build_queue,
     create_all,
@@ -9,7 +8,6 @@ from sbert_pg.catalog.binding import (
     unbind,
 )
 from sbert_pg.catalog.holding import (
-    Held,
     hold,
     hold_encoder,
     missing_columns,
@@ -27,7 +25,6 @@ from sbert_pg.catalog.migrate import (
 )
 from sbert_pg.catalog.record import (
     Binding,
-    Expressions,
     all_bindings,
     binding_by_id,
     binding_of,
@@ -41,9 +38,6 @@ __all__ = [
     "PENDING_CHANNEL",
     "SCHEMA",
     "Binding",
-    "Expressions",
-    "Held",
-    "QueueIndex",
     "all_bindings",
     "bind",
     "binding_by_id",

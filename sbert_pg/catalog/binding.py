@@ -13,12 +13,11 @@ from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.engine import Connection
 
 from sbert_pg.catalog.migrate import upgrade
-from sbert_pg.catalog.record import Binding, binding_by_id, qualified
+from sbert_pg.catalog.record import Binding, binding_by_id, called, qualified
 from sbert_pg.errors import BindingError, DeclarationError, NotBoundError
 from sbert_pg.indexes import index_builder
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
-from sbert_pg.sqlstates import translated
 from sbert_pg.system import ColumnIdentity, identity_of, require_connection
 
 #: Seconds to wait while another session builds an index of a queue.
@@ -81,20 +80,16 @@ def bind(
             f"{identity} is not an embedding column, so bind() has to be given its encoder and "
             "source."
         )
-    statement = sa.select(
-        sa.func.sbert.bind_v1(
-            sa.cast(qualified(connection, identity), pg.REGCLASS),
-            identity.column,
-            sa.cast(encoder.to_json(), pg.JSONB),
-            sa.cast(source.to_json(), pg.JSONB),
-            sa.cast(replaces, sa.Text),
-            not build,
-            type_=sa.Uuid(),
-        )
+    function = sa.func.sbert.bind_v1(
+        sa.cast(qualified(connection, identity), pg.REGCLASS),
+        identity.column,
+        sa.cast(encoder.to_json(), pg.JSONB),
+        sa.cast(source.to_json(), pg.JSONB),
+        sa.cast(replaces, sa.Text),
+        not build,
+        type_=sa.Uuid(),
     )
-    with translated():
-        binding_id = connection.execute(statement).scalar_one()
-    binding = binding_by_id(connection, binding_id)
+    binding = binding_by_id(connection, called(connection, function))
     if binding is None:
         raise BindingError(
             f"{identity} was bound, and this role cannot see its binding. Let the owner of the "
@@ -150,14 +145,8 @@ def unbind(connection: Connection, column: ColumnIdentity | sa.Column[Any]) -> N
         NotBoundError: it is not bound.
     """
     identity = identity_of(column)
-    statement = sa.select(
-        sa.func.sbert.unbind_v1(
-            sa.cast(qualified(connection, identity), pg.REGCLASS), identity.column
-        )
-    )
-    with translated():
-        was_bound = connection.execute(statement).scalar_one()
-    if not was_bound:
+    relation = sa.cast(qualified(connection, identity), pg.REGCLASS)
+    if not called(connection, sa.func.sbert.unbind_v1(relation, identity.column)):
         raise NotBoundError(f"Column {identity} is not bound, so there is nothing to undo.")
 
 

@@ -46,13 +46,17 @@ from sbert_pg.types.wire import Array
 if TYPE_CHECKING:
     from typing_extensions import TypedDict
 
-    class EmbeddingOptions(TypedDict, total=False):
-        """What a declaration may say beside encoder and source; see ``Embedding``."""
+    class VectorOptions(TypedDict, total=False):
+        """What any declaration may say of its vectors; see ``Embedding``."""
 
-        separator: str
         storage: Storage
         dimensions: int | None
         similarity: Similarity | None
+
+    class EmbeddingOptions(VectorOptions, total=False):
+        """What a declaration may say beside encoder and source; see ``Embedding``."""
+
+        separator: str
         replaces: str | None
         precision: str | None
 

@@ -13,12 +13,11 @@ from sqlalchemy.engine import Connection
 
 from sbert_pg import system
 from sbert_pg.catalog import tables
-from sbert_pg.catalog.record import Binding, binding_of, installed, relation_of
+from sbert_pg.catalog.record import Binding, binding_of, called, installed, relation_of
 from sbert_pg.errors import BindingError, EncoderMismatchError, EncoderNotFoundError
 from sbert_pg.probes import Compatibility, compatible_specs, from_bytes, measured, to_bytes
 from sbert_pg.registry import find_encoder, get_encoder
 from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors, same_encoder_name
-from sbert_pg.sqlstates import translated
 from sbert_pg.system import ColumnIdentity
 
 
@@ -184,22 +183,18 @@ def _require_unswapped(connection: Connection, identity: ColumnIdentity) -> None
     if not installed(connection):
         return
     relation = relation_of(connection, identity)
-    with translated():
-        connection.execute(sa.select(sa.func.sbert.require_unswapped_v1(relation, identity.column)))
+    called(connection, sa.func.sbert.require_unswapped_v1(relation, identity.column))
 
 
 def _seal(connection: Connection, binding: Binding, encoder: TextEncoder) -> None:
-    statement = sa.select(
-        sa.func.sbert.seal_v1(
-            binding.id,
-            fingerprint_of(encoder),
-            sa.cast(encoder.spec.document_fingerprint, sa.Text),
-            sa.cast(encoder.spec.to_json(), pg.JSONB),
-            sa.cast(to_bytes(measured(encoder)), sa.LargeBinary),
-        )
+    function = sa.func.sbert.seal_v1(
+        binding.id,
+        fingerprint_of(encoder),
+        sa.cast(encoder.spec.document_fingerprint, sa.Text),
+        sa.cast(encoder.spec.to_json(), pg.JSONB),
+        sa.cast(to_bytes(measured(encoder)), sa.LargeBinary),
     )
-    with translated():
-        connection.execute(statement)
+    called(connection, function)
 
 
 def _is_recorded(connection: Connection, binding: Binding, fingerprint: str) -> bool:
@@ -220,16 +215,13 @@ def _record(
         agreement["stored"] = dict(stored)
     if verdict.agreement is not None:
         agreement |= asdict(verdict.agreement)
-    statement = sa.select(
-        sa.func.sbert.add_compatible_v1(
-            binding.id,
-            fingerprint_of(encoder),
-            sa.cast(encoder.spec.to_json(), pg.JSONB),
-            sa.cast(agreement, pg.JSONB),
-        )
+    function = sa.func.sbert.add_compatible_v1(
+        binding.id,
+        fingerprint_of(encoder),
+        sa.cast(encoder.spec.to_json(), pg.JSONB),
+        sa.cast(agreement, pg.JSONB),
     )
-    with translated():
-        connection.execute(statement)
+    called(connection, function)
 
 
 def _require_same_declaration(binding: Binding, spec: EncoderSpec) -> None:
@@ -267,12 +259,8 @@ def _mismatch(
 
 def missing_columns(connection: Connection, binding: Binding) -> list[str]:
     """Columns that a binding names and its table lacks: renamed without rename_v1, or dropped."""
-    attribute = system.ATTRIBUTE.c
-    present = sa.select(attribute.attname).where(
-        attribute.attrelid == binding.relation, ~attribute.attisdropped
-    )
     named = (binding.column, binding.companion, *binding.source.columns, *binding.key_columns)
-    there = set(connection.scalars(present))
+    there = system.stored_types(connection, binding.relation)
     return [name for name in dict.fromkeys(named) if name not in there]
 
 

@@ -56,7 +56,8 @@ def upgrade(connection: Connection, revision: str = "head") -> None:
     _lock(connection)
     _refuse_unknown(connection)
     _create_vector(connection)
-    if not _schema_exists(connection):
+    # CREATE SCHEMA IF NOT EXISTS asks for the right to create one even where it exists.
+    if not connection.scalar(sa.select(sa.func.to_regnamespace(SCHEMA).is_not(None))):
         connection.execute(sa.schema.CreateSchema(SCHEMA))
     _run(connection, "upgrade", revision)
 
@@ -152,12 +153,6 @@ def _version_table() -> sa.Table:
 
 def _database(connection: Connection) -> str:
     return str(connection.engine.url.database)
-
-
-def _schema_exists(connection: Connection) -> bool:
-    # CREATE SCHEMA IF NOT EXISTS asks for the right to create one even where it exists.
-    exists = sa.select(sa.func.to_regnamespace(SCHEMA).is_not(None))
-    return bool(connection.execute(exists).scalar_one())
 
 
 def _require_postgresql(connection: Connection) -> None:

@@ -25,6 +25,7 @@ from sbert_pg.distance import Storage
 from sbert_pg.errors import CatalogError, NotBoundError
 from sbert_pg.source import Source
 from sbert_pg.spec import EncoderSpec
+from sbert_pg.sqlstates import translated
 from sbert_pg.system import ColumnIdentity, identity_of
 
 Name = Literal["text", "proof", "of", "digest", "stale", "proven", "requeue", "failed"]
@@ -208,6 +209,12 @@ class Binding:
         return sa.cast(table.c[self.companion].is_(None), sa.Integer)
 
 
+def called(connection: Connection, function: sa.ColumnElement[Any]) -> Any:
+    """What a function of the schema returns; its errors are the library's own."""
+    with translated():
+        return connection.execute(sa.select(function)).scalar_one()
+
+
 def relation_of(connection: Connection, identity: ColumnIdentity) -> sa.ColumnElement[Any]:
     """The table as ``regclass``; NULL where it is not there."""
     return sa.func.to_regclass(qualified(connection, identity))
@@ -320,7 +327,7 @@ def _first(connection: Connection, *where: sa.ColumnElement[bool]) -> Binding | 
 
 
 def _select() -> sa.Select[Any]:
-    """Bindings whose table exists; rows are read by ``_from_row``."""
+    """Bindings whose table exists, by the names of ``Binding``; rows are read by ``_from_row``."""
     binding, encoder = tables.binding, tables.encoder
     replaced = binding.alias("replaced")
     return (
@@ -329,7 +336,7 @@ def _select() -> sa.Select[Any]:
             sa.cast(sa.cast(binding.c.relation, pg.OID), sa.BigInteger).label("relation"),
             sa.cast(system.NAMESPACE.c.nspname, sa.Text).label("schema"),
             sa.cast(system.CLASS.c.relname, sa.Text).label("table"),
-            binding.c.column_name,
+            binding.c.column_name.label("column"),
             binding.c.companion,
             binding.c.declared,
             binding.c.source,
@@ -340,7 +347,7 @@ def _select() -> sa.Select[Any]:
             binding.c.state,
             replaced.c.column_name.label("replaces"),
             (system.CLASS.c.relkind == "p").label("partitioned"),
-            encoder.c.spec,
+            encoder.c.spec.label("sealed"),
             encoder.c.fingerprint,
             # now() is the start of the transaction: its own seal can still be rolled back.
             sa.func.coalesce(binding.c.sealed_at == sa.func.now(), sa.false()).label("sealed_here"),
@@ -357,11 +364,7 @@ def _select() -> sa.Select[Any]:
 
 def _key_types(binding: sa.FromClause) -> sa.ScalarSelect[Any]:
     """Types of the key columns, in order, domains resolved to what they are made of."""
-    name = (
-        sa.func.unnest(binding.c.key_columns)
-        .table_valued(sa.column("name", sa.Text), with_ordinality="position", name="key_column")
-        .render_derived()
-    )  # fmt: skip
+    name = system.unnested("key_column", "position", name=binding.c.key_columns)
     # -1 and not NULL, which would spell char(n) as a type of one character.
     spelt = sa.func.format_type(sa.func.sbert.base_type_v1(system.ATTRIBUTE.c.atttypid), -1)
     return (
@@ -380,28 +383,15 @@ def _key_types(binding: sa.FromClause) -> sa.ScalarSelect[Any]:
 
 
 def _from_row(row: sa.Row[Any]) -> Binding:
-    return Binding(
-        id=row.id,
-        relation=row.relation,
-        schema=row.schema,
-        table=row.table,
-        column=row.column_name,
-        companion=row.companion,
-        declared=EncoderSpec.from_json(row.declared),
-        source=Source.from_json(row.source),
-        key_columns=tuple(row.key_columns),
-        key_types=tuple(row.key_types or ()),
-        null_text=row.null_text,
-        storage=row.storage,
-        state=row.state,
-        replaces=row.replaces,
-        partitioned=row.partitioned,
-        sealed=None if row.spec is None else EncoderSpec.from_json(row.spec),
-        fingerprint=row.fingerprint,
-        sealed_here=row.sealed_here,
-        utf8=row.utf8,
-        expressions=Expressions(tuple(zip(_TYPES, row.expressions, strict=True))),
-    )
+    read = {
+        "declared": EncoderSpec.from_json(row.declared),
+        "source": Source.from_json(row.source),
+        "key_columns": tuple(row.key_columns),
+        "key_types": tuple(row.key_types or ()),
+        "sealed": None if row.sealed is None else EncoderSpec.from_json(row.sealed),
+        "expressions": Expressions(tuple(zip(_TYPES, row.expressions, strict=True))),
+    }
+    return Binding(**{**row._mapping, **read})
 
 
 def health(connection: Connection, binding: Binding) -> list[str]:

@@ -11,6 +11,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
 
+from sbert_pg.system import clause_of
+
 SCHEMA = "sbert"
 
 #: Channel on which a binding's identity is sent when rows of its column may have become pending.
@@ -190,25 +192,12 @@ vector_cache = sa.Table(
 )
 
 #: The view, for selecting from; not part of ``metadata``, which describes tables.
-status = sa.table(
-    "status",
-    sa.column("id", sa.Uuid),
-    sa.column("schema_name", sa.Text),
-    sa.column("table_name", sa.Text),
-    sa.column("column_name", sa.Text),
-    sa.column("companion", sa.Text),
-    sa.column("encoder_name", sa.Text),
-    sa.column("fingerprint", sa.Text),
-    sa.column("dimensions", sa.Integer),
-    sa.column("state", sa.Text),
-    sa.column("estimated_rows", sa.BigInteger),
-    sa.column("estimated_embedded", sa.BigInteger),
-    sa.column("caught_up_at", sa.DateTime(timezone=True)),
-    sa.column("retrying", sa.BigInteger),
-    sa.column("problems", pg.ARRAY(sa.Text)),
-    sa.column("noticing", sa.Boolean),
-    sa.column("last_audit", pg.JSONB),
-    sa.column("index_ready", sa.Boolean),
-    sa.column("index_names", pg.ARRAY(sa.Text)),
-    schema=SCHEMA,
-)
+status = clause_of(
+    SCHEMA, "status", id=sa.Uuid,
+    **dict.fromkeys(("schema_name", "table_name", "column_name", "companion"), sa.Text),
+    encoder_name=sa.Text, fingerprint=sa.Text, dimensions=sa.Integer, state=sa.Text,
+    estimated_rows=sa.BigInteger, estimated_embedded=sa.BigInteger,
+    caught_up_at=sa.DateTime(timezone=True), retrying=sa.BigInteger, problems=pg.ARRAY(sa.Text),
+    noticing=sa.Boolean, last_audit=pg.JSONB, index_ready=sa.Boolean,
+    index_names=pg.ARRAY(sa.Text),
+)  # fmt: skip

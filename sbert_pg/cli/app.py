@@ -106,21 +106,18 @@ def _interrupted(error: BaseException | None) -> bool:
     return error is not None
 
 
-def _moved(words: list[str]) -> int:
-    """Say where a command of this name went; 0 where none did."""
-    for name in (" ".join(words[:1]), " ".join(words[:2])):
-        if name in MOVED:
-            common.note(f"There is no command '{name}' any more. {MOVED[name]}.")
-            return common.EXIT_USAGE
-    return 0
+def _moved(words: list[str]) -> bool:
+    """Say where a command of this name went; whether one did."""
+    name = next((n for n in (" ".join(words[:1]), " ".join(words[:2])) if n in MOVED), None)
+    if name is not None:
+        common.note(f"There is no command '{name}' any more. {MOVED[name]}.")
+    return name is not None
 
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    return _moved(sys.argv[1:] if arguments is None else arguments) or _run(arguments)
-
-
-def _run(arguments: list[str] | None) -> int:
+    if _moved(sys.argv[1:] if arguments is None else arguments):
+        return common.EXIT_USAGE
     try:
         result = build_app()(args=arguments, standalone_mode=False)
         return result if isinstance(result, int) else common.EXIT_OK

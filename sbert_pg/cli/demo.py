@@ -21,6 +21,7 @@ from rich.panel import Panel
 from rich.syntax import Syntax
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
+from sbert_pg import system
 from sbert_pg.cli import common
 from sbert_pg.cli.demo_change import change_encoder, embedding_of
 from sbert_pg.cli.demo_data import (
@@ -164,18 +165,10 @@ def prepared(engine: sa.Engine) -> Any:
     """The class with the new column, and its table: filled, unless it was left so before."""
     mapped = function_class(COLUMN, NEW_ENCODER)
     with engine.connect() as connection:
-        names = columns_there(connection)
+        names = system.stored_types(connection, TABLE)
     if COLUMN not in names or REPLACED in names:
         _fill(engine, mapped, searchable())
     return mapped
-
-
-def columns_there(connection: sa.Connection) -> set[str]:
-    """Names of the table's columns; none, where there is no table."""
-    attributes = sa.text(
-        "SELECT attname FROM pg_attribute WHERE attrelid = to_regclass(:name) AND NOT attisdropped"
-    )
-    return set(connection.scalars(attributes, {"name": TABLE}))
 
 
 def _fill(engine: sa.Engine, mapped: Any, entries: list[Documented]) -> None:

@@ -90,7 +90,13 @@ def serve(
     elif explore:
         if encoders:
             raise DeclarationError("--explore shows tables: leave --encoder out.")
-        _explore(listed, database, app, http, token, rerankers, pairs)
+        from sbert_pg.encoder import Reranker
+
+        metadata = common.prepare(app)
+        more: dict[str, Any] = {"reranker": Reranker.load(rerankers[0])} if rerankers else {}
+        with common.database(database, lasting=True) as engine:
+            more["queries"] = [] if pairs is None else queries_of(engine, pairs)
+            show_pages(engine, listed, metadata, http, token, **more)
     else:
         _serve_http(listed, database, app, http, token, encoders, rerankers)
 
@@ -120,38 +126,16 @@ def _serve_http(
         loaded = {spec.name: get_encoder(spec) for spec in declared}
         loaded |= {name: get_encoder(name) for name in encoders}
         scorers = {name: Reranker.load(name) for name in rerankers}
-        _require_some([*loaded, *scorers])
+        if not loaded and not scorers:
+            raise DeclarationError(
+                "There is nothing to serve; name an encoder with --encoder, a reranker with "
+                "--reranker, or tables."
+            )
         port = stack.enter_context(
             serving(loaded, shown, rerankers=scorers, host=host, port=port, token=token)
         )
         common.note(f"Serving {', '.join([*loaded, *scorers])} on http://{host}:{port}")
         stack.enter_context(common.stoppable()).wait()
-
-
-def _require_some(served: list[str]) -> None:
-    if not served:
-        raise DeclarationError(
-            "There is nothing to serve; name an encoder with --encoder, a reranker with "
-            "--reranker, or tables."
-        )
-
-
-def _explore(
-    tables: list[str],
-    database: str | None,
-    app: str | None,
-    http: str | None,
-    token: str | None,
-    rerankers: list[str],
-    pairs: str | None,
-) -> None:
-    from sbert_pg.encoder import Reranker
-
-    metadata = common.prepare(app)
-    scorer = Reranker.load(rerankers[0]) if rerankers else None
-    with common.database(database, lasting=True) as engine:
-        queries = [] if pairs is None else queries_of(engine, pairs)
-        show_pages(engine, tables, metadata, http, token, reranker=scorer, queries=queries)
 
 
 def show_pages(
@@ -305,8 +289,8 @@ def _declared(metadata: sa.MetaData) -> list[str]:
         raise DeclarationError("The application declares no embedding columns.")
     tables = [column.table.fullname for column in columns]
     return [
-        c.table.fullname if tables.count(c.table.fullname) == 1 else f"{c.table.fullname}.{c.name}"
-        for c in columns
+        table if tables.count(table) == 1 else f"{table}.{column.name}"
+        for table, column in zip(tables, columns, strict=True)
     ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from sbert_pg.clustering.placing import assign_statement, centroids_of, insert_o
 from sbert_pg.clustering.rows import Criteria, RowSet
 from sbert_pg.clustering.runs import fail_lost_runs
 from sbert_pg.errors import ClusteringError, EncoderMismatchError, SbertPgError
+from sbert_pg.process import Background
 from sbert_pg.sqlstates import words_of
 
 logger = logging.getLogger("sbert_pg.clustering")
@@ -279,7 +279,7 @@ def _count_sizes(connection: sa.Connection, clustering: Clustering, run_id: int)
     )
 
 
-class ClusterKeeper:
+class ClusterKeeper(Background):
     """Keeps clusterings current, and marks runs as failed whose process is gone.
 
     It looks from time to time, and does nothing where nothing was written to the table since. A
@@ -289,7 +289,7 @@ class ClusterKeeper:
 
     Args:
         engine: an engine with the driver psycopg 3.
-        clusterings: what is kept current, from ``clusters_of``.
+        clusterings: what is kept current, from ``clusters_of``; one or several.
         interval: seconds between looks.
 
     Attributes:
@@ -297,11 +297,20 @@ class ClusterKeeper:
         assigned: rows that were given a place.
     """
 
+    thread_name = "sbert-pg-clusters"
+    patience = None
+
     def __init__(
-        self, engine: sa.Engine, clusterings: Sequence[Clustering], interval: float = INTERVAL
+        self,
+        engine: sa.Engine,
+        clusterings: Clustering | Sequence[Clustering],
+        interval: float = INTERVAL,
     ) -> None:
+        super().__init__()
         # A row that was waited for is seen as it is then, whatever the engine's own level.
         self._engine = engine.execution_options(isolation_level="READ COMMITTED")
+        if isinstance(clusterings, Clustering):
+            clusterings = [clusterings]
         self._clusterings = tuple(clusterings)
         self.interval = interval
         self._seen: dict[Clustering, _Seen] = {}
@@ -309,23 +318,7 @@ class ClusterKeeper:
         #: Runs about which something was said already.
         self._refused: set[int] = set()
         self._stale: set[int] = set()
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
         self.assigned = 0
-
-    def start(self) -> None:
-        """Begin."""
-        self._stop.clear()
-        if self._clusterings:
-            self._thread = threading.Thread(target=self._run, name="sbert-pg-clusters", daemon=True)
-            self._thread.start()
-
-    def stop(self) -> None:
-        """End, and wait for the pass that is under way."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
 
     def look(self) -> list[Assigned]:
         """One look at each clustering, now; what was done where something was."""

@@ -19,11 +19,11 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from sbert_pg.freshness import claims
-from sbert_pg.freshness.claims import Claimed
 from sbert_pg.freshness.columns import Column, Shared, Work
 from sbert_pg.freshness.encoding import Embedded
 from sbert_pg.freshness.queue import COUNTED, Row, Written, counts, shown
 from sbert_pg.freshness.settings import LOGGER, Database, say
+from sbert_pg.process import Background
 from sbert_pg.sqlstates import Fault, fault_of, words_of
 from sbert_pg.system import Pause
 
@@ -131,31 +131,20 @@ def _writing(write: Callable[[sa.Connection, Payloads], T], piece: Payloads) -> 
     return lambda connection: write(connection, piece)
 
 
-class Keeper:
+class Keeper(Background):
     """A thread that renews leases of what is worked on, and looks at the backlog if it is read."""
 
+    thread_name = "sbert-pg-keep"
+
     def __init__(self, shared: Shared) -> None:
+        super().__init__()
         self._database = shared.database
         self._lease = shared.settings.lease
         self._tally = shared.tally
         self._columns = shared.columns
         self._lock = threading.Lock()
         self._held: dict[str, float] = {}
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
         self.watch_backlog = False
-
-    def start(self) -> None:
-        """Begin."""
-        self._stop.clear()
-        self._thread = threading.Thread(target=self._run, name="sbert-pg-keep", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End, and wait for it."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(timeout=10)
 
     def hold(self, token: str) -> None:
         """Renew this lease from now on."""
@@ -196,7 +185,7 @@ class Keeper:
         for column in self._columns.served():
             with self._database.begin() as connection:
                 backlog[column.name] = counts(connection, column.binding, cap=COUNTED)
-        self._tally.set_backlog(backlog)
+        self._tally.backlog = backlog
 
 
 class Store:
@@ -229,22 +218,25 @@ class Store:
 
     def store(self, work: Work, embedded: Embedded | Exception) -> None:
         """Write a batch, and let go of it."""
-        column, claimed = work.column, work.claimed
         released = False
         try:
             if isinstance(embedded, Exception):
-                self._columns.block(column.binding, words_of(embedded))
+                self._columns.block(work.column.binding, words_of(embedded))
             else:
-                released = self._write(column, claimed, embedded)
+                released = self._write(work, embedded)
         finally:
-            self._keeper.drop(claimed.token)
+            self._keeper.drop(work.token)
             if not released:
-                self.release(column, claimed.token)
+                # Where that fails, the lease ends by itself.
+                self._try(
+                    "give rows back",
+                    lambda c: claims.release(c, work.column.binding, work.token),
+                )
 
-    def _write(self, column: Column, claimed: Claimed, embedded: Embedded) -> bool:
+    def _write(self, work: Work, embedded: Embedded) -> bool:
         """Write what was encoded; returns whether the lease was given back with it."""
         started = time.perf_counter()
-        rows = claimed.rows
+        column, rows = work.column, work.rows
         before = {row.label for row in rows if row.failed_before}
         wait = self._settings.busy_wait
         released = False
@@ -258,7 +250,7 @@ class Store:
             claims.put_off(connection, column.binding, sorted(written.busy), wait)
             released = len(piece) == len(rows)
             if released:
-                claims.release(connection, column.binding, claimed.token)
+                claims.release(connection, column.binding, work.token)
             return written
 
         done = write_in_pieces(self._patience, embedded.vectors, write)
@@ -358,10 +350,6 @@ class Store:
             fields = {"column": column.name, "key": shown(label), "reason": reason}
             words = f"Cannot embed row {shown(label)} of {column.name}"
             say(logger, logging.WARNING, words, fields)
-
-    def release(self, column: Column, token: str) -> None:
-        """Give a lease back; if that fails, it ends by itself."""
-        self._try("give rows back", lambda c: claims.release(c, column.binding, token))
 
     def _try(self, what: str, do: Callable[[sa.Connection], T]) -> T | None:
         """Do something that may be left undone: the rows stay pending by what they say."""

@@ -14,7 +14,6 @@ not do row by row what each of them had in hand.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
@@ -26,7 +25,7 @@ from sbert_pg.catalog import Binding, tables
 from sbert_pg.freshness.queue import Candidate, Class, Key, Row
 from sbert_pg.freshness.rows import Rows
 from sbert_pg.sqlstates import Fault, fault_of
-from sbert_pg.system import array
+from sbert_pg.system import array, unnested
 
 #: Longest reason that is kept of a failure, in characters.
 ERROR_LENGTH = 2_000
@@ -41,14 +40,6 @@ ENDED = "no result: the process that encoded it came to an end, or its lease did
 
 _claim, _failure = tables.claim, tables.failure
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Claimed:
-    """Rows in hand."""
-
-    token: str
-    rows: tuple[Row, ...]
 
 
 def lock(connection: Connection, binding: Binding) -> None:
@@ -238,14 +229,11 @@ def fail(
     if not reasons:
         return []
     labels = sorted(reasons)
-    failures = (
-        sa.func.unnest(
-            array(labels),
-            array([reasons[label][:ERROR_LENGTH].replace("\0", "\ufffd") for label in labels]),
-            array([texts.get(label) for label in labels]),
-        )
-        .table_valued(*(sa.column(n, sa.Text) for n in ("key", "error", "of_text")), name="given")
-        .render_derived()
+    failures = unnested(
+        "given",
+        key=array(labels),
+        error=array([reasons[label][:ERROR_LENGTH].replace("\0", "\ufffd") for label in labels]),
+        of_text=array([texts.get(label) for label in labels]),
     )
     before = _failure.alias("before")
     # A record of a text that failed for good is that of an older text, so it counts from one again.

@@ -16,7 +16,6 @@ from sbert_pg import catalog
 from sbert_pg.catalog import Binding
 from sbert_pg.errors import BindingError, NotBoundError
 from sbert_pg.freshness import claims
-from sbert_pg.freshness.claims import Claimed
 from sbert_pg.freshness.cutting import Cutter
 from sbert_pg.freshness.encoding import CachedEncoder, held_encoder
 from sbert_pg.freshness.queue import (
@@ -24,6 +23,7 @@ from sbert_pg.freshness.queue import (
     Candidate,
     Class,
     Key,
+    Row,
     counts,
     note_caught_up,
     queue_fault,
@@ -91,10 +91,6 @@ class Column:
     def name(self) -> str:
         """Schema, table and column."""
         return str(self.rows.binding)
-
-    def begin(self, class_: Class) -> bool:
-        """Whether a claim begins at the beginning of the queue."""
-        return self.cursors[class_].begin(1.0 if class_ == CHANGED else 60.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,10 +226,11 @@ class Shared:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A batch on its way through the worker."""
+    """Rows in hand, under the token of their lease, on their way through the worker."""
 
     column: Column
-    claimed: Claimed
+    token: str
+    rows: tuple[Row, ...]
 
 
 class Claimer:
@@ -257,7 +254,7 @@ class Claimer:
         """The next batch of a class, and whether there may be more than that."""
         settings, cursor = self._settings, column.cursors[class_]
         started = time.monotonic()
-        at_beginning = column.begin(class_)
+        at_beginning = cursor.begin(1.0 if class_ == CHANGED else 60.0)
 
         def claim(connection: sa.Connection, token: str) -> list[Candidate]:
             return claims.claim(
@@ -338,7 +335,7 @@ class Claimer:
         with self._tally.of(column.name) as tally:
             tally.batches += 1
             tally.claim.add(time.perf_counter() - started)
-        return chosen, Work(column, Claimed(token, tuple(read)))
+        return chosen, Work(column, token, tuple(read))
 
     def _note_caught_up(self, column: Column) -> None:
         """Note that nothing new is pending, once a second at most."""

@@ -126,7 +126,6 @@ class _Work:
     reasons: dict[str, str] = field(default_factory=dict)
     waiting: dict[str, str] = field(default_factory=dict)
     waiting_wholes: dict[str, str] = field(default_factory=dict)
-    texts: int = 0
 
     @property
     def shared(self) -> bool:
@@ -165,8 +164,7 @@ class _Work:
                 self.result.vectors[label] = self.wholes[digest]
             else:
                 self.result.failures[label] = self.reasons[digest]
-        result = self.result
-        return Embedded(result.vectors, result.failures, self.texts, result.cuts, result.passages)
+        return self.result
 
     def _encode_if(self, due: bool) -> None:
         if not due:
@@ -175,14 +173,14 @@ class _Work:
         if self.shared:
             passages |= self.waiting_wholes
         done = embed(cutter.stored.binding, cutter.passage_encoder, _rows(passages))
-        self.texts += done.texts
+        self.result.texts += done.texts
         vectors = {digest: v for digest, v in done.vectors.items() if v is not None}
         self.result.passages.update(
             {digest: v for digest, v in vectors.items() if digest in self.waiting}
         )
         if not self.shared:
             done = embed(cutter.rows.binding, cutter.encoder, _rows(self.waiting_wholes))
-            self.texts += done.texts
+            self.result.texts += done.texts
         for digest in self.waiting_wholes:
             self.wholes[digest] = done.vectors.get(digest)
         self.reasons |= done.failures

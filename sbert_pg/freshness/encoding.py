@@ -34,11 +34,11 @@ from sbert_pg.probes import STORED, measured
 from sbert_pg.registry import get_encoder
 from sbert_pg.spec import EncoderSpec, TextEncoder, Vectors, vectors_of
 from sbert_pg.sqlstates import words_of
-from sbert_pg.system import array
+from sbert_pg.system import array, unnested
 from sbert_pg.types import wire
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Embedded:
     """The vectors of a batch in pgvector's binary format by label, ``None`` where a row has no
     text; why others have none; how many different texts were encoded; and passages of documents.
@@ -76,6 +76,7 @@ def embed(binding: Binding, encoder: TextEncoder, batch: Sequence[Row]) -> Embed
         else:
             labels_of.setdefault(row.text, []).append(row.label)
     texts = list(labels_of)
+    result.texts = len(texts)
     vectors, faults = encode_for(binding, encoder, texts)
     payloads = wire.to_wire_rows(vectors, binding.storage)
     unfit = wire.unfit(vectors, binding.storage, binding.declared.similarity)
@@ -87,7 +88,7 @@ def embed(binding: Binding, encoder: TextEncoder, batch: Sequence[Row]) -> Embed
                 result.vectors[label] = payloads[position]
             else:
                 result.failures[label] = fault
-    return Embedded(result.vectors, result.failures, len(texts))
+    return result
 
 
 def encode_for(
@@ -256,7 +257,7 @@ class CachedEncoder:
     thousand texts costs milliseconds, encoding them seconds. Each call uses connections of its own
     and holds none while encoding. A text that the encoder refuses is refused as without a cache. Of
     this role ``max_rows`` are kept, over all encoders; the least recently used go first. A row of
-    384 dimensions takes about 1.7 kB. ``hits`` were there, or twice in one call.
+    384 dimensions takes about 1.7 kB.
     """
 
     measures_its_probes: ClassVar[bool] = True
@@ -268,8 +269,6 @@ class CachedEncoder:
         self._engine = engine
         self._max_rows = max_rows
         self._fingerprint = fingerprint_of(encoder)
-        self.hits = 0
-        self.misses = 0
         self._untrimmed = 0
         self._lock = threading.Lock()
 
@@ -302,9 +301,6 @@ class CachedEncoder:
             encoded = vectors_of(self.spec, output, len(missing))
             self._keep(missing, encoded)
             known |= dict(zip(missing, encoded, strict=True))
-        with self._lock:
-            self.misses += len(missing)
-            self.hits += len(texts) - len(missing)
         if not texts:
             return np.empty((0, self.spec.dimensions), dtype=np.float32)
         return np.stack([known[text] for text in texts])
@@ -343,12 +339,10 @@ class CachedEncoder:
             due = self._untrimmed >= max(self._max_rows // 20, 1_000)
             if due:
                 self._untrimmed = 0
-        payload = (
-            sa.func.unnest(
-                array(payloads, sa.LargeBinary), array(payloads.values(), sa.LargeBinary)
-            )
-            .table_valued(sa.column("digest"), sa.column("vector"), name="given")
-            .render_derived()
+        payload = unnested(
+            "given",
+            digest=array(payloads, sa.LargeBinary),
+            vector=array(payloads.values(), sa.LargeBinary),
         )
         rows = sa.select(sa.literal(self._fingerprint, sa.Text), payload.c.digest, payload.c.vector)
         insert = pg.insert(_cache).from_select(["fingerprint", "digest", "vector"], rows)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ from sbert_pg.errors import DeclarationError
 from sbert_pg.freshness.queue import driver_connection
 from sbert_pg.freshness.settings import LOGGER, say
 from sbert_pg.freshness.status import ColumnStatus
+from sbert_pg.process import Background
 from sbert_pg.sqlstates import words_of
 
 logger = logging.getLogger(LOGGER)
@@ -117,31 +117,23 @@ class _UnavailableError(Exception):
     """LISTEN does not work here; the message says why."""
 
 
-class Listener:
+class Listener(Background):
     """A thread with its own connection that is not returned to the engine's pool.
 
     It calls ``on_notify`` for what is heard, and ``on_state`` when it begins or ends to listen.
     """
 
+    thread_name = "sbert-pg-listen"
+
     def __init__(
         self, engine: sa.Engine, name: str, on_notify: OnNotify, on_state: Callable[[bool], None]
     ) -> None:
+        super().__init__()
         self._engine = engine
         self._name = name
         self._on_notify = on_notify
         self._on_state = on_state
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="sbert-pg-listen", daemon=True)
         self._said: str | None = None
-
-    def start(self) -> None:
-        """Begin."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End, and wait for it."""
-        self._stop.set()
-        self._thread.join(timeout=10)
 
     def _run(self) -> None:
         while not self._stop.is_set():

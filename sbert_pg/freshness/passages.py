@@ -83,15 +83,12 @@ class StoredPassages:
         self._insert = self._inserting(names, keys, vector_type)
 
     def _given(self, **arrays: Any) -> sa.TableValuedAlias:
-        binds = []
+        binds: dict[str, Any] = {}
         for name, type_ in arrays.items():
             # Not by the columns' own names, which SQLAlchemy keeps for itself.
             bind = sa.bindparam(f"sbert_{name}", type_=type_)
-            binds.append(sa.cast(bind, _NUMBERS) if type_ is _NUMBERS else bind)
-        parameters = sa.func.unnest(*binds).table_valued(
-            *(sa.column(name) for name in arrays), name="sbert_given"
-        )
-        return parameters.render_derived()
+            binds[name] = sa.cast(bind, _NUMBERS) if type_ is _NUMBERS else bind
+        return system.unnested("sbert_given", **binds)
 
     def _moving(self, own: sa.ColumnElement[bool]) -> sa.Update:
         moved = self._given(

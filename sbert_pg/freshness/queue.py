@@ -140,19 +140,13 @@ def _other_driver(dialect: Dialect) -> DeclarationError:
 
 def vector_of(connection: Connection, binding: Binding) -> tuple[int, str, bool]:
     """OID and name of the type of a bound column, and whether it is ``NOT NULL``."""
-    a = system.ATTRIBUTE.c
-    row = connection.execute(
-        sa.select(a.atttypid, sa.func.format_type(a.atttypid, None), a.attnotnull).where(
-            a.attrelid == binding.relation, a.attname == binding.column, ~a.attisdropped
-        )
-    ).first()
+    row = system.stored_types(connection, binding.relation).get(binding.column)
     if row is None:
         raise NotBoundError(
             f"Column {binding} does not exist any more. Run SELECT sbert.prune_v1() if its table "
             "was dropped; if it was renamed, bind it again under its new name."
         )
-    oid, name, required = row
-    return oid, name, required
+    return row.oid, row.type, row.attnotnull
 
 
 def register(connection: Connection) -> None:

@@ -35,7 +35,7 @@ from sbert_pg.freshness.queue import (
     vector_of,
 )
 from sbert_pg.source import proof
-from sbert_pg.system import array, array_label, parts_of
+from sbert_pg.system import array, array_label, parts_of, unnested
 from sbert_pg.types.wire import UUID_OID, TextArray, WireArray, element_of
 
 #: How long a row that failed for good is left alone, whatever its text is now.
@@ -104,16 +104,12 @@ class Rows:
 
     # -- statements ---------------------------------------------------------------------------
 
-    def _given(self, *names: str, **arrays: sa.BindParameter[Any]) -> sa.TableValuedAlias:
+    def _given(self, more: Mapping[str, ArrayOf] = _NOTHING) -> sa.TableValuedAlias:
         """Parameters as rows: the parts of the key ``sbert__k0``..., more, and their number."""
-        types = self.binding.key_types
-        keys = [sa.bindparam(f"sbert__k{i}", type_=ArrayOf(type_)) for i, type_ in enumerate(types)]
-        columns: list[sa.ColumnClause[Any]] = [sa.column(f"sbert__k{i}") for i in range(len(types))]
-        columns += [sa.column(name) for name in names]
-        parameters = sa.func.unnest(*keys, *arrays.values()).table_valued(
-            *columns, with_ordinality=_N, name="sbert__given"
-        )
-        return parameters.render_derived()
+        types = {f"sbert__k{i}": ArrayOf(t) for i, t in enumerate(self.binding.key_types)}
+        types |= more
+        parameters = {name: sa.bindparam(name, type_=type_) for name, type_ in types.items()}
+        return unnested("sbert__given", _N, **parameters)
 
     def _same(self, given: sa.FromClause) -> sa.ColumnElement[bool]:
         """Whether a row is the one that a row of parameters names."""
@@ -230,12 +226,7 @@ class Rows:
         """Lock, in the order of keys and past what others hold, where the text is still the same;
         then write where it still is.
         """
-        asked = self._given(
-            _OF, _DIGEST, _VECTOR,
-            of=sa.bindparam(_OF, type_=_TEXTS),
-            digest=sa.bindparam(_DIGEST, type_=_UUIDS),
-            vector=sa.bindparam(_VECTOR, type_=ArrayOf(vector_type)),
-        )  # fmt: skip
+        asked = self._given({_OF: _TEXTS, _DIGEST: _UUIDS, _VECTOR: ArrayOf(vector_type)})
         locked = (
             sa.select(*asked.c)
             .select_from(asked.join(self.table, self._same(asked)))
@@ -260,7 +251,7 @@ class Rows:
 
     def _holding(self) -> sa.Select[Any]:
         """Which rows still have the text, locked or not."""
-        asked = self._given(_OF, of=sa.bindparam(_OF, type_=_TEXTS))
+        asked = self._given({_OF: _TEXTS})
         return (
             sa.select(asked.c[_N])
             .select_from(asked.join(self.table, self._same(asked)))

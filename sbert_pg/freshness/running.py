@@ -23,6 +23,7 @@ from sbert_pg.freshness.rows import rows_of
 from sbert_pg.freshness.settings import LOGGER, Companion, Database, WorkerSettings, say
 from sbert_pg.freshness.worker import Worker
 from sbert_pg.loading.aside import building_aside, set_aside
+from sbert_pg.process import Background
 from sbert_pg.sqlstates import words_of
 from sbert_pg.system import ColumnIdentity
 
@@ -235,9 +236,8 @@ def fill(
     started = time.monotonic()
     _require_fillable(engine, binding)
     settings = replace(settings or WorkerSettings(), listen=False, columns=())
-    worker = Worker(engine, settings, only=(binding.id,))
-    watch = Watch(Database(engine), binding, on_progress, lambda: worker.throttle.reason)
-    with _stopping(worker, stop), watch:
+    worker = Worker(engine, settings, only=(binding.id,), stop=stop)
+    with Watch(Database(engine), binding, on_progress, lambda: worker.throttle.reason) as watch:
         tally = worker.run(until_empty=True, await_others=True)
     blocked = worker.blocked().get(str(binding))
     if blocked is not None:
@@ -248,31 +248,13 @@ def fill(
     return watch.filled(tally.total("embedded"), tally.total("texts"), started)
 
 
-@contextmanager
-def _stopping(worker: Worker, stop: threading.Event | None) -> Iterator[None]:
-    """Stop the worker when the event is set."""
-    done = threading.Event()
-
-    def wait() -> None:
-        while stop is not None and not done.is_set():
-            if stop.wait(0.1):
-                worker.stop()
-                return
-
-    thread = threading.Thread(target=wait, name="sbert-pg-stop", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
-class Watch:
+class Watch(Background):
     """A thread that looks at how far a backfill has come, by all processes together.
 
     ``waiting`` are rows that are put off, to be tried again by a worker.
     """
+
+    thread_name = "sbert-pg-progress"
 
     def __init__(
         self,
@@ -281,13 +263,12 @@ class Watch:
         on_progress: Callable[[Progress], None] | None,
         paused: Callable[[], str | None] = lambda: None,
     ) -> None:
+        super().__init__()
         self._database = database
         self._binding = binding
         self._paused = paused
         self._on_progress = on_progress
         self._seen: deque[tuple[float, int]] = deque()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="sbert-pg-progress", daemon=True)
         self.total = 0
         self.last = Counts(0, 0, 0, 0, True, None)
         self.waiting = 0
@@ -297,13 +278,11 @@ class Watch:
         self.total = self.last.pending + self.last.backfill
         self._report()
         if self._on_progress is not None:
-            self._thread.start()
+            self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=10)
+        self.stop()
         # A connection that was dropped while it lay in the pool is noticed by the first use.
         if not self.look():
             self.look()

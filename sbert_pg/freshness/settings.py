@@ -220,11 +220,6 @@ class Durations:
         self.counts[bisect.bisect_left(BUCKETS, seconds)] += 1
         self.total += seconds
 
-    @property
-    def count(self) -> int:
-        """Number of durations."""
-        return sum(self.counts)
-
 
 @dataclass(slots=True)
 class ColumnTally:
@@ -251,8 +246,8 @@ class Tally:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._columns: dict[str, ColumnTally] = {}
-        self._backlog: dict[str, Counts] = {}
-        self.started = time.time()
+        #: What is pending by column, counted up to 100,000, as last looked at.
+        self.backlog: dict[str, Counts] = {}
         self.database_errors = 0
         self.listening = False
 
@@ -261,11 +256,6 @@ class Tally:
         """The counts of a column, to change them."""
         with self._lock:
             yield self._columns.setdefault(column, ColumnTally())
-
-    def set_backlog(self, backlog: dict[str, Counts]) -> None:
-        """Take note of what is pending, counted up to 100,000 a column."""
-        with self._lock:
-            self._backlog = backlog
 
     def count_database_error(self) -> None:
         """Count one loss of the database."""
@@ -276,11 +266,6 @@ class Tally:
         """The counts by column."""
         with self._lock:
             return dict(self._columns)
-
-    def backlog(self) -> dict[str, Counts]:
-        """What is pending by column, as last looked at."""
-        with self._lock:
-            return dict(self._backlog)
 
     def total(self, name: str) -> int:
         """One count, summed over the columns."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from typing import Any, Literal
 
@@ -126,12 +126,7 @@ def _status(
         state=row.state,
         rows=row.estimated_rows,
         embedded=row.estimated_embedded,
-        pending=counted.pending,
-        backfill=counted.backfill,
-        capped=counted.capped,
-        failed=counted.failed,
-        skipped=counted.skipped,
-        age=counted.age,
+        **asdict(counted),
         truncated=_truncated(connection, binding, row),
         problems=tuple(row.problems or ()),
         index=index,

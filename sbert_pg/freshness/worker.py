@@ -80,6 +80,7 @@ class Worker:
         settings: see ``WorkerSettings``.
         companions: what is kept current beside the columns.
         only: identities of the columns to serve, instead of names in the settings.
+        stop: an event that ends ``run(until_empty=True)`` as ``stop()`` does.
 
     Attributes:
         tally: what it has done.
@@ -97,6 +98,7 @@ class Worker:
         companions: Sequence[Companion] = (),
         *,
         only: Collection[UUID] = (),
+        stop: threading.Event | None = None,
     ) -> None:
         require_psycopg(engine)
         self.settings = settings or WorkerSettings()
@@ -104,7 +106,7 @@ class Worker:
         self.companions = tuple(companions)
         self._database = Database(engine)
         self._columns = Columns(only or self.settings.columns, self.settings.cache_rows)
-        self._stop = threading.Event()
+        self._stop = stop or threading.Event()
         self._wake = threading.Event()
         self._heard_lock = threading.Lock()
         self._heard: set[UUID] = set()
@@ -320,7 +322,7 @@ class Worker:
         if work is not None:
             flow.put(work)
             if class_ == BACKFILL:
-                self.throttle.spend(len(work.claimed.rows))
+                self.throttle.spend(len(work.rows))
         return more
 
     def _take_backfill(self, flow: _Flow, column: Column, *, thorough: bool) -> bool:
@@ -393,9 +395,9 @@ class Worker:
         column = work.column
         try:
             if column.cutter is None:
-                embedded = embed(column.binding, column.encoder, work.claimed.rows)
+                embedded = embed(column.binding, column.encoder, work.rows)
             else:
-                embedded = column.cutter.embed(work.claimed.rows)
+                embedded = column.cutter.embed(work.rows)
         except Exception as error:  # It is the column's affair; the writer deals with it.
             return error
         with self.tally.of(column.name) as tally:

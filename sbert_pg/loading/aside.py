@@ -24,7 +24,7 @@ from sbert_pg.errors import BackfillError
 from sbert_pg.indexes import build_index, index_builder, vector_indexes
 from sbert_pg.progress import Advance
 from sbert_pg.sqlstates import Fault, fault_of, words_of
-from sbert_pg.system import ATTEMPTS, LOCK_TIMEOUT, ColumnIdentity, Pause, Statement
+from sbert_pg.system import LOCK_TIMEOUT, ColumnIdentity, Statement, retried
 from sbert_pg.types.indexed import VectorIndex
 
 log = logging.getLogger("sbert_pg.loading")
@@ -155,16 +155,12 @@ def _build_aside(engine: sa.Engine, binding: Binding, **options: Any) -> None:
 
 def _noted_at_the_end(engine: sa.Engine, binding: Binding) -> dict[str, Mapping[str, Any]]:
     """What was set aside, where the server may have been away while the column was filled."""
-    pause = Pause(0.2, 3.0)
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            with engine.connect() as connection:
-                return _noted(connection, binding)[1]
-        except sa.exc.DBAPIError as error:
-            if fault_of(error) not in (Fault.LOST, Fault.BUSY) or attempt == ATTEMPTS:
-                raise
-        pause.sleep()
-    raise AssertionError("unreachable")
+
+    def noted() -> dict[str, Mapping[str, Any]]:
+        with engine.connect() as connection:
+            return _noted(connection, binding)[1]
+
+    return retried(noted, again=lambda error: fault_of(error) in (Fault.LOST, Fault.BUSY))
 
 
 def _noted(connection: sa.Connection, binding: Binding) -> tuple[str, dict[str, Mapping[str, Any]]]:

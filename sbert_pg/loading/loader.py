@@ -222,8 +222,11 @@ def _blocks(plan: Plan, bindings: list[Binding | None], rows: Iterator[Row]) -> 
     while some := list(itertools.islice(rows, READ_ROWS)):
         columns, brought = plan.columns_of(some, number)
         # From the values as they are given, before they are converted for the driver.
-        texts = [
-            _texts(plan, i, columns, vectors, bindings[i], number)
+        texts: list[list[Text]] = [
+            # Without a binding nothing asks for the text of a vector that comes along.
+            [None] * len(vectors)
+            if bindings[i] is None and all(vector is not None for vector in vectors)
+            else plan.texts(i, columns, len(vectors), number)
             for i, vectors in enumerate(brought)
         ]
         columns = plan.converted(columns, number)
@@ -241,21 +244,6 @@ def _blocks(plan: Plan, bindings: list[Binding | None], rows: Iterator[Row]) -> 
             block = None
     if block is not None:
         yield block
-
-
-def _texts(
-    plan: Plan,
-    position: int,
-    columns: list[list[Any]],
-    vectors: list[Any],
-    binding: Binding | None,
-    first: int,
-) -> list[Text]:
-    """The texts of some rows for one embedding column."""
-    # Without a binding nothing asks for the text of a vector that comes along.
-    if binding is None and all(vector is not None for vector in vectors):
-        return [None] * len(vectors)
-    return plan.texts(position, columns, len(vectors), first)
 
 
 @dataclass

@@ -242,14 +242,14 @@ def _new(objects: Iterable[object]) -> Iterator[_Write]:
     for state, attribute in _embedded(objects):
         vector = state.dict.get(attribute.key)
         write = _Write(state, attribute, vector if _is_assigned(state, attribute, vector) else None)
-        write.text = attribute.column.text_of_new(_values(write))
+        write.text = attribute.column.text_of_new(_held(attribute, state.dict))
         write.companion = state.dict.get(attribute.companion_key)
         yield write
 
 
-def _values(write: _Write) -> list[Any]:
-    """The values of the source that the object holds, in order."""
-    return [write.state.dict.get(key, NOT_KNOWN) for key in write.attribute.source_keys]
+def _held(attribute: EmbeddingAttribute, values: Mapping[str, Any]) -> list[Any]:
+    """The values of the source that an object or row holds, in order."""
+    return [values.get(key, NOT_KNOWN) for key in attribute.source_keys]
 
 
 def _changed(objects: Iterable[object]) -> Iterator[_Write]:
@@ -269,7 +269,7 @@ def _change(
     write = _Write(state, attribute, vector if _is_assigned(state, attribute, vector) else None)
     # A vector that is assigned alone was made from which text? Its row is pending.
     if changes or write.vector is None:
-        values = _values(write)
+        values = _held(attribute, state.dict)
         write.text = attribute.column.text_of(values)
         # What was assigned without having been loaded is perhaps what it was.
         perhaps_same = not assigned and not all(history.deleted for history in changes)
@@ -353,14 +353,10 @@ def _read_rows(session: Session, writes: list[_Write]) -> None:
         rows = attribute.stored_sources(session, mapper, [key for key, _ in members])
         for key, write in members:
             row = rows.get(key, {})
-            write.text = _text(attribute, {**row, **write.state.dict})
+            write.text = attribute.column.text_of(_held(attribute, {**row, **write.state.dict}))
             write.companion = write.companion or row.get(attribute.companion_key)
-            same = bool(row) and write.text == _text(attribute, row)
+            same = bool(row) and write.text == attribute.column.text_of(_held(attribute, row))
             write.unchanged = same and not _history(write.state, attribute.key).added
-
-
-def _text(attribute: EmbeddingAttribute, values: dict[str, Any]) -> Text:
-    return attribute.column.text_of([values.get(name, NOT_KNOWN) for name in attribute.source_keys])
 
 
 def _row_key(write: _Write) -> Key:
@@ -394,7 +390,11 @@ def _before_statement(state: ORMExecuteState) -> Any:
     parameters: Any = state.parameters
     rows = [dict(row) for row in ([parameters] if isinstance(parameters, Mapping) else parameters)]
     for attribute in attributes:
-        texts = (_inserted if state.is_insert else _updated)(state.session, mapper, attribute, rows)
+        texts = (
+            [attribute.column.text_of_new(_held(attribute, row)) for row in rows]
+            if state.is_insert
+            else _updated(state.session, mapper, attribute, rows)
+        )
         _fill(state, mapper, attribute, rows, texts)
     return state.invoke_statement(params=rows[0] if isinstance(parameters, Mapping) else rows)
 
@@ -406,16 +406,6 @@ def _mapper_of(state: ORMExecuteState) -> Mapper[Any] | None:
     # Parameters of the other strategies are named by columns and not by attributes.
     named = state.execution_options.get("dml_strategy") not in _OTHER_STRATEGIES
     return state.bind_mapper if state.is_orm_statement and named else None
-
-
-def _inserted(
-    session: Session, mapper: Mapper[Any], attribute: EmbeddingAttribute, rows: list[Row]
-) -> list[Text]:
-    """The text of each row."""
-    return [
-        attribute.column.text_of_new([row.get(key, NOT_KNOWN) for key in attribute.source_keys])
-        for row in rows
-    ]
 
 
 def _updated(
@@ -430,11 +420,8 @@ def _updated(
     }
     readable = [key for key in partial.values() if None not in key]
     stored = attribute.stored_sources(session, mapper, readable) if readable else {}
-    texts: list[Text] = []
-    for number, row in enumerate(rows):
-        values = stored.get(partial.get(number, ()), {}) | row
-        texts.append(attribute.column.text_of([values.get(key, NOT_KNOWN) for key in keys]))
-    return texts
+    whole = (stored.get(partial.get(number, ()), {}) | row for number, row in enumerate(rows))
+    return [attribute.column.text_of(_held(attribute, values)) for values in whole]
 
 
 def _touches(attribute: EmbeddingAttribute, row: Row) -> bool:

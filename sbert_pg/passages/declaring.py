@@ -28,16 +28,10 @@ from sbert_pg.source import GAP, Source, companion_name
 from sbert_pg.spec import EncoderSpec, canonical_name
 
 if TYPE_CHECKING:
-    from typing_extensions import TypedDict, Unpack
+    from typing_extensions import Unpack
 
-    from sbert_pg.distance import Similarity, Storage
-
-    class VectorOptions(TypedDict, total=False):
-        """What both embedding columns of a declaration take; see ``Embedding``."""
-
-        storage: Storage
-        dimensions: int | None
-        similarity: Similarity | None
+    from sbert_pg.catalog.embedding import VectorOptions
+    from sbert_pg.distance import Storage
 
 
 #: Where a relationship keeps its ``Declared``.

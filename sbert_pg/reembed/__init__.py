@@ -3,7 +3,7 @@
 from sbert_pg.reembed.adopt import Adoption, Proof, adopt, examine
 from sbert_pg.reembed.backfill import Filling, Rebinding, as_step, backfill, rebind
 from sbert_pg.reembed.change import Request, begin, build_indexes, request_of
-from sbert_pg.reembed.finish import abort, finish, resume
+from sbert_pg.reembed.finish import abort, finish
 from sbert_pg.reembed.plan import Plan, plan
 from sbert_pg.reembed.report import Thresholds, Verification
 from sbert_pg.reembed.status import QUIET, Status, require_ready, status
@@ -34,7 +34,6 @@ __all__ = [
     "rebind",
     "request_of",
     "require_ready",
-    "resume",
     "status",
     "verify",
 ]

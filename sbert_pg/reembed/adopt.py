@@ -7,7 +7,7 @@ this library. ``sbert-pg audit`` looks at every row afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -175,16 +175,14 @@ class _Column:
         keys = dict(zip(self.labels, self.key_values, strict=True))
         return [keys[label] for label in labels]
 
-    def texts(self, sources: Sequence[Source] | None) -> list[Callable[[], list[Text]]]:
+    def texts(self, sources: Sequence[Source] | None) -> Iterator[list[Text]]:
         """Candidate texts in rounds, the likeliest first."""
-        table, keys = self.table, self.keys
         if sources is not None:
-            return [lambda: texts_of_sources(table, keys, sources)]
-        return [
-            lambda: single_texts(table, keys),
-            lambda: joined_texts(table, keys),
-            lambda: hidden_texts(table, keys, self.values),
-        ]
+            yield texts_of_sources(self.table, self.readable, sources)
+            return
+        yield single_texts(self.readable)
+        yield joined_texts(self.readable)
+        yield hidden_texts(self.readable, self.values)
 
 
 def examine(
@@ -288,9 +286,7 @@ def _screen(
     """Candidates by a few rows, the best first; of equals the simpler one."""
     tried: list[Candidate] = []
     for texts in column.texts(sources):
-        tried += [
-            column.compared(encoder, text, SCREEN) for text in texts() for encoder in encoders
-        ]
+        tried += [column.compared(encoder, text, SCREEN) for text in texts for encoder in encoders]
         tried.sort(key=_rank)
         # Half of the rows: some may be stale, and a wrong source agrees with none but by chance.
         if tried and tried[0].comparison.share > 0.5 and (tried[0].comparison.median or 0) > 0.97:

@@ -56,17 +56,17 @@ class Candidate:
         return f"{self.encoder.spec.name} on {self.text.label}: {self.comparison}"
 
 
-def single_texts(table: sa.Table, keys: Sequence[str]) -> list[Text]:
-    """Each text column alone; positions are those of ``readable_columns``."""
-    names = [column.name for column in readable_columns(table, keys) if is_text(column.type)]
+def single_texts(columns: Sequence[sa.Column[Any]]) -> list[Text]:
+    """Each text column alone; columns are ``readable_columns``, whose places are the positions."""
+    names = [column.name for column in columns if is_text(column.type)]
     return [
         Text(Source.of(name), name, (i,), Source.of(name).joiner()) for i, name in enumerate(names)
     ]
 
 
-def joined_texts(table: sa.Table, keys: Sequence[str]) -> list[Text]:
+def joined_texts(columns: Sequence[sa.Column[Any]]) -> list[Text]:
     """Two text columns joined, in both orders and by each of the separators."""
-    names = [column.name for column in readable_columns(table, keys) if is_text(column.type)]
+    names = [column.name for column in columns if is_text(column.type)]
     if len(names) > MOST_JOINED:
         return []
     texts = []
@@ -78,10 +78,10 @@ def joined_texts(table: sa.Table, keys: Sequence[str]) -> list[Text]:
     return texts
 
 
-def hidden_texts(table: sa.Table, keys: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[Text]:
+def hidden_texts(columns: Sequence[sa.Column[Any]], rows: Sequence[Sequence[Any]]) -> list[Text]:
     """Texts inside JSON documents, which cannot be a source; ``rows`` as the columns are read."""
     texts = []
-    for i, column in enumerate(readable_columns(table, keys)):
+    for i, column in enumerate(columns):
         if is_text(column.type):
             continue
         documents = [row[i] for row in rows if isinstance(row[i], dict)]
@@ -90,8 +90,9 @@ def hidden_texts(table: sa.Table, keys: Sequence[str], rows: Sequence[Sequence[A
             if strings * 2 < len(rows):
                 continue
             quote, literal = system.PLAIN.identifier_preparer.quote, key.replace("'", "''")
+            table = system.written_name(column.table.schema, column.table.name)
             remedy = (
-                f"ALTER TABLE {system.written_name(table.schema, table.name)} ADD COLUMN "
+                f"ALTER TABLE {table} ADD COLUMN "
                 f"{quote(f'{key}_text')} text GENERATED ALWAYS AS "
                 f"({quote(column.name)} ->> '{literal}') STORED"
             )
@@ -108,9 +109,11 @@ def _from_json(key: str) -> Callable[[Sequence[Any]], str]:
     return join
 
 
-def texts_of_sources(table: sa.Table, keys: Sequence[str], sources: Iterable[Source]) -> list[Text]:
+def texts_of_sources(
+    table: sa.Table, columns: Sequence[sa.Column[Any]], sources: Iterable[Source]
+) -> list[Text]:
     """The sources that a caller names; refused where one is not of texts, or cut into passages."""
-    names = [column.name for column in readable_columns(table, keys)]
+    names = [column.name for column in columns]
     texts = []
     for source in sources:
         if source.passages is not None or source.document is not None:

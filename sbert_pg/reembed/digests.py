@@ -7,6 +7,7 @@ of each vector what this library's own writes say of theirs: whose it is, and of
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
@@ -14,7 +15,7 @@ import sqlalchemy as sa
 from sbert_pg.catalog import Binding, rows
 from sbert_pg.catalog.record import Named
 from sbert_pg.sqlstates import sqlstate_of
-from sbert_pg.system import Pause
+from sbert_pg.system import Pause, retried
 
 #: Rows of one transaction.
 BLOCK = 2_000
@@ -94,93 +95,61 @@ def write_digests(
     A row that was written does not meet them any more. Rows that others hold locked are tried
     again, some times, and then left. Returns how many were written.
     """
-    walk = _Walk(engine, binding, table, vector, criteria, block)
+    engine = engine.execution_options(isolation_level="READ COMMITTED")
+    keys = [table.c[name] for name in binding.key_columns]
+    read = dict.fromkeys([*binding.key_columns, *binding.source.columns])
+    free = (
+        sa.select(*(table.c[name] for name in read), vector.label(binding.column))
+        .where(*criteria)
+        .order_by(*keys)
+        .limit(block)
+        .with_for_update(key_share=True, skip_locked=True)
+    )
+    left = sa.select(sa.literal(1)).select_from(table).where(*criteria).limit(1)
+
+    def first(statement: sa.Select[Any]) -> Any:
+        with engine.begin() as connection:
+            return connection.execute(statement).first()
+
     written = 0
     pause = Pause(0.2, 3.0)
     for _ in range(PASSES):
-        last: Sequence[Any] | None = None
+        here = free
         while True:
-            count, last = walk.step(last)
+            write = partial(first, _writing(binding, table, here.cte("locked")))
+            row = retried(write, again=_is_repeated, attempts=PASSES)
+            count, locked, *last = row or (0, 0)
             written += count
             if progress is not None:
                 progress(written)
-            if last is None:
+            if locked < block:
                 break
-        if not walk.remain():
+            here = free.where(rows.after(keys, last))
+        if first(left) is None:
             break
         pause.sleep()
     return written
 
 
-class _Walk:
-    """The statements of one walk over a table."""
+def _is_repeated(error: sa.exc.DBAPIError) -> bool:
+    return sqlstate_of(error) in _REPEATED
 
-    def __init__(
-        self,
-        engine: sa.Engine,
-        binding: Binding,
-        table: sa.TableClause,
-        vector: sa.ColumnElement[Any],
-        criteria: Sequence[sa.ColumnElement[bool]],
-        block: int,
-    ) -> None:
-        self.engine = engine.execution_options(isolation_level="READ COMMITTED")
-        self.binding = binding
-        self.table = table
-        self.keys = [table.c[name] for name in binding.key_columns]
-        self.block = block
-        self.criteria = criteria
-        read = dict.fromkeys([*binding.key_columns, *binding.source.columns])
-        self.free = (
-            sa.select(*(table.c[name] for name in read), vector.label(binding.column))
-            .where(*criteria)
-            .order_by(*self.keys)
-            .limit(block)
-            .with_for_update(key_share=True, skip_locked=True)
+
+def _writing(binding: Binding, table: sa.TableClause, locked: sa.CTE) -> sa.Select[Any]:
+    """Write locked rows; how many were written, how many are locked, and the key of the last."""
+    written = (
+        sa.update(table)
+        .where(*(table.c[name] == locked.c[name] for name in binding.key_columns))
+        .values(
+            {
+                table.c[binding.column]: locked.c[binding.column],
+                table.c[binding.companion]: binding.expressions.on(locked, "digest"),
+            }
         )
-
-    def step(self, last: Sequence[Any] | None) -> tuple[int, list[Any] | None]:
-        """Write one block; how many rows, and its last key, ``None`` where it was the last one."""
-        statement = self._statement(last)
-        pause = Pause(0.2, 3.0)
-        for number in range(1, PASSES + 1):
-            try:
-                with self.engine.begin() as connection:
-                    row = connection.execute(statement).first()
-                break
-            except sa.exc.DBAPIError as error:
-                if sqlstate_of(error) not in _REPEATED or number == PASSES:
-                    raise
-            pause.sleep()
-        if row is None:
-            return 0, None
-        count, locked, *key = row
-        return count, key if locked == self.block else None
-
-    def _statement(self, last: Sequence[Any] | None) -> sa.Select[Any]:
-        binding = self.binding
-        free = self.free if last is None else self.free.where(rows.after(self.keys, last))
-        locked = free.cte("locked")
-        same = [key == locked.c[key.name] for key in self.keys]
-        written = (
-            sa.update(self.table)
-            .where(*same)
-            .values(
-                {
-                    self.table.c[binding.column]: locked.c[binding.column],
-                    self.table.c[binding.companion]: binding.expressions.on(locked, "digest"),
-                }
-            )
-            .returning(sa.literal(1).label("one"))
-            .cte("written")
-        )
-        keys = [locked.c[key.name] for key in self.keys]
-        count = sa.select(sa.func.count()).select_from(written).scalar_subquery()
-        total = sa.select(sa.func.count()).select_from(locked).scalar_subquery()
-        return sa.select(count, total, *keys).order_by(*(key.desc() for key in keys)).limit(1)
-
-    def remain(self) -> bool:
-        """Whether rows are left that could be written."""
-        left = sa.select(sa.literal(1)).select_from(self.table).where(*self.criteria).limit(1)
-        with self.engine.connect() as connection:
-            return connection.execute(left).first() is not None
+        .returning(sa.literal(1).label("one"))
+        .cte("written")
+    )
+    keys = [locked.c[name] for name in binding.key_columns]
+    count = sa.select(sa.func.count()).select_from(written).scalar_subquery()
+    total = sa.select(sa.func.count()).select_from(locked).scalar_subquery()
+    return sa.select(count, total, *keys).order_by(*(key.desc() for key in keys)).limit(1)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import REGCLASS
 
 from sbert_pg import catalog, system
 from sbert_pg.catalog import Binding
-from sbert_pg.catalog.record import qualified
 from sbert_pg.errors import BackfillIncompleteError, ReembeddingError, StillInUseError
 from sbert_pg.reembed.status import (
     QUIET,
@@ -20,7 +17,6 @@ from sbert_pg.reembed.status import (
     status_of,
     use_of,
 )
-from sbert_pg.sqlstates import translated
 from sbert_pg.system import ATTEMPTS, LOCK_TIMEOUT, ColumnIdentity, in_short_transactions
 
 
@@ -66,16 +62,7 @@ def finish(
         if replaced is None:
             return False
         old = replaced
-        require_finishable(
-            connection,
-            new,
-            old,
-            force=force,
-            quiet=quiet,
-            watch=watch,
-            max_pending=max_pending,
-            max_failed=max_failed,
-        )
+        require_finishable(connection, new, old, force, quiet, watch, max_pending, max_failed)
 
     def step(connection: sa.Connection) -> bool:
         _lock(connection, old)
@@ -90,14 +77,16 @@ def finish(
         connection.execute(sa.select(activated))
         return True
 
-    return _dropping(engine, old, step, lock_timeout, attempts)
+    relation = system.name_of(old.schema, old.table)
+    return in_short_transactions(
+        engine, step, relation=relation, lock_timeout=lock_timeout, attempts=attempts
+    )
 
 
 def require_finishable(
     connection: sa.Connection,
     new: Binding,
     old: Binding,
-    *,
     force: bool = False,
     quiet: dt.timedelta = QUIET,
     watch: float = 0.0,
@@ -202,43 +191,9 @@ def abort(
         drop_bound_column(connection, binding)
         return True
 
-    return _dropping(engine, binding, step, lock_timeout, attempts)
-
-
-def resume(connection: sa.Connection, column: ColumnIdentity, replaces: str) -> Binding:
-    """Make one bound column the replacement of another again, as after a *finish* taken back.
-
-    Args:
-        connection: where; in the caller's transaction.
-        column: the new column.
-        replaces: the old column, which is there and bound again.
-
-    Returns:
-        The new column's binding.
-
-    Raises:
-        NotBoundError: one of them is not bound.
-    """
-    new = catalog.require_binding(connection, column)
-    relation = sa.cast(qualified(connection, column), REGCLASS)
-    with translated():
-        connection.execute(sa.select(sa.func.sbert.resume_v1(relation, new.column, replaces)))
-    return catalog.require_binding(connection, column)
-
-
-def _dropping(
-    engine: sa.Engine,
-    binding: Binding,
-    step: Callable[[sa.Connection], bool],
-    lock_timeout: float,
-    attempts: int,
-) -> bool:
+    relation = system.name_of(binding.schema, binding.table)
     return in_short_transactions(
-        engine,
-        step,
-        relation=system.name_of(binding.schema, binding.table),
-        lock_timeout=lock_timeout,
-        attempts=attempts,
+        engine, step, relation=relation, lock_timeout=lock_timeout, attempts=attempts
     )
 
 

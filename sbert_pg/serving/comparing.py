@@ -219,8 +219,7 @@ def _marks(
     language = exposed.text.type.language  # type: ignore[attr-defined]
     begin, end = secrets.token_hex(8), secrets.token_hex(8)
     quoted = ("'" + one.replace("\\", "\\\\").replace("'", "''") + "'" for one in sorted(lexemes))
-    texts_ = sa.func.unnest(sa.cast(texts, postgresql.ARRAY(sa.Text)))
-    cells = texts_.table_valued(sa.column("text", sa.Text)).render_derived(name="shown")
+    cells = system.unnested("shown", text=system.array(texts))
     marked = sa.func.ts_headline(
         sa.cast(language, postgresql.REGCONFIG),
         cells.c.text,

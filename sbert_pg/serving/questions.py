@@ -9,7 +9,6 @@ know at once that nobody answers.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from sbert_pg.errors import EncodingError
 from sbert_pg.freshness.encoding import held_encoder
 from sbert_pg.freshness.queue import driver_connection
 from sbert_pg.freshness.settings import LOGGER, Database, say
+from sbert_pg.process import Background
 from sbert_pg.serving.inside import text_of
 from sbert_pg.spec import TextEncoder
 from sbert_pg.sqlstates import words_of
@@ -54,29 +54,22 @@ _ANSWER = (
 )
 
 
-class Answers:
+class Answers(Background):
     """Answers questions beside a worker; one of its companions.
 
     One connection, outside the pool, listens and answers; another is used when a column's encoder
     is loaded.
     """
 
+    thread_name = "sbert-pg-answers"
+    patience = 30.0
+
     def __init__(self, engine: sa.Engine) -> None:
+        super().__init__()
         self._database = Database(engine)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="sbert-pg-answers", daemon=True)
         self._encoders: dict[UUID, TextEncoder] = {}
         self._blocked: dict[UUID, float] = {}
         self._tidy_at = 0.0
-
-    def start(self) -> None:
-        """Begin, in its own thread."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End, and wait for it."""
-        self._stop.set()
-        self._thread.join(timeout=30)
 
     def look(self) -> None:
         """Answer what is asked now."""

@@ -228,7 +228,7 @@ class WorkerMetrics(Collector):  # type: ignore[misc]
 
     def collect(self) -> Iterator[Any]:
         """All metrics."""
-        columns, backlog = self._tally.columns(), self._tally.backlog()
+        columns, backlog = self._tally.columns(), self._tally.backlog
         for attribute, *texts in _COUNTERS:
             counts = {c: (getattr(tally, attribute),) for c, tally in columns.items()}
             yield _by_column(CounterMetricFamily, texts, counts)

@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 from standard_docstrings import toured
 
-from sbert_pg import catalog, registry
+from sbert_pg import catalog, registry, system
 from sbert_pg.cli import demo, demo_change, demo_data
 from sbert_pg.errors import EncoderNotFoundError
 from sbert_pg.testing import DeterministicEncoder
@@ -45,7 +45,7 @@ def test_the_tour(engine: sa.Engine, capsys: pytest.CaptureFixture[str]) -> None
     assert {recall for *_, recall in lines} == {"1.000"}
     assert sum(int(questions) for _, _, questions, *_ in lines) > 0
     with engine.connect() as connection:
-        columns = demo.columns_there(connection)
+        columns = system.stored_types(connection, demo.TABLE)
     assert demo.COLUMN in columns
     assert demo.REPLACED not in columns
     # A question finds the table as the tour has left it; a second tour begins again.

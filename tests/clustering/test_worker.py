@@ -187,7 +187,7 @@ def test_nothing_is_done_where_nothing_was_written(engine: sa.Engine, app: Any) 
     with engine.connect() as busy, busy.begin():
         run = app.topics.run_table
         busy.execute(sa.select(run.c.id).where(run.c.is_current).with_for_update())
-        connection_free = ClusterKeeper(engine, [app.topics])
+        connection_free = ClusterKeeper(engine, app.topics)
         assert connection_free.look() == [], "somebody else is at it"
 
 
@@ -269,7 +269,7 @@ def test_a_run_without_a_process_is_failed(engine: sa.Engine, app: Any) -> None:
                 metric="cosine", state="running",
             )
         )  # fmt: skip
-    ClusterKeeper(engine, [app.topics]).look()
+    ClusterKeeper(engine, app.topics).look()
     with engine.connect() as connection:
         assert list(connection.scalars(sa.select(run.c.state).order_by(run.c.id))) == [
             "done",

@@ -405,7 +405,7 @@ def test_health_and_metrics_over_http(engine, note, plain, encoder):
         # The backlog is looked at from time to time, and from when on it is served.
         wait_for(lambda: worker.tally.total("embedded") == 3)
         with serving_http(worker, port=0) as port:
-            wait_for(lambda: worker.tally.backlog() != {})
+            wait_for(lambda: worker.tally.backlog != {})
             status, body = get(port, "/health")
             assert status == 200
             assert json.loads(body)["columns"] == ["public.note.embedding"]

@@ -12,13 +12,14 @@ from ways import modules_of
 
 from sbert_pg import catalog, create_all, errors
 from sbert_pg import reembed as ree
-from sbert_pg.alembic import register
+from sbert_pg.alembic import register, statements
 from sbert_pg.freshness import backfill, refresh, status
 from sbert_pg.indexes import vector_indexes
 from sbert_pg.reembed.finish import drop_bound_column, require_droppable
 from sbert_pg.search import nearest
 from sbert_pg.source import NIL, Source
 from sbert_pg.spec import EncoderSpec
+from sbert_pg.sqlstates import translated
 from sbert_pg.system import ColumnIdentity
 
 QUIET = dt.timedelta(0)
@@ -484,6 +485,13 @@ class TestStillInUse:
         assert ree.finish(ready.engine, ready.new_column, max_failed=1) is True
 
 
+def _resume(connection, column, replaces):
+    """As ``op.resume_reembedding`` does."""
+    with translated():
+        connection.execute(statements.call("resume_v1", column, replaces))
+    return catalog.require_binding(connection, column)
+
+
 def test_a_change_taken_back_goes_on(world):
     """As after the downgrade of a migration that finished: the old column is there and bound."""
     world.create(20)
@@ -494,16 +502,16 @@ def test_a_change_taken_back_goes_on(world):
     with world.engine.begin() as connection:
         connection.execute(sa.text("alter table articles add embedding vector(32)"))
         catalog.bind(connection, world.old_table.c.embedding)
-        binding = ree.resume(connection, world.new_column, "embedding")
+        binding = _resume(connection, world.new_column, "embedding")
         assert binding.replaces == "embedding"
-        assert ree.resume(connection, world.new_column, "embedding").id == binding.id
+        assert _resume(connection, world.new_column, "embedding").id == binding.id
     world.fill()
     assert ree.status(world.engine, world.new_column).old == "embedding"
     with pytest.raises(errors.NotBoundError), world.engine.begin() as connection:
-        ree.resume(connection, world.new_column, "nothing")
+        _resume(connection, world.new_column, "nothing")
     for new, old in (("embedding", "embedding_new"), ("embedding", "embedding")):
         with pytest.raises(errors.AlreadyBoundError), world.engine.begin() as connection:
-            ree.resume(connection, ColumnIdentity(None, "articles", new), old)
+            _resume(connection, ColumnIdentity(None, "articles", new), old)
 
 
 @pytest.mark.parametrize("name", ["embedding", "embedding_new", "embedding_of", "body", "id"])
