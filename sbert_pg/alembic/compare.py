@@ -409,14 +409,17 @@ class Comparison:
         """All operations, in an order in which they work."""
         operations = [*self.before, *self.middle, *self.after]
         declaring = any(isinstance(op, ops.DeclaringOperation) for op in operations)
-        if declaring or any(
-            self._in_scope(table) and self._embeddings(table) for table in self.tables.values()
-        ):
+        if declaring or self._has_embeddings():
             current, head = catalog.current(self.connection), catalog.head()
             behind = current is None or (current != head and current in reached(head))
             if behind or (declaring and not self._history_installs()):
                 operations.insert(0, ops.UpgradeSchemaOp(head, previous=current))
         return operations
+
+    def _has_embeddings(self) -> bool:
+        return any(
+            self._in_scope(table) and self._embeddings(table) for table in self.tables.values()
+        )
 
     def _history_installs(self) -> bool:
         """Whether a revision of the application's history makes the schema ``sbert``.

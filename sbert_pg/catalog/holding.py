@@ -91,9 +91,7 @@ def hold_encoder(connection: Connection, binding: Binding, encoder: TextEncoder)
     else:
         final = not binding.sealed_here
     # Of several processes that seal at once the first wins, and its encoder is the one that counts.
-    sealed, verdict = _compared(connection, binding, encoder)
-    if not verdict:
-        raise _mismatch(binding, sealed, encoder, verdict)
+    sealed, verdict = _agreeing(connection, binding, encoder)
     if sealed != fingerprint and not _is_recorded(connection, binding, fingerprint):
         if _read_only(connection):
             return False
@@ -123,9 +121,7 @@ def rebind(
     """
     if binding.fingerprint is None:
         hold_encoder(connection, binding, encoder)
-    sealed, verdict = _compared(connection, binding, encoder)
-    if not verdict:
-        raise _mismatch(binding, sealed, encoder, verdict)
+    sealed, verdict = _agreeing(connection, binding, encoder)
     if sealed != fingerprint_of(encoder):
         _record(connection, binding, encoder, verdict, stored)
     return verdict
@@ -245,11 +241,15 @@ def _require_same_declaration(binding: Binding, spec: EncoderSpec) -> None:
         )
 
 
-def _mismatch(
-    binding: Binding, sealed: str, encoder: TextEncoder, verdict: Compatibility
-) -> EncoderMismatchError:
+def _agreeing(
+    connection: Connection, binding: Binding, encoder: TextEncoder
+) -> tuple[str, Compatibility]:
+    """As ``_compared``; refused where the spaces differ."""
+    sealed, verdict = _compared(connection, binding, encoder)
+    if verdict:
+        return sealed, verdict
     name = binding.sealed.name if binding.sealed is not None else binding.declared.name
-    return EncoderMismatchError(
+    raise EncoderMismatchError(
         f"Column {binding} belongs to encoder {name!r} (fingerprint {sealed}), and this process "
         f"uses {encoder.spec.name!r} (fingerprint {fingerprint_of(encoder)}): {verdict.reason}. "
         "Vectors of the two must not be mixed or compared. Use the column's own encoder, or add a "

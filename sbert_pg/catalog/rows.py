@@ -69,6 +69,12 @@ def estimated_rows(connection: sa.Connection, table: sa.TableClause) -> float:
     return float(connection.execute(statement).scalar() or 0.0)
 
 
+def counted(connection: sa.Connection, table: sa.TableClause, most: int) -> int:
+    """Rows of a table, up to a number."""
+    some = sa.select(sa.literal(1)).select_from(table).limit(most).subquery()
+    return connection.execute(sa.select(sa.func.count()).select_from(some)).scalar_one()
+
+
 def _hashed(label: sa.ColumnElement[str], seed: int) -> sa.ColumnElement[int]:
     return sa.func.hashtextextended(label, sa.literal(seed, sa.BigInteger))
 

@@ -116,8 +116,11 @@ def _moved(words: list[str]) -> bool:
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    if _moved(sys.argv[1:] if arguments is None else arguments):
-        return common.EXIT_USAGE
+    moved = _moved(sys.argv[1:] if arguments is None else arguments)
+    return common.EXIT_USAGE if moved else _run(arguments)
+
+
+def _run(arguments: list[str] | None) -> int:
     try:
         result = build_app()(args=arguments, standalone_mode=False)
         return result if isinstance(result, int) else common.EXIT_OK

@@ -17,6 +17,7 @@ import typer
 
 from sbert_pg import catalog, system
 from sbert_pg.catalog import Binding, tables
+from sbert_pg.catalog.rows import counted
 from sbert_pg.cli import common
 from sbert_pg.errors import SbertPgError
 from sbert_pg.freshness.listening import seen_workers
@@ -163,9 +164,7 @@ def _of_statistics(
 ) -> Iterator[Finding]:
     if column.rows is not None:
         return
-    some = sa.select(sa.literal(1)).select_from(binding.clause()).limit(_UNGATHERED + 1)
-    count = sa.select(sa.func.count()).select_from(some.subquery())
-    if connection.execute(count).scalar_one() > _UNGATHERED:
+    if counted(connection, binding.clause(), _UNGATHERED + 1) > _UNGATHERED:
         table = system.written_name(binding.schema, binding.table)
         yield Finding(
             "advice", table, "statistics were never gathered, so plans are guesses",

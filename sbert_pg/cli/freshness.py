@@ -271,6 +271,10 @@ def _report(filling: Filling) -> str:
     )
 
 
+def _state(failure: Any) -> str:
+    return ("skipped" if failure.skipped else "failed") if failure.failed else "again"
+
+
 def failed(
     target: common.TargetArgument,
     database: common.DatabaseOption = None,
@@ -306,15 +310,7 @@ def failed(
     if json:
         common.print_json([asdict(failure) for failure in failures])
         return
-    rows = [
-        [
-            f.key,
-            f.attempts,
-            ("skipped" if f.skipped else "failed") if f.failed else "again",
-            f.error,
-        ]
-        for f in failures
-    ]
+    rows = [[f.key, f.attempts, _state(f), f.error] for f in failures]
     common.print_table(["key", "attempts", "state", "error"], rows)
 
 

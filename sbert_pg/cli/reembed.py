@@ -164,7 +164,7 @@ def verify(
                 engine,
                 column,
                 filters={each: common.criterion(each) for each in filters or ()},
-                queries=[] if pairs is None else queries_of(engine, pairs),
+                queries=queries_of(engine, pairs),
                 thresholds=_thresholds_of(thresholds),
             )
     common.show(report, report.to_json(), json)

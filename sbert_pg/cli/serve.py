@@ -95,7 +95,7 @@ def serve(
         metadata = common.prepare(app)
         more: dict[str, Any] = {"reranker": Reranker.load(rerankers[0])} if rerankers else {}
         with common.database(database, lasting=True) as engine:
-            more["queries"] = [] if pairs is None else queries_of(engine, pairs)
+            more["queries"] = queries_of(engine, pairs)
             show_pages(engine, listed, metadata, http, token, **more)
     else:
         _serve_http(listed, database, app, http, token, encoders, rerankers)
@@ -117,7 +117,7 @@ def _serve_http(
     host, port = common.address_of(http or ADDRESS)
     metadata = common.prepare(app, usual="info")
     with ExitStack() as stack:
-        names = tables or ([] if metadata is None else _declared(metadata))
+        names = tables or _declared(metadata)
         shown = None
         if names:
             engine = stack.enter_context(common.database(database, lasting=True))
@@ -126,7 +126,7 @@ def _serve_http(
         loaded = {spec.name: get_encoder(spec) for spec in declared}
         loaded |= {name: get_encoder(name) for name in encoders}
         scorers = {name: Reranker.load(name) for name in rerankers}
-        if not loaded and not scorers:
+        if not (served := [*loaded, *scorers]):
             raise DeclarationError(
                 "There is nothing to serve; name an encoder with --encoder, a reranker with "
                 "--reranker, or tables."
@@ -134,7 +134,7 @@ def _serve_http(
         port = stack.enter_context(
             serving(loaded, shown, rerankers=scorers, host=host, port=port, token=token)
         )
-        common.note(f"Serving {', '.join([*loaded, *scorers])} on http://{host}:{port}")
+        common.note(f"Serving {', '.join(served)} on http://{host}:{port}")
         stack.enter_context(common.stoppable()).wait()
 
 
@@ -283,7 +283,9 @@ def _clusterings(
     return of
 
 
-def _declared(metadata: sa.MetaData) -> list[str]:
+def _declared(metadata: sa.MetaData | None) -> list[str]:
+    if metadata is None:
+        return []
     columns = [embedding.column for embedding in embedding_columns(metadata)]
     if not columns:
         raise DeclarationError("The application declares no embedding columns.")

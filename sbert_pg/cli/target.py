@@ -180,8 +180,10 @@ def source_of(parts: Sequence[str] | None) -> Source | None:
     return Source.template(parts[0]) if is_template else Source.of(list(parts))
 
 
-def queries_of(engine: sa.Engine, pairs: str) -> list[LabelledQuery]:
-    """Labelled questions from a file or by a query."""
+def queries_of(engine: sa.Engine, pairs: str | None) -> list[LabelledQuery]:
+    """Labelled questions from a file or by a query; none where neither is given."""
+    if pairs is None:
+        return []
     # A file may be called values.csv.
     if re.match(r"\s*(SELECT|VALUES|WITH)[\s(*'\"]", pairs, re.IGNORECASE):
         return pairs_of(engine, sa.text(pairs.replace(":", r"\:")))

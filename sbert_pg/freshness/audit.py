@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
-from sqlalchemy.engine import Connection
 
 from sbert_pg.catalog import Binding
 from sbert_pg.catalog.holding import hold_encoder
@@ -272,28 +271,27 @@ def audit(
     if before is not None:
         result.truncated = (cut_so_far(encoder) or before) - before
     with engine.begin() as connection:
-        _record(connection, binding, result)
+        # Kept for ``status``.
+        at = connection.execute(sa.select(sa.func.now())).scalar_one()
+        figures = sa.cast(result.to_json() | {"at": at.isoformat()}, pg.JSONB)
+        connection.execute(sa.select(sa.func.sbert.note_v1(binding.id, sa.null(), figures)))
     return result
 
 
 def _columns(rows: Rows) -> list[sa.ColumnElement[Any]]:
-    binding, table = rows.binding, rows.table
+    binding, table, cut = rows.binding, rows.table, []
+    if rows.passages is not None:
+        # Of documents, the passages that they have, and what their source columns hold.
+        source = [table.c[name] for name in binding.source.columns]
+        cut = [rows.passages.as_json(table).label("passages"), *source]
     waiting = sa.or_(binding.is_stale(table), binding.expressions.on(table, "failed"))
     return [
         rows.label.label("label"),
         binding.expressions.on(table, "text").label("text"),
         sent(table.c[binding.column], binding.storage).label("vector"),
         waiting.label("waiting"),
-        *_cut_columns(rows),
+        *cut,
     ]
-
-
-def _cut_columns(rows: Rows) -> list[sa.ColumnElement[Any]]:
-    """Of documents, what their source columns hold, and the passages that they have."""
-    if rows.passages is None:
-        return []
-    source = [rows.table.c[name] for name in rows.binding.source.columns]
-    return [rows.passages.as_json(rows.table).label("passages"), *source]
 
 
 def _pages(
@@ -378,10 +376,3 @@ def _noted(wrong: _Wrong, result: Audit) -> list[tuple[str, Finding]]:
     room = max(MAX_EXAMPLES - len(result.findings), 0)
     result.findings += [finding for _, finding in findings[:room]]
     return findings
-
-
-def _record(connection: Connection, binding: Binding, result: Audit) -> None:
-    """Keep the figures for ``status``."""
-    at = connection.execute(sa.select(sa.func.now())).scalar_one()
-    figures = sa.cast(result.to_json() | {"at": at.isoformat()}, pg.JSONB)
-    connection.execute(sa.select(sa.func.sbert.note_v1(binding.id, sa.null(), figures)))

@@ -22,7 +22,7 @@ from sbert_pg.freshness import claims
 from sbert_pg.freshness.columns import Column, Shared, Work
 from sbert_pg.freshness.encoding import Embedded
 from sbert_pg.freshness.queue import COUNTED, Row, Written, counts, shown
-from sbert_pg.freshness.settings import LOGGER, Database, say
+from sbert_pg.freshness.settings import LOGGER, say
 from sbert_pg.process import Background
 from sbert_pg.sqlstates import Fault, fault_of, words_of
 from sbert_pg.system import Pause
@@ -43,24 +43,13 @@ _LEFT_OUT = "a trigger of the table keeps the vector from being written"
 class Patience:
     """Runs transactions until the database lets them through.
 
-    Once ``stop`` is set, patience lasts ``after_stop`` seconds. ``trouble`` is what is wrong with
-    the database, while something is; ``on_trouble`` is called whenever a try fails for its sake.
+    Once ``stop`` is set, patience lasts as long as the settings say. ``trouble`` is what is wrong
+    with the database, while something is.
     """
 
-    def __init__(
-        self,
-        database: Database,
-        logger: logging.Logger,
-        stop: threading.Event,
-        *,
-        after_stop: float = 30.0,
-        on_trouble: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._database = database
-        self._logger = logger
+    def __init__(self, shared: Shared, stop: threading.Event) -> None:
+        self._shared = shared
         self._stop = stop
-        self._after_stop = after_stop
-        self._on_trouble = on_trouble
         self._stopped_at: float | None = None
         self.trouble: str | None = None
 
@@ -69,16 +58,16 @@ class Patience:
         pause = Pause()
         while True:
             try:
-                with self._database.begin() as connection:
+                with self._shared.database.begin() as connection:
                     result = do(connection)
             except Exception as error:
                 if fault_of(error) not in (Fault.LOST, Fault.BUSY) or self._is_out():
                     raise
                 self.trouble = words_of(error)
-                self._on_trouble()
+                self._shared.tally.count_database_error()
                 wait = pause.next()
                 fields = {"error": self.trouble, "retry_in": round(wait, 2)}
-                say(self._logger, logging.WARNING, f"Cannot {what}; trying again", fields)
+                say(logger, logging.WARNING, f"Cannot {what}; trying again", fields)
                 time.sleep(min(wait, 1.0) if self._stop.is_set() else wait)
             else:
                 self.trouble = None
@@ -89,7 +78,7 @@ class Patience:
             return False
         if self._stopped_at is None:
             self._stopped_at = time.monotonic()
-        return time.monotonic() - self._stopped_at > self._after_stop
+        return time.monotonic() - self._stopped_at > self._shared.settings.shutdown_timeout
 
 
 @dataclass(slots=True)
@@ -196,13 +185,7 @@ class Store:
         self._tally = shared.tally
         self._columns = shared.columns
         self._keeper = keeper
-        self._patience = Patience(
-            shared.database,
-            logger,
-            stop,
-            after_stop=shared.settings.shutdown_timeout,
-            on_trouble=shared.tally.count_database_error,
-        )
+        self._patience = Patience(shared, stop)
         self._due: float | None = None
         self._rewritten: dict[tuple[UUID, str], int] = {}
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
-from types import TracebackType
 from typing import ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -228,12 +227,7 @@ class Flow(Generic[Batch, Result]):
                     self._open -= 1
                     self._lock.notify_all()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         # Where the reader failed, or a stage did, what waits is not encoded any more.
         failed = error is not None or self._error is not None
         self._pool.shutdown(wait=True, cancel_futures=failed)

@@ -222,11 +222,8 @@ def _blocks(plan: Plan, bindings: list[Binding | None], rows: Iterator[Row]) -> 
     while some := list(itertools.islice(rows, READ_ROWS)):
         columns, brought = plan.columns_of(some, number)
         # From the values as they are given, before they are converted for the driver.
-        texts: list[list[Text]] = [
-            # Without a binding nothing asks for the text of a vector that comes along.
-            [None] * len(vectors)
-            if bindings[i] is None and all(vector is not None for vector in vectors)
-            else plan.texts(i, columns, len(vectors), number)
+        texts = [
+            plan.texts(i, columns, vectors, number, bound=bindings[i] is not None)
             for i, vectors in enumerate(brought)
         ]
         columns = plan.converted(columns, number)

@@ -159,11 +159,20 @@ class Plan:
         return converted
 
     def texts(
-        self, position: int, columns: Sequence[Sequence[Any]], rows: int, first: int
+        self,
+        position: int,
+        columns: Sequence[Sequence[Any]],
+        vectors: Sequence[Any],
+        first: int,
+        *,
+        bound: bool,
     ) -> list[Text]:
         """The texts of some rows for one embedding column; see ``Source.text_maker``."""
+        # Without a binding nothing asks for the text of a vector that comes along.
+        if not bound and all(vector is not None for vector in vectors):
+            return [None] * len(vectors)
         values = [
-            columns[place] if place is not None else [absent] * rows
+            columns[place] if place is not None else [absent] * len(vectors)
             for place, absent in self._sources[position]
         ]
         text_of = self.embedded[position].text_of

@@ -390,11 +390,7 @@ def _before_statement(state: ORMExecuteState) -> Any:
     parameters: Any = state.parameters
     rows = [dict(row) for row in ([parameters] if isinstance(parameters, Mapping) else parameters)]
     for attribute in attributes:
-        texts = (
-            [attribute.column.text_of_new(_held(attribute, row)) for row in rows]
-            if state.is_insert
-            else _updated(state.session, mapper, attribute, rows)
-        )
+        texts = (_inserted if state.is_insert else _updated)(state.session, mapper, attribute, rows)
         _fill(state, mapper, attribute, rows, texts)
     return state.invoke_statement(params=rows[0] if isinstance(parameters, Mapping) else rows)
 
@@ -406,6 +402,13 @@ def _mapper_of(state: ORMExecuteState) -> Mapper[Any] | None:
     # Parameters of the other strategies are named by columns and not by attributes.
     named = state.execution_options.get("dml_strategy") not in _OTHER_STRATEGIES
     return state.bind_mapper if state.is_orm_statement and named else None
+
+
+def _inserted(
+    session: Session, mapper: Mapper[Any], attribute: EmbeddingAttribute, rows: list[Row]
+) -> list[Text]:
+    """The text of each row."""
+    return [attribute.column.text_of_new(_held(attribute, row)) for row in rows]
 
 
 def _updated(

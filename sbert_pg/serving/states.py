@@ -13,6 +13,7 @@ from starlette.datastructures import QueryParams
 
 from sbert_pg import catalog, reembed
 from sbert_pg.catalog import Binding
+from sbert_pg.catalog.rows import counted
 from sbert_pg.freshness.listening import seen_workers
 from sbert_pg.freshness.status import ColumnStatus, failures, status
 from sbert_pg.reembed.status import change_of, status_of
@@ -124,9 +125,8 @@ def _rows(connection: sa.Connection, binding: Binding, state: ColumnStatus | Non
     """About how many rows a table has; counted where it has no statistics and is small."""
     if state is not None and state.rows is not None:
         return state.rows
-    some = sa.select(sa.literal(1)).select_from(binding.clause()).limit(MEASURED_ROWS + 1)
-    counted = connection.scalar(sa.select(sa.func.count()).select_from(some.subquery())) or 0
-    return counted if counted <= MEASURED_ROWS else None
+    rows = counted(connection, binding.clause(), MEASURED_ROWS + 1)
+    return rows if rows <= MEASURED_ROWS else None
 
 
 def _overlap(
