@@ -133,7 +133,7 @@ class SbertVectorStore(BasePydanticVectorStore):
 
     def _delete(self, /, ref_doc_id: str, **delete_kwargs: Any) -> Work[None]:
         """Delete the nodes of a document."""
-        return then(self._documents.remove({"ref_doc_id": ref_doc_id}), _nothing)
+        return then(self._documents.remove({"ref_doc_id": ref_doc_id}), lambda _: None)
 
     delete, adelete = both(_delete)
 
@@ -150,13 +150,13 @@ class SbertVectorStore(BasePydanticVectorStore):
             DeclarationError: neither is given, which would be every row; ``clear`` deletes those.
         """
         where = None if filters is None else _filters(filters)
-        return then(self._documents.delete(node_ids, where), _nothing)
+        return then(self._documents.delete(node_ids, where), lambda _: None)
 
     delete_nodes, adelete_nodes = both(_delete_nodes)
 
     def _clear(self) -> Work[None]:
         """Delete every row of the table."""
-        return then(self._documents.remove(), _nothing)
+        return then(self._documents.remove(), lambda _: None)
 
     clear, aclear = both(_clear)
 
@@ -218,10 +218,6 @@ def _comparison(part: MetadataFilter) -> dict[str, Any]:
     if operator == "is_empty":
         return {"$empty": True}
     raise DeclarationError(f"This store has no filter {operator!r}.")
-
-
-def _nothing(_: object) -> None:
-    """What a function that deletes returns."""
 
 
 def _rows(nodes: Sequence[BaseNode]) -> list[Row]:

@@ -104,32 +104,52 @@ def backfill(
         new, old = change_of(connection, column)
         encoder = get_encoder(new.declared)
         way = way_of(connection, old, encoder, source=new.source, storage=new.storage)
-    steps = _Steps(on_progress, stop or threading.Event())
-    steps.advance("backfill")
+    stop, advance = stop or threading.Event(), on_progress or (lambda step, done, total: None)
+
+    def copied(rows: int) -> None:
+        # Between two transactions, so that leaving here leaves nothing half done.
+        _require_not_stopped(stop, "backfill")
+        advance("compute", rows, None)
+
+    def encoded(by: Filler) -> Filled:
+        """Encode what waits, together with whoever else does it."""
+        filled = by(engine, new, settings, on_progress=as_step(advance), stop=stop)
+        _require_not_stopped(stop, "backfill")
+        return filled
+
+    advance("backfill", 0, None)
     computed = 0
     if way.scaling is not None and not encode:
-        computed = copy_vectors(engine, old, new, encoder, way.scaling, progress=steps.copied)
-    first = steps.encode(encode_by, engine, new, settings)
-    steps.advance("index")
+        computed = copy_vectors(engine, old, new, encoder, way.scaling, progress=copied)
+    first = encoded(encode_by)
+    advance("index", 0, None)
     names = build_indexes(
         engine,
         new.identity,
         indexes=indexes,
         maintenance_work_mem=maintenance_work_mem,
         wait=math.inf,
-        on_progress=lambda phase, done, total: steps.advance("index", done, total or None),
-        stop=steps.stop,
+        on_progress=lambda phase, done, total: advance("index", done, total or None),
+        stop=stop,
     )
-    steps.check("index")
+    _require_not_stopped(stop, "index")
     # What the application has changed meanwhile.
-    last = steps.encode(encode_rows, engine, new, settings)
-    encoded = replace(
+    last = encoded(encode_rows)
+    both = replace(
         last,
         rows=first.rows + last.rows,
         texts=first.texts + last.texts,
         seconds=first.seconds + last.seconds,
     )
-    return Filling(encoded, computed, tuple(names))
+    return Filling(both, computed, tuple(names))
+
+
+def _require_not_stopped(stop: threading.Event, step: str) -> None:
+    if stop.is_set():
+        raise StepStoppedError(
+            f"Stopped in the step {step!r}. What was done stays; run the same command again to "
+            "continue."
+        )
 
 
 def as_step(advance: Advance) -> Callable[[Progress], None]:
@@ -140,40 +160,6 @@ def as_step(advance: Advance) -> Callable[[Progress], None]:
         advance(f"backfill{paused}", progress.rows, progress.total)
 
     return show
-
-
-class _Steps:
-    """Progress and interruption of one backfill."""
-
-    def __init__(self, on_progress: Advance | None, stop: threading.Event) -> None:
-        self.on_progress = on_progress
-        self.stop = stop
-
-    def advance(self, step: str, done: int = 0, total: int | None = None) -> None:
-        """Report progress, where it is asked for."""
-        if self.on_progress is not None:
-            self.on_progress(step, done, total)
-
-    def check(self, step: str) -> None:
-        """Raise where the whole is to stop."""
-        if self.stop.is_set():
-            raise StepStoppedError(
-                f"Stopped in the step {step!r}. What was done stays; run the same command again to "
-                "continue."
-            )
-
-    def copied(self, rows: int) -> None:
-        """Between two transactions, so that leaving here leaves nothing half done."""
-        self.check("backfill")
-        self.advance("compute", rows)
-
-    def encode(
-        self, by: Filler, engine: sa.Engine, column: Binding, settings: WorkerSettings | None
-    ) -> Filled:
-        """Encode what waits, together with whoever else does it."""
-        filled = by(engine, column, settings, on_progress=as_step(self.advance), stop=self.stop)
-        self.check("backfill")
-        return filled
 
 
 @dataclass(frozen=True, slots=True)
