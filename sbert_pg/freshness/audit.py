@@ -332,7 +332,7 @@ def _texts_of(
             result.waiting += 1
             continue
         result.rows += 1
-        if rows.passages is not None and not is_cut_as(rows, row[5:width], row.passages):
+        if rows.passages is not None and not is_cut_as(rows.passages, row[5:width], row.passages):
             wrong[row.label] = ("stale", None)
         elif row.text is not None:
             texts.append((row.label, row.text, row.vector))

@@ -28,6 +28,7 @@ class Cutter:
 
     database: Database
     rows: Rows
+    stored: StoredPassages
     chunker: Chunker
     tokens: TextEncoder
     encoder: TextEncoder
@@ -38,16 +39,9 @@ class Cutter:
         cls, database: Database, rows: Rows, encoder: TextEncoder, passage_encoder: TextEncoder
     ) -> Cutter:
         """What cuts the documents of a column as their source says."""
-        assert rows.passages is not None
-        settings = rows.passages.settings
-        chunker, tokens = chunker_of(settings["chunker"]), get_encoder(settings["encoder"])
-        return cls(database, rows, chunker, tokens, encoder, passage_encoder)
-
-    @property
-    def stored(self) -> StoredPassages:
-        """The documents' passages."""
-        assert self.rows.passages is not None
-        return self.rows.passages
+        stored = rows.passages
+        assert stored is not None
+        return cls(database, rows, stored, *_cuts_by(stored), encoder, passage_encoder)
 
     def embed(self, batch: Sequence[Row]) -> Embedded:
         """Cut and encode documents; rows that are left out are pending still."""
@@ -89,15 +83,18 @@ class Cutter:
             yield rows[row[0] - 1].label, values if len(values) > 1 else values[0]
 
 
-def is_cut_as(rows: Rows, columns: Sequence[str | None], stored: list[Any] | None) -> bool:
+def _cuts_by(stored: StoredPassages) -> tuple[Chunker, TextEncoder]:
+    return chunker_of(stored.settings["chunker"]), get_encoder(stored.settings["encoder"])
+
+
+def is_cut_as(
+    stored: StoredPassages, columns: Sequence[str | None], passages: list[Any] | None
+) -> bool:
     """Whether a document has the passages that it should have, by ``StoredPassages.as_json``."""
-    assert rows.passages is not None
-    settings = rows.passages.settings
     *titles, body = columns
     if all(value is None for value in columns):
-        return not stored
-    chunker, encoder = chunker_of(settings["chunker"]), get_encoder(settings["encoder"])
-    return stored == [list(passage) for passage in cut(titles, body or "", chunker, encoder)]
+        return not passages
+    return passages == [list(one) for one in cut(titles, body or "", *_cuts_by(stored))]
 
 
 def _grouped(batch: Sequence[Row], sizes: dict[str, int]) -> Iterator[list[Row]]:
