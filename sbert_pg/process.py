@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import ClassVar, Generic, TypeVar
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -89,36 +89,6 @@ class ProcessLock:
     def _own(self) -> threading.RLock:
         # Setting a default is one step for all threads.
         return self._locks.setdefault(os.getpid(), threading.RLock())
-
-
-class Background:
-    """Work in a thread of its own, from ``start`` to ``stop``, which waits for it.
-
-    A subclass does it in ``_run``, and returns from that soon after ``_stop`` is set.
-    """
-
-    #: Name of the thread, and seconds for which its end is waited for; ``None`` for any time.
-    thread_name: ClassVar[str]
-    patience: ClassVar[float | None] = 10.0
-
-    def __init__(self) -> None:
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        """Begin."""
-        self._stop.clear()
-        self._thread = threading.Thread(target=self._run, name=self.thread_name, daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End, and wait for it."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(self.patience)
-
-    def _run(self) -> None:
-        raise NotImplementedError
 
 
 class PerProcess(Generic[T]):

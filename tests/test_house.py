@@ -64,26 +64,26 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 
 #: Most modules and lines of each room: a new capability raises its own, and nobody else's.
 ROOMS: dict[str, tuple[int, int]] = {
-    "adapters": (10, 1905),
-    "alembic": (8, 2706),
-    "catalog": (9, 2600),
-    "cli": (16, 4271),
-    "clustering": (15, 4893),
+    "adapters": (10, 1895),
+    "alembic": (8, 2671),
+    "catalog": (9, 2555),
+    "cli": (16, 4251),
+    "clustering": (15, 4898),
     "encoder": (22, 6682),
-    "freshness": (15, 4972),
+    "freshness": (15, 4871),
     "indexes": (5, 1211),
-    "loading": (5, 1164),
-    "orm": (4, 885),
-    "passages": (4, 1088),
-    "reembed": (11, 2939),
+    "loading": (5, 1154),
+    "orm": (4, 875),
+    "passages": (4, 1082),
+    "reembed": (11, 2847),
     "search": (14, 4568),
-    "serving": (14, 3332),
+    "serving": (14, 3323),
     "sql": (1, 24),
     "tuning": (14, 3942),
     "types": (7, 1657),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3501
+MOST_LINES_OF_THE_REST = 3526
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60

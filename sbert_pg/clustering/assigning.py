@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +19,6 @@ from sbert_pg.clustering.placing import assign_statement, centroids_of, insert_o
 from sbert_pg.clustering.rows import Criteria, RowSet
 from sbert_pg.clustering.runs import fail_lost_runs
 from sbert_pg.errors import ClusteringError, EncoderMismatchError, SbertPgError
-from sbert_pg.process import Background
 from sbert_pg.sqlstates import words_of
 
 logger = logging.getLogger("sbert_pg.clustering")
@@ -279,7 +279,7 @@ def _count_sizes(connection: sa.Connection, clustering: Clustering, run_id: int)
     )
 
 
-class ClusterKeeper(Background):
+class ClusterKeeper:
     """Keeps clusterings current, and marks runs as failed whose process is gone.
 
     It looks from time to time, and does nothing where nothing was written to the table since. A
@@ -297,16 +297,12 @@ class ClusterKeeper(Background):
         assigned: rows that were given a place.
     """
 
-    thread_name = "sbert-pg-clusters"
-    patience = None
-
     def __init__(
         self,
         engine: sa.Engine,
         clusterings: Clustering | Sequence[Clustering],
         interval: float = INTERVAL,
     ) -> None:
-        super().__init__()
         # A row that was waited for is seen as it is then, whatever the engine's own level.
         self._engine = engine.execution_options(isolation_level="READ COMMITTED")
         if isinstance(clusterings, Clustering):
@@ -318,7 +314,23 @@ class ClusterKeeper(Background):
         #: Runs about which something was said already.
         self._refused: set[int] = set()
         self._stale: set[int] = set()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
         self.assigned = 0
+
+    def start(self) -> None:
+        """Begin."""
+        self._stop.clear()
+        if self._clusterings:
+            self._thread = threading.Thread(target=self._run, name="sbert-pg-clusters", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End, and wait for the pass that is under way."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
     def look(self) -> list[Assigned]:
         """One look at each clustering, now; what was done where something was."""

@@ -22,8 +22,7 @@ from sbert_pg.freshness import claims
 from sbert_pg.freshness.columns import Column, Shared, Work
 from sbert_pg.freshness.encoding import Embedded
 from sbert_pg.freshness.queue import COUNTED, Row, Written, counts, shown
-from sbert_pg.freshness.settings import LOGGER, say
-from sbert_pg.process import Background
+from sbert_pg.freshness.settings import LOGGER, Background, say
 from sbert_pg.sqlstates import Fault, fault_of, words_of
 from sbert_pg.system import Pause
 

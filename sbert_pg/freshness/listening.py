@@ -26,9 +26,8 @@ from sbert_pg import catalog, system
 from sbert_pg.catalog import PENDING_CHANNEL, installed, tables
 from sbert_pg.errors import DeclarationError
 from sbert_pg.freshness.queue import driver_connection
-from sbert_pg.freshness.settings import LOGGER, say
+from sbert_pg.freshness.settings import LOGGER, Background, say
 from sbert_pg.freshness.status import ColumnStatus
-from sbert_pg.process import Background
 from sbert_pg.sqlstates import words_of
 
 logger = logging.getLogger(LOGGER)

@@ -20,10 +20,16 @@ from sbert_pg.freshness.claims import retrying
 from sbert_pg.freshness.encoding import held_encoder
 from sbert_pg.freshness.queue import Counts, counts, queue_fault, require_psycopg
 from sbert_pg.freshness.rows import rows_of
-from sbert_pg.freshness.settings import LOGGER, Companion, Database, WorkerSettings, say
+from sbert_pg.freshness.settings import (
+    LOGGER,
+    Background,
+    Companion,
+    Database,
+    WorkerSettings,
+    say,
+)
 from sbert_pg.freshness.worker import Worker
 from sbert_pg.loading.aside import building_aside, set_aside
-from sbert_pg.process import Background
 from sbert_pg.sqlstates import words_of
 from sbert_pg.system import ColumnIdentity
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -121,6 +121,36 @@ class Companion(Protocol):
 
     def look(self) -> object:
         """Do once what is to be done now."""
+
+
+class Background:
+    """Work in a thread of its own, from ``start`` to ``stop``, which waits for it.
+
+    A subclass does it in ``_run``, and returns from that soon after ``_stop`` is set.
+    """
+
+    #: Name of the thread, and seconds for which its end is waited for.
+    thread_name: ClassVar[str]
+    patience: ClassVar[float] = 10.0
+
+    def __init__(self) -> None:
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin."""
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._run, name=self.thread_name, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End, and wait for it."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(self.patience)
+
+    def _run(self) -> None:
+        raise NotImplementedError
 
 
 class Database:

@@ -24,8 +24,7 @@ from sbert_pg.catalog.tables import QUESTION_CHANNEL
 from sbert_pg.errors import EncodingError
 from sbert_pg.freshness.encoding import held_encoder
 from sbert_pg.freshness.queue import driver_connection
-from sbert_pg.freshness.settings import LOGGER, Database, say
-from sbert_pg.process import Background
+from sbert_pg.freshness.settings import LOGGER, Background, Database, say
 from sbert_pg.serving.inside import text_of
 from sbert_pg.spec import TextEncoder
 from sbert_pg.sqlstates import words_of
