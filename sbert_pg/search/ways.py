@@ -53,8 +53,8 @@ EIGHTH = 8
 #: Times the mean distance of the nearest rows of a look that the last of them has to be away: of a
 #: look without a filter, of one under a filter, whose answer is part of it, and of one that keeps
 #: many candidates. Where it is less, these are nearly equally far, as where nothing is like the
-#: query, and a graph is likely to miss some. Of distances that spread as a power law it is one more
-#: than the inverse of the power, the local dimension (Amsaleg et al. 2015,
+#: query, and an index is likely to miss some. Of distances that spread as a power law it is one
+#: more than the inverse of the power, the local dimension (Amsaleg et al. 2015,
 #: doi 10.1145/2783258.2783405). Under cosine, whose distances are squares; of others its root.
 APART, APART_PASSING, APART_FAR = 1.05, 1.065, 1.025
 #: Spread of distances below which all rows are taken for one island.
@@ -417,11 +417,11 @@ class Ways:
     def _apart(self, last: Any, mean: Any) -> list[sa.ColumnElement[bool]]:
         """That the nearest rows of a look are not nearly equally far, which no inner product says.
 
-        Not asked where the caller says how many candidates there are to be.
+        Not asked where the caller says how many candidates or lists there are to be.
         """
-        metric, index = self.target.metric.similarity, self.index
-        of_graph = index.method == "hnsw" and not index.quantized
-        if not of_graph or metric == "dot" or self.shape.ef_search is not None:
+        metric, index, shape = self.target.metric.similarity, self.index, self.shape
+        measured = index.method in ("hnsw", "ivfflat") and not index.quantized
+        if not measured or metric == "dot" or (shape.ef_search, shape.probes) != (None, None):
             return []
         root = 1 if metric == "cosine" else 0.5
         near = APART_PASSING if self.shape.filtered else APART
