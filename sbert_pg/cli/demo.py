@@ -18,7 +18,6 @@ import sqlalchemy as sa
 import typer
 from rich.markup import escape
 from rich.panel import Panel
-from rich.syntax import Syntax
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from sbert_pg import system
@@ -350,6 +349,8 @@ def _print_answers(engine: sa.Engine, mapped: Any, question: str, limit: int) ->
 
 
 def _print_statements(question: str, limit: int) -> None:
+    from rich.syntax import Syntax  # and Pygments with it
+
     orm = f'session.execute(nearest(Function.{COLUMN}, "{question}", limit={limit}))'
     code = Syntax(orm, "python", word_wrap=True)
     common.out.print(Panel(code, title="the same with SQLAlchemy"))

@@ -11,7 +11,6 @@ import sqlalchemy as sa
 import typer
 
 from sbert_pg import reembed as lib
-from sbert_pg.alembic.changes import declaration_line
 from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.cli import common
 from sbert_pg.cli.encoder import spec_named
@@ -237,6 +236,8 @@ def adopt(
     if not proof.proven:
         raise NotProvenError("The column is not adopted, and nothing was changed.")
     if done is not None and not json:
+        from sbert_pg.alembic.changes import declaration_line  # Alembic takes its time to import
+
         bound = done.binding
         declared = Embedding(bound.declared, bound.source, storage=bound.storage)
         common.note(f"{done.adopted:,} rows adopted; {pending:,} are pending. Declare it as:")

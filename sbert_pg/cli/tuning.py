@@ -10,7 +10,6 @@ import sqlalchemy as sa
 import typer
 
 from sbert_pg import tuning as lib
-from sbert_pg.alembic.changes import declaration_line
 from sbert_pg.catalog.embedding import Embedding
 from sbert_pg.cli import common
 from sbert_pg.cli.encoder import encoder_named
@@ -172,6 +171,8 @@ def tune(
 
 
 def _show_next(report: lib.Tuning, side: Side, json: bool) -> None:
+    from sbert_pg.alembic.changes import declaration_line  # Alembic takes its time to import
+
     binding = side.binding
     declared = Embedding(report.spec, binding.source, storage=binding.storage)
     if report.side == "query":
