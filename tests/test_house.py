@@ -67,7 +67,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (10, 1895),
     "alembic": (8, 2671),
     "catalog": (9, 2555),
-    "cli": (16, 4251),
+    "cli": (16, 4254),
     "clustering": (15, 4898),
     "encoder": (22, 6682),
     "freshness": (15, 4871),

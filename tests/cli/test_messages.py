@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def test_commands_in_messages_and_docs_exist(path: Path) -> None:
             assert first in GROUPS or (first,) in PATHS, f"{path.name}: sbert-pg {first}"
 
 
+@cache
 def options_of(path: tuple[str, ...]) -> set[str]:
     """The options of a command, by both their names."""
     command: Any = typer.main.get_command(build_app())

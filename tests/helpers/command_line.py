@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import sqlalchemy as sa
+import typer
 
-from sbert_pg.cli import common
-from sbert_pg.cli.app import run
+from sbert_pg.cli import app, common
+from sbert_pg.cli.app import build_app
 
 
 class Result(NamedTuple):
@@ -36,6 +38,12 @@ def environment(url: sa.URL | None, **more: str) -> dict[str, str]:
     return kept
 
 
+@functools.cache
+def made_command() -> Any:
+    """All commands, which a program makes at its start: once for what this process runs."""
+    return typer.main.get_command(build_app())
+
+
 def sbert_pg(
     *arguments: str, url: sa.URL | None = None, stdin: str | None = None, **variables: str
 ) -> Result:
@@ -43,13 +51,14 @@ def sbert_pg(
     out, err = io.StringIO(), io.StringIO()
     with (
         mock.patch.dict(os.environ, environment(url, **variables), clear=True),
+        mock.patch.object(app, "build_app", made_command),
         mock.patch.object(sys, "stdin", io.StringIO(stdin or "")),
         mock.patch.object(common.out, "_width", 200),
         mock.patch.object(common.err, "_width", 200),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
-        code = run(list(arguments))
+        code = app.run(list(arguments))
     return Result(code, out.getvalue(), err.getvalue())
 
 
