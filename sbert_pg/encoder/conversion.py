@@ -36,8 +36,7 @@ from sbert_pg.encoder.files import Weights, require_model
 from sbert_pg.encoder.hub import ModelFiles, find, home_of, is_path, repository_of
 from sbert_pg.encoder.kinds import SAMPLE_PAIRS, describe_encoder, describe_reranker
 from sbert_pg.encoder.layers import layer_text
-from sbert_pg.encoder.pipeline import Pipeline, agreement_of_scores
-from sbert_pg.encoder.pipeline import measure as measure_engines
+from sbert_pg.encoder.pipeline import Pipeline, agreement_of_scores, measure
 from sbert_pg.encoder.tokenizer_files import tokenizer_content, truncation_side
 from sbert_pg.errors import ConversionError, DeclarationError, EncoderError, needing
 from sbert_pg.probes import PROBES, SAMPLE_TEXTS, Agreement, agreement_of
@@ -174,14 +173,13 @@ def convert(
             shutil.copy(folder / converted.TOKENIZER, reference)
             reference_inputs, _ = build(description, FP32, reference / converted.MODEL)
             expected = _vectors(reference, replace(manifest, inputs=reference_inputs), ONNXRUNTIME)
-        agreement = measure if kind == "encoder" else measure_scores
-        manifest = replace(manifest, agreement=agreement(vectors, expected))
+        manifest = replace(manifest, agreement=_agreement(kind, vectors, expected))
         form = precision if kind == "encoder" else f"{kind}-{precision}"
-        require(manifest.agreement, FLOORS.get(form, STRICT), f"{name} in {precision}")
+        _require(manifest.agreement, FLOORS.get(form, STRICT), f"{name} in {precision}")
     np.save(folder / converted.PROBE_VECTORS, vectors[: len(PROBES)])
     manifest = converted.write_manifest(folder, manifest)
     if not os.environ.get(ENGINE_VARIABLE):  # else the choice is made
-        measure_engines(folder, manifest)
+        measure(folder, manifest)
     return manifest
 
 
@@ -249,11 +247,8 @@ def spec_of(
 ) -> EncoderSpec:
     """The spec of a model in one precision."""
     # sentence-transformers writes these two for every model, empty where it has none.
-    prompts = {
-        key: text
-        for key, text in description.prompts.items()
-        if text or key not in (QUERY, DOCUMENT)
-    }
+    given = description.prompts.items()
+    prompts = {key: text for key, text in given if text or key not in (QUERY, DOCUMENT)}
     default = description.default_prompt_name
     return EncoderSpec(
         name=name,
@@ -274,8 +269,13 @@ def spec_of(
     )
 
 
-def measure(vectors: Vectors, reference: Vectors) -> Mapping[str, Agreement]:
-    """Agreement on the probes and on the sample texts, whose vectors follow each other."""
+def _agreement(kind: str, vectors: Vectors, reference: Vectors) -> Mapping[str, Agreement]:
+    """Agreement on the probes and on the sample texts, whose vectors follow each other.
+
+    Of a cross-encoder that of the scores of the sample pairs, the worst label's.
+    """
+    if kind != "encoder":
+        return {"samples": agreement_of_scores(vectors, reference)}
     n = len(PROBES)
     return {
         "probes": agreement_of(vectors[:n], reference[:n]),
@@ -283,12 +283,7 @@ def measure(vectors: Vectors, reference: Vectors) -> Mapping[str, Agreement]:
     }
 
 
-def measure_scores(scores: Vectors, reference: Vectors) -> Mapping[str, Agreement]:
-    """Agreement of the scores of the sample pairs, the worst label's."""
-    return {"samples": agreement_of_scores(scores, reference)}
-
-
-def require(agreement: Mapping[str, Agreement], floor: Floor, what: str) -> None:
+def _require(agreement: Mapping[str, Agreement], floor: Floor, what: str) -> None:
     """Refuse a conversion that is below its floor."""
     mean = agreement["samples"].mean_cosine
     worst = min(value.min_cosine for value in agreement.values())

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from sbert_pg.distance import SIMILARITIES, Similarity
-from sbert_pg.encoder import layers as after_pooling
 from sbert_pg.encoder.files import (
     Settings,
     find_weights,
@@ -111,17 +110,10 @@ class Description:
     token_types: bool = False
 
     @property
-    def pooled_dimensions(self) -> int:
-        """Width of the vector that pooling gives."""
-        return len(self.pooling) * hidden_size(self.config)
-
-    @property
     def full_dimensions(self) -> int:
         """Width of the vector after all layers, before truncation."""
-        width = self.pooled_dimensions
-        for layer in self.layers:
-            width = layer.out_features if isinstance(layer, Dense) else width
-        return width
+        widths = [layer.out_features for layer in self.layers if isinstance(layer, Dense)]
+        return widths[-1] if widths else len(self.pooling) * hidden_size(self.config)
 
     @property
     def dimensions(self) -> int:
@@ -166,7 +158,10 @@ def describe(path: str | Path) -> Description:
             "pooling": plain(pooling_settings, frozenset()),
             "general": plain(general, IN_SPEC),
             "modules": [name for name, _ in modules],
-            "layers": after_pooling.layer_settings(root, modules[2:]),
+            # All that their own files say, what is ignored on purpose included.
+            "layers": [
+                dict(read_if_there(inside(root, m) / "config.json")) for _, m in modules[2:]
+            ],
         },
         weights=find_weights(transformer_path),
         pooling=pooling,
@@ -331,22 +326,18 @@ def conventions(general: Settings) -> dict[str, Any]:
     """Prompts, similarity and truncation, as ``Description`` has them."""
     texts = general.object("prompts")
     prompts = {name: texts.text(name, "") for name in texts}
-    return {
-        "prompts": prompts,
-        "default_prompt_name": _default_prompt(general, prompts),
-        "similarity": _SIMILARITIES[general.only("similarity_fn_name", _SIMILARITIES, "cosine")],
-        "truncate_dim": general.integer("truncate_dim", None),
-    }
-
-
-def _default_prompt(general: Settings, prompts: Mapping[str, str]) -> str | None:
     default = general.text("default_prompt_name", None)
     if default is not None and default not in prompts:
         raise DamagedEncoderError(
             f"{general.path} has the default prompt {default!r}, which is not among its prompts "
             f"{sorted(prompts)}."
         )
-    return default
+    return {
+        "prompts": prompts,
+        "default_prompt_name": default,
+        "similarity": _SIMILARITIES[general.only("similarity_fn_name", _SIMILARITIES, "cosine")],
+        "truncate_dim": general.integer("truncate_dim", None),
+    }
 
 
 def max_seq_length(settings: Settings, tokenizer: Settings, config: Settings) -> int | None:

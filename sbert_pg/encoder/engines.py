@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from sbert_pg.errors import (
     DamagedEncoderError,
@@ -254,11 +254,18 @@ def asked_for(engine: str | None, precision: str, providers: Providers) -> str |
 
 def compile_graph(
     engine: str, path: Path, precision: str, threads: int, providers: Providers
-) -> Compiled | onnxruntime.InferenceSession:
-    """A graph made ready by an engine for so many calls at a time, each in its caller's thread."""
+) -> tuple[Compiled | onnxruntime.InferenceSession, set[str], dict[str, Any]]:
+    """A graph made ready by an engine for so many calls at a time, each in its caller's thread.
+
+    With the names of its inputs, and of its outputs with their widths, which are no numbers where
+    they are not fixed.
+    """
     if engine == OPENVINO:
-        return Compiled(path, precision, threads)
-    return providers.open(path)
+        compiled = Compiled(path, precision, threads)
+        return compiled, compiled.inputs, compiled.outputs
+    session = providers.open(path)
+    outputs = {value.name: value.shape[-1] for value in session.get_outputs()}
+    return session, {value.name for value in session.get_inputs()}, outputs
 
 
 def load_openvino() -> Any:
@@ -268,15 +275,8 @@ def load_openvino() -> Any:
     return openvino
 
 
-class Value(NamedTuple):
-    """An input or output: its name and its shape, ``None`` for what is not fixed."""
-
-    name: str
-    shape: list[int | None]
-
-
 class Compiled:
-    """A graph in OpenVINO, with the shape of onnxruntime's session.
+    """A graph in OpenVINO, which is run as onnxruntime's session is.
 
     OpenVINO's own threads (its streams) would not survive a fork: a child hangs when it drops what
     it inherited, or aborts at its end. Without streams a graph runs in the thread that calls it,
@@ -300,6 +300,9 @@ class Compiled:
                 f"OpenVINO cannot run {path}: {error}. Use engine={ONNXRUNTIME!r}, which runs it "
                 "in any precision but bf16."
             ) from error
+        self.inputs = {port.get_any_name() for port in self._graph.inputs}
+        widths = {p.get_any_name(): p.get_partial_shape()[-1] for p in self._graph.outputs}
+        self.outputs = {name: w.get_length() if w.is_static else w for name, w in widths.items()}
         # The last one first: a shape that it has just run costs it less.
         self._idle: queue.LifoQueue[Any] = queue.LifoQueue()
         self._idle.put(first)
@@ -315,14 +318,6 @@ class Compiled:
         finally:
             self._idle.put(request)
 
-    def get_inputs(self) -> list[Value]:
-        """As of onnxruntime's session."""
-        return [_value(port) for port in self._graph.inputs]
-
-    def get_outputs(self) -> list[Value]:
-        """As of onnxruntime's session."""
-        return [_value(port) for port in self._graph.outputs]
-
     def _take(self) -> Any:
         try:
             return self._idle.get_nowait()
@@ -335,8 +330,3 @@ class Compiled:
 
     def _compile(self) -> Any:
         return self._core.compile_model(self._graph, "CPU", self._options).create_infer_request()
-
-
-def _value(port: Any) -> Value:
-    sizes = [size.get_length() if size.is_static else None for size in port.get_partial_shape()]
-    return Value(port.get_any_name(), sizes)

@@ -132,8 +132,7 @@ def _summed(writer: Writer, rows: Array, products: Products) -> str:
     body = writer.inner()
     state, ids, mask = (body.name(hint) for hint in ("state", "ids", "mask"))
     weights = body.node("Cast", mask, to=FLOAT)
-    tokens = Pooled(products.embed(body, rows, ids), mask, prompt_excluded=False)
-    total = body.node("Add", state, _sum(body, tokens, weights))
+    total = body.node("Add", state, _sum(body, products.embed(body, rows, ids), weights))
     inputs = [(writer.node("ConstantOfShape", sums), FLOAT), *((part, INT64) for part in parts)]
     return writer.scan(inputs, body, [state, ids, mask], total, state=True)
 
@@ -142,18 +141,19 @@ def finish(writer: Writer, description: Description, tokens: str) -> tuple[list[
     """Pooling and the layers after token vectors, ``(batch, tokens, width)``: all inputs, the
     output.
     """
-    mask = ATTENTION_MASK if description.include_prompt else POOLING_MASK
-    layers = description.layers
-    values = Pooled(tokens, mask, prompt_excluded=not description.include_prompt)
-    normalized = bool(layers) and isinstance(layers[0], Normalize)
+    values = Pooled(tokens, _pooled_mask(description))
+    normalized = isinstance(next(iter(description.layers), None), Normalize)
     return _close(writer, description, pool(writer, values, description.pooling, normalized))
+
+
+def _pooled_mask(description: Description) -> str:
+    return ATTENTION_MASK if description.include_prompt else POOLING_MASK
 
 
 def _close(writer: Writer, description: Description, vector: str) -> tuple[list[Any], Any]:
     """The layers after pooling; as ``finish``."""
-    mask = ATTENTION_MASK if description.include_prompt else POOLING_MASK
     types = (TOKEN_TYPE_IDS,) if description.token_types else ()
-    names = dict.fromkeys((INPUT_IDS, ATTENTION_MASK, mask, *types))
+    names = dict.fromkeys((INPUT_IDS, ATTENTION_MASK, _pooled_mask(description), *types))
     vector = add_layers(writer, vector, description.layers)
     writer.nodes.append(helper.make_node("Identity", [vector], [OUTPUT]))
     return (
@@ -168,13 +168,12 @@ class Pooled:
 
     tokens: str
     mask: str
-    prompt_excluded: bool
 
 
 def pool(writer: Writer, values: Pooled, modes: Sequence[PoolingMode], normalized: bool) -> str:
     """The pooled vector, ``(batch, len(modes) * width)``; a lone mean to be normalised is a sum."""
     if tuple(modes) == ("mean",) and normalized:
-        return _sum(writer, values, writer.node("Cast", values.mask, to=FLOAT))
+        return _sum(writer, values.tokens, _weights(writer, values))
     vectors = [_MODES[mode](writer, values) for mode in modes]
     return vectors[0] if len(vectors) == 1 else writer.node("Concat", *vectors, axis=1)
 
@@ -215,10 +214,14 @@ def add_query_output(model: onnx.ModelProto, layers: Sequence[Layer]) -> None:
     graph.output.append(helper.make_tensor_value_info(QUERY_OUTPUT, FLOAT, shape))
 
 
-def _sum(writer: Writer, values: Pooled, weights: str) -> str:
-    """Sum of the token vectors by weights, float32 ``(batch, tokens)``."""
-    total = writer.node("MatMul", writer.node("Unsqueeze", weights, [1]), values.tokens)
+def _sum(writer: Writer, tokens: str, weights: str) -> str:
+    """Sum of token vectors by weights, float32 ``(batch, tokens)``."""
+    total = writer.node("MatMul", writer.node("Unsqueeze", weights, [1]), tokens)
     return writer.node("Squeeze", total, [1])
+
+
+def _weights(writer: Writer, values: Pooled) -> str:
+    return writer.node("Cast", values.mask, to=FLOAT)
 
 
 def _count(writer: Writer, weights: str) -> str:
@@ -226,21 +229,24 @@ def _count(writer: Writer, weights: str) -> str:
 
 
 def _mean(writer: Writer, values: Pooled) -> str:
-    weights = writer.node("Cast", values.mask, to=FLOAT)
-    return writer.node("Div", _sum(writer, values, weights), _count(writer, weights))
+    return _weighted_mean(writer, values, _weights(writer, values))
+
+
+def _weighted_mean(writer: Writer, values: Pooled, weights: str) -> str:
+    return writer.node("Div", _sum(writer, values.tokens, weights), _count(writer, weights))
 
 
 def _mean_sqrt(writer: Writer, values: Pooled) -> str:
-    weights = writer.node("Cast", values.mask, to=FLOAT)
+    weights = _weights(writer, values)
     root = writer.node("Sqrt", _count(writer, weights))
-    return writer.node("Div", _sum(writer, values, weights), root)
+    return writer.node("Div", _sum(writer, values.tokens, weights), root)
 
 
-def _weighted_mean(writer: Writer, values: Pooled) -> str:
+def _mean_by_position(writer: Writer, values: Pooled) -> str:
     # Positions are counted from the first token of the text, prompt or not.
-    mask = writer.node("Cast", values.mask, to=FLOAT)
-    weights = writer.node("Mul", mask, writer.node("Cast", _positions(writer, values), to=FLOAT))
-    return writer.node("Div", _sum(writer, values, weights), _count(writer, weights))
+    positions = writer.node("Cast", _positions(writer, values), to=FLOAT)
+    weights = writer.node("Mul", _weights(writer, values), positions)
+    return _weighted_mean(writer, values, weights)
 
 
 def _positions(writer: Writer, values: Pooled) -> str:
@@ -256,7 +262,7 @@ def _at(writer: Writer, values: Pooled, ranked: str) -> str:
 
 
 def _first(writer: Writer, values: Pooled) -> str:
-    if not values.prompt_excluded:
+    if values.mask == ATTENTION_MASK:
         return writer.node("Gather", values.tokens, 0, axis=1)
     return _at(writer, values, values.mask)
 
@@ -278,6 +284,6 @@ _MODES = {
     "max": _max,
     "mean": _mean,
     "mean_sqrt_len_tokens": _mean_sqrt,
-    "weightedmean": _weighted_mean,
+    "weightedmean": _mean_by_position,
     "lasttoken": _last,
 }

@@ -85,16 +85,12 @@ class Normalize:
     """Division by the Euclidean length, at least 1e-12 (``torch.nn.functional.normalize``)."""
 
 
-def _pooling_modes(settings: Settings) -> list[Any]:
-    modes = settings.get("pooling_mode")
-    if modes is None:
-        return [m for key, m in _POOLING_KEYS.items() if settings.flag(key, False)] or ["mean"]
-    return modes if isinstance(modes, list) else [modes]
-
-
 def read_pooling(settings: Settings, width: int | None) -> tuple[PoolingMode, ...]:
     """Pooling modes in the order of concatenation, for tokens of this width."""
-    modes = _pooling_modes(settings)
+    modes = settings.get("pooling_mode")
+    if modes is None:
+        modes = [m for key, m in _POOLING_KEYS.items() if settings.flag(key, False)] or ["mean"]
+    modes = modes if isinstance(modes, list) else [modes]
     unknown = any(mode not in POOLING_MODES for mode in modes)
     if not modes or unknown or len(modes) > len(POOLING_MODES):
         raise UnsupportedEncoderError(
@@ -130,23 +126,17 @@ def read_layers(root: Path, modules: Sequence[tuple[str, str]], width: int) -> t
     return tuple(layers)
 
 
-def layer_settings(root: Path, modules: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    """All that the layers' own configuration files say, what is ignored on purpose included."""
-    return [dict(read_if_there(inside(root, path) / "config.json")) for _, path in modules]
-
-
 def layer_text(layer: Layer) -> str:
     """A layer as text, with a digest of its weights."""
     if isinstance(layer, Normalize):
         return "Normalize"
     weight = layer.scale if isinstance(layer, Norm) else layer.weight
-    digest = hashlib.sha256(np.ascontiguousarray(weight, dtype="<f4").tobytes())
-    if layer.bias is not None:
-        digest.update(np.ascontiguousarray(layer.bias, dtype="<f4").tobytes())
+    arrays = [weight] if layer.bias is None else [weight, layer.bias]
+    content = b"".join(np.ascontiguousarray(array, dtype="<f4").tobytes() for array in arrays)
+    digest = hashlib.sha256(content).hexdigest()[:16]
     if isinstance(layer, Norm):
-        return f"LayerNorm({layer.epsilon}, {digest.hexdigest()[:16]})"
-    size = f"{layer.in_features}->{layer.out_features}"
-    return f"Dense({size}, {layer.activation}, {digest.hexdigest()[:16]})"
+        return f"LayerNorm({layer.epsilon}, {digest})"
+    return f"Dense({layer.in_features}->{layer.out_features}, {layer.activation}, {digest})"
 
 
 def _sentence_level(settings: Settings) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ OUTPUT = "embedding"
 QUERY_OUTPUT = "query_embedding"
 
 Ids = npt.NDArray[np.int64]
+#: The inputs of the model for the texts at some positions.
+Feeds = Callable[[Sequence[int]], dict[str, Any]]
 
 #: Tokens in a batch, padding included. Measured: 512 is best on a core with 1 MiB
 #: of second-level cache; 1,024 costs 3 %, 2,048 costs 7 %.
@@ -134,12 +136,18 @@ class Runner:
             return np.empty((0, self.dimensions), np.float32)
         batches = plan([len(ids) for ids in token_ids], self._budget)
         result = np.empty((len(token_ids), self.dimensions), np.float32)
+
+        def feeds(batch: Sequence[int]) -> dict[str, Any]:
+            some = None if begins is None else [begins[text] for text in batch]
+            step = _STEP if self.engine == OPENVINO and len(batch) == 1 else 1
+            return feeds_of([token_ids[text] for text in batch], self._inputs, some, step)
+
         if self._providers.on_gpu:
-            self._run_in_turn(batches, token_ids, begins, result, output)
+            for batch, vectors in self._in_turn(batches, feeds, output):
+                result[batch] = vectors
             return result
         if len(batches) == 1:
-            feeds = self._feeds(batches[0], token_ids, begins)
-            result[batches[0]] = self._call(feeds, output)
+            result[batches[0]] = self._call(feeds(batches[0]), output)
             return result
         waiting = iter(batches)
         # Each thread takes the next batch when it is done with one. The longest come first, so that
@@ -153,8 +161,7 @@ class Runner:
                 if batch is None:
                     return
                 with self._slots:
-                    feeds = self._feeds(batch, token_ids, begins)
-                    result[batch] = self._call(feeds, output)
+                    result[batch] = self._call(feeds(batch), output)
 
         helpers = [self._pool.submit(work) for _ in range(min(self.threads, len(batches)) - 1)]
         try:
@@ -172,12 +179,10 @@ class Runner:
         return result
 
     def _open(self) -> None:
-        self._session = compile_graph(
+        self._session, declared, outputs = compile_graph(
             self.engine, self._path, self._precision, self.threads, self._providers
         )
-        declared = {value.name for value in self._session.get_inputs()}
-        outputs = {value.name: value for value in self._session.get_outputs()}
-        width = outputs[OUTPUT].shape[-1] if OUTPUT in outputs else None
+        width = outputs.get(OUTPUT)
         if declared != set(self._inputs) or not isinstance(width, int):
             raise DamagedEncoderError(
                 f"{self._path} has the inputs {', '.join(sorted(declared))} and the outputs "
@@ -189,39 +194,23 @@ class Runner:
         # Threads start with the first call that needs them.
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="sbert-pg-run")
 
-    def _run_in_turn(
-        self,
-        batches: Sequence[list[int]],
-        token_ids: Sequence[Sequence[int]],
-        begins: Sequence[int] | None,
-        result: Vectors,
-        output: str,
-    ) -> None:
+    def _in_turn(
+        self, batches: Sequence[list[int]], feeds: Feeds, output: str
+    ) -> Iterator[tuple[list[int], Vectors]]:
         """Run batches in the one thread that calls the GPU; this one makes the next ones ready."""
         running: deque[tuple[list[int], Future[Vectors]]] = deque()
         try:
             for batch in batches:
-                feeds = self._feeds(batch, token_ids, begins)
-                running.append((batch, self._pool.submit(self._call, feeds, output)))
+                running.append((batch, self._pool.submit(self._call, feeds(batch), output)))
                 if len(running) > 2:
                     done, vectors = running.popleft()
-                    result[done] = vectors.result()
+                    yield done, vectors.result()
             for done, vectors in running:
-                result[done] = vectors.result()
+                yield done, vectors.result()
         except BaseException:
             for _, vectors in running:
                 vectors.cancel()
             raise
-
-    def _feeds(
-        self,
-        batch: Sequence[int],
-        token_ids: Sequence[Sequence[int]],
-        begins: Sequence[int] | None,
-    ) -> dict[str, Any]:
-        some = None if begins is None else [begins[text] for text in batch]
-        step = _STEP if self.engine == OPENVINO and len(batch) == 1 else 1
-        return feeds_of([token_ids[text] for text in batch], self._inputs, some, step)
 
     def _call(self, feeds: dict[str, Any], output: str) -> Vectors:
         try:

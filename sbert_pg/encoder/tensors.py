@@ -376,40 +376,38 @@ def without_code(config: Settings) -> Settings:
 
 
 def _nomic(config: Settings) -> Settings:
-    _require(config, _NOMIC_ONLY, [*_NOMIC_NAMES, *_NOMIC_IGNORED, "rotary_emb_base"])
-    kept = {new: config.get(old) for old, new in _NOMIC_NAMES.items()}
     theta = config.number("rotary_emb_base", 10_000, above=1, below=1e9)
-    return _translated(
-        config, "nomic_bert", {*_NOMIC_NAMES, *_NOMIC_ONLY, *_NOMIC_IGNORED, "rotary_emb_base"},
-        {**kept, "hidden_act": "silu", "rope_parameters": {"rope_theta": theta},
-         "type_vocab_size": config.integer("type_vocab_size", 2, least=0)},
-    )  # fmt: skip
+    more = {new: config.get(old) for old, new in _NOMIC_NAMES.items()}
+    more |= {"hidden_act": "silu", "rope_parameters": {"rope_theta": theta},
+             "type_vocab_size": config.integer("type_vocab_size", 2, least=0)}  # fmt: skip
+    read = (*_NOMIC_NAMES, *_NOMIC_IGNORED, "rotary_emb_base")
+    return _translated(config, "nomic_bert", _NOMIC_ONLY, read, more)
 
 
 def _gte(config: Settings) -> Settings:
-    further = ("rope_theta", "rope_scaling", "hidden_act", "layer_norm_eps")
-    _require(config, _GTE_ONLY, [*_GTE_IGNORED, *further])
     rope: dict[str, Any] = {"rope_theta": config.number("rope_theta", 10_000, above=1, below=1e9)}
     scaling = config.object("rope_scaling")
     if scaling:
         scaling.only("type", ["ntk"])
         scaling.only("mixed_b", [None])
         rope |= {"rope_type": "ntk", "factor": scaling.number("factor", 1, above=1, below=1e4)}
-    return _translated(
-        config, "gte", {*_GTE_ONLY, *_GTE_IGNORED, "rope_theta", "rope_scaling"},
-        {"rope_parameters": rope, "type_vocab_size": config.integer("type_vocab_size", 1, least=0)},
-    )  # fmt: skip
-
-
-def _require(config: Settings, only: _Only, more: Collection[str]) -> None:
-    """Refuse entries that are not known, and values that change the computation."""
-    require_known(config, ["auto_map", *only, *more])
-    for key, values in only.items():
-        config.only(key, values)
+    kept = {key: config.get(key) for key in ("hidden_act", "layer_norm_eps")}
+    types = config.integer("type_vocab_size", 1, least=0)
+    more = {**kept, "rope_parameters": rope, "type_vocab_size": types}
+    read = (*_GTE_IGNORED, *kept, "rope_theta", "rope_scaling")
+    return _translated(config, "gte", _GTE_ONLY, read, more)
 
 
 def _translated(
-    config: Settings, kind: str, without: Collection[str], more: Mapping[str, Any]
+    config: Settings, kind: str, only: _Only, read: Collection[str], more: Mapping[str, Any]
 ) -> Settings:
-    kept = {key: config[key] for key in config if key not in without and key != "auto_map"}
+    """The entries that are transformers' own, and ``more``.
+
+    Refused are entries that are not known, and values that change the computation.
+    """
+    other = ["auto_map", *only, *read]
+    require_known(config, other)
+    for key, values in only.items():
+        config.only(key, values)
+    kept = {key: value for key, value in config.items() if key not in other}
     return Settings({**kept, "model_type": kind, **more}, config.path)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 
 from sbert_pg.encoder.description import STATIC, Description
 from sbert_pg.encoder.files import JSON_LIMIT, Settings, is_there, read_if_there, read_json
-from sbert_pg.encoder.tokenizing import MODEL2VEC, own_errors, require_bounded
+from sbert_pg.encoder.tokenizing import MODEL2VEC, own_errors, parts_of, require_bounded
 from sbert_pg.errors import DamagedEncoderError, UnsupportedEncoderError, needing
 
 #: Classes of transformers that rebuild BERT's normaliser from ``tokenizer_config.json`` with these
@@ -157,7 +157,8 @@ def _fit_vocabulary(content: dict[str, Any], description: Description, path: Pat
     rows = description.config.get("vocab_size")
     if description.architecture == STATIC or not isinstance(rows, int):
         return
-    last = max(*ids.values(), _without_tokens_beyond(content, rows))
+    last = max([*ids.values(), *_ids_around(content)])
+    _leave_out_beyond(content, rows)
     if last >= rows:
         raise DamagedEncoderError(
             f"{path} has a token with the id {last}, and the model has vectors for {rows} tokens, "
@@ -165,17 +166,21 @@ def _fit_vocabulary(content: dict[str, Any], description: Description, path: Pat
         )
 
 
-def _without_tokens_beyond(content: dict[str, Any], rows: int) -> int:
-    """Leave out added tokens behind the model's last vector; the last id that every text has, or 0.
+def _ids_around(content: Mapping[str, Any]) -> list[int]:
+    """Ids of the added tokens that are put around a text."""
+    template = json.dumps(content.get("post_processor"))
+    added = content.get("added_tokens") or ()
+    return [token["id"] for token in added if json.dumps(token["content"]) in template]
+
+
+def _leave_out_beyond(content: dict[str, Any], rows: int) -> None:
+    """Leave out added tokens behind the model's last vector.
 
     transformers adds special tokens there that a class has and a vocabulary lacks (``[MASK]``). A
     text that has one ends there as an ``IndexError``; here it is read as words.
     """
-    added, template = content.get("added_tokens") or [], json.dumps(content.get("post_processor"))
-    if any(token["id"] >= rows for token in added):
+    if added := content.get("added_tokens"):
         content["added_tokens"] = [token for token in added if token["id"] < rows]
-    ids: list[int] = [t["id"] for t in added if json.dumps(t["content"]) in template]
-    return max(ids, default=0)
 
 
 def truncation_side(description: Description) -> str:
@@ -208,7 +213,7 @@ def _as_configured(
         content["normalizer"] = {**normalizer, **changes}
     if name in _SENTENCEPIECE and content["model"]["type"] == "Unigram":
         return {**content, **_rebuilt(content, name, config)}
-    for part in _pre_tokenizers(content.get("pre_tokenizer")):
+    for part in parts_of(content.get("pre_tokenizer")):
         _follow_prefix(part, name, config.get("add_prefix_space"), path)
     return content
 
@@ -348,16 +353,6 @@ def _follow_prefix(part: dict[str, Any], name: str, prefix: Any, path: Path) -> 
             )
 
 
-def _pre_tokenizers(pre_tokenizer: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    if pre_tokenizer is None:
-        return
-    if pre_tokenizer["type"] == "Sequence":
-        for part in pre_tokenizer["pretokenizers"]:
-            yield from _pre_tokenizers(part)
-    else:
-        yield pre_tokenizer
-
-
 _TRIAL = r"""
 import sys
 try:
@@ -395,11 +390,8 @@ def _try_expressions(content: Mapping[str, Any], path: Path) -> None:
 
 def _with_lower_case(normalizer: Mapping[str, Any] | None) -> dict[str, Any]:
     """As sentence-transformers does it: before everything else, unless it is there already."""
-    if normalizer is None:
-        return {"type": "Sequence", "normalizers": [{"type": "Lowercase"}]}
-    if normalizer.get("type") == "Lowercase":
-        return dict(normalizer)
-    parts = list(normalizer["normalizers"]) if normalizer["type"] == "Sequence" else [normalizer]
+    normalizer = normalizer or {"normalizers": []}
+    parts = normalizer.get("normalizers", [normalizer])
     if any(part.get("type") == "Lowercase" for part in parts):
         return dict(normalizer)
     return {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, *parts]}

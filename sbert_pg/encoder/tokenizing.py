@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -68,7 +69,9 @@ class TextTokenizer:
         self._tokenizer.no_truncation()
         self._limit = max_seq_length
         self._from_right = side == "left"
-        self._local = side == "right" and _is_local(parts.get("pre_tokenizer"))
+        cut = list(parts_of(parts.get("pre_tokenizer")))
+        local = bool(cut) and all(part.get("type") in _LOCAL for part in cut)
+        self._local = side == "right" and local
         self._added = self._tokenizer.num_special_tokens_to_add(False)
         _require_room(max_seq_length, self._added)
         if max_seq_length is not None:
@@ -235,17 +238,19 @@ def clean_chunks(texts: Iterable[object], size: int) -> Iterator[list[str]]:
         begin += len(chunk)
 
 
-def _is_local(pre_tokenizer: Mapping[str, Any] | None) -> bool:
-    if pre_tokenizer is None:
-        return False
-    if pre_tokenizer.get("type") == "Sequence":
-        return all(_is_local(part) for part in pre_tokenizer["pretokenizers"])
-    return pre_tokenizer.get("type") in _LOCAL
+def parts_of(component: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """A normaliser or pre-tokenizer, or all that a sequence of such consists of."""
+    if component and component.get("type") == "Sequence":
+        key = "normalizers" if "normalizers" in component else "pretokenizers"
+        for part in component[key]:
+            yield from parts_of(part)
+    elif component:
+        yield component
 
 
 def require_bounded(content: Mapping[str, Any]) -> None:
     """Refuse a tokenizer whose replacements make a text many times as long."""
-    growth = _growth(content.get("normalizer"))
+    growth = math.prod(map(_growth, parts_of(content.get("normalizer"))))
     if growth > _MOST_GROWTH:
         raise DamagedEncoderError(
             f"tokenizer.json: 'normalizer' can make a text {growth:.3g} times as long; no more "
@@ -253,17 +258,10 @@ def require_bounded(content: Mapping[str, Any]) -> None:
         )
 
 
-def _growth(normalizer: Mapping[str, Any] | None) -> float:
-    """How many times as long the replacements of a normaliser can make a text."""
-    if not normalizer:
+def _growth(part: Mapping[str, Any]) -> float:
+    """How many times as long a part of a normaliser can make a text."""
+    if part.get("type") != "Replace":
         return 1.0
-    if normalizer.get("type") == "Sequence":
-        growth = 1.0
-        for part in normalizer["normalizers"]:
-            growth *= _growth(part)
-        return growth
-    if normalizer.get("type") != "Replace":
-        return 1.0
-    content = len(normalizer["content"])
-    pattern = normalizer["pattern"].get("String")
+    content = len(part["content"])
+    pattern = part["pattern"].get("String")
     return max(1.0, content / len(pattern)) if pattern else 1.0 + content

@@ -247,16 +247,15 @@ class _Layers:
 
     def _context(self, qkv: Sequence[str], block: Block) -> str:
         model = self._model
-        windowed = block.window is not None and not model.causal
-        if not (block.theta or windowed or model.blocked):
-            return self._attention(self._writer, self._batch, qkv)
-        query, key, value = (in_heads(self._writer, self._batch, part) for part in qkv)
-        query, key = self._normed(query, block.query_norm), self._normed(key, block.key_norm)
-        if block.theta is not None:
-            query, key = self._turned(query, block.theta), self._turned(key, block.theta)
-        qkv = [query, self._for_all(key), self._for_all(value)]
-        if block.window is not None and not model.causal:
-            return self._windowed(qkv, block.window)
+        window = None if model.causal else block.window
+        if block.theta or window is not None or model.blocked:
+            query, key, value = (in_heads(self._writer, self._batch, part) for part in qkv)
+            query, key = self._normed(query, block.query_norm), self._normed(key, block.key_norm)
+            if block.theta is not None:
+                query, key = self._turned(query, block.theta), self._turned(key, block.theta)
+            qkv = [query, self._for_all(key), self._for_all(value)]
+        if window is not None:
+            return self._windowed(qkv, window)
         if model.blocked:
             return self._blocked(qkv, block.window)
         return self._attention(self._writer, self._batch, qkv)
