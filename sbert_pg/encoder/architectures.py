@@ -7,7 +7,7 @@ Sources: ``modeling_*.py`` of transformers 5.24, by ``model_type``; of T5 its en
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -41,15 +41,15 @@ def read(description: Description) -> Transformer:
 
 
 def _bert(weights: Weights, config: Settings) -> Transformer:
-    return _absolute(_reader(weights, config, tensors.BERT))
+    return _absolute(Reader(weights, config, tensors.BERT))
 
 
 def _roberta(weights: Weights, config: Settings) -> Transformer:
-    return _absolute(_reader(weights, config, tensors.BERT), padding_id(config))
+    return _absolute(Reader(weights, config, tensors.BERT), padding_id(config))
 
 
 def _electra(weights: Weights, config: Settings) -> Transformer:
-    reader = _reader(weights, config, tensors.ELECTRA)
+    reader = Reader(weights, config, tensors.ELECTRA)
     config.only("add_cross_attention", [False], False)
     narrow = config.integer("embedding_size", 128)
     model = _absolute(reader, width=narrow)
@@ -59,7 +59,7 @@ def _electra(weights: Weights, config: Settings) -> Transformer:
 
 
 def _albert(weights: Weights, config: Settings) -> Transformer:
-    reader = _reader(weights, config, tensors.ALBERT)
+    reader = Reader(weights, config, tensors.ALBERT)
     narrow = config.integer("embedding_size", 128)
     model = _absolute(reader, None, _shared_blocks(reader), width=narrow, activation="gelu_new")
     name = "encoder.embedding_hidden_mapping_in"
@@ -68,7 +68,7 @@ def _albert(weights: Weights, config: Settings) -> Transformer:
 
 
 def _mpnet(weights: Weights, config: Settings) -> Transformer:
-    reader = _reader(weights, config, tensors.MPNET)
+    reader = Reader(weights, config, tensors.MPNET)
     # The padding index is a constant in transformers, not the configuration's.
     model = _absolute(reader, 1, typed=False)
     buckets = weights.get("encoder.relative_attention_bias.weight")
@@ -83,13 +83,8 @@ def _mpnet(weights: Weights, config: Settings) -> Transformer:
 
 
 def _distilbert(weights: Weights, config: Settings) -> Transformer:
-    reader = Reader(weights, config, tensors.DISTILBERT, 1e-12, turned=False)
+    reader = Reader(weights, config, tensors.DISTILBERT)
     return _absolute(reader, None, reader.blocks("transformer.layer.{}."), typed=False)
-
-
-def _reader(weights: Weights, config: Settings, table: Table) -> Reader:
-    epsilon = config.number("layer_norm_eps", 1e-12, above=0, below=1)
-    return Reader(weights, config, table, epsilon, turned=False)
 
 
 def _absolute(
@@ -181,8 +176,7 @@ def _modernbert(weights: Weights, config: Settings) -> Transformer:
         ("norm_bias", ("norm",)),
     )  # fmt: skip
     biases = [part for flag, parts in flags if config.flag(flag, False) for part in parts]
-    epsilon = config.number("norm_eps", 1e-5, above=0, below=1)
-    reader = Reader(weights, config, tensors.MODERNBERT, epsilon, biases=biases)
+    reader = Reader(weights, config, tensors.MODERNBERT, biases)
     thetas = _thetas(
         config, (FULL, "global_rope_theta", 160_000.0), (SLIDING, "local_rope_theta", 10_000.0)
     )
@@ -209,37 +203,30 @@ def _modernbert(weights: Weights, config: Settings) -> Transformer:
 
 
 def _nomic(weights: Weights, config: Settings) -> Transformer:
-    names = "emb_ln", "encoder.layers.{}."
-    return _norm_last(weights, config, tensors.NOMIC, ("norm",), names, 1_000.0, "silu")
+    reader = Reader(weights, config, tensors.NOMIC)
+    return _norm_last(reader, "emb_ln", "encoder.layers.{}.", 1_000.0, "silu")
 
 
 def _gte(weights: Weights, config: Settings) -> Transformer:
-    names, biases = ("embeddings.LayerNorm", "encoder.layer.{}."), (*tensors.ATTENTION, "down")
-    return _norm_last(weights, config, tensors.GTE, (*biases, "norm"), names, 160_000.0, "gelu")
+    reader = Reader(weights, config, tensors.GTE)
+    return _norm_last(reader, "embeddings.LayerNorm", "encoder.layer.{}.", 160_000.0, "gelu")
 
 
 def _norm_last(
-    weights: Weights,
-    config: Settings,
-    table: Table,
-    biases: Collection[str],
-    names: tuple[str, str],
-    theta: float,
-    activation: str,
+    reader: Reader, norm: str, layers: str, theta: float, activation: str
 ) -> Transformer:
     """NomicBERT and GTE, with transformers' settings and the tensors' names on the hub."""
-    epsilon = config.number("layer_norm_eps", 1e-12, above=0, below=1)
-    reader = Reader(weights, config, table, epsilon, biases=biases)
+    config = reader.config
     theta, slower = _scaled(config, config.object("rope_parameters"), theta, reader.head)
     words, types = reader.words(tensors.WORDS), None
     if rows := config.integer("type_vocab_size", 0, least=0):
-        types = weights.get(tensors.TYPES, (rows, reader.width))
+        types = reader.weights.get(tensors.TYPES, (rows, reader.width))
         words = words + types[0]
     return Transformer(
         words=words,
         types=types,
-        norm=reader.norm(names[0]),
-        blocks=reader.blocks(names[1], theta=theta),
+        norm=reader.norm(norm),
+        blocks=reader.blocks(layers, theta=theta),
         heads=reader.heads,
         activation=reader.activation("hidden_act", activation),
         slower=slower,
@@ -254,16 +241,10 @@ def _scaled(config: Settings, rope: Settings, default: float, head: int) -> tupl
     return rope.number("rope_theta", default, above=1, below=1e9) * factor, factor ** (2 / head)
 
 
-def _decoder(
-    weights: Weights, config: Settings, table: Table, *, biased: bool, offset: float = 0.0
-) -> Reader:
-    """What reads a language model: norms without a mean, keys that several heads share."""
+def _decoder(weights: Weights, config: Settings, table: Table, biased: bool = False) -> Reader:
+    """What reads a language model, in which several heads share keys."""
     config.only("rope_scaling", [{}], {})
-    epsilon = config.number("rms_norm_eps", 1e-6, above=0, below=1)
-    biases = tensors.ATTENTION if biased else ()
-    reader = Reader(
-        weights, config, table, epsilon, biases=biases, centred=False, free=True, offset=offset
-    )
+    reader = Reader(weights, config, table, tensors.ATTENTION if biased else ())
     reader.shared = config.integer("num_key_value_heads")
     if reader.heads % reader.shared:
         config.refuse("num_key_value_heads", f"a divisor of the {reader.heads} heads")
@@ -297,7 +278,7 @@ def _qwen3(weights: Weights, config: Settings) -> Transformer:
     kinds_of(config, [FULL], lambda number: FULL)
     config.integer("head_dim")  # transformers' default is not the width divided by the heads
     biased = config.flag("attention_bias", False)
-    return _uniform(_decoder(weights, config, tensors.QWEN3, biased=biased), None)
+    return _uniform(_decoder(weights, config, tensors.QWEN3, biased), None)
 
 
 def _mistral(weights: Weights, config: Settings) -> Transformer:
@@ -305,14 +286,14 @@ def _mistral(weights: Weights, config: Settings) -> Transformer:
     # A token sees as many tokens, itself included; null is all.
     limited = config.get("sliding_window", 0) is not None
     window = config.integer("sliding_window", 4096) - 1 if limited else None
-    return _uniform(_decoder(weights, config, tensors.MISTRAL, biased=False), window)
+    return _uniform(_decoder(weights, config, tensors.MISTRAL), window)
 
 
 def _gemma3(weights: Weights, config: Settings) -> Transformer:
     config.only("attn_logit_softcapping", [], None)
     config.integer("head_dim")
     biased = config.flag("attention_bias", False)
-    reader = _decoder(weights, config, tensors.GEMMA3, biased=biased, offset=1.0)
+    reader = _decoder(weights, config, tensors.GEMMA3, biased)
     every = config.integer("sliding_window_pattern", 0, least=0)
     every = every or config.integer("_sliding_window_pattern", 6)
     kinds = kinds_of(config, [FULL, SLIDING], lambda n: SLIDING if (n + 1) % every else FULL)
@@ -341,9 +322,7 @@ def _t5(weights: Weights, config: Settings) -> Transformer:
     """T5 (sentence-t5, gtr-t5): no biases, and one of distances, which all layers add to scores."""
     config.only("is_decoder", [False], False)
     gated, activation = _feed_forward(config)
-    epsilon = config.number("layer_norm_epsilon", 1e-6, above=0, below=1)
-    table = tensors.T5_GATED if gated else tensors.T5
-    reader = Reader(weights, config, table, epsilon, biases=(), centred=False, free=True)
+    reader = Reader(weights, config, tensors.T5_GATED if gated else tensors.T5)
     blocks = reader.blocks("encoder.block.{}.layer.")
     for block in blocks:
         # Scores are not scaled here, and divided by the root of this in every graph.

@@ -299,23 +299,20 @@ class Encoder(Converted):
     def __reduce__(self) -> tuple[Any, ...]:
         # Under the name that it had, which need not be the directory's.
         reopen = partial(type(self).open, dimensions=self.dimensions, **self._arguments)
-        return reopen, (self._directory,), {"_spec": self._spec}
+        return reopen, (self.directory,), {"_spec": self._spec}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         spec: EncoderSpec = state["_spec"]
         if spec.fingerprint != self._spec.fingerprint:
             raise EncoderMismatchError(
-                f"{self._directory} holds another encoder (fingerprint {self._spec.fingerprint}) "
+                f"{self.directory} holds another encoder (fingerprint {self._spec.fingerprint}) "
                 f"than the one that was pickled, {spec.name!r} (fingerprint {spec.fingerprint}). "
                 "Give every machine the same directory."
             )
         self._spec = spec
 
     def __repr__(self) -> str:
-        return (
-            f"<Encoder {self._spec.name!r}, {self._manifest.precision}, "
-            f"{self.dimensions} dimensions>"
-        )
+        return f"<Encoder {self._spec.name!r}, {self.manifest.precision}, {self.dimensions} dimensions>"
 
     def _cut(self, vectors: Vectors) -> Vectors:
         if vectors.shape[1] == self.dimensions:
@@ -331,13 +328,13 @@ class Encoder(Converted):
 
     def _prompt(self, prompt_name: str | None, prompt: str | None) -> str:
         """The text before every text of a call, decided as sentence-transformers 6.2 decides it."""
-        prompts = self.prompts
-        if prompt is None and prompt_name is not None and prompt_name not in prompts:
-            raise EncodingError(
-                f"There is no prompt named {prompt_name!r}; this encoder has "
-                f"{', '.join(sorted(prompts))}. Pass the text itself as prompt=."
-            )
         if prompt is None:
+            prompts = self.prompts
+            if prompt_name is not None and prompt_name not in prompts:
+                raise EncodingError(
+                    f"There is no prompt named {prompt_name!r}; this encoder has "
+                    f"{', '.join(sorted(prompts))}. Pass the text itself as prompt=."
+                )
             name = self._spec.default_prompt_name if prompt_name is None else prompt_name
             prompt = prompts.get(name or "", "")
         return clean([prompt])[0]

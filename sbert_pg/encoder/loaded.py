@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -44,36 +45,38 @@ Scores = npt.NDArray[np.float32]
 
 
 class Converted:
-    """A converted directory in use: what an encoder and a reranker have in common."""
+    """A converted directory in use: what an encoder and a reranker have in common.
 
-    def __init__(
-        self,
-        directory: Path,
-        manifest: Manifest,
-        **options: Unpack[Running],
-    ) -> None:
-        self._directory, self._manifest, self._arguments = directory, manifest, options
+    Attributes:
+        directory: the converted directory.
+        manifest: what it says about itself.
+        engine: what runs it, ``"onnxruntime"`` or ``"openvino"``.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest, **options: Unpack[Running]) -> None:
+        self.directory, self.manifest, self._arguments = directory, manifest, options
         providers = options.get("providers")
-        self._engine = engine_for(directory, manifest, options.get("engine"), providers)
+        self.engine = engine_for(directory, manifest, options.get("engine"), providers)
+        self._loaded_by = os.getpid()
         self._pipeline = PerProcess(self._new_pipeline)
         # Whatever is wrong with the directory is said now and not at the first text.
         self._pipeline.get()
 
     def _new_pipeline(self) -> Pipeline:
         """Of this process; a forked child finds what is in the directory by then."""
-        if Manifest.read(self._directory) != self._manifest:
+        if os.getpid() != self._loaded_by and Manifest.read(self.directory) != self.manifest:
             raise DamagedEncoderError(
-                f"{self._directory} holds something else than when it was loaded, before this "
+                f"{self.directory} holds something else than when it was loaded, before this "
                 "process was forked. Load it again."
             )
         threads, providers = self._arguments.get("threads"), self._arguments.get("providers")
-        return Pipeline(self._directory, self._manifest, threads, providers, self._engine)
+        return Pipeline(self.directory, self.manifest, threads, providers, self.engine)
 
     def _require_same(self, agreement: Agreement, least: float) -> None:
         """Refuse an engine that computes something else than conversion did."""
         if agreement.min_cosine < least:
             raise ProviderError(
-                f"{self.engine} computes something else of {self._directory} than it was converted "
+                f"{self.engine} computes something else of {self.directory} than it was converted "
                 f"with ({agreement}). Load it with engine={ONNXRUNTIME!r}, and please report this."
             )
 
@@ -91,30 +94,15 @@ class Converted:
         return converted.verified(path, manifest, lambda: cls(path, manifest, **options))
 
     @property
-    def manifest(self) -> Manifest:
-        """What the converted directory says about itself."""
-        return self._manifest
-
-    @property
-    def directory(self) -> Path:
-        """The converted directory."""
-        return self._directory
-
-    @property
     def megabytes(self) -> float:
         """Size of its files, in millions of bytes."""
-        files = (self._directory / name for name in self._manifest.files)
+        files = (self.directory / name for name in self.manifest.files)
         return sum(file.stat().st_size for file in files) / 1e6
-
-    @property
-    def engine(self) -> str:
-        """What runs it, ``"onnxruntime"`` or ``"openvino"``."""
-        return self._engine
 
     @property
     def max_seq_length(self) -> int | None:
         """Tokens that are read of a text or pair, special tokens included."""
-        return self._manifest.spec.max_seq_length
+        return self.manifest.spec.max_seq_length
 
     @property
     def statistics(self) -> Statistics:
@@ -171,12 +159,12 @@ class Reranker(Converted):
     @property
     def name(self) -> str:
         """The name that it was converted under."""
-        return self._manifest.spec.name
+        return self.manifest.spec.name
 
     @property
     def labels(self) -> int:
         """Scores of a pair; rerankers have one, classifiers of pairs several."""
-        return self._manifest.full_dimensions
+        return self.manifest.full_dimensions
 
     def score(self, question: str, texts: Sequence[str]) -> Scores:
         """How well each text answers the question, larger for better.
@@ -204,10 +192,10 @@ class Reranker(Converted):
         return await asyncio.to_thread(self.score, question, texts)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(type(self).open, **self._arguments), (self._directory,)
+        return partial(type(self).open, **self._arguments), (self.directory,)
 
     def __repr__(self) -> str:
-        return f"<Reranker {self.name!r}, {self._manifest.precision}>"
+        return f"<Reranker {self.name!r}, {self.manifest.precision}>"
 
 
 class TokenCounter:

@@ -41,11 +41,21 @@ class Table:
         known: settings that are read, or say nothing about what is computed, besides those of all
             families; ``None`` for a family in which any is taken.
         keys: names of settings where they are not BERT's.
+        epsilon: the setting of what normalisations add to a variance, and its default.
+        biases: fields of a layer that have a bias, zeros else, where no setting says it.
+        centred: whether normalisations take the mean away.
+        free: whether heads may be wider or narrower, together, than the model.
+        offset: what is added to the scale of a normalisation.
     """
 
     names: Mapping[str, str]
     known: Collection[str] | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
+    epsilon: tuple[str, float] = ("layer_norm_eps", 1e-12)
+    biases: Collection[str] = (*ATTENTION, *FEED_FORWARD, "norm")
+    centred: bool = True
+    free: bool = False
+    offset: float = 0.0
 
 
 #: Settings that say nothing about what is computed, are about training and other tasks, or are read
@@ -89,6 +99,7 @@ DISTILBERT = Table(
     },
     keys={"hidden_size": "dim", "intermediate_size": "hidden_dim", "num_hidden_layers": "n_layers",
           "num_attention_heads": "n_heads", "hidden_act": "activation"},
+    epsilon=("", 1e-12),  # no setting
 )  # fmt: skip
 ELECTRA = Table(
     BERT.names,
@@ -112,6 +123,7 @@ MODERNBERT = Table(
     (*_ROTARY, "hidden_activation", "norm_eps", "norm_bias", "attention_bias", "mlp_bias",
      "layer_types", "global_attn_every_n_layers", "local_attention", "global_rope_theta",
      "local_rope_theta", "layer_norm_eps", "position_embedding_type"),
+    epsilon=("norm_eps", 1e-5),
 )  # fmt: skip
 NOMIC = Table(
     {
@@ -119,7 +131,7 @@ NOMIC = Table(
         "attention_norm": "norm1", "up": "mlp.fc11", "gate": "mlp.fc12", "down": "mlp.fc2",
         "norm": "norm2",
     },
-    (*_ROTARY, "hidden_act", "layer_norm_eps"),
+    (*_ROTARY, "hidden_act", "layer_norm_eps"), biases=("norm",),
 )  # fmt: skip
 GTE = Table(
     {
@@ -128,8 +140,12 @@ GTE = Table(
         **dict.fromkeys(("up", "gate"), "mlp.up_gate_proj"), "down": "mlp.down_proj",
         "norm": "mlp_ln",
     },
-    (*_ROTARY, "hidden_act", "layer_norm_eps"),
+    (*_ROTARY, "hidden_act", "layer_norm_eps"), biases=(*ATTENTION, "down", "norm"),
 )  # fmt: skip
+#: What language models have in common: norms without a mean.
+_RMS: dict[str, Any] = {
+    "epsilon": ("rms_norm_eps", 1e-6), "biases": (), "centred": False, "free": True,
+}  # fmt: skip
 MISTRAL = Table(
     {
         "attention_norm": "input_layernorm", "query": "self_attn.q_proj", "key": "self_attn.k_proj",
@@ -137,23 +153,25 @@ MISTRAL = Table(
         "norm": "post_attention_layernorm", "gate": "mlp.gate_proj", "up": "mlp.up_proj",
         "down": "mlp.down_proj",
     },
-    _DECODERS,
+    _DECODERS, **_RMS,
 )  # fmt: skip
 QWEN3 = Table(
     {**MISTRAL.names, "query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"},
-    (*_DECODERS, "attention_bias", "use_sliding_window", "max_window_layers"),
-)
+    (*_DECODERS, "attention_bias", "use_sliding_window", "max_window_layers"), **_RMS,
+)  # fmt: skip
 GEMMA3 = Table(
     {**QWEN3.names, "attention_end": "post_attention_layernorm",
      "norm": "pre_feedforward_layernorm", "end": "post_feedforward_layernorm"},
     (*_DECODERS, "attention_bias", "query_pre_attn_scalar", "final_logit_softcapping",
      "attn_logit_softcapping", "use_bidirectional_attention", "_sliding_window_pattern",
      "sliding_window_pattern", "rope_local_base_freq", "hidden_activation"),
+    offset=1.0, **_RMS,
 )  # fmt: skip
 _T5_KEYS = {
     "hidden_size": "d_model", "intermediate_size": "d_ff", "num_hidden_layers": "num_layers",
     "num_attention_heads": "num_heads", "head_dim": "d_kv",
 }  # fmt: skip
+_T5_NORMS = {**_RMS, "epsilon": ("layer_norm_epsilon", 1e-6)}
 #: Its settings are read, or are about its decoder, generation and training.
 T5 = Table(
     {
@@ -168,12 +186,13 @@ T5 = Table(
         "scale_decoder_outputs", "dropout_rate", "initializer_factor", "n_positions",
         "task_specific_params",
     ),
-    _T5_KEYS,
+    _T5_KEYS, **_T5_NORMS,
 )  # fmt: skip
 #: T5 1.1.
 T5_GATED = Table(
-    {**T5.names, "gate": "1.DenseReluDense.wi_0", "up": "1.DenseReluDense.wi_1"}, T5.known, _T5_KEYS
-)
+    {**T5.names, "gate": "1.DenseReluDense.wi_0", "up": "1.DenseReluDense.wi_1"}, T5.known,
+    _T5_KEYS, **_T5_NORMS,
+)  # fmt: skip
 
 
 def require_known(config: Settings, more: Collection[str]) -> None:
@@ -187,37 +206,29 @@ def require_known(config: Settings, more: Collection[str]) -> None:
 
 
 class Reader:
-    """Reads the tensors of one family.
-
-    ``biases`` are the fields of a layer that have one, zeros else; ``free`` heads may be wider or
-    narrower, together, than the model.
-    """
+    """Reads the tensors of one family; ``biases`` in place of those of its table."""
 
     def __init__(
         self,
         weights: Weights,
         config: Settings,
         table: Table,
-        epsilon: float,
-        *,
-        biases: Collection[str] = (*ATTENTION, *FEED_FORWARD, "norm"),
-        centred: bool = True,
-        turned: bool = True,
-        free: bool = False,
-        offset: float = 0.0,
+        biases: Collection[str] | None = None,
     ) -> None:
+        self._epsilon = config.number(*table.epsilon, above=0, below=1)
         if table.known is not None:
             require_known(config, table.known)
-        self.weights, self.config, self._table, self._epsilon = weights, config, table, epsilon
-        self._biases, self._centred, self._offset = biases, centred, offset
+        self.weights, self.config, self._table = weights, config, table
+        self._biases = table.biases if biases is None else biases
         self.width, self.inner, self.count, self.heads = (
             config.integer(self._key(key))
             for key in ("hidden_size", "intermediate_size", "num_hidden_layers",
                         "num_attention_heads")
         )  # fmt: skip
         default = max(self.width // self.heads, 1)
+        turned = self._key("head_dim") in (table.known or ())
         self.head = config.integer(self._key("head_dim"), default) if turned else default
-        if (turned and self.head % 2) or not (free or self.head * self.heads == self.width):
+        if (turned and self.head % 2) or not (table.free or self.head * self.heads == self.width):
             raise UnsupportedEncoderError(
                 f"{config.path}: {self.heads} attention heads of {self.head} do not make the width "
                 f"{self.width}."
@@ -244,8 +255,8 @@ class Reader:
         offset = np.zeros(shape, np.float32)
         if "norm" in self._biases:
             offset = self.weights.get(f"{name}.{bias}", shape)
-        weight = self.weights.get(f"{name}.{scale}", shape) + np.float32(self._offset)
-        return Norm(weight, offset, self._epsilon, centred=self._centred)
+        weight = self.weights.get(f"{name}.{scale}", shape) + np.float32(self._table.offset)
+        return Norm(weight, offset, self._epsilon, centred=self._table.centred)
 
     def linear(self, name: str, inputs: int, outputs: int, *, bias: bool = True) -> Linear:
         """A linear layer; without ``bias`` that is zeros."""
