@@ -161,13 +161,9 @@ def _columns(
 
 def _parts(connection: sa.Connection, table: sa.Table) -> list[_Part]:
     """The table, or its partitions."""
-    name = system.name_of(table.schema, table.name)
-    tree = sa.func.pg_partition_tree(sa.func.to_regclass(name)).table_valued("relid", "isleaf")
+    relation = system.oid_of(system.name_of(table.schema, table.name))
     klass, size = system.CLASS.c, sa.func.current_setting("block_size").cast(sa.Integer)
-    here = sa.or_(
-        klass.oid == system.oid_of(name),
-        klass.oid.in_(sa.select(sa.cast(tree.c.relid, sa.dialects.postgresql.OID))),
-    )
+    here = klass.oid.in_(system.parts_of_table(relation))
     statement = (
         sa.select(
             system.NAMESPACE.c.nspname,
@@ -181,7 +177,7 @@ def _parts(connection: sa.Connection, table: sa.Table) -> list[_Part]:
     )
     parts = [_Part(*row) for row in connection.execute(statement)]
     if not parts:
-        raise DeclarationError(f"table_source: {name} is no table with pages of its own.")
+        raise DeclarationError(f"table_source: {table.fullname} is no table with pages of its own.")
     return parts
 
 

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import OID
 
 from sbert_pg import system
 from sbert_pg.errors import LoadError
@@ -57,14 +56,10 @@ def require_one_of(
 
 def estimated_rows(connection: sa.Connection, table: sa.TableClause) -> float:
     """Rows of a table and its partitions as the planner estimates them; 0 where never analysed."""
-    relation = system.name_in(connection, table.schema, table.name)
-    # A table that is not partitioned is not a tree to this function, so it is named beside it.
-    tree = sa.func.pg_partition_tree(sa.func.to_regclass(relation)).table_valued("relid")
-    here = system.CLASS.c.oid
+    relation = system.oid_of(system.name_in(connection, table.schema, table.name))
     counted = sa.func.sum(sa.func.greatest(system.CLASS.c.reltuples, 0), type_=sa.Float())
     statement = sa.select(counted).where(
-        system.CLASS.c.relkind != "p",
-        sa.or_(here == system.oid_of(relation), here.in_(sa.select(sa.cast(tree.c.relid, OID)))),
+        system.CLASS.c.relkind != "p", system.CLASS.c.oid.in_(system.parts_of_table(relation))
     )
     return float(connection.execute(statement).scalar() or 0.0)
 

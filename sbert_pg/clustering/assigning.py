@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import OID
 
 from sbert_pg import catalog, system
 from sbert_pg.catalog.tables import compatible_encoder
@@ -400,11 +399,7 @@ def written(connection: sa.Connection, table: sa.Table) -> int | None:
     if connection.scalar(sa.select(sa.func.current_setting("track_counts"))) == "off":
         return None
     relation = system.oid_of(system.name_in(connection, table.schema, table.name))
-    tree = sa.func.pg_partition_tree(relation).table_valued(sa.column("relid", OID))
-    # Of a table that has nothing to do with partitions there is no tree.
-    part = sa.union(
-        sa.select(relation.label("relid")), sa.select(sa.cast(tree.c.relid, OID))
-    ).subquery()
+    part = system.parts_of_table(relation).subquery()
     counts = (
         sa.func.pg_stat_get_tuples_inserted,
         sa.func.pg_stat_get_tuples_updated,

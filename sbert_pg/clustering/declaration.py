@@ -7,12 +7,11 @@ from functools import cached_property
 from typing import Any, Literal, cast
 
 import sqlalchemy as sa
-from sqlalchemy.orm import Mapper
 
 from sbert_pg import distance as d
 from sbert_pg import system
 from sbert_pg.clustering import tables
-from sbert_pg.clustering.rows import Criteria, RowSet, criteria_list, vector_column
+from sbert_pg.clustering.rows import Criteria, RowSet, criteria_list, mapped_vector
 from sbert_pg.clustering.tables import Assignment, Cluster, ClusterRun
 from sbert_pg.errors import ClusteringError, DeclarationError
 from sbert_pg.source import Source
@@ -298,12 +297,7 @@ def declared_clusterings(metadata: sa.MetaData) -> list[Clustering]:
 
 
 def _base_column(column: Any) -> sa.Column[Any]:
-    if not isinstance(getattr(column, "parent", None), Mapper):
-        raise DeclarationError(
-            f"A clustering was declared on {column}; it takes the vector attribute of a mapped "
-            "class, as in clusters_of(Article.embedding)."
-        )
-    base = vector_column(column)
+    base = mapped_vector("clusters_of", column)
     if cast("VectorType", base.type).dimensions is None:
         raise DeclarationError(
             f"A clustering was declared on {base}, a vector column of no fixed width; declare "

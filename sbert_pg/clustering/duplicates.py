@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import sqlalchemy as sa
-from sqlalchemy.orm import Mapped, Mapper, mapped_column
+from sqlalchemy.orm import Mapped, mapped_column
 
 from sbert_pg import distance as d
 from sbert_pg.clustering.kmeans import normalize, worker_threads
@@ -24,6 +24,7 @@ from sbert_pg.clustering.rows import (
     RowSet,
     criteria_list,
     is_integer,
+    mapped_vector,
     read_rows,
     vector_column,
     wire_key,
@@ -170,13 +171,7 @@ def duplicates_of(column: Any, *, name: str | None = None) -> DuplicateTable:
     Raises:
         DeclarationError: the column is not an attribute of a mapped class, or the name is too long.
     """
-    mapper = getattr(column, "parent", None)
-    if not isinstance(mapper, Mapper):
-        raise DeclarationError(
-            f"duplicates_of() was given {column!r}; it takes the vector attribute of a mapped "
-            "class, as in duplicates_of(Article.embedding)."
-        )
-    rows = vector_column(column).table
+    rows, mapper = mapped_vector("duplicates_of", column).table, column.parent
     name = name or f"{rows.name}_duplicate"
     a, b = ([f"{end}_{key.name}" for key in rows.primary_key] for end in "ab")
     mapped = map_beside(

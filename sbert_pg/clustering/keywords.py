@@ -386,7 +386,7 @@ def name_cluster(
     """
     if name is not None and not name.strip():
         raise ClusteringError("A cluster's name cannot be empty; None takes it back.")
-    cluster, run = clustering.cluster_table, clustering.run_table
+    cluster = clustering.cluster_table
     keywords = sa.func.array_to_string(
         cast("Any", cluster.c.keywords)[1:_LABEL_WORDS], ", ", type_=sa.Text
     )
@@ -394,9 +394,8 @@ def name_cluster(
         sa.update(cluster)
         .where(
             cluster.c.number == number,
-            cluster.c.run_id == run.c.id,
-            run.c.is_current,
-            run.c.column_name == clustering.column.name,
+            cluster.c.run_id == clustering.Run.id,
+            clustering.is_current(),
         )
         .values(
             label=sa.func.nullif(keywords, "") if name is None else name, is_named=name is not None

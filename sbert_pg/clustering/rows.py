@@ -18,6 +18,7 @@ import numpy.typing as npt
 import psycopg
 import sqlalchemy as sa
 from psycopg import sql
+from sqlalchemy.orm import Mapper
 
 from sbert_pg import distance as d
 from sbert_pg.catalog import rows as catalog_rows
@@ -55,6 +56,16 @@ def vector_column(column: Any) -> sa.Column[Any]:
         )
     base: Any = base_of(clause)
     return base  # type: ignore[no-any-return]
+
+
+def mapped_vector(function: str, column: Any) -> sa.Column[Any]:
+    """The column of a mapped class's vector attribute, which a function was given."""
+    if not isinstance(getattr(column, "parent", None), Mapper):
+        raise DeclarationError(
+            f"{function}() was given {column!r}; it takes the vector attribute of a mapped class, "
+            f"as in {function}(Article.embedding)."
+        )
+    return vector_column(column)
 
 
 @dataclass(frozen=True)
@@ -189,10 +200,7 @@ class Keys:
 
     def order(self) -> npt.NDArray[np.int64]:
         """Positions in the order of the keys; text is ordered by its code points."""
-        order = np.arange(len(self), dtype=np.int64)
-        for column in reversed(self.columns):
-            order = order[np.argsort(column[order], kind="stable")]
-        return order
+        return np.lexsort(self.columns[::-1])
 
     def tuples(self) -> list[tuple[Any, ...]]:
         """One tuple for each row, of Python integers and texts."""

@@ -312,7 +312,8 @@ class Encoder(Converted):
         self._spec = spec
 
     def __repr__(self) -> str:
-        return f"<Encoder {self._spec.name!r}, {self.manifest.precision}, {self.dimensions} dimensions>"
+        precision = self.manifest.precision
+        return f"<Encoder {self._spec.name!r}, {precision}, {self.dimensions} dimensions>"
 
     def _cut(self, vectors: Vectors) -> Vectors:
         if vectors.shape[1] == self.dimensions:

@@ -251,6 +251,12 @@ NO_PICKLE = (
 )
 
 
+def _refuse_pickle(directory: Path) -> None:
+    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
+        if (directory / name).is_file():
+            raise UnsupportedEncoderError(f"{directory} holds its weights ({name}) {NO_PICKLE}")
+
+
 def find_weights(directory: Path) -> tuple[Path, ...]:
     """The safetensors files of a module, one or a sharded set."""
     index = directory / "model.safetensors.index.json"
@@ -261,9 +267,8 @@ def find_weights(directory: Path) -> tuple[Path, ...]:
     missing = [file.name for file in files if not file.is_file()]
     if files and not missing:
         return files
-    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
-        if not index.is_file() and (directory / name).is_file():
-            raise UnsupportedEncoderError(f"{directory} holds its weights ({name}) {NO_PICKLE}")
+    if not index.is_file():
+        _refuse_pickle(directory)
     raise DamagedEncoderError(
         f"{directory} lacks {', '.join(missing) or 'its weights'}; the directory is incomplete."
     )

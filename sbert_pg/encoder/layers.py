@@ -85,12 +85,16 @@ class Normalize:
     """Division by the Euclidean length, at least 1e-12 (``torch.nn.functional.normalize``)."""
 
 
-def read_pooling(settings: Settings, width: int | None) -> tuple[PoolingMode, ...]:
-    """Pooling modes in the order of concatenation, for tokens of this width."""
+def _pooling_modes(settings: Settings) -> list[Any]:
     modes = settings.get("pooling_mode")
     if modes is None:
-        modes = [m for key, m in _POOLING_KEYS.items() if settings.flag(key, False)] or ["mean"]
-    modes = modes if isinstance(modes, list) else [modes]
+        return [m for key, m in _POOLING_KEYS.items() if settings.flag(key, False)] or ["mean"]
+    return modes if isinstance(modes, list) else [modes]
+
+
+def read_pooling(settings: Settings, width: int | None) -> tuple[PoolingMode, ...]:
+    """Pooling modes in the order of concatenation, for tokens of this width."""
+    modes = _pooling_modes(settings)
     unknown = any(mode not in POOLING_MODES for mode in modes)
     if not modes or unknown or len(modes) > len(POOLING_MODES):
         raise UnsupportedEncoderError(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -143,8 +143,7 @@ class Runner:
             return feeds_of([token_ids[text] for text in batch], self._inputs, some, step)
 
         if self._providers.on_gpu:
-            for batch, vectors in self._in_turn(batches, feeds, output):
-                result[batch] = vectors
+            self._run_in_turn(batches, feeds, result, output)
             return result
         if len(batches) == 1:
             result[batches[0]] = self._call(feeds(batches[0]), output)
@@ -194,9 +193,9 @@ class Runner:
         # Threads start with the first call that needs them.
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="sbert-pg-run")
 
-    def _in_turn(
-        self, batches: Sequence[list[int]], feeds: Feeds, output: str
-    ) -> Iterator[tuple[list[int], Vectors]]:
+    def _run_in_turn(
+        self, batches: Sequence[list[int]], feeds: Feeds, result: Vectors, output: str
+    ) -> None:
         """Run batches in the one thread that calls the GPU; this one makes the next ones ready."""
         running: deque[tuple[list[int], Future[Vectors]]] = deque()
         try:
@@ -204,9 +203,9 @@ class Runner:
                 running.append((batch, self._pool.submit(self._call, feeds(batch), output)))
                 if len(running) > 2:
                     done, vectors = running.popleft()
-                    yield done, vectors.result()
+                    result[done] = vectors.result()
             for done, vectors in running:
-                yield done, vectors.result()
+                result[done] = vectors.result()
         except BaseException:
             for _, vectors in running:
                 vectors.cancel()

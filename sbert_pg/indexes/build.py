@@ -24,15 +24,7 @@ from sbert_pg.errors import DeclarationError, StepStoppedError, TableBusyError
 from sbert_pg.indexes.partitioned import build_on_partitions, create_as, create_only, is_partitioned
 from sbert_pg.indexes.read import StoredIndex, index_state, same_index, vector_indexes
 from sbert_pg.progress import Advance
-from sbert_pg.system import (
-    ATTEMPTS,
-    LOCK_TIMEOUT,
-    busy_message,
-    in_short_transactions,
-    milliseconds,
-    retried,
-    settings,
-)
+from sbert_pg.system import ATTEMPTS, LOCK_TIMEOUT, milliseconds, settings
 from sbert_pg.types.indexed import VectorIndex
 
 T = TypeVar("T")
@@ -105,7 +97,7 @@ def build_index(
                 builder.wait_for_others([str(index.name)], wait)
                 if builder.state(str(index.name)) == "valid":
                     return False
-                in_short_transactions(
+                system.in_short_transactions(
                     engine,
                     lambda locked: locked.execute(lock),
                     relation=builder.relation,
@@ -284,9 +276,11 @@ class IndexBuilder:
 
     def _retried(self, attempt: Callable[[], T]) -> T:
         def busy() -> str:
-            return busy_message(self.connection, self.relation, self.attempts, self.lock_timeout)
+            return system.busy_message(
+                self.connection, self.relation, self.attempts, self.lock_timeout
+            )
 
-        return retried(attempt, busy=busy, attempts=self.attempts)
+        return system.retried(attempt, busy=busy, attempts=self.attempts)
 
     def _drop(self, name: str) -> None:
         # PostgreSQL drops the index of a partitioned table under a lock, for a moment.

@@ -409,9 +409,9 @@ def index_name(existing: str, old: str, new: str, table: str) -> str:
 
     Cut to PostgreSQL's 63 bytes with the column's end kept, since that is what differs.
     """
-    if re.search(rf"(?<![a-z0-9]){re.escape(old)}(?![a-z0-9])", existing):
-        name = re.sub(rf"(?<![a-z0-9]){re.escape(old)}(?![a-z0-9])", lambda _: new, existing)
-    else:
+    pattern = rf"(?<![a-z0-9]){re.escape(old)}(?![a-z0-9])"
+    name, found = re.subn(pattern, lambda _: new, existing)
+    if not found:
         name = f"ix_{table}_{new}"
     if name == existing or len(name.encode()) > 63:
         name = f"ix_{table}"[: 62 - len(new)] + f"_{new}"

@@ -25,19 +25,8 @@ from sbert_pg.errors import DeclarationError
 from sbert_pg.search.criteria import Call
 from sbert_pg.search.entry import nearest
 from sbert_pg.search.passages import MOST_BY_INDEX, DocumentSearch
-from sbert_pg.search.statement import (
-    Changeable,
-    Nearest,
-    is_number,
-    require_page,
-)
-from sbert_pg.search.words import (
-    WordSearch,
-    is_text_column,
-    rows_of,
-    word_search,
-    words_page,
-)
+from sbert_pg.search.statement import Changeable, Nearest, is_number, require_page
+from sbert_pg.search.words import WordSearch, is_text_column, rows_of, word_search, words_page
 from sbert_pg.types.vector import shown
 
 Fusion = Literal["relative", "rrf"]
@@ -84,10 +73,14 @@ class HybridSearch(Changeable):
 
     def statement(self) -> Nearest:
         """The statement of the search."""
-        names = [f"hybrid_key_{n}" for n in range(len(self.key))]
         values = ["score", "similarity", "meaning_rank", "words_score", "words_rank"]
-        page = _fused(self, names).subquery("hybrid_page")
-        return rows_of(self, self.words, page, names, values, _first(page))
+        page = _fused(self).subquery("hybrid_page")
+        return rows_of(self, self.words, page, self.names, values, _first(page))
+
+    @property
+    def names(self) -> list[str]:
+        """What the parts of a key are called within the statement."""
+        return [f"hybrid_key_{n}" for n in range(len(self.key))]
 
     @property
     def origin(self) -> Any:
@@ -171,7 +164,7 @@ def hybrid(
             f"hybrid() takes an embedding column and then an attribute made with text_column(), "
             f"and was given {shown(column)} and {shown(words)}.{swapped}"
         )
-    by_words = word_search(words, question, where=where, language=language)
+    by_words = word_search(words, question, where, language)
     if by_words.entity is not getattr(getattr(column, "parent", None), "entity", None):
         raise DeclarationError(
             f"hybrid() was given {column!r} and {words!r}; both are of one class or table."
@@ -186,10 +179,10 @@ def _check_weight(weight: Any) -> None:
         raise DeclarationError(f"hybrid() was given weight={weight!r}; it is 0 to 1.")
 
 
-def _fused(search: HybridSearch, names: list[str]) -> sa.Select[Any]:
+def _fused(search: HybridSearch) -> sa.Select[Any]:
     """Keys, scores and ranks of the rows of each question's page."""
-    meaning, by_words = _arms(search, names)
-    weight = _weight(search, by_words, meaning, names)
+    meaning, by_words = _arms(search)
+    weight, names = _weight(search, by_words, meaning), search.names
     same = [meaning.c[n] == by_words.c[n] for n in ("query", *names)]
     query = sa.func.coalesce(meaning.c.query, by_words.c.query)
     if search.fusion == "rrf":
@@ -228,18 +221,17 @@ def _fused(search: HybridSearch, names: list[str]) -> sa.Select[Any]:
 
 def weight_of(search: HybridSearch) -> sa.Select[Any]:
     """The weight of meaning that a search of one question takes; no row where nothing is found."""
-    names = [f"hybrid_key_{n}" for n in range(len(search.key))]
-    meaning, words = _arms(search, names)
-    return sa.select(_weight(search, words, meaning, names).c.weight)
+    meaning, words = _arms(search)
+    return sa.select(_weight(search, words, meaning).c.weight)
 
 
-def _arms(search: HybridSearch, names: list[str]) -> tuple[sa.CTE, sa.CTE]:
+def _arms(search: HybridSearch) -> tuple[sa.CTE, sa.CTE]:
     """What is found by meaning, and by words."""
-    near, far = search.fused
+    (near, far), names = search.fused, search.names
     page = words_page(search.words, search.rows[1])
     keys = [page.c[f"key_{n}"].label(name) for n, name in enumerate(names)]
     rows = sa.select(page.c.query, *keys, page.c.score, page.c.held).subquery("words_rows")
-    meaning = _arm(_meaning_rows(search, names), "hybrid_meaning", names, near, "similarity")
+    meaning = _arm(_meaning_rows(search), "hybrid_meaning", names, near, "similarity")
     words = _arm(rows, "hybrid_words", names, far, "score", "held")
     return meaning, words
 
@@ -249,7 +241,7 @@ def _first(rows: Any) -> sa.ColumnElement[int]:
     return sa.func.least(rows.c.meaning_rank, rows.c.words_rank)
 
 
-def _meaning_rows(search: HybridSearch, names: list[str]) -> sa.Subquery:
+def _meaning_rows(search: HybridSearch) -> sa.Subquery:
     """Questions, keys and similarities of the nearest rows."""
     statement: Any = search.meaning.limit(search.rows[0])
     # Taken by their places: a class may have columns of these names.
@@ -258,7 +250,7 @@ def _meaning_rows(search: HybridSearch, names: list[str]) -> sa.Subquery:
     if search.words.many:
         query = columns.pop()
     similarity = columns[-1].label("similarity")
-    keys = [key.label(name) for key, name in zip(search.words.key, names, strict=True)]
+    keys = [key.label(name) for key, name in zip(search.words.key, search.names, strict=True)]
     # Of this very statement: the method of a search would make another, with columns of its own.
     rows = sa.Select.with_only_columns(statement, query.label("query"), *keys, similarity)
     return rows.subquery("meaning_rows")
@@ -286,7 +278,7 @@ def _arm(rows: sa.Subquery, name: str, names: list[str], fused: int, by: str, *m
     return select.cte(name).prefix_with("MATERIALIZED")
 
 
-def _weight(search: HybridSearch, words: sa.CTE, meaning: sa.CTE, names: list[str]) -> sa.CTE:
+def _weight(search: HybridSearch, words: sa.CTE, meaning: sa.CTE) -> sa.CTE:
     """Weight of meaning for each question: all where words find nothing, none where it does."""
     score, rank = words.c.score, words.c.rank
     matched = (
@@ -300,7 +292,7 @@ def _weight(search: HybridSearch, words: sa.CTE, meaning: sa.CTE, names: list[st
         .group_by(words.c.query)
         .subquery("words_matched")
     )
-    same = [words.c[n] == meaning.c[n] for n in ("query", *names)]
+    same = [words.c[n] == meaning.c[n] for n in ("query", *search.names)]
     # Rows behind those that are fused are read on later pages only, and weigh nothing.
     joined = sa.join(meaning, words, sa.and_(*same, rank <= search.fused[1]), isouter=True)
     nearest_ = (

@@ -162,22 +162,14 @@ def matching(
     Raises:
         DeclarationError: the column is not a text column, or a number is out of its range.
     """
-    return word_search(
-        column, question, limit=limit, offset=offset, where=where, language=language,
-        exhaustive=exhaustive,
-    ).statement()  # fmt: skip
+    search = word_search(column, question, where, language, limit, offset, exhaustive)
+    return search.statement()
 
 
 def word_search(
-    column: Any,
-    question: str | Sequence[str],
-    *,
-    limit: int | None = 10,
-    offset: int = 0,
-    where: sa.ColumnElement[bool] | Sequence[sa.ColumnElement[bool]] = (),
-    language: str | None = None,
-    exhaustive: bool = False,
-) -> WordSearch:
+    column: Any, question: Any, where: Any, language: str | None, limit: int | None = 10,
+    offset: int = 0, exhaustive: bool = False,
+) -> WordSearch:  # fmt: skip
     """What ``matching`` with these arguments searches for."""
     clause = clause_of(column)
     if not is_text_column(column):

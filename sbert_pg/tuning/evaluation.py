@@ -173,7 +173,7 @@ def evaluate(
                 connection = stack.enter_context(opened)
             answers[name], seconds = _answers(connection, name, search, queries)
             times[name] = 1000 * seconds / len(queries)
-    scores = _scores(queries, answers, times, k, slices, np.random.default_rng(0))
+    scores = _scores(queries, answers, times, k, slices)
     return Evaluation(k, tuple(queries), tuple(scores), answers)
 
 
@@ -247,8 +247,8 @@ def _scores(
     times: Mapping[str, float],
     k: int,
     slices: str | None,
-    random: np.random.Generator,
 ) -> list[Score]:
+    random = np.random.default_rng(0)
     values = {
         name: np.array([_measured(a, q, k) for a, q in zip(rows, queries, strict=True)])
         for name, rows in answers.items()
@@ -305,17 +305,14 @@ def grouped_figures(
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
     """Spearman's rank correlation; ``nan`` where one side is constant."""
-    x, y = (_ranks(np.asarray(side, dtype=np.float64)) for side in (a, b))
-    x, y = x - x.mean(), y - y.mean()
-    length = float(np.sqrt((x**2).sum() * (y**2).sum()))
-    return float((x * y).sum() / length) if length else float("nan")
+    with np.errstate(invalid="ignore"):
+        return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
 
 
-def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _ranks(values: Sequence[float]) -> npt.NDArray[np.float64]:
     """Ranks from 1, ties at their mean."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return np.asarray((last - (counts - 1) / 2)[place])
+    return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[place])
 
 
 def score_pairs(

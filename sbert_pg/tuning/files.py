@@ -16,11 +16,10 @@ from typing import Any, TextIO
 
 import sqlalchemy as sa
 
-from sbert_pg.catalog import rows as catalog_rows
 from sbert_pg.errors import LoadError
 from sbert_pg.search.exact import LabelledQuery
 from sbert_pg.system import array_of, require_engine
-from sbert_pg.tuning.pairs import CLICK_COLUMNS, is_click_log, of_click_log
+from sbert_pg.tuning.pairs import CLICK_COLUMNS, is_click_log, of_click_log, values_of
 
 #: Keys of the rows that a search found, best first, with their scores; by name of the question.
 Run = dict[str, list[tuple[str, float]]]
@@ -323,14 +322,9 @@ def with_attribute(
     engine: sa.Engine, table: sa.Table, queries: Sequence[LabelledQuery], name: str
 ) -> list[LabelledQuery]:
     """Questions with an attribute that a column of the table says of their first relevant row."""
-    first = {q.text: next(iter(q.answers), "") for q in queries}
-    key = catalog_rows.label(list(table.primary_key))
-    chosen = sa.select(key, sa.cast(table.c[name], sa.Text)).where(
-        catalog_rows.is_one_of(key, set(first.values()))
-    )
-    with engine.connect() as connection:
-        values = dict(connection.execute(chosen).tuples().all())
+    first = [next(iter(query.answers), "") for query in queries]
+    values = values_of(engine, table, sa.cast(table.c[name], sa.Text), first)
     return [
-        replace(query, attributes={**query.attributes, name: values.get(first[query.text]) or ""})
-        for query in queries
+        replace(query, attributes={**query.attributes, name: values.get(key, "")})
+        for query, key in zip(queries, first, strict=True)
     ]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -271,15 +271,21 @@ def of_keys(
         raise DeclarationError(
             f"Neither the pairs nor {table.fullname} has a column {name!r} to split by."
         )
-    label = catalog_rows.label(list(table.primary_key))
-    keys = {key for query in queries for key in query.gains}
     column = table.c[name]
     # Times as seconds, which no setting of the session spells in its own way.
     timed = isinstance(column.type, (sa.DateTime, sa.Date))
     value = sa.cast(sa.extract("epoch", column) if timed else column, sa.Text)
+    return values_of(engine, table, value, {key for query in queries for key in query.gains})
+
+
+def values_of(
+    engine: sa.Engine, table: sa.Table, value: sa.ColumnElement[str], keys: Iterable[str]
+) -> dict[str, str]:
+    """A text of each of some rows, by their keys; rows without it are left out."""
+    label = catalog_rows.label(list(table.primary_key))
     chosen = sa.select(label, value).where(catalog_rows.is_one_of(label, keys), value.is_not(None))
     with engine.connect() as connection:
-        return {key: str(said) for key, said in connection.execute(chosen)}
+        return dict(connection.execute(chosen).tuples().all())
 
 
 def is_click_log(pairs: Sequence[LabelledQuery]) -> bool:

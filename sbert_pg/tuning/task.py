@@ -22,7 +22,7 @@ from sbert_pg.search.exact import LabelledQuery
 from sbert_pg.spec import EncoderSpec, Vectors, json_digest
 from sbert_pg.tuning.adapters import NEGATIVES, Candidates
 from sbert_pg.tuning.evaluation import CONFIDENCE, Figure, grouped_figures
-from sbert_pg.tuning.pairs import Split, hard_negatives, of_keys, split_pairs
+from sbert_pg.tuning.pairs import Split, hard_negatives, of_keys, split_pairs, values_of
 
 
 class Rows:
@@ -52,22 +52,16 @@ class Rows:
 
     def texts(self, keys: Iterable[str]) -> dict[str, str]:
         """What is embedded of each of these rows; rows that have gone are left out."""
-        text = self.base.type.source.expression(self.table)
-        with self.engine.connect() as connection:
-            rows = connection.execute(sa.select(self.label, text).where(self.among(keys)))
-            return {key: said for key, said in rows if said}
-
-    def among(self, keys: Iterable[str]) -> sa.ColumnElement[bool]:
-        """Whether a row is one of these."""
-        return catalog_rows.is_one_of(self.label, keys)
+        text = sa.func.nullif(self.base.type.source.expression(self.table), "")
+        return values_of(self.engine, self.table, text, keys)
 
     def known(self, queries: Sequence[LabelledQuery]) -> list[LabelledQuery]:
         """The questions, each with those of its answers that are there and have a vector."""
-        labels, vectors = self.read(self.among({key for query in queries for key in query.gains}))
+        keys = {key for query in queries for key in query.gains}
+        labels, vectors = self.read(catalog_rows.is_one_of(self.label, keys))
         self.digests = {k: v.tobytes() for k, v in zip(labels, vectors, strict=True)}
-        there = [self._there(query) for query in queries]
-        self.wrong = {query.text: _wrong(query) for query in there}
-        kept = [replace(q, gains=gains) for q in there if (gains := q.answers)]
+        self.wrong = {query.text: self._wrong(query) for query in queries}
+        kept = [replace(q, gains=gains) for q in queries if (gains := q.answers_in(self.digests))]
         if not kept:
             raise TooFewPairsError(
                 f"None of the {len(queries)} labelled questions names a row of {self.name} that "
@@ -75,9 +69,9 @@ class Rows:
             )
         return kept
 
-    def _there(self, query: LabelledQuery) -> LabelledQuery:
-        gains = {key: gain for key, gain in query.gains.items() if key in self.digests}
-        return replace(query, gains=gains)
+    def _wrong(self, query: LabelledQuery) -> list[str]:
+        """What is labelled as no answer, of the rows that are there."""
+        return [key for key, gain in query.gains.items() if gain == 0 and key in self.digests]
 
     def negatives(self, queries: Sequence[LabelledQuery]) -> list[list[str]]:
         """Of each question the rows that are labelled as wrong, then those that are near it."""
@@ -92,7 +86,7 @@ class Rows:
             self.total = connection.execute(count).scalar_one()
         chosen = []
         if self.total > self.most:
-            labelled = self.among(negatives | set(self.digests))
+            labelled = catalog_rows.is_one_of(self.label, negatives | set(self.digests))
             drawn = catalog_rows.drawn(self.label, self.most, self.total, seed)
             chosen = [sa.or_(drawn, labelled)]
         keys, vectors = self.read(*chosen)
@@ -123,11 +117,6 @@ class Rows:
             same.append({key: value for of_one in said(document) for key, value in of_one.items()})
         times = None if time is None else [max(v.values(), default=None) for v in said(time)]
         return split_pairs(queries, same, times, held_out=held_out, seed=seed)
-
-
-def _wrong(query: LabelledQuery) -> list[str]:
-    """What is labelled as no answer."""
-    return [key for key, gain in query.gains.items() if gain == 0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
