@@ -132,12 +132,12 @@ def explain_search(session: Session | sa.Connection, statement: Nearest) -> Sear
         )
     connection = session.connection() if isinstance(session, Session) else session
     sql = _written_out(statement, connection)
+    parted, reason = parts_of(search), _without(search)
     if search.itself and session.execute(sa.select(search.right.is_(None))).scalar_one():
+        parted = None
         reason = "the object that others are to be like has no vector yet: nothing is found"
-        return SearchExplanation("exact", reason, True, None, 0, 0, sql)
-    parted = parts_of(search)
     if parted is None:
-        return SearchExplanation("exact", _without(search), True, None, 0, 0, sql)
+        return SearchExplanation("exact", reason, True, None, 0, 0, sql)
     ways, parts = parted
     verdict = sa.select(ways.verdict.subquery("verdict")).add_cte(*parts, nest_here=True)
     return _explained(session.execute(verdict).mappings().one(), ways, sql)
@@ -145,24 +145,22 @@ def explain_search(session: Session | sa.Connection, statement: Nearest) -> Sear
 
 def _explained(row: Any, ways: Ways, sql: str) -> SearchExplanation:
     """What the deciding part has decided, in words."""
-    looked = ways.first.least if ways.plan is None else row["looked"]
-    share = None if ways.plan is None or row["share"] is None else float(row["share"])
+    looked, share, passed = ways.first.least, None, row["passed"]
+    if ways.plan is not None:
+        looked, share = row["looked"], None if row["share"] is None else float(row["share"])
     if ways.plan is not None and not row["by_index"]:
         reason = "a sample of the table has no rows, so those that pass are compared"
         if share is not None:
             reason = f"about {share:.2%} of the rows pass, and comparing them is sooner than a look"
         return SearchExplanation("exact", reason, True, share, 0, 0, sql)
-    counts = f"{row['passed']} of the nearest {looked} rows pass"
+    counts = f"{passed} of the nearest {looked} rows pass"
     if row["far"] and ways.second is not None:
-        reason = _told_apart(counts, ways)
-        return SearchExplanation(
-            "index", reason, False, share, ways.second.most, row["passed"], sql
-        )
+        reason, most = _told_apart(counts, ways), ways.second.most
+        return SearchExplanation("index", reason, False, share, most, passed, sql)
     if row["taken"]:
-        return SearchExplanation("index", counts, False, share, looked, row["passed"], sql)
-    return SearchExplanation(
-        "exact", _refused(row, counts, looked, ways), True, share, looked, row["passed"], sql
-    )
+        return SearchExplanation("index", counts, False, share, looked, passed, sql)
+    reason = _refused(row, counts, looked, ways)
+    return SearchExplanation("exact", reason, True, share, looked, passed, sql)
 
 
 def _without(search: Any) -> str:

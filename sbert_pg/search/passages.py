@@ -8,7 +8,6 @@ Criteria may speak of documents in any search over their passages.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from sbert_pg.search.criteria import Call
 from sbert_pg.search.statement import Changeable, Nearest, Search, replayed, statement_of
 from sbert_pg.search.target import (
     Target,
+    attributes_of,
     columns_of,
     name_beside,
     table_behind,
@@ -71,6 +71,16 @@ class DocumentSearch(Changeable):
     def statement(self) -> Nearest:
         """The statement of the search."""
         return _statement(self)
+
+    @property
+    def target(self) -> Target:
+        """What the passages are found by."""
+        return target_of(self.declared.passage.embedding)
+
+    @property
+    def names(self) -> list[str]:
+        """What the parts of a document's key are called within the statement."""
+        return [f"passages_key_{n}" for n in range(len(self.declared.keys))]
 
     def called(self, name: str) -> str:
         """See ``Changeable.called``: rows are of documents and passages."""
@@ -220,10 +230,8 @@ def _narrowing(search: DocumentSearch) -> tuple[Call, ...]:
 
 
 def _statement(search: DocumentSearch) -> Nearest:
-    declared, asked = search.declared, search.asked
-    target = target_of(declared.passage.embedding)
-    right = _operand(target, asked)
-    names = [f"passages_key_{n}" for n in range(len(declared.keys))]
+    declared, asked, names = search.declared, search.asked, search.names
+    right = _operand(search.target, asked)
     document, passage = declared.document, declared.passage
     if asked.many:
         queries = (
@@ -231,11 +239,11 @@ def _statement(search: DocumentSearch) -> Nearest:
             .table_valued("vector", with_ordinality="number", name="passages_queries")
             .render_derived()
         )
-        rows: Any = _answer(search, target, queries.c.vector, names).lateral("passages_answer")
+        rows: Any = _answer(search, queries.c.vector).lateral("passages_answer")
         number = [queries.c.number]
         query = [(queries.c.number - sa.literal_column("1")).label(search.called("query"))]
     else:
-        rows = _answer(search, target, right, names).subquery("passages_answer")
+        rows = _answer(search, right).subquery("passages_answer")
         number, query = [], []
     own = [rows.c[name].label(search.called(name)) for name in ("similarity", "score")]
     statement: Any = Nearest(document, passage, *own, *query)
@@ -253,45 +261,37 @@ def _statement(search: DocumentSearch) -> Nearest:
     return shaped
 
 
-def _answer(
-    search: DocumentSearch, target: Target, right: Any, names: Sequence[str]
-) -> sa.Select[Any]:
+def _answer(search: DocumentSearch, right: Any) -> sa.Select[Any]:
     """Of one query: keys and scores of the page's documents, and their best passages."""
-    stages, looks = _looks(search, target, right, names)
-    page = _page(search, looks, right, names)
-    best = _best(search, target, right, page, names)
+    stages, looks = _looks(search, right)
+    page = _page(search, looks, right)
+    best = _best(search, right, page)
     rows = sa.select(
-        *(page.c[name] for name in names), page.c.score, best.c.id, best.c.similarity
+        *(page.c[name] for name in search.names), page.c.score, best.c.id, best.c.similarity
     ).join_from(page, best, sa.true())
     return rows.add_cte(*stages, page, nest_here=True)
 
 
 def _document_keys(declared: Declared) -> list[Any]:
-    mapper = sa.inspect(declared.document).mapper
-    return [
-        getattr(declared.document, mapper.get_property_by_column(theirs).key)
-        for _, theirs in declared.keys
-    ]
+    return attributes_of(declared.document, (theirs for _, theirs in declared.keys))
 
 
-def _looks(
-    search: DocumentSearch, target: Target, right: Any, names: Sequence[str]
-) -> tuple[list[sa.CTE], Any]:
+def _looks(search: DocumentSearch, right: Any) -> tuple[list[sa.CTE], Any]:
     """Keys of documents and similarities of passages: the near ones, or as many as it takes.
 
     Each with the number of its look (``stage``): documents of a later one come behind those of the
     first, on whatever page. So pages of one limit are parts of one order.
     """
     if search.limit is None:
-        return [], _near(search, target, right, names, None, 0)
+        return [], _near(search, right, None, 0)
     needed, depth = search.limit + search.offset, _depth(search)
     stages: list[sa.CTE] = []
     further = _FILTERED if _narrowing(search) else _FURTHER
     for number, size in enumerate((depth, *([further] if further > depth else []), None)):
-        rows = _near(search, target, right, names, size, number)
+        rows = _near(search, right, size, number)
         if stages:
             before = stages[-1].alias(f"passages_before_{number}")
-            documents = sa.select(*(before.c[n] for n in names)).distinct().subquery()
+            documents = sa.select(*(before.c[n] for n in search.names)).distinct().subquery()
             few = sa.select(sa.func.count()).select_from(documents).scalar_subquery() < needed
             full = sa.select(sa.func.count()).select_from(before).scalar_subquery() >= depth
             rows = rows.where(few, full)
@@ -311,44 +311,36 @@ def _depth(search: DocumentSearch) -> int:
 
 def first_look(search: DocumentSearch) -> Nearest:
     """The search for the nearest passages, which a search for documents begins with."""
-    target = target_of(search.declared.passage.embedding)
     depth = None if search.limit is None else _depth(search)
-    return _passages(search, target, _operand(target, search.asked), depth)
+    return _passages(search, _operand(search.target, search.asked), depth)
 
 
-def _passages(search: DocumentSearch, target: Target, right: Any, size: int | None) -> Nearest:
+def _passages(search: DocumentSearch, right: Any, size: int | None) -> Nearest:
     asked = search.asked
     options = (asked.furthest, (), asked.overrides, asked.exact, _narrowing(search))
-    return statement_of(Search(target, right, size, 0, *options))
+    return statement_of(Search(search.target, right, size, 0, *options))
 
 
-def _near(
-    search: DocumentSearch,
-    target: Target,
-    right: Any,
-    names: Sequence[str],
-    size: int | None,
-    stage: int,
-) -> sa.Select[Any]:
+def _near(search: DocumentSearch, right: Any, size: int | None, stage: int) -> sa.Select[Any]:
     """The nearest passages that pass: key of the document, similarity, and the given stage."""
     # As a subquery, of which the planner leaves out the columns that nobody asks for.
-    rows = _passages(search, target, right, size).subquery()
-    own = zip(search.declared.keys, names, strict=True)
+    rows = _passages(search, right, size).subquery()
+    own = zip(search.declared.keys, search.names, strict=True)
     keys = [rows.c[ours.key].label(name) for (ours, _), name in own]
     number = sa.literal_column(str(stage), sa.Integer()).label("stage")
-    return sa.select(*keys, rows.c[target.label].label("similarity"), number)
+    return sa.select(*keys, rows.c[search.target.label].label("similarity"), number)
 
 
-def _page(search: DocumentSearch, looks: Any, right: Any, names: Sequence[str]) -> sa.CTE:
+def _page(search: DocumentSearch, looks: Any, right: Any) -> sa.CTE:
     """Keys and scores of the page's documents."""
-    rows = looks.subquery("passages_found")
+    rows, names = looks.subquery("passages_found"), search.names
     keys = [rows.c[name] for name in names]
     best = sa.func.max(rows.c.similarity).label("score")
     # The best passage ranks documents as it finds them, so a later look only adds worse ones.
     stage = sa.func.min(rows.c.stage).label("stage")
     documents: Any = sa.select(*keys, best, stage).group_by(*keys).subquery("passages_documents")
     if search.asked.score != "best":
-        documents = _with_whole(search, documents, right, names).subquery("passages_scored")
+        documents = _with_whole(search, documents, right).subquery("passages_scored")
     page: Any = sa.select(*(documents.c[n] for n in names), documents.c.score)
     order = [documents.c.score.desc(), *(documents.c[n] for n in names)]
     page = page.order_by(*([] if search.asked.score == "best" else [documents.c.stage]), *order)
@@ -360,11 +352,9 @@ def _page(search: DocumentSearch, looks: Any, right: Any, names: Sequence[str]) 
     return parts
 
 
-def _with_whole(
-    search: DocumentSearch, documents: Any, right: Any, names: Sequence[str]
-) -> sa.Select[Any]:
+def _with_whole(search: DocumentSearch, documents: Any, right: Any) -> sa.Select[Any]:
     """Scores of the best passage's similarity and the whole document's, as a weighted mean."""
-    declared = search.declared
+    declared, names = search.declared, search.names
     whole = target_of(getattr(declared.document, declared.whole))
     distance = whole.distance(whole.column, right)
     offset = sa.literal_column(str(int(whole.metric.offset)), _F)
@@ -396,18 +386,16 @@ def _with_whole(
     return sa.select(*(rows.c[name] for name in names), score.label("score"), rows.c.stage)
 
 
-def _best(
-    search: DocumentSearch, target: Target, right: Any, page: sa.CTE, names: Sequence[str]
-) -> sa.Lateral:
+def _best(search: DocumentSearch, right: Any, page: sa.CTE) -> sa.Lateral:
     """The best passages of each document of the page."""
-    declared = search.declared
+    declared, target = search.declared, search.target
     passage = declared.passage
     distance = target.distance(passage.embedding, right)
     similarity = target.similarity_from(distance).label("similarity")
     rows: Any = sa.select(passage.id.label("id"), similarity).where(
         *target.comparable(), *target.proven(target.column),
         *(getattr(passage, ours.key) == page.c[name]
-          for (ours, _), name in zip(declared.keys, names, strict=True)),
+          for (ours, _), name in zip(declared.keys, search.names, strict=True)),
     )  # fmt: skip
     if search.asked.furthest is not None:
         rows = rows.where(distance <= search.asked.furthest)

@@ -38,7 +38,7 @@ from sbert_pg.search.statement import (
     replayed_of,
     require_page,
 )
-from sbert_pg.search.target import readable_columns
+from sbert_pg.search.target import attributes_of, readable_columns
 from sbert_pg.types.comparator import base_of, clause_of
 from sbert_pg.types.text import Configuration, TextSearch
 from sbert_pg.types.vector import shown
@@ -122,10 +122,7 @@ class WordSearch(Changeable):
         """Primary key of a row, in the caller's expressions."""
         if self.entity is None:
             return list(self.table.primary_key)
-        mapper = sa.inspect(self.entity).mapper
-        return [
-            getattr(self.entity, mapper.get_property_by_column(c).key) for c in mapper.primary_key
-        ]
+        return attributes_of(self.entity, sa.inspect(self.entity).mapper.primary_key)
 
 
 def matching(
