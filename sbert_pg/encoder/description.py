@@ -138,22 +138,15 @@ def describe(path: str | Path) -> Description:
     modules = modules_of(root)
     transformer_path = inside(root, modules[0][1])
     settings = _transformer_settings(transformer_path)
-    written = read_json(transformer_path / "config.json")
-    config = without_code(written)
-    tokenizer = read_if_there(transformer_path / "tokenizer_config.json")
-    tokenizer.refuse_code()
-    architecture = architecture_of(config)
+    own, _ = transformer_of(transformer_path, settings)
+    config = own["config"]
     pooling_settings = _pooling_settings(root, modules, config)
     pooling = read_pooling(pooling_settings, hidden_size(config) if modules[1:] else None)
     general = general_of(root)
     return Description(
         path=root,
-        transformer_path=transformer_path,
-        architecture=architecture,
-        config=config,
         configuration={
-            "config": plain(written),
-            "tokenizer": plain(tokenizer),
+            **own.pop("configuration"),
             "settings": plain(settings, frozenset()),
             "pooling": plain(pooling_settings, frozenset()),
             "general": plain(general, IN_SPEC),
@@ -163,14 +156,29 @@ def describe(path: str | Path) -> Description:
                 dict(read_if_there(inside(root, m) / "config.json")) for _, m in modules[2:]
             ],
         },
-        weights=find_weights(transformer_path),
         pooling=pooling,
         include_prompt=pooling_settings.flag("include_prompt", True),
         layers=read_layers(root, modules[2:], len(pooling) * hidden_size(config)),
-        max_seq_length=max_seq_length(settings, tokenizer, config),
-        do_lower_case=settings.flag("do_lower_case", False),
+        **own,
         **conventions(general),
     )
+
+
+def transformer_of(directory: Path, settings: Settings) -> tuple[dict[str, Any], Settings]:
+    """What a transformer's own files say, as ``Description`` has it; and of its tokenizer."""
+    written = read_json(directory / "config.json")
+    config = without_code(written)
+    tokenizer = read_if_there(directory / "tokenizer_config.json")
+    tokenizer.refuse_code()
+    return {
+        "transformer_path": directory,
+        "architecture": _architecture_of(config),
+        "config": config,
+        "configuration": {"config": plain(written), "tokenizer": plain(tokenizer)},
+        "weights": find_weights(directory),
+        "max_seq_length": _max_seq_length(settings, tokenizer, config),
+        "do_lower_case": settings.flag("do_lower_case", False),
+    }, tokenizer
 
 
 def plain(settings: Settings, without: frozenset[str] = _PROVENANCE) -> dict[str, Any]:
@@ -178,7 +186,7 @@ def plain(settings: Settings, without: frozenset[str] = _PROVENANCE) -> dict[str
     return {key: value for key, value in settings.items() if key not in without}
 
 
-def architecture_of(config: Settings) -> str:
+def _architecture_of(config: Settings) -> str:
     """The transformer's ``model_type``."""
     architecture = config.get("model_type")
     if not isinstance(architecture, str) or not _ARCHITECTURE.fullmatch(architecture):
@@ -340,7 +348,7 @@ def conventions(general: Settings) -> dict[str, Any]:
     }
 
 
-def max_seq_length(settings: Settings, tokenizer: Settings, config: Settings) -> int | None:
+def _max_seq_length(settings: Settings, tokenizer: Settings, config: Settings) -> int | None:
     """The limit of a text in tokens: as in sentence-transformers its own, else the tokenizer's.
 
     But a limit above what the transformer has positions for is lowered to it, where they are a

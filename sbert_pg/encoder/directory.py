@@ -23,7 +23,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -118,18 +118,10 @@ class Manifest:
                 "Convert the encoder again."
             )
         try:
-            return cls(
-                spec=EncoderSpec.from_json(data["spec"]),
-                precision=str(data["precision"]),
-                full_dimensions=int(data["full_dimensions"]),
-                inputs=tuple(map(str, data["inputs"])),
-                kind=str(data["kind"]),
-                truncation_side=str(data["truncation_side"]),
-                exporter=str(data["exporter"]),
-                agreement={key: Agreement(**value) for key, value in data["agreement"].items()},
-                files={str(key): str(value) for key, value in data["files"].items()},
-                training=dict(data.get("training") or {}),
-            )
+            values = {part.name: data[part.name] for part in fields(cls) if part.name in data}
+            agreement = {key: Agreement(**value) for key, value in data["agreement"].items()}
+            spec, inputs = EncoderSpec.from_json(data["spec"]), tuple(data["inputs"])
+            return cls(**{**values, "spec": spec, "inputs": inputs, "agreement": agreement})
         # Its digest is right, so this is not an accident of a disk.
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DamagedEncoderError(

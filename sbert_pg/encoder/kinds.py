@@ -28,16 +28,15 @@ from sbert_pg.encoder.description import (
     STATIC,
     TRANSFORMER_FILES,
     Description,
-    architecture_of,
     conventions,
     describe,
     first_architecture,
     general_of,
     hidden_size,
-    max_seq_length,
     modules_of,
     plain,
     require_harmless,
+    transformer_of,
 )
 from sbert_pg.encoder.files import (
     JSON_LIMIT,
@@ -52,7 +51,6 @@ from sbert_pg.encoder.files import (
     require_model,
 )
 from sbert_pg.encoder.layers import Dense, Layer, Norm, PoolingMode, read_layers, torch_class
-from sbert_pg.encoder.tensors import without_code
 from sbert_pg.encoder.tokenizer_files import is_model2vec, tokenizer_class
 from sbert_pg.errors import DamagedEncoderError, UnsupportedEncoderError
 from sbert_pg.probes import SAMPLE_TEXTS
@@ -150,14 +148,11 @@ def describe_reranker(path: str | Path) -> Description:
     root = Path(path)
     require_model(root)
     _require_lone_transformer(root / "modules.json")
-    written, general = read_json(root / "config.json"), _general(root)
-    config = without_code(written)
-    tokenizer = read_if_there(root / "tokenizer_config.json")
-    tokenizer.refuse_code()
-    settings = read_if_there(root / TRANSFORMER_FILES[0])
+    general, settings = _general(root), read_if_there(root / TRANSFORMER_FILES[0])
     settings.only("transformer_task", ["sequence-classification"], "sequence-classification")
     require_harmless(settings)
-    architecture = architecture_of(config)
+    own, tokenizer = transformer_of(root, settings)
+    config, architecture = own["config"], own["architecture"]
     kind = first_architecture(config)
     if architecture not in _HEADS or not kind.endswith("ForSequenceClassification"):
         raise UnsupportedEncoderError(
@@ -165,28 +160,21 @@ def describe_reranker(path: str | Path) -> Description:
             f"implemented are sequence classifiers of {', '.join(_HEADS)}. Encoders are loaded "
             "with Encoder.load."
         )
-    weights = find_weights(root)
     pooling: PoolingMode = "lasttoken" if architecture == "qwen3" else "cls"
     if architecture == "modernbert":
         pooling = config.only("classifier_pooling", ["cls", "mean"], "cls")
     activation = _activation(general, config)
-    layers = _classifier(Weights(weights), config, _HEADS[architecture], activation)
     return Description(
         path=root,
-        transformer_path=root,
-        architecture=architecture,
-        config=config,
         configuration={
-            "config": plain(written), "tokenizer": plain(tokenizer), "settings": plain(settings),
-            "general": plain(general), "modules": ["Transformer", "Classifier"],
+            **own.pop("configuration"), "settings": plain(settings), "general": plain(general),
+            "modules": ["Transformer", "Classifier"],
         },
-        weights=weights,
         pooling=(pooling,),
-        layers=layers,
-        max_seq_length=max_seq_length(settings, tokenizer, config),
-        do_lower_case=settings.flag("do_lower_case", False),
+        layers=_classifier(Weights(own["weights"]), config, _HEADS[architecture], activation),
         pairs=True,
         token_types=_token_types(config, tokenizer),
+        **own,
     )  # fmt: skip
 
 

@@ -87,20 +87,17 @@ def tokenizer_content(description: Description) -> dict[str, Any]:
     directory = description.transformer_path
     config = _token_settings(directory)
     path = directory / "tokenizer.json"
-    if description.architecture == STATIC:
-        content = _static(description)
-        with own_errors(DamagedEncoderError, f"{path} cannot be read"):
-            require_bounded(content)
-    elif is_there(path):
-        content = dict(read_json(path, JSON_LIMIT))
-        with own_errors(DamagedEncoderError, f"{path} cannot be read"):
-            content = _as_configured(
-                content, tokenizer_class(config, description.config), config, path
-            )
-            require_bounded(content)
-    else:
+    if description.architecture != STATIC and not is_there(path):
         content = _converted_by_transformers(directory)
+    else:
+        content = dict(read_json(path, JSON_LIMIT))
     with own_errors(DamagedEncoderError, f"{path} cannot be read"):
+        if description.architecture == STATIC:
+            _fit_static(content, description, path)
+        elif is_there(path):
+            name = tokenizer_class(config, description.config)
+            content = _as_configured(content, name, config, path)
+        require_bounded(content)
         _fit_vocabulary(content, description, path)
     content["truncation"] = content["padding"] = None
     if description.do_lower_case:
@@ -114,22 +111,19 @@ def is_model2vec(root: Path) -> bool:
     return not (root / "modules.json").is_file()
 
 
-def _static(description: Description) -> dict[str, Any]:
-    """The content of the ``tokenizer.json`` of a static model, without special tokens."""
+def _fit_static(content: dict[str, Any], description: Description, path: Path) -> None:
+    """Make it that of a static model: without special tokens, and with what model2vec does."""
     from tokenizers import Tokenizer
 
-    path = description.transformer_path / "tokenizer.json"
-    content = dict(read_json(path, JSON_LIMIT))
     content["post_processor"] = None
-    with own_errors(DamagedEncoderError, f"{path} cannot be read"):
-        vocabulary = Tokenizer.from_str(json.dumps(content)).get_vocab()
+    vocabulary = Tokenizer.from_str(json.dumps(content)).get_vocab()
     count = description.config.integer("vocab_size")
     if max(vocabulary.values(), default=0) >= count:
         raise DamagedEncoderError(
             f"{description.weights[0]} has vectors for {count} tokens; {path} has more."
         )
     if not is_model2vec(description.path):
-        return content
+        return
     limit, model = description.max_seq_length, content["model"]
     unknown = model.get("unk_id") if model["type"] == "Unigram" else model.get("unk_token")
     characters = int(np.median([len(token) for token in vocabulary]))
@@ -137,7 +131,6 @@ def _static(description: Description) -> dict[str, Any]:
         "characters": None if limit is None else limit * characters,
         "dropped": vocabulary.get(unknown) if isinstance(unknown, str) else unknown,
     }
-    return content
 
 
 def _fit_vocabulary(content: dict[str, Any], description: Description, path: Path) -> None:

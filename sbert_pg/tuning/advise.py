@@ -158,10 +158,8 @@ def advise_index(
     Raises:
         DeclarationError: it is not a vector column of a table, or has too few vectors.
     """
-    clause = clause_of(column)
-    base = base_of(clause) if isinstance(clause, sa.ColumnElement) else None
-    vectors = base is not None and isinstance(base.type, VectorType)
-    if base is None or not vectors or not isinstance(base.table, sa.Table):
+    base = base_of(clause_of(column)) if isinstance(clause_of(column), sa.ColumnElement) else None
+    if base is None or not isinstance(base.type, VectorType):
         raise DeclarationError(
             f"advise_index() was given {shown(column)}, which is no vector column."
         )
