@@ -160,11 +160,7 @@ class VectorIndex:
         return column if self.cast_to is None else sa.cast(column, self.cast_to)
 
     def to_index(
-        self,
-        *,
-        name: str | None = None,
-        table: tuple[str | None, str] | None = None,
-        concurrently: bool = False,
+        self, *, name: str | None = None, table: tuple[str | None, str] | None = None
     ) -> sa.Index:
         """An ``Index`` for ``CREATE INDEX``, on a table that has no other column."""
         self._check()
@@ -186,7 +182,6 @@ class VectorIndex:
             postgresql_with={key: quoted(value) for key, value in self.options.items()},
             postgresql_where=None if where is None else sa.literal_column(where),
             postgresql_tablespace=self.tablespace,
-            postgresql_concurrently=concurrently,
         )
         sa.Table(table_name, sa.MetaData(), column, index, schema=schema)
         return index
