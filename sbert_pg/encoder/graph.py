@@ -244,8 +244,8 @@ def _mean_sqrt(writer: Writer, values: Pooled) -> str:
 
 def _mean_by_position(writer: Writer, values: Pooled) -> str:
     # Positions are counted from the first token of the text, prompt or not.
-    positions = writer.node("Cast", _positions(writer, values), to=FLOAT)
-    weights = writer.node("Mul", _weights(writer, values), positions)
+    mask = _weights(writer, values)
+    weights = writer.node("Mul", mask, writer.node("Cast", _positions(writer, values), to=FLOAT))
     return _weighted_mean(writer, values, weights)
 
 
