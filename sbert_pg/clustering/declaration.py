@@ -278,7 +278,7 @@ def clusters_of(
     rows = base.table
     names = tables.free_attributes(mapper, attribute)  # before anything is declared
     classes = tables.map_classes(mapper, rows, prefix or f"{rows.name}_cluster")
-    tables.extend_entity(mapper, names, base.name, classes, rows)
+    tables.extend_entity(mapper, names, base, classes)
     criteria = criteria_list(where)
     clustering = Clustering(
         mapper.class_,

@@ -302,20 +302,16 @@ def free_attributes(mapper: Mapper[Any], attribute: str) -> tuple[str, str]:
 
 
 def extend_entity(
-    mapper: Mapper[Any],
-    names: tuple[str, str],
-    column_name: str,
-    classes: Classes,
-    rows: sa.Table,
+    mapper: Mapper[Any], names: tuple[str, str], column: sa.Column[Any], classes: Classes
 ) -> None:
     """Give the row's class both of them."""
     run, cluster, assignment = map(table_of, classes)
     current, all_runs = names
-    joined = is_row(assignment, rows)
+    joined = is_row(assignment, column.table)
     _add(
         mapper, current, classes[1], viewonly=True,
         secondary=sa.join(assignment, run, assignment.c.run_id == run.c.id),
-        primaryjoin=sa.and_(joined, run.c.is_current, run.c.column_name == column_name),
+        primaryjoin=sa.and_(joined, run.c.is_current, run.c.column_name == column.name),
         secondaryjoin=foreign(assignment.c.cluster_id) == cluster.c.id,
     )  # fmt: skip
     order = assignment.c.run_id
