@@ -80,17 +80,19 @@ class KMeans:
         _at_least(self, "n_init", 1)
         _at_least(self, "max_iter", 1)
         _at_least(self, "tol", 0)
-        numbers: Any = self.n_clusters
-        if isinstance(numbers, (int, str)):
-            numbers = (2 if numbers == "auto" else numbers,)
+        if self.n_clusters == "auto":
+            numbers: Sequence[int] = (2,)
+        elif isinstance(self.n_clusters, int):
+            numbers = (self.n_clusters,)
         else:
-            numbers = tuple(sorted(set(numbers)))
-            object.__setattr__(self, "n_clusters", numbers)
+            numbers = tuple(sorted(set(self.n_clusters)))
         if not numbers or any(not isinstance(number, int) or number < 1 for number in numbers):
             raise DeclarationError(
                 f"KMeans: n_clusters is {self.n_clusters!r}; give a number from 1, several, or "
                 "'auto'."
             )
+        if not isinstance(self.n_clusters, (int, str)):
+            object.__setattr__(self, "n_clusters", numbers)
         if self.method == "database" and not isinstance(self.n_clusters, int):
             raise DeclarationError(
                 f"KMeans: the method {self.method!r} needs one number of clusters, and n_clusters "
