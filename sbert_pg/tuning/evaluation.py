@@ -305,8 +305,9 @@ def grouped_figures(
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
     """Spearman's rank correlation; ``nan`` where one side is constant."""
-    with np.errstate(invalid="ignore"):
-        return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
+    x, y = (ranks - ranks.mean() for ranks in (_ranks(a), _ranks(b)))
+    length = float(np.sqrt((x**2).sum() * (y**2).sum()))
+    return float((x * y).sum() / length) if length else float("nan")
 
 
 def _ranks(values: Sequence[float]) -> npt.NDArray[np.float64]:
