@@ -157,14 +157,6 @@ def oid_of(relation: str) -> sa.ColumnElement[int]:
     return sa.cast(sa.func.to_regclass(relation), OID)
 
 
-def parts_of_table(relation: sa.ColumnElement[int]) -> sa.Select[Any]:
-    """The oids of a table and of its partitions."""
-    tree = sa.func.pg_partition_tree(relation).table_valued(sa.column("relid", OID))
-    # Of a table that has nothing to do with partitions there is no tree.
-    both = sa.union(sa.select(relation.label("relid")), sa.select(sa.cast(tree.c.relid, OID)))
-    return sa.select(both.subquery().c.relid)
-
-
 def stored_types(connection: sa.Connection, relation: str | int) -> dict[str, Any]:
     """Of each column of a table, by text or oid, some of its attribute and the row of its type."""
     a, type_ = ATTRIBUTE.c, sa.func.format_type(ATTRIBUTE.c.atttypid, None, type_=sa.Text)

@@ -64,23 +64,23 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 
 #: Most modules and lines of each room: a new capability raises its own, and nobody else's.
 ROOMS: dict[str, tuple[int, int]] = {
-    "adapters": (10, 1895),
+    "adapters": (10, 1892),
     "alembic": (8, 2671),
-    "catalog": (9, 2555),
+    "catalog": (9, 2559),
     "cli": (16, 4254),
-    "clustering": (15, 4898),
-    "encoder": (22, 6682),
+    "clustering": (15, 4886),
+    "encoder": (22, 6590),
     "freshness": (15, 4871),
-    "indexes": (5, 1211),
+    "indexes": (5, 1205),
     "loading": (5, 1154),
     "orm": (4, 875),
     "passages": (4, 1082),
     "reembed": (11, 2847),
-    "search": (14, 4568),
+    "search": (14, 4535),
     "serving": (14, 3323),
     "sql": (1, 24),
-    "tuning": (14, 3942),
-    "types": (7, 1657),
+    "tuning": (14, 3927),
+    "types": (7, 1659),
 }
 #: All rooms that are one module.
 MOST_LINES_OF_THE_REST = 3526

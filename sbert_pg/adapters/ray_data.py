@@ -20,6 +20,7 @@ import sqlalchemy as sa
 from psycopg import sql
 
 from sbert_pg import system
+from sbert_pg.catalog import rows as catalog_rows
 from sbert_pg.distance import Storage
 from sbert_pg.errors import DeclarationError, needing
 from sbert_pg.freshness.queue import require_psycopg
@@ -163,7 +164,7 @@ def _parts(connection: sa.Connection, table: sa.Table) -> list[_Part]:
     """The table, or its partitions."""
     relation = system.oid_of(system.name_of(table.schema, table.name))
     klass, size = system.CLASS.c, sa.func.current_setting("block_size").cast(sa.Integer)
-    here = klass.oid.in_(system.parts_of_table(relation))
+    here = klass.oid.in_(catalog_rows.parts_of_table(relation))
     statement = (
         sa.select(
             system.NAMESPACE.c.nspname,

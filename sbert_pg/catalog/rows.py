@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import OID
 
 from sbert_pg import system
 from sbert_pg.errors import LoadError
@@ -54,12 +55,20 @@ def require_one_of(
         )
 
 
+def parts_of_table(relation: sa.ColumnElement[int]) -> sa.Select[Any]:
+    """The oids of a table and of its partitions."""
+    tree = sa.func.pg_partition_tree(relation).table_valued(sa.column("relid", OID))
+    # Of a table that has nothing to do with partitions there is no tree.
+    both = sa.union(sa.select(relation.label("relid")), sa.select(sa.cast(tree.c.relid, OID)))
+    return sa.select(both.subquery().c.relid)
+
+
 def estimated_rows(connection: sa.Connection, table: sa.TableClause) -> float:
     """Rows of a table and its partitions as the planner estimates them; 0 where never analysed."""
     relation = system.oid_of(system.name_in(connection, table.schema, table.name))
     counted = sa.func.sum(sa.func.greatest(system.CLASS.c.reltuples, 0), type_=sa.Float())
     statement = sa.select(counted).where(
-        system.CLASS.c.relkind != "p", system.CLASS.c.oid.in_(system.parts_of_table(relation))
+        system.CLASS.c.relkind != "p", system.CLASS.c.oid.in_(parts_of_table(relation))
     )
     return float(connection.execute(statement).scalar() or 0.0)
 

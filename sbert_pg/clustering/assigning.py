@@ -12,6 +12,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from sbert_pg import catalog, system
+from sbert_pg.catalog import rows as catalog_rows
 from sbert_pg.catalog.tables import compatible_encoder
 from sbert_pg.clustering.declaration import Clustering
 from sbert_pg.clustering.placing import assign_statement, centroids_of, insert_or_retry
@@ -399,7 +400,7 @@ def written(connection: sa.Connection, table: sa.Table) -> int | None:
     if connection.scalar(sa.select(sa.func.current_setting("track_counts"))) == "off":
         return None
     relation = system.oid_of(system.name_in(connection, table.schema, table.name))
-    part = system.parts_of_table(relation).subquery()
+    part = catalog_rows.parts_of_table(relation).subquery()
     counts = (
         sa.func.pg_stat_get_tuples_inserted,
         sa.func.pg_stat_get_tuples_updated,

@@ -78,8 +78,28 @@ def _mpnet(weights: Weights, config: Settings) -> Transformer:
             f"({_BUCKETS}, {model.heads})."
         )
     assert model.positions is not None
-    model.bias = tensors.relative_bias(buckets, len(model.positions))
+    model.bias = _relative_bias(buckets, len(model.positions))
     return model
+
+
+def _relative_bias(buckets: Array, length: int, count: int = 32, largest: int = 128) -> Array:
+    """Bias by head and distance, ``(heads, 2 * length - 1)``, the middle being distance 0.
+
+    ``relative_position_bucket`` of MPNet and of T5's encoder: ``count`` buckets, half of them for
+    each direction; from the ``largest`` distance on, all fall into one.
+    """
+    n = -np.arange(1 - length, length)
+    half = count // 2
+    exact = half // 2
+    bucket = np.where(n < 0, half, 0)
+    n = np.abs(n)
+    # In float32 and in this order, as transformers does it: a distance at a border between two
+    # buckets must fall on the same side.
+    ratio = np.log(np.maximum(n, 1).astype(np.float32) / np.float32(exact))
+    scaled = ratio / np.float32(np.log(largest / exact)) * np.float32(half - exact)
+    large = np.minimum(exact + scaled.astype(np.int64), half - 1)
+    bucket = bucket + np.where(n < exact, n, large)
+    return np.ascontiguousarray(buckets[bucket].T)
 
 
 def _distilbert(weights: Weights, config: Settings) -> Transformer:
@@ -345,7 +365,7 @@ def _t5(weights: Weights, config: Settings) -> Transformer:
         norm_first=True,
         final_norm=reader.norm("encoder.final_layer_norm"),
         blocked=True,
-        bias=tensors.relative_bias(weights.get(name, (count, reader.heads)), most + 1, count, most),
+        bias=_relative_bias(weights.get(name, (count, reader.heads)), most + 1, count, most),
     )
 
 

@@ -303,26 +303,6 @@ def _divided(linear: Linear, sizes: Sequence[int]) -> list[Linear]:
     return [Linear(np.ascontiguousarray(linear.weight[:, p]), linear.bias[p]) for p in places]
 
 
-def relative_bias(buckets: Array, length: int, count: int = 32, largest: int = 128) -> Array:
-    """Bias by head and distance, ``(heads, 2 * length - 1)``, the middle being distance 0.
-
-    ``relative_position_bucket`` of MPNet and of T5's encoder: ``count`` buckets, half of them for
-    each direction; from the ``largest`` distance on, all fall into one.
-    """
-    n = -np.arange(1 - length, length)
-    half = count // 2
-    exact = half // 2
-    bucket = np.where(n < 0, half, 0)
-    n = np.abs(n)
-    # In float32 and in this order, as transformers does it: a distance at a border between two
-    # buckets must fall on the same side.
-    ratio = np.log(np.maximum(n, 1).astype(np.float32) / np.float32(exact))
-    scaled = ratio / np.float32(np.log(largest / exact)) * np.float32(half - exact)
-    large = np.minimum(exact + scaled.astype(np.int64), half - 1)
-    bucket = bucket + np.where(n < exact, n, large)
-    return np.ascontiguousarray(buckets[bucket].T)
-
-
 def theta_of(config: Settings, rope: Settings, default: float) -> float:
     """The base of rotary frequencies; no scaling of them is implemented."""
     rope.only("rope_type", ["default"], "default")

@@ -20,13 +20,13 @@ from sbert_pg.search.criteria import Call
 from sbert_pg.search.statement import Changeable, Nearest, Search, replayed, statement_of
 from sbert_pg.search.target import (
     Target,
-    attributes_of,
     columns_of,
     name_beside,
     table_behind,
     tables_of,
     target_of,
 )
+from sbert_pg.types.comparator import attributes_of
 
 Score = Literal["best", "sum", "auto"]
 

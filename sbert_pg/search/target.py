@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import sqlalchemy as sa
@@ -104,7 +104,7 @@ class Target:
         self.mapper: Any = inspected.mapper
         self.origin: Any = self.entity
         self.selected: list[Any] = [self.entity]
-        self.key: list[Any] = attributes_of(self.entity, self.mapper.primary_key)
+        self.key: list[Any] = [self._attribute(c) for c in self.mapper.primary_key]
         self.narrows = self.mapper.inherits is not None and not self.mapper.concrete
         if inspected.is_mapper:
             return list(self.mapper.tables)
@@ -121,13 +121,16 @@ class Target:
         self.key = list(table.primary_key)
         return _table_in(table)
 
+    def _attribute(self, column: sa.Column[Any]) -> Any:
+        return getattr(self.entity, self.mapper.get_property_by_column(column).key)
+
     def _serve(self, table: sa.Table, base: sa.Column[Any]) -> None:
         """Let the index of a table serve the search, where its rows can be told by their key."""
         row_key = self._row_key(table)
         if not row_key or len(row_key) != len(self.key):
             return
         if self.mapper is not None:
-            self.key = attributes_of(self.entity, row_key)
+            self.key = [self._attribute(c) for c in row_key]
         if table.name in _OWN_NAMES and table.schema is None:
             raise DeclarationError(
                 f"nearest() has a part named {table.name} in its statements, as this table is. "
@@ -272,8 +275,8 @@ class Target:
         name = self.mapper.get_property_by_column(base).key
         _require_vector(query, name)
         vector = getattr(other, name)
-        own = attributes_of(other, self.mapper.primary_key)
-        keys = (key == value for key, value in zip(own, self.identity(query), strict=True))
+        own = zip(self.mapper.primary_key, self.identity(query), strict=True)
+        keys = [getattr(other, self.mapper.get_property_by_column(c).key) == v for c, v in own]
         return sa.select(vector).where(*keys).scalar_subquery()
 
     def is_row(self, query: Any) -> bool:
@@ -289,12 +292,6 @@ class Target:
                 "or search with its text."
             )
         return identity
-
-
-def attributes_of(entity: Any, columns: Iterable[sa.Column[Any]]) -> list[Any]:
-    """The attributes of a mapped class, or of an alias of it, that some columns stand behind."""
-    mapper: Any = sa.inspect(entity).mapper
-    return [getattr(entity, mapper.get_property_by_column(column).key) for column in columns]
 
 
 def _is_of_few(criterion: sa.BinaryExpression[Any], outer: list[Any]) -> bool:

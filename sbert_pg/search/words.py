@@ -38,8 +38,8 @@ from sbert_pg.search.statement import (
     replayed_of,
     require_page,
 )
-from sbert_pg.search.target import attributes_of, readable_columns
-from sbert_pg.types.comparator import base_of, clause_of
+from sbert_pg.search.target import readable_columns
+from sbert_pg.types.comparator import attributes_of, base_of, clause_of
 from sbert_pg.types.text import Configuration, TextSearch
 from sbert_pg.types.vector import shown
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, cast
 
@@ -125,6 +126,12 @@ def clause_of(column: Any) -> Any:
 def base_of(column: sa.ColumnElement[Any]) -> sa.Column[Any] | None:
     """The table's own column behind one of an alias or a mapped class, where there is one."""
     return next((base for base in column.base_columns if isinstance(base, sa.Column)), None)
+
+
+def attributes_of(entity: Any, columns: Iterable[sa.Column[Any]]) -> list[Any]:
+    """The attributes of a mapped class, or of an alias of it, that some columns stand behind."""
+    mapper: Any = sa.inspect(entity).mapper
+    return [getattr(entity, mapper.get_property_by_column(column).key) for column in columns]
 
 
 @cache
