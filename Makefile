@@ -11,10 +11,10 @@ MINILM = sentence-transformers/all-MiniLM-L6-v2
 REFERENCE ?= torch==2.13.0 sentence-transformers>=5 onnxscript>=0.1
 DEMO_MODELS = $(DEMO_VENV)/bin/sbert-pg encoder convert $(MINILM) && $(DEMO_VENV)/bin/python -c \
   'from sbert_pg.cli.demo_data import use_old_encoder as use; raise SystemExit(not use())'
-# A file of tests stays in one process, which has a server of its own. They also wait, for locks,
-# leases and processes, so three keep two cores busy. The files go in the order of tests/conftest.py,
-# and not by how many tests they have.
-WORKERS ?= 3
+# A file of tests stays in one process, which has a server of its own. A fourth of its time it waits,
+# for locks, leases and processes, so four keep two cores busy. The files go in the order of
+# tests/conftest.py, and not by how many tests they have.
+WORKERS ?= 4
 PYTEST_ARGS ?=
 
 .PHONY: help demo docs test slow lint format wheel bench clean

@@ -69,7 +69,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "catalog": (9, 2559),
     "cli": (16, 4254),
     "clustering": (15, 4886),
-    "encoder": (22, 6590),
+    "encoder": (22, 6595),
     "freshness": (15, 4871),
     "indexes": (5, 1205),
     "loading": (5, 1154),
