@@ -8,7 +8,7 @@ from sqlalchemy.dialects import postgresql as pg
 
 from sbert_pg.sql import load
 
-revision = "0001_080776c3"
+revision = "0001_a2b3bc25"
 down_revision = None
 branch_labels = None
 depends_on = None

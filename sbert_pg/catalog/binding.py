@@ -13,7 +13,7 @@ from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.engine import Connection
 
 from sbert_pg.catalog.migrate import upgrade
-from sbert_pg.catalog.record import Binding, binding_by_id, called, qualified
+from sbert_pg.catalog.record import Binding, binding_by_id, binding_of, called, qualified
 from sbert_pg.errors import BindingError, DeclarationError, NotBoundError
 from sbert_pg.indexes import index_builder
 from sbert_pg.source import Source
@@ -61,20 +61,22 @@ def bind(
         column: an embedding column of a table, or the identity of any vector column.
         encoder: the encoder as declared; an embedding column brings its own.
         source: what the text is made of; an embedding column brings its own.
-        replaces: name of the bound column of the same table that this one is to replace.
+        replaces: name of the bound column of the same table that this one is to replace; an
+            embedding column brings its own, which counts where that column is still there.
         build: create the two indexes here. Without it they are the caller's, who creates them
             concurrently; see ``queue_indexes``.
 
     Raises:
-        AlreadyBoundError: it is bound to another encoder or source.
+        AlreadyBoundError: it is bound to another encoder or source, or the column to be replaced
+            takes part in a change that is under way.
         NotBoundError: the column to be replaced is not bound.
         BindingError: it cannot be bound, or nothing says to what; the message says why.
     """
     type_ = getattr(column, "type", None)
     encoder = encoder or getattr(type_, "encoder", None)
     source = source or getattr(type_, "source", None)
-    replaces = replaces or getattr(type_, "replaces", None)
     identity = identity_of(column)
+    replaces = replaces or _replaced(connection, column, identity)
     if encoder is None or source is None:
         raise BindingError(
             f"{identity} is not an embedding column, so bind() has to be given its encoder and "
@@ -96,6 +98,16 @@ def bind(
             "schema sbert run: SELECT sbert.grant_v1(role, 'binder')."
         )
     return binding
+
+
+def _replaced(connection: Connection, column: Any, identity: ColumnIdentity) -> str | None:
+    """What an embedding column declares that it replaces; one that is gone, as after *finish*, or
+    was never in this database is not replaced.
+    """
+    old: str | None = getattr(getattr(column, "type", None), "replaces", None)
+    if old is None or old in column.table.c:
+        return old
+    return old if binding_of(connection, identity._replace(column=old)) is not None else None
 
 
 def create_all(connection: Connection, metadata: sa.MetaData) -> list[Binding]:

@@ -17,6 +17,7 @@ from sbert_pg.cli.encoder import spec_named
 from sbert_pg.cli.target import (
     change_or_column,
     changes,
+    column_of,
     declared_change,
     queries_of,
     source_of,
@@ -61,6 +62,8 @@ def begin(
             request = declared_change(app, metadata, target)[0]
         else:
             old = change_or_column(engine, target)
+            if to is not None:  # What is replaced is what the table had, also when it is run again.
+                old = column_of(engine, target).binding
             spec = old.declared if encoder is None else spec_named(encoder)
             if to is None:
                 if encoder is None or (text, storage) != (None, None):

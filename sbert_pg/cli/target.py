@@ -50,14 +50,20 @@ def resolve(connection: sa.Connection, name: str) -> Side:
     if len(before) == 1 and len({binding.relation for binding in matching}) == 1:
         matching = before
     if len(matching) != 1:
-        names = ", ".join(sorted(map(str, matching or bindings))) or "none"
-        problem = "means several embedding columns" if matching else "is not an embedding column"
-        raise DeclarationError(
-            f"{name!r} {problem} of this database; name one of them as table.column or "
-            f"schema.table.column: {names}."
-        )
+        raise _not_one(name, matching, bindings)
     binding = matching[0]
     return side_of(connection, reflect(connection, binding.schema, binding.table), binding)
+
+
+def _not_one(
+    name: str, matching: Sequence[Binding], bindings: Sequence[Binding]
+) -> DeclarationError:
+    names = ", ".join(sorted(map(str, matching or bindings))) or "none"
+    problem = "means several embedding columns" if matching else "is not an embedding column"
+    return DeclarationError(
+        f"{name!r} {problem} of this database; name one of them as table.column or "
+        f"schema.table.column: {names}."
+    )
 
 
 def column_of(engine: sa.Engine, name: str) -> Side:
@@ -78,10 +84,16 @@ def _called(connection: sa.Connection, bindings: Sequence[Binding], name: str) -
 
 def change_or_column(engine: sa.Engine, target: str) -> Binding:
     """The bound column that a target names; of a table in the middle of a change, the new one."""
-    for new in changes(engine):
-        if target in (new.table, f"{new.schema}.{new.table}"):
-            return new
-    return column_of(engine, target).binding
+    with engine.connect() as connection:
+        catalog.require_current(connection)
+        called = _called(connection, catalog.all_bindings(connection), target)
+        new = [
+            binding for binding in called
+            if binding.replaces and target in (binding.table, f"{binding.schema}.{binding.table}")
+        ]  # fmt: skip
+        if len(new) > 1:
+            raise _not_one(target, new, ())
+        return new[0] if new else resolve(connection, target).binding
 
 
 def changes(engine: sa.Engine, target: str | None = None) -> list[Binding]:

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from sbert_pg.freshness.encoding import Embedded, embed
 from sbert_pg.freshness.passages import Cut, StoredPassages
-from sbert_pg.freshness.queue import Row, register
+from sbert_pg.freshness.queue import Row
 from sbert_pg.freshness.rows import Rows
 from sbert_pg.freshness.settings import Database
 from sbert_pg.passages.cutting import Chunker, chunker_of, cut, digest_of, embedded_text
@@ -77,7 +77,6 @@ class Cutter:
     def _read(
         self, connection: sa.Connection, rows: Sequence[Row], *columns: sa.ColumnElement[Any]
     ) -> Iterator[tuple[str, Any]]:
-        register(connection)
         for row in self.rows.columns_of(connection, rows, columns):
             values: list[Any] = list(row[1:])
             yield rows[row[0] - 1].label, values if len(values) > 1 else values[0]

@@ -335,6 +335,7 @@ class Rows:
         """Columns of rows: the number of the row from 1 on, and what is asked for of ``table``."""
         if not rows:
             return ()
+        register(connection)
         asked = self._given()
         statement = sa.select(asked.c[_N], *columns)
         statement = statement.select_from(asked.join(self.table, self._same(asked)))

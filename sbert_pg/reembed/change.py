@@ -213,8 +213,8 @@ def begin(
 
     Raises:
         NotBoundError: the old column is not bound.
-        AlreadyBoundError: the new column is bound to something else, or another column replaces
-            the old one already.
+        AlreadyBoundError: the new column is bound to something else, another column replaces the
+            old one already, or the old one is itself the new column of a change under way.
         ReembeddingError: the new column exists and holds something else.
         TableBusyError: the table's lock could not be had.
     """
@@ -248,7 +248,14 @@ def begin(
 
 
 def begun_change(connection: sa.Connection, old: Binding, new: str) -> Binding | None:
-    """The new column of a change that has begun; refused where it has another name than ``new``."""
+    """The new column of a change that has begun; refused where it has another name than ``new``,
+    or where the old column is itself the new one of a change.
+    """
+    if old.replaces is not None:
+        raise AlreadyBoundError(
+            f"{old} is itself the new column of a change, and replaces {old.replaces!r}. Finish "
+            f"that change (sbert-pg reembed finish {old}) or abort it before another one begins."
+        )
     begun = replacement_of(connection, old)
     if begun is not None and begun.column != new:
         raise AlreadyBoundError(

@@ -40,6 +40,14 @@ BEGIN
         UPDATE sbert.binding AS b SET bound_name = sbert.name_v1(b.relation) WHERE b.id = v_old.id;
         RETURN v_old.id;
     END IF;
+    -- One change at a time: where the old column is itself the new one of a change, giving that up
+    -- would leave this one without a beginning.
+    IF EXISTS (SELECT FROM sbert.binding b WHERE b.id = v_replaces_id AND b.replaces_id IS NOT NULL) THEN
+        RAISE EXCEPTION USING ERRCODE = 'SB002',
+            MESSAGE = format('column %I of table %s, which %I is to replace, is itself the new column of '
+                'a change', record_v1.replaces, record_v1.relation::text, record_v1.column_name),
+            HINT = 'Finish that change or abort it before another one begins.';
+    END IF;
     SELECT b.column_name INTO v_begun FROM sbert.binding b WHERE b.replaces_id = v_replaces_id;
     IF v_begun IS NOT NULL THEN
         RAISE EXCEPTION USING ERRCODE = 'SB002',

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import Connection
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from sbert_pg import catalog
+from sbert_pg import catalog, embedding_column
 from sbert_pg.catalog.holding import fingerprint_of, hold, recorded_encoder
 from sbert_pg.errors import AlreadyBoundError, BindingError, EncoderMismatchError, NotBoundError
 from sbert_pg.probes import PROBES
@@ -155,8 +156,36 @@ def test_a_successor_names_what_it_replaces(note: Any, connection: Connection) -
         catalog.bind(connection, second, SPEC, note.binding.source, replaces="title")
     made = catalog.bind(connection, second, SPEC, note.binding.source, replaces="e")
     assert (made.replaces, made.state) == ("e", "filling")
+    note.run("ALTER TABLE note ADD COLUMN e3 vector(3)")
+    third = IDENTITY._replace(column="e3")
+    with pytest.raises(AlreadyBoundError, match="itself the new column"), connection.begin_nested():
+        catalog.bind(connection, third, SPEC, note.binding.source, replaces="e2")
     catalog.unbind(connection, IDENTITY)
     assert catalog.require_binding(connection, second).replaces is None
+
+
+def test_a_class_keeps_what_its_column_replaced(engine: sa.Engine) -> None:
+    """As the docs say, also in a database that never had the old column."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Page(Base):
+        __tablename__ = "page"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        title: Mapped[str]
+        second = embedding_column(SPEC, source="title", replaces="first", nullable=True)
+
+    for _ in range(2):
+        with engine.begin() as connection:
+            (binding,) = catalog.create_all(connection, Base.metadata)
+        assert (binding.replaces, binding.state) == (None, "active")
+    first = ColumnIdentity(None, "page", "first")
+    with engine.begin() as connection:
+        connection.execute(sa.text("ALTER TABLE page ADD third text, ADD first vector(3)"))
+        catalog.bind(connection, first, SPEC, Source.of("third"))
+        catalog.unbind(connection, binding.identity)
+        assert catalog.bind(connection, Page.__table__.c.second).replaces == "first"
 
 
 def test_unbinding(note: Any, connection: Connection) -> None:

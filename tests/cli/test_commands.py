@@ -189,6 +189,9 @@ def test_documents_are_loaded_cut_and_found_by_passages(
     assert both.returncode == 0, both.stderr
     assert "Radio XJ-4711" in both.stdout
     assert "weight of meaning" in both.stderr
+    shown = sbert_pg("passages", "manual", "1", url=database_url)
+    assert shown.returncode == 0, shown.stderr
+    assert re.search(r"\d+:\d+ +Kettle > Cleaning\nRemove limescale by citric acid", shown.stdout)
     more = '{"title": "Toaster", "body": "Empty the crumb tray."}\n'
     assert sbert_pg("load", "manual", "-", url=database_url, stdin=more).returncode == 0
     found = sbert_pg("search", "manual", "crumbs", "-n", "1", url=database_url)

@@ -17,7 +17,8 @@ import sqlalchemy as sa
 from command_line import process, sbert_pg
 
 from sbert_pg import catalog
-from sbert_pg.cli.target import resolve
+from sbert_pg.cli.target import change_or_column, resolve
+from sbert_pg.errors import DeclarationError
 from sbert_pg.source import Source, digest
 from sbert_pg.spec import EncoderSpec
 from sbert_pg.system import ColumnIdentity
@@ -138,8 +139,14 @@ def test_step_by_step(note, plain, engine, database_url, tmp_path):
     )
     assert (planned["need"], planned["rows"]) == ("re-embedding", ROWS)
     assert not exists(plain, "embedding_new")
-    command("reembed", "begin", "note", *CHANGE, *KNOWN, url=url)
+    for _ in range(2):  # again, as after an interruption
+        command("reembed", "begin", "note", *CHANGE, *KNOWN, url=url)
     assert exists(plain, "embedding_new")
+    other = ("--to", "third", "--encoder", "new", *KNOWN)
+    said = command("reembed", "begin", "note", *other, url=url, rc=1)
+    assert "note.embedding is being replaced by column 'embedding_new'" in " ".join(said.split())
+    said = command("reembed", "begin", "note.embedding_new", *other, url=url, rc=1)
+    assert "is itself the new column of a change" in " ".join(said.split())
     said = command("reembed", "status", "--check", url=url, rc=1)
     assert f"{ROWS} of {ROWS} rows to go" in said
     assert "400 rows have no vector yet" in command("reembed", "finish", "note", url=url, rc=1)
@@ -179,6 +186,31 @@ def test_step_by_step(note, plain, engine, database_url, tmp_path):
     command("reembed", "finish", "note.embedding_new", "--force", url=url)
     assert not exists(plain, "embedding")
     assert_right(plain)
+
+
+def test_a_table_with_two_changes_means_neither(note, plain, engine):
+    """Which of two would be dropped nobody may leave to chance; nor that of another schema."""
+    plain.execute("CREATE SCHEMA tenant")
+    for table in ("note", "tenant.note"):
+        plain.execute(f"CREATE TABLE IF NOT EXISTS {table} (id bigint PRIMARY KEY, body text)")
+        plain.execute(f"ALTER TABLE {table} ADD e1 vector(32), ADD e2 vector(32)")
+
+    def bound(schema: str, new: str, old: str | None = None) -> Any:
+        column, spec = ColumnIdentity(schema, "note", new), EncoderSpec(name="new", dimensions=32)
+        with engine.begin() as connection:
+            return catalog.bind(connection, column, spec, Source.of("body"), replaces=old)
+
+    bound("tenant", "e1")
+    bound("tenant", "e2", "e1")
+    assert change_or_column(engine, "note").column == "embedding"
+    assert change_or_column(engine, "tenant.note").column == "e2"
+    bound("public", "e1", "embedding")
+    assert change_or_column(engine, "note").column == "e1"
+    plain.execute("ALTER TABLE note ADD e3 vector(32)")
+    bound("public", "e2")
+    bound("public", "e3", "e2")
+    with pytest.raises(DeclarationError, match=r"several.*: public.note.e1, public.note.e3\."):
+        change_or_column(engine, "note")
 
 
 @pytest.mark.slow

@@ -316,6 +316,11 @@ def test_a_second_change_has_to_wait(world):
     other = ree.Request(old=world.old_column, new="third", encoder=world.new.spec)
     with pytest.raises(errors.AlreadyBoundError, match="replaced by column 'embedding_new'"):
         ree.begin(world.engine, other)
+    # To give the first one up would leave nothing that finishes or gives up the second.
+    after = ree.Request(old=world.new_column, new="third", encoder=world.new.spec)
+    with pytest.raises(errors.AlreadyBoundError, match="itself the new column of a change"):
+        ree.begin(world.engine, after)
+    assert "third" not in world.columns()
 
 
 def test_a_column_in_the_way_is_refused(world):
