@@ -127,7 +127,7 @@ def choose_seeds(
     chosen = [first]
     nearest = distances(np.array([first]))[0]
     floor = _SAME * float(nearest.mean(dtype=np.float64))
-    nearest[nearest <= floor] = 0.0
+    nearest[nearest <= floor] = nearest[first] = 0.0
     while len(chosen) < n_clusters:
         cumulated = np.cumsum(nearest, dtype=np.float64)
         if not cumulated[-1] > 0:
@@ -135,6 +135,8 @@ def choose_seeds(
         draws = random.random(trials) * cumulated[-1]
         candidates = np.minimum(np.searchsorted(cumulated, draws, side="right"), sample - 1)
         reach = distances(candidates)
+        # Of vectors that are all alike, rounding is more than that share: no row is drawn twice.
+        reach[np.arange(trials), candidates] = 0.0
         np.minimum(reach, nearest, out=reach)
         reach[reach <= floor] = 0.0
         best = int(reach.sum(axis=1, dtype=np.float64).argmin())

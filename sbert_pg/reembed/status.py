@@ -34,7 +34,7 @@ from sbert_pg.indexes.read import knows_last_scan
 from sbert_pg.progress import duration
 from sbert_pg.row_vectors import EmbeddingColumn, embedding_columns
 from sbert_pg.system import ColumnIdentity, require_connection
-from sbert_pg.types.indexed import declared_indexes
+from sbert_pg.types.indexed import VectorIndex, declared_index, declared_indexes
 
 if TYPE_CHECKING:
     from alembic.operations import Operations
@@ -392,9 +392,17 @@ def _missing(
     for reason in coverage_of(connection, binding, whole=False).reasons(max_pending, max_failed):
         yield f"{binding}: {reason}"
     stored = vector_indexes(connection, identity.table, identity.column, schema=identity.schema)
-    valid = {index.name: index.valid for index in stored}
-    for name in (str(index.name) for index in declared_indexes(column.column)):
-        if name not in valid:
-            yield f"index {name} does not exist"
-        elif not valid[name]:
-            yield f"index {name} is not valid"
+    for index in declared_indexes(column.column):
+        declared = declared_index(index, str(index.name), identity.schema)
+        # *Backfill* names an index after that of the old column: what it is counts.
+        valid = [each.valid for each in stored if each.name == index.name or _alike(each, declared)]
+        if not any(valid):
+            yield f"index {index.name} {'is not valid' if valid else 'does not exist'}"
+
+
+def _alike(stored: VectorIndex, declared: VectorIndex) -> bool:
+    """Whether an index of a database serves the searches of all rows that a declared one does."""
+    if stored.partial or declared.partial:
+        return False
+    one, other = ((i.method, i.form, i.opclass, i.width, i.mean) for i in (stored, declared))
+    return one == other

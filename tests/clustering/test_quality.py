@@ -87,6 +87,15 @@ def test_banking77(minilm: Any, data_dir: Path) -> None:
     assert ours > 0.77
 
 
+def test_more_clusters_than_rows_that_are_nearly_alike() -> None:
+    """Distances of a row to itself, which rounding leaves, made one row the seed of several."""
+    random = np.random.default_rng(0)
+    near = normalize((1 + 0.2 * random.standard_normal((50, 384))).astype(np.float32))
+    fit = fit_kmeans(near, 1_000)
+    assert sorted(fit.labels) == list(range(50))
+    assert fit.inertia < 1e-4
+
+
 @pytest.mark.slow
 def test_blocks_stay_within_their_bound(
     engine: sa.Engine, minilm: Any, data_dir: Path, monkeypatch: pytest.MonkeyPatch

@@ -271,6 +271,21 @@ class TestRequireReady:
         with pytest.raises(errors.BackfillIncompleteError, match="embedding_new does not exist"):
             require_ready(ready.engine, ready.new_table)
 
+    def test_an_index_of_another_name(self, ready):
+        """As *backfill* names it where the application calls its indexes otherwise."""
+        index = "ix_articles_embedding_new"
+        with ready.engine.begin() as connection:
+            connection.execute(sa.text(f"alter index {index} rename to called_otherwise"))
+        require_ready(ready.engine, ready.new_table)
+        with ready.engine.begin() as connection:
+            connection.execute(sa.text("drop index called_otherwise"))
+            partly = "using hnsw (embedding_new vector_cosine_ops) where id > 5"
+            connection.execute(sa.text(f"create index on articles {partly}"))
+            other = "using hnsw (embedding_new vector_l2_ops)"
+            connection.execute(sa.text(f"create index on articles {other}"))
+        with pytest.raises(errors.BackfillIncompleteError, match=f"{index} does not exist"):
+            require_ready(ready.engine, ready.new_table)
+
     def test_unbound(self, world):
         world.create(3)
         with pytest.raises(errors.NotBoundError):
