@@ -8,7 +8,7 @@ from sqlalchemy.dialects import postgresql as pg
 
 from sbert_pg.sql import load
 
-revision = "0001_a2b3bc25"
+revision = "0001_6b0705a0"
 down_revision = None
 branch_labels = None
 depends_on = None

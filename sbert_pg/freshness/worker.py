@@ -22,6 +22,7 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from sbert_pg import catalog
+from sbert_pg.catalog.record import require_worker
 from sbert_pg.errors import SbertPgError
 from sbert_pg.freshness import claims
 from sbert_pg.freshness.batches import Keeper, Store
@@ -182,7 +183,8 @@ class Worker:
 
         Raises:
             NotBoundError: the settings name a column that is not bound.
-            CatalogError: the catalog is missing, or of another version, at the start.
+            CatalogError: the catalog is missing, or of another version, at the start, or the role
+                may not do a worker's work.
             sqlalchemy.exc.DBAPIError: with ``until_empty``, the database cannot be reached.
         """
         self._running = True
@@ -222,6 +224,7 @@ class Worker:
         while not self._stop.is_set():
             try:
                 with self._database.begin() as connection:
+                    require_worker(connection)
                     catalog.require_current(connection)
                 self._rescan()
                 return
@@ -463,7 +466,8 @@ def refresh(
     Raises:
         DeclarationError: the engine uses another driver.
         NotBoundError: the settings name a column that is not bound.
-        CatalogError: the catalog is missing or of another version.
+        CatalogError: the catalog is missing or of another version, or the role may not do a
+            worker's work.
     """
     worker = Worker(engine, settings, companions)
     tally = worker.run(until_empty=True)

@@ -16,12 +16,12 @@ BEGIN
     SELECT * INTO STRICT v_class FROM pg_class WHERE oid = p_relation;
     IF v_class.relkind NOT IN ('r', 'p') OR v_class.relpersistence = 't' THEN
         RAISE EXCEPTION USING ERRCODE = 'SB003',
-            MESSAGE = format('%s is not a permanent table', p_relation::text),
+            MESSAGE = format('relation %s is not a permanent table', p_relation::text),
             HINT = 'Views, foreign tables and temporary tables cannot be kept fresh.';
     END IF;
     IF v_class.relispartition THEN
         RAISE EXCEPTION USING ERRCODE = 'SB003',
-            MESSAGE = format('%s is a partition', p_relation::text),
+            MESSAGE = format('table %s is a partition', p_relation::text),
             HINT = format('Bind the partitioned table, %s; its indexes reach every partition.',
                           pg_partition_root(p_relation)::text);
     END IF;

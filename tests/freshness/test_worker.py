@@ -17,7 +17,7 @@ import pytest
 import sqlalchemy as sa
 
 from sbert_pg import catalog, registry
-from sbert_pg.errors import CatalogMissingError, DeclarationError, NotBoundError
+from sbert_pg.errors import CatalogError, CatalogMissingError, DeclarationError, NotBoundError
 from sbert_pg.freshness import Worker, WorkerSettings, claims, refresh, worker_thread
 from sbert_pg.freshness.encoding import Flow
 from sbert_pg.serving.server import serving_http
@@ -469,6 +469,13 @@ def test_row_level_security_is_refused_where_it_would_hide_rows(engine, note, pl
     role = f"limited_{plain.info.dbname}"
     plain.execute(psycopg.sql.SQL("CREATE ROLE {} LOGIN").format(psycopg.sql.Identifier(role)))
     try:
+        limited = sa.create_engine(engine.url.set(username=role))
+        for capability in (None, "reader", "writer"):
+            if capability is not None:
+                plain.execute("SELECT sbert.grant_v1(%s, %s)", [role, capability])
+            with pytest.raises(CatalogError, match=rf"grant_v1\('{role}', 'worker'\)"):
+                refresh(limited)
+        limited.dispose()
         plain.execute("SELECT sbert.grant_v1(%s, 'worker')", [role])
         plain.execute(
             psycopg.sql.SQL("GRANT SELECT, UPDATE ON note TO {}").format(
