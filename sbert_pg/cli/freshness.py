@@ -125,7 +125,9 @@ def _settings(values: Sequence[str] | None, **chosen: Any) -> WorkerSettings:
     known = {field.name: getattr(default, field.name) for field in fields(default)}
     del known["columns"]
     for text in values or ():
-        name, _, value = text.partition("=")
+        name, equals, value = text.partition("=")
+        if name in known and not equals:
+            raise DeclarationError(f"--set {text!r}: a value is missing, as in --set {name}=60.")
         if name not in known:
             raise DeclarationError(
                 f"--set {text!r}: there is no setting {name!r}; there are {', '.join(known)}."

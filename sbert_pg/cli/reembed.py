@@ -190,7 +190,8 @@ def finish(
     with common.database(database) as engine:
         column = change_or_column(engine, target).identity
         done = lib.finish(engine, column, force=force)
-    common.note("The old column is gone." if done else "It was finished before.")
+    nothing = f"{column} replaces no column: its change was finished before, or none has begun."
+    common.note("The old column is gone." if done else nothing)
 
 
 def abort(target: common.TargetArgument, database: common.DatabaseOption = None) -> None:

@@ -224,6 +224,10 @@ def test_abort(note, plain, database_url):
 def test_what_is_wrong_is_said(note, plain, database_url, tmp_path):
     said = command("reembed", "begin", "note.embedding", url=database_url, rc=1)
     assert "--to NEW_COLUMN" in said
+    nothing = sbert_pg("reembed", "finish", "note", url=database_url)
+    assert "finished before, or none has begun" in " ".join(nothing.stderr.split())
+    said = command("worker", "--once", "--set", "lease", url=database_url, rc=1)
+    assert "a value is missing, as in --set lease=60" in " ".join(said.split())
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"query": "x"}\n')
     verify = ("reembed", "verify", "note.embedding", "--pairs")
