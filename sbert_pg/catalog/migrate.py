@@ -15,7 +15,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from sbert_pg import system
-from sbert_pg.catalog.tables import SCHEMA
+from sbert_pg.catalog.record import lacking
+from sbert_pg.catalog.tables import SCHEMA, failure
 from sbert_pg.errors import CatalogMissingError, CatalogVersionError
 
 if TYPE_CHECKING:
@@ -137,6 +138,22 @@ def require_current(connection: Connection) -> None:
             f"The catalog in database {_database(connection)!r} is at revision {revision} and this "
             f"code needs {head()}. Run 'sbert-pg migrate'."
         )
+
+
+def require_worker(connection: Connection) -> None:
+    """Refuse a role that may not do a worker's work, where the catalog is in the database.
+
+    Raises:
+        CatalogError: the role may not.
+    """
+    of_class = system.CLASS.c
+    statement = sa.select(sa.func.has_table_privilege(of_class.oid, "DELETE")).where(
+        of_class.relname == failure.name,
+        of_class.relnamespace == system.NAMESPACE.c.oid,
+        system.NAMESPACE.c.nspname == SCHEMA,
+    )
+    if connection.execute(statement).scalar_one_or_none() is False:
+        raise lacking(connection, "worker", "do a worker's work")
 
 
 def _script() -> ScriptDirectory:

@@ -313,27 +313,12 @@ def installed(connection: Connection) -> bool:
         )
     ).first()
     if row is not None and not row[0]:
-        raise _lacking(connection, "writer", f"use the schema {tables.SCHEMA!r}")
+        raise lacking(connection, "writer", f"use the schema {tables.SCHEMA!r}")
     return row is not None
 
 
-def require_worker(connection: Connection) -> None:
-    """Refuse a role that may not do a worker's work, where the catalog is in the database.
-
-    Raises:
-        CatalogError: the role may not.
-    """
-    of_class = system.CLASS.c
-    statement = sa.select(sa.func.has_table_privilege(of_class.oid, "DELETE")).where(
-        of_class.relname == tables.failure.name,
-        of_class.relnamespace == system.NAMESPACE.c.oid,
-        system.NAMESPACE.c.nspname == tables.SCHEMA,
-    )
-    if connection.execute(statement).scalar_one_or_none() is False:
-        raise _lacking(connection, "worker", "do a worker's work")
-
-
-def _lacking(connection: Connection, capability: str, what: str) -> CatalogError:
+def lacking(connection: Connection, capability: str, what: str) -> CatalogError:
+    """The error for a role without a capability."""
     role = connection.execute(sa.select(sa.func.current_user())).scalar_one()
     return CatalogError(
         f"The role {role!r} may not {what}. Let the owner of the schema {tables.SCHEMA!r} run: "

@@ -22,7 +22,7 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from sbert_pg import catalog
-from sbert_pg.catalog.record import require_worker
+from sbert_pg.catalog.migrate import require_worker
 from sbert_pg.errors import SbertPgError
 from sbert_pg.freshness import claims
 from sbert_pg.freshness.batches import Keeper, Store
