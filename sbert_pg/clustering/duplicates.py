@@ -238,18 +238,14 @@ def _store(
 ) -> int:
     ends = [[table.c[f"{end}_{key.name}"] for key in rows.keys] for end in "ab"]
     parts = zip(*(key_parts(pair.a) + key_parts(pair.b) for pair in pairs), strict=True)
+    keys = [
+        np.array(part, dtype=np.int64 if is_integer(column) else object)
+        for column, part in zip([*ends[0], *ends[1]], parts, strict=True)
+    ]
     both = ((number.get(pair.a), number.get(pair.b)) for pair in pairs)
-    return insert_referring(
-        connection,
-        rows,
-        ends,
-        [
-            np.array(part, dtype=np.int64 if is_integer(column) else object)
-            for column, part in zip([*ends[0], *ends[1]], parts, strict=True)
-        ],
-        [table.c.similarity, table.c.group_number],
-        [[pair.similarity for pair in pairs], [a if a == b else None for a, b in both]],
-    )
+    values: Any = [[pair.similarity for pair in pairs], [a if a == b else None for a, b in both]]
+    columns = [table.c.similarity, table.c.group_number]
+    return insert_referring(connection, rows, ends, keys, columns, values)
 
 
 def groups_of(pairs: Iterable[Pair]) -> list[list[Key]]:

@@ -111,7 +111,8 @@ def class_tfidf(
     folded, forms = _folded(counts, stems)
     named = {stems.get(name, name) for name in names}
     sizes = {cluster: _words(own) for cluster, own in folded.items()}
-    mean = sum(sizes.values()) / max(len(sizes), 1)
+    total = sum(sizes.values())
+    mean = total / max(len(sizes), 1)
     everywhere: Counter[str] = Counter()
     for own in folded.values():
         everywhere.update(own)
@@ -119,15 +120,11 @@ def class_tfidf(
     in_all = set.intersection(*map(set, folded.values())) if len(folded) >= 5 else set()
     keywords: dict[int, list[str]] = {}
     for cluster, own in folded.items():
-        telling = (
-            _telling(own, sizes[cluster], everywhere, sum(sizes.values()), in_all, named) or own
-        )
+        size = sizes[cluster]
+        telling = _telling(own, size, everywhere, total, in_all, named) or own
         rare = _RARE * max(own.values(), default=0)
         weights = {
-            stem: count
-            / sizes[cluster]
-            * math.log1p(mean / everywhere[stem])
-            * min(1, count / rare)
+            stem: count / size * math.log1p(mean / everywhere[stem]) * min(1, count / rare)
             for stem, count in telling.items()
         }
         weights = _paired(weights, own)
@@ -175,17 +172,13 @@ def _telling(
 
 def _paired(weights: Mapping[str, float], counts: Mapping[str, int]) -> dict[str, float]:
     """The weights, where a pair has that of a word that mostly stands in it: "apple pay"."""
-    return {
-        stem: max(
-            [weight]
-            + [
-                weights[word]
-                for word in stem.split(" ")
-                if word in weights and counts[stem] >= _PAIRED * counts[word]
-            ]
-        )
-        for stem, weight in weights.items()
-    }
+
+    def best(stem: str) -> float:
+        words = (word for word in stem.split(" ") if word in weights)
+        paired = (word for word in words if counts[stem] >= _PAIRED * counts[word])
+        return max(weights[term] for term in (stem, *paired))
+
+    return {stem: best(stem) for stem in weights}
 
 
 def _folded(

@@ -43,15 +43,9 @@ def store_fit(
     # Outliers, which have the label -1, are in none.
     clusters = np.ma.masked_equal(np.append(numbers, 0)[fit.labels], 0)
     runs, fitted = (np.broadcast_to(value, len(clusters)) for value in (np.int64(run_id), True))
-    table = clustering.assignment_table
-    insert_referring(
-        connection,
-        clustering.row_set(),
-        [clustering.row_keys],
-        keys.columns,
-        [table.c[name] for name in _VALUES],
-        [runs, clusters, fit.distances, fitted],
-    )
+    rows, columns = clustering.row_set(), [clustering.assignment_table.c[n] for n in _VALUES]
+    values = [runs, clusters, fit.distances, fitted]
+    insert_referring(connection, rows, [clustering.row_keys], keys.columns, columns, values)
 
 
 def _store_clusters(

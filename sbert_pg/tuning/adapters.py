@@ -59,13 +59,10 @@ class Examples:
     def of(self, rows: npt.NDArray[np.bool_], most: int | None = None) -> Examples:
         """Some of the questions, the first of them where there are many."""
         some = np.flatnonzero(rows)[:most]
-        return Examples(
-            self.queries[some],
-            self.positives[some],
-            self.negatives[some],
-            self.parts[some],
-            [self.labelled[i] for i in some],
-        )
+        vectors = (self.queries, self.positives, self.negatives)
+        queries, positives, negatives = (each[some] for each in vectors)
+        labelled = [self.labelled[i] for i in some]
+        return Examples(queries, positives, negatives, self.parts[some], labelled)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,14 +120,9 @@ def examples_of(
     if candidates.similarity != "cosine":
         long = np.full_like(long, np.sqrt((long**2).mean()))
     vectors = candidates.vectors / long
-    positives = np.stack(
-        [
-            np.average(
-                [vectors[place[key]] for key in q.gains], axis=0, weights=[*q.gains.values()]
-            )
-            for q in learning
-        ]
-    ).astype(np.float32)
+    answers = (([vectors[place[key]] for key in q.gains], [*q.gains.values()]) for q in learning)
+    means = [np.average(rows, axis=0, weights=gains) for rows, gains in answers]
+    positives = np.stack(means).astype(np.float32)
     negatives = np.zeros((len(learning), NEGATIVES, vectors.shape[1]), np.float32)
     for row, keys in zip(negatives, wrong, strict=True):
         # A row that has come or gone meanwhile is passed over.

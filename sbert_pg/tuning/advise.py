@@ -165,23 +165,13 @@ def advise_index(
         )
     with engine.connect() as connection:
         try:
-            bench = _Bench(connection, base, sample, questions, queries, k)
+            bench, table = _Bench(connection, base, sample, questions, queries, k), base.table
             bench.filters.update(filters or bench.usual_filters())
-            forms = bench.forms()
-            existing = vector_indexes(
-                connection, base.table.name, base.name, schema=base.table.schema
-            )
-            recommended, reason = _recommended(forms, least)
-            return Advice(
-                f"{base.table.fullname}.{base.name}",
-                bench.rows,
-                max(bench.rows, round(catalog_rows.estimated_rows(connection, base.table))),
-                k,
-                tuple(forms),
-                recommended,
-                reason,
-                tuple(index.name for index in existing),
-            )
+            forms, name = tuple(bench.forms()), f"{table.fullname}.{base.name}"
+            stored = vector_indexes(connection, table.name, base.name, schema=table.schema)
+            existing = tuple(index.name for index in stored)
+            total = max(bench.rows, round(catalog_rows.estimated_rows(connection, table)))
+            return Advice(name, bench.rows, total, k, forms, *_recommended(forms, least), existing)
         finally:
             connection.rollback()
 

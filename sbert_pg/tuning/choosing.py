@@ -239,12 +239,11 @@ def _texts(
     if not table.primary_key:
         raise DeclarationError(f"{table.fullname} has no primary key, by which pairs name rows.")
     name = ", ".join(f"{table.fullname}.{column.name}" for column in columns)
-    if getattr(embedding.type, "encoder", None) is None:
-        text = Source.of([column.name for column in columns]).expression(table)
-        present = [text != "", *where]
-    else:
-        text = embedding.type.source.expression(table)
-        present = [embedding.is_not(None), text != "", *where]
+    source, present = Source.of([column.name for column in columns]), [*where]
+    if getattr(embedding.type, "encoder", None) is not None:
+        source, present = embedding.type.source, [embedding.is_not(None), *where]
+    text = source.expression(table)
+    present.append(text != "")
     label = catalog_rows.label(list(table.primary_key))
     with engine.connect() as connection:
         total = connection.execute(sa.select(sa.func.count()).where(*present)).scalar_one()

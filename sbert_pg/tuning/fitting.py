@@ -155,14 +155,9 @@ def _require_fitting(
         raise DeclarationError(
             f"There is no method {method!r}; there are {', '.join(get_args(Method))}."
         )
-    settings = {
-        "base": base is not None,
-        "epochs": epochs is not None,
-        "matryoshka": bool(matryoshka),
-    }
-    without = {"distill": {"matryoshka"}}.get(method, set())
-    without = set(settings) if method in adapters.METHODS else without
-    unknown = [name for name in settings if settings[name] and name in without]
+    asked = {"base": base is not None, "epochs": epochs is not None, "matryoshka": bool(matryoshka)}
+    lacking = {"distill": ("matryoshka",), **dict.fromkeys(adapters.METHODS, tuple(asked))}
+    unknown = [name for name in lacking.get(method, ()) if asked[name]]
     if unknown:
         raise DeclarationError(
             f"Method {method!r} has no {', '.join(unknown)}: a matrix is learned in its own way, "

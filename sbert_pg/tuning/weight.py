@@ -96,18 +96,11 @@ def fit_weight(
         ]
     )
     default = np.array([_ndcg(o.score, o, q, k) for o, q in zip(rows, queries, strict=True)])
-    held_out = _held_out(curves, queries)
-    best = _best(curves)
-    wins = bool(held_out.mean() > default.mean() + 1e-9)
-    return FittedWeight(
-        float(weights[best]) if wins else None,
-        float(weights[best]),
-        len(queries),
-        k,
-        {float(w): float(v) for w, v in zip(weights, curves.mean(axis=0), strict=True)},
-        float(default.mean()),
-        float(held_out.mean()),
-    )
+    best = float(weights[_best(curves)])
+    usual, held_out = float(default.mean()), float(_held_out(curves, queries).mean())
+    curve = {float(w): float(v) for w, v in zip(weights, curves.mean(axis=0), strict=True)}
+    weight = best if held_out > usual + 1e-9 else None
+    return FittedWeight(weight, best, len(queries), k, curve, usual, held_out)
 
 
 @dataclass(frozen=True, slots=True)
