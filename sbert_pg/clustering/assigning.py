@@ -401,10 +401,7 @@ def written(connection: sa.Connection, table: sa.Table) -> int | None:
         return None
     relation = system.oid_of(system.name_in(connection, table.schema, table.name))
     part = catalog_rows.parts_of_table(relation).subquery()
-    counts = (
-        sa.func.pg_stat_get_tuples_inserted,
-        sa.func.pg_stat_get_tuples_updated,
-        sa.func.pg_stat_get_tuples_deleted,
-    )
-    total = sum((sa.func.sum(count(part.c.relid)) for count in counts), sa.literal(0))
+    kinds = ("inserted", "updated", "deleted")
+    counts = (getattr(sa.func, f"pg_stat_get_tuples_{kind}")(part.c.relid) for kind in kinds)
+    total = sum(map(sa.func.sum, counts), sa.literal(0))
     return int(connection.scalar(sa.select(total)) or 0)

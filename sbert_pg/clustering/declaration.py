@@ -280,13 +280,9 @@ def clusters_of(
     classes = tables.map_classes(mapper, rows, prefix or f"{rows.name}_cluster")
     tables.extend_entity(mapper, names, base, classes)
     criteria = criteria_list(where)
-    clustering = Clustering(
-        mapper.class_,
-        base,
-        *classes,
-        metric=metric or _METRIC_FOR[metric_for(base).similarity],
-        criterion=sa.and_(*criteria) if criteria else None,
-    )
+    metric = metric or _METRIC_FOR[metric_for(base).similarity]
+    criterion = sa.and_(*criteria) if criteria else None
+    clustering = Clustering(mapper.class_, base, *classes, metric, criterion)
     rows.metadata.info.setdefault(_DECLARED, []).append(clustering)
     return clustering
 

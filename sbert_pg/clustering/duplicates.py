@@ -174,15 +174,9 @@ def duplicates_of(column: Any, *, name: str | None = None) -> DuplicateTable:
     rows, mapper = mapped_vector("duplicates_of", column).table, column.parent
     name = name or f"{rows.name}_duplicate"
     a, b = ([f"{end}_{key.name}" for key in rows.primary_key] for end in "ab")
-    mapped = map_beside(
-        Duplicate,
-        mapper,
-        rows,
-        name,
-        sa.PrimaryKeyConstraint(*a, *b),
-        sa.Index(identifier(f"ix_{name}_b"), *b),
-        references={"a": "CASCADE", "b": "CASCADE"},
-    )
+    key, index = sa.PrimaryKeyConstraint(*a, *b), sa.Index(identifier(f"ix_{name}_b"), *b)
+    ends = {"a": "CASCADE", "b": "CASCADE"}
+    mapped = map_beside(Duplicate, mapper, rows, name, key, index, references=ends)
     return DuplicateTable(column, mapped)
 
 
@@ -298,11 +292,8 @@ def index_recall(
     # The other way round too: from the rows that the exact search has in a pair.
     ends = {key_parts(key) for pair in exact for key in pair}
     paired = every.only(sa.tuple_(*every.wire_keys).in_(list(ends)))
-    through_index = {
-        pair[:2]
-        for some in (sampled, paired)
-        for pair in _read_pairs(connection, _index_statement(every, some, threshold, neighbours))
-    }
+    both = (_index_statement(every, some, threshold, neighbours) for some in (sampled, paired))
+    through_index = {pair[:2] for one in both for pair in _read_pairs(connection, one)}
     return len(exact & through_index) / len(exact)
 
 

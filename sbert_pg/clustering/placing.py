@@ -125,18 +125,11 @@ def centroids_of(clustering: Clustering, run_id: int) -> sa.CTE:
 
 
 def _aside(keys: Sequence[sa.Column[Any]], columns: Sequence[sa.Column[Any]]) -> sa.Table:
-    return sa.Table(
-        "sbert_pg_staged",
-        sa.MetaData(),
-        *(
-            sa.Column(f"key_{number}", sa.BigInteger() if is_integer(column) else sa.Text())
-            for number, column in enumerate(keys)
-        ),
-        *(sa.Column(column.name, column.type) for column in columns),
-        schema="pg_temp",
-        prefixes=["TEMPORARY"],
-        postgresql_on_commit="DROP",
-    )
+    types: list[Any] = [sa.BigInteger() if is_integer(column) else sa.Text() for column in keys]
+    own = [sa.Column(f"key_{number}", type_) for number, type_ in enumerate(types)]
+    own += [sa.Column(column.name, column.type) for column in columns]
+    options: dict[str, Any] = {"prefixes": ["TEMPORARY"], "postgresql_on_commit": "DROP"}
+    return sa.Table("sbert_pg_staged", sa.MetaData(), *own, schema="pg_temp", **options)
 
 
 def insert_referring(
@@ -174,11 +167,9 @@ def insert_referring(
     names = [column.name for column in (*own, *columns)]
     # A row can be deleted between the join and the check of the foreign key: then hold them.
     locked = statement.with_for_update(key_share=True, read=True, of=aliases)
-    inserted = insert_or_retry(
-        connection,
-        sa.insert(table).from_select(names, statement),
-        sa.insert(table).from_select(names, locked),
-    )
+    insert = sa.insert(table)
+    whole, held = insert.from_select(names, statement), insert.from_select(names, locked)
+    inserted = insert_or_retry(connection, whole, held)
     staged.drop(connection)
     return inserted
 

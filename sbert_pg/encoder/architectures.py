@@ -122,16 +122,11 @@ def _absolute(
         config.only("position_embedding_type", ["absolute"], "absolute")
         config.only("is_decoder", [False], False)
         types = reader.weights.get(tensors.TYPES, (config.integer("type_vocab_size", 2), width))
-    return Transformer(
-        words=reader.words(tensors.WORDS, width),
-        positions=_positions(reader, width, padding),
-        padding_id=padding,
-        types=types,
-        norm=reader.norm("embeddings.LayerNorm", width),
-        blocks=reader.blocks("encoder.layer.{}.") if blocks is None else blocks,
-        heads=reader.heads,
-        activation=reader.activation("hidden_act", activation),
-    )
+    words, norm = reader.words(tensors.WORDS, width), reader.norm("embeddings.LayerNorm", width)
+    positions = _positions(reader, width, padding)
+    blocks = reader.blocks("encoder.layer.{}.") if blocks is None else blocks
+    activation = reader.activation("hidden_act", activation)
+    return Transformer(words, blocks, reader.heads, activation, norm, positions, padding, types)
 
 
 def _shared_blocks(reader: Reader) -> list[Block]:
@@ -203,23 +198,16 @@ def _modernbert(weights: Weights, config: Settings) -> Transformer:
     windows = {FULL: None, SLIDING: config.integer("local_attention", 128, least=2) // 2}
     every = config.integer("global_attn_every_n_layers", 3)
     kinds = kinds_of(config, [FULL, SLIDING], lambda n: SLIDING if n % every else FULL)
-    return Transformer(
-        words=reader.words("embeddings.tok_embeddings.weight"),
-        norm=reader.norm("embeddings.norm"),
-        blocks=[
-            reader.block(
-                f"layers.{number}.",
-                without=() if number else ("attention_norm",),
-                theta=thetas[kind],
-                window=windows[kind],
-            )
-            for number, kind in enumerate(kinds)
-        ],
-        heads=reader.heads,
-        activation=reader.activation("hidden_activation", "gelu"),
-        norm_first=True,
-        final_norm=reader.norm("final_norm"),
-    )
+    blocks = []
+    for number, kind in enumerate(kinds):
+        without = () if number else ("attention_norm",)
+        options = {"theta": thetas[kind], "window": windows[kind]}
+        blocks.append(reader.block(f"layers.{number}.", without=without, **options))
+    words, norm = reader.words("embeddings.tok_embeddings.weight"), reader.norm("embeddings.norm")
+    activation = reader.activation("hidden_activation", "gelu")
+    model = Transformer(words, blocks, reader.heads, activation, norm, norm_first=True)
+    model.final_norm = reader.norm("final_norm")
+    return model
 
 
 def _nomic(weights: Weights, config: Settings) -> Transformer:
@@ -242,15 +230,9 @@ def _norm_last(
     if rows := config.integer("type_vocab_size", 0, least=0):
         types = reader.weights.get(tensors.TYPES, (rows, reader.width))
         words = words + types[0]
-    return Transformer(
-        words=words,
-        types=types,
-        norm=reader.norm(norm),
-        blocks=reader.blocks(layers, theta=theta),
-        heads=reader.heads,
-        activation=reader.activation("hidden_act", activation),
-        slower=slower,
-    )
+    first, blocks = reader.norm(norm), reader.blocks(layers, theta=theta)
+    activation = reader.activation("hidden_act", activation)
+    return Transformer(words, blocks, reader.heads, activation, first, types=types, slower=slower)
 
 
 def _scaled(config: Settings, rope: Settings, default: float, head: int) -> tuple[float, float]:
@@ -273,16 +255,10 @@ def _decoder(weights: Weights, config: Settings, table: Table, biased: bool = Fa
 
 def _causal(reader: Reader, blocks: list[Block], activation: str) -> Transformer:
     """A language model, whose token vectors are pooled: a token sees those before it alone."""
-    return Transformer(
-        words=reader.words("embed_tokens.weight"),
-        blocks=blocks,
-        heads=reader.heads,
-        activation=activation,
-        norm_first=True,
-        final_norm=reader.norm("norm"),
-        causal=True,
-        blocked=True,
-    )
+    words, norm = reader.words("embed_tokens.weight"), reader.norm("norm")
+    model = Transformer(words, blocks, reader.heads, activation, norm_first=True, final_norm=norm)
+    model.causal = model.blocked = True
+    return model
 
 
 def _uniform(reader: Reader, window: int | None) -> Transformer:
@@ -357,16 +333,12 @@ def _t5(weights: Weights, config: Settings) -> Transformer:
     name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     # sentence-transformers saves the one, and T5 with its decoder has both.
     names = ("shared.weight", "encoder.embed_tokens.weight")
-    return Transformer(
-        words=reader.words(next((name for name in names if name in weights), names[0])),
-        blocks=blocks,
-        heads=reader.heads,
-        activation=activation,
-        norm_first=True,
-        final_norm=reader.norm("encoder.final_layer_norm"),
-        blocked=True,
-        bias=_relative_bias(weights.get(name, (count, reader.heads)), most + 1, count, most),
-    )
+    words = reader.words(next((name for name in names if name in weights), names[0]))
+    norm = reader.norm("encoder.final_layer_norm")
+    bias = _relative_bias(weights.get(name, (count, reader.heads)), most + 1, count, most)
+    model = Transformer(words, blocks, reader.heads, activation, norm_first=True, final_norm=norm)
+    model.bias, model.blocked = bias, True
+    return model
 
 
 def _feed_forward(config: Settings) -> tuple[bool, str]:

@@ -159,11 +159,8 @@ def learn(
     best = max(means, key=means.__getitem__)
     matrix = next(matrix for settings, matrix in fit(examples) if settings == best)
     names = ("penalty", "push") if method == "linear" else ("passes",)
-    return Learned(
-        matrix,
-        dict(zip(names, best, strict=True)),
-        (means[best], float(np.concatenate(plain).mean())),
-    )
+    validation = means[best], float(np.concatenate(plain).mean())
+    return Learned(matrix, dict(zip(names, best, strict=True)), validation)
 
 
 def apply(matrix: Matrix, queries: Vectors) -> Vectors:

@@ -261,19 +261,12 @@ def _scores(
         first: Any = next(iter(values.values()))[members]
         for name, all_ in values.items():
             own = all_[members]
-            figures = dict(zip(_MEASURES, _figures(own, draws @ own), strict=True))
+            facts: dict[str, Any] = dict(zip(_MEASURES, _figures(own, draws @ own), strict=True))
             apart = own[:, :1] - first[:, :1]
             (difference,) = _figures(apart, draws @ apart)
-            scores.append(
-                Score(
-                    search=name,
-                    slice=group,
-                    questions=count,
-                    difference=difference,
-                    milliseconds=times.get(name) if group is None else None,
-                    **figures,
-                )
-            )
+            facts |= {"search": name, "slice": group, "questions": count, "difference": difference}
+            milliseconds = times.get(name) if group is None else None
+            scores.append(Score(milliseconds=milliseconds, **facts))
     return scores
 
 

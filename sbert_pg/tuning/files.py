@@ -56,12 +56,8 @@ def labelled(pairs: Iterable[Any]) -> list[LabelledQuery]:
                 f"it, and perhaps a gain; {error}."
             ) from error
         if known is not None:
-            one = LabelledQuery(
-                one.text,
-                {**known.gains, **one.gains},
-                one.name,
-                {**known.attributes, **one.attributes},
-            )
+            attributes = {**known.attributes, **one.attributes}
+            one = LabelledQuery(one.text, {**known.gains, **one.gains}, one.name, attributes)
         queries[one.name or one.text] = one
     return list(queries.values())
 
@@ -192,14 +188,12 @@ def write_qrels(path: Path | str, queries: Sequence[LabelledQuery]) -> None:
 
     Gains become whole numbers, and those below 1 that are not 0 become 1.
     """
-    _write(
-        path,
-        (
-            f"{_unbroken(name)} 0 {_unbroken(key)} {round(gain) or math.ceil(gain)}"
-            for name, query in names_of(queries).items()
-            for key, gain in query.gains.items()
-        ),
+    lines = (
+        f"{_unbroken(name)} 0 {_unbroken(key)} {round(gain) or math.ceil(gain)}"
+        for name, query in names_of(queries).items()
+        for key, gain in query.gains.items()
     )
+    _write(path, lines)
 
 
 def write_topics(path: Path | str, queries: Sequence[LabelledQuery]) -> None:
@@ -210,14 +204,12 @@ def write_topics(path: Path | str, queries: Sequence[LabelledQuery]) -> None:
 
 def write_run(path: Path | str, run: Run, tag: str) -> None:
     """Write rankings as a TREC run."""
-    _write(
-        path,
-        (
-            f"{_unbroken(name)} Q0 {_unbroken(key)} {rank} {score:.9g} {_unbroken(tag)}"
-            for name, rows in run.items()
-            for rank, (key, score) in enumerate(rows, start=1)
-        ),
+    lines = (
+        f"{_unbroken(name)} Q0 {_unbroken(key)} {rank} {score:.9g} {_unbroken(tag)}"
+        for name, rows in run.items()
+        for rank, (key, score) in enumerate(rows, start=1)
     )
+    _write(path, lines)
 
 
 def write_queries(path: Path | str, queries: Sequence[LabelledQuery]) -> None:

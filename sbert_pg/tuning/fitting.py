@@ -197,15 +197,9 @@ def _matrix(task: Task, method: Any) -> Tuning:
     learned = adapters.learn(method, examples, task.candidates, k=task.k, seed=task.seed)
     moved = adapters.apply(learned.matrix, task.asked[task.split.held_out])
     after = task.candidates.ndcg(moved, task.judged, task.k)
-    tuning = task.proof(
-        task.encoder.spec,
-        task.before,
-        after,
-        method=method,
-        side="query",
-        settings=learned.settings,
-        compared=task.encoder.spec.name,
-    )
+    spec = task.encoder.spec
+    facts = {"method": method, "side": "query", "settings": learned.settings, "compared": spec.name}
+    tuning = task.proof(spec, task.before, after, **facts)
     promised, plain = learned.validation
     tuning.require_gain(f"By cross-validation {plain:.3f} became {promised:.3f}. ")
     record = task.record(tuning, len(task.learning))
@@ -250,12 +244,8 @@ def adapt_queries(
         from sbert_pg.encoder.writer import save
     dense = Dense(width, width, "Identity", weight, None)
     layers: list[Layer] = [dense, Normalize()] if manifest.spec.normalized else [dense]
-    texts = tuple(map(layer_text, layers))
-    spec = replace(
-        encoder.spec,
-        name=str(place),
-        query_layers=(*encoder.spec.query_layers, *texts),
-    )
+    query_layers = (*encoder.spec.query_layers, *map(layer_text, layers))
+    spec = replace(encoder.spec, name=str(place), query_layers=query_layers)
 
     def write(folder: Path) -> None:
         for name in (converted.TOKENIZER, converted.PROBE_VECTORS):

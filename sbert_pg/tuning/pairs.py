@@ -196,12 +196,8 @@ def split_pairs(
             # By time the order is what it is: nothing later may be learned from.
             break
     back = np.isin(groups, list(kept))
-    split = Split(
-        np.flatnonzero(~back),
-        np.flatnonzero(back),
-        groups,
-        "document" if times is None else "document and time",
-    )
+    by = "document" if times is None else "document and time"
+    split = Split(np.flatnonzero(~back), np.flatnonzero(back), groups, by)
     _require_enough(queries, split, learned=held_out < 1)
     return split
 

@@ -197,12 +197,8 @@ class _Encoded:
             with self.engine.connect() as connection:
                 self.rows = [row for row in connection.execute(self.statement) if row[1]]
             texts = [text for _, text in self.rows]
-            self.vectors = np.concatenate(
-                [
-                    self.encoder.encode_document(texts[i : i + 512])
-                    for i in range(0, len(texts), 512)
-                ]
-            )
+            encode, starts = self.encoder.encode_document, range(0, len(texts), 512)
+            self.vectors = np.concatenate([encode(texts[i : i + 512]) for i in starts])
         similarity = self.encoder.spec.similarity
         rows = Candidates([key for key, _ in self.rows], self.vectors, similarity)
         best = rows.nearest(self.encoder.encode_query(questions), self.limit)

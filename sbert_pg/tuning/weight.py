@@ -89,13 +89,9 @@ def fit_weight(
             options: dict[str, Any] = {"where": where, "language": language, "depth": DEPTH}
             statement = hybrid(column, words, batch, limit=2 * DEPTH, **options)
             rows += _asked(connection, statement, batch)
-    curves = np.array(
-        [
-            [_ndcg(one.fused(weight), one, query, k) for weight in weights]
-            for one, query in zip(rows, queries, strict=True)
-        ]
-    )
-    default = np.array([_ndcg(o.score, o, q, k) for o, q in zip(rows, queries, strict=True)])
+    asked = list(zip(rows, queries, strict=True))
+    curves = np.array([[_ndcg(o.fused(w), o, q, k) for w in weights] for o, q in asked])
+    default = np.array([_ndcg(one.score, one, query, k) for one, query in asked])
     best = float(weights[_best(curves)])
     usual, held_out = float(default.mean()), float(_held_out(curves, queries).mean())
     curve = {float(w): float(v) for w, v in zip(weights, curves.mean(axis=0), strict=True)}
