@@ -57,11 +57,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 #: Files that take longest, for what they do and not for how many tests they have.
 LONGEST = [
-    "alembic/test_killed", "docs/test_pages", "alembic/test_history", "search/test_recall",
-    "encoder/test_identity", "freshness/test_processes", "alembic/test_locks",
-    "freshness/test_backfill", "tuning/test_training", "tuning/test_tune",
-    "encoder/test_fidelity", "clustering/test_runs", "search/test_never_short",
-    "serving/test_explore", "encoder/test_processes",
+    "search/test_never_short", "search/test_recall", "freshness/test_processes",
+    "encoder/test_identity", "docs/test_pages", "encoder/test_architectures",
+    "serving/test_explore", "freshness/test_worker", "search/test_nearest",
+    "clustering/test_runs", "tuning/test_training", "cli/test_reembed_commands",
+    "encoder/test_fidelity", "serving/test_http", "alembic/test_locks", "tuning/test_tune",
+    "catalog/test_cases", "encoder/test_reranker", "alembic/test_history",
+    "freshness/test_backfill", "encoder/test_directory", "cli/test_commands",
+    "frameworks/test_ray_data", "encoder/test_export",
 ]  # fmt: skip
 
 
