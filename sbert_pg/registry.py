@@ -65,6 +65,11 @@ def use_encoder(encoder: TextEncoder, *, name: str | None = None) -> TextEncoder
     Returns:
         The encoder, for chaining.
     """
+    if isinstance(encoder, str):
+        raise DeclarationError(
+            f"use_encoder() takes an encoder, and got the text {encoder!r}. A column's encoder is "
+            f"loaded by its name; to load it now: use_encoder(Encoder.load({encoder!r}))."
+        )
     key = canonical_name(name or encoder.spec.name), encoder.spec.dimensions
     with _lock:
         _used[key] = encoder

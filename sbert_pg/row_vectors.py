@@ -234,6 +234,8 @@ def embed_rows(
         EncodingError: a text cannot be encoded; the message names the row's number.
         DeclarationError: ``table`` is neither, or the class is stored in several tables.
     """
+    if isinstance(rows, (Mapping, str)) or not isinstance(rows, Iterable):
+        raise DeclarationError(f"embed_rows() takes a list of rows, and got {rows!r}.")
     target, names = target_of(table)
     key_of = {column: key for key, column in names.items()}
     embedded = [dict(row) for row in rows]

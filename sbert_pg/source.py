@@ -111,7 +111,7 @@ class Source:
                 f"A source was declared as {value!r}, which neither a trigger nor another process "
                 "could evaluate. Name text columns of the table, of which one may be generated."
             )
-        return cls((value,) if isinstance(value, str) else tuple(value), separator)
+        return cls((value,) if isinstance(value, str) else tuple(value or ()), separator)
 
     @classmethod
     def template(cls, pattern: str) -> Source:

@@ -66,24 +66,24 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (10, 1892),
     "alembic": (8, 2671),
-    "catalog": (9, 2593),
+    "catalog": (9, 2594),
     "cli": (16, 4272),
     "clustering": (15, 4846),
     "encoder": (22, 6567),
-    "freshness": (15, 4875),
-    "indexes": (5, 1205),
+    "freshness": (15, 4876),
+    "indexes": (5, 1206),
     "loading": (5, 1154),
     "orm": (4, 875),
     "passages": (4, 1082),
     "reembed": (11, 2862),
-    "search": (14, 4535),
+    "search": (14, 4538),
     "serving": (14, 3323),
     "sql": (1, 24),
-    "tuning": (14, 3856),
+    "tuning": (14, 3861),
     "types": (7, 1659),
 }
 #: All rooms that are one module.
-MOST_LINES_OF_THE_REST = 3526
+MOST_LINES_OF_THE_REST = 3533
 #: A longer module says why in its docstring, by the word "long".
 MOST_LINES_OF_A_MODULE = 420
 MOST_LINES_OF_A_FUNCTION = 60

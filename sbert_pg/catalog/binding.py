@@ -72,6 +72,7 @@ def bind(
         NotBoundError: the column to be replaced is not bound.
         BindingError: it cannot be bound, or nothing says to what; the message says why.
     """
+    require_connection("bind", connection)
     type_ = getattr(column, "type", None)
     encoder = encoder or getattr(type_, "encoder", None)
     source = source or getattr(type_, "source", None)

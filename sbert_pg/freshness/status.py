@@ -25,7 +25,7 @@ from sbert_pg.freshness.queue import (
 from sbert_pg.freshness.rows import SET_FORMATS, rows_of
 from sbert_pg.registry import token_counter
 from sbert_pg.row_vectors import count_cut
-from sbert_pg.system import array_label
+from sbert_pg.system import array_label, require_connection
 
 IndexState = Literal["ready", "not ready", "none"]
 #: About half as many texts as ``status`` counts the tokens of, to say how many are cut.
@@ -91,6 +91,7 @@ def status(connection: Connection, *, exact: bool = False) -> list[ColumnStatus]
         CatalogError: this role may not use the catalog.
         BindingError: row-level security hides rows from this role.
     """
+    require_connection("status", connection)
     if not catalog.installed(connection):
         return []
     # Its only moment says what ``counts`` does, and a driver may not read it in every DateStyle.

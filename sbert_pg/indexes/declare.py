@@ -224,7 +224,7 @@ def indexes_per(
 
     Args:
         column: the column: its name, a ``Column``, or a mapped column.
-        values: its values.
+        values: its values; a text is one.
         make: ``hnsw_index``, ``ivfflat_index``, ``diskann_index`` or ``vchordrq_index``.
         name: what the names of the indexes begin with; the value follows.
         vectors: the vector column.
@@ -233,6 +233,7 @@ def indexes_per(
     Raises:
         DeclarationError: as ``make``; or, when an index meets its table, there is no such column.
     """
+    values = [values] if isinstance(values, str) else values
     where = options.pop("where", None)
 
     def predicate(value: Any) -> Callable[[sa.Table], ColumnElement[bool]]:

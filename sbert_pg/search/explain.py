@@ -14,6 +14,7 @@ from sbert_pg.search.passages import DocumentSearch, first_look
 from sbert_pg.search.statement import Nearest, Search, parts_of
 from sbert_pg.search.ways import HEAD, LOCAL, Ways
 from sbert_pg.search.words import WordSearch, words_of
+from sbert_pg.system import require_connection
 
 Way = Literal["index", "exact"]
 
@@ -89,6 +90,7 @@ def explain_words(session: Session | sa.Connection, statement: Nearest) -> Words
     Raises:
         DeclarationError: it is neither, or is of several questions.
     """
+    require_connection("explain_words", session)
     search = getattr(statement, "search", None)
     words = search.words if isinstance(search, HybridSearch) else search
     if not isinstance(words, WordSearch) or words.many:
@@ -119,6 +121,7 @@ def explain_search(session: Session | sa.Connection, statement: Nearest) -> Sear
         DeclarationError: the statement is not a search, or is one of several queries or of each row
             of another table.
     """
+    require_connection("explain_search", session)
     search = getattr(statement, "search", None)
     if isinstance(search, DocumentSearch):
         search = first_look(search).search

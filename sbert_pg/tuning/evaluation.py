@@ -168,6 +168,11 @@ def evaluate(
             if isinstance(search, Mapping):
                 answers[name] = _of_run(name, search, queries)
                 continue
+            if not callable(search):
+                raise DeclarationError(
+                    f"The search {name!r} is a statement; give a function that makes it of a list "
+                    "of questions, as in lambda questions: nearest(Article.embedding, questions)."
+                )
             if connection is None:
                 opened = engine.connect().execution_options(isolation_level="REPEATABLE READ")
                 connection = stack.enter_context(opened)

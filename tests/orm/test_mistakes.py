@@ -11,17 +11,25 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from sbert_pg import (
+    bind,
     create_all,
+    embed_rows,
     embedding_column,
+    explain_search,
+    explain_words,
+    hnsw_index,
     hybrid,
+    indexes_per,
     load,
     matching,
     nearest,
     require_ready,
     text_column,
+    use_encoder,
 )
 from sbert_pg.clustering import KMeans, assign, cluster, clusters_of, drift
 from sbert_pg.errors import DeclarationError, NotBoundError, SourceError
+from sbert_pg.freshness import status
 from sbert_pg.tuning import evaluate
 
 
@@ -45,6 +53,10 @@ asynchronous = create_async_engine("postgresql+asyncpg://nobody@localhost:1/nowh
 BY_CONNECTION: dict[str, Callable[[Any], object]] = {
     "load": lambda given: load(given, Article, []),
     "create_all": lambda given: create_all(given, Base.metadata),
+    "bind": lambda given: bind(given, Article.__table__.c.embedding),
+    "status": status,
+    "explain_search": lambda given: explain_search(given, nearest(Article.embedding, [1.0] * 384)),
+    "explain_words": lambda given: explain_words(given, matching(Article.words, "hours")),
     "assign": lambda given: assign(given, topics),
     "drift": lambda given: drift(given, topics),
 }
@@ -100,7 +112,27 @@ def test_a_column_of_another_kind_is_named() -> None:
         matching(Article.embedding, "hours")
 
 
+def test_one_is_no_list() -> None:
+    with pytest.raises(DeclarationError, match="takes a list of rows"):
+        embed_rows(Article, {"title": "Jobs"})  # type: ignore[arg-type]
+    (index,) = indexes_per("lang", "en", hnsw_index, "article_embedding", "embedding")
+    assert index.name == "article_embedding_en"
+
+
+def test_a_name_is_no_encoder() -> None:
+    with pytest.raises(DeclarationError, match=r"use_encoder\(Encoder\.load\('all-MiniLM-L6-v2'"):
+        use_encoder("all-MiniLM-L6-v2")  # type: ignore[arg-type]
+
+
+def test_a_statement_is_no_search_to_be_evaluated() -> None:
+    search: Any = nearest(Article.embedding, [1.0] * 384)
+    with pytest.raises(DeclarationError, match="'meaning' is a statement; give a function"):
+        evaluate(engine, {"meaning": search}, [("a question", 1)])
+
+
 def test_a_function_is_no_source() -> None:
+    with pytest.raises(SourceError, match="at least one column"):
+        embedding_column("all-MiniLM-L6-v2", source=None)  # type: ignore[arg-type]
     with pytest.raises(SourceError, match="neither a trigger nor another process"):
         embedding_column("all-MiniLM-L6-v2", source=lambda row: row.title)  # type: ignore[arg-type]
 
