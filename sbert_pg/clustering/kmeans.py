@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -348,10 +348,6 @@ class _Lloyd:
     def _result(self, iterations: int) -> Fit:
         squared = squared_distances(self.vectors, self.centroids, self.labels)
         present, labels = np.unique(self.labels, return_inverse=True)
-        return Fit(
-            labels.astype(np.int32),
-            self.centroids[present],
-            in_metric(squared, self.spherical),
-            inertia=float(squared.sum(dtype=np.float64)),
-            details={"method": "memory", "iterations": iterations},
-        )
+        distances, inertia = in_metric(squared, self.spherical), squared.sum(dtype=np.float64)
+        fit = Fit(labels.astype(np.int32), self.centroids[present], distances, float(inertia))
+        return replace(fit, details={"method": "memory", "iterations": iterations})

@@ -119,14 +119,8 @@ def number_clusters(
         before = earlier.get(pairs.get(cluster_id))
         name = before.label if before is not None and before.is_named else None
         last += before is None
-        values.append(
-            {
-                "this": cluster_id,
-                "new_number": last if before is None else before.number,
-                "new_label": name,
-                "named": name is not None,
-            }
-        )
+        new = {"new_number": last if before is None else before.number, "new_label": name}
+        values.append({"this": cluster_id, **new, "named": name is not None})
     if values:
         connection.execute(
             sa.update(cluster)

@@ -92,12 +92,8 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data with a digest of itself."""
-        data = {
-            **asdict(self),
-            "format": FORMAT,
-            "spec": self.spec.to_json(),
-            "fingerprint": self.spec.fingerprint,
-        }
+        spec = {"spec": self.spec.to_json(), "fingerprint": self.spec.fingerprint}
+        data = {**asdict(self), **spec, "format": FORMAT}
         return {**data, "digest": json_digest(data)}
 
     @classmethod

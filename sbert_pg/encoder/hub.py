@@ -179,16 +179,9 @@ def _snapshot(repository: str, revision: str | None, *, local_only: bool) -> Mod
     import huggingface_hub as hub
 
     download: Callable[..., str] = hub.snapshot_download
+    globs = {"allow_patterns": [*ALLOW_PATTERNS], "ignore_patterns": [*IGNORE_PATTERNS]}
     try:
-        path = Path(
-            download(
-                repository,
-                revision=revision,
-                allow_patterns=list(ALLOW_PATTERNS),
-                ignore_patterns=list(IGNORE_PATTERNS),
-                local_files_only=local_only,
-            )
-        )
+        path = Path(download(repository, revision=revision, local_files_only=local_only, **globs))
     # The hub client raises its own errors, those of its HTTP library, and OSError.
     except Exception as error:
         return f"{type(error).__name__}: {error}".splitlines()[0]

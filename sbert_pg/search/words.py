@@ -180,17 +180,10 @@ def word_search(
             f"matching() takes a question in words, or a list of them, not {type(question)!r}."
         )
     require_page("matching", limit, offset)
-    parent = getattr(column, "parent", None)
-    search = WordSearch(
-        clause,
-        None if parent is None else parent.entity,
-        tuple(map(Question.read, [question] if isinstance(question, str) else question)),
-        many,
-        language or clause.type.language,
-        limit,
-        offset,
-        exhaustive,
-    )
+    entity = getattr(getattr(column, "parent", None), "entity", None)
+    asked = tuple(map(Question.read, question if many else [question]))
+    language = language or clause.type.language
+    search = WordSearch(clause, entity, asked, many, language, limit, offset, exhaustive)
     if not search.questions:
         raise DeclarationError("matching() was given an empty list of questions.")
     if not search.key:
@@ -245,20 +238,21 @@ def _parts(search: WordSearch, depth: int | None) -> list[sa.CTE]:
 def _search_part(search: WordSearch, depth: int | None) -> sa.CTE:
     """What holds for all questions, as a part of one row."""
     base: Any = base_of(search.column)
+    is_whole = _own_rows(search) is None
     limit, offset = (search.limit, search.offset) if depth is None else (depth, 0)
     values = {
         "wanted": limit,
         "needed": None if limit is None else limit + offset,
         "skipped": offset,
         "vector_column": base.name,
-        "pages": PAGES if _own_rows(search) is None else PAGES_OF_SOME,
+        "pages": PAGES if is_whole else PAGES_OF_SOME,
     }
     relation = sa.cast(guard.relation(base.table.schema, base.table.name), OID)
     columns = [_regconfig(search.language).label("language"), relation.label("relation")]
     for key, value in values.items():
         type_: Any = sa.Text() if isinstance(value, str) else sa.BigInteger()
         columns.append(sa.cast(sa.literal(value, type_), type_).label(key))
-    whole = sa.true() if _own_rows(search) is None else sa.false()
+    whole = sa.true() if is_whole else sa.false()
     part: sa.CTE = sa.select(*columns, whole.label("whole")).cte("words_search")
     return part.prefix_with("MATERIALIZED")
 

@@ -168,11 +168,9 @@ class VectorIndex:
         column = sa.Column(self.column or "embedding", sa.types.NullType())
         # Literal, since an expression is SQL as it is: colons do not begin parameters in it.
         expression = self.expression
-        element: Any = (
-            column
-            if expression is None
-            else sa.literal_column(f"({expression})").label("expression")
-        )
+        element: Any = column
+        if expression is not None:
+            element = sa.literal_column(f"({expression})").label("expression")
         where = self.where
         index = sa.Index(
             name or self.name,

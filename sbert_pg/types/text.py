@@ -98,11 +98,9 @@ class TextSearch(postgresql.TSVECTOR):
     def vector_sql(self) -> str:
         """The column's value as SQL, spelt as PostgreSQL spells it back."""
         classes = {weight: name for name, weight in self.weight_classes.items()}
-        configuration = (
-            f"'{self.language}'::regconfig"
-            if self.language_column is None
-            else _quoted(self.language_column)
-        )
+        configuration = f"'{self.language}'::regconfig"
+        if self.language_column is not None:
+            configuration = _quoted(self.language_column)
         parts = []
         for name, weight in self.classes:
             part = f"to_tsvector({configuration}, COALESCE(({_quoted(name)})::text, ''::text))"

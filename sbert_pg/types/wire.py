@@ -261,13 +261,10 @@ class VectorValue(np.ndarray[Any, np.dtype[np.float32]]):
         """A field of this type: any sequence of numbers comes in, a list of numbers goes out."""
         from pydantic_core import core_schema
 
-        floats = core_schema.list_schema(core_schema.float_schema())
+        floats, written = core_schema.list_schema(core_schema.float_schema()), np.ndarray.tolist
+        out = core_schema.plain_serializer_function_ser_schema(written, return_schema=floats)
         return core_schema.no_info_plain_validator_function(
-            _validated,
-            serialization=core_schema.plain_serializer_function_ser_schema(
-                np.ndarray.tolist, return_schema=floats
-            ),
-            json_schema_input_schema=floats,
+            _validated, serialization=out, json_schema_input_schema=floats
         )
 
 
