@@ -65,7 +65,7 @@ _PUBLIC = {"_asdict", "_replace", "_fields", "_make", "_mapping", "_tuple", "_sa
 #: Most modules and lines of each room: a new capability raises its own, and nobody else's.
 ROOMS: dict[str, tuple[int, int]] = {
     "adapters": (10, 1892),
-    "alembic": (8, 2671),
+    "alembic": (8, 2660),
     "catalog": (9, 2594),
     "cli": (16, 4272),
     "clustering": (15, 4836),

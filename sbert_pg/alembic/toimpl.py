@@ -61,6 +61,9 @@ def implement(operations: Operations, operation: ops.SbertOperation) -> None:
     with refusing():
         if operations.migration_context.dialect.name == "postgresql":
             carry_out(operation, operations)
+            if not operations.migration_context.as_sql:
+                # This process looks at the bindings afresh.
+                guard.forget(operations.get_bind().dialect)
         else:
             carry_out_elsewhere(operation, operations)
 
@@ -163,7 +166,6 @@ def _add_embedding_column(operation: ops.AddEmbeddingColumnOp, operations: Opera
     with online(operations, operation.relation) as runner:
         runner.execute(alter_column(identity, "add", type_=type_))
         _bind(runner, identity, declared)
-    _forget(operations)
 
 
 def _bind(runner: Online, identity: ColumnIdentity, declared: Embedding) -> None:
@@ -188,7 +190,6 @@ def _drop_embedding_column(operation: ops.DropEmbeddingColumnOp, operations: Ope
     with online(operations, operation.relation) as runner:
         _unbind(runner, operation, binding)
         runner.execute(alter_column(operation.place, "drop"))
-    _forget(operations)
 
 
 def _binding_of(operation: ops.ColumnOperation, operations: Operations) -> Binding | None:
@@ -227,7 +228,6 @@ def _finish_reembedding(operation: ops.FinishReembeddingOp, operations: Operatio
         require_finishable(connection, new, old, force=operation.force, quiet=quiet)
     with online(operations, operation.relation) as runner:
         reembed.finish(runner.connection.engine, new.identity, force=operation.force, quiet=quiet)
-    _forget(operations)
 
 
 @carry_out.register
@@ -235,7 +235,6 @@ def _resume_reembedding(operation: ops.ResumeReembeddingOp, operations: Operatio
     """Have the catalog say which column is replaced."""
     with online(operations, operation.relation) as runner:
         runner.execute(call("resume_v1", operation.place, operation.replaces))
-    _forget(operations)
 
 
 @carry_out.register
@@ -247,7 +246,6 @@ def _bind_embedding_column(operation: ops.BindEmbeddingColumnOp, operations: Ope
     around = online if operation.concurrently else within
     with around(operations, operation.relation) as runner:
         _bind(runner, identity, operation.declared)
-    _forget(operations)
 
 
 def _refuse_foreign_vectors(connection: sa.Connection, identity: ColumnIdentity) -> None:
@@ -270,7 +268,6 @@ def _unbind_embedding_column(
     around = online if operation.concurrently else within
     with around(operations, operation.relation) as runner:
         _unbind(runner, operation, binding)
-    _forget(operations)
 
 
 @carry_out.register
@@ -288,7 +285,6 @@ def _rename_bound_column(operation: ops.RenameBoundColumnOp, operations: Operati
             column = operation.place._replace(column=old)
             runner.execute(alter_column(column, "rename", new_name=new))
             runner.execute(call("rename_v1", column, new))
-    _forget(operations)
 
 
 @carry_out.register
@@ -313,7 +309,6 @@ def _rebind_embedding_column(
     encoder = get_encoder(EncoderSpec.of(operation.encoder))
     with online(operations, operation.relation) as runner:
         log.info("%s", reembed.rebind(runner.connection.engine, binding.identity, encoder))
-    _forget(operations)
 
 
 @carry_out.register
@@ -366,12 +361,6 @@ def _fill_column(engine: sa.Engine, binding: Binding) -> None:
             f"The backfill of {binding} is not complete: some rows could not be written and are "
             "pending or failed. See 'sbert-pg status', then run the same migration again."
         )
-
-
-def _forget(operations: Operations) -> None:
-    """Have this process look at the bindings afresh."""
-    if not operations.migration_context.as_sql:
-        guard.forget(operations.get_bind().dialect)
 
 
 def carry_out_elsewhere(operation: ops.SbertOperation, operations: Operations) -> None:
