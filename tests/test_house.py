@@ -77,7 +77,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "passages": (4, 1082),
     "reembed": (11, 2862),
     "search": (14, 4532),
-    "serving": (14, 3323),
+    "serving": (14, 3325),
     "sql": (1, 24),
     "tuning": (14, 3861),
     "types": (7, 1652),

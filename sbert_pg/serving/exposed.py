@@ -231,6 +231,8 @@ class Exposed:
                 )
             column = self.embedding.table.c[name]
             conditions = condition if isinstance(condition, dict) else {"=": condition}
+            if not conditions:
+                raise DeclarationError(f"{name}: the object has no operator and value.")
             criteria += [_compared(column, op, value) for op, value in conditions.items()]
         return criteria
 

@@ -66,6 +66,7 @@ def test_filters(search, where, expected, by):
         ({"where": {"year": 10**30}}, "does not fit its column"),
         ({"where": {"year": {"~": "1"}}}, "no operator"),
         ({"where": {"year": {"<": None}}}, "null goes with"),
+        ({"where": {"year": {}}}, "no operator and value"),
         ({"where": {"year": []}}, "a list of 1 to"),
         ({"where": {"year": [[1]]}}, "a value is"),
         ({"where": {"title": "a\0b"}}, "NUL"),
