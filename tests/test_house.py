@@ -68,7 +68,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "alembic": (8, 2660),
     "catalog": (9, 2594),
     "cli": (16, 4272),
-    "clustering": (15, 4836),
+    "clustering": (15, 4802),
     "encoder": (22, 6556),
     "freshness": (15, 4876),
     "indexes": (5, 1206),

@@ -203,11 +203,8 @@ def _check_encoder(connection: sa.Connection, clustering: Clustering, run: Any) 
 def _remove(connection: sa.Connection, clustering: Clustering, run_id: int, rows: RowSet) -> int:
     assignment = clustering.assignment_table
     takes_part = sa.exists().where(clustering.row_is_assigned(), *rows.criteria)
-    deleted = connection.execute(
-        sa.delete(assignment).where(
-            assignment.c.run_id == run_id, sa.not_(takes_part.correlate(assignment))
-        )
-    )
+    mine, gone = assignment.c.run_id == run_id, sa.not_(takes_part.correlate(assignment))
+    deleted = connection.execute(sa.delete(assignment).where(mine, gone))
     return int(deleted.rowcount)
 
 
@@ -223,14 +220,9 @@ def _forget_changed(connection: sa.Connection, clustering: Clustering, run_id: i
         shift = sa.func.abs(rows.distance(rank) - assignment.c.distance)
         return shift > _SAME * sa.func.greatest(1, assignment.c.distance)
 
-    moved = connection.execute(
-        sa.delete(assignment).where(
-            mine,
-            assignment.c.cluster_id == centroids.c.id,
-            same_row,
-            has_moved(rows.rank(centroids.c.centroid)),
-        )
-    )
+    own, rank = assignment.c.cluster_id == centroids.c.id, rows.rank(centroids.c.centroid)
+    moves = sa.delete(assignment).where(mine, own, same_row, has_moved(rank))
+    moved = connection.execute(moves)
     # An outlier's nearest centroid is not recorded, so all are compared, for these rows only.
     is_outlier = assignment.c.cluster_id.is_(None)
     nearest = rows.nearest(centroids, centroids.c.id)

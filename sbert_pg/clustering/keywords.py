@@ -383,18 +383,10 @@ def name_cluster(
     keywords = sa.func.array_to_string(
         cast("Any", cluster.c.keywords)[1:_LABEL_WORDS], ", ", type_=sa.Text
     )
-    named = connection.execute(
-        sa.update(cluster)
-        .where(
-            cluster.c.number == number,
-            cluster.c.run_id == clustering.Run.id,
-            clustering.is_current(),
-        )
-        .values(
-            label=sa.func.nullif(keywords, "") if name is None else name, is_named=name is not None
-        )
-    )
-    if named.rowcount == 0:
+    label = sa.func.nullif(keywords, "") if name is None else name
+    current = sa.and_(cluster.c.run_id == clustering.Run.id, clustering.is_current())
+    update = sa.update(cluster).where(cluster.c.number == number, current)
+    if connection.execute(update.values(label=label, is_named=name is not None)).rowcount == 0:
         raise ClusteringError(
             f"There is no current cluster {number} of {clustering.column}. "
             "'sbert-pg cluster show' lists them."

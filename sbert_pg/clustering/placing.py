@@ -75,17 +75,10 @@ def store_in_database(
 ) -> None:
     """Store clusters of a table of centroids, and assign every row by one statement."""
     table = clustering.cluster_table
-    connection.execute(
-        sa.insert(table).from_select(
-            ["run_id", "number", "centroid", "size"],
-            sa.select(
-                sa.literal(run_id, sa.BigInteger),
-                -1 - centroids.c.number,
-                centroids.c.centroid,
-                sa.literal(0, sa.Integer),
-            ),
-        )
-    )
+    run, nothing = sa.literal(run_id, sa.BigInteger), sa.literal(0, sa.Integer)
+    clusters = sa.select(run, -1 - centroids.c.number, centroids.c.centroid, nothing)
+    names = ["run_id", "number", "centroid", "size"]
+    connection.execute(sa.insert(table).from_select(names, clusters))
     insert_or_retry(connection, assign_statement(clustering, rows, run_id, is_fitted=True))
 
 

@@ -327,11 +327,8 @@ def make_current(connection: sa.Connection, clustering: Clustering, run_id: int)
         ClusteringError: there is no such run of this column, or it is not done.
     """
     table = clustering.run_table
-    state = connection.scalar(
-        sa.select(table.c.state).where(
-            table.c.id == run_id, table.c.column_name == clustering.column.name
-        )
-    )
+    mine = table.c.column_name == clustering.column.name
+    state = connection.scalar(sa.select(table.c.state).where(table.c.id == run_id, mine))
     if state != "done":
         raise ClusteringError(
             f"Run {run_id} of {clustering.column} cannot be made the current one: "

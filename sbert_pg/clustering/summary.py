@@ -136,12 +136,7 @@ def number_clusters(
 
 
 def _shared(
-    connection: sa.Connection,
-    clustering: Clustering,
-    earlier: int,
-    later: int,
-    *,
-    outliers: bool = True,
+    connection: sa.Connection, clustering: Clustering, earlier: int, later: int
 ) -> Sequence[Any]:
     """Rows that two runs have in common: the cluster in either, ``None`` for outliers, how many."""
     before, after = (clustering.assignment_table.alias(name) for name in ("earlier", "later"))
@@ -152,10 +147,6 @@ def _shared(
         .where(before.c.run_id == earlier, after.c.run_id == later)
         .group_by(before.c.cluster_id, after.c.cluster_id)
     )
-    if not outliers:
-        statement = statement.where(
-            before.c.cluster_id.is_not(None), after.c.cluster_id.is_not(None)
-        )
     return connection.execute(statement).all()
 
 
@@ -163,7 +154,8 @@ def _pairs(
     connection: sa.Connection, clustering: Clustering, run_id: int, previous: int
 ) -> dict[int, int]:
     """The earlier cluster that a new one continues, by their ids."""
-    shared = _shared(connection, clustering, previous, run_id, outliers=False)
+    # Without outliers, whose cluster is None.
+    shared = list(filter(all, _shared(connection, clustering, previous, run_id)))
     if not shared:
         return {}
     assignment = clustering.assignment_table
