@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_module
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Literal
 
 import sqlalchemy as sa
@@ -88,7 +89,7 @@ def begin(
         binding = lib.begin(engine, request)
     common.show(
         f"{binding} is there beside {binding.replaces}, and both are kept fresh. Fill it: sbert-pg "
-        f"backfill {binding}",
+        f"backfill {quote(str(binding))}",
         {"column": str(binding), "replaces": binding.replaces},
         json,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import sqlalchemy as sa
@@ -178,16 +179,17 @@ def _show_next(report: lib.Tuning, side: Side, json: bool) -> None:
     if report.side == "query":
         line = f"{binding.column} = {declaration_line(declared)}"
         heading = "Its vectors stay. Let the column accept the encoder, then deploy:"
-        steps = [f"sbert-pg reembed begin {binding} --encoder {report.spec.name}", line]
+        steps = [f"sbert-pg reembed begin {quote(str(binding))} --encoder {report.spec.name}", line]
     else:
         new = f"{binding.column}_tuned"
+        old, place = quote(str(binding)), quote(f"{binding.table}.{new}")
         line = f"{new} = {declaration_line(declared, replaces=binding.column)}"
         heading = "It needs vectors of its own. Declare a column for it, or begin by command:"
         steps = [
             line,
-            f"sbert-pg reembed begin {binding} --to {new} --encoder {report.spec.name}",
-            f"sbert-pg backfill {binding.table}.{new}",
-            f"sbert-pg reembed verify {binding.table}.{new} --pairs {report.pairs}",
+            f"sbert-pg reembed begin {old} --to {quote(new)} --encoder {report.spec.name}",
+            f"sbert-pg backfill {place}",
+            f"sbert-pg reembed verify {place} --pairs {report.pairs}",
         ]
     common.show(report, report.to_json() | {"declaration": line}, json)
     if not json:

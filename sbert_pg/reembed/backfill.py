@@ -11,6 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from shlex import quote
 from typing import Literal, NamedTuple
 
 import sqlalchemy as sa
@@ -215,7 +216,7 @@ def rebind(engine: sa.Engine, column: ColumnIdentity, encoder: TextEncoder) -> R
             raise EncoderMismatchError(
                 f"{binding}: by its probes {encoder.spec.name!r} shares the column's space, and "
                 f"the rows say otherwise: of texts encoded again {rows}. Audit the column "
-                f"(sbert-pg audit {binding})."
+                f"(sbert-pg audit {quote(str(binding))})."
             )
         return Rebinding(str(binding), encoder.spec.name, verdict, rows)
 

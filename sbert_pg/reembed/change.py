@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from shlex import quote
 from typing import Any
 
 import sqlalchemy as sa
@@ -254,13 +255,14 @@ def begun_change(connection: sa.Connection, old: Binding, new: str) -> Binding |
     if old.replaces is not None:
         raise AlreadyBoundError(
             f"{old} is itself the new column of a change, and replaces {old.replaces!r}. Finish "
-            f"that change (sbert-pg reembed finish {old}) or abort it before another one begins."
+            f"that change (sbert-pg reembed finish {quote(str(old))}) or abort it before another "
+            "one begins."
         )
     begun = replacement_of(connection, old)
     if begun is not None and begun.column != new:
         raise AlreadyBoundError(
             f"{old} is being replaced by column {begun.column!r} already. Finish that change or "
-            f"abort it (sbert-pg reembed abort {begun}) before another one begins."
+            f"abort it (sbert-pg reembed abort {quote(str(begun))}) before another one begins."
         )
     return begun
 

@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from shlex import quote
 from typing import TYPE_CHECKING, Any, Literal
 
 import sqlalchemy as sa
@@ -130,7 +131,7 @@ class Status:
     @property
     def next_step(self) -> str:
         """What to do next, with the command."""
-        names = f"{self.table}.{self.new}"
+        names = quote(f"{self.table}.{self.new}")
         if self.coverage.faults:
             return f"mend the binding: {'; '.join(self.coverage.faults)}"
         if self.state == "filling":

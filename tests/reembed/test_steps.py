@@ -323,6 +323,16 @@ def test_a_second_change_has_to_wait(world):
     assert "third" not in world.columns()
 
 
+def test_commands_can_be_pasted(world):
+    world.create(3)
+    named = ree.Request(old=world.old_column, new="new one", encoder=world.new.spec)
+    column = ree.begin(world.engine, named).identity
+    step = ree.status(world.engine, column).next_step
+    assert "sbert-pg backfill 'public.articles.new one'" in step
+    with pytest.raises(errors.AlreadyBoundError, match=r"abort 'public\.articles\.new one'"):
+        ree.begin(world.engine, request(world))
+
+
 def test_a_column_in_the_way_is_refused(world):
     world.create(10)
     with world.engine.begin() as connection:
