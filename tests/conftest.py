@@ -64,7 +64,7 @@ LONGEST = [
     "encoder/test_fidelity", "serving/test_http", "alembic/test_locks", "tuning/test_tune",
     "catalog/test_cases", "encoder/test_reranker", "alembic/test_history",
     "freshness/test_backfill", "encoder/test_directory", "cli/test_commands",
-    "frameworks/test_ray_data", "encoder/test_export",
+    "frameworks/test_ray_data", "encoder/test_export", "reembed/test_verify", "reembed/test_steps",
 ]  # fmt: skip
 
 
