@@ -76,7 +76,7 @@ ROOMS: dict[str, tuple[int, int]] = {
     "orm": (4, 875),
     "passages": (4, 1082),
     "reembed": (11, 2866),
-    "search": (14, 4532),
+    "search": (14, 4548),
     "serving": (14, 3325),
     "sql": (1, 24),
     "tuning": (14, 3861),

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from sbert_pg.errors import DeclarationError
 from sbert_pg.search.fusion import HybridSearch, weight_of
+from sbert_pg.search.looks import Look
 from sbert_pg.search.passages import DocumentSearch, first_look
 from sbert_pg.search.statement import Nearest, Search, parts_of
 from sbert_pg.search.ways import HEAD, LOCAL, Ways
@@ -158,7 +159,7 @@ def _explained(row: Any, ways: Ways, sql: str) -> SearchExplanation:
         return SearchExplanation("exact", reason, True, share, 0, 0, sql)
     counts = f"{passed} of the nearest {looked} rows pass"
     if row["far"] and ways.second is not None:
-        reason, most = _told_apart(counts, ways), ways.second.most
+        reason, most = _told_apart(row, counts, ways, ways.second)
         return SearchExplanation("index", reason, False, share, most, passed, sql)
     if row["taken"]:
         return SearchExplanation("index", counts, False, share, looked, passed, sql)
@@ -203,15 +204,17 @@ def _refused(row: Any, counts: str, looked: int, ways: Ways) -> str:
     return f"{missed}, or {doubt}" if ways.coarse else missed
 
 
-def _told_apart(counts: str, ways: Ways) -> str:
-    """Why the second look is an answer."""
-    assert ways.second is not None
-    if ways.tested or ways.coarse:
-        return f"{counts}, enough of the nearest {ways.second.most}"
-    return (
+def _told_apart(row: Any, counts: str, ways: Ways, second: Look) -> tuple[str, int]:
+    """Why the second look is an answer, and how many rows it looked at."""
+    if not ways.same:
+        return f"{counts}, enough of the nearest {second.most}", second.most
+    if row["accepted"]:
+        return f"{counts}, and the page goes on behind them: more were looked for", second.most
+    reason = (
         "a first look gave too few rows, or such that are nearly equally far; with "
-        f"{ways.second.ef_search} candidates they are told apart"
+        f"{second.ef_search} candidates they are told apart"
     )
+    return reason, ways.first.least
 
 
 def _doubt(row: Any, looked: int, ways: Ways) -> str:

@@ -151,7 +151,7 @@ def far_look(index: VectorIndex, shape: Shape) -> Look | None:
         rows = max(shape.size, fetched // OVERFETCH_FAR)
         return Look(rows, rows, fetched, MAX_EF_SEARCH)
     rows = MAX_EF_SEARCH // CANDIDATES
-    if shape.keyed and not shape.filtered:
+    if not (shape.filtered or shape.deep):
         # What is no page behind it takes no more rows than the first, by the same scan.
         rows = near_look(index, shape).least
     return Look(rows, rows, rows, MAX_EF_SEARCH)

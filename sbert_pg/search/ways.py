@@ -167,6 +167,8 @@ class Ways:
         #: Neither pages nor filters: what a look gives is the answer as it is, or none.
         exact = self.second is None or not self.index.quantized
         self.plain = shape.keyed and not shape.filtered and exact
+        #: No filter: each page has to begin with the very rows of the plain one.
+        self.same = not shape.filtered and not self.index.quantized
         #: Whether what the index gives is in an order of its own, whose depth says something.
         self.coarse = self.index.quantized and not self.plain
         #: What the proof is asked of, where it is asked of a look's rows later.
@@ -279,7 +281,8 @@ class Ways:
         carried = [column.label(name) for name, column in self.carried.items()]
         order = self.target.index_distance(column, self.index, vector)
         coarse = [order.label(DEPTH)] if self.coarse else []
-        present = [column.is_not(None)] if carried else self._present(row, column)
+        # Those without a claim are asked for their proof; all pages judge by the same rows.
+        present = [column.is_not(None)] if self.same else self._present(row, column)
         present += self._others(row)
         fetched = max(look.fetched for look in (self.first, self.second) if look is not None)
         return (
@@ -347,11 +350,17 @@ class Ways:
         return taken, traverse(criterion, {}, replace)
 
     def _fetched(self, rows: sa.Select[Any]) -> sa.Select[Any]:
-        """As many rows as a look asks the index for, where its scan goes on by itself."""
-        if self.second is None or self.first.fetched <= MAX_EF_SEARCH:
+        """As many rows as a look asks the index for, where it would give more.
+
+        Its scan goes on by itself, or pages begin with what a plain look takes: of rows that are
+        equally far the index decides which these are.
+        """
+        behind = self.same and self.shape.deep
+        if self.second is None or not (behind or self.first.fetched > MAX_EF_SEARCH):
             return rows
         all_ = rows.subquery("nearest_fetched")
-        most = sa.case((AGAIN, number(self.second.fetched)), else_=number(self.first.fetched))
+        more = sa.and_(AGAIN, of_look("accepted")) if behind else AGAIN
+        most = sa.case((more, number(self.second.fetched)), else_=number(self.first.fetched))
         return sa.select(*all_.c).limit(most)
 
     def _not_among(self, rows: Any, found: list[Any]) -> sa.ColumnElement[bool]:
@@ -476,6 +485,10 @@ class Ways:
         look = looks["look"]
         values = {**looks, **judged, "look": look + number(1), "further": self._further(judged)}
         values["looked"] = number((self.second or self.first).least)
+        if self.same and self.shape.deep:
+            # A second look that replaces the first takes what that of a plain search does.
+            least = number(self.first.least)
+            values["looked"] = sa.case((judged["accepted"], values["looked"]), else_=least)
         columns = [values[name].label(name) for name in self.state]
         columns += [sa.case((judged["accepted"], judged[n])).label(n) for n in self.arrays]
         # There are two at most, and the planner expects one where it is said as a range.

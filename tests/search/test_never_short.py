@@ -257,6 +257,32 @@ def test_pages_repeat_nothing_whichever_way_found_them(form: str, engine: sa.Eng
             assert total is None or len(seen) == 10 * len(offsets)
 
 
+@pytest.mark.parametrize("form", ["hnsw", "halfvec"])
+def test_pages_follow_each_other_where_rows_are_equally_far(form: str, engine: sa.Engine) -> None:
+    """Of equal rows a look that ends among them takes what the index gives first, on each page."""
+    world = World(engine, form)
+    item, random = world.item, np.random.default_rng(8)
+    same = world.v[random.permutation(ROWS) // 7]
+    reasons: set[bool] = set()
+    with engine.begin() as connection:
+        connection.execute(sa.text("TRUNCATE item"))
+        load(connection, item, ({"id": n, "v": v} for n, v in enumerate(same)))
+        for query in [*unit(random.normal(size=(3, WIDTH))), same[5], same[9]]:
+            search = nearest(item.c.v, query, limit=50)
+            first, later = (explain_search(connection, search.offset(n)) for n in (0, 50))
+            assert first.way == later.way
+            again = "told apart" in first.reason
+            reasons.add(again)
+            assert ("goes on" in later.reason) == (first.way == "index" and not again), later
+            pages = [search.offset(n) for n in (0, 50, 100)]
+            rows = [row.id for page in pages for row in connection.execute(page)]
+            assert len(rows) == len({*rows}) == 150
+            # What one page leaves out comes on the next.
+            nearer = np.sort(-(same @ query))[:150]
+            assert np.isclose(np.sort(-(same[rows] @ query)), nearer, atol=1e-3).mean() >= 0.97
+    assert reasons == {False, True}
+
+
 @pytest.mark.parametrize("lists", [8, 60])
 @pytest.mark.parametrize("kept", [None, 0.7, 0.2])
 def test_pages_by_lists_follow_each_other(lists: int, kept: Any, engine: sa.Engine) -> None:
