@@ -26,13 +26,13 @@ from sbert_pg.sqlstates import DEADLOCK_DETECTED, LOCK_NOT_AVAILABLE, sqlstate_o
 T = TypeVar("T")
 
 
-def clause_of(schema: str, name: str, **types: Any) -> sa.TableClause:
+def stored_table(schema: str, name: str, **types: Any) -> sa.TableClause:
     """A table or view as far as it is read: its columns with their types."""
     columns: list[Any] = [sa.column(column, type_) for column, type_ in types.items()]
     return sa.table(name, *columns, schema=schema)
 
 
-_catalog = partial(clause_of, "pg_catalog")
+_catalog = partial(stored_table, "pg_catalog")
 
 
 _O, _T, _I, _B, _TS = OID, sa.Text, sa.BigInteger, sa.Boolean, sa.DateTime(timezone=True)

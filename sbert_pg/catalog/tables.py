@@ -11,7 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
 
-from sbert_pg.system import clause_of
+from sbert_pg.system import stored_table
 
 SCHEMA = "sbert"
 
@@ -192,7 +192,7 @@ vector_cache = sa.Table(
 )
 
 #: The view, for selecting from; not part of ``metadata``, which describes tables.
-status = clause_of(
+status = stored_table(
     SCHEMA, "status", id=sa.Uuid,
     **dict.fromkeys(("schema_name", "table_name", "column_name", "companion"), sa.Text),
     encoder_name=sa.Text, fingerprint=sa.Text, dimensions=sa.Integer, state=sa.Text,
